@@ -1,0 +1,375 @@
+"""The recipe: what an experiment is, and nothing of the machine it runs on.
+
+A recipe is a YAML file (read by `recipe_file`); this module holds its models. Every field has one
+owner: what stands here must not stand in the DeepSpeed config (`training.ds_config`).
+"""
+
+import hashlib
+import json
+import re
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+RECIPE_PREFIX = "recipe:"
+SELECTION_PATTERN = re.compile(r"first:([1-9][0-9]*)")
+DURATION_PATTERN = re.compile(r"([0-9][0-9_]*)(K|M|B)? (steps|tokens|epochs)")
+_SCALES = {None: 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+class Part(BaseModel):
+    """Base of every recipe model: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Shape(Part):
+    """The architecture of a model, in Hugging Face's config keys.
+
+    Enough to count parameters, FLOPs and bytes without a network, and to build a model from
+    scratch. Two families are described; a reference of any other family needs no shape.
+    """
+
+    model_type: Literal["gpt2", "llama"]
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    max_position_embeddings: PositiveInt
+    intermediate_size: PositiveInt | None = None
+    """Units of the MLP; 4 x hidden_size for gpt2 when left out, required for llama."""
+    num_key_value_heads: PositiveInt | None = None
+    """Heads that share keys and values (llama); num_attention_heads when left out."""
+    tie_word_embeddings: bool = False
+    rms_norm_eps: PositiveFloat = 1e-6
+    """llama only."""
+    rope_theta: PositiveFloat = 10000.0
+    """llama only."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """gpt2 only: attention logits of block i divided by i + 1, as the paper's GPT-2 track does."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.model_type == "llama" and self.intermediate_size is None:
+            raise ValueError("intermediate_size is required for model_type llama")
+        if self.model_type == "gpt2" and not self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be true for model_type gpt2")
+        if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class Reference(Part):
+    """The pretrained model that blocks are inherited from."""
+
+    model: Text
+    """Hub id, local folder, or `recipe:NAME` (trained first when it is not there yet)."""
+    revision: Text = "main"
+    """Hub only: a commit, tag or branch; resolved to a full commit and pinned in the run folder."""
+    shape: Shape | None = None
+    """Hub only: lets the budget be computed without a network; checked against config.json."""
+    download_gib: PositiveFloat | None = None
+    """Hub only: size of the files to download, for the budget."""
+
+    @property
+    def recipe_name(self) -> str | None:
+        """The name behind `recipe:`, or None for a hub id or a folder."""
+        return self.model.removeprefix(RECIPE_PREFIX) if self.model.startswith(RECIPE_PREFIX) else None
+
+    @model_validator(mode="after")
+    def _hub_only(self) -> Self:
+        if self.recipe_name is not None and self.shape is not None:
+            raise ValueError(f"shape is owned by {self.model}: leave it out here")
+        return self
+
+
+class Target(Part):
+    """The model that is trained: selected blocks of the reference, or a shape from scratch."""
+
+    select: Annotated[str, StringConstraints(pattern=f"^{SELECTION_PATTERN.pattern}$")] | None = None
+    """Which blocks of the reference are kept: `first:n`."""
+    inherit: Literal["all", "none"] = "all"
+    """`all`: embeddings, selected blocks, final norm and head. `none`: same shape, random values."""
+    shape: Shape | None = None
+    """Architecture of a model trained from scratch; only without a reference."""
+
+    @property
+    def num_selected(self) -> int | None:
+        """How many blocks `select` keeps."""
+        match = SELECTION_PATTERN.fullmatch(self.select or "")
+        return int(match.group(1)) if match else None
+
+
+class EmbeddedSource(Part):
+    """The running Python's own documentation: about 2 MB of English on every machine."""
+
+    kind: Literal["embedded"]
+
+
+class FilesSource(Part):
+    """Local files: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz or .parquet."""
+
+    kind: Literal["files"]
+    paths: Annotated[list[Text], Field(min_length=1)]
+    """Files or glob patterns, relative to the current folder; a pattern's matches are sorted."""
+    text_field: Text = "text"
+    """Field of a JSON record or parquet column that holds the document."""
+    document_separator: Text | None = None
+    """Cuts a .txt file into documents; the whole file is one document when left out."""
+
+
+class HubSource(Part):
+    """A dataset of the Hugging Face hub, by file pattern; loading scripts are never run."""
+
+    kind: Literal["hub"]
+    dataset: Text
+    data_files: Text
+    """Pattern inside the dataset repository, such as `data/*.parquet`."""
+    revision: Text = "main"
+    """A commit, tag or branch; resolved to a full commit and pinned in the token manifest."""
+    split: Text = "train"
+    text_field: Text = "text"
+    download_gib: PositiveFloat | None = None
+    """Size of the files to download, for the budget."""
+
+
+Source = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discriminator="kind")]
+
+
+class TrainedTokenizer(Part):
+    """A byte-level BPE trained on the corpus itself."""
+
+    vocab_size: Annotated[int, Field(ge=257)]
+    """Entries, the end-of-text token and the 256 bytes among them."""
+
+
+class Corpus(Part):
+    """The documents, their tokenizer and the held-out part."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    tokenizer: Text | TrainedTokenizer | None = None
+    """Hub id or local folder, or `{vocab_size: n}` to train one; the reference's when left out."""
+    max_tokens: PositiveInt | None = None
+    """Stop after this many training tokens (documents in the order of the sources)."""
+    validation_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """Share of the documents that is held out, chosen by the hash of their text."""
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    """Integer type of the token files; `auto` is the smallest that the vocabulary fits."""
+
+
+class Training(Part):
+    """How long and in which batches."""
+
+    seq_len: PositiveInt
+    """Tokens a window."""
+    global_batch_tokens: PositiveInt
+    """Tokens an optimizer step, over all ranks and micro-steps."""
+    duration: Annotated[str, StringConstraints(pattern=f"^{DURATION_PATTERN.pattern}$")]
+    """`8 epochs`, `100_000 steps` or `250M tokens`."""
+
+    @property
+    def duration_parts(self) -> tuple[int, str]:
+        """The duration as (count, unit), unit one of steps, tokens, epochs."""
+        match = DURATION_PATTERN.fullmatch(self.duration)
+        assert match is not None  # the field's pattern
+        return int(match.group(1)) * _SCALES[match.group(2)], match.group(3)
+
+    @field_validator("duration")
+    @classmethod
+    def _positive(cls, duration: str) -> str:
+        if re.match(r"[0_]+[KMB]? ", duration):
+            raise ValueError("the duration must be at least 1")
+        return duration
+
+    @model_validator(mode="after")
+    def _whole_windows(self) -> Self:
+        if self.global_batch_tokens % self.seq_len:
+            below = self.global_batch_tokens // self.seq_len * self.seq_len
+            raise ValueError(
+                f"global_batch_tokens {self.global_batch_tokens} is not a multiple of "
+                f"seq_len {self.seq_len}; the nearest are "
+                f"{', '.join(str(n) for n in (below, below + self.seq_len) if n)}"
+            )
+        return self
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows an optimizer step, over all ranks and micro-steps."""
+        return self.global_batch_tokens // self.seq_len
+
+
+class Optimizer(Part):
+    """AdamW; weight decay falls on matrices only (no norms, biases, embeddings or tied head)."""
+
+    lr: PositiveFloat
+    betas: tuple[Ratio, Ratio] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Schedule(Part):
+    """Learning rate as a pure function of the step."""
+
+    kind: Literal["cosine", "constant", "wsd"]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Ratio = 0.1
+    """Final learning rate as a share of `optimizer.lr` (cosine, wsd)."""
+    decay_ratio: Ratio = 0.2
+    """wsd: share of all steps that the final linear decay takes."""
+
+
+class Validation(Part):
+    """Loss on the held-out windows."""
+
+    interval_steps: PositiveInt
+    max_tokens: PositiveInt = 4_194_304
+    """The first windows of the held-out part, up to this many tokens; the same at every step."""
+
+
+class Checkpointing(Part):
+    """When the state is saved."""
+
+    interval_steps: PositiveInt
+    keep: PositiveInt = 3
+    """The newest checkpoints kept; older ones are deleted after a newer one is verified."""
+
+
+class Logging(Part):
+    """What is written while training."""
+
+    interval_steps: PositiveInt = 10
+    wandb_project: Text = "inheritune_ds"
+
+
+class Export(Part):
+    """The Hugging Face folder at the end."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class PublishedClaim(Part):
+    """A cost that a publication states for this recipe; the budget says whether it can be true."""
+
+    text: Text
+    hours: PositiveFloat
+    gpu: Text
+    gpus: PositiveInt = 1
+    source: Text
+
+
+class Recipe(Part):
+    """A whole experiment."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: Text
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
+    reference: Reference | None = None
+    target: Target
+    corpus: Corpus
+    training: Training
+    optimizer: Optimizer
+    schedule: Schedule
+    validation: Validation
+    checkpoint: Checkpointing
+    logging: Logging = Logging()
+    export: Export = Export()
+    published_claim: PublishedClaim | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.reference is None:
+            if self.target.shape is None:
+                raise ValueError("give a reference and target.select, or target.shape (from scratch)")
+            if self.target.select is not None:
+                raise ValueError("target.select needs a reference to select from")
+            if self.corpus.tokenizer is None:
+                raise ValueError("corpus.tokenizer is required without a reference")
+        else:
+            if self.target.shape is not None:
+                raise ValueError("target.shape is for training from scratch: it excludes reference")
+            if self.target.select is None:
+                raise ValueError("target.select is required with a reference, such as first:4")
+        return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of a run: the recipe without names, logging and claims."""
+        left_out = {"name", "description", "logging", "checkpoint", "published_claim"}
+        return self.model_dump(mode="json", exclude=left_out)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of `identity`."""
+        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def shape_from_config(config: dict[str, Any]) -> Shape | None:
+    """Read the Shape out of a Hugging Face `config.json`; None for a family not described by Shape.
+
+    Args:
+        config: The parsed JSON object; old and new spellings of the keys are both read.
+    """
+    model_type = config.get("model_type")
+    if model_type == "gpt2":
+        return Shape(
+            model_type="gpt2",
+            vocab_size=config["vocab_size"],
+            hidden_size=config["n_embd"],
+            num_hidden_layers=config["n_layer"],
+            num_attention_heads=config["n_head"],
+            max_position_embeddings=config["n_positions"],
+            intermediate_size=config.get("n_inner"),
+            tie_word_embeddings=True,
+            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
+        )
+    if model_type == "llama":
+        rope = config.get("rope_parameters") or {}
+        return Shape(
+            model_type="llama",
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=config["num_attention_heads"],
+            max_position_embeddings=config["max_position_embeddings"],
+            intermediate_size=config["intermediate_size"],
+            num_key_value_heads=config.get("num_key_value_heads"),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        )
+    return None
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a model or tokenizer name means a folder: it exists, or it is written as a path."""
+    path = PurePath(name)
+    return path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1

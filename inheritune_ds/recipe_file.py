@@ -1,0 +1,226 @@
+"""Reading recipes and studies: strict YAML 1.2, `key.path=value` overrides, all problems at once."""
+
+import difflib
+import io
+import math
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from inheritune_ds.errors import RecipeError
+from inheritune_ds.recipe import Recipe
+
+DEFAULT_RECIPE = "openllama-3b-13l"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def shipped_names(folder: str = "recipes") -> list[str]:
+    """Names of the recipes (or `studies`) that come with the package, sorted."""
+    files = resources.files("inheritune_ds") / folder
+    return sorted(item.name.removesuffix(".yaml") for item in files.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None = None) -> Recipe:
+    """Load a recipe by shipped name or path and apply overrides.
+
+    Args:
+        name: A shipped name, or the path of a YAML file (`beside` is its start when relative).
+        overrides: Items such as `training.duration=200 steps`; a later one wins.
+        beside: Folder that relative recipe paths start from; the current one when left out.
+
+    Raises:
+        RecipeError: With every problem found.
+    """
+    text, origin = read_document(name, "recipes", beside=beside)
+    document = parse_yaml(text, origin)
+    for override in overrides:
+        _apply(document, override)
+    return validate(Recipe, document, origin)
+
+
+def read_document(name: str, folder: str, *, beside: Path | None = None) -> tuple[str, str]:
+    """Return the text of a shipped document or a file, and how to call it in a message."""
+    shipped = resources.files("inheritune_ds") / folder / f"{name}.yaml"
+    if "/" not in name and shipped.is_file():
+        return shipped.read_text(encoding="utf-8"), name
+    path = (beside or Path()) / Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        names = shipped_names(folder)
+        hint = _nearest(name, names)
+        raise RecipeError(
+            f"{folder[:-1] if folder != 'studies' else 'study'} {name!r} cannot be read: {_reason(error)}",
+            allowed=f"a YAML file, or one of {', '.join(names)}",
+            action=f"did you mean {hint}?" if hint else "`inheritune-ds recipes` lists what is shipped",
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or "unreadable").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    """Parse YAML 1.2 into a dict; a duplicate key or anything but a mapping is a RecipeError."""
+    try:
+        document = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{origin}, line {mark.line + 1}" if mark else origin
+        raise RecipeError(
+            f"{where}: {getattr(error, 'problem', None) or 'not valid YAML'}",
+            allowed="YAML 1.2, each key once",
+            action="mend the file at that line",
+        ) from None
+    if not isinstance(document, dict):
+        raise RecipeError(f"{origin}: the document is not a mapping of keys to values")
+    return document
+
+
+def write_yaml(document: dict[str, Any]) -> str:
+    """Render a document as YAML with its keys in the order given."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    stream = io.StringIO()
+    yaml.dump(document, stream)
+    return stream.getvalue()
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Render a recipe with every default written out; `load_recipe` reads it back equal."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise RecipeError(
+            f"override {override!r} is not of the form key.path=value",
+            allowed="for instance training.seq_len=512",
+            action="quote a value with spaces: 'training.duration=200 steps'",
+        )
+    value = parse_yaml(f"value: {text}", f"override {path}")["value"]
+    node: Any = document
+    for depth, key in enumerate(keys[:-1], 1):
+        child = node[int(key)] if isinstance(node, list) and _is_index(key, node) else None
+        if child is None and isinstance(node, dict):
+            child = node.get(key)
+            if child is None:
+                child = node[key] = {}
+        if not isinstance(child, dict | list):
+            raise RecipeError(
+                f"override {path}: {'.'.join(keys[:depth])} holds {child!r}, which has no keys inside",
+                action=f"override {'.'.join(keys[:depth])} itself",
+            )
+        node = child
+    last = keys[-1]
+    if isinstance(node, dict):
+        node[last] = value
+    elif _is_index(last, node):
+        node[int(last)] = value
+    else:
+        raise RecipeError(
+            f"override {path}: {last!r} is no position in a list of {len(node)}",
+            allowed=f"0 to {len(node) - 1}",
+        )
+
+
+def _is_index(key: str, items: list[Any]) -> bool:
+    return key.isdecimal() and int(key) < len(items)
+
+
+def validate(model: type[Model], document: dict[str, Any], origin: str) -> Model:
+    """Build a pydantic model; every problem becomes a line with path, value and what is allowed."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        problems = [_describe(model, item, origin) for item in error.errors(include_url=False)]
+        raise RecipeError.of(problems) from None
+
+
+def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
+    # pydantic puts the tag of a discriminated union into the path; a reader looks for list indices.
+    path = [str(part) for part in item["loc"] if part not in ("embedded", "files", "hub", "str", "TrainedTokenizer")]
+    where = f"{origin}: {'.'.join(path)}" if path else origin
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = sorted(_keys_at(model, path[:-1]))
+        hint = _nearest(path[-1], known)
+        return RecipeError(
+            f"{where}: unknown key",
+            allowed=", ".join(known),
+            action=f"did you mean {'.'.join([*path[:-1], hint])}?" if hint else "remove it",
+        )
+    if kind == "missing":
+        return RecipeError(f"{where}: required key is missing")
+    if kind == "value_error":
+        return RecipeError(f"{where}: {context['error']}")
+    if kind == "union_tag_invalid":
+        return RecipeError(f"{where}.kind: {context['tag']!r} is unknown", allowed=context["expected_tags"])
+    if kind == "union_tag_not_found":
+        return RecipeError(f"{where}.kind: required key is missing", allowed="embedded, files, hub")
+    if kind == "string_pattern_mismatch":
+        return RecipeError(f"{where}: {value!r} is not of the right form", allowed=_form(context["pattern"]))
+    allowed = item["msg"].removeprefix("Input should be ")
+    return RecipeError(f"{where}: {_short(value)} is not accepted", allowed=allowed)
+
+
+_FORMS = {
+    "first": "first:n, such as first:4",
+    "steps": "a count and a unit: 8 epochs, 100_000 steps, 250M tokens",
+    "A-Za": "letters, digits, '.', '_' and '-', starting with a letter or digit",
+}
+
+
+def _form(pattern: str) -> str:
+    return next((form for mark, form in _FORMS.items() if mark in pattern), pattern)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[str]) -> set[str]:
+    """Keys that the models at a path accept; the union of them where several could stand there."""
+    models = [model]
+    for key in path:
+        if not key.isdecimal():
+            models = [m for at in models if key in at.model_fields for m in _models_in(at.model_fields[key].annotation)]
+    return {name for at in models for name in at.model_fields}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (list, Union, UnionType) or get_args(annotation):
+        for part in get_args(annotation):
+            yield from _models_in(part)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `key.path: old -> new` for every value in which two nested documents differ."""
+    lines: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after and not (_is_nan(before) and _is_nan(after)):
+            lines.append(f"{prefix}{key}: {_short(before)} -> {_short(after)}")
+    return lines
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
