@@ -87,6 +87,7 @@ def write_yaml(document: dict[str, Any]) -> str:
     """Render a document as YAML with its keys in the order given."""
     yaml = YAML()
     yaml.default_flow_style = False
+    yaml.width = 10_000
     stream = io.StringIO()
     yaml.dump(document, stream)
     return stream.getvalue()
