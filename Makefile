@@ -1,0 +1,78 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and a C++ compiler:
+#   make quickstart     install into .venv, then run the main job on the embedded corpus
+#   make test           the tests, with branch coverage
+# For work on the code: make check, make format, make clean.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# --no-build-isolation: DeepSpeed's setup.py looks at the torch it will run with, and the pinned setuptools
+# builds every package. DS_BUILD_OPS=0: its C++ ops are compiled when first used, not at installation.
+INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
+
+# torch's extension builder looks for ninja on the PATH
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check format clean constraints
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+
+quickstart: $(VENV)/.installed
+	$(BIN)/inheritune-ds study quickstart --deepspeed_config ds_configs/cpu.json
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest --quiet --no-header tests/test_docs.py tests/test_packaging.py
+	bash -n .ci/run slurm/*.sbatch
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/python docs/generate.py
+
+# Removes what tools and installations made. Results (runs/) and token files (cache/) stay.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
+	find inheritune_ds tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
+
+# Writes the pins anew from .venv; the comments at the head of the file stay. Run `make test` before and after.
+constraints: $(VENV)/.installed-dev
+	{ sed -n '/^#/p' constraints.txt; \
+	  $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed '/^#/d; s/+[A-Za-z0-9.]*$$//' | LC_ALL=C sort -f; \
+	} > constraints.new
+	mv constraints.new constraints.txt
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not one: $$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
+	  echo "  do: make quickstart PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments: its venv module is missing" >&2; \
+	  echo "  do: install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+	  echo "The C headers of '$(PYTHON)' (Python.h) are missing; DeepSpeed compiles a small C++ module with them" >&2; \
+	  echo "  do: install them (Debian, Ubuntu: apt-get install python3-dev)" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || { \
+	  echo "No C++ compiler: '$${CXX:-c++}' is not on the PATH; DeepSpeed compiles a small C++ module at its first start" >&2; \
+	  echo "  do: install one (Debian, Ubuntu: apt-get install g++), or name it in CXX" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (torch first; minutes on a new machine)"
+	@$(INSTALL) torch setuptools wheel ninja numpy
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the development tools into $(VENV)"
+	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
