@@ -113,6 +113,8 @@ class Target(Part):
     """`all`: embeddings, selected blocks, final norm and head. `none`: same shape, random values."""
     shape: Shape | None = None
     """Architecture of a model trained from scratch; only without a reference."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Written to every dropout key of the model's config, whatever the reference had."""
 
     @property
     def num_selected(self) -> int | None:

@@ -1,0 +1,106 @@
+"""Files that others rely on: written whole or not at all, and known by their hash."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.errors import StorageError
+
+CHUNK_BYTES = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file (hex)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write below `path` into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            action = "free some space, then give the same command again: finished stages are kept"
+        else:
+            action = "choose a folder that you may write to (--runs-dir, --cache-dir)"
+        raise StorageError(f"{error.filename or path} cannot be written: {error.strerror}", action=action) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by new text, atomically and durably.
+
+    Raises:
+        StorageError: If the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace a file by a JSON document, atomically; NaN is refused (ValueError)."""
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None when it is missing, cut short or unreadable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def published_folder(final: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; rename it to `final` when the block ends without an error.
+
+    Every file is flushed to the disk first. An older `final` is replaced; after an error nothing of the
+    new one stays.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    with storage_errors(final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            sync_folder(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync_path(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file below a folder, and the folders, to the disk."""
+    for path in sorted(folder.rglob("*")):
+        sync_path(path)
+    sync_path(folder)
+
+
+def sync_path(path: Path) -> None:
+    """Flush one file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

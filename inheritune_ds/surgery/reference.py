@@ -1,0 +1,199 @@
+"""The reference model: where it lies, what it is, and its weights."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inheritune_ds.errors import HubError, InherituneError, RecipeError, SurgeryError
+from inheritune_ds.files import sha256_file
+from inheritune_ds.recipe import Reference, Shape, is_local_path, shape_from_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+FILE_PATTERNS = [*WEIGHT_PATTERNS, "*.json", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A reference on disk.
+
+    Attributes:
+        name: As the recipe calls it.
+        folder: Hugging Face folder with config and weights.
+        commit: Full commit of a hub model; empty for a folder.
+        weights_sha256: sha256 by file name of the weight files.
+    """
+
+    name: str
+    folder: Path
+    commit: str
+    weights_sha256: dict[str, str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run folder records of the reference; the place of the folder does not count."""
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+
+def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> ReferenceModel:
+    """Bring the reference onto this machine.
+
+    Args:
+        reference: From the recipe.
+        recipe_export: Gives the exported folder of a `recipe:NAME` reference.
+
+    Raises:
+        HubError: If the hub cannot be reached or does not have it.
+        RecipeError: If a local folder is missing or holds no model.
+    """
+    commit = ""
+    if reference.recipe_name is not None:
+        folder = recipe_export(reference.recipe_name)
+    elif is_local_path(reference.model) or Path(reference.model).is_dir():
+        folder = Path(reference.model).expanduser()
+    else:
+        folder, commit = _download(reference)
+    weights = {path.name: sha256_file(path) for path in weight_files(folder, reference.model)}
+    return ReferenceModel(reference.model, folder, commit, weights)
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """Read `config.json` of a local model.
+
+    Raises:
+        RecipeError: If there is none, or it is not JSON.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise RecipeError(
+            f"reference.model: {name} is no model folder: {folder / 'config.json'} is missing",
+            allowed="a Hugging Face model folder, a hub id such as openlm-research/open_llama_3b, or recipe:NAME",
+        ) from None
+    except ValueError as error:
+        raise RecipeError(f"reference.model: {folder / 'config.json'} is not JSON: {error}") from None
+    assert isinstance(config, dict)
+    return config
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """List the weight files of a model folder: safetensors if there are any, otherwise pickle.
+
+    Raises:
+        RecipeError: If there is no config or no weight file.
+    """
+    read_config(folder, name)
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not found:
+        raise RecipeError(
+            f"reference.model: {folder} holds no weights",
+            allowed="*.safetensors (or pytorch_model*.bin) beside config.json",
+        )
+    return found
+
+
+def _download(reference: Reference) -> tuple[Path, str]:
+    from huggingface_hub import HfApi, snapshot_download
+
+    name, revision = reference.model, reference.revision
+    try:
+        # One quick question first: without a network it answers at once, a download would retry.
+        commit = HfApi().model_info(name, revision=revision, timeout=5).sha
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=FILE_PATTERNS))
+    except Exception as error:  # noqa: BLE001 - the hub's client raises a dozen unrelated kinds
+        folder = _cached(name, revision, error)
+        commit = folder.name
+    config = read_config(folder, name)
+    if reference.shape is not None:
+        check_shape(reference.shape, config, name)
+    return folder, str(commit)
+
+
+def _cached(name: str, revision: str, cause: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=FILE_PATTERNS))
+    except Exception:  # noqa: BLE001 - whatever the cache lacks, the hub's own answer is the message
+        reason = str(cause).strip().split("\n")[0][:200]
+        raise HubError(
+            f"reference.model: {name} (revision {revision}) cannot be fetched from the Hugging Face hub: "
+            f"{type(cause).__name__}: {reason}",
+            allowed="a reachable hub, a filled cache (HF_HOME), or a local folder",
+            action="connect and start again, or copy the model here and set reference.model=/path/to/folder; "
+            "`make quickstart` runs the whole flow without a network",
+        ) from None
+
+
+def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
+    """Compare a recipe's `reference.shape` with the model's own config.
+
+    Raises:
+        RecipeError: Naming every field that differs.
+    """
+    actual = shape_from_config(config)
+    given = shape.model_dump(exclude_none=True)
+    found = actual.model_dump() if actual else {"model_type": config.get("model_type")}
+    wrong = [f"{key}: recipe {value}, model {found.get(key)}" for key, value in given.items() if found.get(key) != value]
+    if wrong:
+        raise RecipeError(
+            f"reference.shape does not describe {name}: {'; '.join(wrong)}", action="correct or remove reference.shape"
+        )
+
+
+def load_config(folder: Path) -> "PreTrainedConfig":
+    """Load a model's config through transformers, without remote code."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
+    """Load a causal language model.
+
+    Args:
+        folder: Hugging Face folder.
+        dtype: `auto` keeps the checkpoint's own; otherwise a torch dtype's name.
+
+    Raises:
+        SurgeryError: If it is no causal language model or if weights are missing from the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except InherituneError:
+        raise
+    except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken folder
+        raise SurgeryError(f"{folder} cannot be loaded as a causal language model: {error}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise SurgeryError(
+            f"{folder} lacks {len(missing)} weights that its config asks for: {', '.join(missing[:5])}",
+            action="complete the folder; weights are never filled in at random",
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def build_config(shape: Shape) -> "PreTrainedConfig":
+    """Build the Hugging Face config of a model that is trained from scratch."""
+    from transformers import AutoConfig
+
+    values = shape.model_dump(exclude_none=True)
+    model_type = values.pop("model_type")
+    if model_type == "gpt2":
+        for key in ("rms_norm_eps", "rope_theta", "num_key_value_heads"):
+            values.pop(key, None)
+        if "intermediate_size" in values:
+            values["n_inner"] = values.pop("intermediate_size")
+    else:
+        values.pop("scale_attn_by_inverse_layer_idx")
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    # The tokenizer decides the special ids (see `inherit`); GPT-2's default lies outside a small vocabulary.
+    return AutoConfig.for_model(model_type, bos_token_id=None, eos_token_id=None, **values)

@@ -1,0 +1,1 @@
+"""Training: world, DeepSpeed config, optimizer groups, schedule, engine, checkpoints, loop."""

@@ -1,0 +1,149 @@
+"""Ranks and signals: who this process is, however it was launched, and whether it was told to stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from types import FrameType
+
+from inheritune_ds.errors import MachineError
+
+IMPATIENT_S = 5.0
+"""A second Ctrl-C within this time leaves at once."""
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: Number of processes.
+        local_rank: Position on this machine.
+        local_size: Processes on this machine.
+        launcher: `env` (deepspeed, torchrun), `slurm` (srun) or `single` (python alone).
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+
+def detect(environ: Mapping[str, str]) -> World:
+    """Read the launcher's variables: RANK (deepspeed, torchrun) before SLURM's before none.
+
+    Source of the SLURM names: srun(1); SLURM_STEP_NUM_TASKS is the step's, SLURM_NTASKS in a batch
+    shell is the job's, and SLURM_PROCID stands in the batch shell too, so the step's id decides.
+
+    Raises:
+        MachineError: If a launcher's variables are incomplete or not numbers.
+    """
+    if "RANK" in environ:
+        rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+        local = _number(environ, "LOCAL_RANK")
+        return World(rank, size, local, _number(environ, "LOCAL_WORLD_SIZE", size), "env")
+    if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        size = _number(environ, "SLURM_STEP_NUM_TASKS")
+        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", str(size)).partition("(")[0]
+        return World(
+            _number(environ, "SLURM_PROCID"),
+            size,
+            _number(environ, "SLURM_LOCALID"),
+            int(tasks) if tasks.isdecimal() else size,
+            "slurm",
+        )
+    return World(0, 1, 0, 1, "single")
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environ.get(name, default)
+    try:
+        return int(value)  # type: ignore[arg-type]  # None is a user's half-set environment
+    except (TypeError, ValueError):
+        raise MachineError(
+            f"the environment variable {name} is {value!r}",
+            allowed="a whole number",
+            action="start with deepspeed, torchrun, srun or python; unset RANK to run a single process",
+        ) from None
+
+
+def export(world: World, environ: MutableMapping[str, str]) -> None:
+    """Set what `deepspeed.init_distributed` reads, where the launcher has not done it.
+
+    Without these variables DeepSpeed would look for MPI.
+    """
+    environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(world.local_rank),
+        LOCAL_WORLD_SIZE=str(world.local_size),
+    )
+    if world.launcher == "slurm":
+        environ.setdefault("MASTER_ADDR", _first_host(environ))
+        # The job id stays the same over a requeue and differs between jobs that share a node.
+        environ.setdefault("MASTER_PORT", str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000))
+    elif world.launcher == "single":
+        environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        environ.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes or "[" not in nodes:
+        return nodes.partition(",")[0] or "127.0.0.1"
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        raise MachineError(
+            f"the first host of SLURM's node list {nodes!r} cannot be found: scontrol does not answer",
+            action="export MASTER_ADDR in the batch script, before srun",
+        ) from None
+    return listed.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class StopSignal:
+    """SIGINT, SIGTERM and SIGUSR1 as a request to stop.
+
+    Inside the training loop (`deferred`) a signal only sets `requested`; the ranks agree on it at the
+    step boundary, save and leave together. Elsewhere every stage is atomic, so the process may leave
+    at once: the signal raises KeyboardInterrupt. A second SIGINT within 5 s always leaves at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self.deferred = False
+        self._first_interrupt_s = -float("inf")
+
+    def install(self) -> None:
+        """Take over the three signals; only possible in the main thread."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        now_s = time.monotonic()
+        if number == signal.SIGINT:
+            if now_s - self._first_interrupt_s < IMPATIENT_S:
+                os._exit(EXIT_INTERRUPTED)
+            self._first_interrupt_s = now_s
+        self.requested = signal.Signals(number).name
+        if not self.deferred:
+            raise KeyboardInterrupt
