@@ -1,0 +1,1 @@
+"""Analysis: what the finished runs say, as tables and figures."""

@@ -1,0 +1,172 @@
+"""Reading back what a run has left in its folder: metrics, validations, the summary."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from inheritune_ds.errors import RunFolderError
+
+METRICS_FILE = "metrics.jsonl"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Evaluation(BaseModel):
+    """A loss on the fixed validation windows."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    loss: float
+    """Mean over the windows, nats per token."""
+    stderr: float
+    """s / sqrt(n) over the windows, nats per token."""
+    windows: tuple[float, ...]
+    """Mean loss of each window, always in the same order."""
+
+
+class ReferenceEvaluation(Evaluation):
+    """The reference's loss on the same windows."""
+
+    model: str
+    parameters: int
+
+
+class RunSummary(BaseModel):
+    """`run.json`: written once, when a run has finished."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    name: str
+    recipe_fingerprint: str
+    parameters: int
+    blocks: int
+    block_parameters: int
+    steps: int
+    tokens_seen: int
+    unique_tokens: int
+    epochs: float
+    train_seconds: float
+    """Wall-clock seconds of training, all launches together."""
+    world_size: int
+    zero_stage: int
+    precision: str
+    kind: Literal["inherited", "scratch"]
+    export: str
+    """Folder of the exported model, relative to the run folder."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over training."""
+
+    tokens: tuple[int, ...]
+    values: tuple[float, ...]
+    stderr: tuple[float, ...] = ()
+    """One standard error for each value, or nothing."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run."""
+
+    folder: Path
+    summary: RunSummary
+    initial: Evaluation | None
+    """Validation before the first step."""
+    final: Evaluation
+    """Validation after the last step."""
+    reference: ReferenceEvaluation | None
+    train_loss: Curve
+    lr: Curve
+    validation: Curve
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the rows of a run's metrics.jsonl, oldest first.
+
+    An incomplete last line, which a killed writer leaves, is passed over.
+
+    Args:
+        run_dir: A run folder; an empty list when it holds no metrics yet.
+
+    Raises:
+        RunFolderError: When any other line is not a JSON object with a step.
+    """
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = _parse_row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise RunFolderError(
+                f"{path}, line {number} is not a row of metrics: {line[:80]!r}",
+                allowed="a JSON object with a step on each line",
+                action="restore that line, or delete it",
+            )
+    return rows
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def run_result(run_dir: Path) -> RunResult:
+    """Gather what a finished run has left in its folder.
+
+    Raises:
+        RunFolderError: When run.json or the last validation is missing or damaged.
+    """
+    summary = _read(run_dir / "run.json", RunSummary)
+    first, last, reference = (run_dir / "eval" / name for name in _evaluation_files(summary.steps))
+    rows = read_metrics(run_dir)
+    return RunResult(
+        folder=run_dir,
+        summary=summary,
+        initial=_read(first, Evaluation) if first.exists() else None,
+        final=_read(last, Evaluation),
+        reference=_read(reference, ReferenceEvaluation) if reference.exists() else None,
+        train_loss=_curve(rows, "train/loss"),
+        lr=_curve(rows, "train/lr"),
+        validation=_curve(rows, "val/loss", "val/stderr"),
+    )
+
+
+def _evaluation_files(steps: int) -> tuple[str, str, str]:
+    return "validation-step-00000000.json", f"validation-step-{steps:08d}.json", "reference.json"
+
+
+def _curve(rows: list[dict[str, Any]], name: str, stderr: str | None = None) -> Curve:
+    rows = [row for row in rows if name in row]
+    return Curve(
+        tokens=tuple(row["train/tokens"] for row in rows),
+        values=tuple(row[name] for row in rows),
+        stderr=tuple(row[stderr] for row in rows) if stderr else (),
+    )
+
+
+def _read(path: Path, model: type[Model]) -> Model:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be read: {(error.strerror or 'unreadable').lower()}",
+            allowed="the folder of a finished run",
+            action="give the run's own command again; it goes on where it stopped",
+        ) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunFolderError(
+            f"{path} is damaged: {f'{where}: ' if where else ''}{first['msg']}",
+            action="delete that file and give the run's own command again",
+        ) from None
