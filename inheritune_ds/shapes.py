@@ -1,0 +1,118 @@
+"""The shape of the model that a recipe trains, found without a network and without torch."""
+
+import json
+from pathlib import Path
+
+from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
+from inheritune_ds.recipe import Recipe, Reference, Shape, TrainedTokenizer, is_local_path, shape_from_config
+from inheritune_ds.recipe_file import load_recipe
+
+_UINT16_VALUES = 2**16
+
+
+def target_shape(recipe: Recipe) -> tuple[Shape, int] | None:
+    """Shape of the target, and its number of blocks; None when only the hub can tell.
+
+    The shape's own `num_hidden_layers` is the target's. A reference `recipe:NAME` is followed to that
+    recipe's target, a local folder is read, and a hub id needs `reference.shape`.
+
+    Raises:
+        SurgeryError: When more blocks are selected than the reference has.
+        RecipeError: When the windows are longer than the model's positions, or recipes refer in a circle.
+        CorpusError: When the tokenizer has more entries than the model or than the token type holds.
+    """
+    _check_token_type(recipe)
+    shape = _target_shape(recipe, (recipe.name,))
+    if shape is None:
+        return None
+    _check_fit(recipe, shape)
+    return shape, shape.num_hidden_layers
+
+
+def reference_shape(recipe: Recipe) -> Shape | None:
+    """Shape of the reference; None without a reference, or when only the hub can tell."""
+    return _reference_shape(recipe.reference, (recipe.name,)) if recipe.reference else None
+
+
+def _target_shape(recipe: Recipe, chain: tuple[str, ...]) -> Shape | None:
+    if recipe.reference is None:
+        return recipe.target.shape
+    shape = _reference_shape(recipe.reference, chain)
+    selected = recipe.target.num_selected
+    if shape is None or selected is None:
+        return None
+    if selected > shape.num_hidden_layers:
+        raise SurgeryError(
+            f"recipe {recipe.name}: target.select {recipe.target.select} keeps {selected} blocks, "
+            f"but {recipe.reference.model} has {shape.num_hidden_layers}",
+            allowed=f"first:1 to first:{shape.num_hidden_layers}",
+            action="select fewer blocks, or name a deeper reference",
+        )
+    return shape.model_copy(update={"num_hidden_layers": selected})
+
+
+def _reference_shape(reference: Reference, chain: tuple[str, ...]) -> Shape | None:
+    if reference.recipe_name is not None:
+        if reference.recipe_name in chain:
+            raise RecipeError(
+                f"recipes refer to each other in a circle: {' -> '.join((*chain, reference.recipe_name))}",
+                action="give one of them a reference that is a model, or a target.shape",
+            )
+        return _target_shape(load_recipe(reference.recipe_name), (*chain, reference.recipe_name))
+    config = Path(reference.model).expanduser() / "config.json"
+    if config.is_file() or is_local_path(reference.model):
+        return _read_config(config)
+    return reference.shape
+
+
+def _read_config(path: Path) -> Shape | None:
+    """Read a local model's config.json; None for a family that `Shape` does not describe."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = (error.strerror or "unreadable").lower() if isinstance(error, OSError) else "it is not JSON"
+        raise RecipeError(
+            f"reference.model: {path} cannot be read: {reason}",
+            allowed="a folder with a Hugging Face config.json, a hub id, or recipe:NAME",
+            action="check the path",
+        ) from None
+    try:
+        return shape_from_config(config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"reference.model: {path} does not describe a model: {_first_line(error)}",
+            allowed="a complete config.json as save_pretrained writes it",
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return f"key {error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+
+
+def _check_fit(recipe: Recipe, shape: Shape) -> None:
+    if recipe.training.seq_len > shape.max_position_embeddings:
+        raise RecipeError(
+            f"recipe {recipe.name}: training.seq_len {recipe.training.seq_len} is more than the model's "
+            f"{shape.max_position_embeddings} positions",
+            allowed=f"at most {shape.max_position_embeddings}",
+            action=f"set training.seq_len={shape.max_position_embeddings}",
+        )
+    tokenizer = recipe.corpus.tokenizer
+    if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > shape.vocab_size:
+        raise CorpusError(
+            f"recipe {recipe.name}: corpus.tokenizer.vocab_size {tokenizer.vocab_size} is more than the "
+            f"{shape.vocab_size} entries of the model's vocabulary",
+            allowed=f"at most {shape.vocab_size}",
+            action="train a smaller tokenizer, or leave corpus.tokenizer out to use the reference's",
+        )
+
+
+def _check_token_type(recipe: Recipe) -> None:
+    tokenizer, number_type = recipe.corpus.tokenizer, recipe.corpus.token_dtype
+    if number_type == "uint16" and isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > _UINT16_VALUES:
+        raise CorpusError(
+            f"recipe {recipe.name}: corpus.token_dtype uint16 holds {_UINT16_VALUES} values, but "
+            f"corpus.tokenizer.vocab_size is {tokenizer.vocab_size}",
+            allowed="uint32 or auto",
+            action="leave corpus.token_dtype out",
+        )
