@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # --no-build-isolation: DeepSpeed's setup.py looks at the torch it will run with, and the pinned setuptools
 # builds every package. DS_BUILD_OPS=0: its C++ ops are compiled when first used, not at installation.
-INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
+INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 
 # torch's extension builder looks for ninja on the PATH
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -1,0 +1,242 @@
+"""Write the tables of the docs that repeat what the code says: recipe keys, DeepSpeed keys, exit codes, metrics.
+
+Each table stands between `<!-- generated: NAME -->` and `<!-- end -->`; the text around it is written by
+hand. `python docs/generate.py` writes them, `--check` ends with 1 and a diff when one is not current.
+"""
+# ruff: noqa: INP001  # a script beside the docs, not a package
+
+import argparse
+import ast
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from inheritune_ds import errors, recipe
+from inheritune_ds.training import ds_keys
+
+DOCS = Path(__file__).parent
+SECTION = re.compile(r"(<!-- generated: (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FORMS = {
+    recipe.SELECTION_PATTERN.pattern: "`first:n`",
+    recipe.DURATION_PATTERN.pattern: "`N steps`, `N tokens` or `N epochs`; N may end in K, M or B",
+    "[A-Za-z0-9][A-Za-z0-9._-]*": "text of letters, digits, `.`, `_`, `-`",
+}
+
+MEANINGS = {
+    "Recipe.name": "Name of the run folder; for a shipped recipe, also what `--recipe` takes.",
+    "Recipe.description": "One line, shown by `inheritune-ds recipes`.",
+    "Recipe.seed": "Decides fresh weights, the order of the windows and dropout.",
+    "Corpus.sources": "Read in this order.",
+    "Optimizer.lr": "The largest learning rate of the schedule.",
+    "Optimizer.betas": "Decay of the averages of gradient and squared gradient, per step.",
+    "Optimizer.eps": "Added to the denominator of AdamW's update.",
+    "Optimizer.weight_decay": "Per step, times the learning rate.",
+    "Schedule.kind": "Cosine or no decay, or warmup-stable-decay, after the warmup.",
+    "Schedule.warmup_steps": "Steps of linear rise at the start.",
+    "Validation.interval_steps": "Steps from one validation to the next; step 0 and the last one always have one.",
+    "Checkpointing.interval_steps": "Steps from one checkpoint to the next; the last step always has one.",
+    "Logging.interval_steps": "Steps from one line in `metrics.jsonl` to the next.",
+    "Logging.wandb_project": "W&B project; offline unless W&B is configured.",
+    "Export.dtype": "Type of the exported weights.",
+    "PublishedClaim.text": "The claim, quoted.",
+    "PublishedClaim.hours": "Hours of training it states.",
+    "PublishedClaim.gpu": "The GPU it names.",
+    "PublishedClaim.gpus": "How many of them.",
+    "PublishedClaim.source": "Where it stands.",
+    "Shape.model_type": "Family.",
+    "Shape.vocab_size": "Rows of the token embedding.",
+    "Shape.hidden_size": "Width.",
+    "Shape.num_hidden_layers": "Blocks.",
+    "Shape.num_attention_heads": "Heads of a block.",
+    "Shape.max_position_embeddings": "Longest sequence, in tokens.",
+    "Shape.tie_word_embeddings": "Whether the head is the token embedding (always so for gpt2).",
+    "HubSource.dataset": "Id of the dataset on the hub.",
+    "HubSource.split": "Name of the split that the files are read as.",
+    "HubSource.text_field": "Field of a record that holds the document.",
+    "EmbeddedSource.kind": "This source.",
+    "FilesSource.kind": "This source.",
+    "HubSource.kind": "This source.",
+}
+"""Meaning of keys whose model leaves them without a docstring."""
+
+
+def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """Docstrings below the fields of a model, by field name, each on one line."""
+    (tree,) = ast.parse(inspect.getsource(model)).body
+    assert isinstance(tree, ast.ClassDef)
+    found: dict[str, str] = {}
+    for node, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            assert isinstance(node.target, ast.Name)
+            found[node.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Models that a field's type names, in order."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from models_in(part)
+
+
+def describe_type(annotation: Any, metadata: list[Any]) -> str:
+    """A type and its bounds in words."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return describe_type(parts[0], [*parts[1:], *metadata])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(describe_type(part, metadata) for part in parts if part is not NoneType)
+    if origin in (list, tuple):
+        count = f"{len(parts)} x " if origin is tuple else ""
+        return f"list of {count}{describe_type(parts[0], [])}"
+    if issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    name = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}[annotation]
+    forms = [form for item in metadata if (form := _pattern(item))]
+    return forms[0] if forms else " ".join([name, " and ".join(_bounds(metadata))]).strip()
+
+
+def _pattern(item: Any) -> str | None:
+    pattern = getattr(item, "pattern", None)
+    return next((form for known, form in FORMS.items() if pattern and known in pattern), None)
+
+
+def _bounds(metadata: list[Any]) -> Iterator[str]:
+    for item in metadata:
+        for inner in getattr(item, "metadata", None) or [item]:
+            for kind, sign in ((Gt, ">"), (Ge, ">="), (Lt, "<"), (Le, "<=")):
+                if isinstance(inner, kind):
+                    yield f"{sign} {getattr(inner, kind.__name__.lower())}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "**required**"
+    if field.default is None:
+        return "left out"
+    if isinstance(field.default, BaseModel):
+        return "its defaults"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def recipe_keys() -> str:
+    """A section a model: what it is, and a table of its keys."""
+    paths: dict[type[BaseModel], list[str]] = {recipe.Recipe: [""]}
+    queue: list[type[BaseModel]] = [recipe.Recipe]
+    sections = []
+    for model in queue:  # grows while it is walked
+        for name, field in model.model_fields.items():
+            for part in models_in(field.annotation):
+                if part not in paths:
+                    queue.append(part)
+                paths.setdefault(part, []).append(f"{paths[model][0]}{name}.")
+    for model in queue:
+        where = ", ".join(f"`{path}*`" for path in paths[model]) if model is not recipe.Recipe else "top level"
+        meanings = field_docstrings(model)
+        sections += [f"### {model.__name__}", "", f"{where}: {inspect.cleandoc(model.__doc__ or '')}", ""]
+        sections += ["| key | value | default | meaning |", "|---|---|---|---|"]
+        for name, field in model.model_fields.items():
+            kind = describe_type(field.annotation, field.metadata)
+            parts = [_first_line(part) for part in models_in(field.annotation)]
+            meaning = meanings.get(name) or MEANINGS.get(f"{model.__name__}.{name}") or " ".join(parts)
+            sections.append(f"| `{name}` | {kind} | {_default(field)} | {meaning} |")
+        sections.append("")
+    return "\n".join(sections)
+
+
+def _first_line(described: type) -> str:
+    return inspect.cleandoc(described.__doc__ or "").split("\n")[0]
+
+
+def exit_codes() -> str:
+    """A row an exit code."""
+    rows = ["| code | error | meaning |", "|---|---|---|"]
+    rows.append("| 0 | | success, or an agreed early stop: `status.json` in the run folder says which |")
+    rows.append("| 1 | | a defect of this program (traceback): please report it |")
+    rows.append("| 2 | | the command line is mistyped |")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    errors_by_code = sorted((kind for kind in kinds if issubclass(kind, errors.InherituneError)), key=_exit_code)
+    rows += [f"| {_exit_code(kind)} | `{kind.__name__}` | {_first_line(kind)} |" for kind in errors_by_code[1:]]
+    rows.append("| 130 | | Ctrl-C was pressed a second time |")
+    return "\n".join(rows) + "\n"
+
+
+def _exit_code(kind: type[errors.InherituneError]) -> int:
+    return kind.exit_code
+
+
+def ds_owned() -> str:
+    """DeepSpeed keys whose value comes from the recipe."""
+    rows = ["| DeepSpeed key | comes from |", "|---|---|"]
+    rows += [f"| `{key}` | `{owner}` in the recipe |" for key, (owner, _) in ds_keys.RECIPE_OWNED.items()]
+    rows += [f"| `{key}` | derived: {formula} |" for key, formula in ds_keys.DERIVED.items()]
+    return "\n".join(rows) + "\n"
+
+
+def ds_passed_on() -> str:
+    """DeepSpeed keys that reach DeepSpeed as they are written."""
+    keys = ", ".join(f"`{key}`" for key in sorted(ds_keys.PASSED_ON))
+    zero = ", ".join(f"`{key}`" for key in ds_keys.ZERO_KEYS)
+    return f"Top level: {keys}.\n\nInside `zero_optimization`: {zero}.\n"
+
+
+def ds_refused() -> str:
+    """DeepSpeed keys that are refused, with the reason."""
+    rows = ["| key | why |", "|---|---|"]
+    rows += [f"| `{key}` | {reason} |" for key, reason in sorted(ds_keys.REFUSED.items())]
+    return "\n".join(rows) + "\n"
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "recipe_keys": recipe_keys,
+    "exit_codes": exit_codes,
+    "ds_owned": ds_owned,
+    "ds_passed_on": ds_passed_on,
+    "ds_refused": ds_refused,
+}
+
+
+def render(text: str) -> str:
+    """Return a document with its generated sections made anew."""
+    return SECTION.sub(lambda match: f"{match[1]}\n{SECTIONS[match['name']]().strip()}\n\n{match[3]}", text)
+
+
+def main() -> int:
+    """Write or check every document; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 when a table is not current")
+    check = parser.parse_args().check
+    stale = 0
+    for path in sorted(DOCS.rglob("*.md")):
+        old = path.read_text(encoding="utf-8")
+        new = render(old)
+        if old == new:
+            continue
+        if check:
+            stale = 1
+            sys.stdout.writelines(
+                difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"{path}", "current")
+            )
+        else:
+            path.write_text(new, encoding="utf-8")
+    if stale:
+        print("do: make format (or python docs/generate.py)")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())
