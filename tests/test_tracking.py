@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,16 @@ def test_progress_prints_nothing_without_an_update() -> None:
     assert out.getvalue() == "checkpoint saved\n"
 
 
+def read_all(reader: int) -> str:
+    """Read a pseudo-terminal whose other end is closed; Linux ends it with an error instead of b""."""
+    chunks = []
+    with suppress(OSError):
+        while chunk := os.read(reader, 65536):
+            chunks.append(chunk)
+    os.close(reader)
+    return b"".join(chunks).decode()
+
+
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
@@ -355,8 +366,7 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
         progress.say("checkpoint [saved]")
         progress.update(200, 4.0, 9876.0)
         progress.close()
-        text = os.read(reader, 65536).decode()
-    os.close(reader)
+    text = read_all(reader)
     assert "checkpoint [saved]" in text
     last = text[text.rindex("quickstart") :]
     assert "200/200" in last
