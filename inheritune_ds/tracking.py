@@ -16,7 +16,8 @@ from time import monotonic
 from typing import IO, Any, Literal, NamedTuple
 
 from inheritune_ds.analysis.results import METRICS_FILE, read_metrics
-from inheritune_ds.errors import StorageError, TrainingError
+from inheritune_ds.errors import TrainingError
+from inheritune_ds.files import storage_errors, write_text
 from inheritune_ds.recipe import Recipe
 
 TOKENS = "train/tokens"
@@ -65,11 +66,11 @@ class Tracker:
 
     def __init__(self, run_dir: Path, recipe: Recipe, *, resume_step: int | None) -> None:
         self._path = run_dir / METRICS_FILE
-        try:
-            _keep_rows(run_dir, resume_step)
+        rows = read_metrics(run_dir) if resume_step is not None else []
+        kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        with storage_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise self._unwritable(error) from None
         self._wandb = _start_wandb(run_dir, recipe)
 
     def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
@@ -97,14 +98,15 @@ class Tracker:
                     action="lower optimizer.lr, or look at the data of that step",
                 )
             row[name] = value if isinstance(value, int) else float(value)
-        try:
-            # One write and a flush: a killed process leaves at most one incomplete line.
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        except OSError as error:
-            with suppress(OSError):
-                self._file.close()
-            raise self._unwritable(error) from None
+        with storage_errors(self._path):
+            try:
+                # One write and a flush: a killed process leaves at most one incomplete line.
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            except OSError:
+                with suppress(OSError):
+                    self._file.close()
+                raise
         self._send(row)
 
     def close(self) -> None:
@@ -126,24 +128,6 @@ class Tracker:
         except Exception as error:  # noqa: BLE001 (W&B never stops a run)
             self._wandb = None
             _say_lost("stopped", error)
-
-    def _unwritable(self, error: OSError) -> StorageError:
-        return StorageError(
-            f"{self._path} cannot be written: {(error.strerror or 'unknown reason').lower()}",
-            action="free space or give the folder write permission, then the same command again",
-        )
-
-
-def _keep_rows(run_dir: Path, resume_step: int | None) -> None:
-    """Rewrite metrics.jsonl with the rows up to resume_step; the old file stays until the new one is safe."""
-    rows = read_metrics(run_dir) if resume_step is not None else []
-    kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
-    temporary = run_dir / f"{METRICS_FILE}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run_dir / METRICS_FILE)
 
 
 def _start_wandb(run_dir: Path, recipe: Recipe) -> Any | None:
@@ -202,9 +186,7 @@ def _wandb_id(run_dir: Path) -> str:
     if path.exists():
         return path.read_text(encoding="utf-8").strip()
     identity = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(f"{identity}\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, f"{identity}\n")
     return identity
 
 

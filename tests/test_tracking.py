@@ -156,7 +156,9 @@ def test_tracker_keeps_the_old_file_when_the_rewrite_fails(tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(StorageError, match=r"metrics.jsonl cannot be written: no space left on device\n.*free space"):
+    with pytest.raises(
+        StorageError, match=r"metrics.jsonl cannot be written: No space left on device\n.*free some space"
+    ):
         Tracker(tmp_path, RECIPE, resume_step=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -165,7 +167,7 @@ def test_tracker_says_when_a_row_cannot_be_written(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, RECIPE, resume_step=None)
     tracker._file.close()
     tracker._file = Path("/dev/full").open("a")  # noqa: SIM115 (closed by the write that fails)
-    with pytest.raises(StorageError, match=r"metrics.jsonl cannot be written: no space left on device"):
+    with pytest.raises(StorageError, match=r"metrics.jsonl cannot be written: No space left on device"):
         tracker.log(1, 10, {"train/loss": 2.0})
 
 
