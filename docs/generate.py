@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from inheritune_ds import errors, recipe
+from inheritune_ds import errors, recipe, tracking
 from inheritune_ds.training import ds_keys
 
 DOCS = Path(__file__).parent
@@ -201,12 +201,20 @@ def ds_refused() -> str:
     return "\n".join(rows) + "\n"
 
 
+def metrics() -> str:
+    """A row a metric."""
+    rows = ["| name | unit | meaning |", "|---|---|---|"]
+    rows += [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in tracking.METRICS.items()]
+    return "\n".join(rows) + "\n"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "recipe_keys": recipe_keys,
     "exit_codes": exit_codes,
     "ds_owned": ds_owned,
     "ds_passed_on": ds_passed_on,
     "ds_refused": ds_refused,
+    "metrics": metrics,
 }
 
 
