@@ -1,0 +1,61 @@
+"""The command line `inheritune-ds VERB ...`; one module a verb, each imported only when it is called."""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+VERBS = {
+    "train": "train a recipe: prepare, inherit, train, export, report (also: train.py)",
+    "plan": "print the resolved recipe and DeepSpeed config and the whole budget",
+    "study": "train a reference, its target and a baseline, and compare them",
+    "recipes": "list the shipped recipes",
+}
+SIBLING_GRACE_S = 3.0
+"""Other ranks speak only if rank 0 has not ended the run within this time with the same error."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; return the exit code (docs/exit_codes.md)."""
+    parser = argparse.ArgumentParser(
+        prog="inheritune-ds",
+        description="Turn a large pretrained causal LM into a smaller one and continue pre-training (Inheritune).",
+        epilog="`inheritune-ds VERB --help` tells more about one.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    wanted = next((word for word in given if not word.startswith("-")), None)
+    for verb, summary in VERBS.items():
+        subparser = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
+        if verb == wanted:
+            importlib.import_module(f"inheritune_ds.cli.{verb}").add_arguments(subparser)
+    args, rest = parser.parse_known_args(given)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)} (an override is key.path=value)")
+    return _run(args, rest)
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> int:
+    from inheritune_ds.errors import InherituneError
+
+    module = importlib.import_module(f"inheritune_ds.cli.{args.verb}")
+    try:
+        return int(module.run(args, overrides))
+    except InherituneError as error:
+        _complain(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted; finished stages are kept, the same command goes on")
+        return 130
+
+
+def _complain(message: str) -> None:
+    """Print a message once, however many ranks meet the same error."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank != "0":
+        time.sleep(SIBLING_GRACE_S)
+        message = f"rank {rank}: {message}"
+    print(f"inheritune-ds: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,94 @@
+"""Options that several verbs share, and what they mean."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inheritune_ds.recipe import Recipe
+    from inheritune_ds.training.ds_config import Machine, Resolved
+
+
+def add_experiment(parser: argparse.ArgumentParser) -> None:
+    """Recipe, DeepSpeed config, overrides, GPU and folders."""
+    parser.add_argument("--recipe", help="a shipped name or a YAML file (default: openllama-3b-13l)")
+    parser.add_argument(
+        "--deepspeed",
+        nargs="?",
+        const="",
+        metavar="JSON",
+        help="DeepSpeed config, as --deepspeed_config; without a value it is accepted and means nothing",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        metavar="JSON",
+        help="how this machine runs the recipe, such as ds_configs/a6000.json (default: everything auto)",
+    )
+    parser.add_argument("--gpu", help="plan for this GPU (a6000, a100-80, h100, ...) instead of the one here")
+    add_folders(parser)
+    parser.epilog = "Any other argument key.path=value overrides the recipe, e.g. 'training.duration=200 steps'."
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """Where runs and token files go."""
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="run folders stand here (default: runs)")
+    parser.add_argument("--cache-dir", type=Path, default=Path("cache"), help="token files (default: cache)")
+
+
+def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Recipe, dict[str, Any], str]":
+    """Load recipe and DeepSpeed JSON; problems of both come in one error.
+
+    Returns:
+        The recipe, the JSON document, and how to call that in messages.
+    """
+    from inheritune_ds.errors import InherituneError, RecipeError
+    from inheritune_ds.recipe_file import DEFAULT_RECIPE, load_recipe
+    from inheritune_ds.training import ds_config
+
+    overrides = list(overrides)
+    swallowed = args.deepspeed if args.deepspeed and "=" in args.deepspeed else None
+    if swallowed:  # `--deepspeed key=value`: the switch takes no value here, the next word is an override
+        overrides.append(swallowed)
+    named = args.deepspeed_config or (None if swallowed else args.deepspeed) or None
+    path = Path(named) if named else None
+    problems: list[InherituneError] = []
+    document: dict[str, Any] = {}
+    try:
+        document = ds_config.read(path)
+    except InherituneError as error:
+        problems.append(error)
+    try:
+        recipe = load_recipe(args.recipe or DEFAULT_RECIPE, overrides)
+    except InherituneError as error:
+        raise RecipeError.of([error, *problems]) from None
+    if problems:
+        raise RecipeError.of(problems)
+    return recipe, document, str(path) if path else "DeepSpeed config"
+
+
+def machine_for(gpu_name: str | None, local_size: int) -> "Machine":
+    """What one rank has: the named GPU, the GPU here, or its share of this machine's memory."""
+    from inheritune_ds.gpus import gpu
+    from inheritune_ds.machine import cpu_has_bf16, detect_gpus, host_memory_gib
+    from inheritune_ds.training.ds_config import Machine
+
+    if gpu_name is not None:
+        return Machine("cuda", gpu(gpu_name).memory_gib, bf16=True)  # every GPU of the table has bf16
+    found = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else detect_gpus()
+    if found:
+        return Machine("cuda", min(device.memory_gib for device in found), all(device.bf16 for device in found))
+    return Machine("cpu", host_memory_gib() / local_size, cpu_has_bf16())
+
+
+def resolve_for(  # noqa: PLR0913 - one argument for each thing that decides
+    recipe: "Recipe", document: dict[str, Any], origin: str, *, world_size: int, machine: "Machine"
+) -> "Resolved":
+    """Fill in a DeepSpeed config for a recipe."""
+    from inheritune_ds.shapes import target_shape
+    from inheritune_ds.training.ds_config import resolve
+
+    return resolve(
+        document, recipe, origin=origin, shape=target_shape(recipe), world_size=world_size, machine=machine
+    )

@@ -1,0 +1,32 @@
+"""`inheritune-ds study`."""
+
+import argparse
+from pathlib import Path
+
+from inheritune_ds.cli.options import add_folders
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("study", help="a shipped study (quickstart) or a YAML file")
+    parser.add_argument(
+        "--deepspeed_config", "--deepspeed-config", type=Path, default=Path("ds_configs/cpu.json"), metavar="JSON"
+    )
+    parser.add_argument("--num_gpus", "--num-gpus", type=int, default=1, help="ranks of every run (default: 1)")
+    add_folders(parser)
+    parser.epilog = "Any other argument key.path=value overrides every recipe of the study."
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Run the study; its own module tells what it prints."""
+    from inheritune_ds.study import run_study
+
+    run_study(
+        args.study,
+        deepspeed_config=args.deepspeed_config,
+        num_ranks=args.num_gpus,
+        runs_dir=args.runs_dir,
+        cache_dir=args.cache_dir,
+        overrides=overrides,
+    )
+    return 0

@@ -1,0 +1,47 @@
+"""`inheritune-ds train`, and train.py."""
+
+import argparse
+import os
+
+from inheritune_ds.cli.options import add_experiment, machine_for, read_experiment, resolve_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_experiment(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved pair and the budget, train nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; LOCAL_RANK decides")
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Check everything, print the budget, then train."""
+    from inheritune_ds.plan import budget_text, plan
+    from inheritune_ds.training.world import detect
+
+    world = detect(os.environ)
+    recipe, document, origin = read_experiment(args, overrides)
+    machine = machine_for(args.gpu, world.local_size)
+    resolved = resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
+    told = {"notes": resolved.notes, "world_size": world.size, "gpu": args.gpu, "cache_dir": args.cache_dir}
+    if args.dry_run:
+        if world.is_main:
+            print(plan(recipe, resolved.config, **told))
+        return 0
+    if world.is_main:
+        print(budget_text(recipe, resolved.config, **told), flush=True)
+    from inheritune_ds.training.world import StopSignal, export
+
+    stop = StopSignal()
+    stop.install()
+    export(world, os.environ)
+    from inheritune_ds.training.engine import leave_process_group, set_environment
+
+    set_environment()
+    from inheritune_ds.run import Launch, execute
+
+    launch = Launch(document, origin, machine, world, stop, args.runs_dir, args.cache_dir)
+    try:
+        execute(recipe, launch)
+    finally:
+        leave_process_group()
+    return 0

@@ -1,0 +1,214 @@
+"""Everything before the first step: tokens, reference, target. Rank 0 builds, the others wait for the files.
+
+The waiting ranks look for published files instead of meeting in a collective: preparing can take hours,
+and a process group gives up after ten minutes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inheritune_ds.data.stream import TokenWindows
+from inheritune_ds.data.tokenize import TokenSet, find, load_tokenizer, prepare
+from inheritune_ds.files import read_json, write_json
+from inheritune_ds.recipe import Recipe, TrainedTokenizer
+from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.run_folder import RunFolder
+from inheritune_ds.surgery.inherit import TargetModel, build_target, find_target
+from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, load_model, locate
+from inheritune_ds.training.validation import ValidationResult, Validator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+POLL_S = 0.2
+PREPARED = "prepared.json"
+REFERENCE_RESULT = "reference.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training starts from."""
+
+    tokens: TokenSet
+    target: TargetModel
+
+
+def prepare_run(
+    recipe: Recipe, folder: RunFolder, *, cache_dir: Path, export_of: Callable[[str], Path], say: Callable[[str], None]
+) -> Prepared:
+    """Find or build every stage before training; only rank 0 calls it.
+
+    Args:
+        recipe: The experiment.
+        folder: Its run folder, claimed.
+        cache_dir: Where token files are shared between runs.
+        export_of: Gives the exported folder of a `recipe:NAME` reference (trained by then).
+        say: Prints one line.
+    """
+    reference = None
+    if recipe.reference is not None and recipe.target.inherit != "none":
+        say(f"reference: {recipe.reference.model}")
+        reference = locate(recipe.reference, export_of)
+    tokens = _tokens(recipe, reference, cache_dir)
+    counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} validation tokens"
+    say(f"tokens: {counts} in {tokens.folder}")
+    identity: dict[str, Any] = {
+        "reference": reference.identity if reference else None,
+        "target": recipe.target.model_dump(mode="json"),
+        "tokens": tokens.fingerprint,
+        "seed": recipe.seed,
+    }
+    target = find_target(folder.target, identity)
+    if target is None:
+        target = build_target(
+            recipe.target,
+            reference=reference,
+            reference_config=_reference_config(recipe, reference),
+            tokenizer=load_tokenizer(str(tokens.tokenizer_dir), "main"),
+            seed=recipe.seed,
+            folder=folder.target,
+            identity=identity,
+        )
+    write_json(folder.path / "inheritance.json", target.report)
+    kept = sum(tensor["inherited"] for tensor in target.report["tensors"])
+    say(
+        f"target: {target.report['blocks']} blocks, {target.report['parameters']:,} parameters, "
+        f"{kept} of {len(target.report['tensors'])} tensors inherited"
+    )
+    if reference is not None:
+        _score_reference(reference, recipe, tokens, folder, say)
+    write_json(
+        folder.path / PREPARED,
+        {"recipe_fingerprint": recipe.fingerprint, "tokens": str(tokens.folder.resolve())},
+    )
+    return Prepared(tokens, target)
+
+
+def await_prepared(recipe: Recipe, folder: RunFolder) -> Prepared:
+    """Wait until rank 0 has published every stage; for all other ranks.
+
+    The launcher ends this rank if rank 0 fails.
+    """
+    while True:
+        note = read_json(folder.path / PREPARED)
+        if note is not None and note["recipe_fingerprint"] == recipe.fingerprint:
+            tokens = TokenSet.open(Path(note["tokens"]))
+            report = read_json(folder.path / "inheritance.json")
+            if tokens is not None and report is not None and (folder.target / "manifest.json").exists():
+                return Prepared(tokens, TargetModel(folder.target, report))
+        time.sleep(POLL_S)
+
+
+def _tokens(recipe: Recipe, reference: ReferenceModel | None, cache_dir: Path) -> TokenSet:
+    tokenizer, revision = _tokenizer_of(recipe, reference)
+    found = find(recipe.corpus, tokenizer, cache_dir, revision=revision)
+    return found or prepare(recipe.corpus, tokenizer, cache_dir, revision=revision)
+
+
+def _tokenizer_of(recipe: Recipe, reference: ReferenceModel | None) -> tuple[str | TrainedTokenizer, str]:
+    """Name and revision of the tokenizer: the corpus's own, else the reference's."""
+    if recipe.corpus.tokenizer is not None:
+        return recipe.corpus.tokenizer, "main"
+    if reference is not None:
+        return str(reference.folder), "main"
+    assert recipe.reference is not None  # the recipe's own check
+    if recipe.reference.recipe_name is not None:
+        return _tokenizer_of(load_recipe(recipe.reference.recipe_name), None)
+    return recipe.reference.model, recipe.reference.revision
+
+
+def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreTrainedConfig | None":
+    """Config that the target's is cut from; None from scratch."""
+    if reference is not None:
+        return load_config(reference.folder)
+    if recipe.reference is None:
+        return None
+    # inherit: none needs the architecture only, so a reference that is a recipe is not trained for it.
+    if recipe.reference.recipe_name is not None:
+        inner = load_recipe(recipe.reference.recipe_name)
+        if inner.target.shape is not None:
+            return build_config(inner.target.shape)
+        outer = _reference_config(inner, None)
+        assert outer is not None and inner.target.num_selected is not None  # noqa: PT018 - the recipe's own check
+        outer.num_hidden_layers = inner.target.num_selected
+        return outer
+    located = locate(recipe.reference, _no_recipe)
+    return load_config(located.folder)
+
+
+def _no_recipe(name: str) -> Path:
+    raise AssertionError(f"recipe:{name} is handled by its own branch")
+
+
+class ReferenceScorer:
+    """The bare reference in fp32 on rank 0's device, for its loss on the target's validation windows.
+
+    Args:
+        model: The reference.
+        say: Prints one line.
+    """
+
+    def __init__(self, model: "PreTrainedModel", say: Callable[[str], None]) -> None:
+        import torch
+
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = model.to(self._device).eval()
+        self._say = say
+
+    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
+        """Mean loss of every window, in nats a token."""
+        import torch
+        from torch.nn import functional
+
+        losses = []
+        told_s = start_s = time.monotonic()
+        for number, batch in enumerate(batches, 1):
+            tokens_BT1 = torch.from_numpy(batch).to(self._device)  # noqa: N806 - shape suffix
+            with torch.no_grad():
+                logits_BTV = self._model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits  # noqa: N806
+                flat = functional.cross_entropy(
+                    logits_BTV.float().flatten(0, 1), tokens_BT1[:, 1:].flatten(), reduction="none"
+                )
+            losses.append(flat.view(len(batch), -1).double().mean(dim=1).cpu().numpy())
+            now_s = time.monotonic()
+            if now_s - told_s > 10.0:
+                told_s = now_s
+                left_s = (now_s - start_s) / number * (len(batches) - number)
+                self._say(f"reference validation: {number} of {len(batches)} batches, {left_s:.0f} s left")
+        return losses
+
+
+def validator_for(recipe: Recipe, tokens: TokenSet, *, batch_size: int, rank: int = 0, size: int = 1) -> Validator:
+    """The recipe's fixed validation windows."""
+    windows = TokenWindows(
+        tokens.validation_path, tokens.token_dtype, recipe.training.seq_len, tokens.validation_tokens
+    )
+    return Validator(windows, max_tokens=recipe.validation.max_tokens, batch_size=batch_size, rank=rank, size=size)
+
+
+def _score_reference(
+    reference: ReferenceModel, recipe: Recipe, tokens: TokenSet, folder: RunFolder, say: Callable[[str], None]
+) -> None:
+    """Write eval/reference.json: the reference's loss on the windows that the target is measured on."""
+    path = folder.eval / REFERENCE_RESULT
+    identity = {
+        "weights": reference.weights_sha256,
+        "tokens": tokens.fingerprint,
+        "seq_len": recipe.training.seq_len,
+        "max_tokens": recipe.validation.max_tokens,
+    }
+    written = read_json(path)
+    if written is not None and written["identity"] == identity:
+        return
+    model = load_model(reference.folder, dtype="float32")
+    result: ValidationResult = validator_for(recipe, tokens, batch_size=8).validate(ReferenceScorer(model, say))
+    result.write(path, identity=identity, model=reference.name, parameters=model.num_parameters())
+    say(f"reference: val loss {result.loss:.4f} +- {result.stderr:.4f}")
+
+

@@ -1,0 +1,342 @@
+"""The flow of one run: claim the folder, prepare, train, export, report. The same command again goes on."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inheritune_ds import __version__
+from inheritune_ds.analysis.report import write_run_report
+from inheritune_ds.budget import flops_per_token, steps_in
+from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+from inheritune_ds.errors import CorpusError, InherituneError
+from inheritune_ds.export import PROBE_TOKENS, check_logits, export_model, find_export, model_card, write_probe
+from inheritune_ds.files import write_json
+from inheritune_ds.gpus import identify, mfu
+from inheritune_ds.machine import detect_gpus
+from inheritune_ds.preparation import Prepared, await_prepared, prepare_run, validator_for
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.run_folder import RunFolder
+from inheritune_ds.shapes import target_shape
+from inheritune_ds.surgery.reference import load_model
+from inheritune_ds.tracking import Progress, Tracker
+from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState
+from inheritune_ds.training.ds_config import Machine, Resolved, resolve
+from inheritune_ds.training.engine import Engine, start_process_group
+from inheritune_ds.training.loop import LoopParts, LoopResult, train
+from inheritune_ds.training.optimizer import parameter_groups
+from inheritune_ds.training.world import EXIT_INTERRUPTED, StopSignal, World
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started: everything that is not the experiment.
+
+    Attributes:
+        ds_document: The user's DeepSpeed JSON.
+        ds_origin: How to call it in messages.
+        machine: What one rank has.
+        world: This rank among all.
+        stop: Its signals.
+        runs_dir: Run folders stand below it.
+        cache_dir: Token files stand below it.
+    """
+
+    ds_document: dict[str, Any]
+    ds_origin: str
+    machine: Machine
+    world: World
+    stop: StopSignal
+    runs_dir: Path
+    cache_dir: Path
+
+    def resolve(self, recipe: Recipe) -> Resolved:
+        """The DeepSpeed config of a recipe on this machine."""
+        return resolve(
+            self.ds_document,
+            recipe,
+            origin=self.ds_origin,
+            shape=target_shape(recipe),
+            world_size=self.world.size,
+            machine=self.machine,
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line, on rank 0."""
+        if self.world.is_main:
+            print(line, flush=True)
+
+
+def execute(recipe: Recipe, launch: Launch) -> bool:
+    """Bring a recipe to its end, its reference first if that is a recipe of its own.
+
+    Returns:
+        Whether it is finished; False if a signal stopped it (status.json then says `requeue`).
+
+    Raises:
+        InherituneError: For everything a user can act on; status.json then says `failed`.
+    """
+    resolved = launch.resolve(recipe)  # every recipe of the chain is checked before any of them trains
+    folder = RunFolder(launch.runs_dir / recipe.name)
+    if not _reference_ready(recipe, launch):
+        return False
+    if launch.world.is_main:
+        folder.claim(recipe)
+    try:
+        if folder.status().get("state") == "finished" and find_export(folder.export, recipe.fingerprint):
+            launch.say(f"{recipe.name}: finished before; see {folder.path / 'report' / 'report.md'}")
+            return True
+        return _Run(recipe, resolved, folder, launch).run()
+    except InherituneError as error:
+        _mark(folder, launch, "failed", error.problem, error.exit_code)
+        raise
+    except KeyboardInterrupt:
+        _mark(folder, launch, "requeue", f"{launch.stop.requested}: stopped between stages", EXIT_INTERRUPTED)
+        raise
+    finally:
+        folder.release()
+
+
+def _mark(folder: RunFolder, launch: Launch, state: Any, reason: str, exit_code: int) -> None:
+    """Write how the run ended, keeping the step it had reached; on rank 0."""
+    if launch.world.is_main:
+        folder.write_status(state, step=folder.status().get("step", 0), reason=reason, exit_code=exit_code)
+
+
+def _reference_ready(recipe: Recipe, launch: Launch) -> bool:
+    """Train a `recipe:NAME` reference first; False if that was stopped."""
+    if recipe.reference is None or recipe.reference.recipe_name is None or recipe.target.inherit == "none":
+        return True
+    return execute(load_recipe(recipe.reference.recipe_name), launch)
+
+
+class _Run:
+    """The stages of one run whose folder is claimed."""
+
+    def __init__(self, recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch) -> None:
+        self._recipe, self._resolved, self._folder, self._launch = recipe, resolved, folder, launch
+        self._world = launch.world
+
+    def run(self) -> bool:
+        launch, folder = self._launch, self._folder
+        if self._world.is_main:
+            folder.write_status("preparing", step=folder.status().get("step", 0))
+            folder.write_provenance({"world_size": self._world.size, "launcher": self._world.launcher})
+            self._write_ds_config()
+            prepared = prepare_run(
+                self._recipe,
+                folder,
+                cache_dir=launch.cache_dir,
+                export_of=lambda name: launch.runs_dir / load_recipe(name).name / "export",
+                say=launch.say,
+            )
+        else:
+            prepared = await_prepared(self._recipe, folder)
+        zero = self._resolved.config["zero_optimization"]
+        offload = any((zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
+        start_process_group(self._world, offload=offload)
+        model = load_model(prepared.target.folder, dtype="float32")
+        if self._world.is_main:
+            self._write_ds_config(parameter_groups(model, self._recipe.optimizer.weight_decay))
+        engine = Engine(model, self._resolved.config, self._world)
+        try:
+            result = self._train(engine, prepared)
+            if not result.finished:
+                reason = f"{launch.stop.requested or 'another rank'}: saved at step {result.state.step}"
+                _mark(folder, launch, "requeue", reason, 0)
+                launch.say(f"stopped and saved at step {result.state.step}; the same command goes on from there")
+                return False
+            self._finish(engine, prepared, result.state)
+        finally:
+            engine.close()
+        return True
+
+    def _write_ds_config(self, groups: list[dict[str, Any]] | None = None) -> None:
+        """Write ds_config.resolved.json, the parameter groups beside it once the model is known."""
+        write_json(self._folder.path / "ds_config.resolved.json", dict(self._resolved.config))
+        if groups is not None:
+            listed = [{"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups]
+            write_json(self._folder.path / "parameter_groups.json", listed)
+
+    def _train(self, engine: Engine, prepared: Prepared) -> LoopResult:
+        recipe, world, launch = self._recipe, self._world, self._launch
+        windows = TokenWindows(
+            prepared.tokens.train_path, prepared.tokens.token_dtype, recipe.training.seq_len, prepared.tokens.train_tokens
+        )
+        if not len(windows):
+            raise CorpusError(
+                f"the training part has {prepared.tokens.train_tokens} tokens, less than one window of "
+                f"training.seq_len = {recipe.training.seq_len}",
+                action="add documents to corpus.sources or lower training.seq_len",
+            )
+        total_steps = self._total_steps(prepared)
+        checkpoints = Checkpoints(
+            self._folder.checkpoints,
+            layout=Layout(world.size, self._resolved.zero_stage, self._resolved.precision),
+            world=world,
+            keep=recipe.checkpoint.keep,
+            say=launch.say,
+        )
+        state = checkpoints.resume(engine)
+        recorder = _Recorder(self._folder, recipe, total_steps, state) if world.is_main else _Silent()
+        parts = LoopParts(
+            recipe=recipe,
+            engine=engine,
+            stream=BatchStream(windows, WindowOrder(len(windows), recipe.seed), recipe.training.batch_windows),
+            validator=validator_for(
+                recipe,
+                prepared.tokens,
+                batch_size=self._resolved.micro_batch_size,
+                rank=world.rank,
+                size=world.size,
+            ),
+            checkpoints=checkpoints,
+            recorder=recorder,
+            stop=launch.stop,
+            world=world,
+            eval_dir=self._folder.eval,
+            micro_batch_size=self._resolved.micro_batch_size,
+            utilisation=self._utilisation(),
+        )
+        if world.is_main:
+            self._folder.write_status("running", step=state.step if state else 0)
+        launch.stop.deferred = True
+        try:
+            return train(parts, total_steps, state)
+        finally:
+            launch.stop.deferred = False
+            recorder.close()
+
+    def _total_steps(self, prepared: Prepared) -> int:
+        total = steps_in(self._recipe.training, prepared.tokens.train_tokens)
+        assert total is not None  # unknown only while the corpus is not prepared
+        return total
+
+    def _utilisation(self) -> Any:
+        """tokens/s -> MFU, on a GPU whose peak is known."""
+        shape, gpus = target_shape(self._recipe), detect_gpus()
+        gpu = identify(gpus[0].name) if gpus else None
+        if self._launch.machine.kind != "cuda" or shape is None or gpu is None:
+            return None
+        flops = flops_per_token(*shape, self._recipe.training.seq_len)
+        return lambda tokens_per_s: mfu(tokens_per_s, flops, gpu, self._world.size)
+
+    def _finish(self, engine: Engine, prepared: Prepared, state: RunState) -> None:
+        """Export, check the export against the engine's last state, and write the report; all ranks."""
+        import torch
+
+        launch, folder = self._launch, self._folder
+        launch.say("exporting")
+        validation = TokenWindows(
+            prepared.tokens.validation_path, prepared.tokens.token_dtype, self._recipe.training.seq_len,
+            prepared.tokens.validation_tokens,
+        )
+        probe = validation.read(np.zeros(1, dtype=np.int64))[:, :PROBE_TOKENS]
+        logits = engine.probe_logits(probe)
+        parameters = {}
+        for name, value in engine.full_parameters():
+            if self._world.is_main:
+                parameters[name] = value
+        if not self._world.is_main:
+            return
+        result = self._result(prepared, state)
+        export_model(
+            folder.export,
+            target_folder=prepared.target.folder,
+            tokenizer_folder=prepared.tokens.tokenizer_dir,
+            parameters=parameters,
+            dtype=self._recipe.export.dtype,
+            card=model_card(self._recipe.model_dump(mode="json"), prepared.target.report, result),
+            recipe_fingerprint=self._recipe.fingerprint,
+        )
+        if self._resolved.precision == "fp32" and self._recipe.export.dtype == "float32":
+            # In half precision the engine computes with rounded weights, so only the weights are compared.
+            check_logits(folder.export, torch.from_numpy(probe), logits)
+        write_probe(folder.eval / "probe.safetensors", torch.from_numpy(probe), logits)
+        write_json(folder.path / "run.json", result)
+        report = write_run_report(folder.path)
+        folder.write_status("finished", step=state.step)
+        launch.say(_where(folder, report))
+
+    def _result(self, prepared: Prepared, state: RunState) -> dict[str, Any]:
+        """The figures of run.json."""
+        final = json.loads((self._folder.eval / f"validation-step-{state.step:08d}.json").read_text(encoding="utf-8"))
+        unique = prepared.tokens.train_tokens
+        return {
+            "name": self._recipe.name,
+            "version": __version__,
+            "recipe_fingerprint": self._recipe.fingerprint,
+            "parameters": prepared.target.report["parameters"],
+            "block_parameters": prepared.target.report["block_parameters"],
+            "blocks": prepared.target.report["blocks"],
+            "steps": state.step,
+            "skipped_steps": state.skipped_steps,
+            "tokens_seen": state.tokens,
+            "unique_tokens": unique,
+            "epochs": state.tokens / unique,
+            "train_seconds": state.train_seconds,
+            "world_size": self._world.size,
+            "zero_stage": self._resolved.zero_stage,
+            "precision": self._resolved.precision,
+            "kind": "inherited" if prepared.target.report["reference"] else "scratch",
+            "export": "export",
+            "val_loss": final["loss"],
+            "val_stderr": final["stderr"],
+        }
+
+
+def _where(folder: RunFolder, report: Path) -> str:
+    """Tell where everything of a finished run is."""
+    places: Mapping[str, Path] = {
+        "report": report,
+        "metrics": folder.path / "metrics.jsonl",
+        "inheritance": folder.path / "inheritance.json",
+        "checkpoints": folder.checkpoints,
+        "model": folder.export,
+    }
+    lines = [f"  {name:<12} {os.path.relpath(path)}" for name, path in places.items()]
+    return "\n".join([f"finished: {folder.path.name}", *lines])
+
+
+class _Recorder:
+    """Metrics and progress line of rank 0."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, total_steps: int, state: RunState | None) -> None:
+        start = state.step if state else 0
+        self._folder = folder
+        self._tracker = Tracker(folder.path, recipe, resume_step=state.step if state else None)
+        self._progress = Progress(total_steps, start, recipe.name)
+
+    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        self._tracker.log(step, tokens, values)
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        self._progress.update(step, loss, tokens_per_s)
+
+    def say(self, line: str) -> None:
+        self._progress.say(line)
+
+    def close(self) -> None:
+        self._progress.close()
+        self._tracker.close()
+
+
+class _Silent:
+    """What the other ranks record: nothing."""
+
+    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        """Rank 0 logs."""
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Rank 0 shows."""
+
+    def say(self, line: str) -> None:
+        """Rank 0 speaks."""
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,157 @@
+"""The run folder: who owns it, what stands where, and its status."""
+
+import fcntl
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from inheritune_ds import __version__
+from inheritune_ds.errors import RunFolderError
+from inheritune_ds.files import read_json, storage_errors, write_json, write_text
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe_file import differences, dump_recipe, parse_yaml, validate
+
+State = Literal["preparing", "running", "finished", "requeue", "failed"]
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "safetensors")
+
+
+class RunFolder:
+    """One run's folder, `<runs_dir>/<recipe name>`.
+
+    Args:
+        path: The folder; made by `claim`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    @property
+    def target(self) -> Path:
+        """The target as surgery made it."""
+        return self.path / "target"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Published checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained target as a Hugging Face folder."""
+        return self.path / "export"
+
+    @property
+    def eval(self) -> Path:
+        """Validation results."""
+        return self.path / "eval"
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder this recipe's and this process's own.
+
+        Raises:
+            RunFolderError: If it belongs to another recipe, or another process has it.
+            StorageError: If it cannot be written.
+        """
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise RunFolderError(
+                f"another process is writing to {self.path}",
+                action="wait for it or stop it; or train elsewhere with --runs-dir DIR or name=OTHER",
+            ) from None
+        self._lock = lock  # held until the process ends or `release`
+        self._check_owner(recipe)
+        resolved = self.path / "recipe.resolved.yaml"
+        if not resolved.exists() or resolved.read_text(encoding="utf-8") != dump_recipe(recipe):
+            write_text(resolved, dump_recipe(recipe))
+        for folder in (self.eval, self.checkpoints):
+            with storage_errors(folder):
+                folder.mkdir(exist_ok=True)
+
+    def _check_owner(self, recipe: Recipe) -> None:
+        resolved = self.path / "recipe.resolved.yaml"
+        if not resolved.exists():
+            return
+        owner = validate(Recipe, parse_yaml(resolved.read_text(encoding="utf-8"), str(resolved)), str(resolved))
+        if owner.fingerprint != recipe.fingerprint:
+            lines = "\n".join(f"    {line}" for line in differences(owner.identity, recipe.identity))
+            raise RunFolderError(
+                f"{self.path} belongs to another recipe; it differs in\n{lines}",
+                action="give this run a name or folder of its own: name=OTHER or --runs-dir DIR",
+            )
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def status(self) -> dict[str, Any]:
+        """The last status written; empty if there is none."""
+        return dict(read_json(self.path / "status.json") or {})
+
+    def write_status(self, state: State, *, step: int = 0, reason: str = "", exit_code: int = 0) -> None:
+        """Write status.json: what scripts read to decide what comes next.
+
+        Args:
+            state: `requeue` means: the same command goes on.
+            step: Optimizer updates done.
+            reason: Why the run is in this state, in words.
+            exit_code: Of this process, where it has ended.
+        """
+        write_json(
+            self.path / "status.json",
+            {
+                "state": state,
+                "step": step,
+                "reason": reason,
+                "exit_code": exit_code,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )
+
+    def write_provenance(self, extra: Mapping[str, Any]) -> None:
+        """Write provenance.json: code, versions, machine and command of this launch; nothing of the environment."""
+        write_json(
+            self.path / "provenance.json",
+            {
+                "inheritune_ds": __version__,
+                "git": _git_state(),
+                "python": platform.python_version(),
+                "packages": {name: metadata.version(name) for name in PACKAGES},
+                "platform": platform.platform(),
+                "host": socket.gethostname(),
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                **extra,
+            },
+        )
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that this package runs from, and whether it was changed since; None outside one."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,184 @@
+"""Checkpoints: written beside, verified, then published by one rename; the newest good one is resumed."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+
+from inheritune_ds.errors import CheckpointError
+from inheritune_ds.files import read_json, sha256_file, storage_errors, sync_folder, sync_path, write_json
+from inheritune_ds.training.world import World
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8})")
+
+
+class Stateful(Protocol):
+    """What is saved: the engine."""
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share below a folder."""
+
+    def load(self, folder: Path) -> None:
+        """Restore this rank's share."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands; everything else (order of data, learning rate, randomness) follows from the step.
+
+    Attributes:
+        step: Optimizer updates done.
+        tokens: Tokens seen.
+        skipped_steps: Updates that the engine left out.
+        train_seconds: Time spent in optimizer steps, over all launches that count.
+    """
+
+    step: int
+    tokens: int
+    skipped_steps: int
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a DeepSpeed state depends on; it loads only into the same layout.
+
+    Attributes:
+        world_size: Number of ranks.
+        zero_stage: ZeRO stage.
+        precision: fp32, bf16 or fp16.
+    """
+
+    world_size: int
+    zero_stage: int
+    precision: str
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: `checkpoints/` of the run folder.
+        layout: Of this launch.
+        world: This rank among all.
+        keep: How many of the newest stay.
+        say: Prints one line for the user.
+    """
+
+    def __init__(self, folder: Path, *, layout: Layout, world: World, keep: int, say: Callable[[str], None]) -> None:
+        self._folder, self._layout, self._world, self._keep, self._say = folder, layout, world, keep, say
+
+    def save(self, engine: Stateful, state: RunState) -> None:
+        """Publish a checkpoint; all ranks must call it together.
+
+        Raises:
+            StorageError: If the disk refuses; the older checkpoints stay as they are.
+        """
+        final = self._folder / f"step-{state.step:08d}"
+        temporary = self._folder / f".{final.name}.tmp"
+        with storage_errors(self._folder):
+            if self._world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            dist.barrier()
+            engine.save(temporary)
+            dist.barrier()  # DeepSpeed returns on each rank when that rank's own files are written
+            if self._world.is_main:
+                self._publish(temporary, final, state)
+            dist.barrier()
+
+    def _publish(self, temporary: Path, final: Path, state: RunState) -> None:
+        files = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        sync_folder(temporary)
+        write_json(temporary / MANIFEST, {"state": asdict(state), "layout": asdict(self._layout), "files": files})
+        shutil.rmtree(final, ignore_errors=True)  # left by a launch that saved the same step
+        temporary.rename(final)
+        sync_path(self._folder)
+        for old in list(published(self._folder))[self._keep :]:
+            shutil.rmtree(old)
+
+    def resume(self, engine: Stateful) -> RunState | None:
+        """Restore the newest checkpoint whose files are all intact; None if there is none at all.
+
+        Raises:
+            CheckpointError: On all ranks, if checkpoints exist and none is intact, or if the newest intact
+                one was saved with another number of ranks, ZeRO stage or precision.
+        """
+        choice: list[Path | CheckpointError | None] = [None]
+        if self._world.is_main:
+            try:
+                choice = [self._newest_intact()]
+            except CheckpointError as error:
+                choice = [error]
+        dist.broadcast_object_list(choice)
+        chosen = choice[0]
+        if isinstance(chosen, CheckpointError):
+            raise chosen
+        if chosen is None:
+            return None
+        state = RunState(**read_json(chosen / MANIFEST)["state"])
+        engine.load(chosen)
+        self._say(f"resumed from {chosen} (step {state.step}, {state.tokens:,} tokens)")
+        return state
+
+    def _newest_intact(self) -> Path | None:
+        bad: list[str] = []
+        for folder in published(self._folder):
+            fault = find_fault(folder)
+            if fault is None:
+                self._check_layout(folder)
+                return folder
+            bad.append(f"{folder.name}: {fault}")
+            self._say(f"WARNING: checkpoint {folder} is damaged and is passed over: {fault}")
+        if bad:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} can be used: {'; '.join(bad)}",
+                action="bring an intact copy back, or start over in another folder (--runs-dir or name=...)",
+            )
+        return None
+
+    def _check_layout(self, folder: Path) -> None:
+        saved = read_json(folder / MANIFEST)["layout"]
+        current = asdict(self._layout)
+        differing = [f"{key} {saved[key]} there, {current[key]} now" for key in current if saved[key] != current[key]]
+        if differing:
+            raise CheckpointError(
+                f"{folder} was saved under another layout: {', '.join(differing)}",
+                allowed="the same number of ranks, ZeRO stage and precision as when it was saved",
+                action="start with the same launcher line and DeepSpeed config as before",
+            )
+
+
+def published(folder: Path) -> Iterator[Path]:
+    """Published checkpoints, the newest first."""
+    if folder.is_dir():
+        yield from sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is wrong with a published checkpoint: a missing, changed or resized file; None if intact."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if os.path.isabs(name) or ".." in Path(name).parts or path.is_symlink():
+            return f"{name} lies outside the checkpoint"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        found = sha256_file(path)
+        if found != expected["sha256"]:
+            return f"{name} has sha256 {found[:12]}... instead of {expected['sha256'][:12]}..."
+    return None

@@ -1,0 +1,239 @@
+"""The only training use of DeepSpeed: initialise, one step, validation forward, full state.
+
+Shapes: B sequences, T tokens a window, V vocabulary.
+"""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from inheritune_ds.errors import MachineError, TrainingError
+from inheritune_ds.training.optimizer import parameter_groups
+from inheritune_ds.training.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer update reports; equal on all ranks.
+
+    Attributes:
+        loss: Mean over all target tokens of the global batch, in nats.
+        grad_norm: Norm of the whole gradient before clipping.
+        applied: False if the engine left the update out (a non-finite gradient in half precision).
+        stop: Whether any rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    stop: bool
+
+
+def start_process_group(world: World, *, offload: bool) -> None:
+    """Join the ranks, once a process; DeepSpeed picks nccl or gloo.
+
+    Raises:
+        MachineError: If a C++ compiler is needed and missing.
+    """
+    if dist.is_initialized():
+        return
+    if (not torch.cuda.is_available() or offload) and not (shutil.which("c++") or shutil.which("g++")):
+        raise MachineError(
+            "no C++ compiler found: DeepSpeed builds its CPU operators on first use",
+            allowed="g++ or clang++ as c++ on the PATH",
+            action="install one (Debian: apt-get install g++) and give the same command again",
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+    import deepspeed
+
+    _quiet()
+    deepspeed.init_distributed(dist_init_required=True, verbose=False)
+
+
+def leave_process_group() -> None:
+    """Leave the group that `start_process_group` joined, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    """Leave DeepSpeed's warnings and errors, drop its progress chatter."""
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class Engine:
+    """A target under DeepSpeed.
+
+    Args:
+        model: The target in fp32, holding the values to start from.
+        ds_config: The resolved DeepSpeed config.
+        world: This rank among all.
+    """
+
+    def __init__(self, model: "PreTrainedModel", ds_config: Mapping[str, Any], world: World) -> None:
+        import deepspeed
+
+        self.world = world
+        self.ds_config = ds_config
+        self.global_windows = int(ds_config["train_batch_size"])
+        low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
+        # The engine rounds the model to half precision before it makes its fp32 masters of it.
+        masters = {name: p.detach().clone() for name, p in model.named_parameters()} if low_precision else {}
+        weight_decay = ds_config["optimizer"]["params"]["weight_decay"]
+        groups = parameter_groups(model, weight_decay)
+        model.train()
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[{k: v for k, v in group.items() if k != "names"} for group in groups if group["params"]],
+            config={**ds_config},
+        )
+        _quiet()
+        self._engine = engine
+        self.module: torch.nn.Module = engine.module
+        self._refill(masters)
+
+    def _refill(self, masters: Mapping[str, torch.Tensor]) -> None:
+        """Give the fp32 masters the checkpoint's values instead of the rounded ones."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            if name in masters:
+                safe_set_full_fp32_param(parameter, masters[name].to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return torch.device(self._engine.device)
+
+    def train_step(self, micro_batches: Iterator[Tokens], *, lr: float, stop: bool) -> StepResult:
+        """One optimizer update over the micro-batches of this rank.
+
+        Args:
+            micro_batches: Arrays (micro_batch_size, T + 1) of token ids.
+            lr: Learning rate of this update.
+            stop: Whether this rank was asked to stop; any rank's wish becomes everybody's.
+
+        Raises:
+            TrainingError: On all ranks together, before the update, if the loss is not finite; after it,
+                if the gradient was not and the engine applied it all the same.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        steps = self._engine.gradient_accumulation_steps()
+        # [sum of the token losses, ranks that want to stop]; in fp64, so that summing adds no error.
+        totals = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=self.device)
+        global_tokens = 0
+        loss = math.nan
+        for number, batch in enumerate(micro_batches, 1):
+            tokens_BT1 = torch.from_numpy(batch).to(self.device)  # noqa: N806 - shape suffix
+            global_tokens = self.global_windows * (tokens_BT1.shape[1] - 1)
+            loss_sum = self._token_losses(tokens_BT1).sum()
+            totals[0] += loss_sum.detach()
+            # DeepSpeed divides by accumulation steps and ranks; undo it, so that every token weighs the same.
+            self._engine.backward(loss_sum * (steps * self.world.size / global_tokens))
+            if number == steps:
+                dist.all_reduce(totals)
+                loss = float(totals[0]) / global_tokens
+                if not math.isfinite(loss):
+                    raise _non_finite("loss", loss)
+            self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        grad_norm = float(self._engine.get_global_grad_norm())
+        if applied and not math.isfinite(grad_norm):
+            raise _non_finite("gradient norm", grad_norm)
+        return StepResult(loss, grad_norm, applied, stop=float(totals[1]) > 0)
+
+    def _token_losses(self, tokens_BT1: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
+        """Cross-entropy of every target token, in fp32: shape (B, T)."""
+        logits_BTV = self.logits(tokens_BT1[:, :-1])  # noqa: N806 - shape suffix
+        targets_BT = tokens_BT1[:, 1:]  # noqa: N806 - shape suffix
+        losses = functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return losses.view_as(targets_BT)
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
+        """Forward pass: fp32 logits of shape (B, T, V)."""
+        output: torch.Tensor = self._engine(input_ids=tokens_BT, use_cache=False).logits
+        return output.float()
+
+    @torch.no_grad()
+    def window_losses(self, batches: Sequence[Tokens]) -> list[npt.NDArray[np.float64]]:
+        """Mean loss of every window, in nats a token; all ranks must give as many batches.
+
+        Args:
+            batches: Arrays (B, T + 1) of token ids.
+        """
+        self._engine.eval()
+        try:
+            return [
+                self._token_losses(torch.from_numpy(batch).to(self.device)).double().mean(dim=1).cpu().numpy()
+                for batch in batches
+            ]
+        finally:
+            self._engine.train()
+
+    @torch.no_grad()
+    def probe_logits(self, tokens: Tokens) -> torch.Tensor:
+        """Logits of the last state on the CPU, in evaluation mode; all ranks must call it."""
+        self._engine.eval()
+        try:
+            return self.logits(torch.from_numpy(tokens).to(self.device)).cpu()
+        finally:
+            self._engine.train()
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter's fp32 master as a whole tensor on the CPU; all ranks must iterate together."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            yield name, safe_get_full_fp32_param(parameter).float().cpu()
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of the state below `folder`; all ranks must call it."""
+        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, with the same number of ranks and the same ZeRO stage."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        if loaded is None:
+            raise TrainingError(f"DeepSpeed found no state in {folder}")
+
+    def close(self) -> None:
+        """Give the memory of the engine back, so that another can follow in this process."""
+        self._engine.destroy()
+
+
+def _non_finite(what: str, value: float) -> TrainingError:
+    return TrainingError(
+        f"the {what} is {value}: nothing after this step would be worth having",
+        action="look at the last lines of metrics.jsonl; lower optimizer.lr or lengthen schedule.warmup_steps, "
+        "or start again from the last checkpoint with the same command",
+    )
+
+
+def set_environment() -> None:
+    """What torch's extension builder and tokenizers read from the environment, set before their import."""
+    import sys
+
+    # ninja lies beside the interpreter when the virtual environment is not activated.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,91 @@
+"""Held-out loss on fixed windows, with its standard error."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from inheritune_ds.data.stream import TokenWindows
+from inheritune_ds.errors import CorpusError
+from inheritune_ds.files import write_json
+
+
+class WindowScorer(Protocol):
+    """Anything that gives the mean loss of windows: the engine, or a bare reference model."""
+
+    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
+        """Mean loss of every window of every batch, in nats a token."""
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Loss over the held-out windows.
+
+    Attributes:
+        loss: Mean over windows (all of T tokens, so over tokens too), in nats.
+        stderr: Standard error of that mean: standard deviation over windows / sqrt(windows).
+        windows: Loss of each window, in the fixed order.
+    """
+
+    loss: float
+    stderr: float
+    windows: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); capped where a float ends."""
+        return math.exp(min(self.loss, 700.0))
+
+    def write(self, path: Path, **extra: Any) -> None:
+        """Write the result as JSON, with `extra` fields first."""
+        write_json(path, {**extra, "loss": self.loss, "stderr": self.stderr, "windows": list(self.windows)})
+
+
+class Validator:
+    """The first windows of the held-out tokens, shared out over the ranks.
+
+    Args:
+        windows: All held-out windows.
+        max_tokens: At most this many tokens are used.
+        batch_size: Windows a forward pass.
+        rank: This rank.
+        size: Number of ranks.
+
+    Raises:
+        CorpusError: If there are fewer than two windows, for then there is no standard error.
+    """
+
+    def __init__(self, windows: TokenWindows, *, max_tokens: int, batch_size: int, rank: int, size: int) -> None:
+        self.count = min(len(windows), max_tokens // windows.seq_len)
+        if self.count < 2:
+            raise CorpusError(
+                f"the held-out part has {len(windows)} windows of {windows.seq_len} tokens, of which "
+                f"validation.max_tokens = {max_tokens} lets {self.count} be used",
+                allowed="at least 2",
+                action="raise corpus.validation_ratio or validation.max_tokens, or lower training.seq_len",
+            )
+        self._windows, self._batch_size, self._rank, self._size = windows, batch_size, rank, size
+
+    def validate(self, scorer: WindowScorer) -> ValidationResult:
+        """Score the windows; all ranks of the process group must call it together."""
+        own = np.arange(self._rank, self.count, self._size)
+        # Every rank must run as many forward passes (ZeRO-3 gathers weights in each): the short ones repeat.
+        longest = math.ceil(self.count / self._size)
+        padded = np.resize(own, longest) if len(own) else np.zeros(longest, dtype=np.int64)
+        batches = [self._windows.read(padded[i : i + self._batch_size]) for i in range(0, longest, self._batch_size)]
+        losses = np.concatenate(scorer.window_losses(batches))[: len(own)]
+        everyone = torch.zeros(self.count, dtype=torch.float64)
+        everyone[torch.from_numpy(own)] = torch.from_numpy(losses)
+        if self._size > 1:
+            device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+            everyone = everyone.to(device)
+            dist.all_reduce(everyone)
+        values = everyone.cpu().numpy()
+        return ValidationResult(
+            float(values.mean()), float(values.std(ddof=1) / math.sqrt(self.count)), tuple(map(float, values))
+        )
