@@ -1,0 +1,290 @@
+"""What a recipe costs on given ranks: batch, steps, tokens, FLOPs, memory, disk, download, and a claim checked."""
+
+import glob
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.budget import (
+    GIB,
+    Layout,
+    Memory,
+    Parameters,
+    Precision,
+    checkpoint_bytes,
+    flops_per_token,
+    memory,
+    parameters,
+    steps_in,
+    tokens_an_epoch,
+)
+from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
+from inheritune_ds.recipe import (
+    Corpus,
+    EmbeddedSource,
+    FilesSource,
+    Recipe,
+    Shape,
+    Source,
+    TrainedTokenizer,
+    is_local_path,
+)
+
+_BYTES_A_TOKEN = 4.0
+"""English text under a BPE of 32-50 thousand entries: 39.8 GB are 9.04B tokens in nanoGPT's OpenWebText."""
+_EMBEDDED_BYTES = 2_000_000
+_EXPANSION = {".gz": 3.0, ".zst": 3.0, ".parquet": 1.7}
+"""Bytes of text a byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
+_EXPORT_BYTES = {"float32": 4, "bfloat16": 2}
+BEST_PUBLISHED_MFU = 0.64
+"""llm.c, GPT-2 774M on A100 (its scripts/run_gpt2_774M.sh: 38.6 thousand tokens/s a GPU)."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Training tokens of a corpus; `estimate` until its token files are written."""
+
+    count: int
+    estimate: bool
+
+
+@dataclass(frozen=True)
+class Budget:
+    """All figures of one recipe on given ranks; None where the model or the corpus is not known yet.
+
+    Attributes:
+        num_blocks: Transformer blocks of the target.
+        parameters: Of the target.
+        micro_batch_size: Sequences a rank holds at once.
+        accumulation: Micro-steps a step.
+        layout: Sequence length, ZeRO stage, ranks, precision, accumulation type and offload.
+        tokens_a_step: Over all ranks.
+        steps: Optimizer steps.
+        unique: Tokens of the corpus.
+        tokens_seen: steps x tokens_a_step.
+        epochs: Passes over the whole windows of the corpus.
+        flops_a_token: Forward and backward, see `budget`.
+        flops: Of the whole run.
+        checkpoint_bytes: One checkpoint, all ranks.
+        disk_gib: What the run and its inputs take on disk, by part.
+        download_gib: What is fetched, by name; None for a size that is not known.
+        memory: Of one GPU.
+    """
+
+    num_blocks: int | None
+    parameters: Parameters | None
+    micro_batch_size: int
+    accumulation: int
+    layout: Layout
+    tokens_a_step: int
+    steps: int | None
+    unique: Tokens | None
+    tokens_seen: int | None
+    epochs: float | None
+    flops_a_token: float | None
+    flops: float | None
+    checkpoint_bytes: int | None
+    disk_gib: Mapping[str, float]
+    download_gib: Mapping[str, float | None]
+    memory: Memory | None
+
+
+def build_budget(
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    *,
+    shape: tuple[Shape, int] | None,
+    unique: Tokens | None,
+    world_size: int,
+) -> Budget:
+    """Gather every figure.
+
+    Args:
+        recipe: The experiment.
+        ds_config: The resolved DeepSpeed config (no `auto` left).
+        shape: The target's shape and blocks; None when they are not known.
+        unique: Training tokens of the corpus; None when they are not known.
+        world_size: Ranks.
+
+    Raises:
+        RecipeError: When the duration is shorter than one step.
+    """
+    training, layout = recipe.training, layout_of(ds_config, recipe, world_size)
+    micro_batch_size = int(ds_config["train_micro_batch_size_per_gpu"])
+    steps = steps_in(training, unique.count if unique else None)
+    seen = None if steps is None else steps * training.global_batch_tokens
+    epoch = tokens_an_epoch(unique.count, training.seq_len) if unique else 0
+    count = parameters(*shape) if shape else None
+    a_token = flops_per_token(*shape, training.seq_len) if shape else None
+    saved = checkpoint_bytes(count.total, layout["precision"]) if count else None
+    download = _downloads(recipe)
+    fetched = sum(size or 0.0 for size in download.values())
+    return Budget(
+        num_blocks=shape[1] if shape else None,
+        parameters=count,
+        micro_batch_size=micro_batch_size,
+        accumulation=int(ds_config["gradient_accumulation_steps"]),
+        layout=layout,
+        tokens_a_step=training.global_batch_tokens,
+        steps=steps,
+        unique=unique,
+        tokens_seen=seen,
+        epochs=seen / epoch if seen and epoch else None,
+        flops_a_token=a_token,
+        flops=a_token * seen if a_token and seen else None,
+        checkpoint_bytes=saved,
+        disk_gib={**_disk(recipe, count, saved, unique, shape), "download": fetched},
+        download_gib=download,
+        memory=memory(*shape, micro_batch_size=micro_batch_size, **layout) if shape else None,
+    )
+
+
+def layout_of(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> Layout:
+    """Read out of a resolved DeepSpeed config what decides memory."""
+    zero = ds_config["zero_optimization"]
+    precision: Precision = "fp32"
+    if ds_config.get("bf16", {}).get("enabled"):
+        precision = "bf16"
+    elif ds_config.get("fp16", {}).get("enabled"):
+        precision = "fp16"
+    return Layout(
+        seq_len=recipe.training.seq_len,
+        zero_stage=int(zero["stage"]),
+        world_size=world_size,
+        precision=precision,
+        accumulate_fp32=ds_config["data_types"]["grad_accum_dtype"] == "fp32",
+        offload_optimizer=_offloads(zero.get("offload_optimizer")),
+        offload_parameters=_offloads(zero.get("offload_param")),
+    )
+
+
+def _offloads(block: Mapping[str, Any] | None) -> bool:
+    return block is not None and block.get("device") not in (None, "none")
+
+
+def _downloads(recipe: Recipe) -> dict[str, float | None]:
+    """Sizes of what the hub is asked for, in GiB."""
+    found: dict[str, float | None] = {}
+    reference = recipe.reference
+    if reference and reference.recipe_name is None and not _is_folder(reference.model):
+        found[reference.model] = reference.download_gib
+    for source in recipe.corpus.sources:
+        if source.kind == "hub":
+            found[source.dataset] = source.download_gib
+    return found
+
+
+def _is_folder(model: str) -> bool:
+    return is_local_path(model) or Path(model).is_dir()
+
+
+def _disk(
+    recipe: Recipe, count: Parameters | None, saved: int | None, unique: Tokens | None, shape: tuple[Shape, int] | None
+) -> dict[str, float]:
+    """GiB that a run writes. One checkpoint more than is kept: an old one goes when a newer one is verified."""
+    parts: dict[str, float] = {}
+    if count and saved:
+        parts[f"checkpoints ({recipe.checkpoint.keep} kept, 1 being written)"] = (
+            (recipe.checkpoint.keep + 1) * saved / GIB
+        )
+        parts["export"] = count.total * _EXPORT_BYTES[recipe.export.dtype] / GIB
+    if unique:
+        all_tokens = unique.count / (1.0 - recipe.corpus.validation_ratio)
+        parts["token files"] = all_tokens * _token_bytes(recipe, shape) / GIB
+    return parts
+
+
+def _token_bytes(recipe: Recipe, shape: tuple[Shape, int] | None) -> int:
+    """Bytes of one token in the token files: 2 up to a vocabulary of 65,536, else 4."""
+    number_type, tokenizer = recipe.corpus.token_dtype, recipe.corpus.tokenizer
+    if number_type == "auto":
+        entries = (
+            tokenizer.vocab_size if isinstance(tokenizer, TrainedTokenizer) else shape[0].vocab_size if shape else 0
+        )
+        return 2 if entries <= 2**16 else 4
+    return {"uint16": 2, "uint32": 4}[number_type]
+
+
+def estimate_tokens(corpus: Corpus) -> Tokens | None:
+    """Guess the training tokens of a corpus that is not tokenized yet: its cap, or its bytes / 4.
+
+    None when neither the cap nor the size of every source is known.
+    """
+    if corpus.max_tokens is not None:
+        return Tokens(corpus.max_tokens, estimate=True)
+    sizes = [_text_bytes(source) for source in corpus.sources]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return None
+    return Tokens(int(sum(known) / _BYTES_A_TOKEN * (1.0 - corpus.validation_ratio)), estimate=True)
+
+
+def _text_bytes(source: Source) -> float | None:
+    if isinstance(source, EmbeddedSource):
+        return _EMBEDDED_BYTES
+    if isinstance(source, FilesSource):
+        files = {path for pattern in source.paths for path in _matches(pattern)}
+        return sum(path.stat().st_size * _expansion(path.name) for path in files) or None
+    return source.download_gib * GIB * _expansion(source.data_files) if source.download_gib else None
+
+
+def _matches(pattern: str) -> list[Path]:
+    # Path.glob takes no absolute patterns.
+    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207
+    return [Path(name) for name in found if Path(name).is_file()]
+
+
+def _expansion(name: str) -> float:
+    return _EXPANSION.get(Path(name).suffix, 1.0)
+
+
+def amount(recipe: Recipe, unique: Tokens | None) -> str:
+    """The duration in words, such as `8 epochs of 1B tokens`."""
+    if recipe.training.duration_parts[1] == "epochs" and unique:
+        return f"{recipe.training.duration} of {short_count(unique.count)} tokens"
+    return recipe.training.duration
+
+
+def short_count(count: float) -> str:
+    """A count to four digits: `1.816B`, `250M`; whole below a million."""
+    if count >= 1e9:
+        return f"{count / 1e9:.4g}B"
+    return f"{count / 1e6:.4g}M" if count >= 1e6 else f"{count:,.0f}"
+
+
+def check_claim(recipe: Recipe, flops: float | None, unique: Tokens | None) -> str | None:
+    """Say whether the published cost of a recipe can be true; None without a claim.
+
+    Args:
+        recipe: With its `published_claim`.
+        flops: Of the whole run; None when they are not known.
+        unique: For the words only.
+
+    Raises:
+        RecipeError: When the claim names a GPU that is not known.
+    """
+    claim = recipe.published_claim
+    if claim is None:
+        return None
+    card = gpu(claim.gpu)
+    what, quoted = amount(recipe, unique), f'the "{claim.text}" of the paper ({claim.source})'
+    if flops is None:
+        return f"{quoted} cannot be checked: the model or the corpus is not known yet"
+    floor = hours(flops, card, claim.gpus, 1.0)
+    needed = floor / claim.hours
+    cards = f"{claim.gpus} x {card.label} ({card.peak_bf16_flops / 1e12:.1f} TFLOP/s)"
+    planned = hours(flops, card, claim.gpus, PLANNING_MFU)
+    figures = (
+        (
+            f"the floor is {floor:.1f} hours at 100 % of the peak of {cards}, {planned:.1f} hours at "
+            f"{PLANNING_MFU:.0%} MFU; {claim.hours:g} hours would need an MFU of {needed:.0%}"
+        )
+        .replace("%", " %")
+        .replace("  %", " %")
+    )
+    if needed > 1.0:
+        return f"{what} cannot fit {quoted}: {figures}"
+    if needed > BEST_PUBLISHED_MFU:
+        return f"{what} can hardly fit {quoted}, the best published MFU is {BEST_PUBLISHED_MFU * 100:.0f} %: {figures}"
+    return f"{what} can fit {quoted}: {figures}"
