@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
 from inheritune_ds.recipe import Recipe, Reference, Shape, TrainedTokenizer, is_local_path, shape_from_config
 from inheritune_ds.recipe_file import load_recipe
@@ -80,13 +82,16 @@ def _read_config(path: Path) -> Shape | None:
         return shape_from_config(config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecipeError(
-            f"reference.model: {path} does not describe a model: {_first_line(error)}",
+            f"reference.model: {path} does not describe a model: {_reason(error)}",
             allowed="a complete config.json as save_pretrained writes it",
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return f"key {error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+    return f"key {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _check_fit(recipe: Recipe, shape: Shape) -> None:
