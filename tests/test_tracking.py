@@ -172,7 +172,7 @@ def test_tracker_says_when_a_row_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_tracker_refuses_a_damaged_line_inside_the_file(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[2]\n{"step": 3}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/tokens": 8}\n[2]\n{"step": 3}\n')
     with pytest.raises(RunFolderError, match=r"metrics.jsonl, line 2 is not a row of metrics: '\[2\]'"):
         Tracker(tmp_path, RECIPE, resume_step=3)
 

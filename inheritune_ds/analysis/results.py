@@ -92,7 +92,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         run_dir: A run folder; an empty list when it holds no metrics yet.
 
     Raises:
-        RunFolderError: When any other line is not a JSON object with a step.
+        RunFolderError: When any other line is not a JSON object with step and train/tokens.
     """
     path = run_dir / METRICS_FILE
     if not path.exists():
@@ -106,7 +106,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         elif number < len(lines):
             raise RunFolderError(
                 f"{path}, line {number} is not a row of metrics: {line[:80]!r}",
-                allowed="a JSON object with a step on each line",
+                allowed="a JSON object with step and train/tokens on each line",
                 action="restore that line, or delete it",
             )
     return rows
@@ -117,7 +117,8 @@ def _parse_row(line: str) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("train/tokens"), int)
+    return row if is_row else None
 
 
 def run_result(run_dir: Path) -> RunResult:
@@ -129,6 +130,13 @@ def run_result(run_dir: Path) -> RunResult:
     summary = _read(run_dir / "run.json", RunSummary)
     first, last, reference = (run_dir / "eval" / name for name in _evaluation_files(summary.steps))
     rows = read_metrics(run_dir)
+    validation = _curve(rows, "val/loss", "val/stderr")
+    if not validation.tokens:
+        raise RunFolderError(
+            f"{run_dir / METRICS_FILE} holds no validation",
+            allowed="rows with val/loss and val/stderr",
+            action="delete the run folder and give the run's own command again",
+        )
     return RunResult(
         folder=run_dir,
         summary=summary,
@@ -137,7 +145,7 @@ def run_result(run_dir: Path) -> RunResult:
         reference=_read(reference, ReferenceEvaluation) if reference.exists() else None,
         train_loss=_curve(rows, "train/loss"),
         lr=_curve(rows, "train/lr"),
-        validation=_curve(rows, "val/loss", "val/stderr"),
+        validation=validation,
     )
 
 
@@ -146,7 +154,7 @@ def _evaluation_files(steps: int) -> tuple[str, str, str]:
 
 
 def _curve(rows: list[dict[str, Any]], name: str, stderr: str | None = None) -> Curve:
-    rows = [row for row in rows if name in row]
+    rows = [row for row in rows if name in row and (stderr is None or stderr in row)]
     return Curve(
         tokens=tuple(row["train/tokens"] for row in rows),
         values=tuple(row[name] for row in rows),

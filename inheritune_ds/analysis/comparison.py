@@ -1,0 +1,68 @@
+"""Comparing two models on the same validation windows."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from inheritune_ds.analysis.results import Evaluation
+from inheritune_ds.errors import RunFolderError
+
+CLEAR_STANDARD_ERRORS = 3.0
+"""A difference of at most this many standard errors is called no difference."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired comparison of two models on the same validation windows."""
+
+    of: str
+    to: str
+    mean: float
+    """Mean over windows of loss(of) - loss(to), nats per token; negative: `of` is better."""
+    stderr: float
+    """s / sqrt(n) of the per-window difference."""
+    windows: int
+    ratio: float | None
+    """mean / stderr; None when every window differs by the same amount."""
+    words: str
+
+
+def paired_difference(of: str, a: Evaluation, to: str, b: Evaluation) -> Difference:
+    """Compare two models window by window.
+
+    Args:
+        of: Name of the first model, for the words.
+        a: Its losses.
+        to: Name of the second.
+        b: Its losses on the same windows, in the same order.
+
+    Raises:
+        RunFolderError: When the windows are not the same, or fewer than two.
+    """
+    if len(a.windows) != len(b.windows):
+        raise RunFolderError(
+            f"{of} was validated on {len(a.windows)} windows and {to} on {len(b.windows)}: they cannot be compared",
+            allowed="the same corpus, training.seq_len and validation.max_tokens in both recipes",
+            action="make them equal and train the shorter one again",
+        )
+    if len(a.windows) < 2:
+        raise RunFolderError(
+            f"{of} was validated on {len(a.windows)} windows, which has no standard error",
+            allowed="two windows or more",
+            action="raise validation.max_tokens to at least 2 x training.seq_len",
+        )
+    differences = np.asarray(a.windows) - np.asarray(b.windows)
+    mean = float(differences.mean())
+    stderr = float(differences.std(ddof=1) / math.sqrt(len(differences)))
+    ratio = mean / stderr if stderr else None
+    return Difference(of, to, mean, stderr, len(differences), ratio, _in_words(mean, ratio))
+
+
+def _in_words(mean: float, ratio: float | None) -> str:
+    side = "below" if mean < 0 else "above"
+    if ratio is None:
+        return f"{side} by the same amount in every window" if mean else "equal in every window"
+    if abs(ratio) <= CLEAR_STANDARD_ERRORS:
+        return f"no difference beyond {CLEAR_STANDARD_ERRORS:.0f} standard errors"
+    return f"{side} by {abs(ratio):.1f} standard errors"
