@@ -5,6 +5,7 @@ library, one document a module. Files are parsed, never imported; nothing is dow
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import platform
@@ -40,7 +41,13 @@ def documents() -> Iterator[str]:
     Raises:
         CorpusError: This Python comes without its documentation.
     """
-    yield from collect().documents
+    yield from running().documents
+
+
+@functools.cache
+def running() -> Documentation:
+    """Collect the running Python's documentation; parsing takes seconds, so it is done once a process."""
+    return collect()
 
 
 def identity() -> dict[str, Any]:

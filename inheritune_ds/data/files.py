@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.recipe import FilesSource
@@ -150,9 +150,9 @@ def _no_text(where: str, field: str, kind: str) -> CorpusError:
     )
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast("BinaryIO", gzip.open(path, "rb"))
     if path.suffix == ".zst":
         return io.BufferedReader(_ZstdReader(path), _CHUNK_BYTES)
     return path.open("rb")

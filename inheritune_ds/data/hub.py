@@ -21,13 +21,13 @@ class Repository:
         name: Such as `openlm-research/open_llama_3b`.
         repo_type: `model` or `dataset`.
         commit: Full commit, 40 hex digits.
-        online: Whether the hub answered; if not, only files in the local cache can be read.
+        offline: Why the hub did not answer, so that only the local cache can be read; "" when it did.
     """
 
     name: str
     repo_type: RepoType
     commit: str
-    online: bool
+    offline: str
 
 
 def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
@@ -45,8 +45,7 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     api = HfApi()
-    online = True
-    reason: Exception
+    offline = ""
     try:
         api.repo_info(name, repo_type=repo_type, revision=revision, timeout=_TIMEOUT_S)
     except HFValidationError:
@@ -72,12 +71,12 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
             action="correct the name in the recipe; for a private one, `hf auth login` first",
         ) from None
     except Exception as error:  # noqa: BLE001  the HTTP client's error classes change between versions of the hub's library
-        online, reason = False, error
+        offline = _first_line(error)
     try:
-        commit = api.resolve_revision(name, repo_type=repo_type, revision=revision, local_files_only=not online)
+        commit = api.resolve_revision(name, repo_type=repo_type, revision=revision, local_files_only=bool(offline))
     except Exception as error:  # noqa: BLE001  as above; whatever it was, the commit is not known
-        raise _unreachable(name, repo_type, reason if not online else error) from None
-    return Repository(name, repo_type, commit.resolved, online)
+        raise _unreachable(name, repo_type, offline or _first_line(error)) from None
+    return Repository(name, repo_type, commit.resolved, offline)
 
 
 def snapshot(repository: Repository, patterns: list[str]) -> Path:
@@ -95,16 +94,16 @@ def snapshot(repository: Repository, patterns: list[str]) -> Path:
                 repo_type=repository.repo_type,
                 revision=repository.commit,
                 allow_patterns=patterns,
-                local_files_only=not repository.online,
+                local_files_only=bool(repository.offline),
             )
         )
     except Exception as error:  # noqa: BLE001  the HTTP client's error classes change between versions of the hub's library
-        raise _unreachable(repository.name, repository.repo_type, error) from None
+        raise _unreachable(repository.name, repository.repo_type, repository.offline or _first_line(error)) from None
 
 
-def _unreachable(name: str, repo_type: RepoType, error: Exception) -> HubError:
+def _unreachable(name: str, repo_type: RepoType, reason: str) -> HubError:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "ON", "YES"}
-    why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({_first_line(error)})"
+    why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({reason})"
     return HubError(
         f"{repo_type} {name!r}: {why}, and the local cache does not hold it",
         action="connect this machine once, or point HF_HOME to a cache filled on another machine"

@@ -112,10 +112,10 @@ def _hub_documents(source: HubSource) -> Iterator[str | None]:
         name = str(Path(source.dataset).expanduser())
     else:
         repository = hub.resolve(source.dataset, source.revision, "dataset")
-        if repository.online:
-            name, revision = source.dataset, repository.commit
-        else:
+        if repository.offline:
             name = str(hub.snapshot(repository, [source.data_files]))
+        else:
+            name, revision = source.dataset, repository.commit
         where = f"{source.dataset} at {repository.commit}"
     try:
         dataset = load_dataset(
@@ -135,7 +135,7 @@ def _hub_documents(source: HubSource) -> Iterator[str | None]:
             f"dataset {where}: {str(error).splitlines()[0]}",
             action="correct split or data_files in corpus.sources",
         ) from None
-    except Exception as error:  # `datasets` passes on whatever its readers and HTTP clients raise
+    except Exception as error:  # noqa: BLE001  `datasets` passes on whatever its readers and HTTP clients raise
         raise HubError(
             f"dataset {where}: reading failed ({type(error).__name__}: {str(error).splitlines()[0][:160]})",
             action="run the same command again; if it fails at the same place, download the files "

@@ -80,9 +80,10 @@ class TokenWindows:
         Raises:
             ValueError: An id is out of range.
         """
-        if ids.size and not (0 <= ids.min() and ids.max() < len(self)):
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
             raise ValueError(f"window ids {ids.min()} to {ids.max()} outside [0, {len(self)})")
-        return self._tokens[ids[:, None] * self.seq_len + self._columns].astype(np.int64)
+        tokens_BT: NDArray[np.int64] = self._tokens[ids[:, None] * self.seq_len + self._columns].astype(np.int64)  # noqa: N806
+        return tokens_BT
 
 
 class WindowOrder:
