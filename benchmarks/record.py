@@ -1,0 +1,68 @@
+"""What stands beside the figures of every benchmark: command, date, versions, machine."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.files import write_json
+from inheritune_ds.machine import detect_gpus, host_memory_gib
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "docs" / "results"
+PACKAGES = ("inheritune_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Everything that a reader needs to judge or repeat a figure; nothing of the user's environment."""
+    return {
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(host_memory_gib(), 1),
+        "gpus": [f"{gpu.name}, {gpu.memory_gib:.0f} GiB" for gpu in detect_gpus()],
+    }
+
+
+def write_result(path: Path, figures: dict[str, Any]) -> None:
+    """Write figures and environment as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"environment": environment(), **figures})
+    print(f"written: {os.path.relpath(path)}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from a checkout that is on PYTHONPATH only
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,126 @@
+"""The docs under test: commands parse, links lead somewhere, generated tables are current."""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds import cli
+from inheritune_ds.recipe_file import DEFAULT_RECIPE, load_recipe, shipped_names
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = [
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted(path for folder in ("docs", "benchmarks") for path in (REPOSITORY / folder).rglob("*.md")),
+]
+FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+REPOSITORY_PATH = re.compile(r"(?:docs|ds_configs|benchmarks|slurm|tests|inheritune_ds)/[\w./-]*\w/?")
+NOT_THERE_YET = {"docs/results/gpu_check.json"}
+"""Results that a machine with a GPU writes."""
+
+
+def code_lines(path: Path) -> Iterator[str]:
+    """Lines of fenced code, continued lines joined, and inline code."""
+    text = path.read_text(encoding="utf-8")
+    for block in FENCED.findall(text):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from INLINE.findall(FENCED.sub("", text))
+
+
+def command_of(line: str) -> list[str]:
+    """The words of a command without prompt, comment, environment and launcher; empty for other text."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:  # an apostrophe in output that is quoted
+        return []
+    while words and (words[0] == "$" or re.fullmatch(r"[A-Z_]+=.*", words[0])):
+        del words[0]
+    if not words:
+        return []
+    name = Path(words[0]).name
+    if name == "inheritune-ds":
+        return words[1:]
+    if name in ("python", "python3", "deepspeed", "torchrun", "srun") and "train.py" in words:
+        return ["train", *words[words.index("train.py") + 1 :]]
+    return []
+
+
+def commands() -> list[tuple[str, str]]:
+    found = [(f"{path.relative_to(REPOSITORY)}", line) for path in DOCUMENTS for line in code_lines(path)]
+    return [(where, line) for where, line in dict.fromkeys(found) if command_of(line)]
+
+
+@pytest.mark.parametrize(("where", "line"), commands())
+def test_docs_command_is_accepted(where: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[argparse.Namespace, list[str]]] = []
+
+    def keep(args: argparse.Namespace, overrides: list[str]) -> int:
+        seen.append((args, overrides))
+        return 0
+
+    monkeypatch.setattr(cli, "_run", keep)
+    words = [word for word in command_of(line) if word != "..."]
+    assert words == [] or cli.main(words) == 0
+    for args, overrides in seen:
+        recipe = getattr(args, "recipe", None) or DEFAULT_RECIPE
+        if recipe in shipped_names():
+            assert load_recipe(recipe, overrides)
+
+
+def test_docs_commands_are_found() -> None:
+    assert len(commands()) >= 10
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_docs_make_targets_exist(path: Path) -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    named = {line.split()[1] for line in code_lines(path) if re.match(r"make [a-z]", line)}
+    assert {target for target in named if not re.search(rf"^{target}:", makefile, re.MULTILINE)} == set()
+
+
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_docs_links_lead_somewhere(path: Path) -> None:
+    broken = []
+    for link in LINK.findall(path.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        if target.startswith(("http://", "https://")):
+            continue
+        file = (path.parent / target).resolve() if target else path
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_docs_name_only_files_that_exist(path: Path) -> None:
+    named = {name for line in code_lines(path) for name in REPOSITORY_PATH.findall(line)}
+    assert {name for name in named - NOT_THERE_YET if not (REPOSITORY / name).exists()} == set()
+
+
+def test_docs_tables_are_current() -> None:
+    checked = subprocess.run(
+        [sys.executable, REPOSITORY / "docs" / "generate.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_docs_recipe_keys_all_have_a_meaning() -> None:
+    rows = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in rows if row.startswith("| `") and row.endswith("|  |")] == []
+
+
+def test_readme_is_short_enough_to_be_read() -> None:
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    assert 0 < len(lines) <= 250
