@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -39,9 +39,17 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None
     """
     text, origin = read_document(name, "recipes", beside=beside)
     document = parse_yaml(text, origin)
+    problems: list[RecipeError] = []
     for override in overrides:
-        _apply(document, override)
-    return validate(Recipe, document, origin)
+        try:
+            _apply(document, override)
+        except RecipeError as error:
+            problems.append(error)
+    recipe, found = _check(Recipe, document, origin)
+    problems += found
+    if recipe is None or problems:
+        raise RecipeError.of(problems)
+    return recipe
 
 
 def read_document(name: str, folder: str, *, beside: Path | None = None) -> tuple[str, str]:
@@ -139,20 +147,35 @@ def _is_index(key: str, items: list[Any]) -> bool:
 
 def validate(model: type[Model], document: dict[str, Any], origin: str) -> Model:
     """Build a pydantic model; every problem becomes a line with path, value and what is allowed."""
+    built, problems = _check(model, document, origin)
+    if built is None:
+        raise RecipeError.of(problems)
+    return built
+
+
+def _check(model: type[Model], document: dict[str, Any], origin: str) -> tuple[Model | None, list[RecipeError]]:
     try:
-        return model.model_validate(document)
+        return model.model_validate(document), []
     except ValidationError as error:
-        problems = [_describe(model, item, origin) for item in error.errors(include_url=False)]
-        raise RecipeError.of(problems) from None
+        items = [item for item in error.errors(include_url=False) if not _is_other_branch(item)]
+        return None, [_describe(model, item, origin) for item in items]
+
+
+_TEXT_BRANCH = "constrained-str"
+
+
+def _is_other_branch(item: Any) -> bool:
+    """Whether pydantic complains about the branch of `text | mapping` that the user did not take."""
+    is_text = _TEXT_BRANCH in item["loc"]
+    return isinstance(item["input"], dict) if is_text else item.get("ctx", {}).get("class_name") == item["loc"][-1]
 
 
 def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
-    # pydantic puts the tag of a discriminated union into the path; a reader looks for list indices.
-    path = [str(part) for part in item["loc"] if part not in ("embedded", "files", "hub", "str", "TrainedTokenizer")]
+    path, models = _locate(model, item["loc"])
     where = f"{origin}: {'.'.join(path)}" if path else origin
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        known = sorted(_keys_at(model, path[:-1]))
+        known = sorted(_keys_of(_locate(model, item["loc"][:-1])[1]))
         hint = _nearest(path[-1], known)
         return RecipeError(
             f"{where}: unknown key",
@@ -163,14 +186,32 @@ def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
         return RecipeError(f"{where}: required key is missing")
     if kind == "value_error":
         return RecipeError(f"{where}: {context['error']}")
-    if kind == "union_tag_invalid":
-        return RecipeError(f"{where}.kind: {context['tag']!r} is unknown", allowed=context["expected_tags"])
-    if kind == "union_tag_not_found":
-        return RecipeError(f"{where}.kind: required key is missing", allowed="embedded, files, hub")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        wrong = f"{context['tag']!r} is unknown" if "tag" in context else "required key is missing"
+        return RecipeError(f"{where}.kind: {wrong}", allowed="embedded, files or hub")
     if kind == "string_pattern_mismatch":
         return RecipeError(f"{where}: {value!r} is not of the right form", allowed=_form(context["pattern"]))
-    allowed = item["msg"].removeprefix("Input should be ")
+    allowed = _ALLOWED.get(kind, item["msg"].removeprefix("Input should be "))
+    if _TEXT_BRANCH in item["loc"]:
+        allowed += f", or a mapping of {', '.join(sorted(_keys_of(models)))}"
     return RecipeError(f"{where}: {_short(value)} is not accepted", allowed=allowed)
+
+
+_MAPPING = "a mapping of keys to values"
+_ALLOWED = {
+    "dict_type": _MAPPING,
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "model_attributes_type": _MAPPING,
+    "model_type": _MAPPING,
+    "string_too_short": "text of at least one character",
+    "string_type": "text",
+    "too_short": "a list with at least one item",
+    "tuple_type": "a list",
+}
+"""What a kind of pydantic's error allows, in the words of a YAML file."""
 
 
 _FORMS = {
@@ -189,21 +230,49 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _keys_at(model: type[BaseModel], path: Sequence[str]) -> set[str]:
-    """Keys that the models at a path accept; the union of them where several could stand there."""
-    models = [model]
-    for key in path:
-        if not key.isdecimal():
-            models = [m for at in models if key in at.model_fields for m in _models_in(at.model_fields[key].annotation)]
-    return {name for at in models for name in at.model_fields}
+def _locate(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
+    """Turn pydantic's location into a key path, and find the models that stand there.
+
+    pydantic puts the branch of a union into the location (`embedded`, `constrained-str`); a reader knows only keys.
+    """
+    path: list[str] = []
+    models, at_union = [model], False
+    for part in loc:
+        if at_union and isinstance(part, str):
+            models = [at for at in models if part in (at.__name__, _tag(at))] or models
+            at_union = False
+            continue
+        path.append(str(part))
+        if isinstance(part, str):
+            fields = [at.model_fields[part].annotation for at in models if part in at.model_fields]
+            models = [inner for annotation in fields for inner in _models_in(annotation)]
+            at_union = any(_is_union(annotation) for annotation in fields)
+    return path, models
+
+
+def _keys_of(models: Sequence[type[BaseModel]]) -> set[str]:
+    return {name for model in models for name in model.model_fields}
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    """The value of `kind` by which a source's model is chosen."""
+    kind = model.model_fields.get("kind")
+    return next(iter(get_args(kind.annotation)), None) if kind else None
+
+
+def _is_union(annotation: Any) -> bool:
+    """Whether one of several types, None not counted, can stand there or in the list there."""
+    parts = [part for part in get_args(annotation) if part is not NoneType]
+    if get_origin(annotation) in (Union, UnionType) and len(parts) > 1:
+        return True
+    return any(_is_union(part) for part in parts)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) in (list, Union, UnionType) or get_args(annotation):
-        for part in get_args(annotation):
-            yield from _models_in(part)
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 def _nearest(word: str, known: Sequence[str]) -> str | None:
