@@ -247,17 +247,17 @@ def _write_parts(
 ) -> list[dict[str, int]]:
     """Encode all documents into the two parts; returns the counts of each source."""
     with Meter("tokenizing", "tokens", corpus.max_tokens) as meter:
-        return [_write_source(source, corpus, tokenizer, train, validation, meter) for source in corpus.sources]
+        return [_write_source(source, corpus, tokenizer, (train, validation), meter) for source in corpus.sources]
 
 
-def _write_source(  # noqa: PLR0913  one loop's state, passed once
+def _write_source(
     source: Source,
     corpus: Corpus,
     tokenizer: "PreTrainedTokenizerBase",
-    train: _TokenFile,
-    validation: _TokenFile,
+    parts: tuple[_TokenFile, _TokenFile],
     meter: Meter,
 ) -> dict[str, int]:
+    train, validation = parts
     before = train.tokens, validation.tokens, train.documents, validation.documents
     empty = 0
     wanted = math.inf if corpus.max_tokens is None else corpus.max_tokens

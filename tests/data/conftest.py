@@ -1,0 +1,30 @@
+"""Fixtures of the data wing: real corpora and tokenizers where the checkout has them beside it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the real corpora and tokenizers (../shared/data) are not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture
+def tokenizer_folder(shared: Path, tmp_path: Path) -> Callable[..., str]:
+    """Copy files of the real tokenizers into a folder of their own, as `name=path under tokenizers/`."""
+
+    def make(**files: str) -> str:
+        folder = tmp_path / "-".join(sorted(files))
+        folder.mkdir()
+        for name, source in files.items():
+            shutil.copyfile(shared / "tokenizers" / source, folder / name.replace("__", "."))
+        return str(folder)
+
+    return make
