@@ -47,18 +47,39 @@ def plan(  # noqa: PLR0913 - all but the first two are named at every call
         SurgeryError: When more blocks are selected than the reference has.
         CorpusError: When the tokenizer does not fit the model.
     """
-    unique = _prepared_tokens(recipe, cache_dir) or estimate_tokens(recipe.corpus)
-    budget = build_budget(recipe, ds_config, shape=target_shape(recipe), unique=unique, world_size=world_size)
-    sections = {
+    pair = {
         f"recipe.resolved.yaml ({recipe.name})": dump_recipe(recipe),
         "ds_config.resolved.json": json.dumps(dict(ds_config), indent=2),
-        "choices made": "\n".join(_wrap("- ", note) for note in notes),
-        "budget": "\n".join(_row(*row) for row in _budget_rows(recipe, budget)),
-        "memory of one GPU": "\n".join(_memory_lines(budget)),
-        "hours": "\n".join(_hours_lines(budget, [gpu] if gpu else list(_DEFAULT_GPUS))),
-        "published claim": _wrap("", check_claim(recipe, budget.flops, unique) or ""),
     }
-    return "\n".join(f"--- {title}\n{text.rstrip()}\n" for title, text in sections.items() if text.strip())
+    told = budget_text(recipe, ds_config, notes=notes, world_size=world_size, gpu=gpu, cache_dir=cache_dir)
+    return f"{_sections(pair)}\n{told}"
+
+
+def budget_text(  # noqa: PLR0913 - as for `plan`
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    *,
+    notes: Sequence[str],
+    world_size: int,
+    gpu: str | None,
+    cache_dir: Path,
+) -> str:
+    """Render the part of `plan` that a run prints before it starts: choices, budget, memory, hours, claim."""
+    unique = _prepared_tokens(recipe, cache_dir) or estimate_tokens(recipe.corpus)
+    budget = build_budget(recipe, ds_config, shape=target_shape(recipe), unique=unique, world_size=world_size)
+    return _sections(
+        {
+            "choices made": "\n".join(_wrap("- ", note) for note in notes),
+            "budget": "\n".join(_row(*row) for row in _budget_rows(recipe, budget)),
+            "memory of one GPU": "\n".join(_memory_lines(budget)),
+            "hours": "\n".join(_hours_lines(budget, [gpu] if gpu else list(_DEFAULT_GPUS))),
+            "published claim": _wrap("", check_claim(recipe, budget.flops, unique) or ""),
+        }
+    )
+
+
+def _sections(texts: Mapping[str, str]) -> str:
+    return "\n".join(f"--- {title}\n{text.rstrip()}\n" for title, text in texts.items() if text.strip())
 
 
 def _wrap(first: str, text: str, indent: int | None = None) -> str:

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from inheritune_ds.data.stream import TokenWindows
-from inheritune_ds.data.tokenize import TokenSet, find, load_tokenizer, prepare
+from inheritune_ds.data.token_set import TokenSet, open_finished
+from inheritune_ds.data.tokenize import find, prepare
+from inheritune_ds.data.vocabulary import load_tokenizer
 from inheritune_ds.files import read_json, write_json
 from inheritune_ds.recipe import Recipe, TrainedTokenizer
 from inheritune_ds.recipe_file import load_recipe
@@ -85,7 +87,11 @@ def prepare_run(
         _score_reference(reference, recipe, tokens, folder, say)
     write_json(
         folder.path / PREPARED,
-        {"recipe_fingerprint": recipe.fingerprint, "tokens": str(tokens.folder.resolve())},
+        {
+            "recipe_fingerprint": recipe.fingerprint,
+            "tokens": str(tokens.folder.resolve()),
+            "tokens_fingerprint": tokens.fingerprint,
+        },
     )
     return Prepared(tokens, target)
 
@@ -98,7 +104,7 @@ def await_prepared(recipe: Recipe, folder: RunFolder) -> Prepared:
     while True:
         note = read_json(folder.path / PREPARED)
         if note is not None and note["recipe_fingerprint"] == recipe.fingerprint:
-            tokens = TokenSet.open(Path(note["tokens"]))
+            tokens = open_finished(Path(note["tokens"]), note["tokens_fingerprint"])
             report = read_json(folder.path / "inheritance.json")
             if tokens is not None and report is not None and (folder.target / "manifest.json").exists():
                 return Prepared(tokens, TargetModel(folder.target, report))
