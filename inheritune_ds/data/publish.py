@@ -8,22 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from inheritune_ds.errors import StorageError
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's error while writing under a path into a StorageError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise StorageError(
-            f"{path} cannot be written: {(error.strerror or str(error)).lower()}",
-            action="free space or raise the quota, then run the same command again"
-            if full
-            else "name a folder that this user may write, or change the rights of this one",
-        ) from None
+from inheritune_ds.files import storage_errors
 
 
 @contextmanager

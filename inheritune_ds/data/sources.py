@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.data import embedded, files, hub
+from inheritune_ds.data import embedded, hub, readers
 from inheritune_ds.data.progress import Meter
 from inheritune_ds.errors import CorpusError, HubError
 from inheritune_ds.recipe import EmbeddedSource, FilesSource, HubSource, Source, is_local_path
@@ -31,7 +31,7 @@ def identify(source: Source) -> dict[str, Any]:
             "kind": "files",
             "text_field": source.text_field,
             "document_separator": source.document_separator,
-            "files": _file_identities(files.expand(source.paths)),
+            "files": _file_identities(readers.expand(source.paths)),
         }
     common = {"kind": "hub", "split": source.split, "text_field": source.text_field}
     if _is_folder(source):
@@ -50,7 +50,7 @@ def documents(source: Source) -> Iterator[str]:
     if isinstance(source, EmbeddedSource):
         texts: Iterator[str | None] = embedded.documents()
     elif isinstance(source, FilesSource):
-        texts = files.documents(source)
+        texts = readers.documents(source)
     else:
         texts = _hub_documents(source)
     for text in texts:
@@ -98,7 +98,7 @@ def _folder_files(source: HubSource) -> list[Path]:
             allowed="a local folder, or a hub id such as allenai/c4",
             action="correct dataset in corpus.sources",
         )
-    return files.expand([source.data_files], folder)
+    return readers.expand([source.data_files], folder)
 
 
 def _hub_documents(source: HubSource) -> Iterator[str | None]:
@@ -122,7 +122,7 @@ def _hub_documents(source: HubSource) -> Iterator[str | None]:
             name, data_files=source.data_files, revision=revision, split=source.split, streaming=True
         )
         for number, record in enumerate(dataset):
-            yield files.text_of(record, source.text_field, f"{where}, record {number}")
+            yield readers.text_of(record, source.text_field, f"{where}, record {number}")
     except (CorpusError, HubError):
         raise
     except FileNotFoundError:

@@ -1,10 +1,11 @@
 """A finished folder of token files and what its manifest says."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from inheritune_ds.files import read_json
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,7 @@ def open_finished(folder: Path, fingerprint: str) -> TokenSet | None:
         folder: `cache/tokens/<fingerprint>`.
         fingerprint: What the manifest must say.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return None
+    manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
         return None
     for name, file in manifest["files"].items():

@@ -21,10 +21,11 @@ import numpy as np
 
 from inheritune_ds.data import embedded, sources
 from inheritune_ds.data.progress import Meter
-from inheritune_ds.data.publish import staged, storage_errors
+from inheritune_ds.data.publish import staged
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.vocabulary import backend_of, load_tokenizer, tokenizer_sha256, train_tokenizer
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.files import sha256_file, storage_errors, write_json
 from inheritune_ds.recipe import Corpus, EmbeddedSource, Source, TrainedTokenizer
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def _build(plan: _Plan, staging: Path) -> None:
             "files": _file_table(staging),
             "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
         }
-        (staging / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_json(staging / "manifest.json", manifest)
 
 
 def _trained(plan: _Plan) -> "PreTrainedTokenizerBase":
@@ -340,10 +341,6 @@ def _document_form(tokenizer: "PreTrainedTokenizerBase") -> str:
 def _file_table(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
