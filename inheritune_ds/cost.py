@@ -1,6 +1,5 @@
 """What a recipe costs on given ranks: batch, steps, tokens, FLOPs, memory, disk, download, and a claim checked."""
 
-import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,34 +18,18 @@ from inheritune_ds.budget import (
     steps_in,
     tokens_an_epoch,
 )
+from inheritune_ds.corpus_size import Tokens
 from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
 from inheritune_ds.recipe import (
-    Corpus,
-    EmbeddedSource,
-    FilesSource,
     Recipe,
     Shape,
-    Source,
     TrainedTokenizer,
     is_local_path,
 )
 
-_BYTES_A_TOKEN = 4.0
-"""English text under a BPE of 32-50 thousand entries: 39.8 GB are 9.04B tokens in nanoGPT's OpenWebText."""
-_EMBEDDED_BYTES = 2_000_000
-_EXPANSION = {".gz": 3.0, ".zst": 3.0, ".parquet": 1.7}
-"""Bytes of text a byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
 _EXPORT_BYTES = {"float32": 4, "bfloat16": 2}
 BEST_PUBLISHED_MFU = 0.64
 """llm.c, GPT-2 774M on A100 (its scripts/run_gpt2_774M.sh: 38.6 thousand tokens/s a GPU)."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Training tokens of a corpus; `estimate` until its token files are written."""
-
-    count: int
-    estimate: bool
 
 
 @dataclass(frozen=True)
@@ -204,39 +187,6 @@ def _token_bytes(recipe: Recipe, shape: tuple[Shape, int] | None) -> int:
         )
         return 2 if entries <= 2**16 else 4
     return {"uint16": 2, "uint32": 4}[number_type]
-
-
-def estimate_tokens(corpus: Corpus) -> Tokens | None:
-    """Guess the training tokens of a corpus that is not tokenized yet: its cap, or its bytes / 4.
-
-    None when neither the cap nor the size of every source is known.
-    """
-    if corpus.max_tokens is not None:
-        return Tokens(corpus.max_tokens, estimate=True)
-    sizes = [_text_bytes(source) for source in corpus.sources]
-    known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes):
-        return None
-    return Tokens(int(sum(known) / _BYTES_A_TOKEN * (1.0 - corpus.validation_ratio)), estimate=True)
-
-
-def _text_bytes(source: Source) -> float | None:
-    if isinstance(source, EmbeddedSource):
-        return _EMBEDDED_BYTES
-    if isinstance(source, FilesSource):
-        files = {path for pattern in source.paths for path in _matches(pattern)}
-        return sum(path.stat().st_size * _expansion(path.name) for path in files) or None
-    return source.download_gib * GIB * _expansion(source.data_files) if source.download_gib else None
-
-
-def _matches(pattern: str) -> list[Path]:
-    # Path.glob takes no absolute patterns.
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207
-    return [Path(name) for name in found if Path(name).is_file()]
-
-
-def _expansion(name: str) -> float:
-    return _EXPANSION.get(Path(name).suffix, 1.0)
 
 
 def amount(recipe: Recipe, unique: Tokens | None) -> str:

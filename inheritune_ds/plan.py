@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from inheritune_ds.budget import GIB
-from inheritune_ds.cost import Budget, Tokens, build_budget, check_claim, estimate_tokens, short_count
+from inheritune_ds.corpus_size import count_tokens
+from inheritune_ds.cost import Budget, build_budget, check_claim, short_count
 from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import dump_recipe
@@ -45,7 +46,7 @@ def plan(  # noqa: PLR0913 - all but the first two are named at every call
     Raises:
         RecipeError: For an unknown GPU, or a duration shorter than a step.
         SurgeryError: When more blocks are selected than the reference has.
-        CorpusError: When the tokenizer does not fit the model.
+        CorpusError: When a corpus file is missing, or the tokenizer does not fit the model.
     """
     pair = {
         f"recipe.resolved.yaml ({recipe.name})": dump_recipe(recipe),
@@ -65,7 +66,7 @@ def budget_text(  # noqa: PLR0913 - as for `plan`
     cache_dir: Path,
 ) -> str:
     """Render the part of `plan` that a run prints before it starts: choices, budget, memory, hours, claim."""
-    unique = _prepared_tokens(recipe, cache_dir) or estimate_tokens(recipe.corpus)
+    unique = count_tokens(recipe.corpus, cache_dir)
     budget = build_budget(recipe, ds_config, shape=target_shape(recipe), unique=unique, world_size=world_size)
     return _sections(
         {
@@ -129,26 +130,21 @@ def _budget_rows(recipe: Recipe, budget: Budget) -> Iterator[tuple[str, str]]:
     else:
         size = budget.checkpoint_bytes
         yield "checkpoint", f"{_gib(size / GIB)} ({size:,} bytes), every {recipe.checkpoint.interval_steps} steps"
-    yield "download", _download_text(recipe, budget)
-    yield "disk", _disk_text(budget)
-
-
-def _download_text(recipe: Recipe, budget: Budget) -> str:
-    sizes = budget.download_gib
-    parts = [f"{name} {_gib(size) if size is not None else '(size unknown)'}" for name, size in sizes.items()]
-    known = [size for size in sizes.values() if size is not None]
-    text = f"{_gib(sum(known))}: {', '.join(parts)}" if known else ", ".join(parts) or "nothing"
+    yield from _sizes("download", budget.download_gib, "nothing")
     if recipe.reference and recipe.reference.recipe_name:
-        text += f"; {recipe.reference.model} is trained first when it is missing (its own plan tells its cost)"
-    return text
+        yield "", f"{recipe.reference.model} is trained first when it is missing: its own plan tells what it costs"
+    yield from _sizes("disk", {name: size for name, size in budget.disk_gib.items() if size}, _UNKNOWN_MODEL)
 
 
-def _disk_text(budget: Budget) -> str:
-    parts = {name: size for name, size in budget.disk_gib.items() if size}
-    if not parts:
-        return _UNKNOWN_MODEL
-    listed = " + ".join(f"{name} {_gib(size)}" for name, size in parts.items())
-    return f"{_gib(sum(parts.values()))} = {listed}"
+def _sizes(label: str, sizes: Mapping[str, float | None], nothing: str) -> Iterator[tuple[str, str]]:
+    """Rows of a sum and its parts."""
+    known = [size for size in sizes.values() if size is not None]
+    if not sizes:
+        yield label, nothing
+        return
+    yield label, _gib(sum(known)) if len(known) == len(sizes) else f"{_gib(sum(known))} and what has no known size"
+    for name, size in sizes.items():
+        yield "", f"  {name}: {'size unknown' if size is None else _gib(size)}"
 
 
 def _gib(size: float) -> str:
@@ -188,8 +184,3 @@ def _hours_lines(budget: Budget, names: Sequence[str]) -> Iterator[str]:
 
 def _hours(value: float) -> str:
     return f"{value:,.1f}" if value >= 0.1 else "under 0.1"
-
-
-def _prepared_tokens(recipe: Recipe, cache_dir: Path) -> Tokens | None:
-    """Training tokens of token files that are already written."""
-    return None

@@ -1,0 +1,109 @@
+"""How many training tokens a corpus has: counted when its token files are there, else estimated."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.budget import GIB
+from inheritune_ds.data.readers import expand
+from inheritune_ds.recipe import Corpus, EmbeddedSource, FilesSource, Source, TrainedTokenizer
+
+_BYTES_A_TOKEN = 4.0
+"""English text under a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""
+_EMBEDDED_BYTES = 2_400_000
+_EXPANSION = {".gz": 3.0, ".zst": 3.0, ".parquet": 1.7}
+"""Bytes of text a byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Training tokens of a corpus; `estimate` until its token files are written."""
+
+    count: int
+    estimate: bool
+
+
+def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:
+    """Training tokens of a corpus; None when neither its token files, a cap nor its size are known.
+
+    Args:
+        corpus: What to read.
+        cache_dir: Where token files of earlier runs are.
+
+    Raises:
+        CorpusError: A corpus file is missing.
+    """
+    for path in sorted((cache_dir / "tokens").glob("*/manifest.json")):
+        try:
+            manifest = json.loads(path.read_bytes())
+            if _same_corpus(corpus, manifest):
+                return Tokens(int(manifest["train_tokens"]), estimate=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not a finished manifest of this version: the corpus is tokenized again, and says so
+    return estimate_tokens(corpus)
+
+
+def _same_corpus(corpus: Corpus, manifest: Mapping[str, Any]) -> bool:
+    """Whether token files were made from this corpus, by what can be compared without reading documents.
+
+    Training compares the hashes of all files, too; a plan has no time for that. A corpus that leaves the tokenizer
+    to its reference is never found: the name of the tokenizer is not known here.
+    """
+    tokenizer, spoken = corpus.tokenizer, manifest["tokenizer"]
+    if isinstance(tokenizer, TrainedTokenizer):
+        same_tokenizer = spoken.get("train") == tokenizer.vocab_size
+    else:
+        same_tokenizer = tokenizer is not None and spoken.get("name") == tokenizer
+    settings = {key: getattr(corpus, key) for key in ("validation_ratio", "max_tokens", "token_dtype")}
+    identities = [source["identity"] for source in manifest["sources"]]
+    return (
+        same_tokenizer
+        and manifest["corpus"] == settings
+        and len(identities) == len(corpus.sources)
+        and all(_same_source(*pair) for pair in zip(corpus.sources, identities, strict=True))
+    )
+
+
+def _same_source(source: Source, identity: Mapping[str, Any]) -> bool:
+    if source.kind != identity["kind"]:
+        return False
+    if isinstance(source, EmbeddedSource):
+        return bool(identity["python"] == platform.python_version())
+    if isinstance(source, FilesSource):
+        files = [(path.name, path.stat().st_size) for path in expand(source.paths)]
+        written = [(file["name"], file["size"]) for file in identity["files"]]
+        keys: tuple[str, ...] = ("text_field", "document_separator")
+        return files == written and all(getattr(source, key) == identity[key] for key in keys)
+    keys = ("dataset", "data_files", "split", "text_field")
+    return all(getattr(source, key) == identity.get(key) for key in keys)
+
+
+def estimate_tokens(corpus: Corpus) -> Tokens | None:
+    """Guess the training tokens of a corpus that is not tokenized yet: its cap, or its bytes / 4.
+
+    Raises:
+        CorpusError: A corpus file is missing.
+    """
+    sizes = [_text_bytes(source) for source in corpus.sources]
+    if corpus.max_tokens is not None:
+        return Tokens(corpus.max_tokens, estimate=True)
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return None
+    return Tokens(int(sum(known) / _BYTES_A_TOKEN * (1.0 - corpus.validation_ratio)), estimate=True)
+
+
+def _text_bytes(source: Source) -> float | None:
+    """Bytes of text in a source; None for a hub dataset of unknown size."""
+    if isinstance(source, EmbeddedSource):
+        return _EMBEDDED_BYTES
+    if isinstance(source, FilesSource):
+        return float(sum(path.stat().st_size * _expansion(path.name) for path in expand(source.paths)))
+    return source.download_gib * GIB * _expansion(source.data_files) if source.download_gib else None
+
+
+def _expansion(name: str) -> float:
+    return _EXPANSION.get(Path(name).suffix, 1.0)
