@@ -126,13 +126,14 @@ def run_study(  # noqa: PLR0913 (by keyword: the options of the command line, on
         which = run.recipe if run.recipe in shipped_names() else str(beside / Path(run.recipe).expanduser())
         command = [*launcher, "--recipe", which, *folders, *run.overrides, *overrides]
         plans.append(_Plan(run, recipe.name, runs_dir / recipe.name, command))
+    print(f"study {study.name}: {study.description}")
     for number, plan in enumerate(plans, 1):
         print(f"\n[{number}/{len(plans)}] {plan.name} ({plan.run.role})\n{shlex.join(plan.command)}\n", flush=True)
         if not _train(plan):
             print(f"\nstudy {study.name}: stopped at {plan.name}; the same command goes on", flush=True)
             return None
     rows = [StudyRow(plan.run.label or plan.name, plan.run.role, run_result(plan.folder)) for plan in plans]
-    report = write_study_report(runs_dir / f"study-{study.name}", study.description, rows)
+    report = write_study_report(runs_dir / f"study-{study.name}", f"Study {study.name}", rows)
     _print_end(report, rows)
     return report
 
