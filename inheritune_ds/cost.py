@@ -171,6 +171,7 @@ def _disk(
         parts[f"checkpoints ({recipe.checkpoint.keep} kept, 1 being written)"] = (
             (recipe.checkpoint.keep + 1) * saved / GIB
         )
+        parts["target before training (fp32; less in the reference's own type)"] = count.total * 4 / GIB
         parts["export"] = count.total * _EXPORT_BYTES[recipe.export.dtype] / GIB
     if unique:
         all_tokens = unique.count / (1.0 - recipe.corpus.validation_ratio)
@@ -226,12 +227,8 @@ def check_claim(recipe: Recipe, flops: float | None, unique: Tokens | None) -> s
     cards = f"{claim.gpus} x {card.label} ({card.peak_bf16_flops / 1e12:.1f} TFLOP/s)"
     planned = hours(flops, card, claim.gpus, PLANNING_MFU)
     figures = (
-        (
-            f"the floor is {floor:.1f} hours at 100 % of the peak of {cards}, {planned:.1f} hours at "
-            f"{PLANNING_MFU:.0%} MFU; {claim.hours:g} hours would need an MFU of {needed:.0%}"
-        )
-        .replace("%", " %")
-        .replace("  %", " %")
+        f"the floor is {floor:.1f} hours at 100 % of the peak of {cards}, {planned:.1f} hours at "
+        f"{PLANNING_MFU * 100:.0f} % MFU; {claim.hours:g} hours would need an MFU of {needed * 100:.0f} %"
     )
     if needed > 1.0:
         return f"{what} cannot fit {quoted}: {figures}"

@@ -142,7 +142,8 @@ def _sizes(label: str, sizes: Mapping[str, float | None], nothing: str) -> Itera
     if not sizes:
         yield label, nothing
         return
-    yield label, _gib(sum(known)) if len(known) == len(sizes) else f"{_gib(sum(known))} and what has no known size"
+    rest = "" if len(known) == len(sizes) else "size unknown" if not known else " and what has no known size"
+    yield label, (_gib(sum(known)) if known else "") + rest
     for name, size in sizes.items():
         yield "", f"  {name}: {'size unknown' if size is None else _gib(size)}"
 

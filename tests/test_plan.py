@@ -1,0 +1,200 @@
+"""The printed plan: figures, width, and that it needs no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
+from inheritune_ds.plan import WIDTH, plan
+from inheritune_ds.recipe_file import load_recipe, shipped_names
+from inheritune_ds.shapes import target_shape
+from inheritune_ds.training.ds_config import Machine, read, resolve
+
+CONFIGS = Path(__file__).parent.parent / "ds_configs"
+A6000 = Machine(kind="cuda", memory_gib=48.0, bf16=True)
+
+
+def plan_of(
+    name: str,
+    *overrides: str,
+    config: str = "a6000",
+    world_size: int = 1,
+    gpu: str | None = None,
+    cache_dir: Path = Path("no-such-cache"),
+) -> str:
+    recipe = load_recipe(name, overrides)
+    path = CONFIGS / f"{config}.json"
+    resolved = resolve(
+        read(path), recipe, origin=str(path), shape=target_shape(recipe), world_size=world_size, machine=A6000
+    )
+    return plan(recipe, resolved.config, notes=resolved.notes, world_size=world_size, gpu=gpu, cache_dir=cache_dir)
+
+
+def section(text: str, title: str) -> str:
+    """The lines under a heading, joined by single spaces."""
+    start = text.index(f"--- {title}")
+    lines = text[start:].splitlines()[1:]
+    end = next((number for number, line in enumerate(lines) if line.startswith("---")), len(lines))
+    return " ".join(" ".join(lines[:end]).split())
+
+
+def test_plan_of_the_paper_gives_all_figures_and_the_verdict() -> None:
+    text = plan_of("openllama-3b-13l")
+    budget = section(text, "budget")
+    for figure in (
+        "parameters 1.816B total (1,815,638,400), 1.611B of them in 13 blocks of 123.9M",
+        "tokens per step 131,072 = micro-batch 2 x accumulation 32 x ranks 1 x seq_len 2048",
+        "unique tokens 1,000,000,000 (estimate)",
+        "steps 61,035 (estimate)",
+        "tokens seen 7,999,979,520 (estimate)",
+        "epochs 8.00 (estimate)",
+        "FLOPs 11.3 GFLOP a token, 9.04e+19 in all (estimate)",
+        "checkpoint 23.7 GiB (25,418,937,600 bytes), every 200 steps",
+        "download 11.1 GiB openlm-research/open_llama_3b: 6.4 GiB",
+        "disk 97.5 GiB checkpoints (2 kept, 1 being written): 71.0 GiB",
+    ):
+        assert figure in budget
+    assert "1 x RTX A6000 324.5 162.2 45.5 of 48 GiB: fits" in section(text, "hours")
+    claim = section(text, "published claim")
+    assert claim.startswith('8 epochs of 1B tokens cannot fit the "under 12 hours on one A6000" of the paper')
+    assert "the floor is 162.2 hours" in claim
+
+
+def test_plan_shows_the_resolved_pair_and_the_choices() -> None:
+    text = plan_of("quickstart", config="zero1")
+    assert "  select: first:4" in text
+    config = text[text.index("{") : text.index("\n}\n") + 2]
+    assert json.loads(config)["gradient_accumulation_steps"] == 1
+    assert "train_micro_batch_size_per_gpu: 32 (auto" in section(text, "choices made")
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.json")))
+@pytest.mark.parametrize("name", shipped_names())
+def test_plan_of_every_recipe_and_config_is_no_wider_than_its_width(name: str, config: str) -> None:
+    lines = plan_of(name, config=config).splitlines()
+    assert max(map(len, lines)) <= WIDTH == 110
+    assert lines == [line.rstrip() for line in lines]
+
+
+def test_plan_lists_the_common_gpus_or_the_one_asked_for() -> None:
+    several = section(plan_of("openllama-3b-13l"), "hours")
+    assert all(label in several for label in ("RTX A6000", "A100 80GB", "H100 SXM", "H200 SXM"))
+    one = section(plan_of("openllama-3b-13l", gpu="4090"), "hours")
+    assert "GeForce RTX 4090" in one
+    assert "does not fit" in one
+    assert "A6000" not in one
+    with pytest.raises(RecipeError, match="did you mean a6000"):
+        plan_of("openllama-3b-13l", gpu="a600")
+
+
+def test_plan_divides_hours_by_the_ranks() -> None:
+    text = section(plan_of("openllama-3b-13l-250m", world_size=4, gpu="h200"), "hours")
+    assert "4 x H200 SXM 0.4 0.2" in text
+
+
+def test_plan_calls_hours_of_a_tiny_run_under_a_tenth() -> None:
+    assert "under 0.1 under 0.1" in section(plan_of("quickstart", gpu="h200"), "hours")
+
+
+def test_plan_warns_that_fp32_takes_longer_than_the_peaks() -> None:
+    assert "this config computes in fp32" in section(plan_of("quickstart", config="cpu"), "hours")
+    assert "fp32" not in section(plan_of("quickstart", config="a6000"), "hours")
+
+
+def test_plan_shows_memory_by_part_and_what_the_host_holds() -> None:
+    parts = section(plan_of("openllama-3b-13l"), "memory")
+    assert parts.startswith("weights 3.38 GiB gradients 3.38 GiB fp32 gradient accumulator 6.76 GiB")
+    assert "total 45.50 GiB (ZeRO-1, bf16, ranks: 1; activations +-20 %)" in parts
+    offloaded = section(plan_of("openllama-3b-13l", config="zero3_offload"), "memory")
+    assert "on the host, a rank 30.44 GiB" in offloaded
+
+
+def test_plan_marks_counts_as_an_estimate_only_where_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "tokens" / "abc"
+    folder.mkdir(parents=True)
+    recipe = load_recipe("gpt2-medium-24l")
+    identity = {
+        "kind": "hub",
+        "dataset": "Skylion007/openwebtext",
+        "data_files": "plain_text/*.parquet",
+        "split": "train",
+        "text_field": "text",
+    }
+    manifest = {
+        "train_tokens": 9_035_582_198,
+        "tokenizer": {"name": recipe.corpus.tokenizer},
+        "corpus": recipe.corpus.model_dump(include={"validation_ratio", "max_tokens", "token_dtype"}),
+        "sources": [{"identity": identity}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    budget = section(plan_of("gpt2-medium-24l", cache_dir=tmp_path), "budget")
+    assert "unique tokens 9,035,582,198 steps 100,000 tokens seen 39,321,600,000 epochs 4.35 FLOPs" in budget
+    before = section(plan_of("gpt2-medium-24l"), "budget")
+    assert "(estimate) steps 100,000 tokens seen 39,321,600,000 epochs 3.83 (estimate) FLOPs" in before
+
+
+def test_plan_says_what_is_unknown_until_the_hub_is_read() -> None:
+    text = plan_of("quickstart", "reference.model=EleutherAI/pythia-160m", "training.duration=2 epochs")
+    budget = section(text, "budget")
+    assert "parameters unknown until the reference is read" in budget
+    assert "download size unknown EleutherAI/pythia-160m: size unknown" in budget
+    assert section(text, "hours") == section(text, "memory") == "unknown until the reference is read"
+
+
+def test_plan_says_what_is_unknown_until_the_corpus_is_read() -> None:
+    sources = "corpus.sources=[{kind: hub, dataset: a/b, data_files: '*.jsonl'}]"
+    text = plan_of("quickstart", sources, "training.duration=2 epochs")
+    budget = section(text, "budget")
+    for label in ("unique tokens", "steps", "tokens seen", "epochs"):
+        assert f"{label} unknown until the corpus is tokenized" in budget
+    assert "0.008681 GFLOP a token, unknown until the corpus is tokenized" in budget
+    assert section(text, "hours") == "unknown until the corpus is tokenized"
+
+
+def test_plan_counts_what_is_known_of_a_download() -> None:
+    sources = "corpus.sources=[{kind: hub, dataset: a/b, data_files: '*', download_gib: 2.0}]"
+    budget = section(plan_of("quickstart", sources, "reference.model=c/d"), "budget")
+    assert "download 2.0 GiB and what has no known size c/d: size unknown a/b: 2.0 GiB" in budget
+
+
+def test_plan_tells_that_a_recipe_is_trained_first() -> None:
+    budget = section(plan_of("quickstart"), "budget")
+    assert "download nothing recipe:quickstart-reference is trained first when it is missing" in budget
+
+
+def test_plan_refuses_what_does_not_fit() -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    for override, kind in [
+        ("target.select=first:9", SurgeryError),
+        ("corpus.sources=[{kind: files, paths: [nowhere.txt]}]", CorpusError),
+        ("training.duration=9 tokens", RecipeError),
+    ]:
+        with pytest.raises(kind):
+            plan(
+                load_recipe("quickstart", [override]), config, notes=(), world_size=1, gpu=None, cache_dir=Path("none")
+            )
+
+
+def test_plan_needs_no_heavy_library() -> None:
+    script = (
+        "import sys; from tests_plan import plan_of; plan_of('openllama-3b-13l');"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'tokenizers', 'datasets', 'wandb', 'matplotlib', 'numpy'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    loader = (
+        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('tests_plan', sys.argv[1]);"
+        "module = importlib.util.module_from_spec(spec); sys.modules['tests_plan'] = module;"
+        "spec.loader.exec_module(module);"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", loader + script, __file__], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "[]\n"
