@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.recipe import Recipe
@@ -97,8 +98,17 @@ def write_yaml(document: dict[str, Any]) -> str:
     yaml.default_flow_style = False
     yaml.width = 10_000
     stream = io.StringIO()
-    yaml.dump(document, stream)
+    yaml.dump(_quoted(document), stream)
     return stream.getvalue()
+
+
+def _quoted(value: Any) -> Any:
+    """Put text with control characters or Unicode's own line ends into double quotes; YAML folds them elsewhere."""
+    if isinstance(value, dict):
+        return {_quoted(key): _quoted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_quoted(item) for item in value]
+    return DoubleQuotedScalarString(value) if isinstance(value, str) and not value.isprintable() else value
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -166,8 +176,9 @@ _TEXT_BRANCH = "constrained-str"
 
 def _is_other_branch(item: Any) -> bool:
     """Whether pydantic complains about the branch of `text | mapping` that the user did not take."""
-    is_text = _TEXT_BRANCH in item["loc"]
-    return isinstance(item["input"], dict) if is_text else item.get("ctx", {}).get("class_name") == item["loc"][-1]
+    if _TEXT_BRANCH in item["loc"]:
+        return isinstance(item["input"], dict)
+    return bool(item["type"] == "model_type" and item["loc"][-1:] == (item["ctx"]["class_name"],))
 
 
 def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:

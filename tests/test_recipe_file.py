@@ -1,0 +1,349 @@
+"""Reading recipes: strict YAML, overrides, and messages that name every problem at once."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inheritune_ds.errors import RecipeError
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe_file import (
+    differences,
+    dump_recipe,
+    load_recipe,
+    parse_yaml,
+    read_document,
+    shipped_names,
+    validate,
+    write_yaml,
+)
+
+
+def message(*overrides: str, name: str = "quickstart") -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, overrides)
+    return str(caught.value)
+
+
+ALLOWED_TRAINING = "duration, global_batch_tokens, seq_len"
+
+
+@pytest.mark.parametrize(
+    ("override", "lines"),
+    [
+        (
+            "training.seqlen=3",
+            [
+                "quickstart: training.seqlen: unknown key",
+                f"  allowed: {ALLOWED_TRAINING}",
+                "  do: did you mean training.seq_len?",
+            ],
+        ),
+        (
+            "training.hub=3",  # `hub` is also the name of a kind of source
+            ["quickstart: training.hub: unknown key", f"  allowed: {ALLOWED_TRAINING}", "  do: remove it"],
+        ),
+        (
+            "corpus.sources.0={kind: hub, dataset: a, data_files: b, data_file: c}",
+            [
+                "quickstart: corpus.sources.0.data_file: unknown key",
+                "  allowed: data_files, dataset, download_gib, kind, revision, split, text_field",
+                "  do: did you mean corpus.sources.0.data_files?",
+            ],
+        ),
+        (
+            "corpus.sources.0={kind: hub, dataset: a}",
+            ["quickstart: corpus.sources.0.data_files: required key is missing"],
+        ),
+        (
+            "corpus.sources.0.kind=web",
+            ["quickstart: corpus.sources.0.kind: 'web' is unknown", "  allowed: embedded, files or hub"],
+        ),
+        (
+            "corpus.sources.0={dataset: a}",
+            ["quickstart: corpus.sources.0.kind: required key is missing", "  allowed: embedded, files or hub"],
+        ),
+        (
+            "corpus.tokenizer={vocab_size: 5}",
+            [
+                "quickstart: corpus.tokenizer.vocab_size: 5 is not accepted",
+                "  allowed: greater than or equal to 257",
+            ],
+        ),
+        (
+            "corpus.tokenizer=5",
+            ["quickstart: corpus.tokenizer: 5 is not accepted", "  allowed: text, or a mapping of vocab_size"],
+        ),
+        (
+            "corpus.tokenizer={vocab_size: 300, kind: bpe}",
+            [
+                "quickstart: corpus.tokenizer.kind: unknown key",
+                "  allowed: vocab_size",
+                "  do: remove it",
+            ],
+        ),
+        (
+            "corpus.sources=[]",
+            ["quickstart: corpus.sources: [] is not accepted", "  allowed: a list with at least one item"],
+        ),
+        ("corpus.sources=3", ["quickstart: corpus.sources: 3 is not accepted", "  allowed: a list"]),
+        ("training=3", ["quickstart: training: 3 is not accepted", "  allowed: a mapping of keys to values"]),
+        ("training.seq_len=x", ["quickstart: training.seq_len: 'x' is not accepted", "  allowed: a whole number"]),
+        ("training.seq_len=1.5", ["quickstart: training.seq_len: 1.5 is not accepted", "  allowed: a whole number"]),
+        ("training.seq_len=0", ["quickstart: training.seq_len: 0 is not accepted", "  allowed: greater than 0"]),
+        ("seed=true", ["quickstart: seed: True is not accepted", "  allowed: a whole number"]),
+        ("optimizer.lr=on", ["quickstart: optimizer.lr: 'on' is not accepted", "  allowed: a number"]),
+        ("optimizer.lr=.inf", ["quickstart: optimizer.lr: inf is not accepted", "  allowed: a finite number"]),
+        ("optimizer.betas=0.9", ["quickstart: optimizer.betas: 0.9 is not accepted", "  allowed: a list"]),
+        ("description=", ["quickstart: description: None is not accepted", "  allowed: text"]),
+        (
+            "reference.model=''",
+            ["quickstart: reference.model: '' is not accepted", "  allowed: text of at least one character"],
+        ),
+        (
+            "schedule.kind=cosinus",
+            ["quickstart: schedule.kind: 'cosinus' is not accepted", "  allowed: 'cosine', 'constant' or 'wsd'"],
+        ),
+        (
+            "target.select=last:4",
+            ["quickstart: target.select: 'last:4' is not of the right form", "  allowed: first:n, such as first:4"],
+        ),
+        (
+            "training.duration=8 weeks",
+            [
+                "quickstart: training.duration: '8 weeks' is not of the right form",
+                "  allowed: a count and a unit: 8 epochs, 100_000 steps, 250M tokens",
+            ],
+        ),
+        (
+            "name=a b",
+            [
+                "quickstart: name: 'a b' is not of the right form",
+                "  allowed: letters, digits, '.', '_' and '-', starting with a letter or digit",
+            ],
+        ),
+        (
+            "training.seq_len=9",
+            [
+                "quickstart: training: global_batch_tokens 4096 is not a multiple of seq_len 9; the nearest are 4095, 4104"
+            ],
+        ),
+        (
+            "noequal",
+            [
+                "override 'noequal' is not of the form key.path=value",
+                "  allowed: for instance training.seq_len=512",
+                "  do: quote a value with spaces: 'training.duration=200 steps'",
+            ],
+        ),
+        (
+            "corpus.sources.5=x",
+            ["override corpus.sources.5: '5' is no position in a list of 1", "  allowed: 0 to 0"],
+        ),
+        (
+            "training.seq_len.x=3",
+            [
+                "override training.seq_len.x: training.seq_len holds 128, which has no keys inside",
+                "  do: override training.seq_len itself",
+            ],
+        ),
+        (
+            "seed={a: 1, a: 2}",
+            [
+                'override seed, line 1: found duplicate key "a" with value "2" (original value: "1")',
+                "  allowed: YAML 1.2, each key once",
+                "  do: mend the file at that line",
+            ],
+        ),
+    ],
+)
+def test_load_recipe_says_what_is_wrong_where_and_what_is_allowed(override: str, lines: list[str]) -> None:
+    assert message(override).splitlines() == lines
+
+
+def test_load_recipe_reports_all_problems_at_once() -> None:
+    text = message("training.seqlen=3", "noequal", "optimizer.lr=-1", "a..b=1", "corpus.sources.7=1")
+    assert text.startswith("5 problems found\n1. override 'noequal'")
+    for part in ("override 'a..b=1'", "override corpus.sources.7", "optimizer.lr: -1", "training.seqlen: unknown key"):
+        assert part in text
+
+
+def test_overrides_are_applied_in_order_and_reach_into_lists() -> None:
+    recipe = load_recipe(
+        "quickstart",
+        [
+            "optimizer.lr=5e-4",
+            "optimizer.lr=3e-4",
+            "corpus.sources.0={kind: files, paths: [a.txt, b.txt]}",
+            "corpus.sources.0.paths.1=c.txt",
+            "optimizer.betas=[0.8, 0.9]",
+            "training.duration=7 steps",
+        ],
+    )
+    assert recipe.optimizer.lr == 3e-4
+    assert recipe.corpus.sources[0].model_dump()["paths"] == ["a.txt", "c.txt"]
+    assert recipe.optimizer.betas == (0.8, 0.9)
+    assert recipe.training.duration == "7 steps"
+
+
+SCRATCH = "{model_type: gpt2, vocab_size: 4096, hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 1, "
+SCRATCH += "max_position_embeddings: 128, tie_word_embeddings: true}"
+
+
+def test_override_makes_a_missing_block_and_unsets_with_nothing() -> None:
+    recipe = load_recipe(
+        "quickstart", ["export.dtype=bfloat16", "reference=", "target.select=", f"target.shape={SCRATCH}"]
+    )
+    assert recipe.export.dtype == "bfloat16"
+    assert recipe.reference is None
+    assert recipe.target.shape is not None
+    assert recipe.target.shape.hidden_size == 8
+
+
+def test_yaml_is_read_by_its_version_1_2() -> None:
+    document = parse_yaml("a: 3e-4\nb: on\nc: 1_000\nd: no\ne: 0o17\nf: 012\n", "x")
+    assert document == {"a": 3e-4, "b": "on", "c": 1000, "d": "no", "e": 15, "f": 12}
+    assert isinstance(document["a"], float)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: 2\na: 3\n", 'x.yaml, line 3: found duplicate key "a"'),
+        ("a: [\n", "x.yaml, line 2: expected the node content"),
+        ("\ta: 1\n", "x.yaml, line 1: found character"),
+        ("a: !!python/object:os.system x\n", "x.yaml, line 1: could not determine a constructor"),
+        ("a: 1\n---\nb: 2\n", "x.yaml, line 2: but found another document"),
+        ("- a\n", "x.yaml: the document is not a mapping"),
+        ("", "x.yaml: the document is not a mapping"),
+    ],
+)
+def test_parse_yaml_refuses_what_is_not_one_strict_mapping(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_yaml(text, "x.yaml")
+    assert str(caught.value).startswith(problem)
+
+
+def test_validate_refuses_keys_that_are_no_text() -> None:
+    document = load_recipe("quickstart").model_dump(mode="json")
+    with pytest.raises(RecipeError, match="Keys should be strings"):
+        validate(Recipe, {**document, 1: 2}, "x")  # type: ignore[dict-item]
+
+
+def test_load_recipe_suggests_the_nearest_shipped_name() -> None:
+    text = message(name="quickstrt")
+    assert text.startswith("recipe 'quickstrt' cannot be read: no such file or directory\n")
+    assert f"allowed: a YAML file, or one of {', '.join(shipped_names())}" in text
+    assert text.endswith("do: did you mean quickstart?")
+
+
+def test_load_recipe_reads_files_beside_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(read_document("quickstart", "recipes")[0], encoding="utf-8")
+    assert load_recipe("mine.yaml", beside=tmp_path) == load_recipe("quickstart")
+    assert load_recipe(str(tmp_path / "mine.yaml")) == load_recipe("quickstart")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "is a directory"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "it is not UTF-8 text"),
+        (Path.absolute, "no such file or directory"),
+    ],
+)
+def test_load_recipe_says_why_a_file_cannot_be_read(tmp_path: Path, make: Any, reason: str) -> None:
+    path = tmp_path / "mine.yaml"
+    make(path)
+    text = message(name=str(path))
+    assert text.startswith(f"recipe '{path}' cannot be read: {reason}")
+    assert "`inheritune-ds recipes` lists what is shipped" in text
+
+
+def test_problems_of_a_file_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\n", encoding="utf-8")
+    text = message(name=str(path))
+    assert f"1. {path}: description: required key is missing" in text
+    assert text.startswith("8 problems found")
+
+
+@settings(max_examples=40)
+@given(
+    lr=st.floats(1e-12, 10.0),
+    ratio=st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 10**6),
+    scale=st.sampled_from(["", "K", "M", "B"]),
+    unit=st.sampled_from(["steps", "tokens", "epochs"]),
+    windows=st.integers(1, 1000),
+    description=st.text(min_size=1, max_size=60),
+    source=st.sampled_from(
+        [
+            {"kind": "embedded"},
+            {"kind": "files", "paths": ["on", "a: b.txt", "1e-3"], "document_separator": "\n\n"},
+            {"kind": "hub", "dataset": "a/b", "data_files": "*.parquet", "download_gib": 0.5},
+        ]
+    ),
+    tokenizer=st.sampled_from([{"vocab_size": 300}, "gpt2", "no"]),
+)
+def test_dump_recipe_is_read_back_equal(
+    *,
+    lr: float,
+    ratio: float,
+    seed: int,
+    count: int,
+    scale: str,
+    unit: str,
+    windows: int,
+    description: str,
+    source: dict[str, Any],
+    tokenizer: Any,
+) -> None:
+    document = load_recipe("quickstart").model_dump(mode="json")
+    document |= {"seed": seed, "description": description}
+    document["optimizer"]["lr"] = lr
+    document["schedule"]["min_lr_ratio"] = ratio
+    document["training"] |= {"duration": f"{count}{scale} {unit}", "global_batch_tokens": windows * 128}
+    document["corpus"] |= {"sources": [source], "tokenizer": tokenizer}
+    recipe = validate(Recipe, document, "x")
+    again = validate(Recipe, parse_yaml(dump_recipe(recipe), "x"), "x")
+    assert again == recipe
+    assert again.fingerprint == recipe.fingerprint
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.floats(allow_nan=False),
+            st.text(),
+            st.lists(st.text(max_size=9)),
+        ),
+        min_size=1,
+    )
+)
+def test_write_yaml_is_read_back_equal(document: dict[str, Any]) -> None:
+    assert parse_yaml(write_yaml(document), "x") == document
+
+
+def test_dump_recipe_writes_every_default_out() -> None:
+    text = dump_recipe(load_recipe("quickstart"))
+    for line in ("  max_grad_norm: 1.0", "  eps: 1e-08", "  keep: 3", "  dtype: float32", "  token_dtype: auto"):
+        assert line in text.splitlines()
+
+
+def test_differences_name_every_changed_key() -> None:
+    old = {"a": {"b": 1, "c": math.nan}, "d": [1], "e": "x" * 100}
+    new = {"a": {"b": 2, "c": math.nan}, "d": [1, 2], "f": None}
+    lines = differences(old, new)
+    assert lines[:2] == ["a.b: 1 -> 2", "d: [1] -> [1, 2]"]
+    assert lines[2].startswith("e: 'xxx")
+    assert lines[2].endswith("... -> None")
+    assert len(lines) == 3
+    assert differences(old, old) == []
