@@ -126,10 +126,8 @@ ALLOWED_TRAINING = "duration, global_batch_tokens, seq_len"
             ],
         ),
         (
-            "training.seq_len=9",
-            [
-                "quickstart: training: global_batch_tokens 4096 is not a multiple of seq_len 9; the nearest are 4095, 4104"
-            ],
+            "training.global_batch_tokens=9",
+            ["quickstart: training: global_batch_tokens 9 is not a multiple of seq_len 128; the nearest are 128"],
         ),
         (
             "noequal",
