@@ -71,11 +71,11 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
             action="correct the name in the recipe; for a private one, `hf auth login` first",
         ) from None
     except Exception as error:  # noqa: BLE001  the HTTP client's error classes change between versions of the hub's library
-        offline = _first_line(error)
+        offline = first_line(error)
     try:
         commit = api.resolve_revision(name, repo_type=repo_type, revision=revision, local_files_only=bool(offline))
     except Exception as error:  # noqa: BLE001  as above; whatever it was, the commit is not known
-        raise _unreachable(name, repo_type, offline or _first_line(error)) from None
+        raise _unreachable(name, repo_type, offline or first_line(error)) from None
     return Repository(name, repo_type, commit.resolved, offline)
 
 
@@ -98,7 +98,7 @@ def snapshot(repository: Repository, patterns: list[str]) -> Path:
             )
         )
     except Exception as error:  # noqa: BLE001  the HTTP client's error classes change between versions of the hub's library
-        raise _unreachable(repository.name, repository.repo_type, repository.offline or _first_line(error)) from None
+        raise _unreachable(repository.name, repository.repo_type, repository.offline or first_line(error)) from None
 
 
 def _unreachable(name: str, repo_type: RepoType, reason: str) -> HubError:
@@ -117,5 +117,6 @@ def _local_way_out(repo_type: RepoType) -> str:
     return ", or copy the folder here and give its path in place of the name"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Say an error in one short line; some libraries' texts fill a page, others are empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -132,12 +132,12 @@ def _hub_documents(source: HubSource) -> Iterator[str | None]:
         ) from None
     except ValueError as error:
         raise CorpusError(
-            f"dataset {where}: {str(error).splitlines()[0]}",
+            f"dataset {where}: {hub.first_line(error)}",
             action="correct split or data_files in corpus.sources",
         ) from None
     except Exception as error:  # noqa: BLE001  `datasets` passes on whatever its readers and HTTP clients raise
         raise HubError(
-            f"dataset {where}: reading failed ({type(error).__name__}: {str(error).splitlines()[0][:160]})",
+            f"dataset {where}: reading failed ({type(error).__name__}: {hub.first_line(error)})",
             action="run the same command again; if it fails at the same place, download the files "
             "and name them under corpus.sources with kind: files",
         ) from None

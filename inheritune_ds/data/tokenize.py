@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -38,7 +39,6 @@ FORMAT = 1
 
 _BATCH_CHARACTERS = 2**20
 _BATCH_DOCUMENTS = 512
-_PARTS = ("train", "validation")
 
 
 def find(
@@ -183,7 +183,12 @@ class _TokenFile:
         self.tokens += len(ids)
         self.documents += 1
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with storage_errors(self.path):
             self._file.close()
 
@@ -196,12 +201,11 @@ def _build(plan: _Plan, staging: Path) -> None:
     dtype = plan.corpus.token_dtype
     if dtype == "auto":
         dtype = "uint16" if _id_space(tokenizer) <= 2**16 else "uint32"
-    train, validation = (_TokenFile(staging / f"{part}.bin", dtype) for part in _PARTS)
-    try:
+    with (
+        _TokenFile(staging / "train.bin", dtype) as train,
+        _TokenFile(staging / "validation.bin", dtype) as validation,
+    ):
         counts = _write_parts(plan.corpus, tokenizer, train, validation)
-    finally:
-        train.close()
-        validation.close()
     _check_parts(plan.corpus, train, validation, sum(count["empty_documents"] for count in counts))
     with storage_errors(staging):
         tokenizer.save_pretrained(staging / "tokenizer")
@@ -327,8 +331,8 @@ def _check_parts(corpus: Corpus, train: _TokenFile, validation: _TokenFile, empt
         raise CorpusError(
             f"the validation part is empty: none of {documents} documents was held out "
             f"at corpus.validation_ratio={corpus.validation_ratio}",
-            action="raise corpus.validation_ratio, or give more documents in corpus.sources "
-            "(document_separator cuts a .txt file into several)",
+            action=f"raise corpus.validation_ratio{'' if corpus.max_tokens is None else ' or corpus.max_tokens'}, "
+            "or give more documents in corpus.sources (document_separator cuts a .txt file into several)",
         )
 
 

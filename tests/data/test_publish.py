@@ -1,0 +1,104 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.data.publish import staged
+from inheritune_ds.errors import StorageError
+
+
+def complete(folder: Path) -> bool:
+    return (folder / "done").is_file()
+
+
+def test_staged_publishes_a_filled_folder(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "final"
+    with staged(final, complete) as staging:
+        (staging / "sub").mkdir()
+        (staging / "sub" / "file").write_text("x")
+        assert not final.exists()
+    assert (final / "sub" / "file").read_text() == "x"
+    assert [path.name for path in final.parent.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_staged_leaves_nothing_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), staged(tmp_path / "final", complete) as staging:  # noqa: PT012
+        (staging / "half").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_staged_leaves_nothing_visible_after_a_kill(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom inheritune_ds.data.publish import staged\n"
+        "with staged(Path(sys.argv[1]), lambda folder: True) as staging:\n"
+        "    (staging / 'half').write_text('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "final")], check=False)
+    assert ended.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".final.")
+    with staged(tmp_path / "final", complete) as staging:
+        assert not left.exists()
+        (staging / "done").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_staged_keeps_what_living_processes_and_other_machines_are_writing(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    mine = tmp_path / f".final.{host}.{os.getpid()}.tmp"
+    living = tmp_path / f".other.{host}.{os.getppid()}.tmp"
+    elsewhere = tmp_path / ".final.another-host.1.tmp"
+    for folder in (mine, living, elsewhere):
+        folder.mkdir()
+    (mine / "half").touch()
+    with staged(tmp_path / "final", complete) as staging:
+        assert list(staging.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"final", living.name, elsewhere.name}
+
+
+def test_staged_accepts_the_result_of_a_faster_process(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    with staged(final, complete) as staging:
+        (staging / "mine").touch()
+        final.mkdir()
+        (final / "done").touch()
+    assert [path.name for path in final.iterdir()] == ["done"]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_staged_replaces_what_is_not_usable(tmp_path: Path, kind: str) -> None:
+    final = tmp_path / "final"
+    if kind == "folder":
+        final.mkdir()
+        (final / "half").touch()
+    else:
+        final.touch()
+    with staged(final, complete) as staging:
+        (staging / "done").touch()
+    assert [path.name for path in final.iterdir()] == ["done"]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_staged_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = r"(?s)file.* cannot be written: .*do: choose a folder"
+    with pytest.raises(StorageError, match=message), staged(tmp_path / "file" / "final", complete):
+        pytest.fail("there is no folder to fill")
+
+
+def test_staged_says_that_publishing_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    message = r"(?s)final cannot be written: No space left.*free some space"
+    with pytest.raises(StorageError, match=message), staged(tmp_path / "final", complete) as staging:
+        (staging / "done").touch()
+    assert list(tmp_path.iterdir()) == []
