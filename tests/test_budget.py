@@ -113,9 +113,7 @@ def build(shape: Shape, num_blocks: int, dtype: torch.dtype = torch.float32) -> 
             tie_word_embeddings=shape.tie_word_embeddings,
             **common,
         )
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=dtype, attn_implementation="sdpa"
-    )
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model
 
 
