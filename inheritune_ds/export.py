@@ -63,7 +63,7 @@ def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
     with torch.no_grad():
         for name, value in parameters.items():
             own[name].copy_(value)
-    model = model.to(getattr(torch, dtype))
+    torch.nn.Module.to(model, getattr(torch, dtype))
     expected = weights_sha256(model.state_dict())
     with published_folder(folder) as temporary:
         model.save_pretrained(temporary)
@@ -100,7 +100,8 @@ def check_logits(folder: Path, tokens_BT: "torch.Tensor", trained_BTV: "torch.Te
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(folder).to(device).eval()
+    model: torch.nn.Module = load_model(folder)  # the plain type: transformers' own `to` is a wrapper
+    model.to(torch.device(device)).eval()
     with torch.no_grad():
         exported_BTV = model(input_ids=tokens_BT.to(device), use_cache=False).logits.float().cpu()  # noqa: N806
     if not torch.equal(exported_BTV, trained_BTV):

@@ -164,7 +164,8 @@ class ReferenceScorer:
         import torch
 
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = model.to(self._device).eval()
+        self._model: torch.nn.Module = model  # the plain type: transformers' own `to` is a wrapper
+        self._model.to(torch.device(self._device)).eval()
         self._say = say
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
@@ -216,5 +217,3 @@ def _score_reference(
     result: ValidationResult = validator_for(recipe, tokens, batch_size=8).validate(ReferenceScorer(model, say))
     result.write(path, identity=identity, model=reference.name, parameters=model.num_parameters())
     say(f"reference: val loss {result.loss:.4f} +- {result.stderr:.4f}")
-
-

@@ -65,8 +65,7 @@ class Shape(Part):
     def _complete(self) -> Self:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
         if self.model_type == "llama" and self.intermediate_size is None:
             raise ValueError("intermediate_size is required for model_type llama")
@@ -176,7 +175,7 @@ class Corpus(Part):
     """Stop after this many training tokens (documents in the order of the sources)."""
     validation_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Share of the documents that is held out, chosen by the hash of their text."""
-    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # noqa: S105 - no password
     """Integer type of the token files; `auto` is the smallest that the vocabulary fits."""
 
 

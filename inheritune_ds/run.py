@@ -21,11 +21,11 @@ from inheritune_ds.machine import detect_gpus
 from inheritune_ds.preparation import Prepared, await_prepared, prepare_run, validator_for
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
-from inheritune_ds.run_folder import RunFolder
+from inheritune_ds.run_folder import RunFolder, State
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.surgery.reference import load_model
 from inheritune_ds.tracking import Progress, Tracker
-from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState
+from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, newest_step
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
 from inheritune_ds.training.engine import Engine, start_process_group
 from inheritune_ds.training.loop import LoopParts, LoopResult, train
@@ -93,19 +93,23 @@ def execute(recipe: Recipe, launch: Launch) -> bool:
             return True
         return _Run(recipe, resolved, folder, launch).run()
     except InherituneError as error:
-        _mark(folder, launch, "failed", error.problem, error.exit_code)
+        _mark(folder, launch, "failed", error.problem, exit_code=error.exit_code)
         raise
     except KeyboardInterrupt:
-        _mark(folder, launch, "requeue", f"{launch.stop.requested}: stopped between stages", EXIT_INTERRUPTED)
+        reason = f"{launch.stop.requested}: stopped between stages"
+        _mark(folder, launch, "requeue", reason, exit_code=EXIT_INTERRUPTED)
+        raise
+    except Exception as error:
+        _mark(folder, launch, "failed", f"{type(error).__name__}: {error}", exit_code=1)
         raise
     finally:
         folder.release()
 
 
-def _mark(folder: RunFolder, launch: Launch, state: Any, reason: str, exit_code: int) -> None:
-    """Write how the run ended, keeping the step it had reached; on rank 0."""
+def _mark(folder: RunFolder, launch: Launch, state: State, reason: str, *, exit_code: int = 0) -> None:
+    """Write how the run ended, with the step of its newest checkpoint; on rank 0."""
     if launch.world.is_main:
-        folder.write_status(state, step=folder.status().get("step", 0), reason=reason, exit_code=exit_code)
+        folder.write_status(state, step=newest_step(folder.checkpoints), reason=reason, exit_code=exit_code)
 
 
 def _reference_ready(recipe: Recipe, launch: Launch) -> bool:
@@ -125,7 +129,7 @@ class _Run:
     def run(self) -> bool:
         launch, folder = self._launch, self._folder
         if self._world.is_main:
-            folder.write_status("preparing", step=folder.status().get("step", 0))
+            folder.write_status("preparing", step=newest_step(folder.checkpoints))
             folder.write_provenance({"world_size": self._world.size, "launcher": self._world.launcher})
             self._write_ds_config()
             prepared = prepare_run(
@@ -138,7 +142,9 @@ class _Run:
         else:
             prepared = await_prepared(self._recipe, folder)
         zero = self._resolved.config["zero_optimization"]
-        offload = any((zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
+        offload = any(
+            (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
+        )
         start_process_group(self._world, offload=offload)
         model = load_model(prepared.target.folder, dtype="float32")
         if self._world.is_main:
@@ -148,7 +154,7 @@ class _Run:
             result = self._train(engine, prepared)
             if not result.finished:
                 reason = f"{launch.stop.requested or 'another rank'}: saved at step {result.state.step}"
-                _mark(folder, launch, "requeue", reason, 0)
+                _mark(folder, launch, "requeue", reason)
                 launch.say(f"stopped and saved at step {result.state.step}; the same command goes on from there")
                 return False
             self._finish(engine, prepared, result.state)
@@ -166,7 +172,10 @@ class _Run:
     def _train(self, engine: Engine, prepared: Prepared) -> LoopResult:
         recipe, world, launch = self._recipe, self._world, self._launch
         windows = TokenWindows(
-            prepared.tokens.train_path, prepared.tokens.token_dtype, recipe.training.seq_len, prepared.tokens.train_tokens
+            prepared.tokens.train_path,
+            prepared.tokens.token_dtype,
+            recipe.training.seq_len,
+            prepared.tokens.train_tokens,
         )
         if not len(windows):
             raise CorpusError(
@@ -233,15 +242,15 @@ class _Run:
         launch, folder = self._launch, self._folder
         launch.say("exporting")
         validation = TokenWindows(
-            prepared.tokens.validation_path, prepared.tokens.token_dtype, self._recipe.training.seq_len,
+            prepared.tokens.validation_path,
+            prepared.tokens.token_dtype,
+            self._recipe.training.seq_len,
             prepared.tokens.validation_tokens,
         )
         probe = validation.read(np.zeros(1, dtype=np.int64))[:, :PROBE_TOKENS]
         logits = engine.probe_logits(probe)
-        parameters = {}
-        for name, value in engine.full_parameters():
-            if self._world.is_main:
-                parameters[name] = value
+        # All ranks take part in gathering each tensor; rank 0 keeps it.
+        parameters = {name: value for name, value in engine.full_parameters() if self._world.is_main}
         if not self._world.is_main:
             return
         result = self._result(prepared, state)

@@ -82,13 +82,11 @@ def machine_for(gpu_name: str | None, local_size: int) -> "Machine":
     return Machine("cpu", host_memory_gib() / local_size, cpu_has_bf16())
 
 
-def resolve_for(  # noqa: PLR0913 - one argument for each thing that decides
+def resolve_for(
     recipe: "Recipe", document: dict[str, Any], origin: str, *, world_size: int, machine: "Machine"
 ) -> "Resolved":
     """Fill in a DeepSpeed config for a recipe."""
     from inheritune_ds.shapes import target_shape
     from inheritune_ds.training.ds_config import resolve
 
-    return resolve(
-        document, recipe, origin=origin, shape=target_shape(recipe), world_size=world_size, machine=machine
-    )
+    return resolve(document, recipe, origin=origin, shape=target_shape(recipe), world_size=world_size, machine=machine)

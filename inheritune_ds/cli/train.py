@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
     from inheritune_ds.plan import budget_text, plan
-    from inheritune_ds.training.world import detect
+    from inheritune_ds.training.world import StopSignal, detect, export, prepare_environment
 
     world = detect(os.environ)
     recipe, document, origin = read_experiment(args, overrides)
@@ -29,15 +29,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     if world.is_main:
         print(budget_text(recipe, resolved.config, **told), flush=True)
-    from inheritune_ds.training.world import StopSignal, export
-
     stop = StopSignal()
     stop.install()
     export(world, os.environ)
-    from inheritune_ds.training.engine import leave_process_group, set_environment
-
-    set_environment()
+    prepare_environment(os.environ)
     from inheritune_ds.run import Launch, execute
+    from inheritune_ds.training.engine import leave_process_group
 
     launch = Launch(document, origin, machine, world, stop, args.runs_dir, args.cache_dir)
     try:

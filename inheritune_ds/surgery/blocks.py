@@ -49,7 +49,9 @@ def find_blocks(model: "nn.Module", depth: int) -> BlockList:
     """
     from torch import nn
 
-    paths = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    paths = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
     outermost = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
     if len(outermost) != 1:
         found = ", ".join(outermost) or "none"

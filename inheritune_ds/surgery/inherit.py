@@ -94,7 +94,14 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
     else:
         model.generation_config = GenerationConfig.from_model_config(config)
     blocks = find_blocks(model, config.num_hidden_layers)
-    report = _report(model, blocks, inherited, selection, reference, target.inherit if reference else "none")
+    report = _report(
+        model=model,
+        blocks=blocks,
+        inherited=inherited,
+        selection=selection,
+        reference=reference,
+        preset=target.inherit if reference else "none",
+    )
     with published_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -144,6 +151,7 @@ def _copy_tensors(
 
 
 def _report(  # noqa: PLR0913 - one field each
+    *,
     model: "PreTrainedModel",
     blocks: BlockList,
     inherited: Mapping[str, str],

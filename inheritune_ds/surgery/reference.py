@@ -1,6 +1,7 @@
 """The reference model: where it lies, what it is, and its weights."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,7 +139,9 @@ def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
     actual = shape_from_config(config)
     given = shape.model_dump(exclude_none=True)
     found = actual.model_dump() if actual else {"model_type": config.get("model_type")}
-    wrong = [f"{key}: recipe {value}, model {found.get(key)}" for key, value in given.items() if found.get(key) != value]
+    wrong = [
+        f"{key}: recipe {value}, model {found.get(key)}" for key, value in given.items() if found.get(key) != value
+    ]
     if wrong:
         raise RecipeError(
             f"reference.shape does not describe {name}: {'; '.join(wrong)}", action="correct or remove reference.shape"
@@ -149,7 +152,8 @@ def load_config(folder: Path) -> "PreTrainedConfig":
     """Load a model's config through transformers, without remote code."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config
 
 
 def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
@@ -162,23 +166,28 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
     Raises:
         SurgeryError: If it is no causal language model or if weights are missing from the folder.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
 
+    if not sys.stderr.isatty():
+        # Bars that redraw themselves fill a log file with one line a redraw.
+        logging.disable_progress_bar()
+    loaded: Any
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except InherituneError:
         raise
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken folder
         raise SurgeryError(f"{folder} cannot be loaded as a causal language model: {error}") from None
-    missing = sorted(info["missing_keys"])
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise SurgeryError(
             f"{folder} lacks {len(missing)} weights that its config asks for: {', '.join(missing[:5])}",
             action="complete the folder; weights are never filled in at random",
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def build_config(shape: Shape) -> "PreTrainedConfig":

@@ -1,6 +1,5 @@
 """Checkpoints: written beside, verified, then published by one rename; the newest good one is resumed."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -165,6 +164,12 @@ def published(folder: Path) -> Iterator[Path]:
         yield from sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
 
 
+def newest_step(folder: Path) -> int:
+    """Step of the newest published checkpoint; 0 if there is none."""
+    newest = next(published(folder), None)
+    return int(newest.name.removeprefix("step-")) if newest else 0
+
+
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a published checkpoint: a missing, changed or resized file; None if intact."""
     manifest = read_json(folder / MANIFEST)
@@ -172,7 +177,7 @@ def find_fault(folder: Path) -> str | None:
         return f"{MANIFEST} is missing or unreadable"
     for name, expected in manifest["files"].items():
         path = folder / name
-        if os.path.isabs(name) or ".." in Path(name).parts or path.is_symlink():
+        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
             return f"{name} lies outside the checkpoint"
         if not path.is_file():
             return f"{name} is missing"

@@ -13,7 +13,17 @@ from typing import Any, Literal
 from inheritune_ds.budget import largest_micro_batch
 from inheritune_ds.errors import InherituneError, RecipeError
 from inheritune_ds.recipe import Recipe, Shape
-from inheritune_ds.training.ds_keys import AUTO, DERIVED, OPTIMIZER_TYPE, PASSED_ON, RECIPE_OWNED, REFUSED, STAGES, ZERO_KEYS
+from inheritune_ds.training.ds_keys import (
+    AUTO,
+    DERIVED,
+    OPTIMIZER_TYPE,
+    PASSED_ON,
+    RECIPE_OWNED,
+    REFUSED,
+    STAGES,
+    ZERO_KEYS,
+)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -195,7 +205,9 @@ class _Resolver:
         if bf16["enabled"] == AUTO:
             bf16["enabled"] = machine.bf16 and fp16["enabled"] is not True
             why = "supported" if machine.bf16 else "not supported at full speed"
-            self.notes.append(f"bf16: {'on' if bf16['enabled'] else 'off'} (auto: bf16 is {why} on this {machine.kind})")
+            self.notes.append(
+                f"bf16: {'on' if bf16['enabled'] else 'off'} (auto: bf16 is {why} on this {machine.kind})"
+            )
         if fp16["enabled"] == AUTO:
             fp16["enabled"] = False
         for name, part in (("bf16", bf16), ("fp16", fp16)):
@@ -319,7 +331,7 @@ class _Resolver:
 
 
 def _offloads(zero: Mapping[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
+    return bool((zero.get(key) or {}).get("device", "none") != "none")
 
 
 def _suggest(key: str, known: list[str], prefix: str = "") -> str:
@@ -331,7 +343,7 @@ def _as_yaml(value: Any) -> str:
     return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
-def resolve(
+def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     document: dict[str, Any],
     recipe: Recipe,
     *,

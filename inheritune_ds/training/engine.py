@@ -61,6 +61,8 @@ def start_process_group(world: World, *, offload: bool) -> None:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said outright, DeepSpeed does not warn of a missing GPU
     import deepspeed
 
     _quiet()
@@ -226,14 +228,3 @@ def _non_finite(what: str, value: float) -> TrainingError:
         action="look at the last lines of metrics.jsonl; lower optimizer.lr or lengthen schedule.warmup_steps, "
         "or start again from the last checkpoint with the same command",
     )
-
-
-def set_environment() -> None:
-    """What torch's extension builder and tokenizers read from the environment, set before their import."""
-    import sys
-
-    # ninja lies beside the interpreter when the virtual environment is not activated.
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

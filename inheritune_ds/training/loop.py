@@ -93,9 +93,7 @@ def train(parts: LoopParts, total_steps: int, state: RunState | None) -> LoopRes
         seed_step(recipe.seed, step, parts.world.rank)
         lr = recipe.optimizer.lr * lr_ratio(recipe.schedule, step, total_steps)
         with clock:
-            result = parts.engine.train_step(
-                _micro_batches(parts, step), lr=lr, stop=parts.stop.requested is not None
-            )
+            result = parts.engine.train_step(_micro_batches(parts, step), lr=lr, stop=parts.stop.requested is not None)
         state = replace(
             state,
             step=step + 1,

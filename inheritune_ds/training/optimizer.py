@@ -31,7 +31,8 @@ def parameter_groups(model: "torch.nn.Module", weight_decay: float) -> list[dict
         if isinstance(module, torch.nn.Embedding)
         for parameter in module.parameters()
     }
-    decayed, undecayed = [], []
+    decayed: list[tuple[str, torch.nn.Parameter]] = []
+    undecayed: list[tuple[str, torch.nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and id(parameter) not in embedded

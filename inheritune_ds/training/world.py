@@ -4,9 +4,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from inheritune_ds.errors import MachineError
@@ -96,6 +98,16 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
     elif world.launcher == "single":
         environ.setdefault("MASTER_ADDR", "127.0.0.1")
         environ.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
+    """Set what torch, its extension builder and OpenMP read at their start; call it before importing torch."""
+    # ninja lies beside the interpreter when the virtual environment is not activated.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in environ.get("PATH", "").split(os.pathsep):
+        environ["PATH"] = os.pathsep.join([scripts, environ.get("PATH", "")])
+    # Threads that wait by spinning made a step up to ten times slower on two cores with one other busy process.
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _first_host(environ: Mapping[str, str]) -> str:
