@@ -1,0 +1,65 @@
+"""What `make` says on a machine that lacks something, before it installs anything."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+OLD_PYTHON = """#!/bin/sh
+[ "$1" = --version ] && echo "Python 3.9.2"
+exit 1
+"""
+NO_VENV = """#!/bin/sh
+case "$2" in *venv*) exit 1;; esac
+"""
+NO_HEADERS = """#!/bin/sh
+case "$2" in *Python.h*) exit 1;; esac
+"""
+
+
+def make(folder: Path, *, python: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Ask `make` for the virtual environment in a folder of its own."""
+    venv = folder / ".venv"
+    command = ["make", "--no-print-directory", f"VENV={venv}", f"PYTHON={python}", f"{venv}/bin/python"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "CXX"))}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env={**inherited, **environ}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "problem", "action"),
+    [
+        (OLD_PYTHON, "Python 3.11 or newer is needed", "make quickstart PYTHON=/path/to/python3.11"),
+        (NO_VENV, "its venv module is missing", "apt-get install python3-venv"),
+        (NO_HEADERS, "(Python.h) are missing", "apt-get install python3-dev"),
+    ],
+    ids=["old", "no venv", "no headers"],
+)
+def test_make_says_what_the_python_lacks(tmp_path: Path, stand_in: str, problem: str, action: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(stand_in)
+    python.chmod(0o755)
+    done = make(tmp_path, python=str(python))
+    assert done.returncode != 0
+    assert problem in done.stderr
+    assert action in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_make_shows_the_version_that_is_too_old(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(OLD_PYTHON)
+    python.chmod(0o755)
+    assert f"'{python}' is not one: Python 3.9.2" in make(tmp_path, python=str(python)).stderr
+
+
+def test_make_says_that_there_is_no_compiler(tmp_path: Path) -> None:
+    done = make(tmp_path, python=sys.executable, CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "No C++ compiler: 'no-such-compiler' is not on the PATH" in done.stderr
+    assert "apt-get install g++" in done.stderr
+    assert not (tmp_path / ".venv").exists()
