@@ -164,8 +164,8 @@ class ReferenceScorer:
         import torch
 
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: torch.nn.Module = model  # the plain type: transformers' own `to` is a wrapper
-        self._model.to(torch.device(self._device)).eval()
+        module: torch.nn.Module = model  # the plain type: transformers' own `to` is a wrapper
+        self._model = module.to(torch.device(self._device)).eval()
         self._say = say
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:

@@ -32,10 +32,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     stop = StopSignal()
     stop.install()
     export(world, os.environ)
-    prepare_environment(os.environ)
+    prepare_environment(os.environ, kind=machine.kind)
     from inheritune_ds.run import Launch, execute
-    from inheritune_ds.training.engine import leave_process_group
+    from inheritune_ds.training.engine import check_device, leave_process_group
 
+    check_device(machine.kind, world)
     launch = Launch(document, origin, machine, world, stop, args.runs_dir, args.cache_dir)
     try:
         execute(recipe, launch)

@@ -1,7 +1,6 @@
 """The reference model: where it lies, what it is, and its weights."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -166,11 +165,8 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
     Raises:
         SurgeryError: If it is no causal language model or if weights are missing from the folder.
     """
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import AutoModelForCausalLM
 
-    if not sys.stderr.isatty():
-        # Bars that redraw themselves fill a log file with one line a redraw.
-        logging.disable_progress_bar()
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,32 @@ class StepResult:
     stop: bool
 
 
+def check_device(kind: str, world: World) -> None:
+    """Refuse a GPU that torch cannot use, before anything is prepared for it.
+
+    Raises:
+        MachineError: If the machine has a GPU that this torch does not see, or fewer than local ranks.
+    """
+    if kind != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise MachineError(
+            f"this machine has a GPU, but torch {torch.__version__} cannot use it",
+            allowed="a CUDA build of torch and a driver that fits it",
+            action="install one (docs/install.md), or set DS_ACCELERATOR=cpu to run on the CPU",
+        )
+    if torch.cuda.device_count() < world.local_size and world.launcher != "slurm":
+        raise MachineError(
+            f"{world.local_size} ranks on this machine, but torch sees {torch.cuda.device_count()} GPUs",
+            action=f"start at most {torch.cuda.device_count()} ranks (deepspeed --num_gpus N)",
+        )
+
+
 def start_process_group(world: World, *, offload: bool) -> None:
     """Join the ranks, once a process; DeepSpeed picks nccl or gloo.
 
     Raises:
-        MachineError: If a C++ compiler is needed and missing.
+        MachineError: If a C++ compiler is needed and missing, or if the ranks cannot meet.
     """
     if dist.is_initialized():
         return
@@ -61,12 +83,19 @@ def start_process_group(world: World, *, offload: bool) -> None:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said outright, DeepSpeed does not warn of a missing GPU
     import deepspeed
 
     _quiet()
-    deepspeed.init_distributed(dist_init_required=True, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_init_required=True, verbose=False)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise MachineError(
+            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}",
+            allowed="a free port that every rank reaches",
+            action="if another run uses the port, choose one: deepspeed --master_port 29501 ... "
+            "(torchrun: --master_port; srun: export MASTER_PORT)",
+        ) from None
 
 
 def leave_process_group() -> None:
@@ -76,7 +105,8 @@ def leave_process_group() -> None:
 
 
 def _quiet() -> None:
-    """Leave DeepSpeed's warnings and errors, drop its progress chatter."""
+    """Leave DeepSpeed's warnings and errors; drop its progress chatter and its own deprecated calls."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

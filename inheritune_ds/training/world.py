@@ -10,6 +10,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from inheritune_ds.errors import MachineError
 
@@ -100,14 +101,24 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
         environ.setdefault("MASTER_PORT", str(_free_port()))
 
 
-def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Set what torch, its extension builder and OpenMP read at their start; call it before importing torch."""
+def prepare_environment(environ: MutableMapping[str, str], *, kind: Literal["cuda", "cpu"]) -> None:
+    """Set what torch, its extension builder, OpenMP and the hub's client read at their import.
+
+    Args:
+        environ: The environment to change; what the user has set stays.
+        kind: What the run computes on.
+    """
     # ninja lies beside the interpreter when the virtual environment is not activated.
     scripts = str(Path(sys.executable).parent)
     if scripts not in environ.get("PATH", "").split(os.pathsep):
         environ["PATH"] = os.pathsep.join([scripts, environ.get("PATH", "")])
     # Threads that wait by spinning made a step up to ten times slower on two cores with one other busy process.
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if kind == "cpu":
+        environ.setdefault("DS_ACCELERATOR", "cpu")  # said outright, DeepSpeed does not warn of a missing GPU
+    if not sys.stderr.isatty():
+        # Bars that redraw themselves fill a log file.
+        environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _first_host(environ: Mapping[str, str]) -> str:
