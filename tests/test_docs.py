@@ -124,3 +124,8 @@ def test_docs_recipe_keys_all_have_a_meaning() -> None:
 def test_readme_is_short_enough_to_be_read() -> None:
     lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) <= 250
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_docs_hold_no_place_that_waits_for_output(path: Path) -> None:
+    assert re.findall(r"@[A-Z_]+@", path.read_text(encoding="utf-8")) == []
