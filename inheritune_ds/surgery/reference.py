@@ -76,7 +76,8 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise RecipeError(f"reference.model: {folder / 'config.json'} is not JSON: {error}") from None
-    assert isinstance(config, dict)
+    if not isinstance(config, dict):
+        raise RecipeError(f"reference.model: {folder / 'config.json'} is not a JSON object")
     return config
 
 
@@ -148,10 +149,17 @@ def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
 
 
 def load_config(folder: Path) -> "PreTrainedConfig":
-    """Load a model's config through transformers, without remote code."""
+    """Load a model's config through transformers, without remote code.
+
+    Raises:
+        SurgeryError: If transformers does not know the family or refuses the values.
+    """
     from transformers import AutoConfig
 
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken config
+        raise SurgeryError(f"{folder / 'config.json'} cannot be loaded: {error}") from None
     return config
 
 
