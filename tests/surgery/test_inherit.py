@@ -1,0 +1,300 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from inheritune_ds.budget import parameters
+from inheritune_ds.errors import CorpusError, SurgeryError
+from inheritune_ds.recipe import Reference, Shape, Target, shape_from_config
+from inheritune_ds.surgery import inherit
+from inheritune_ds.surgery.blocks import find_blocks
+from inheritune_ds.surgery.inherit import (
+    TargetModel,
+    build_target,
+    check_vocabulary,
+    target_config,
+    weights_sha256,
+)
+from inheritune_ds.surgery.reference import load_config, load_model, locate
+
+PATHS = {
+    "gpt2": "transformer.h",
+    "llama": "model.layers",
+    "qwen2": "model.layers",
+    "smollm3": "model.layers",
+    "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers",
+}
+TIED = ("gpt2", "qwen2", "smollm3", "opt")
+IDENTITY = {"recipe": "one"}
+
+
+def plain(folder: Path) -> PreTrainedModel:
+    """Load as a newcomer does; nothing may be missing or left over."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model: PreTrainedModel
+    model, info = loaded
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    model.eval()
+    return model
+
+
+def last_block_output(model: PreTrainedModel, block: str) -> torch.Tensor:
+    """Hidden state that leaves a block; more tokens than any attention window."""
+    caught: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    with torch.no_grad():
+        handle = model.get_submodule(block).register_forward_hook(keep)
+        model(input_ids=torch.arange(24).view(2, 12) + 3, use_cache=False)
+        handle.remove()
+    return caught[0]
+
+
+@pytest.mark.parametrize("family", PATHS)
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_target_holds_the_reference_s_tensors_and_computes_its_hidden_state(
+    family: str, count: int, reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder(family)
+    reference, target = plain(folder), plain(build(folder, select=f"first:{count}").folder)
+    path = PATHS[family]
+    source, own = reference.state_dict(), target.state_dict()
+    assert own.keys() == {
+        name for name in source if not any(name.startswith(f"{path}.{index}.") for index in range(count, 4))
+    }
+    for name, tensor in own.items():
+        assert torch.equal(tensor, source[name]), name
+        assert tensor.unique().numel() > 1, name
+    assert target.config.num_hidden_layers == count
+    block = f"{path}.{count - 1}"
+    assert torch.equal(last_block_output(target, block), last_block_output(reference, block))
+
+
+@pytest.mark.parametrize("family", PATHS)
+def test_target_numbers_its_blocks_and_keeps_ties(
+    family: str, reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    target = plain(build(reference_folder(family), select="first:3").folder)
+    found = {name: m.layer_idx for name, m in target.named_modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    if family in ("gpt2", "llama", "qwen2", "smollm3"):
+        assert found
+    for name, index in found.items():
+        assert name.startswith(f"{PATHS[family]}.{index}"), name
+    head, embedding = target.get_output_embeddings(), target.get_input_embeddings()
+    assert (head.weight is embedding.weight) == (family in TIED)
+
+
+@pytest.mark.parametrize("order", [(1, 3), (3, 0, 2)])
+def test_target_takes_the_blocks_of_any_selection(
+    order: tuple[int, ...],
+    reference_folder: Callable[..., Path],
+    build: Callable[..., TargetModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inherit, "select_blocks", lambda *_: order)
+    folder = reference_folder("llama")
+    built = build(folder, select="first:1")
+    source, own = plain(folder).state_dict(), plain(built.folder).state_dict()
+    sources = {tensor["name"]: tensor["source"] for tensor in built.report["tensors"]}
+    for name, tensor in own.items():
+        head, _, rest = name.partition("model.layers.")
+        expected = f"model.layers.{order[int(rest[0])]}{rest[1:]}" if not head and rest else name
+        assert torch.equal(tensor, source[expected]), name
+        assert sources[name] == expected
+    assert built.report["selection"] == list(order)
+    assert own["model.layers.0.mlp.up_proj.weight"].data_ptr() != own["model.layers.1.mlp.up_proj.weight"].data_ptr()
+
+
+def test_target_leaves_the_reference_as_it_is(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], make_tokenizer: Callable[[int], Any]
+) -> None:
+    folder = reference_folder("smollm3", attention_dropout=0.25)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = load_config(folder)
+    values = config.to_dict()
+    build_target(
+        Target(select="first:2"),
+        reference=locate(Reference(model=str(folder)), Path),
+        reference_config=config,
+        tokenizer=make_tokenizer(40),
+        seed=1,
+        folder=folder.parent / "target",
+        identity=IDENTITY,
+    )
+    assert config.to_dict() == values
+    assert values["no_rope_layers"] == [1, 1, 1, 0]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_target_s_config_is_cut_and_says_its_dropout(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("gpt2", attn_pdrop=0.3, resid_pdrop=0.2)
+    config = target_config(build(folder, select="first:2", dropout=0.125).folder)
+    assert (config.n_layer, config.num_hidden_layers) == (2, 2)
+    assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.125, 0.125, 0.125)
+    assert config.scale_attn_by_inverse_layer_idx is True
+    none = target_config(build(folder, to="other", select="first:2").folder)
+    assert (none.attn_pdrop, none.resid_pdrop, none.embd_pdrop) == (0.0, 0.0, 0.0)
+    rotary = target_config(build(reference_folder("smollm3"), to="rotary", select="first:3").folder)
+    assert (rotary.no_rope_layers, rotary.layer_types) == ([1, 1, 1], ["full_attention"] * 3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_target_keeps_the_reference_s_dtype(
+    dtype: str, reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("llama", dtype=dtype)
+    built = build(folder, select="first:2")
+    target = plain(built.folder)
+    assert {str(tensor.dtype) for tensor in target.state_dict().values()} == {f"torch.{dtype}"}
+    assert {tensor["dtype"] for tensor in built.report["tensors"]} == {dtype}
+    source = plain(folder).state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in target.state_dict().items())
+
+
+def test_tokenizer_and_generation_config_travel_along(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = build(reference_folder("llama"), select="first:2", words=33).folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 33
+    assert tokenizer("w3 w28")["input_ids"] == [7, 32]
+    assert GenerationConfig.from_pretrained(folder).repetition_penalty == 1.25
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.bos_token_id, config.eos_token_id, config.use_cache) == (1, 2, True)
+
+
+def test_inherit_none_takes_the_shape_and_nothing_else(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("llama")
+    inherited = build(folder, select="first:3")
+    built = build(folder, to="fresh", select="first:3", inherit="none")
+    source, fresh = plain(folder).state_dict(), plain(built.folder).state_dict()
+    assert {n: t.shape for n, t in fresh.items()} == {
+        n: t.shape for n, t in plain(inherited.folder).state_dict().items()
+    }
+    assert not any(torch.equal(tensor, source[name]) for name, tensor in fresh.items())
+    report = built.report
+    assert (report["reference"], report["inherit"], report["selection"]) == (None, "none", [0, 1, 2])
+    assert [(tensor["inherited"], tensor["source"]) for tensor in report["tensors"]] == [(False, None)] * len(fresh)
+
+
+def test_fresh_values_depend_on_the_seed_alone(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("llama")
+
+    def weights(seed: int, disturbance: int) -> str:
+        torch.manual_seed(disturbance)
+        torch.rand(disturbance)
+        built = build(folder, to=f"{seed}-{disturbance}", select="first:2", inherit="none", seed=seed)
+        return weights_sha256(plain(built.folder).state_dict())
+
+    assert weights(1, 7) == weights(1, 8)
+    assert weights(1, 7) != weights(2, 7)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_target_from_scratch_has_the_recipe_s_shape(family: str, build: Callable[..., TargetModel]) -> None:
+    shape = Shape(
+        model_type="gpt2" if family == "gpt2" else "llama",
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2 if family == "llama" else None,
+        max_position_embeddings=24,
+        intermediate_size=20,
+        tie_word_embeddings=family == "gpt2",
+        rms_norm_eps=1e-4,
+        rope_theta=500.0,
+        scale_attn_by_inverse_layer_idx=family == "gpt2",
+    )
+    built = build(None, shape=shape, words=50)
+    config = target_config(built.folder)
+    found = shape_from_config(config.to_dict())
+    assert found is not None
+    left_out = {"num_key_value_heads", "rms_norm_eps", "rope_theta"} if family == "gpt2" else set()
+    assert found.model_dump(exclude=left_out) == shape.model_dump(exclude=left_out)
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)  # the tokenizer's: GPT-2's own lie outside 64 words
+    assert (built.report["reference"], built.report["selection"], built.report["blocks"]) == (None, [], 3)
+    assert plain(built.folder).generation_config.eos_token_id == 2
+    assert built.report["parameters"] == parameters(shape).total
+
+
+def test_build_target_replaces_an_older_one(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("llama")
+    first = build(folder, select="first:2")
+    (first.folder / "left-over").touch()
+    second = build(folder, select="first:3")
+    assert second.folder == first.folder
+    assert not (second.folder / "left-over").exists()
+    assert target_config(second.folder).num_hidden_layers == 3
+
+
+def test_build_target_refuses_more_blocks_than_there_are(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
+) -> None:
+    with pytest.raises(SurgeryError, match="first:5 asks for 5 blocks, but the reference has 4"):
+        build(reference_folder("llama"), select="first:5")
+    assert not (tmp_path / "target").exists()
+
+
+def test_build_target_refuses_a_tokenizer_with_more_entries_than_embeddings(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
+) -> None:
+    folder = reference_folder("llama")
+    build(folder, to="just", select="first:2", words=40)
+    with pytest.raises(CorpusError) as caught:
+        build(folder, select="first:2", words=41)
+    assert caught.value.problem == "corpus.tokenizer has 41 entries, the model's vocabulary 40"
+    assert caught.value.allowed == "a tokenizer with at most 40 entries"
+    assert "leave corpus.tokenizer out" in caught.value.action
+    assert not (tmp_path / "target").exists()
+
+
+def test_check_vocabulary_accepts_spare_embeddings() -> None:
+    check_vocabulary(40, 64)
+    with pytest.raises(CorpusError):
+        check_vocabulary(65, 64)
+
+
+def test_build_target_publishes_nothing_that_does_not_read_back(
+    reference_folder: Callable[..., Path],
+    build: Callable[..., TargetModel],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    folder = reference_folder("llama")
+    honest = load_model
+
+    def bent(where: Path, **options: Any) -> PreTrainedModel:
+        model = honest(where, **options)
+        if where != folder:
+            with torch.no_grad():
+                model.get_parameter("model.norm.weight")[0] += 2.0**-12
+        return model
+
+    monkeypatch.setattr(inherit, "load_model", bent)
+    with pytest.raises(SurgeryError, match="is not the one that was built"):
+        build(folder, select="first:2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+
+
+def test_copying_refuses_tensors_of_another_shape(make_model: Callable[..., PreTrainedModel]) -> None:
+    narrow, wide = make_model("llama", num_hidden_layers=2), make_model("llama", intermediate_size=32)
+    with pytest.raises(
+        SurgeryError, match=r"the reference has no tensor model\.layers\.0\.mlp\.\S+ of shape \(24, 16\)"
+    ):
+        inherit._copy_tensors(wide, narrow, (0, 1), reference_depth=4)
+    assert find_blocks(narrow, 2).path == "model.layers"

@@ -1,0 +1,271 @@
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from inheritune_ds.errors import HubError, RecipeError, SurgeryError
+from inheritune_ds.recipe import Reference, Shape
+from inheritune_ds.surgery.reference import (
+    build_config,
+    check_shape,
+    load_config,
+    load_model,
+    locate,
+    read_config,
+    weight_files,
+)
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NOWHERE = "nobody-at-all/no-such-model"
+LLAMA_40 = Shape(
+    model_type="llama",
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=32,
+    intermediate_size=24,
+)
+
+
+def test_locate_takes_a_local_folder(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama")
+    found = locate(Reference(model=str(folder)), Path)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert (found.name, found.folder, found.commit) == (str(folder), folder, "")
+    assert found.weights_sha256 == {"model.safetensors": digest}
+    assert found.identity == {"name": str(folder), "commit": "", "weights_sha256": {"model.safetensors": digest}}
+
+
+def test_locate_takes_a_folder_named_relatively(
+    reference_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = reference_folder("llama")
+    monkeypatch.chdir(folder.parent)
+    assert locate(Reference(model=folder.name), Path).folder == Path(folder.name)
+
+
+def test_locate_asks_for_the_export_of_a_recipe(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("gpt2")
+    asked = []
+
+    def export_of(name: str) -> Path:
+        asked.append(name)
+        return folder
+
+    found = locate(Reference(model="recipe:the-deep-one"), export_of)
+    assert asked == ["the-deep-one"]
+    assert (found.name, found.folder) == ("recipe:the-deep-one", folder)
+
+
+def test_locate_says_that_a_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        locate(Reference(model=str(tmp_path / "nothing")), Path)
+    name = tmp_path / "nothing"
+    assert caught.value.problem == f"reference.model: {name} is no model folder: {name / 'config.json'} is missing"
+    assert "or recipe:NAME" in caught.value.allowed
+
+
+def test_read_config_says_that_it_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{'model_type': 1}", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_config(tmp_path, "it")
+    assert caught.value.problem.startswith(f"reference.model: {tmp_path / 'config.json'} is not JSON: Expecting")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_read_config_refuses_json_that_is_no_object(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"config\.json is not a JSON object"):
+        read_config(tmp_path, "it")
+
+
+def test_read_config_refuses_text_of_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(RecipeError, match="is not JSON"):
+        read_config(tmp_path, "it")
+
+
+def test_weight_files_prefers_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        weight_files(tmp_path, "it")
+    assert caught.value.problem == f"reference.model: {tmp_path} holds no weights"
+    assert caught.value.allowed == "*.safetensors (or pytorch_model*.bin) beside config.json"
+    for name in ("pytorch_model-2.bin", "pytorch_model-1.bin", "optimizer.bin"):
+        (tmp_path / name).touch()
+    assert [path.name for path in weight_files(tmp_path, "it")] == ["pytorch_model-1.bin", "pytorch_model-2.bin"]
+    (tmp_path / "model.safetensors").touch()
+    assert [path.name for path in weight_files(tmp_path, "it")] == ["model.safetensors"]
+
+
+def test_load_model_reads_pickled_weights_as_well(
+    make_model: Callable[..., Any], reference_folder: Callable[..., Path]
+) -> None:
+    folder = reference_folder("llama")
+    (folder / "model.safetensors").unlink()
+    torch.save(make_model("llama").state_dict(), folder / "pytorch_model.bin")
+    assert locate(Reference(model=str(folder)), Path).weights_sha256.keys() == {"pytorch_model.bin"}
+    state = make_model("llama").state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load_model(folder).state_dict().items())
+
+
+def test_load_model_keeps_or_changes_the_dtype(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama", dtype="float16")
+    assert load_model(folder).dtype == torch.float16
+    assert load_model(folder, dtype="float32").dtype == torch.float32
+
+
+def test_load_model_never_fills_in_weights(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama")
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.2.mlp.up_proj.weight"):
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SurgeryError) as caught:
+        load_model(folder)
+    assert caught.value.problem == (
+        f"{folder} lacks 2 weights that its config asks for: model.layers.2.mlp.up_proj.weight, model.norm.weight"
+    )
+    assert "never filled in at random" in caught.value.action
+
+
+@pytest.mark.parametrize("harm", ["no family", "cut short"])
+def test_load_model_says_what_cannot_be_loaded(harm: str, reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama")
+    if harm == "no family":
+        (folder / "config.json").write_text('{"model_type": "no-such-family"}', encoding="utf-8")
+    else:
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(SurgeryError) as caught:
+        load_model(folder)
+    assert caught.value.problem.startswith(f"{folder} cannot be loaded as a causal language model: ")
+
+
+def test_an_unreachable_hub_is_told_quickly() -> None:
+    start_s = time.monotonic()
+    with pytest.raises(HubError) as caught:
+        locate(Reference(model=NOWHERE, revision="v1"), Path)
+    assert time.monotonic() - start_s < 8.0
+    assert caught.value.exit_code == 7
+    assert f"{NOWHERE} (revision v1) cannot be fetched from the Hugging Face hub: " in caught.value.problem
+    assert "reference.model=/path/to/folder" in caught.value.action
+    assert "\n" not in caught.value.problem
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, reference_folder: Callable[..., Path]) -> SimpleNamespace:
+    """A hub that answers; `hub.up = False` unplugs it, `hub.cached` says whether the files are here already."""
+    folder = reference_folder("llama")
+    snapshot = folder.rename(folder.parent / COMMIT)
+    state = SimpleNamespace(up=True, cached=False, asked=[], snapshot=snapshot)
+
+    class Api:
+        def model_info(self, name: str, *, revision: str, timeout: float) -> SimpleNamespace:
+            assert timeout <= 10
+            if not state.up:
+                raise ConnectionError("no route\nto host")
+            return SimpleNamespace(sha=COMMIT, name=name, revision=revision)
+
+    def download(name: str, *, revision: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        assert "*.safetensors" in allow_patterns
+        state.asked.append((name, revision, local_files_only))
+        if local_files_only and not state.cached:
+            raise FileNotFoundError(name)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return state
+
+
+def test_a_hub_model_is_pinned_to_its_commit(hub: SimpleNamespace) -> None:
+    found = locate(Reference(model=NOWHERE, revision="main", shape=LLAMA_40), Path)
+    assert hub.asked == [(NOWHERE, COMMIT, False)]
+    assert (found.commit, found.folder) == (COMMIT, hub.snapshot)
+    assert found.identity["commit"] == COMMIT
+
+
+def test_a_cached_hub_model_needs_no_network(hub: SimpleNamespace) -> None:
+    hub.up, hub.cached = False, True
+    found = locate(Reference(model=NOWHERE, revision="v2"), Path)
+    assert hub.asked == [(NOWHERE, "v2", True)]
+    assert found.commit == COMMIT
+
+
+def test_a_hub_error_gives_the_hub_s_own_reason_in_one_line(hub: SimpleNamespace) -> None:
+    hub.up = False
+    with pytest.raises(HubError) as caught:
+        locate(Reference(model=NOWHERE), Path)
+    assert caught.value.problem.endswith("from the Hugging Face hub: ConnectionError: no route")
+
+
+def test_a_hub_model_must_have_the_recipe_s_shape(hub: SimpleNamespace) -> None:
+    wrong = LLAMA_40.model_copy(update={"hidden_size": 32, "rope_theta": 5e5})
+    with pytest.raises(RecipeError) as caught:
+        locate(Reference(model=NOWHERE, shape=wrong), Path)
+    assert caught.value.problem == (
+        f"reference.shape does not describe {NOWHERE}: hidden_size: recipe 32, model 16; "
+        "rope_theta: recipe 500000.0, model 10000.0"
+    )
+    assert caught.value.action == "correct or remove reference.shape"
+
+
+def test_check_shape_names_another_family() -> None:
+    with pytest.raises(RecipeError, match="model_type: recipe llama, model opt; vocab_size: recipe 40, model None"):
+        check_shape(LLAMA_40, {"model_type": "opt"}, "it")
+
+
+def test_check_shape_accepts_the_shape_of_a_saved_model(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama")
+    check_shape(LLAMA_40, json.loads((folder / "config.json").read_text(encoding="utf-8")), "it")
+    gpt2 = Shape(
+        model_type="gpt2",
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        scale_attn_by_inverse_layer_idx=True,
+    )
+    config = json.loads((reference_folder("gpt2") / "config.json").read_text(encoding="utf-8"))
+    check_shape(gpt2, config, "it")
+
+
+def test_build_config_passes_every_field_of_the_shape_on() -> None:
+    shape = LLAMA_40.model_copy(update={"rope_theta": 5e5, "rms_norm_eps": 1e-3, "tie_word_embeddings": True})
+    config = build_config(shape)
+    assert (
+        config.to_dict().items()
+        >= {
+            **shape.model_dump(exclude={"rope_theta", "scale_attn_by_inverse_layer_idx"}),
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }.items()
+    )
+    rope = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    assert rope.inv_freq.tolist() == pytest.approx([5e5 ** (-2 * i / 8) for i in range(4)])
+
+
+def test_load_config_never_runs_remote_code(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama")
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    document |= {"model_type": "own", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
+    (folder / "evil.py").write_text("raise SystemExit('ran')\n", encoding="utf-8")
+    with pytest.raises(SurgeryError, match=r"config\.json cannot be loaded: (.|\n)*trust_remote_code"):
+        load_config(folder)
+    with pytest.raises(SurgeryError, match="trust_remote_code"):
+        load_model(folder)
