@@ -1,0 +1,157 @@
+"""Launched by tests: the real loop on the golden tokens, for several ZeRO stages in one process group.
+
+`python drive_steps.py OUT.json STAGE[,STAGE...] STEPS [PRECISION]` under python, torchrun, deepspeed or srun.
+Rank 0 writes {run label: {"losses": [...], "grad_norms": [...], "weights_sha256": str}} and the window ids.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inheritune_ds.recipe_file import parse_yaml, validate
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.training.world import StopSignal, World, detect, export, prepare_environment
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+RECIPE = """
+name: golden
+description: a tiny llama on synthetic tokens
+seed: 7
+target:
+  shape: {model_type: llama, vocab_size: 257, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 4,
+          num_key_value_heads: 2, intermediate_size: 64, max_position_embeddings: 32}
+corpus: {sources: [{kind: embedded}], tokenizer: {vocab_size: 257}}
+training: {seq_len: 32, global_batch_tokens: 512, duration: 50 steps}
+optimizer: {lr: 3.0e-3}
+schedule: {kind: cosine, warmup_steps: 5}
+validation: {interval_steps: 1000, max_tokens: 512}
+checkpoint: {interval_steps: 1000}
+logging: {interval_steps: 1}
+"""
+
+
+class Collector:
+    """Keeps what the loop logs."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        self.rows.append({"step": step, "tokens": tokens, **values})
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Nothing is shown."""
+
+    def say(self, line: str) -> None:
+        """Nothing is said."""
+
+
+def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: Path) -> dict[str, Any]:
+    """Train a freshly built model under one ZeRO stage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+    from inheritune_ds.shapes import target_shape
+    from inheritune_ds.surgery.inherit import weights_sha256
+    from inheritune_ds.surgery.reference import build_config
+    from inheritune_ds.training.checkpoints import Checkpoints, Layout
+    from inheritune_ds.training.ds_config import Machine, resolve
+    from inheritune_ds.training.engine import Engine
+    from inheritune_ds.training.loop import LoopParts, train
+    from inheritune_ds.training.validation import Validator
+
+    document = {
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": precision == "bf16"},
+        "train_micro_batch_size_per_gpu": 2,
+    }
+    machine = Machine("cpu", 8.0, bf16=True)
+    resolved = resolve(
+        document, recipe, origin="test", shape=target_shape(recipe), world_size=world.size, machine=machine
+    )
+    assert recipe.target.shape is not None
+    torch.manual_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
+    engine = Engine(model, resolved.config, world)
+    tokens = GOLDEN / "tokens.bin"
+    windows = TokenWindows(tokens, "uint16", recipe.training.seq_len, tokens.stat().st_size // 2)
+    collector = Collector()
+    parts = LoopParts(
+        recipe=recipe,
+        engine=engine,
+        stream=BatchStream(windows, WindowOrder(len(windows), recipe.seed), recipe.training.batch_windows),
+        validator=Validator(windows, max_tokens=512, batch_size=3, rank=world.rank, size=world.size),
+        checkpoints=Checkpoints(
+            folder / f"stage-{stage}",
+            layout=Layout(world.size, stage, precision),
+            world=world,
+            keep=1,
+            say=collector.say,
+        ),
+        recorder=collector,
+        stop=StopSignal(),
+        world=world,
+        eval_dir=folder,
+        micro_batch_size=resolved.micro_batch_size,
+        utilisation=None,
+    )
+    seen: list[list[int]] = []
+    read = windows.read
+
+    def recording(ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        seen.append(ids.tolist())
+        return read(ids)
+
+    object.__setattr__(windows, "read", recording)
+    count, _ = recipe.training.duration_parts
+    train(parts, count, None)
+    state = dict(engine.full_parameters())
+    engine.close()
+    rows = [row for row in collector.rows if "train/loss" in row]
+    return {
+        "losses": [row["train/loss"] for row in rows],
+        "grad_norms": [row["train/grad_norm"] for row in rows],
+        "validation": [row["val/loss"] for row in collector.rows if "val/loss" in row],
+        "weights_sha256": weights_sha256(state),
+        "own_windows": seen,
+    }
+
+
+def main() -> None:
+    """Run the stages asked for and write the result."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("stages")
+    parser.add_argument("steps", type=int)
+    parser.add_argument("precision", nargs="?", default="fp32")
+    parser.add_argument("--local_rank", type=int)
+    args = parser.parse_args()
+    document = parse_yaml(RECIPE, "golden")
+    document["training"]["duration"] = f"{args.steps} steps"
+    recipe = validate(Recipe, document, "golden")
+    world = detect(os.environ)
+    export(world, os.environ)
+    prepare_environment(os.environ, kind="cpu")
+    from inheritune_ds.training.engine import leave_process_group, start_process_group
+
+    start_process_group(world, offload=False)
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        shared = Path(os.environ.get("DRIVE_SCRATCH", scratch))
+        for number, stage in enumerate(args.stages.split(",")):
+            (shared / str(number)).mkdir(parents=True, exist_ok=True)
+            results[f"{number}:zero{stage}"] = run_stage(
+                world, recipe, int(stage), args.precision, shared / str(number)
+            )
+    args.out.with_suffix(f".rank{world.rank}.json").write_text(json.dumps(results), encoding="utf-8")
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The same recipe on 1, 2 and 4 ranks and under ZeRO 1, 2 and 3: same order, same losses; golden values hold."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine_kind import machine_kind
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
+DRIVER = "tests/end_to_end/drive_steps.py"
+Launch = Callable[..., str]
+
+
+def drive(launch: Launch, folder: Path, stages: str, ranks: int, *, precision: str = "fp32") -> list[dict[str, Any]]:
+    """Run the driver; one result a rank."""
+    out = folder / f"out-{ranks}-{precision}.json"
+    launch(
+        DRIVER,
+        str(out),
+        stages,
+        "50",
+        precision,
+        launcher="torchrun" if ranks > 1 else "python",
+        ranks=ranks,
+        DRIVE_SCRATCH=str(folder / f"scratch-{ranks}-{precision}"),
+    )
+    return [json.loads(out.with_suffix(f".rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def steps_of(ranks: list[dict[str, Any]], label: str, validation_calls: int) -> list[set[int]]:
+    """Windows of every optimizer step, over all ranks (the validation reads come first and last)."""
+    reads = [run[label]["own_windows"][validation_calls:] for run in ranks]
+    per_step = 16 // (2 * len(ranks))  # 512 tokens = 16 windows; micro-batches of 2
+    return [
+        {window for rank in reads for micro in rank[step * per_step : (step + 1) * per_step] for window in micro}
+        for step in range(50)
+    ]
+
+
+@pytest.fixture
+def one_rank(launch: Launch, tmp_path: Path) -> dict[str, Any]:
+    """ZeRO-1 twice, 2 and 3 on one rank."""
+    return drive(launch, tmp_path, "1,1,2,3", 1)[0]
+
+
+def relative_gap(left: list[float], right: list[float]) -> float:
+    """Largest relative difference of two equally long lists."""
+    assert len(left) == len(right) == 50
+    return max(abs(a - b) / abs(a) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.timeout(360)
+def test_ranks_and_stages_agree_on_order_and_losses(launch: Launch, tmp_path: Path, one_rank: dict[str, Any]) -> None:
+    base = one_rank["0:zero1"]["losses"]
+    assert base[-1] < base[0] - 0.1, "the model must learn, or equal losses would say little"
+    assert one_rank["1:zero1"] == one_rank["0:zero1"], "a repeat on one machine is exact"
+    golden = json.loads(GOLDEN.read_text())
+    same_machine = golden["machine"] == machine_kind()
+    for label, golden_label in (("0:zero1", "0:zero1"), ("2:zero2", "1:zero2"), ("3:zero3", "2:zero3")):
+        recorded = golden["runs"][golden_label]
+        assert relative_gap(recorded["losses"], one_rank[label]["losses"]) <= 1e-5
+        assert relative_gap(recorded["grad_norms"], one_rank[label]["grad_norms"]) <= 1e-3
+        if same_machine:
+            assert {key: one_rank[label][key] for key in recorded} == recorded
+    order = steps_of([one_rank], "0:zero1", 6)
+    assert all(len(step) == 16 for step in order)
+    for ranks in (2, 4):
+        results = drive(launch, tmp_path, "1,2,3", ranks)
+        calls = {2: 3, 4: 2}[ranks]  # 16 validation windows over the ranks, 3 at a time
+        for label, run in results[0].items():
+            assert relative_gap(base, run["losses"]) <= 1e-5, (ranks, label)
+            assert steps_of(results, label, calls) == order, (ranks, label)
+            assert run["validation"] == pytest.approx(one_rank["0:zero1"]["validation"], rel=1e-5)
+    assert relative_gap(base, one_rank["2:zero2"]["losses"]) <= 1e-5
+    assert relative_gap(base, one_rank["3:zero3"]["losses"]) <= 1e-5
