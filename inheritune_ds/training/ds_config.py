@@ -15,6 +15,7 @@ from inheritune_ds.errors import InherituneError, RecipeError
 from inheritune_ds.recipe import Recipe, Shape
 from inheritune_ds.training.ds_keys import (
     AUTO,
+    BLOCK_KEYS,
     DERIVED,
     OPTIMIZER_TYPE,
     PASSED_ON,
@@ -22,6 +23,7 @@ from inheritune_ds.training.ds_keys import (
     REFUSED,
     STAGES,
     ZERO_KEYS,
+    accepts,
 )
 
 
@@ -115,6 +117,10 @@ class _Resolver:
         """A nested object of the user's document; empty when it is missing or not an object."""
         value = self.document.get(key, {})
         if isinstance(value, dict):
+            known = sorted(BLOCK_KEYS.get(key, value))
+            for name in sorted({*value} - {*known}):
+                hint = _suggest(name, known, f"{key}.")
+                self.refuse(f"{key}.{name}", "unknown key", allowed=", ".join(known), action=hint)
             return dict(value)
         self.refuse(key, f"{value!r} is not an object", allowed='{"...": ...}')
         return {}
@@ -143,7 +149,7 @@ class _Resolver:
                     path,
                     f"{given!r} stands here, but the recipe owns it as {recipe_key}",
                     allowed=f'"{AUTO}", or leave it out',
-                    action=f'write "{AUTO}" here and {recipe_key}={_as_yaml(given)} on the command line',
+                    action=f'write "{AUTO}" here and {recipe_key}={self._as_yaml(path, given)} on the command line',
                 )
             node = self.config
             *parents, last = path.split(".")
@@ -158,6 +164,11 @@ class _Resolver:
                     allowed=f'"{AUTO}", or leave it out',
                     action="set training.global_batch_tokens in the recipe",
                 )
+
+    def _as_yaml(self, path: str, given: Any) -> str:
+        if path == "train_batch_size" and isinstance(given, int):
+            given *= self.recipe.training.seq_len  # DeepSpeed counts windows, the recipe tokens
+        return json.dumps(given) if isinstance(given, list | dict) else str(given)
 
     def optimizer(self) -> None:
         block = self.block("optimizer")
@@ -180,9 +191,9 @@ class _Resolver:
         block = self.document.get("scheduler")
         if block is None:
             return
-        params = block.get("params", {}) if isinstance(block, dict) else {}
-        numeric = sorted(key for key, value in params.items() if value != AUTO)
-        if not isinstance(block, dict) or numeric:
+        params = block.get("params", {}) if isinstance(block, dict) else None
+        numeric = sorted(key for key, value in params.items() if value != AUTO) if isinstance(params, dict) else []
+        if not isinstance(params, dict) or numeric:
             what = ", ".join(numeric) or "it"
             self.refuse(
                 "scheduler",
@@ -198,7 +209,7 @@ class _Resolver:
         if fp16["enabled"] is True and bf16["enabled"] is True:
             self.refuse("fp16.enabled", "bf16 and fp16 are both true", allowed="one of them")
         for name, part in (("bf16", bf16), ("fp16", fp16)):
-            if part["enabled"] not in (True, False, AUTO):
+            if not isinstance(part["enabled"], bool) and part["enabled"] != AUTO:
                 self.refuse(f"{name}.enabled", f"{part['enabled']!r} is not accepted", allowed='true, false or "auto"')
         if fp16["enabled"] is True and machine.kind == "cpu":
             self.refuse("fp16.enabled", "half precision is not available on a CPU", allowed="bf16, or neither (fp32)")
@@ -227,7 +238,7 @@ class _Resolver:
 
     def zero(self, hidden_size: int | None) -> None:
         block = self.block("zero_optimization")
-        for key in block:
+        for key, value in block.items():
             if key not in ZERO_KEYS:
                 self.refuse(
                     f"zero_optimization.{key}",
@@ -235,11 +246,13 @@ class _Resolver:
                     allowed=", ".join(ZERO_KEYS),
                     action=_suggest(key, list(ZERO_KEYS), "zero_optimization."),
                 )
+            elif key != "stage" and value != AUTO and not accepts(ZERO_KEYS[key], value):
+                self.refuse(f"zero_optimization.{key}", f"{value!r} is not accepted", allowed=ZERO_KEYS[key])
         stage = block.get("stage", AUTO)
         if stage == AUTO:
             stage = 1
             self.notes.append("zero_optimization.stage: 1 (auto: the fastest that keeps exact sums)")
-        if stage not in STAGES or isinstance(stage, bool):
+        if type(stage) is not int or stage not in STAGES:
             self.refuse(
                 "zero_optimization.stage",
                 f"{stage!r} is not supported (stage 0 loses precision in bf16 and has no gradient norm)",
@@ -337,10 +350,6 @@ def _offloads(zero: Mapping[str, Any], key: str) -> bool:
 def _suggest(key: str, known: list[str], prefix: str = "") -> str:
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"did you mean {prefix}{matches[0]}?" if matches else f"remove {prefix}{key}"
-
-
-def _as_yaml(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
 def resolve(  # noqa: PLR0913 - one argument for each thing that decides

@@ -23,7 +23,6 @@ PASSED_ON = {
     "dump_state",
     "flops_profiler",
     "fp16",
-    "gradient_allreduce_op",
     "gradient_predivide_factor",
     "log_level",
     "memory_breakdown",
@@ -54,6 +53,7 @@ REFUSED = {
     "dataloader_drop_last": "the trainer reads its token files itself",
     "datastates_ckpt": "the trainer publishes checkpoints itself",
     "expert_parallel": "models with experts are not supported",
+    "gradient_allreduce_op": "gradients are averaged, so that the number of ranks does not change them",
     "hybrid_engine": "there is no generation while training",
     "managed_gradient_accumulation": "accumulation is derived from training.global_batch_tokens",
     "nebula": "the trainer publishes checkpoints itself",
@@ -77,28 +77,58 @@ RECIPE_OWNED: dict[str, tuple[str, Callable[[Recipe], Any]]] = {
     "optimizer.params.eps": ("optimizer.eps", lambda recipe: recipe.optimizer.eps),
     "optimizer.params.weight_decay": ("optimizer.weight_decay", lambda recipe: recipe.optimizer.weight_decay),
 }
+BLOCK_KEYS = {
+    "bf16": {"check_grad_overflow", "enabled", "immediate_grad_update"},
+    "data_types": {"grad_accum_dtype"},
+    "fp16": {
+        "auto_cast",
+        "consecutive_hysteresis",
+        "enabled",
+        "hysteresis",
+        "initial_scale_power",
+        "loss_scale",
+        "loss_scale_window",
+        "min_loss_scale",
+    },
+}
+"""Keys inside these blocks; DeepSpeed's other ones keep masters or buffers in half precision."""
+
 DERIVED = {"gradient_accumulation_steps": "training.global_batch_tokens / (micro-batch x seq_len x ranks)"}
+
+SWITCH = "true or false"
+COUNT = "a count of elements, or auto"
+OFFLOAD = '{"device": "cpu"}, with device none, cpu or nvme, or null'
 
 ZERO_KEYS = {
     "stage": "1, 2 or 3",
-    "contiguous_gradients": "true or false",
-    "reduce_scatter": "true or false",
-    "reduce_bucket_size": "a count of elements, or auto",
-    "use_multi_rank_bucket_allreduce": "true or false",
-    "allgather_partitions": "true or false",
-    "allgather_bucket_size": "a count of elements, or auto",
-    "overlap_comm": "true or false",
-    "offload_param": 'an object such as {"device": "cpu"}',
-    "offload_optimizer": 'an object such as {"device": "cpu"}',
-    "sub_group_size": "a count of elements, or auto",
-    "stage3_prefetch_bucket_size": "a count of elements, or auto",
-    "stage3_param_persistence_threshold": "a count of elements, or auto",
-    "stage3_model_persistence_threshold": "a count of elements, or auto",
-    "stage3_max_live_parameters": "a count of elements, or auto",
-    "stage3_max_reuse_distance": "a count of elements, or auto",
-    "stage3_gather_16bit_weights_on_model_save": "true or false",
-    "stage3_use_all_reduce_for_fetch_params": "true or false",
-    "round_robin_gradients": "true or false",
-    "ignore_unused_parameters": "true or false",
-    "memory_efficient_linear": "true or false",
+    "contiguous_gradients": SWITCH,
+    "reduce_scatter": SWITCH,
+    "reduce_bucket_size": COUNT,
+    "use_multi_rank_bucket_allreduce": SWITCH,
+    "allgather_partitions": SWITCH,
+    "allgather_bucket_size": COUNT,
+    "overlap_comm": SWITCH,
+    "offload_param": OFFLOAD,
+    "offload_optimizer": OFFLOAD,
+    "sub_group_size": COUNT,
+    "stage3_prefetch_bucket_size": COUNT,
+    "stage3_param_persistence_threshold": COUNT,
+    "stage3_model_persistence_threshold": COUNT,
+    "stage3_max_live_parameters": COUNT,
+    "stage3_max_reuse_distance": COUNT,
+    "stage3_gather_16bit_weights_on_model_save": SWITCH,
+    "stage3_use_all_reduce_for_fetch_params": SWITCH,
+    "round_robin_gradients": SWITCH,
+    "ignore_unused_parameters": SWITCH,
+    "memory_efficient_linear": SWITCH,
 }
+
+
+def accepts(kind: str, value: Any) -> bool:
+    """Whether a value is of a kind that ZERO_KEYS names; DeepSpeed would stop with a traceback."""
+    if kind == SWITCH:
+        return isinstance(value, bool)
+    if kind == OFFLOAD:
+        return value is None or (isinstance(value, dict) and value.get("device", "none") in ("none", "cpu", "nvme"))
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 5e8 is a float in JSON
+    return whole and not isinstance(value, bool) and value >= 0
