@@ -1,0 +1,208 @@
+"""Whole runs through the launchers: the flow, kill and resume, stopping, every launcher, the exported folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import ROOT, environment, numerics, rows
+
+CPU = str(ROOT / "ds_configs" / "cpu.json")
+Launch = Callable[..., str]
+Start = Callable[..., "subprocess.Popen[str]"]
+Recipe = Callable[..., Path]
+
+LOADER = """
+import json, sys
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+export, probe = sys.argv[1:]
+with safe_open(probe, "pt") as file:
+    torch.set_num_threads(int(file.metadata()["threads"]))
+    tokens, expected = file.get_tensor("tokens"), file.get_tensor("logits")
+model = AutoModelForCausalLM.from_pretrained(export).eval()
+tokenizer = AutoTokenizer.from_pretrained(export)
+with torch.no_grad():
+    logits = model(input_ids=tokens).logits
+text = tokenizer.decode(tokenizer("Story 7. the cat sees a tree.")["input_ids"])
+print(json.dumps({"equal": torch.equal(logits, expected), "dtype": str(model.dtype), "text": text,
+                  "package": "inheritune_ds" in sys.modules, "blocks": model.config.num_hidden_layers}))
+"""
+
+
+def arguments(recipe: Path, tmp_path: Path, runs: str = "runs", *more: str) -> list[str]:
+    """Arguments of train.py for a recipe on the CPU."""
+    folders = ["--runs-dir", str(tmp_path / runs), "--cache-dir", str(tmp_path / "cache")]
+    return ["--deepspeed_config", CPU, "--recipe", str(recipe), *folders, *more]
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", log: Path) -> None:
+    """Poll until something holds while a run goes on."""
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.005)
+
+
+def last_step(run: Path) -> int:
+    """Last step in metrics.jsonl; -1 before there is one."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    whole = [line for line in lines if line.endswith("}")]
+    return int(json.loads(whole[-1])["step"]) if whole else -1
+
+
+def status(run: Path) -> dict[str, Any]:
+    """The run's status.json."""
+    return dict(json.loads((run / "status.json").read_text()))
+
+
+@pytest.mark.timeout(300)
+def test_killed_run_goes_on_and_ends_as_if_never_killed(
+    launch: Launch, start: Start, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    long = {"training": {"seq_len": 32, "global_batch_tokens": 512, "duration": "48 steps"}}
+    every = {"checkpoint": {"interval_steps": 10}, "validation": {"interval_steps": 10, "max_tokens": 1024}}
+    shape = json.loads(tiny_recipe().read_text())["target"]["shape"]
+    recipe = tiny_recipe("killed", target={"shape": shape, "dropout": 0.1}, **long, **every)
+    how = {"launcher": "deepspeed", "ranks": 2}
+    launch("train.py", *arguments(recipe, tmp_path, "straight"), **how)
+
+    run = tmp_path / "runs" / "killed"
+    process = start("train.py", arguments(recipe, tmp_path), **how)
+    wait_for(lambda: last_step(run) >= 23, process, tmp_path / "run.log")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for line in subprocess.run(["pgrep", "-f", str(tmp_path / "runs")], capture_output=True, text=True).stdout.split():
+        os.kill(int(line), signal.SIGKILL)  # the launcher starts its ranks in the same group; none may be left
+    reached = last_step(run)
+    assert 23 <= reached < 48, "the kill came too late to show anything"
+    assert status(run)["state"] == "running"
+    output = launch("train.py", *arguments(recipe, tmp_path), **how)
+    assert "resumed from" in output
+    straight = tmp_path / "straight" / "killed"
+    assert numerics(run) == numerics(straight)
+    assert [row["step"] for row in rows(run) if "train/loss" in row] == list(range(1, 49))
+    digests = [json.loads((folder / "export/manifest.json").read_text())["weights_sha256"] for folder in (run, straight)]
+    assert digests[0] == digests[1]
+    assert status(run)["state"] == "finished"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000030",
+        "step-00000040",
+        "step-00000048",
+    ]
+
+
+@pytest.mark.timeout(300)
+def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
+    launch: Launch, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    reference = tiny_recipe("parent")
+    recipe = tiny_recipe("child", reference={"model": f"recipe:{reference}"}, target={"select": "first:2"})
+    document = json.loads(recipe.read_text())
+    document["corpus"].pop("tokenizer")  # the reference's is used
+    recipe.write_text(json.dumps(document))
+    first = launch("train.py", *arguments(recipe, tmp_path), launcher="torchrun", ranks=2)
+    parent, child = tmp_path / "runs" / "parent", tmp_path / "runs" / "child"
+    assert status(parent)["state"] == status(child)["state"] == "finished"
+    assert first.index("finished: parent") < first.index("finished: child")
+
+    report = json.loads((child / "inheritance.json").read_text())
+    trained, target = load_file(parent / "export/model.safetensors"), load_file(child / "target/model.safetensors")
+    assert report["selection"] == [0, 1]
+    assert {tensor["name"] for tensor in report["tensors"]} == set(target)
+    assert all(tensor["inherited"] for tensor in report["tensors"])
+    assert all((target[tensor["name"]] == trained[tensor["source"]]).all() for tensor in report["tensors"])
+    scored = json.loads((child / "eval/reference.json").read_text())
+    parent_final = json.loads((parent / "eval/validation-step-00000012.json").read_text())
+    assert scored["windows"] == pytest.approx(parent_final["windows"], rel=1e-5)
+    assert json.loads((child / "run.json").read_text())["blocks"] == 2
+
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", LOADER, str(child / "export"), str(child / "eval/probe.safetensors")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd="/",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "equal": True,
+        "dtype": "torch.float32",
+        "text": "Story 7. the cat sees a tree.",
+        "package": False,
+        "blocks": 2,
+    }
+
+    before = {path: path.stat().st_mtime_ns for path in child.rglob("*") if path.is_file() and path.name != ".lock"}
+    again = launch("train.py", *arguments(recipe, tmp_path))
+    assert "child: finished before" in again
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    other = launch("train.py", *arguments(recipe, tmp_path, "runs", "optimizer.lr=0.001"), expect=8)
+    assert "belongs to another recipe" in other
+    assert "optimizer.lr: 0.003 -> 0.001" in other
+    assert "Traceback" not in other
+
+
+@pytest.mark.timeout(300)
+def test_interrupt_saves_and_leaves_and_the_same_command_goes_on(
+    launch: Launch, start: Start, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    long = {"training": {"seq_len": 32, "global_batch_tokens": 512, "duration": "300 steps"}}
+    recipe = tiny_recipe("stopped", checkpoint={"interval_steps": 1000}, **long)
+    run = tmp_path / "runs" / "stopped"
+    slurm = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    process = start("train.py", arguments(recipe, tmp_path), **slurm)  # python alone, as one task of srun
+    wait_for(lambda: last_step(run) >= 5, process, tmp_path / "run.log")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    stopped = status(run)
+    assert stopped["state"] == "requeue"
+    assert "SIGINT" in stopped["reason"]
+    assert stopped["step"] >= 5
+    assert (run / "checkpoints" / f"step-{stopped['step']:08d}").is_dir()
+    log = (tmp_path / "run.log").read_text()
+    assert f"stopped and saved at step {stopped['step']}" in log
+    assert "Traceback" not in log
+
+    process = start("train.py", arguments(recipe, tmp_path))
+    wait_for(lambda: last_step(run) >= stopped["step"] + 3, process, tmp_path / "run.log")
+    assert f"(step {stopped['step']}," in (tmp_path / "run.log").read_text()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT) if process.poll() is None else None
+    time.sleep(0.01)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130, "a second Ctrl-C leaves at once"
+
+    damaged = run / "checkpoints" / f"step-{stopped['step']:08d}" / "manifest.json"
+    document = json.loads(damaged.read_text())
+    victim = damaged.parent / max(document["files"], key=lambda name: document["files"][name]["bytes"])
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content))
+    output = launch("train.py", *arguments(recipe, tmp_path), expect=4)
+    assert f"{victim.relative_to(damaged.parent)} has sha256" in output
+    assert "Traceback" not in output
+    assert status(run)["state"] == "failed"
+    assert status(run)["exit_code"] == 4
