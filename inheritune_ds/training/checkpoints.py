@@ -1,11 +1,13 @@
 """Checkpoints: written beside, verified, then published by one rename; the newest good one is resumed."""
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -99,7 +101,8 @@ class Checkpoints:
             if path.is_file()
         }
         sync_folder(temporary)
-        write_json(temporary / MANIFEST, {"state": asdict(state), "layout": asdict(self._layout), "files": files})
+        manifest = {"state": asdict(state), "layout": asdict(self._layout), "files": files}
+        write_json(temporary / MANIFEST, {**manifest, "sha256": _digest(manifest)})
         shutil.rmtree(final, ignore_errors=True)  # left by a launch that saved the same step
         temporary.rename(final)
         sync_path(self._folder)
@@ -173,8 +176,11 @@ def newest_step(folder: Path) -> int:
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a published checkpoint: a missing, changed or resized file; None if intact."""
     manifest = read_json(folder / MANIFEST)
-    if manifest is None:
+    if not isinstance(manifest, dict):
         return f"{MANIFEST} is missing or unreadable"
+    digest = manifest.pop("sha256", None)
+    if digest != _digest(manifest):
+        return f"{MANIFEST} is not as it was written"
     for name, expected in manifest["files"].items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
@@ -187,3 +193,8 @@ def find_fault(folder: Path) -> str | None:
         if found != expected["sha256"]:
             return f"{name} has sha256 {found[:12]}... instead of {expected['sha256'][:12]}..."
     return None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """sha256 (hex) of a manifest: a flipped bit must not change the step or the hash of a file."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
