@@ -93,7 +93,8 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
         LOCAL_WORLD_SIZE=str(world.local_size),
     )
     if world.launcher == "slurm":
-        environ.setdefault("MASTER_ADDR", _first_host(environ))
+        if "MASTER_ADDR" not in environ:  # one that is given must not depend on scontrol
+            environ["MASTER_ADDR"] = _first_host(environ)
         # The job id stays the same over a requeue and differs between jobs that share a node.
         environ.setdefault("MASTER_PORT", str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000))
     elif world.launcher == "single":
@@ -129,12 +130,12 @@ def _first_host(environ: Mapping[str, str]) -> str:
         listed = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
         )
-    except (OSError, subprocess.SubprocessError):
+        return listed.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
         raise MachineError(
             f"the first host of SLURM's node list {nodes!r} cannot be found: scontrol does not answer",
             action="export MASTER_ADDR in the batch script, before srun",
         ) from None
-    return listed.stdout.split()[0]
 
 
 def _free_port() -> int:
