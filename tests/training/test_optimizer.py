@@ -1,0 +1,88 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from inheritune_ds.training.optimizer import parameter_groups
+
+
+def tiny(family: str, **values: Any) -> PreTrainedModel:
+    ids = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **ids, **values))
+    return model
+
+
+def gpt2() -> PreTrainedModel:
+    return tiny("gpt2", n_embd=8, n_layer=2, n_head=2, n_positions=8)
+
+
+def llama(**values: Any) -> PreTrainedModel:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    return tiny("llama", **sizes, max_position_embeddings=8, **values)
+
+
+def named(block: str, *names: str) -> set[str]:
+    return {f"{block}.{index}.{name}" for index in (0, 1) for name in names}
+
+
+LLAMA_MATRICES = named(
+    "model.layers",
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
+LLAMA_NORMS = named("model.layers", "input_layernorm.weight", "post_attention_layernorm.weight")
+
+
+def test_llama_decays_its_matrices_and_its_own_head() -> None:
+    decayed, undecayed = parameter_groups(llama(tie_word_embeddings=False), 0.1)
+    assert set(decayed["names"]) == LLAMA_MATRICES | {"lm_head.weight"}
+    assert set(undecayed["names"]) == LLAMA_NORMS | {"model.norm.weight", "model.embed_tokens.weight"}
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
+
+
+def test_a_tied_head_counts_as_embedding() -> None:
+    decayed, undecayed = parameter_groups(llama(tie_word_embeddings=True), 0.1)
+    assert set(decayed["names"]) == LLAMA_MATRICES
+    assert set(undecayed["names"]) == LLAMA_NORMS | {"model.norm.weight", "model.embed_tokens.weight"}
+
+
+def test_gpt2_decays_its_matrices_only() -> None:
+    decayed, undecayed = parameter_groups(gpt2(), 0.05)
+    assert set(decayed["names"]) == named(
+        "transformer.h", "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
+    )
+    assert set(undecayed["names"]) == named(
+        "transformer.h",
+        *("attn.c_attn.bias", "attn.c_proj.bias", "mlp.c_fc.bias", "mlp.c_proj.bias"),
+        *("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"),
+    ) | {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_groups_hold_every_parameter_once_in_the_model_s_order(make: Any) -> None:
+    model = make()
+    groups = parameter_groups(model, 0.1)
+    order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+    for group in groups:
+        assert [order[name] for name in group["names"]] == sorted(order[name] for name in group["names"])
+        assert all(
+            parameter is model.get_parameter(name)
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        )
+    assert sorted(name for group in groups for name in group["names"]) == sorted(order)
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(requires_grad=False)
+    decayed, undecayed = parameter_groups(model, 0.1)
+    assert (decayed["names"], undecayed["names"]) == (["1.weight"], ["1.bias"])
+
+
+def test_groups_are_what_torch_s_optimizer_takes() -> None:
+    groups = parameter_groups(llama(), 0.25)
+    optimizer = torch.optim.AdamW([{k: v for k, v in group.items() if k != "names"} for group in groups], lr=1.0)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
