@@ -57,7 +57,7 @@ def test_budget_knows_what_it_does_not_know() -> None:
     unknown = (budget.parameters, budget.steps, budget.tokens_seen, budget.epochs, budget.flops, budget.memory)
     assert unknown == (None,) * 6
     assert budget.download_gib == {"EleutherAI/pythia-160m": None}
-    assert budget.tokens_a_step == 4096
+    assert budget.tokens_a_step == 2048
 
 
 def test_budget_counts_epochs_of_a_run_in_steps() -> None:

@@ -56,9 +56,9 @@ def test_recipe_file_is_narrow_and_comments_its_numbers(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "total", "blocks", "steps", "windows"),
     [
-        ("quickstart-reference", 2_631_808, 8, 200, 32),
-        ("quickstart", 1_840_256, 4, 200, 32),
-        ("quickstart-scratch", 1_840_256, 4, 200, 32),
+        ("quickstart-reference", 2_631_808, 8, 240, 16),
+        ("quickstart", 1_840_256, 4, 240, 16),
+        ("quickstart-scratch", 1_840_256, 4, 240, 16),
         ("openllama-3b-13l", 1_815_638_400, 13, 61_035, 64),
         ("openllama-3b-13l-250m", 1_815_638_400, 13, 1_907, 64),
         ("gpt2-medium-24l", 354_871_296, 24, 100_000, 384),

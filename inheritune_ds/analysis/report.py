@@ -9,6 +9,7 @@ from inheritune_ds.analysis.comparison import Difference, paired_difference
 from inheritune_ds.analysis.curves import COLOURS, Level, Line, draw_run, draw_study
 from inheritune_ds.analysis.results import Evaluation, ReferenceEvaluation, RunResult, read_metrics, run_result
 from inheritune_ds.files import storage_errors, write_json, write_text
+from inheritune_ds.recipe import is_local_path
 
 __all__ = ["Role", "StudyRow", "read_metrics", "run_result", "study_tables", "write_run_report", "write_study_report"]
 
@@ -134,7 +135,7 @@ def study_tables(rows: Sequence[StudyRow]) -> str:
     ]
     outside = _outside_reference(rows)
     if outside is not None:
-        body.insert(0, [outside.model, "reference", _loss(outside), "", f"{outside.parameters:,}", "", "", ""])
+        body.insert(0, [_named(outside.model), "reference", _loss(outside), "", f"{outside.parameters:,}", "", "", ""])
     return "\n\n".join(["\n".join(_table(header, body)), *_difference_parts(_study_differences(rows))])
 
 
@@ -142,7 +143,7 @@ def _study_differences(rows: Sequence[StudyRow]) -> list[Difference]:
     outside = _outside_reference(rows)
     others = [(row.label, row.result.final) for row in rows if row.role == "baseline"]
     others += [(row.label, row.result.final) for row in rows if row.role == "reference"]
-    others += [(outside.model, outside)] if outside else []
+    others += [(_named(outside.model), outside)] if outside else []
     targets = [row for row in rows if row.role == "target"]
     return [
         paired_difference(target.label, target.result.final, label, other)
@@ -156,7 +157,7 @@ def _run_differences(result: RunResult) -> list[Difference]:
     if result.initial is not None:
         differences.append(paired_difference(_AT_END, result.final, _AT_START, result.initial))
     if result.reference is not None:
-        differences.append(paired_difference(_AT_END, result.final, result.reference.model, result.reference))
+        differences.append(paired_difference(_AT_END, result.final, _named(result.reference.model), result.reference))
     return differences
 
 
@@ -175,7 +176,7 @@ def _draw(path: Path, title: str, rows: Sequence[StudyRow]) -> None:
     outside = _outside_reference(rows)
     level = None
     if outside is not None:
-        level = Level(f"reference {PurePath(outside.model).name}", outside.loss)
+        level = Level(f"reference {_named(outside.model)}", outside.loss)
     elif ordered[-1].role == "reference":
         colour = COLOURS[(len(lines) - 1) % len(COLOURS)]
         level = Level("", ordered[-1].result.final.loss, colour)
@@ -222,7 +223,7 @@ def _validation_table(result: RunResult) -> list[str]:
     if result.initial is not None:
         body.insert(0, [_AT_START, _loss(result.initial)])
     if result.reference is not None:
-        body.append([f"reference: {result.reference.model}", _loss(result.reference)])
+        body.append([f"reference: {_named(result.reference.model)}", _loss(result.reference)])
     return _table(["validation", "val loss"], body)
 
 
@@ -276,3 +277,8 @@ def _make_folder(parent: Path) -> Path:
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _named(model: str) -> str:
+    """What a reader calls a reference: the hub id whole, of a folder the last part."""
+    return PurePath(model).name if is_local_path(model) else model

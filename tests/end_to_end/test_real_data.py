@@ -1,0 +1,128 @@
+"""Real parts: a trained LLaMA (stories260K) cut to three of its five blocks; GPT-2's tokenizer on 8.4M tokens of books."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import ROOT, environment
+from llama2c import convert_model, convert_tokenizer
+
+from inheritune_ds.data.vocabulary import load_tokenizer
+
+SHARED = ROOT.parent / "shared" / "data"
+CPU = str(ROOT / "ds_configs" / "cpu.json")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared data folder {SHARED} is not here")
+
+
+@needs_shared
+@pytest.mark.timeout(300)
+def test_stories_model_of_three_blocks_ends_below_random_init(
+    launch: Callable[..., str], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    weights = SHARED / "weights" / "stories260K"
+    reference = tmp_path / "stories260K"
+    reference.mkdir()
+    model = convert_model(weights / "stories260K.bin", reference)
+    convert_tokenizer(weights / "tok512.bin", reference)
+    tokenizer = load_tokenizer(str(reference), "main")
+    start = tokenizer("Once upon a time")["input_ids"]
+    told = model.generate(torch.tensor([start]), max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(told[0], skip_special_tokens=True).startswith(
+        "Once upon a time, there was a little girl named Lily."
+    ), "the conversion is right: this is what the model tells (see the data's own README)"
+    recipe = {
+        "name": "stories-3l",
+        "description": "first 3 of 5 blocks of stories260K on TinyStories",
+        "reference": {"model": str(reference)},
+        "target": {"select": "first:3"},
+        "corpus": {
+            "sources": [
+                {
+                    "kind": "files",
+                    "paths": [str(SHARED / "corpora" / "tinystories_sample.txt")],
+                    "document_separator": "\n\n",
+                }
+            ],
+            "validation_ratio": 0.15,
+        },
+        "training": {"seq_len": 128, "global_batch_tokens": 2048, "duration": "100 steps"},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"kind": "cosine", "warmup_steps": 10},
+        "validation": {"interval_steps": 50, "max_tokens": 16384},
+        "checkpoint": {"interval_steps": 100},
+    }
+    (tmp_path / "stories-3l.yaml").write_text(json.dumps(recipe))
+    study = {
+        "name": "stories",
+        "description": "three blocks of a real model against random values",
+        "runs": [
+            {"recipe": "stories-3l.yaml", "role": "target"},
+            {"recipe": "stories-3l.yaml", "role": "baseline", "overrides": ["name=random", "target.inherit=none"]},
+        ],
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    output = launch("inheritune_ds/__main__.py", "study", str(tmp_path / "study.yaml"), "--deepspeed_config", CPU)
+    report = json.loads((tmp_path / "runs/study-stories/report/report.json").read_text())
+    run = tmp_path / "runs" / "stories-3l"
+    at_start = json.loads((run / "eval/validation-step-00000000.json").read_text())["loss"]
+    at_end = json.loads((run / "eval/validation-step-00000100.json").read_text())["loss"]
+    random = json.loads((tmp_path / "runs/random/eval/validation-step-00000100.json").read_text())["loss"]
+    trained = json.loads((run / "eval/reference.json").read_text())["loss"]
+    for name, value in {"reference": trained, "start": at_start, "end": at_end, "random": random}.items():
+        record_property(name, value)
+        assert f"{value:.4f}" in output, name
+    assert trained < at_start, "two blocks are missing"
+    assert at_end < at_start
+    assert at_end < random
+    (against_random,) = (entry for entry in report["differences"] if entry["to"] == "random")
+    assert against_random["ratio"] < -3
+
+
+@needs_shared
+@pytest.mark.timeout(300)
+def test_books_with_the_gpt2_tokenizer_train_and_count_their_tokens(launch: Callable[..., str], tmp_path: Path) -> None:
+    tokenizer = tmp_path / "gpt2"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_bytes((SHARED / "tokenizers/gpt2/tokenizer.json").read_bytes())
+    shape = {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    recipe = {
+        "name": "books",
+        "description": "a tiny GPT-2 on classic books",
+        "target": {"shape": shape},
+        "corpus": {
+            "sources": [{"kind": "files", "paths": [str(SHARED / "corpora/books/*.jsonl.gz")]}],
+            "tokenizer": str(tokenizer),
+            "validation_ratio": 0.1,
+        },
+        "training": {"seq_len": 256, "global_batch_tokens": 2048, "duration": "10 steps"},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"kind": "constant", "warmup_steps": 2},
+        "validation": {"interval_steps": 10, "max_tokens": 4096},
+        "checkpoint": {"interval_steps": 10},
+    }
+    (tmp_path / "books.yaml").write_text(json.dumps(recipe))
+    launch("train.py", "--deepspeed_config", CPU, "--recipe", "books.yaml")
+    result = json.loads((tmp_path / "runs/books/run.json").read_text())
+    manifest = json.loads(next((tmp_path / "cache/tokens").glob("*/manifest.json")).read_text())
+    total = manifest["train_tokens"] + manifest["validation_tokens"]
+    assert manifest["token_dtype"] == "uint16"
+    # 34.8 MB of text are 8.4M GPT-2 tokens (the data's own README); one end-of-text for each of the 55 books.
+    assert 8.3e6 < total < 8.5e6
+    assert manifest["train_documents"] + manifest["validation_documents"] == 55
+    assert result["unique_tokens"] == manifest["train_tokens"]
+    first = json.loads((tmp_path / "runs/books/eval/validation-step-00000000.json").read_text())
+    assert result["val_loss"] < first["loss"] - 0.5
+    assert environment()["WANDB_MODE"] == "disabled"
