@@ -178,7 +178,7 @@ class _Resolver:
         params = block.get("params", {})
         allowed = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}
         if not isinstance(params, dict):
-            self.refuse("optimizer.params", f"{params!r} is not an object")
+            self.refuse("optimizer.params", f"{params!r} is not an object", allowed='{"...": ...}')
             params = {}
         for key in sorted({*params} - allowed):
             self.refuse(f"optimizer.params.{key}", "unknown key", allowed=", ".join(sorted(allowed)))
