@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -32,8 +33,8 @@ def test_lr_ratio_stays_between_its_floor_and_one(schedule: Schedule, total: int
 def test_lr_ratio_rises_in_the_warm_up_and_never_after_it(schedule: Schedule, total: int) -> None:
     ratios = curve(schedule, total)
     warm, rest = ratios[: schedule.warmup_steps], ratios[schedule.warmup_steps :]
-    assert all(before < after for before, after in zip(warm, warm[1:], strict=False))
-    assert all(before >= after for before, after in zip(rest, rest[1:], strict=False))
+    assert all(before < after for before, after in itertools.pairwise(warm))
+    assert all(before >= after for before, after in itertools.pairwise(rest))
 
 
 @given(schedule=SCHEDULES, total=st.integers(2, 600))
@@ -44,7 +45,7 @@ def test_lr_ratio_makes_no_jumps(schedule: Schedule, total: int) -> None:
     assume(span >= 1)
     steepest = math.pi / 2 if schedule.kind == "cosine" else 1.0
     allowed = max(1.0 / (schedule.warmup_steps + 1), steepest * (1 - schedule.min_lr_ratio) / span)
-    assert all(abs(a - b) <= allowed + 1e-9 for a, b in zip(ratios, ratios[1:], strict=False))
+    assert all(abs(a - b) <= allowed + 1e-9 for a, b in itertools.pairwise(ratios))
 
 
 @given(schedule=SCHEDULES, total=st.integers(1, 600))

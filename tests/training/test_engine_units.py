@@ -1,0 +1,240 @@
+"""The engine's own arithmetic, on a stand-in for DeepSpeed's engine; real runs are in tests/end_to_end."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from inheritune_ds.errors import MachineError, TrainingError
+from inheritune_ds.training import engine as engine_module
+from inheritune_ds.training.engine import Engine, StepResult, start_process_group
+from inheritune_ds.training.loop import seed_step
+from inheritune_ds.training.world import World
+
+VOCABULARY, SEQ_LEN, WINDOWS = 7, 5, 8
+MAIN = World(0, 1, 0, 1, "single")
+
+
+class Output:
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table = nn.Embedding(VOCABULARY, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Output:  # noqa: FBT001
+        assert use_cache is False
+        return Output(self.table(input_ids))
+
+
+class FakeDeepSpeed:
+    """What the engine uses of DeepSpeed's: it divides losses by the accumulation and steps at the boundary."""
+
+    device = "cpu"
+
+    def __init__(self, steps: int, *, grad_norm: float = 0.5, applied: bool = True) -> None:
+        self.module = Model()
+        self.optimizer = torch.optim.SGD([{"params": self.module.parameters()}], lr=99.0)
+        self._steps, self._grad_norm, self._applied = steps, grad_norm, applied
+        self.calls: list[str] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def gradient_accumulation_steps(self) -> int:
+        return self._steps
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.calls.append("backward")
+        (loss / self._steps).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        self.calls.append("step")
+
+    def was_step_applied(self) -> bool:
+        return self._applied
+
+    def get_global_grad_norm(self) -> float:
+        return self._grad_norm
+
+    def eval(self) -> None:
+        self.module.eval()
+        self.calls.append("eval")
+
+    def train(self) -> None:
+        self.module.train()
+        self.calls.append("train")
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+        return (None if folder.endswith("empty") else f"{folder}/{tag}"), {}
+
+
+@pytest.fixture(autouse=True)
+def meetings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What is summed over the ranks; one process has nobody to sum with."""
+    summed: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: summed.append(tensor.clone()))
+    return summed
+
+
+def make(deepspeed: FakeDeepSpeed, world: World = MAIN) -> Engine:
+    engine = Engine.__new__(Engine)  # without `deepspeed.initialize`
+    engine._engine = deepspeed
+    engine.world, engine.module, engine.global_windows = world, deepspeed.module, WINDOWS
+    return engine
+
+
+def tokens() -> npt.NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, VOCABULARY, (WINDOWS, SEQ_LEN + 1))
+
+
+def cut(rows: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    return iter([rows[start : start + size] for start in range(0, len(rows), size)])
+
+
+def whole_batch() -> tuple[float, torch.Tensor]:
+    """Loss and gradient of the mean over all tokens at once."""
+    model, rows = Model(), torch.from_numpy(tokens())
+    loss = functional.cross_entropy(model.table(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert model.table.weight.grad is not None
+    return float(loss.detach()), model.table.weight.grad
+
+
+def gradient(engine: Engine) -> torch.Tensor:
+    found = engine.module.get_parameter("table.weight").grad
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_train_step_gives_the_mean_over_all_tokens_however_they_are_cut(size: int) -> None:
+    deepspeed = FakeDeepSpeed(WINDOWS // size)
+    engine = make(deepspeed)
+    result = engine.train_step(cut(tokens(), size), lr=0.25, stop=False)
+    loss, expected = whole_batch()
+    assert result.loss == pytest.approx(loss, rel=1e-6)
+    assert result == StepResult(result.loss, 0.5, applied=True, stop=False)
+    torch.testing.assert_close(gradient(engine), expected)
+    assert deepspeed.calls == ["backward", "step"] * (WINDOWS // size)
+    assert [group["lr"] for group in deepspeed.optimizer.param_groups] == [0.25]
+
+
+def test_ranks_average_to_the_gradient_of_the_whole_batch(meetings: list[torch.Tensor]) -> None:
+    gradients = []
+    for rank in range(2):
+        engine = make(FakeDeepSpeed(2), World(rank, 2, rank, 2, "env"))
+        engine.train_step(cut(tokens()[rank * 4 : rank * 4 + 4], 2), lr=0.1, stop=rank == 1)
+        gradients.append(gradient(engine))
+    loss, expected = whole_batch()
+    torch.testing.assert_close((gradients[0] + gradients[1]) / 2, expected)
+    totals = meetings[0] + meetings[1]
+    assert totals.dtype == torch.float64
+    assert float(totals[0]) / (WINDOWS * SEQ_LEN) == pytest.approx(loss, rel=1e-6)
+    assert float(totals[1]) == 1.0
+
+
+def test_any_rank_s_wish_to_stop_is_everybody_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make(FakeDeepSpeed(1)).train_step(cut(tokens(), 8), lr=0.1, stop=True).stop
+    monkeypatch.setattr(dist, "all_reduce", lambda totals: totals.add_(torch.tensor([0.0, 1.0])))
+    assert make(FakeDeepSpeed(1)).train_step(cut(tokens(), 8), lr=0.1, stop=False).stop
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(value: float) -> None:
+    deepspeed = FakeDeepSpeed(2)
+    with torch.no_grad():
+        deepspeed.module.table.weight[0, 0] = value
+    rows = tokens()
+    rows[:, :2] = 0
+    with pytest.raises(TrainingError) as caught:
+        make(deepspeed).train_step(cut(rows, 4), lr=0.1, stop=False)
+    assert caught.value.problem == "the loss is nan: nothing after this step would be worth having"
+    assert "lower optimizer.lr" in caught.value.action
+    assert deepspeed.calls == ["backward", "step", "backward"]  # the step at the boundary was not made
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_when_it_was_applied() -> None:
+    with pytest.raises(TrainingError, match="the gradient norm is nan"):
+        make(FakeDeepSpeed(1, grad_norm=math.nan)).train_step(cut(tokens(), 8), lr=0.1, stop=False)
+    skipped = make(FakeDeepSpeed(1, grad_norm=math.inf, applied=False))
+    assert skipped.train_step(cut(tokens(), 8), lr=0.1, stop=False).applied is False
+
+
+def test_window_losses_are_means_of_each_window() -> None:
+    deepspeed = FakeDeepSpeed(1)
+    rows = tokens()
+    found = make(deepspeed).window_losses(list(cut(rows, 3)))
+    assert [len(part) for part in found] == [3, 3, 2]
+    for row, loss in zip(rows, np.concatenate(found), strict=True):
+        target = torch.from_numpy(row)
+        expected = functional.cross_entropy(deepspeed.module.table(target[:-1]), target[1:])
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert deepspeed.calls == ["eval", "train"]
+    assert deepspeed.module.training
+
+
+def test_probe_logits_are_those_of_evaluation_and_leave_the_model_training() -> None:
+    deepspeed = FakeDeepSpeed(1)
+    logits = make(deepspeed).probe_logits(tokens()[:1])
+    assert logits.shape == (1, SEQ_LEN + 1, VOCABULARY)
+    assert not logits.requires_grad
+    assert deepspeed.calls == ["eval", "train"]
+
+
+def test_load_says_that_there_is_no_state(tmp_path: Path) -> None:
+    make(FakeDeepSpeed(1)).load(tmp_path / "full")
+    with pytest.raises(TrainingError, match="DeepSpeed found no state in"):
+        make(FakeDeepSpeed(1)).load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_missing_compiler_is_told_before_the_ranks_meet(
+    gpu: bool,  # noqa: FBT001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with pytest.raises(MachineError) as caught:
+        start_process_group(MAIN, offload=gpu)  # on a GPU the CPU operators are built for offload only
+    assert caught.value.problem.startswith("no C++ compiler found")
+    assert "apt-get install g++" in caught.value.action
+    assert caught.value.exit_code == 10
+
+
+def test_a_process_joins_its_group_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    left: list[bool] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    start_process_group(MAIN, offload=False)
+    engine_module.leave_process_group()
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    engine_module.leave_process_group()
+    assert left == [True]
+
+
+def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        torch.rand(step + rank)  # what was drawn before does not matter
+        seed_step(seed, step, rank)
+        return float(torch.rand(()))
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    combinations = [(seed, step, rank) for seed in (1, 12) for step in (0, 1, 23, 3) for rank in (0, 1, 3)]
+    assert len({draw(*combination) for combination in combinations}) == len(combinations)
+    seed_step(1337, 0, 0)
+    assert torch.initial_seed() == 5_906_761_872_107_461_528  # runs that were begun go on with it
