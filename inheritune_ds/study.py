@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ from inheritune_ds.errors import InherituneError, MachineError, RecipeError, Tra
 from inheritune_ds.recipe import Part, Recipe, Text
 from inheritune_ds.recipe_file import load_recipe, parse_yaml, read_document, shipped_names, validate
 
+_LAUNCHER_PORT = 29500
+"""Where DeepSpeed's launcher lets the ranks meet (deepspeed/constants.py, TORCH_DISTRIBUTED_DEFAULT_PORT)."""
 _LEAVE_S = 60.0
 """Seconds that processes get to leave after their launcher has; then they are killed."""
 
@@ -114,6 +117,7 @@ def run_study(  # noqa: PLR0913 (by keyword: the options of the command line, on
     beside = Path() if name in shipped_names("studies") else Path(origin).parent
     launcher = [
         _deepspeed(),
+        *_port(),
         "--num_gpus",
         str(num_ranks),
         _train_script(),
@@ -172,6 +176,17 @@ def _deepspeed() -> str:
         f"the launcher `deepspeed` is neither at {own} nor on the PATH",
         action="install this package with its dependencies into the Python that runs it: `make install`",
     )
+
+
+def _port() -> list[str]:
+    """Words that choose a port where the ranks meet, when another run has the launcher's default."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", _LAUNCHER_PORT))
+        except OSError:
+            probe.bind(("", 0))
+            return ["--master_port", str(probe.getsockname()[1])]
+    return []
 
 
 def _train_script() -> str:

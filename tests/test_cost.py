@@ -61,7 +61,7 @@ def test_budget_knows_what_it_does_not_know() -> None:
 
 
 def test_budget_counts_epochs_of_a_run_in_steps() -> None:
-    budget = budget_of(load_recipe("quickstart"), unique=Tokens(409_601, estimate=False))
+    budget = budget_of(load_recipe("quickstart"), unique=Tokens(245_761, estimate=False))
     assert budget.epochs == pytest.approx(2.0)
 
 

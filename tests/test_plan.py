@@ -68,7 +68,7 @@ def test_plan_shows_the_resolved_pair_and_the_choices() -> None:
     assert "  select: first:4" in text
     config = text[text.index("{") : text.index("\n}\n") + 2]
     assert json.loads(config)["gradient_accumulation_steps"] == 1
-    assert "train_micro_batch_size_per_gpu: 32 (auto" in section(text, "choices made")
+    assert "train_micro_batch_size_per_gpu: 16 (auto" in section(text, "choices made")
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.json")))

@@ -174,4 +174,4 @@ def test_cpu_config_gives_the_same_precision_on_every_cpu() -> None:
     recipe = load_recipe("quickstart")
     for bf16 in (False, True):
         resolved = resolved_for(recipe, "cpu", Machine(kind="cpu", memory_gib=16.0, bf16=bf16))
-        assert (resolved.precision, resolved.micro_batch_size) == ("fp32", 32)
+        assert (resolved.precision, resolved.micro_batch_size) == ("fp32", 16)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -77,6 +78,26 @@ SUMMARY = {
     "tokens_seen": 8, "unique_tokens": 8, "epochs": 1.0, "train_seconds": 1.0, "world_size": 1, "zero_stage": 1,
     "precision": "fp32", "kind": "scratch", "export": "export",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _launcher_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run on this machine must not change the commands that the tests expect."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(study, "_LAUNCHER_PORT", probe.getsockname()[1])
+
+
+def test_study_chooses_another_port_when_a_run_has_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert study._port() == []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(study, "_LAUNCHER_PORT", taken)
+        option, port = study._port()
+    assert option == "--master_port"
+    assert int(port) != taken
 
 
 @pytest.fixture

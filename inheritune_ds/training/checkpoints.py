@@ -181,18 +181,22 @@ def find_fault(folder: Path) -> str | None:
     digest = manifest.pop("sha256", None)
     if digest != _digest(manifest):
         return f"{MANIFEST} is not as it was written"
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-            return f"{name} lies outside the checkpoint"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        found = sha256_file(path)
-        if found != expected["sha256"]:
-            return f"{name} has sha256 {found[:12]}... instead of {expected['sha256'][:12]}..."
-    return None
+    faults = (_file_fault(folder, name, expected) for name, expected in manifest["files"].items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _file_fault(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+        return f"{name} lies outside the checkpoint"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    found = sha256_file(path)
+    return (
+        None if found == expected["sha256"] else f"{name} has sha256 {found[:12]}... not {expected['sha256'][:12]}..."
+    )
 
 
 def _digest(manifest: dict[str, Any]) -> str:

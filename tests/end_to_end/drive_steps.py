@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from inheritune_ds.recipe_file import parse_yaml, validate
 from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe_file import parse_yaml, validate
 from inheritune_ds.training.world import StopSignal, World, detect, export, prepare_environment
 
 GOLDEN = Path(__file__).parent.parent / "golden"

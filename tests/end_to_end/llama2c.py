@@ -3,12 +3,13 @@
 Layout: karpathy/llama2.c at 350e04f, export.py (legacy_export) and tokenizer.py (export).
 """
 
+import importlib
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from sentencepiece import sentencepiece_model_pb2 as spm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -79,6 +80,7 @@ def convert_tokenizer(source: Path, folder: Path) -> None:
         score, size = struct.unpack_from("<fi", content, position)
         pieces.append((content[position + 8 : position + 8 + size].decode(), score))
         position += 8 + size
+    spm: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # generated code without types
     model = spm.ModelProto()
     kinds = spm.ModelProto.SentencePiece.Type
     for number, (text, score) in enumerate(pieces):

@@ -1,15 +1,13 @@
 """The same recipe on 1, 2 and 4 ranks and under ZeRO 1, 2 and 3: same order, same losses; golden values hold."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine_kind import machine_kind
+from tests.end_to_end.machine_kind import machine_kind
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
 DRIVER = "tests/end_to_end/drive_steps.py"

@@ -1,4 +1,4 @@
-"""Write losses.json anew: `OMP_NUM_THREADS=1 python tests/golden/refresh.py`; say why in the changelog."""
+"""Write losses.json anew: `python -m tests.golden.refresh`; say why in the changelog."""
 
 import json
 import os
@@ -7,26 +7,24 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.end_to_end.machine_kind import machine_kind
+
 HERE = Path(__file__).resolve().parent
 DRIVER = HERE.parent / "end_to_end" / "drive_steps.py"
-sys.path.insert(0, str(DRIVER.parent))
 
 
 def main() -> None:
     """Run the driver on one rank and one thread and keep its figures with the kind of machine."""
-    from machine_kind import machine_kind
-
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.json"
-        subprocess.run(
-            [sys.executable, str(DRIVER), str(out), "1,2,3", "50"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        line = [sys.executable, str(DRIVER), str(out), "1,2,3", "50"]
+        subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         runs = json.loads((Path(scratch) / "out.rank0.json").read_text(encoding="utf-8"))
     kept = {
         label: {key: run[key] for key in ("losses", "grad_norms", "validation", "weights_sha256")}
         for label, run in runs.items()
     }
-    document = {"command": "OMP_NUM_THREADS=1 python tests/golden/refresh.py", "machine": machine_kind(), "runs": kept}
+    document = {"command": "python -m tests.golden.refresh", "machine": machine_kind(), "runs": kept}
     (HERE / "losses.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
