@@ -1,0 +1,193 @@
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inheritune_ds.errors import StorageError, SurgeryError
+from inheritune_ds.files import (
+    CHUNK_BYTES,
+    published_folder,
+    read_json,
+    sha256_file,
+    storage_errors,
+    write_json,
+    write_text,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1])
+def test_sha256_file_hashes_every_byte(size: int, tmp_path: Path) -> None:
+    content = bytes(range(251)) * (size // 251 + 1)
+    path = tmp_path / "file"
+    path.write_bytes(content[:size])
+    assert sha256_file(path) == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_write_text_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    for text in ("one", "two: \N{GREEK SMALL LETTER BETA}\n", ""):
+        write_text(path, text)
+        assert path.read_bytes() == text.encode()
+        assert names(tmp_path) == ["note.txt"]
+
+
+def test_write_text_keeps_the_old_text_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "note.txt"
+    write_text(path, "old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError) as caught:
+        write_text(path, "new")
+    assert caught.value.problem == f"{path} cannot be written: No space left on device"
+    assert caught.value.action.startswith("free some space")
+    assert caught.value.exit_code == 5
+    assert path.read_text(encoding="utf-8") == "old"
+    assert names(tmp_path) == ["note.txt"]
+
+
+def test_write_text_reaches_the_disk_before_it_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        order.append("fsync")
+        sync(descriptor)
+
+    def replacing(self: Path, target: Path) -> Path:
+        order.append("replace")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replacing)
+    write_text(tmp_path / "note.txt", "text")
+    assert order == ["fsync", "replace"]
+
+
+def test_writing_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "inside"
+    with pytest.raises(StorageError, match=r"cannot be written: Not a directory") as caught:
+        write_json(inside, {})
+    assert str(tmp_path / "file") in caught.value.problem
+    assert caught.value.action == "choose a folder that you may write to (--runs-dir, --cache-dir)"
+    with pytest.raises(StorageError, match="cannot be written: Not a directory"), published_folder(inside):
+        pytest.fail("there is nowhere to write to")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+def test_storage_errors_name_the_file_that_was_refused(number: int, tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as caught, storage_errors(tmp_path):
+        raise OSError(number, os.strerror(number), "/some/file")
+    assert caught.value.problem == f"/some/file cannot be written: {os.strerror(number)}"
+    with pytest.raises(StorageError) as caught, storage_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.problem.startswith(f"{tmp_path} cannot be written")
+    assert caught.value.__suppress_context__
+
+
+def test_storage_errors_leave_other_errors_alone(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), storage_errors(tmp_path):
+        raise KeyError("x")
+
+
+def test_write_json_is_read_back_equal_and_ends_its_line(tmp_path: Path) -> None:
+    document: dict[str, Any] = {"b": [1, 2.5, None], "a": {"text": "\N{SNOWMAN}"}, "f": 0.1}
+    write_json(tmp_path / "d.json", document)
+    assert read_json(tmp_path / "d.json") == document
+    assert (tmp_path / "d.json").read_text(encoding="utf-8").endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_write_json_refuses_numbers_that_json_lacks(value: float, tmp_path: Path) -> None:
+    write_json(tmp_path / "d.json", {"x": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "d.json", {"x": value})
+    assert read_json(tmp_path / "d.json") == {"x": 1}
+    assert names(tmp_path) == ["d.json"]
+
+
+@pytest.mark.parametrize("content", [b'{"cut": ', b"", b"\xff\xfe"])
+def test_read_json_takes_a_damaged_file_as_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_bytes(content)
+    assert read_json(tmp_path / "d.json") is None
+    assert read_json(tmp_path / "missing.json") is None
+    assert read_json(tmp_path) is None
+
+
+def test_a_published_folder_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "final"
+    with published_folder(final) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_text("x", encoding="utf-8")
+        assert not final.exists()
+        assert temporary.parent == final.parent
+    assert names(final.parent) == ["final"]
+    assert (final / "inner" / "file").read_text(encoding="utf-8") == "x"
+
+
+def test_a_published_folder_replaces_an_older_one_at_its_end(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    for name in ("old", "new"):
+        with published_folder(final) as temporary:
+            (temporary / name).touch()
+            assert not final.exists() or names(final) == ["old"]
+    assert names(final) == ["new"]
+
+
+@pytest.mark.parametrize("error", [SurgeryError("no"), KeyboardInterrupt(), ValueError("defect")])
+def test_after_an_error_the_older_folder_stays(error: BaseException, tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    with published_folder(final) as temporary:
+        (temporary / "old").touch()
+
+    def fail() -> None:
+        with published_folder(final) as temporary:
+            (temporary / "half").touch()
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert names(tmp_path) == ["final"]
+    assert names(final) == ["old"]
+
+
+def test_what_a_killed_process_left_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / ".final.tmp").mkdir()
+    (tmp_path / ".final.tmp" / "left-over").touch()
+    with published_folder(tmp_path / "final") as temporary:
+        (temporary / "own").touch()
+    assert names(tmp_path / "final") == ["own"]
+    assert names(tmp_path) == ["final"]
+
+
+def test_a_published_folder_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    rename = Path.rename
+
+    def renaming(self: Path, target: Path) -> Path:
+        assert {self.stat().st_ino, (self / "a").stat().st_ino, (self / "b").stat().st_ino} <= set(synced)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    with published_folder(tmp_path / "final") as temporary:
+        (temporary / "a").mkdir()
+        (temporary / "b").write_text(json.dumps([1]), encoding="utf-8")
+    assert synced[-1] == tmp_path.stat().st_ino

@@ -1,0 +1,190 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds import run_folder
+from inheritune_ds.errors import RecipeError, RunFolderError, StorageError
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.run_folder import PACKAGES, RunFolder
+
+HOLDER = """
+import sys
+from pathlib import Path
+from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+folder.claim(load_recipe("quickstart"))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("quickstart")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    made = RunFolder(tmp_path / "runs" / "quickstart")
+    yield made
+    made.release()
+
+
+def test_claim_makes_the_folder_and_writes_the_resolved_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    assert folder.checkpoints.is_dir()
+    assert folder.eval.is_dir()
+    assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == recipe
+    assert (folder.target, folder.export) == (folder.path / "target", folder.path / "export")
+
+
+def test_the_same_recipe_claims_again(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    written = (folder.path / "recipe.resolved.yaml").stat().st_mtime_ns
+    folder.release()
+    folder.claim(recipe)
+    assert (folder.path / "recipe.resolved.yaml").stat().st_mtime_ns == written
+
+
+def test_names_logging_and_checkpoints_may_change(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.release()
+    changed = load_recipe("quickstart", ["description=another", "logging.interval_steps=3", "checkpoint.keep=7"])
+    folder.claim(changed)
+    assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == changed
+
+
+def test_a_folder_of_another_recipe_is_refused_by_key(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.release()
+    before = (folder.path / "recipe.resolved.yaml").read_bytes()
+    other = load_recipe("quickstart", ["seed=7", "optimizer.lr=2e-3", "logging.interval_steps=3"])
+    with pytest.raises(RunFolderError) as caught:
+        folder.claim(other)
+    assert caught.value.exit_code == 8
+    assert caught.value.problem.splitlines() == [
+        f"{folder.path} belongs to another recipe; it differs in",
+        f"    optimizer.lr: {recipe.optimizer.lr} -> 0.002",
+        f"    seed: {recipe.seed} -> 7",
+    ]
+    assert "--runs-dir DIR" in caught.value.action
+    assert (folder.path / "recipe.resolved.yaml").read_bytes() == before
+
+
+def test_a_damaged_resolved_recipe_is_named(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.release()
+    path = folder.path / "recipe.resolved.yaml"
+    path.write_text("name: [", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"recipe\.resolved\.yaml, line 1"):
+        folder.claim(recipe)
+
+
+def test_a_folder_that_another_process_has_is_refused(folder: RunFolder, recipe: Recipe) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "claimed\n"
+        with pytest.raises(RunFolderError) as caught:
+            folder.claim(recipe)
+        assert caught.value.problem == f"another process is writing to {folder.path}"
+        assert "name=OTHER" in caught.value.action
+    finally:
+        holder.kill()  # a killed process lets go as well
+        holder.communicate()
+    folder.claim(recipe)
+
+
+def test_claim_below_a_file_is_a_storage_error(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(StorageError, match="cannot be written: Not a directory") as caught:
+        RunFolder(tmp_path / "runs" / "quickstart").claim(recipe)
+    assert "--runs-dir" in caught.value.action
+
+
+def test_claim_in_a_read_only_folder_is_a_storage_error(
+    folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: int) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageError, match=r"\.lock cannot be written: Permission denied"):
+        folder.claim(recipe)
+
+
+def test_status_is_read_back(folder: RunFolder, recipe: Recipe) -> None:
+    assert folder.status() == {}
+    folder.claim(recipe)
+    start = datetime.now(UTC).replace(microsecond=0)
+    folder.write_status("requeue", step=42, reason="SIGUSR1: saved", exit_code=0)
+    status = folder.status()
+    assert {key: status[key] for key in ("state", "step", "reason", "exit_code", "pid")} == {
+        "state": "requeue",
+        "step": 42,
+        "reason": "SIGUSR1: saved",
+        "exit_code": 0,
+        "pid": os.getpid(),
+    }
+    assert datetime.fromisoformat(status["time"]) >= start
+    folder.write_status("running")
+    assert (folder.status()["state"], folder.status()["step"], folder.status()["reason"]) == ("running", 0, "")
+
+
+def test_provenance_tells_versions_and_command_and_no_secret(
+    folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "MY_VARIABLE"):
+        monkeypatch.setenv(name, f"value-of-{name}")
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--recipe", "quickstart"])
+    folder.claim(recipe)
+    folder.write_provenance({"world_size": 2})
+    text = (folder.path / "provenance.json").read_text(encoding="utf-8")
+    document = json.loads(text)
+    assert document["command"] == ["train.py", "--recipe", "quickstart"]
+    assert (document["world_size"], document["slurm_job_id"]) == (2, "123")
+    assert set(document["packages"]) == set(PACKAGES)
+    assert document["packages"]["torch"].startswith("2.")
+    assert "value-of" not in text
+    assert os.environ["PATH"] not in text
+
+
+def test_git_state_is_none_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "site-packages" / "inheritune_ds" / "run_folder.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert run_folder._git_state() is None
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
+    assert run_folder._git_state() is None
+
+
+def test_git_state_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "inheritune_ds"
+    package.mkdir()
+    (package / "run_folder.py").write_text("one\n", encoding="utf-8")
+    monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "HEAD")
+    assert run_folder._git_state() == {"commit": commit, "changed": False}
+    (tmp_path / "untracked").touch()
+    assert run_folder._git_state() == {"commit": commit, "changed": False}
+    (package / "run_folder.py").write_text("two\n", encoding="utf-8")
+    assert run_folder._git_state() == {"commit": commit, "changed": True}
