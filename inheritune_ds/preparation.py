@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from inheritune_ds.data import hub
 from inheritune_ds.data.stream import TokenWindows
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokenize import find, prepare
 from inheritune_ds.data.vocabulary import load_tokenizer
+from inheritune_ds.errors import RunFolderError
 from inheritune_ds.files import read_json, write_json
-from inheritune_ds.recipe import Recipe, TrainedTokenizer
-from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.recipe import HubSource, Recipe, TrainedTokenizer, is_local_path
+from inheritune_ds.recipe_file import differences, load_recipe
 from inheritune_ds.run_folder import RunFolder
 from inheritune_ds.surgery.inherit import TargetModel, build_target, find_target
 from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, load_model, locate
+from inheritune_ds.training.checkpoints import newest_step
 from inheritune_ds.training.validation import ValidationResult, Validator
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ def prepare_run(
         export_of: Gives the exported folder of a `recipe:NAME` reference (trained by then).
         say: Prints one line.
     """
+    fingerprint = recipe.fingerprint
+    recipe = _pinned(recipe, folder)
     reference = None
     if recipe.reference is not None and recipe.target.inherit != "none":
         say(f"reference: {recipe.reference.model}")
@@ -66,6 +71,7 @@ def prepare_run(
         "tokens": tokens.fingerprint,
         "seed": recipe.seed,
     }
+    _check_same_start(folder, identity)
     target = find_target(folder.target, identity)
     if target is None:
         target = build_target(
@@ -88,12 +94,62 @@ def prepare_run(
     write_json(
         folder.path / PREPARED,
         {
-            "recipe_fingerprint": recipe.fingerprint,
+            "recipe_fingerprint": fingerprint,
             "tokens": str(tokens.folder.resolve()),
             "tokens_fingerprint": tokens.fingerprint,
+            "identity": identity,
         },
     )
     return Prepared(tokens, target)
+
+
+def _pinned(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Put full commits in place of the branches and tags of hub models and datasets.
+
+    The first launch writes them to pins.json; later ones read it, so that a run never changes its reference
+    or its data because somebody has pushed to a branch.
+    """
+    path = folder.path / "pins.json"
+    pins: dict[str, str] = read_json(path) or {}
+
+    def pin(kind: hub.RepoType, name: str, revision: str) -> str:
+        key = f"{kind} {name}@{revision}"
+        if key not in pins:
+            pins[key] = hub.resolve(name, revision, kind).commit
+            write_json(path, pins)
+        return pins[key]
+
+    reference, corpus = recipe.reference, recipe.corpus
+    if reference is not None and not (reference.recipe_name or _is_folder(reference.model)):
+        commit = pin("model", reference.model, reference.revision)
+        reference = reference.model_copy(update={"revision": commit})
+    sources = [
+        source.model_copy(update={"revision": pin("dataset", source.dataset, source.revision)})
+        if isinstance(source, HubSource) and not _is_folder(source.dataset)
+        else source
+        for source in corpus.sources
+    ]
+    return recipe.model_copy(update={"reference": reference, "corpus": corpus.model_copy(update={"sources": sources})})
+
+
+def _is_folder(name: str) -> bool:
+    return is_local_path(name) or Path(name).is_dir()
+
+
+def _check_same_start(folder: RunFolder, identity: dict[str, Any]) -> None:
+    """Refuse to go on from checkpoints that were made from other tokens or another reference.
+
+    Raises:
+        RunFolderError: Naming what differs.
+    """
+    before = read_json(folder.path / PREPARED)
+    if before is None or before["identity"] == identity or not newest_step(folder.checkpoints):
+        return
+    lines = "\n".join(f"    {line}" for line in differences(before["identity"], identity))
+    raise RunFolderError(
+        f"{folder.path} holds checkpoints that were made from something else; it differs in\n{lines}",
+        action="bring the old files back, or give this run a name of its own: name=OTHER",
+    )
 
 
 def await_prepared(recipe: Recipe, folder: RunFolder) -> Prepared:

@@ -68,6 +68,19 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
     return recipe, document, str(path) if path else "DeepSpeed config"
 
 
+PLANNED_GPU = "a6000"
+"""What a plan is made for on a machine without a GPU, such as a login node."""
+
+
+def planned_gpu(gpu_name: str | None) -> tuple[str | None, list[str]]:
+    """The GPU that a plan is made for (None: the one here), and a line if it was chosen for the user."""
+    from inheritune_ds.machine import detect_gpus
+
+    if gpu_name is not None or detect_gpus():
+        return gpu_name, []
+    return PLANNED_GPU, [f"no GPU on this machine: planned for an {PLANNED_GPU}; name another with --gpu"]
+
+
 def machine_for(gpu_name: str | None, local_size: int) -> "Machine":
     """What one rank has: the named GPU, the GPU here, or its share of this machine's memory."""
     from inheritune_ds.gpus import gpu

@@ -2,7 +2,7 @@
 
 import argparse
 
-from inheritune_ds.cli.options import add_experiment, machine_for, read_experiment, resolve_for
+from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment, resolve_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,14 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.gpus < 1:
         raise RecipeError(f"--gpus {args.gpus} is not accepted", allowed="1, 2, 3, ...")
     recipe, document, origin = read_experiment(args, overrides)
-    machine = machine_for(args.gpu, args.gpus)
+    gpu, chosen = planned_gpu(args.gpu)
+    machine = machine_for(gpu, args.gpus)
     resolved = resolve_for(recipe, document, origin, world_size=args.gpus, machine=machine)
     print(
         plan(
             recipe,
             resolved.config,
-            notes=resolved.notes,
+            notes=[*chosen, *resolved.notes],
             world_size=args.gpus,
             gpu=args.gpu,
             cache_dir=args.cache_dir,

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from inheritune_ds.cli.options import add_experiment, machine_for, read_experiment, resolve_for
+from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment, resolve_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
     world = detect(os.environ)
     recipe, document, origin = read_experiment(args, overrides)
-    machine = machine_for(args.gpu, world.local_size)
+    gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (args.gpu, [])
+    machine = machine_for(gpu, world.local_size)
     resolved = resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
-    told = {"notes": resolved.notes, "world_size": world.size, "gpu": args.gpu, "cache_dir": args.cache_dir}
+    notes = [*chosen, *resolved.notes]
+    told = {"notes": notes, "world_size": world.size, "gpu": args.gpu, "cache_dir": args.cache_dir}
     if args.dry_run:
         if world.is_main:
             print(plan(recipe, resolved.config, **told))
