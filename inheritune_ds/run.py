@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,12 +162,15 @@ class _Run:
             engine.close()
         return True
 
-    def _write_ds_config(self, groups: list[dict[str, Any]] | None = None) -> None:
-        """Write ds_config.resolved.json, the parameter groups beside it once the model is known."""
-        write_json(self._folder.path / "ds_config.resolved.json", dict(self._resolved.config))
-        if groups is not None:
-            listed = [{"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups]
-            write_json(self._folder.path / "parameter_groups.json", listed)
+    def _write_ds_config(self, groups: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write ds_config.resolved.json, with the parameter groups once the model is known."""
+        document = dict(self._resolved.config)
+        if groups:
+            # DeepSpeed ignores a top-level key that it does not know, so the file stays readable by its tools.
+            document["parameter_groups"] = [
+                {"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups
+            ]
+        write_json(self._folder.path / "ds_config.resolved.json", document)
 
     def _train(self, engine: Engine, prepared: Prepared) -> LoopResult:
         recipe, world, launch = self._recipe, self._world, self._launch

@@ -127,6 +127,10 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     parent_final = json.loads((parent / "eval/validation-step-00000012.json").read_text())
     assert scored["windows"] == pytest.approx(parent_final["windows"], rel=1e-5)
     assert json.loads((child / "run.json").read_text())["blocks"] == 2
+    decayed, undecayed = json.loads((child / "ds_config.resolved.json").read_text())["parameter_groups"]
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
+    assert {name for name in undecayed["parameters"] if "norm" not in name} == {"model.embed_tokens.weight"}
+    assert len(decayed["parameters"]) == 2 * 7 + 1  # seven matrices a block, and the untied head
 
     done = subprocess.run(
         [sys.executable, "-I", "-c", LOADER, str(child / "export"), str(child / "eval/probe.safetensors")],
