@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from inheritune_ds.data import hub
+from inheritune_ds import hub
 from inheritune_ds.data.stream import TokenWindows
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokenize import find, prepare

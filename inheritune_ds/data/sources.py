@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.data import embedded, hub, readers
+from inheritune_ds import hub
+from inheritune_ds.data import embedded, readers
 from inheritune_ds.data.progress import Meter
 from inheritune_ds.errors import CorpusError, HubError
 from inheritune_ds.recipe import EmbeddedSource, FilesSource, HubSource, Source, is_local_path

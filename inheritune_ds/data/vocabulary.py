@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from inheritune_ds.data import hub
+from inheritune_ds import hub
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.recipe import is_local_path
 

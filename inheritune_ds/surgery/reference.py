@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inheritune_ds.errors import HubError, InherituneError, RecipeError, SurgeryError
+from inheritune_ds import hub
+from inheritune_ds.errors import InherituneError, RecipeError, SurgeryError
 from inheritune_ds.files import sha256_file
 from inheritune_ds.recipe import Reference, Shape, is_local_path, shape_from_config
 
@@ -98,36 +99,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def _download(reference: Reference) -> tuple[Path, str]:
-    from huggingface_hub import HfApi, snapshot_download
-
-    name, revision = reference.model, reference.revision
-    try:
-        # One quick question first: without a network it answers at once, a download would retry.
-        commit = HfApi().model_info(name, revision=revision, timeout=5).sha
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=FILE_PATTERNS))
-    except Exception as error:  # noqa: BLE001 - the hub's client raises a dozen unrelated kinds
-        folder = _cached(name, revision, error)
-        commit = folder.name
-    config = read_config(folder, name)
+    repository = hub.resolve(reference.model, reference.revision, "model")
+    folder = hub.snapshot(repository, FILE_PATTERNS)
     if reference.shape is not None:
-        check_shape(reference.shape, config, name)
-    return folder, str(commit)
-
-
-def _cached(name: str, revision: str, cause: Exception) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=FILE_PATTERNS))
-    except Exception:  # noqa: BLE001 - whatever the cache lacks, the hub's own answer is the message
-        reason = str(cause).strip().split("\n")[0][:200]
-        raise HubError(
-            f"reference.model: {name} (revision {revision}) cannot be fetched from the Hugging Face hub: "
-            f"{type(cause).__name__}: {reason}",
-            allowed="a reachable hub, a filled cache (HF_HOME), or a local folder",
-            action="connect and start again, or copy the model here and set reference.model=/path/to/folder; "
-            "`make quickstart` runs the whole flow without a network",
-        ) from None
+        check_shape(reference.shape, read_config(folder, reference.model), reference.model)
+    return folder, repository.commit
 
 
 def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:

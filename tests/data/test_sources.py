@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from inheritune_ds.data import embedded, hub, sources
+from inheritune_ds import hub
+from inheritune_ds.data import embedded, sources
 from inheritune_ds.errors import CorpusError, HubError
 from inheritune_ds.recipe import EmbeddedSource, FilesSource, HubSource
 

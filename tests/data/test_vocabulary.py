@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import normalizers
 
-from inheritune_ds.data import hub, vocabulary
+from inheritune_ds import hub
+from inheritune_ds.data import vocabulary
 from inheritune_ds.data.vocabulary import END_OF_TEXT, backend_of, load_tokenizer, tokenizer_sha256, train_tokenizer
 from inheritune_ds.errors import CorpusError, HubError
 

@@ -3,15 +3,14 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from inheritune_ds import hub
 from inheritune_ds.errors import HubError, RecipeError, SurgeryError
 from inheritune_ds.recipe import Reference, Shape
 from inheritune_ds.surgery.reference import (
@@ -159,59 +158,37 @@ def test_an_unreachable_hub_is_told_quickly() -> None:
         locate(Reference(model=NOWHERE, revision="v1"), Path)
     assert time.monotonic() - start_s < 8.0
     assert caught.value.exit_code == 7
-    assert f"{NOWHERE} (revision v1) cannot be fetched from the Hugging Face hub: " in caught.value.problem
-    assert "reference.model=/path/to/folder" in caught.value.action
-    assert "\n" not in caught.value.problem
+    assert caught.value.problem.startswith(f"model {NOWHERE!r}: the hub cannot be reached (")
+    assert caught.value.action.endswith("copy the folder here and give its path in place of the name")
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, reference_folder: Callable[..., Path]) -> SimpleNamespace:
-    """A hub that answers; `hub.up = False` unplugs it, `hub.cached` says whether the files are here already."""
+def snapshot(monkeypatch: pytest.MonkeyPatch, reference_folder: Callable[..., Path]) -> Path:
+    """What a hub that answers has given."""
     folder = reference_folder("llama")
-    snapshot = folder.rename(folder.parent / COMMIT)
-    state = SimpleNamespace(up=True, cached=False, asked=[], snapshot=snapshot)
 
-    class Api:
-        def model_info(self, name: str, *, revision: str, timeout: float) -> SimpleNamespace:
-            assert timeout <= 10
-            if not state.up:
-                raise ConnectionError("no route\nto host")
-            return SimpleNamespace(sha=COMMIT, name=name, revision=revision)
+    def resolve(name: str, revision: str, repo_type: hub.RepoType) -> hub.Repository:
+        assert (name, revision, repo_type) == (NOWHERE, "main", "model")
+        return hub.Repository(name, repo_type, COMMIT, "")
 
-    def download(name: str, *, revision: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
-        assert "*.safetensors" in allow_patterns
-        state.asked.append((name, revision, local_files_only))
-        if local_files_only and not state.cached:
-            raise FileNotFoundError(name)
-        return str(snapshot)
+    def download(repository: hub.Repository, patterns: list[str]) -> Path:
+        assert repository.commit == COMMIT
+        assert {"*.safetensors", "*.json"} <= set(patterns)
+        return folder
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return state
+    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr(hub, "snapshot", download)
+    return folder
 
 
-def test_a_hub_model_is_pinned_to_its_commit(hub: SimpleNamespace) -> None:
+def test_a_hub_model_is_known_by_its_commit(snapshot: Path) -> None:
     found = locate(Reference(model=NOWHERE, revision="main", shape=LLAMA_40), Path)
-    assert hub.asked == [(NOWHERE, COMMIT, False)]
-    assert (found.commit, found.folder) == (COMMIT, hub.snapshot)
+    assert (found.commit, found.folder) == (COMMIT, snapshot)
     assert found.identity["commit"] == COMMIT
 
 
-def test_a_cached_hub_model_needs_no_network(hub: SimpleNamespace) -> None:
-    hub.up, hub.cached = False, True
-    found = locate(Reference(model=NOWHERE, revision="v2"), Path)
-    assert hub.asked == [(NOWHERE, "v2", True)]
-    assert found.commit == COMMIT
-
-
-def test_a_hub_error_gives_the_hub_s_own_reason_in_one_line(hub: SimpleNamespace) -> None:
-    hub.up = False
-    with pytest.raises(HubError) as caught:
-        locate(Reference(model=NOWHERE), Path)
-    assert caught.value.problem.endswith("from the Hugging Face hub: ConnectionError: no route")
-
-
-def test_a_hub_model_must_have_the_recipe_s_shape(hub: SimpleNamespace) -> None:
+@pytest.mark.usefixtures("snapshot")
+def test_a_hub_model_must_have_the_recipe_s_shape() -> None:
     wrong = LLAMA_40.model_copy(update={"hidden_size": 32, "rope_theta": 5e5})
     with pytest.raises(RecipeError) as caught:
         locate(Reference(model=NOWHERE, shape=wrong), Path)

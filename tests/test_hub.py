@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from inheritune_ds.data import hub
+from inheritune_ds import hub
 from inheritune_ds.errors import HubError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
