@@ -55,7 +55,9 @@ def detect(environ: Mapping[str, str]) -> World:
     if "RANK" in environ:
         rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
         local = _number(environ, "LOCAL_RANK")
-        return World(rank, size, local, _number(environ, "LOCAL_WORLD_SIZE", size), "env")
+        # torchrun names the ranks of this machine LOCAL_WORLD_SIZE, DeepSpeed's launch.py LOCAL_SIZE
+        local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environ else "LOCAL_SIZE"
+        return World(rank, size, local, _number(environ, local_size, size), "env")
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         size = _number(environ, "SLURM_STEP_NUM_TASKS")
         tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", str(size)).partition("(")[0]

@@ -25,6 +25,11 @@ def test_detect_reads_what_deepspeed_and_torchrun_set() -> None:
     assert detect(environ) == World(rank=5, size=8, local_rank=1, local_size=4, launcher="env")
 
 
+def test_detect_reads_deepspeed_s_name_for_the_ranks_of_a_machine() -> None:
+    environ = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}
+    assert detect(environ) == World(rank=9, size=16, local_rank=1, local_size=8, launcher="env")
+
+
 def test_detect_takes_all_ranks_as_local_where_the_launcher_does_not_say() -> None:
     assert detect({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}).local_size == 2
 
