@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from inheritune_ds.errors import MachineError, TrainingError
 from inheritune_ds.training import engine as engine_module
-from inheritune_ds.training.engine import Engine, StepResult, start_process_group
+from inheritune_ds.training.engine import Engine, StepResult, check_device, start_process_group
 from inheritune_ds.training.loop import seed_step
 from inheritune_ds.training.world import World
 
@@ -213,6 +213,42 @@ def test_a_missing_compiler_is_told_before_the_ranks_meet(
     assert caught.value.problem.startswith("no C++ compiler found")
     assert "apt-get install g++" in caught.value.action
     assert caught.value.exit_code == 10
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_device("cpu", MAIN)
+    with pytest.raises(MachineError) as caught:
+        check_device("cuda", MAIN)
+    assert caught.value.problem == f"this machine has a GPU, but torch {torch.__version__} cannot use it"
+    assert "DS_ACCELERATOR=cpu" in caught.value.action
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda", World(3, 4, 1, 2, "env"))
+    check_device("cuda", World(3, 4, 0, 4, "slurm"))  # srun may show each rank its own GPU only
+    with pytest.raises(MachineError) as caught:
+        check_device("cuda", World(0, 4, 0, 4, "env"))
+    assert caught.value.problem == "4 ranks on this machine, but torch sees 2 GPUs"
+    assert caught.value.action == "start at most 2 ranks (deepspeed --num_gpus N)"
+
+
+def test_ranks_that_cannot_meet_name_address_and_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    def refuse(**_: object) -> None:
+        raise dist.DistNetworkError("EADDRINUSE\nC++ frames")
+
+    monkeypatch.setattr(deepspeed, "init_distributed", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(MachineError) as caught:
+        start_process_group(MAIN, offload=False)
+    assert caught.value.problem == "the ranks cannot meet at node1:29500: EADDRINUSE"
+    assert "--master_port 29501" in caught.value.action
 
 
 def test_a_process_joins_its_group_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
