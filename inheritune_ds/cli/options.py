@@ -51,10 +51,15 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
     swallowed = args.deepspeed if args.deepspeed and "=" in args.deepspeed else None
     if swallowed:  # `--deepspeed key=value`: the switch takes no value here, the next word is an override
         overrides.append(swallowed)
-    named = args.deepspeed_config or (None if swallowed else args.deepspeed) or None
+    switch = None if swallowed else args.deepspeed or None
+    named = args.deepspeed_config or switch
     path = Path(named) if named else None
     problems: list[InherituneError] = []
     document: dict[str, Any] = {}
+    if switch is not None and switch != named:
+        problems.append(
+            RecipeError(f"--deepspeed names {switch}, --deepspeed_config names {named}", allowed="one of them")
+        )
     try:
         document = ds_config.read(path)
     except InherituneError as error:

@@ -86,7 +86,14 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
     config.use_cache = True  # a wish of generation; the trainer itself never keeps a cache
     torch.manual_seed(seed)
     source = load_model(reference.folder) if reference else None
-    model = AutoModelForCausalLM.from_config(config, dtype=source.dtype if source else torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=source.dtype if source else torch.float32)
+    except ValueError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise SurgeryError(
+            f"no causal language model can be built from a {config.model_type} config: {reason}",
+            allowed="a decoder-only model, such as gpt2 or llama",
+        ) from None
     inherited: dict[str, str] = {}
     if source is not None:
         inherited = _copy_tensors(source, model, selection, reference_depth=source.config.num_hidden_layers)

@@ -88,11 +88,15 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             dist.barrier()
-            engine.save(temporary)
-            dist.barrier()  # DeepSpeed returns on each rank when that rank's own files are written
-            if self._world.is_main:
-                self._publish(temporary, final, state)
-            dist.barrier()
+            try:
+                engine.save(temporary)
+                dist.barrier()  # DeepSpeed returns on each rank when that rank's own files are written
+                if self._world.is_main:
+                    self._publish(temporary, final, state)
+                dist.barrier()
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
 
     def _publish(self, temporary: Path, final: Path, state: RunState) -> None:
         files = {

@@ -56,19 +56,25 @@ def detect(environ: Mapping[str, str]) -> World:
         rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
         local = _number(environ, "LOCAL_RANK")
         # torchrun names the ranks of this machine LOCAL_WORLD_SIZE, DeepSpeed's launch.py LOCAL_SIZE
-        local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environ else "LOCAL_SIZE"
-        return World(rank, size, local, _number(environ, local_size, size), "env")
+        name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environ else "LOCAL_SIZE"
+        return _checked(World(rank, size, local, _number(environ, name, size), "env"))
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         size = _number(environ, "SLURM_STEP_NUM_TASKS")
         tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", str(size)).partition("(")[0]
-        return World(
-            _number(environ, "SLURM_PROCID"),
-            size,
-            _number(environ, "SLURM_LOCALID"),
-            int(tasks) if tasks.isdecimal() else size,
-            "slurm",
-        )
+        local = _number(environ, "SLURM_LOCALID")
+        local_size = int(tasks) if tasks.isdecimal() else size
+        return _checked(World(_number(environ, "SLURM_PROCID"), size, local, local_size, "slurm"))
     return World(0, 1, 0, 1, "single")
+
+
+def _checked(world: World) -> World:
+    if 0 <= world.rank < world.size and world.local_rank >= 0:
+        return world
+    raise MachineError(
+        f"the environment says rank {world.rank} (local {world.local_rank}) of {world.size}",
+        allowed=f"ranks 0 to {world.size - 1}" if world.size > 0 else "at least one rank",
+        action="start with deepspeed, torchrun, srun or python; unset RANK to run a single process",
+    )
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

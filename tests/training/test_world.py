@@ -275,3 +275,9 @@ def test_a_late_second_interrupt_is_a_new_request(monkeypatch: pytest.MonkeyPatc
     stop._handle(signal.SIGINT, None)
     stop._handle(signal.SIGINT, None)
     assert stop.requested == "SIGINT"
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("0", "0")])
+def test_ranks_outside_the_world_are_refused(rank: str, size: str) -> None:
+    with pytest.raises(MachineError, match=f"rank {rank} .local 0. of {size}"):
+        detect({"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": "0"})
