@@ -141,11 +141,7 @@ class _Run:
             )
         else:
             prepared = await_prepared(self._recipe, folder)
-        zero = self._resolved.config["zero_optimization"]
-        offload = any(
-            (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
-        )
-        start_process_group(self._world, offload=offload)
+        start_process_group(self._world)
         model = load_model(prepared.target.folder, dtype="float32")
         if self._world.is_main:
             self._write_ds_config(parameter_groups(model, self._recipe.optimizer.weight_decay))

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from inheritune_ds.run import Launch, execute
     from inheritune_ds.training.engine import check_device, leave_process_group
 
-    check_device(machine.kind, world)
+    check_device(machine.kind, world, offload=resolved.offloads)
     launch = Launch(document, origin, machine, world, stop, args.runs_dir, args.cache_dir)
     try:
         execute(recipe, launch)

@@ -62,6 +62,12 @@ class Resolved:
         return "fp16" if self.config["fp16"]["enabled"] else "fp32"
 
     @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's or the model's state lies in host memory."""
+        zero = self.config["zero_optimization"]
+        return _offloads(zero, "offload_optimizer") or _offloads(zero, "offload_param")
+
+    @property
     def micro_batch_size(self) -> int:
         """Sequences per rank per micro-step."""
         return int(self.config["train_micro_batch_size_per_gpu"])

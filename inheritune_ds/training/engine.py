@@ -46,12 +46,25 @@ class StepResult:
     stop: bool
 
 
-def check_device(kind: str, world: World) -> None:
-    """Refuse a GPU that torch cannot use, before anything is prepared for it.
+def check_device(kind: str, world: World, *, offload: bool) -> None:
+    """Refuse a machine that the run would fail on, before anything is prepared for it.
+
+    Args:
+        kind: `cuda` or `cpu`.
+        world: This rank among all.
+        offload: Whether state lies in host memory, which takes DeepSpeed's CPU operators.
 
     Raises:
-        MachineError: If the machine has a GPU that this torch does not see, or fewer than local ranks.
+        MachineError: If a C++ compiler is needed and missing, if torch cannot use the machine's GPU, or if
+            there are fewer GPUs than local ranks.
     """
+    compiler = os.environ.get("CXX", "c++")  # as torch's extension builder looks for it
+    if (kind == "cpu" or offload) and not (shutil.which(compiler) or shutil.which("g++")):
+        raise MachineError(
+            f"no C++ compiler found ({compiler}): DeepSpeed builds its CPU operators on first use",
+            allowed="g++ or clang++ on the PATH, or CXX naming one",
+            action="install one (Debian: apt-get install g++) and give the same command again",
+        )
     if kind != "cuda":
         return
     if not torch.cuda.is_available():
@@ -67,22 +80,19 @@ def check_device(kind: str, world: World) -> None:
         )
 
 
-def start_process_group(world: World, *, offload: bool) -> None:
+def start_process_group(world: World) -> None:
     """Join the ranks, once a process; DeepSpeed picks nccl or gloo.
 
     Raises:
-        MachineError: If a C++ compiler is needed and missing, or if the ranks cannot meet.
+        MachineError: If the ranks cannot meet.
     """
     if dist.is_initialized():
         return
-    if (not torch.cuda.is_available() or offload) and not (shutil.which("c++") or shutil.which("g++")):
-        raise MachineError(
-            "no C++ compiler found: DeepSpeed builds its CPU operators on first use",
-            allowed="g++ or clang++ as c++ on the PATH",
-            action="install one (Debian: apt-get install g++) and give the same command again",
-        )
     if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        # srun may show each rank its own GPU only; DeepSpeed takes the device from LOCAL_RANK.
+        device = world.local_rank % torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(device)
+        torch.cuda.set_device(device)
     import deepspeed
 
     _quiet()

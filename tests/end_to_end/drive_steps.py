@@ -78,7 +78,9 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
     assert recipe.target.shape is not None
     torch.manual_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
+    given = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     engine = Engine(model, resolved.config, world)
+    masters_exact = all(torch.equal(given[name], value) for name, value in engine.full_parameters())
     tokens = GOLDEN / "tokens.bin"
     windows = TokenWindows(tokens, "uint16", recipe.training.seq_len, tokens.stat().st_size // 2)
     collector = Collector()
@@ -120,6 +122,7 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
         "validation": [row["val/loss"] for row in collector.rows if "val/loss" in row],
         "weights_sha256": weights_sha256(state),
         "own_windows": seen,
+        "masters_exact": masters_exact,
     }
 
 
@@ -140,7 +143,7 @@ def main() -> None:
     prepare_environment(os.environ, kind="cpu")
     from inheritune_ds.training.engine import leave_process_group, start_process_group
 
-    start_process_group(world, offload=False)
+    start_process_group(world)
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         shared = Path(os.environ.get("DRIVE_SCRATCH", scratch))

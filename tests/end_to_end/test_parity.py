@@ -65,6 +65,7 @@ def test_ranks_and_stages_agree_on_order_and_losses(launch: Launch, tmp_path: Pa
         assert relative_gap(recorded["grad_norms"], one_rank[label]["grad_norms"]) <= 1e-3
         if same_machine:
             assert {key: one_rank[label][key] for key in recorded} == recorded
+    assert all(run["masters_exact"] for run in one_rank.values())
     order = steps_of([one_rank], "0:zero1", 6)
     assert all(len(step) == 16 for step in order)
     for ranks in (2, 4):
@@ -76,3 +77,12 @@ def test_ranks_and_stages_agree_on_order_and_losses(launch: Launch, tmp_path: Pa
             assert run["validation"] == pytest.approx(one_rank["0:zero1"]["validation"], rel=1e-5)
     assert relative_gap(base, one_rank["2:zero2"]["losses"]) <= 1e-5
     assert relative_gap(base, one_rank["3:zero3"]["losses"]) <= 1e-5
+
+
+@pytest.mark.timeout(240)
+def test_bf16_starts_from_the_checkpoint_s_own_values_and_stays_near_fp32(launch: Launch, tmp_path: Path) -> None:
+    fp32 = json.loads(GOLDEN.read_text())["runs"]["0:zero1"]["losses"]
+    for label, run in drive(launch, tmp_path, "1,2,3", 2, precision="bf16")[0].items():
+        assert run["masters_exact"], f"{label}: the fp32 masters are not bf16-rounded"
+        # 8 bits of mantissa: each loss is near the fp32 one, and not equal to it.
+        assert 0 < relative_gap(fp32, run["losses"]) < 5e-3, label

@@ -201,7 +201,7 @@ def test_load_says_that_there_is_no_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_a_missing_compiler_is_told_before_the_ranks_meet(
+def test_a_missing_compiler_is_told_before_anything_is_prepared(
     gpu: bool,  # noqa: FBT001
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,7 +209,8 @@ def test_a_missing_compiler_is_told_before_the_ranks_meet(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     with pytest.raises(MachineError) as caught:
-        start_process_group(MAIN, offload=gpu)  # on a GPU the CPU operators are built for offload only
+        # on a GPU the CPU operators are built for offload only
+        check_device("cuda" if gpu else "cpu", MAIN, offload=gpu)
     assert caught.value.problem.startswith("no C++ compiler found")
     assert "apt-get install g++" in caught.value.action
     assert caught.value.exit_code == 10
@@ -217,9 +218,9 @@ def test_a_missing_compiler_is_told_before_the_ranks_meet(
 
 def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    check_device("cpu", MAIN)
+    check_device("cpu", MAIN, offload=False)
     with pytest.raises(MachineError) as caught:
-        check_device("cuda", MAIN)
+        check_device("cuda", MAIN, offload=False)
     assert caught.value.problem == f"this machine has a GPU, but torch {torch.__version__} cannot use it"
     assert "DS_ACCELERATOR=cpu" in caught.value.action
 
@@ -227,10 +228,10 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) ->
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_device("cuda", World(3, 4, 1, 2, "env"))
-    check_device("cuda", World(3, 4, 0, 4, "slurm"))  # srun may show each rank its own GPU only
+    check_device("cuda", World(3, 4, 1, 2, "env"), offload=False)
+    check_device("cuda", World(3, 4, 0, 4, "slurm"), offload=False)  # srun may show each rank its own GPU only
     with pytest.raises(MachineError) as caught:
-        check_device("cuda", World(0, 4, 0, 4, "env"))
+        check_device("cuda", World(0, 4, 0, 4, "env"), offload=False)
     assert caught.value.problem == "4 ranks on this machine, but torch sees 2 GPUs"
     assert caught.value.action == "start at most 2 ranks (deepspeed --num_gpus N)"
 
@@ -246,7 +247,7 @@ def test_ranks_that_cannot_meet_name_address_and_port(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(MachineError) as caught:
-        start_process_group(MAIN, offload=False)
+        start_process_group(MAIN)
     assert caught.value.problem == "the ranks cannot meet at node1:29500: EADDRINUSE"
     assert "--master_port 29501" in caught.value.action
 
@@ -256,7 +257,7 @@ def test_a_process_joins_its_group_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     left: list[bool] = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
-    start_process_group(MAIN, offload=False)
+    start_process_group(MAIN)
     engine_module.leave_process_group()
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     engine_module.leave_process_group()
