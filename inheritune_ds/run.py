@@ -141,6 +141,8 @@ class _Run:
             )
         else:
             prepared = await_prepared(self._recipe, folder)
+        if launch.machine.kind == "cpu":
+            launch.say("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
         start_process_group(self._world)
         model = load_model(prepared.target.folder, dtype="float32")
         if self._world.is_main:
