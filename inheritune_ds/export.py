@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inheritune_ds.errors import ExportError
-from inheritune_ds.files import published_folder, read_json, sha256_file, write_json
+from inheritune_ds.files import read_json, storage_errors, write_json
+from inheritune_ds.publish import describe_files, has_files, staged
 from inheritune_ds.surgery.inherit import MANIFEST, weights_sha256
 from inheritune_ds.surgery.reference import load_model
 
@@ -21,9 +22,7 @@ def find_export(folder: Path, recipe_fingerprint: str) -> Path | None:
     manifest = read_json(folder / MANIFEST)
     if manifest is None or manifest["recipe_fingerprint"] != recipe_fingerprint:
         return None
-    files = manifest["files"].items()
-    whole = all((folder / n).is_file() and (folder / n).stat().st_size == entry["bytes"] for n, entry in files)
-    return folder if whole else None
+    return folder if has_files(folder, manifest["files"]) else None
 
 
 def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
@@ -65,7 +64,7 @@ def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
             own[name].copy_(value)
     torch.nn.Module.to(model, getattr(torch, dtype))
     expected = weights_sha256(model.state_dict())
-    with published_folder(folder) as temporary:
+    with staged(folder) as temporary, storage_errors(folder):
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -75,10 +74,7 @@ def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
                 f"the export in {temporary} does not load as the trained model",
                 action="check the disk, then give the same command again",
             )
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(temporary.iterdir())
-        }
+        files = describe_files(temporary)
         write_json(
             temporary / MANIFEST,
             {"recipe_fingerprint": recipe_fingerprint, "weights_sha256": expected, "dtype": dtype, "files": files},

@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,28 +65,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-@contextlib.contextmanager
-def published_folder(final: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; rename it to `final` when the block ends without an error.
-
-    Every file is flushed to the disk first. An older `final` is replaced; after an error nothing of the
-    new one stays.
-    """
-    temporary = final.with_name(f".{final.name}.tmp")
-    with storage_errors(final):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            sync_folder(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync_path(final.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

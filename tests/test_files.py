@@ -1,16 +1,14 @@
 import errno
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from inheritune_ds.errors import StorageError, SurgeryError
+from inheritune_ds.errors import StorageError
 from inheritune_ds.files import (
     CHUNK_BYTES,
-    published_folder,
     read_json,
     sha256_file,
     storage_errors,
@@ -81,8 +79,6 @@ def test_writing_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
         write_json(inside, {})
     assert str(tmp_path / "file") in caught.value.problem
     assert caught.value.action == "choose a folder that you may write to (--runs-dir, --cache-dir)"
-    with pytest.raises(StorageError, match="cannot be written: Not a directory"), published_folder(inside):
-        pytest.fail("there is nowhere to write to")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
@@ -123,71 +119,3 @@ def test_read_json_takes_a_damaged_file_as_none(content: bytes, tmp_path: Path) 
     assert read_json(tmp_path / "d.json") is None
     assert read_json(tmp_path / "missing.json") is None
     assert read_json(tmp_path) is None
-
-
-def test_a_published_folder_appears_whole(tmp_path: Path) -> None:
-    final = tmp_path / "deep" / "final"
-    with published_folder(final) as temporary:
-        (temporary / "inner").mkdir()
-        (temporary / "inner" / "file").write_text("x", encoding="utf-8")
-        assert not final.exists()
-        assert temporary.parent == final.parent
-    assert names(final.parent) == ["final"]
-    assert (final / "inner" / "file").read_text(encoding="utf-8") == "x"
-
-
-def test_a_published_folder_replaces_an_older_one_at_its_end(tmp_path: Path) -> None:
-    final = tmp_path / "final"
-    for name in ("old", "new"):
-        with published_folder(final) as temporary:
-            (temporary / name).touch()
-            assert not final.exists() or names(final) == ["old"]
-    assert names(final) == ["new"]
-
-
-@pytest.mark.parametrize("error", [SurgeryError("no"), KeyboardInterrupt(), ValueError("defect")])
-def test_after_an_error_the_older_folder_stays(error: BaseException, tmp_path: Path) -> None:
-    final = tmp_path / "final"
-    with published_folder(final) as temporary:
-        (temporary / "old").touch()
-
-    def fail() -> None:
-        with published_folder(final) as temporary:
-            (temporary / "half").touch()
-            raise error
-
-    with pytest.raises(type(error)):
-        fail()
-    assert names(tmp_path) == ["final"]
-    assert names(final) == ["old"]
-
-
-def test_what_a_killed_process_left_is_not_published(tmp_path: Path) -> None:
-    (tmp_path / ".final.tmp").mkdir()
-    (tmp_path / ".final.tmp" / "left-over").touch()
-    with published_folder(tmp_path / "final") as temporary:
-        (temporary / "own").touch()
-    assert names(tmp_path / "final") == ["own"]
-    assert names(tmp_path) == ["final"]
-
-
-def test_a_published_folder_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-    real = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        synced.append(os.fstat(descriptor).st_ino)
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    rename = Path.rename
-
-    def renaming(self: Path, target: Path) -> Path:
-        assert {self.stat().st_ino, (self / "a").stat().st_ino, (self / "b").stat().st_ino} <= set(synced)
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", renaming)
-    with published_folder(tmp_path / "final") as temporary:
-        (temporary / "a").mkdir()
-        (temporary / "b").write_text(json.dumps([1]), encoding="utf-8")
-    assert synced[-1] == tmp_path.stat().st_ino

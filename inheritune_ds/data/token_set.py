@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from inheritune_ds.files import read_json
+from inheritune_ds.publish import has_files
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,4 @@ def open_finished(folder: Path, fingerprint: str) -> TokenSet | None:
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
         return None
-    for name, file in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != file["size"]:
-            return None
-    return TokenSet(folder, manifest)
+    return TokenSet(folder, manifest) if has_files(folder, manifest["files"]) else None

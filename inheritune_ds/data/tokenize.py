@@ -22,11 +22,11 @@ import numpy as np
 
 from inheritune_ds.data import embedded, sources
 from inheritune_ds.data.progress import Meter
-from inheritune_ds.data.publish import staged
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.vocabulary import backend_of, load_tokenizer, tokenizer_sha256, train_tokenizer
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.files import sha256_file, storage_errors, write_json
+from inheritune_ds.files import storage_errors, write_json
+from inheritune_ds.publish import describe_files, staged
 from inheritune_ds.recipe import Corpus, EmbeddedSource, Source, TrainedTokenizer
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _build(plan: _Plan, staging: Path) -> None:
             "vocab_size": len(tokenizer),
             "eos_id": tokenizer.eos_token_id,
             "bos_id": tokenizer.bos_token_id,
-            "files": _file_table(staging),
+            "files": describe_files(staging),
             "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
         }
         write_json(staging / "manifest.json", manifest)
@@ -340,11 +340,3 @@ def _document_form(tokenizer: "PreTrainedTokenizerBase") -> str:
     names = backend_of(tokenizer).encode("").tokens
     front = [name for name in names if name != tokenizer.eos_token]
     return " ".join([*front, "text", str(tokenizer.eos_token)])
-
-
-def _file_table(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in files
-    }

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inheritune_ds.errors import CorpusError, SurgeryError
-from inheritune_ds.files import published_folder, read_json, sha256_file, write_json
+from inheritune_ds.files import read_json, storage_errors, write_json
+from inheritune_ds.publish import describe_files, has_files, staged
 from inheritune_ds.recipe import Target
 from inheritune_ds.surgery.blocks import BlockList, cut_config, find_blocks, set_dropout
 from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, load_model
@@ -39,9 +40,7 @@ def find_target(folder: Path, identity: Mapping[str, Any]) -> TargetModel | None
     manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
     if manifest is None or report is None or manifest["identity"] != identity:
         return None
-    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
-    return TargetModel(folder, report) if whole else None
+    return TargetModel(folder, report) if has_files(folder, manifest["files"]) else None
 
 
 def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
@@ -70,7 +69,6 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
         CorpusError: If the tokenizer has ids that the model has no embedding for.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if reference_config is None:
         assert target.shape is not None  # the recipe's own check
@@ -85,6 +83,31 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.use_cache = True  # a wish of generation; the trainer itself never keeps a cache
     torch.manual_seed(seed)
+    model, inherited = _build_model(config, reference, selection)
+    report = _report(
+        model=model,
+        blocks=find_blocks(model, config.num_hidden_layers),
+        inherited=inherited,
+        selection=selection,
+        reference=reference,
+        preset=target.inherit if reference else "none",
+    )
+    with staged(folder) as temporary, storage_errors(folder):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / REPORT, report)
+        _prove(temporary, model)
+        write_json(temporary / MANIFEST, {"identity": identity, "files": describe_files(temporary)})
+    return TargetModel(folder, report)
+
+
+def _build_model(
+    config: "PreTrainedConfig", reference: ReferenceModel | None, selection: tuple[int, ...]
+) -> "tuple[PreTrainedModel, dict[str, str]]":
+    """Build the target with its values; return it with target tensor -> reference tensor."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
     source = load_model(reference.folder) if reference else None
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=source.dtype if source else torch.float32)
@@ -94,32 +117,11 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
             f"no causal language model can be built from a {config.model_type} config: {reason}",
             allowed="a decoder-only model, such as gpt2 or llama",
         ) from None
-    inherited: dict[str, str] = {}
-    if source is not None:
-        inherited = _copy_tensors(source, model, selection, reference_depth=source.config.num_hidden_layers)
-        model.generation_config = source.generation_config
-    else:
+    if source is None:
         model.generation_config = GenerationConfig.from_model_config(config)
-    blocks = find_blocks(model, config.num_hidden_layers)
-    report = _report(
-        model=model,
-        blocks=blocks,
-        inherited=inherited,
-        selection=selection,
-        reference=reference,
-        preset=target.inherit if reference else "none",
-    )
-    with published_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / REPORT, report)
-        _prove(temporary, model)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(temporary.iterdir())
-        }
-        write_json(temporary / MANIFEST, {"identity": identity, "files": files})
-    return TargetModel(folder, report)
+        return model, {}
+    model.generation_config = source.generation_config
+    return model, _copy_tensors(source, model, selection, reference_depth=source.config.num_hidden_layers)
 
 
 def check_vocabulary(tokenizer_size: int, model_size: int) -> None:

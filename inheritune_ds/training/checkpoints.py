@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from inheritune_ds.errors import CheckpointError
 from inheritune_ds.files import read_json, sha256_file, storage_errors, sync_folder, sync_path, write_json
+from inheritune_ds.publish import describe_files
 from inheritune_ds.training.world import World
 
 MANIFEST = "manifest.json"
@@ -99,11 +100,7 @@ class Checkpoints:
                 raise
 
     def _publish(self, temporary: Path, final: Path, state: RunState) -> None:
-        files = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
+        files = describe_files(temporary)
         sync_folder(temporary)
         manifest = {"state": asdict(state), "layout": asdict(self._layout), "files": files}
         write_json(temporary / MANIFEST, {**manifest, "sha256": _digest(manifest)})

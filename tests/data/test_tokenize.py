@@ -101,7 +101,7 @@ def test_prepare_describes_the_result_in_its_manifest(tmp_path: Path, bpe: str) 
     assert tokens.vocab_size == len(load_tokenizer(bpe))
     files = {
         path.relative_to(tokens.folder).as_posix(): {
-            "size": path.stat().st_size,
+            "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
         for path in tokens.folder.rglob("*")

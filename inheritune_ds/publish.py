@@ -4,22 +4,23 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from inheritune_ds.files import storage_errors
+from inheritune_ds.files import sha256_file, storage_errors, sync_folder, sync_path
 
 
 @contextmanager
-def staged(final: Path, usable: Callable[[Path], bool]) -> Iterator[Path]:
+def staged(final: Path, usable: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """Give a hidden folder to fill; publish it as `final` at the end, remove it after an error.
 
     Two processes may do this at once: the first to finish wins, the other takes what it finds.
 
     Args:
         final: Folder to appear. One that is there and not usable is replaced.
-        usable: Whether a published folder is complete.
+        usable: Whether a folder that another process has published meanwhile will do.
 
     Raises:
         StorageError: The folder beside `final` cannot be made, synced or renamed.
@@ -36,6 +37,21 @@ def staged(final: Path, usable: Callable[[Path], bool]) -> Iterator[Path]:
             _publish(staging, final, usable)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every file below a folder, by its path inside it."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def has_files(folder: Path, described: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether every described file is there in its full size; hashes are not read."""
+    paths = ((folder / name, entry["bytes"]) for name, entry in described.items())
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
 def _remove_leftovers(parent: Path, host: str) -> None:
@@ -58,8 +74,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _publish(staging: Path, final: Path, usable: Callable[[Path], bool]) -> None:
-    for path in [*staging.rglob("*"), staging]:
-        _sync(path)
+    sync_folder(staging)
     try:
         staging.rename(final)
     except OSError as error:
@@ -67,7 +82,7 @@ def _publish(staging: Path, final: Path, usable: Callable[[Path], bool]) -> None
             raise
         if not usable(final):
             _replace(staging, final)
-    _sync(final.parent)
+    sync_path(final.parent)
 
 
 def _replace(staging: Path, final: Path) -> None:
@@ -79,11 +94,3 @@ def _replace(staging: Path, final: Path) -> None:
     else:
         with suppress(OSError):
             broken.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import socket
 import subprocess
@@ -6,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.data.publish import staged
 from inheritune_ds.errors import StorageError
+from inheritune_ds.publish import describe_files, has_files, staged
 
 
 def complete(folder: Path) -> bool:
@@ -34,7 +35,7 @@ def test_staged_leaves_nothing_after_an_error(tmp_path: Path, error: type[BaseEx
 
 def test_staged_leaves_nothing_visible_after_a_kill(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom inheritune_ds.data.publish import staged\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom inheritune_ds.publish import staged\n"
         "with staged(Path(sys.argv[1]), lambda folder: True) as staging:\n"
         "    (staging / 'half').write_text('x')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -102,3 +103,50 @@ def test_staged_says_that_publishing_failed(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(StorageError, match=message), staged(tmp_path / "final", complete) as staging:
         (staging / "done").touch()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_staged_keeps_the_older_folder_after_an_error_and_replaces_it_at_the_end(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    with staged(final) as staging:
+        (staging / "old").touch()
+    with pytest.raises(RuntimeError), staged(final) as staging:  # noqa: PT012
+        (staging / "half").touch()
+        raise RuntimeError
+    assert [path.name for path in final.iterdir()] == ["old"]
+    with staged(final) as staging:
+        (staging / "new").touch()
+        assert [path.name for path in final.iterdir()] == ["old"]
+    assert [path.name for path in final.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_staged_syncs_everything_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renaming(self: Path, target: Path) -> Path:
+        assert {self.stat().st_ino, (self / "a").stat().st_ino, (self / "b").stat().st_ino} <= set(synced)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(Path, "rename", renaming)
+    with staged(tmp_path / "final") as staging:
+        (staging / "a").mkdir()
+        (staging / "b").write_text("x")
+    assert synced[-1] == tmp_path.stat().st_ino
+
+
+def test_described_files_are_missed_by_presence_and_size(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file").write_bytes(b"abc")
+    described = describe_files(tmp_path)
+    assert described == {"sub/file": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
+    assert has_files(tmp_path, described)
+    (tmp_path / "sub" / "file").write_bytes(b"ab")
+    assert not has_files(tmp_path, described)
+    (tmp_path / "sub" / "file").unlink()
+    assert not has_files(tmp_path, described)
