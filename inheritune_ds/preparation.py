@@ -23,7 +23,7 @@ from inheritune_ds.files import read_json, write_json
 from inheritune_ds.recipe import HubSource, Recipe, TrainedTokenizer, is_local_path
 from inheritune_ds.recipe_file import differences, load_recipe
 from inheritune_ds.run_folder import RunFolder
-from inheritune_ds.surgery.inherit import TargetModel, build_target, find_target
+from inheritune_ds.surgery.inherit import MANIFEST, TargetModel, build_target, find_target
 from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, load_model, locate
 from inheritune_ds.training.checkpoints import newest_step
 from inheritune_ds.training.validation import ValidationResult, Validator
@@ -56,6 +56,7 @@ def prepare_run(
         export_of: Gives the exported folder of a `recipe:NAME` reference (trained by then).
         say: Prints one line.
     """
+    (folder.path / PREPARED).unlink(missing_ok=True)  # an earlier launch's: the other ranks must not take it for ours
     fingerprint = recipe.fingerprint
     recipe = _pinned(recipe, folder)
     reference = None
@@ -97,7 +98,6 @@ def prepare_run(
             "recipe_fingerprint": fingerprint,
             "tokens": str(tokens.folder.resolve()),
             "tokens_fingerprint": tokens.fingerprint,
-            "identity": identity,
         },
     )
     return Prepared(tokens, target)
@@ -142,7 +142,7 @@ def _check_same_start(folder: RunFolder, identity: dict[str, Any]) -> None:
     Raises:
         RunFolderError: Naming what differs.
     """
-    before = read_json(folder.path / PREPARED)
+    before = read_json(folder.target / MANIFEST)
     if before is None or before["identity"] == identity or not newest_step(folder.checkpoints):
         return
     lines = "\n".join(f"    {line}" for line in differences(before["identity"], identity))
@@ -162,7 +162,7 @@ def await_prepared(recipe: Recipe, folder: RunFolder) -> Prepared:
         if note is not None and note["recipe_fingerprint"] == recipe.fingerprint:
             tokens = open_finished(Path(note["tokens"]), note["tokens_fingerprint"])
             report = read_json(folder.path / "inheritance.json")
-            if tokens is not None and report is not None and (folder.target / "manifest.json").exists():
+            if tokens is not None and report is not None and (folder.target / MANIFEST).exists():
                 return Prepared(tokens, TargetModel(folder.target, report))
         time.sleep(POLL_S)
 

@@ -144,6 +144,8 @@ class _Run:
         if launch.machine.kind == "cpu":
             launch.say("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
         start_process_group(self._world)
+        if not self._world.is_main:
+            prepared = await_prepared(self._recipe, folder)  # rank 0 has met us, so what stands there now is its own
         model = load_model(prepared.target.folder, dtype="float32")
         if self._world.is_main:
             self._write_ds_config(parameter_groups(model, self._recipe.optimizer.weight_decay))

@@ -7,10 +7,11 @@ import pytest
 
 from inheritune_ds import hub
 from inheritune_ds.errors import HubError, RunFolderError
-from inheritune_ds.preparation import PREPARED, _check_same_start, _pinned
+from inheritune_ds.preparation import _check_same_start, _pinned
 from inheritune_ds.recipe import HubSource, Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.run_folder import RunFolder
+from inheritune_ds.surgery.inherit import MANIFEST
 
 BRANCH, PUSHED = "a" * 40, "b" * 40
 
@@ -71,7 +72,8 @@ def test_local_folders_and_recipes_are_not_pinned(folder: RunFolder, resolve: Ca
 def test_other_weights_under_old_checkpoints_are_refused(folder: RunFolder) -> None:
     before: dict[str, Any] = {"tokens": "1" * 64, "reference": {"weights_sha256": {"model.safetensors": "2"}}}
     changed = {**before, "reference": {"weights_sha256": {"model.safetensors": "3"}}}
-    (folder.path / PREPARED).write_text(json.dumps({"identity": before}))
+    folder.target.mkdir()
+    (folder.target / MANIFEST).write_text(json.dumps({"identity": before}))
     _check_same_start(folder, changed)  # nothing was trained from the old ones: the target is built anew
     (folder.checkpoints / "step-00000010").mkdir()
     _check_same_start(folder, before)

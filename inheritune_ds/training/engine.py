@@ -81,13 +81,17 @@ def check_device(kind: str, world: World, *, offload: bool) -> None:
 
 
 def start_process_group(world: World) -> None:
-    """Join the ranks, once a process; DeepSpeed picks nccl or gloo.
+    """Wait until all ranks are here; the first time, make them a group. DeepSpeed picks nccl or gloo.
 
     Raises:
         MachineError: If the ranks cannot meet.
     """
-    if dist.is_initialized():
-        return
+    if not dist.is_initialized():
+        _make_group(world)
+    dist.barrier()
+
+
+def _make_group(world: World) -> None:
     if torch.cuda.is_available():
         # srun may show each rank its own GPU only; DeepSpeed takes the device from LOCAL_RANK.
         device = world.local_rank % torch.cuda.device_count()

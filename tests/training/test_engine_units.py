@@ -257,7 +257,11 @@ def test_a_process_joins_its_group_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     left: list[bool] = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    met: list[bool] = []
+    monkeypatch.setattr(dist, "barrier", lambda: met.append(True))
     start_process_group(MAIN)
+    start_process_group(MAIN)
+    assert met == [True, True]
     engine_module.leave_process_group()
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     engine_module.leave_process_group()
