@@ -82,8 +82,9 @@ class RunFolder:
 
     def _check_owner(self, recipe: Recipe) -> None:
         resolved = self.path / "recipe.resolved.yaml"
-        if not resolved.exists():
-            return
+        trained = (self.path / "metrics.jsonl").exists() or any(self.checkpoints.glob("step-*"))
+        if not resolved.exists() or not trained:
+            return  # a recipe that failed before its first step leaves nothing that a corrected one could spoil
         owner = validate(Recipe, parse_yaml(resolved.read_text(encoding="utf-8"), str(resolved)), str(resolved))
         if owner.fingerprint != recipe.fingerprint:
             lines = "\n".join(f"    {line}" for line in differences(owner.identity, recipe.identity))

@@ -62,8 +62,21 @@ def test_names_logging_and_checkpoints_may_change(folder: RunFolder, recipe: Rec
     assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == changed
 
 
+def test_a_folder_in_which_nothing_was_trained_goes_to_the_corrected_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.release()
+    corrected = load_recipe("quickstart", ["seed=7"])
+    folder.claim(corrected)
+    assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == corrected
+    folder.release()
+    (folder.checkpoints / "step-00000001").mkdir()
+    with pytest.raises(RunFolderError, match="belongs to another recipe"):
+        folder.claim(recipe)
+
+
 def test_a_folder_of_another_recipe_is_refused_by_key(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
+    (folder.path / "metrics.jsonl").touch()
     folder.release()
     before = (folder.path / "recipe.resolved.yaml").read_bytes()
     other = load_recipe("quickstart", ["seed=7", "optimizer.lr=2e-3", "logging.interval_steps=3"])
@@ -81,6 +94,7 @@ def test_a_folder_of_another_recipe_is_refused_by_key(folder: RunFolder, recipe:
 
 def test_a_damaged_resolved_recipe_is_named(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
+    (folder.path / "metrics.jsonl").touch()
     folder.release()
     path = folder.path / "recipe.resolved.yaml"
     path.write_text("name: [", encoding="utf-8")
