@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from inheritune_ds import __version__
 from inheritune_ds.analysis.report import write_run_report
 from inheritune_ds.budget import flops_per_token, steps_in
 from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
-from inheritune_ds.errors import CorpusError, InherituneError
+from inheritune_ds.errors import CorpusError, InherituneError, StorageError
 from inheritune_ds.export import PROBE_TOKENS, check_logits, export_model, find_export, model_card, write_probe
 from inheritune_ds.files import write_json
 from inheritune_ds.gpus import identify, mfu
@@ -109,7 +110,8 @@ def execute(recipe: Recipe, launch: Launch) -> bool:
 def _mark(folder: RunFolder, launch: Launch, state: State, reason: str, *, exit_code: int = 0) -> None:
     """Write how the run ended, with the step of its newest checkpoint; on rank 0."""
     if launch.world.is_main:
-        folder.write_status(state, step=newest_step(folder.checkpoints), reason=reason, exit_code=exit_code)
+        with suppress(StorageError):  # a full disk: what ended the run matters more, and is told on the console
+            folder.write_status(state, step=newest_step(folder.checkpoints), reason=reason, exit_code=exit_code)
 
 
 def _reference_ready(recipe: Recipe, launch: Launch) -> bool:

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens a window, V vocabulary.
 import logging
 import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from inheritune_ds.errors import MachineError, TrainingError
+from inheritune_ds.errors import MachineError, StorageError, TrainingError
 from inheritune_ds.training.optimizer import parameter_groups
 from inheritune_ds.training.world import World
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tokens = npt.NDArray[np.int64]
+_WRITER_FAILED = re.compile(r"inline_container|PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,20 @@ class Engine:
             yield name, safe_get_full_fp32_param(parameter).float().cpu()
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share of the state below `folder`; all ranks must call it."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        """Write this rank's share of the state below `folder`; all ranks must call it.
+
+        Raises:
+            StorageError: If torch could not complete a file; its writer tells a full disk as a RuntimeError.
+        """
+        try:
+            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        except RuntimeError as error:
+            if not _WRITER_FAILED.search(str(error)):
+                raise
+            raise StorageError(
+                f"{folder} cannot be written: torch could not complete a file",
+                action="free some space, then give the same command again: older checkpoints are kept",
+            ) from None
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, with the same number of ranks and the same ZeRO stage."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from inheritune_ds.errors import MachineError, TrainingError
+from inheritune_ds.errors import MachineError, StorageError, TrainingError
 from inheritune_ds.training import engine as engine_module
 from inheritune_ds.training.engine import Engine, StepResult, check_device, start_process_group
 from inheritune_ds.training.loop import seed_step
@@ -279,3 +279,22 @@ def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:
     assert len({draw(*combination) for combination in combinations}) == len(combinations)
     seed_step(1337, 0, 0)
     assert torch.initial_seed() == 5_906_761_872_107_461_528  # runs that were begun go on with it
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 6720 vs 6614", StorageError),
+        ("other", RuntimeError),
+    ],
+)
+def test_a_disk_that_fills_while_torch_writes_is_a_storage_error(
+    text: str, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(text)
+
+    fake = FakeDeepSpeed(1)
+    monkeypatch.setattr(fake, "save_checkpoint", refuse, raising=False)
+    with pytest.raises(kind, match=r"cannot be written|other"):
+        make(fake).save(tmp_path)
