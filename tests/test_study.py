@@ -104,7 +104,8 @@ def test_study_chooses_another_port_when_a_run_has_the_default(monkeypatch: pyte
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with a launcher of its own; `bench`/NAME says what the run NAME does."""
     bench = tmp_path / "bench"
-    evaluation = {"step": 1, "loss": 2.5, "stderr": 0.5, "windows": [2.0, 3.0]}
+    text = {"seq_len": 128, "tokens_sha256": "a" * 64}
+    evaluation = {"step": 1, "loss": 2.5, "stderr": 0.5, "windows": [2.0, 3.0], **text}
     row = {"step": 1, "train/tokens": 8, "val/loss": 2.5, "val/stderr": 0.5}
     (bench / "finished/eval").mkdir(parents=True)
     (bench / "finished/run.json").write_text(json.dumps(SUMMARY))

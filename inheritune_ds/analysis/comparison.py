@@ -40,12 +40,7 @@ def paired_difference(of: str, a: Evaluation, to: str, b: Evaluation) -> Differe
     Raises:
         RunFolderError: When the windows are not the same, or fewer than two.
     """
-    if len(a.windows) != len(b.windows):
-        raise RunFolderError(
-            f"{of} was validated on {len(a.windows)} windows and {to} on {len(b.windows)}: they cannot be compared",
-            allowed="the same corpus, training.seq_len and validation.max_tokens in both recipes",
-            action="make them equal and train the shorter one again",
-        )
+    check_same_windows(of, a, to, b)
     if len(a.windows) < 2:
         raise RunFolderError(
             f"{of} was validated on {len(a.windows)} windows, which has no standard error",
@@ -57,6 +52,32 @@ def paired_difference(of: str, a: Evaluation, to: str, b: Evaluation) -> Differe
     stderr = float(differences.std(ddof=1) / math.sqrt(len(differences)))
     ratio = mean / stderr if stderr else None
     return Difference(of, to, mean, stderr, len(differences), ratio, _in_words(mean, ratio))
+
+
+def check_same_windows(of: str, a: Evaluation, to: str, b: Evaluation) -> None:
+    """Refuse two evaluations that are not of the same windows of the same tokens.
+
+    Args:
+        of: Name of the first model, for the words.
+        a: Its losses.
+        to: Name of the second.
+        b: Its losses.
+
+    Raises:
+        RunFolderError: Naming what differs.
+    """
+    found = [
+        (f"{len(one.windows)} windows", f"windows of {one.seq_len} tokens", f"the text {one.tokens_sha256[:12]}")
+        for one in (a, b)
+    ]
+    differing = next(((one, other) for one, other in zip(*found, strict=True) if one != other), None)
+    if differing is not None:
+        raise RunFolderError(
+            f"{of} was validated on {differing[0]} and {to} on {differing[1]}: they cannot be compared",
+            allowed="the same held-out windows: one corpus, tokenizer, corpus.validation_ratio, corpus.max_tokens, "
+            "training.seq_len and validation.max_tokens for both",
+            action="make these equal in the recipes and train one of the two again, under a name of its own",
+        )
 
 
 def _in_words(mean: float, ratio: float | None) -> str:

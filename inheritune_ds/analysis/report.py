@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from inheritune_ds.analysis.comparison import Difference, paired_difference
+from inheritune_ds.analysis.comparison import Difference, check_same_windows, paired_difference
 from inheritune_ds.analysis.curves import COLOURS, Level, Line, draw_run, draw_study
 from inheritune_ds.analysis.results import Evaluation, ReferenceEvaluation, RunResult, read_metrics, run_result
 from inheritune_ds.files import storage_errors, write_json, write_text
@@ -144,6 +144,8 @@ def _study_differences(rows: Sequence[StudyRow]) -> list[Difference]:
     others = [(row.label, row.result.final) for row in rows if row.role == "baseline"]
     others += [(row.label, row.result.final) for row in rows if row.role == "reference"]
     others += [(_named(outside.model), outside)] if outside else []
+    for row in rows[1:]:  # those that are not paired stand in one table and one figure all the same
+        check_same_windows(rows[0].label, rows[0].result.final, row.label, row.result.final)
     targets = [row for row in rows if row.role == "target"]
     return [
         paired_difference(target.label, target.result.final, label, other)

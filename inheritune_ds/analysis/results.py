@@ -24,6 +24,10 @@ class Evaluation(BaseModel):
     """s / sqrt(n) over the windows, nats per token."""
     windows: tuple[float, ...]
     """Mean loss of each window, always in the same order."""
+    seq_len: int
+    """Tokens a window."""
+    tokens_sha256: str
+    """Hash of the windows' tokens: losses with the same one are of the same text."""
 
 
 class ReferenceEvaluation(Evaluation):
@@ -176,5 +180,5 @@ def _read(path: Path, model: type[Model]) -> Model:
         where = ".".join(str(part) for part in first["loc"])
         raise RunFolderError(
             f"{path} is damaged: {f'{where}: ' if where else ''}{first['msg']}",
-            action="delete that file and give the run's own command again",
+            action="bring an intact copy back; without one, delete the run folder and give the run's own command again",
         ) from None

@@ -6,6 +6,7 @@ a run continues at any step at once, with any number of ranks, and sees what it 
 Shapes: B windows, T = `seq_len`; a window is T tokens and the one that follows, T + 1 in all.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,14 @@ class TokenWindows:
 
     def __len__(self) -> int:
         return self._num_windows
+
+    def sha256(self, count: int) -> str:
+        """Hash (hex) of the token ids of the first windows, whichever integer type the file has.
+
+        Args:
+            count: How many windows.
+        """
+        return hashlib.sha256(self._tokens[: count * self.seq_len + 1].astype("<u4").tobytes()).hexdigest()
 
     def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read windows.

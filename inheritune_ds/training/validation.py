@@ -1,7 +1,7 @@
 """Held-out loss on fixed windows, with its standard error."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,11 +30,15 @@ class ValidationResult:
         loss: Mean over windows (all of T tokens, so over tokens too), in nats.
         stderr: Standard error of that mean: standard deviation over windows / sqrt(windows).
         windows: Loss of each window, in the fixed order.
+        seq_len: Tokens a window.
+        tokens_sha256: Hash of the windows' tokens: which text the loss is of.
     """
 
     loss: float
     stderr: float
     windows: tuple[float, ...]
+    seq_len: int
+    tokens_sha256: str
 
     @property
     def perplexity(self) -> float:
@@ -43,7 +47,7 @@ class ValidationResult:
 
     def write(self, path: Path, **extra: Any) -> None:
         """Write the result as JSON, with `extra` fields first."""
-        write_json(path, {**extra, "loss": self.loss, "stderr": self.stderr, "windows": list(self.windows)})
+        write_json(path, {**extra, **asdict(self)})
 
 
 class Validator:
@@ -70,6 +74,7 @@ class Validator:
                 action="raise corpus.validation_ratio or validation.max_tokens, or lower training.seq_len",
             )
         self._windows, self._batch_size, self._rank, self._size = windows, batch_size, rank, size
+        self._tokens_sha256 = windows.sha256(self.count)
 
     def validate(self, scorer: WindowScorer) -> ValidationResult:
         """Score the windows; all ranks of the process group must call it together."""
@@ -87,5 +92,9 @@ class Validator:
             dist.all_reduce(everyone)
         values = everyone.cpu().numpy()
         return ValidationResult(
-            float(values.mean()), float(values.std(ddof=1) / math.sqrt(self.count)), tuple(map(float, values))
+            loss=float(values.mean()),
+            stderr=float(values.std(ddof=1) / math.sqrt(self.count)),
+            windows=tuple(map(float, values)),
+            seq_len=self._windows.seq_len,
+            tokens_sha256=self._tokens_sha256,
         )

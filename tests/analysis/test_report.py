@@ -21,6 +21,8 @@ from inheritune_ds.analysis.results import Evaluation
 from inheritune_ds.errors import RunFolderError, StorageError
 
 STEPS, BATCH_TOKENS = 100, 4096
+TEXT: dict[str, Any] = {"seq_len": 128, "tokens_sha256": "a" * 64}
+"""Which windows all evaluations here are of."""
 NOISE = (0.3, -0.2, 0.1, -0.4, 0.2, 0.0)
 """Losses differ much between windows and little between models: what the paired difference takes out."""
 
@@ -29,9 +31,9 @@ def losses(level: float, *, tilt: float = 0.01) -> list[float]:
     return [level + noise + tilt * (-1) ** index for index, noise in enumerate(NOISE)]
 
 
-def evaluation(windows: list[float]) -> dict[str, Any]:
+def evaluation(windows: list[float], **text: Any) -> dict[str, Any]:
     error = statistics.stdev(windows) / math.sqrt(len(windows))
-    return {"loss": statistics.fmean(windows), "stderr": error, "windows": windows}
+    return {"loss": statistics.fmean(windows), "stderr": error, "windows": windows, **TEXT, **text}
 
 
 def write_json(path: Path, document: object) -> None:
@@ -165,10 +167,10 @@ def test_paired_difference_says_it_in_words(b: list[float], words: str) -> None:
 
 
 def test_paired_difference_needs_three_standard_errors() -> None:
-    zero = Evaluation(loss=0.0, stderr=0.0, windows=(0.0,) * 4)
+    zero = Evaluation(loss=0.0, stderr=0.0, windows=(0.0,) * 4, **TEXT)
 
     def words(shift: float) -> str:
-        spread_out = Evaluation(loss=0, stderr=0, windows=tuple(shift + x for x in (1.5, -1.5, 1.5, -1.5)))
+        spread_out = Evaluation(loss=0, stderr=0, windows=tuple(shift + x for x in (1.5, -1.5, 1.5, -1.5)), **TEXT)
         return paired_difference("a", spread_out, "b", zero).words
 
     error = statistics.stdev((1.5, -1.5, 1.5, -1.5)) / 2
@@ -179,13 +181,28 @@ def test_paired_difference_needs_three_standard_errors() -> None:
 def test_paired_difference_refuses_other_windows() -> None:
     one, other = Evaluation(**evaluation([1.0, 2.0])), Evaluation(**evaluation([1.0, 2.0, 3.0]))
     with pytest.raises(
-        RunFolderError, match=r"a was validated on 2 windows and b on 3: they cannot be compared\n.*same"
+        RunFolderError, match=r"a was validated on 2 windows and b on 3 windows: they cannot be compared\n.*same"
+    ):
+        paired_difference("a", one, "b", other)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ({"tokens_sha256": "b" * 64}, "a was validated on the text aaaaaaaaaaaa and b on the text bbbbbbbbbbbb: they"),
+        ({"seq_len": 64}, "a was validated on windows of 128 tokens and b on windows of 64 tokens: they cannot"),
+    ],
+)
+def test_paired_difference_refuses_as_many_windows_of_another_text(text: dict[str, Any], problem: str) -> None:
+    one, other = Evaluation(**evaluation([1.0, 2.0])), Evaluation(**evaluation([1.0, 2.0], **text))
+    with pytest.raises(
+        RunFolderError, match=rf"^{problem}.*\n  allowed: .*corpus.max_tokens.*\n  do: make these equal"
     ):
         paired_difference("a", one, "b", other)
 
 
 def test_paired_difference_refuses_a_single_window() -> None:
-    single = Evaluation(loss=1.0, stderr=0.0, windows=(1.0,))
+    single = Evaluation(loss=1.0, stderr=0.0, windows=(1.0,), **TEXT)
     with pytest.raises(
         RunFolderError, match=r"1 windows, which has no standard error\n.*two windows or more\n.*max_tok"
     ):
@@ -205,7 +222,7 @@ def test_run_report_shows_step_0_the_end_and_the_reference(tmp_path: Path) -> No
     assert any(columns(line) == ["parameters of the reference", "9,876,543"] for line in lines)
     assert "Windows of one document are not independent" in report.read_text()
     document = json.loads(report.with_suffix(".json").read_text())
-    assert document["final"] == {"loss": pytest.approx(4.0), "stderr": pytest.approx(error), "windows": 6}
+    assert document["final"] == {"loss": pytest.approx(4.0), "stderr": pytest.approx(error), "windows": 6, **TEXT}
     assert [item["to"] for item in document["differences"]] == ["before training (step 0)", "models/big"]
     assert png_size(report.with_name("curves.png")) == (1140, 780)
 
@@ -275,9 +292,19 @@ def test_study_report_refuses_runs_on_other_windows(tmp_path: Path) -> None:
     path = tmp_path / f"random/eval/validation-step-{STEPS:08d}.json"
     write_json(path, {"step": STEPS, **evaluation(losses(4.5)[:-1])})
     rows[2] = StudyRow("random", "baseline", run_result(tmp_path / "random"))
-    with pytest.raises(RunFolderError, match="small was validated on 6 windows and random on 5"):
+    with pytest.raises(RunFolderError, match="big was validated on 6 windows and random on 5"):
         write_study_report(tmp_path / "study", "Three runs", rows)
     assert not (tmp_path / "study").exists()
+
+
+def test_study_tables_refuse_runs_on_other_text_that_no_difference_pairs(tmp_path: Path) -> None:
+    rows = [StudyRow(name, "target", run_result(make_run(tmp_path / name, 5.0, 4.0))) for name in ("small", "smaller")]
+    assert "| smaller " in study_tables(rows)
+    other = evaluation(losses(4.0), tokens_sha256="b" * 64)
+    write_json(tmp_path / f"smaller/eval/validation-step-{STEPS:08d}.json", {"step": STEPS, **other})
+    rows[1] = StudyRow("smaller", "target", run_result(tmp_path / "smaller"))
+    with pytest.raises(RunFolderError, match=r"small was validated on the text a+ and smaller on the text b+: they"):
+        study_tables(rows)
 
 
 def test_study_tables_line_up_as_plain_text(tmp_path: Path) -> None:

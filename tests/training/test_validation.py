@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import statistics
@@ -58,6 +59,18 @@ def test_validate_takes_the_first_windows_up_to_max_tokens(tmp_path: Path) -> No
     assert validator.validate(Scorer()).windows == tuple(Scorer.loss_of(window) for window in range(7))
 
 
+def test_validate_says_which_text_the_loss_is_of(tmp_path: Path) -> None:
+    held = windows(tmp_path, 10)
+    result = Validator(held, max_tokens=7 * SEQ_LEN, batch_size=2, rank=0, size=1).validate(Scorer())
+    assert result.seq_len == SEQ_LEN
+    used = np.arange(7 * SEQ_LEN + 1, dtype="<u4")
+    assert result.tokens_sha256 == hashlib.sha256(used.tobytes()).hexdigest()
+    np.arange(10 * SEQ_LEN + 1, dtype="<u4").tofile(tmp_path / "wide.bin")
+    wide = TokenWindows(tmp_path / "wide.bin", "uint32", SEQ_LEN, 10 * SEQ_LEN + 1)
+    assert wide.sha256(7) == result.tokens_sha256, "the integer type is not the text"
+    assert wide.sha256(8) != result.tokens_sha256
+
+
 def test_validate_is_the_same_at_every_call(tmp_path: Path) -> None:
     validator = Validator(windows(tmp_path, 5), max_tokens=1000, batch_size=2, rank=0, size=1)
     assert validator.validate(Scorer()) == validator.validate(Scorer())
@@ -102,12 +115,19 @@ def test_fewer_than_two_windows_are_refused(count: int, max_tokens: int, used: i
 
 
 def test_perplexity_is_the_exponential_and_stays_finite() -> None:
-    assert ValidationResult(math.log(50.0), 0.0, ()).perplexity == pytest.approx(50.0)
-    assert math.isfinite(ValidationResult(1e6, 0.0, ()).perplexity)
+    assert ValidationResult(math.log(50.0), 0.0, (), 4, "").perplexity == pytest.approx(50.0)
+    assert math.isfinite(ValidationResult(1e6, 0.0, (), 4, "").perplexity)
 
 
 def test_write_keeps_every_window_and_the_extra_fields(tmp_path: Path) -> None:
-    ValidationResult(1.5, 0.25, (1.0, 2.0)).write(tmp_path / "v.json", step=200)
+    ValidationResult(1.5, 0.25, (1.0, 2.0), 4, "ab").write(tmp_path / "v.json", step=200)
     document: dict[str, Any] = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
-    assert document == {"step": 200, "loss": 1.5, "stderr": 0.25, "windows": [1.0, 2.0]}
+    assert document == {
+        "step": 200,
+        "loss": 1.5,
+        "stderr": 0.25,
+        "windows": [1.0, 2.0],
+        "seq_len": 4,
+        "tokens_sha256": "ab",
+    }
     assert next(iter(document)) == "step"
