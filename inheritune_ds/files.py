@@ -5,7 +5,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,18 @@ from inheritune_ds.errors import StorageError
 CHUNK_BYTES = 1 << 22
 
 
-def sha256_file(path: Path) -> str:
-    """Hash a file (hex)."""
+def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """Hash a file (hex).
+
+    Args:
+        path: The file.
+        advance: Told the bytes of every chunk that is done.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
+            advance(len(chunk))
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from inheritune_ds import hub
 from inheritune_ds.data.stream import TokenWindows
 from inheritune_ds.data.token_set import TokenSet, open_finished
-from inheritune_ds.data.tokenize import find, prepare
+from inheritune_ds.data.tokenize import prepare
 from inheritune_ds.data.vocabulary import load_tokenizer
 from inheritune_ds.errors import RunFolderError
 from inheritune_ds.files import read_json, write_json
@@ -63,7 +63,7 @@ def prepare_run(
     if recipe.reference is not None and recipe.target.inherit != "none":
         say(f"reference: {recipe.reference.model}")
         reference = locate(recipe.reference, export_of)
-    tokens = _tokens(recipe, reference, cache_dir)
+    tokens = _tokens(recipe, reference, cache_dir, say)
     counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} validation tokens"
     say(f"tokens: {counts} in {tokens.folder}")
     identity: dict[str, Any] = {
@@ -167,10 +167,9 @@ def await_prepared(recipe: Recipe, folder: RunFolder) -> Prepared:
         time.sleep(POLL_S)
 
 
-def _tokens(recipe: Recipe, reference: ReferenceModel | None, cache_dir: Path) -> TokenSet:
+def _tokens(recipe: Recipe, reference: ReferenceModel | None, cache_dir: Path, say: Callable[[str], None]) -> TokenSet:
     tokenizer, revision = _tokenizer_of(recipe, reference)
-    found = find(recipe.corpus, tokenizer, cache_dir, revision=revision)
-    return found or prepare(recipe.corpus, tokenizer, cache_dir, revision=revision)
+    return prepare(recipe.corpus, tokenizer, cache_dir, revision=revision, say=say)
 
 
 def _tokenizer_of(recipe: Recipe, reference: ReferenceModel | None) -> tuple[str | TrainedTokenizer, str]:

@@ -1,6 +1,5 @@
 """Where documents come from: the recipe's `corpus.sources`, one after the other."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ from inheritune_ds import hub
 from inheritune_ds.data import embedded, readers
 from inheritune_ds.data.progress import Meter
 from inheritune_ds.errors import CorpusError, HubError
+from inheritune_ds.files import sha256_file
 from inheritune_ds.recipe import EmbeddedSource, FilesSource, HubSource, Source, is_local_path
-
-_BLOCK_BYTES = 2**22
 
 
 def identify(source: Source) -> dict[str, Any]:
@@ -70,21 +68,15 @@ def _encodable(text: str) -> str:
 def _file_identities(paths: list[Path]) -> list[dict[str, Any]]:
     try:
         with Meter("hashing corpus files", "bytes", sum(path.stat().st_size for path in paths)) as meter:
-            return [{"name": path.name, "size": path.stat().st_size, "sha256": _hash(path, meter)} for path in paths]
+            return [
+                {"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path, meter.advance)}
+                for path in paths
+            ]
     except OSError as error:
         raise CorpusError(
             f"corpus file {error.filename}: it cannot be read ({(error.strerror or 'unreadable').lower()})",
             action="check that it exists and that this user may read it",
         ) from None
-
-
-def _hash(path: Path, meter: Meter) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            meter.advance(len(block), path.name)
-    return digest.hexdigest()
 
 
 def _is_folder(source: HubSource) -> bool:

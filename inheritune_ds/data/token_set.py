@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.files import read_json
+from inheritune_ds.data.progress import Meter
+from inheritune_ds.errors import CorpusError
+from inheritune_ds.files import read_json, sha256_file
 from inheritune_ds.publish import has_files
 
 
@@ -33,7 +35,7 @@ class TokenSet:
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the tokenizer, added tokens among them."""
+        """One more than the tokenizer's largest id, added tokens among them."""
         return int(self.manifest["vocab_size"])
 
     @property
@@ -88,3 +90,25 @@ def open_finished(folder: Path, fingerprint: str) -> TokenSet | None:
     if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
         return None
     return TokenSet(folder, manifest) if has_files(folder, manifest["files"]) else None
+
+
+def find_damage(tokens: TokenSet) -> str | None:
+    """Say what is no longer as it was written, by the hash of every file; None if all is.
+
+    Raises:
+        CorpusError: A file cannot be read.
+    """
+    files = tokens.manifest["files"]
+    try:
+        with Meter("checking token files", "bytes", sum(entry["bytes"] for entry in files.values())) as meter:
+            for name, entry in files.items():
+                found = sha256_file(tokens.folder / name, meter.advance)
+                if found != entry["sha256"]:
+                    return f"{name} has sha256 {found[:12]}... not {entry['sha256'][:12]}..."
+    except OSError as error:
+        raise CorpusError(
+            f"{error.filename or tokens.folder}: it cannot be read ({(error.strerror or 'unreadable').lower()})",
+            action=f"check the disk, or remove the folder {tokens.folder} and give the same command again: "
+            "the tokens are made anew",
+        ) from None
+    return None

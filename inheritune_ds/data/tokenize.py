@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 
 from inheritune_ds.data import embedded, sources
 from inheritune_ds.data.progress import Meter
-from inheritune_ds.data.token_set import TokenSet, open_finished
+from inheritune_ds.data.token_set import TokenSet, find_damage, open_finished
 from inheritune_ds.data.vocabulary import backend_of, load_tokenizer, tokenizer_sha256, train_tokenizer
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.files import storage_errors, write_json
@@ -32,7 +32,7 @@ from inheritune_ds.recipe import Corpus, EmbeddedSource, Source, TrainedTokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenSet", "find", "held_out", "load_tokenizer", "prepare"]
+__all__ = ["TokenSet", "held_out", "load_tokenizer", "prepare"]
 
 FORMAT = 1
 """Version of the token files: raised whenever the same corpus would give other bytes."""
@@ -41,34 +41,22 @@ _BATCH_CHARACTERS = 2**20
 _BATCH_DOCUMENTS = 512
 
 
-def find(
-    corpus: Corpus, tokenizer: str | TrainedTokenizer, cache_dir: Path, *, revision: str = "main"
-) -> TokenSet | None:
-    """Find finished tokens of a corpus; all files are checked for presence and size.
-
-    Args:
-        corpus: What to read.
-        tokenizer: Hub id, local folder, or how to train one.
-        cache_dir: The cache; tokens stand under `tokens/`.
-        revision: Of a tokenizer on the hub.
-
-    Raises:
-        CorpusError: A corpus file or the tokenizer is missing.
-        HubError: The hub is needed and cannot be reached.
-    """
-    if not (cache_dir / "tokens").is_dir():
-        return None
-    return _Plan.of(corpus, tokenizer, revision).open(cache_dir)
-
-
-def prepare(corpus: Corpus, tokenizer: str | TrainedTokenizer, cache_dir: Path, *, revision: str = "main") -> TokenSet:
-    """Return the tokens of a corpus, made now unless they are there.
+def prepare(
+    corpus: Corpus,
+    tokenizer: str | TrainedTokenizer,
+    cache_dir: Path,
+    *,
+    revision: str = "main",
+    say: Callable[[str], None] = print,
+) -> TokenSet:
+    """Return the tokens of a corpus, made now unless they are there, every file as it was written.
 
     Args:
         corpus: What to read.
         tokenizer: Hub id, local folder, or how to train one.
         cache_dir: The cache; tokens appear under `tokens/`, whole or not at all.
         revision: Of a tokenizer on the hub.
+        say: Prints one line: that damaged tokens are made anew.
 
     Raises:
         CorpusError: A corpus file is missing or damaged, a part is empty, or the tokens do not fit.
@@ -76,11 +64,15 @@ def prepare(corpus: Corpus, tokenizer: str | TrainedTokenizer, cache_dir: Path, 
         StorageError: The cache cannot be written.
     """
     plan = _Plan.of(corpus, tokenizer, revision)
-    found = plan.open(cache_dir)
-    if found is None:
-        with staged(plan.folder(cache_dir), plan.is_finished) as staging:
+    folder = plan.folder(cache_dir)
+    found = open_finished(folder, plan.fingerprint)
+    damage = find_damage(found) if found else None
+    if damage:
+        say(f"WARNING: the tokens in {folder} are damaged and are made anew from the corpus: {damage}")
+    if found is None or damage:
+        with staged(folder, plan.is_intact) as staging:
             _build(plan, staging)
-        found = plan.open(cache_dir)
+        found = open_finished(folder, plan.fingerprint)
         assert found is not None  # published a line above, or by the process that was first
     return found
 
@@ -134,11 +126,9 @@ class _Plan:
     def folder(self, cache_dir: Path) -> Path:
         return cache_dir / "tokens" / self.fingerprint
 
-    def open(self, cache_dir: Path) -> TokenSet | None:
-        return open_finished(self.folder(cache_dir), self.fingerprint)
-
-    def is_finished(self, folder: Path) -> bool:
-        return open_finished(folder, self.fingerprint) is not None
+    def is_intact(self, folder: Path) -> bool:
+        found = open_finished(folder, self.fingerprint)
+        return found is not None and find_damage(found) is None
 
 
 def _id_space(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -223,7 +213,7 @@ def _build(plan: _Plan, staging: Path) -> None:
             "validation_tokens": validation.tokens,
             "validation_documents": validation.documents,
             "token_dtype": dtype,
-            "vocab_size": len(tokenizer),
+            "vocab_size": _id_space(tokenizer),
             "eos_id": tokenizer.eos_token_id,
             "bos_id": tokenizer.bos_token_id,
             "files": describe_files(staging),

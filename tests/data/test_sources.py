@@ -73,7 +73,7 @@ def test_identify_names_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: 
     def refuse(path: Path, _: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(sources, "_hash", refuse)
+    monkeypatch.setattr(sources, "sha256_file", refuse)
     with pytest.raises(CorpusError, match=r"corpus file .*a\.txt: it cannot be read \(permission denied\)"):
         sources.identify(FilesSource(kind="files", paths=[str(path)]))
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inheritune_ds.data import sources, tokenize
-from inheritune_ds.data.tokenize import TokenSet, find, held_out, load_tokenizer, prepare
+from inheritune_ds.data import sources, token_set, tokenize
+from inheritune_ds.data.tokenize import TokenSet, held_out, load_tokenizer, prepare
 from inheritune_ds.data.vocabulary import train_tokenizer
 from inheritune_ds.errors import CorpusError, StorageError
 from inheritune_ds.recipe import Corpus, EmbeddedSource, FilesSource, TrainedTokenizer
@@ -113,21 +113,16 @@ def test_prepare_describes_the_result_in_its_manifest(tmp_path: Path, bpe: str) 
 
 def test_prepare_finds_its_own_result(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make_corpus(tmp_path, make_texts(40))
-    assert find(corpus, bpe, tmp_path / "cache") is None
-    first = prepare(corpus, bpe, tmp_path / "cache")
+    lines: list[str] = []
+    first = prepare(corpus, bpe, tmp_path / "cache", say=lines.append)
     monkeypatch.setattr(tokenize, "_build", lambda *_: pytest.fail("built twice"))
-    assert find(corpus, bpe, tmp_path / "cache") == first
-    assert prepare(corpus, bpe, tmp_path / "cache") == first
-
-
-def test_find_looks_at_no_file_before_there_is_a_cache(tmp_path: Path) -> None:
-    corpus = Corpus(sources=[FilesSource(kind="files", paths=["gone.txt"])])
-    assert find(corpus, TRAINED, tmp_path) is None
+    assert prepare(corpus, bpe, tmp_path / "cache", say=lines.append) == first
+    assert lines == []
 
 
 @pytest.mark.parametrize("name", ["train.bin", "tokenizer/tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "removed"])
-def test_prepare_makes_damaged_tokens_anew(tmp_path: Path, bpe: str, name: str, damage: str) -> None:
+def test_prepare_makes_incomplete_tokens_anew(tmp_path: Path, bpe: str, name: str, damage: str) -> None:
     corpus = make_corpus(tmp_path, make_texts(40))
     first = prepare(corpus, bpe, tmp_path / "cache")
     content = (first.folder / name).read_bytes()
@@ -135,10 +130,53 @@ def test_prepare_makes_damaged_tokens_anew(tmp_path: Path, bpe: str, name: str, 
         (first.folder / name).write_bytes(content[:-2])
     else:
         (first.folder / name).unlink()
-    assert find(corpus, bpe, tmp_path / "cache") is None
     assert prepare(corpus, bpe, tmp_path / "cache") == first
     assert (first.folder / name).read_bytes() == content
     assert [path.name for path in first.folder.parent.iterdir()] == [first.fingerprint]
+
+
+def flipped(content: bytes) -> bytes:
+    """Turn one bit: the size stays."""
+    changed = bytearray(content)
+    changed[len(changed) // 2] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "tokenizer/tokenizer.json"])
+def test_prepare_makes_damaged_tokens_of_the_same_size_anew_and_says_so(tmp_path: Path, bpe: str, name: str) -> None:
+    corpus = make_corpus(tmp_path, make_texts(40))
+    first = prepare(corpus, bpe, tmp_path / "cache")
+    content = (first.folder / name).read_bytes()
+    (first.folder / name).write_bytes(flipped(content))
+    lines: list[str] = []
+    assert prepare(corpus, bpe, tmp_path / "cache", say=lines.append) == first
+    (line,) = lines
+    assert line.startswith(f"WARNING: the tokens in {first.folder} are damaged and are made anew from the corpus: ")
+    assert f"{name} has sha256 {hashlib.sha256(flipped(content)).hexdigest()[:12]}... not " in line
+    assert (first.folder / name).read_bytes() == content
+    assert [path.name for path in first.folder.parent.iterdir()] == [first.fingerprint]
+
+
+def test_damaged_tokens_are_not_used_when_the_corpus_is_gone(tmp_path: Path, bpe: str) -> None:
+    corpus = make_corpus(tmp_path, make_texts(40))
+    path = prepare(corpus, bpe, tmp_path / "cache").train_path
+    path.write_bytes(flipped(path.read_bytes()))
+    (tmp_path / "corpus.jsonl").unlink()
+    with pytest.raises(CorpusError, match=r"corpus.jsonl"):
+        prepare(corpus, bpe, tmp_path / "cache")
+
+
+def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(tmp_path, make_texts(40))
+    tokens = prepare(corpus, bpe, tmp_path / "cache")
+
+    def refuse(path: Path, _advance: object) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(token_set, "sha256_file", refuse)
+    with pytest.raises(CorpusError, match=r"it cannot be read \(input/output error\)\n  do: .*made anew") as caught:
+        prepare(corpus, bpe, tmp_path / "cache")
+    assert str(tokens.folder) in caught.value.problem
 
 
 def test_fingerprint_follows_everything_that_decides_the_tokens(tmp_path: Path, bpe: str) -> None:
@@ -161,7 +199,7 @@ def test_fingerprint_follows_everything_that_decides_the_tokens(tmp_path: Path, 
 def test_fingerprint_does_not_follow_places_and_names(tmp_path: Path, bpe: str) -> None:
     load_tokenizer(bpe).save_pretrained(tmp_path / "copy")
     here = prepare(make_corpus(tmp_path / "a", make_texts(40)), bpe, tmp_path / "cache")
-    there = find(make_corpus(tmp_path / "b", make_texts(40)), str(tmp_path / "copy"), tmp_path / "cache")
+    there = prepare(make_corpus(tmp_path / "b", make_texts(40)), str(tmp_path / "copy"), tmp_path / "cache")
     assert there == here
 
 
@@ -169,7 +207,7 @@ def test_fingerprint_follows_the_library_that_trains(tmp_path: Path, monkeypatch
     corpus = make_corpus(tmp_path, make_texts(40))
     first = prepare(corpus, TRAINED, tmp_path / "cache")
     monkeypatch.setattr(tokenize, "version", lambda _name: "99.0")
-    assert find(corpus, TRAINED, tmp_path / "cache") is None
+    assert prepare(corpus, TRAINED, tmp_path / "cache").fingerprint != first.fingerprint
     assert first.manifest["tokenizer"]["train"] == 300
 
 
@@ -305,7 +343,8 @@ def test_prepare_makes_tokens_of_the_embedded_corpus(tmp_path: Path, monkeypatch
     assert tokens.vocab_size == 4096
     assert 300_000 < tokens.train_tokens < 1_500_000
     assert tokens.manifest["sources"][0]["unparsed_files"] == 0
-    assert find(corpus, TrainedTokenizer(vocab_size=4096), tmp_path) == tokens
+    monkeypatch.setattr(tokenize, "_build", lambda *_: pytest.fail("built twice"))
+    assert prepare(corpus, TrainedTokenizer(vocab_size=4096), tmp_path) == tokens
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -324,7 +363,6 @@ def test_prepare_leaves_nothing_when_it_is_stopped_in_the_middle(
         with pytest.raises(error):
             prepare(corpus, bpe, tmp_path / "cache")
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
-    assert find(corpus, bpe, tmp_path / "cache") is None
     assert prepare(corpus, bpe, tmp_path / "cache").train_tokens > 0
 
 
