@@ -11,7 +11,8 @@ from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
 from inheritune_ds.plan import WIDTH, plan
 from inheritune_ds.recipe_file import load_recipe, shipped_names
 from inheritune_ds.shapes import target_shape
-from inheritune_ds.training.ds_config import Machine, read, resolve
+from inheritune_ds.training.ds_config import Machine, resolve
+from inheritune_ds.training.ds_document import read
 
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 A6000 = Machine(kind="cuda", memory_gib=48.0, bf16=True)

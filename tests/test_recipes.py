@@ -13,7 +13,8 @@ from inheritune_ds.gpus import gpu
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import DEFAULT_RECIPE, differences, load_recipe, read_document, shipped_names
 from inheritune_ds.shapes import target_shape
-from inheritune_ds.training.ds_config import Machine, Resolved, read, resolve
+from inheritune_ds.training.ds_config import Machine, Resolved, resolve
+from inheritune_ds.training.ds_document import read
 
 CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 NAMES = [

@@ -45,7 +45,7 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
     """
     from inheritune_ds.errors import InherituneError, RecipeError
     from inheritune_ds.recipe_file import DEFAULT_RECIPE, load_recipe
-    from inheritune_ds.training import ds_config
+    from inheritune_ds.training import ds_document
 
     overrides = list(overrides)
     swallowed = args.deepspeed if args.deepspeed and "=" in args.deepspeed else None
@@ -61,7 +61,7 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
             RecipeError(f"--deepspeed names {switch}, --deepspeed_config names {named}", allowed="one of them")
         )
     try:
-        document = ds_config.read(path)
+        document = ds_document.read(path)
     except InherituneError as error:
         problems.append(error)
     try:

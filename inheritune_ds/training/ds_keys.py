@@ -3,8 +3,10 @@
 The keys are those of DeepSpeed 0.19; a test compares them with the installed package.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from inheritune_ds.recipe import Recipe
 
@@ -12,30 +14,153 @@ AUTO = "auto"
 STAGES = (1, 2, 3)
 OPTIMIZER_TYPE = "AdamW"
 
-PASSED_ON = {
-    "aio",
-    "bf16",
-    "comms_logger",
-    "communication_data_type",
-    "data_types",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_predivide_factor",
-    "log_level",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "timers",
-    "train_micro_batch_size_per_gpu",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
+
+@dataclass(frozen=True)
+class Kind:
+    """What may stand behind a key; DeepSpeed would stop with a traceback at anything else, or ignore it.
+
+    Attributes:
+        allowed: In words.
+        accepts: Whether a value of the JSON document is of this kind.
+    """
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+Kinds: TypeAlias = Mapping[str, "Kind | Kinds"]
+"""The keys of an object; a key is a value of some kind or an object again."""
+
+
+def _whole(value: Any) -> bool:
+    """Whether a value is a whole number; 5e8 is a float in JSON."""
+    return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def one_of(*values: Any) -> Kind:
+    """One of a few values, of exactly the same type (JSON's 1 is not true)."""
+    return Kind(
+        " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1])))),
+        lambda given: any(type(given) is type(value) and given == value for value in values),
+    )
+
+
+SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+ALWAYS = Kind("true", lambda value: value is True)
+COUNT = Kind("a whole number, 0 or more", lambda value: _whole(value) and value >= 0)
+POSITIVE = Kind("a whole number, 1 or more", lambda value: _whole(value) and value >= 1)
+DEPTH = Kind("a whole number, -1 or more", lambda value: _whole(value) and value >= -1)
+NUMBER = Kind("a number, 0 or more", lambda value: _number(value) and value >= 0)
+SHARE = Kind("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
+FACTOR = Kind("a number above 0", lambda value: _number(value) and value > 0)
+NAMES = Kind(
+    'a list of names, such as ["all_reduce"]',
+    lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+)
+PATH = Kind("a path, or null", lambda value: value is None or (isinstance(value, str) and value != ""))
+ANY = Kind('"auto"', lambda _: True)
+"""A key with an owner of its own, who says what is wrong with a value."""
+
+OFFLOAD_DEVICE = one_of("none", "cpu", "nvme")
+ZERO_KEYS: Kinds = {
+    "stage": one_of(*STAGES),
+    "contiguous_gradients": SWITCH,
+    "reduce_scatter": SWITCH,
+    "reduce_bucket_size": POSITIVE,
+    "use_multi_rank_bucket_allreduce": SWITCH,
+    "allgather_partitions": SWITCH,
+    "allgather_bucket_size": COUNT,
+    "overlap_comm": SWITCH,
+    "offload_param": {
+        "device": OFFLOAD_DEVICE,
+        "nvme_path": PATH,
+        "pin_memory": SWITCH,
+        "buffer_count": COUNT,
+        "buffer_size": COUNT,
+        "max_in_cpu": COUNT,
+    },
+    "offload_optimizer": {
+        "device": OFFLOAD_DEVICE,
+        "nvme_path": PATH,
+        "pin_memory": SWITCH,
+        "buffer_count": COUNT,
+        "pipeline_read": SWITCH,
+        "pipeline_write": SWITCH,
+        "fast_init": SWITCH,
+        "ratio": SHARE,
+    },
+    "sub_group_size": COUNT,
+    "stage3_prefetch_bucket_size": COUNT,
+    "stage3_param_persistence_threshold": COUNT,
+    "stage3_model_persistence_threshold": COUNT,
+    "stage3_max_live_parameters": COUNT,
+    "stage3_max_reuse_distance": COUNT,
+    "stage3_gather_16bit_weights_on_model_save": SWITCH,
+    "stage3_use_all_reduce_for_fetch_params": SWITCH,
+    "round_robin_gradients": SWITCH,
+    "ignore_unused_parameters": SWITCH,
+    "memory_efficient_linear": SWITCH,
 }
-"""Top-level keys that this file owns; DeepSpeed itself ignores a top-level key it does not know."""
+
+PASSED_ON: Kinds = {
+    "aio": {
+        "block_size": POSITIVE,
+        "queue_depth": POSITIVE,
+        "intra_op_parallelism": POSITIVE,
+        "single_submit": SWITCH,
+        "overlap_events": SWITCH,
+        "use_gds": SWITCH,
+    },
+    "bf16": {"enabled": SWITCH, "check_grad_overflow": SWITCH, "immediate_grad_update": SWITCH},
+    "comms_logger": {
+        "enabled": SWITCH,
+        "verbose": SWITCH,
+        "prof_all": SWITCH,
+        "debug": SWITCH,
+        "prof_ops": NAMES,
+    },
+    "communication_data_type": one_of("fp32", "bf16", "fp16"),
+    "data_types": {"grad_accum_dtype": one_of("fp32", "bf16", "fp16")},
+    "disable_allgather": SWITCH,
+    "disable_python_gc": SWITCH,
+    "dump_state": SWITCH,
+    "flops_profiler": {
+        "enabled": SWITCH,
+        "recompute_fwd_factor": NUMBER,
+        "profile_step": POSITIVE,
+        "module_depth": DEPTH,
+        "top_modules": POSITIVE,
+        "detailed": SWITCH,
+        "output_file": PATH,
+    },
+    "fp16": {
+        "enabled": SWITCH,
+        "auto_cast": SWITCH,
+        "loss_scale": NUMBER,
+        "initial_scale_power": COUNT,
+        "loss_scale_window": POSITIVE,
+        "hysteresis": POSITIVE,
+        "consecutive_hysteresis": SWITCH,
+        "min_loss_scale": POSITIVE,
+    },
+    "gradient_predivide_factor": FACTOR,
+    "log_level": one_of("debug", "info", "warning", "error", "critical"),
+    "memory_breakdown": SWITCH,
+    "prescale_gradients": SWITCH,
+    "steps_per_print": POSITIVE,
+    "timers": {"throughput": {"enabled": SWITCH, "synchronized": SWITCH}},
+    "train_micro_batch_size_per_gpu": Kind("1, 2, 3, ...", lambda value: type(value) is int and value >= 1),
+    "wall_clock_breakdown": SWITCH,
+    "zero_allow_untested_optimizer": SWITCH,
+    "zero_force_ds_cpu_optimizer": SWITCH,
+    "zero_optimization": ZERO_KEYS,
+}
+"""Keys that this file owns; DeepSpeed itself ignores a top-level key it does not know. Its other keys inside
+bf16, fp16 and data_types keep masters or buffers in half precision."""
 
 REFUSED = {
     "amp": "it needs NVIDIA's apex and excludes ZeRO; use bf16",
@@ -77,58 +202,24 @@ RECIPE_OWNED: dict[str, tuple[str, Callable[[Recipe], Any]]] = {
     "optimizer.params.eps": ("optimizer.eps", lambda recipe: recipe.optimizer.eps),
     "optimizer.params.weight_decay": ("optimizer.weight_decay", lambda recipe: recipe.optimizer.weight_decay),
 }
-BLOCK_KEYS = {
-    "bf16": {"check_grad_overflow", "enabled", "immediate_grad_update"},
-    "data_types": {"grad_accum_dtype"},
-    "fp16": {
-        "auto_cast",
-        "consecutive_hysteresis",
-        "enabled",
-        "hysteresis",
-        "initial_scale_power",
-        "loss_scale",
-        "loss_scale_window",
-        "min_loss_scale",
-    },
-}
-"""Keys inside these blocks; DeepSpeed's other ones keep masters or buffers in half precision."""
 
 DERIVED = {"gradient_accumulation_steps": "training.global_batch_tokens / (micro-batch x seq_len x ranks)"}
 
-SWITCH = "true or false"
-COUNT = "a count of elements, or auto"
-OFFLOAD = '{"device": "cpu"}, with device none, cpu or nvme, or null'
-
-ZERO_KEYS = {
-    "stage": "1, 2 or 3",
-    "contiguous_gradients": SWITCH,
-    "reduce_scatter": SWITCH,
-    "reduce_bucket_size": COUNT,
-    "use_multi_rank_bucket_allreduce": SWITCH,
-    "allgather_partitions": SWITCH,
-    "allgather_bucket_size": COUNT,
-    "overlap_comm": SWITCH,
-    "offload_param": OFFLOAD,
-    "offload_optimizer": OFFLOAD,
-    "sub_group_size": COUNT,
-    "stage3_prefetch_bucket_size": COUNT,
-    "stage3_param_persistence_threshold": COUNT,
-    "stage3_model_persistence_threshold": COUNT,
-    "stage3_max_live_parameters": COUNT,
-    "stage3_max_reuse_distance": COUNT,
-    "stage3_gather_16bit_weights_on_model_save": SWITCH,
-    "stage3_use_all_reduce_for_fetch_params": SWITCH,
-    "round_robin_gradients": SWITCH,
-    "ignore_unused_parameters": SWITCH,
-    "memory_efficient_linear": SWITCH,
+OWNED_ELSEWHERE: Kinds = {
+    "train_batch_size": ANY,
+    "gradient_clipping": ANY,
+    "gradient_accumulation_steps": ANY,
+    "optimizer": {
+        "type": one_of(OPTIMIZER_TYPE),
+        "params": {
+            "lr": ANY,
+            "betas": ANY,
+            "eps": ANY,
+            "weight_decay": ANY,
+            "torch_adam": ALWAYS,
+            "adam_w_mode": ALWAYS,
+        },
+    },
+    "scheduler": ANY,
 }
-
-
-def accepts(kind: str, value: Any) -> bool:
-    """Whether a value is of a kind that ZERO_KEYS names; DeepSpeed would stop with a traceback."""
-    if kind == SWITCH:
-        return isinstance(value, bool)
-    if kind == OFFLOAD:
-        return value is None or (isinstance(value, dict) and value.get("device", "none") in ("none", "cpu", "nvme"))
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 5e8 is a float in JSON
-    return whole and not isinstance(value, bool) and value >= 0
+"""Keys that the recipe owns, and what else may stand beside them."""

@@ -8,16 +8,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.profiling import constants as profiling_constants
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from deepspeed.utils.logging import log_levels
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, HfTrainerDeepSpeedConfig
 
 from inheritune_ds.recipe_file import load_recipe, shipped_names
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.training import ds_keys
-from inheritune_ds.training.ds_config import Machine, Resolved, read, resolve
+from inheritune_ds.training.ds_config import Machine, Resolved, resolve
+from inheritune_ds.training.ds_document import read
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 MACHINES = {
@@ -51,6 +58,7 @@ LEFT_OUT = {
 """Keys of zero_optimization that are refused as unknown, and why."""
 FP16_LEFT_OUT = {"fp16_master_weights_and_grads"}
 BF16_LEFT_OUT = {"bf16_master_weights_and_grads", "bf16_optimizer_states"}
+OFFLOAD_LEFT_OUT = {"super_offload", "cpuadam_cores_perc"}  # for superchips; not tried here
 
 
 def test_every_zero_key_of_deepspeed_is_known_or_left_out_for_a_reason() -> None:
@@ -60,26 +68,75 @@ def test_every_zero_key_of_deepspeed_is_known_or_left_out_for_a_reason() -> None
     assert all(LEFT_OUT.values())
 
 
-def test_every_zero_key_of_ours_takes_the_kind_that_we_say() -> None:
-    samples: dict[str, Any] = {
-        ds_keys.SWITCH: True,
-        ds_keys.COUNT: 500_000_000.0,
-        ds_keys.OFFLOAD: {"device": "cpu"},
-        "1, 2 or 3": 3,
+SAMPLES: dict[ds_keys.Kind, tuple[Any, Any]] = {
+    ds_keys.SWITCH: (True, "maybe"),
+    ds_keys.COUNT: (500_000_000.0, -3.5),
+    ds_keys.POSITIVE: (5e8, "half"),
+    ds_keys.PATH: ("/tmp/nvme", 3),
+    ds_keys.SHARE: (1, 1.5),
+    ds_keys.NUMBER: (0.5, "much"),
+    ds_keys.OFFLOAD_DEVICE: ("cpu", "gpu"),
+    ds_keys.ZERO_KEYS["stage"]: (3, 4),  # type: ignore[dict-item]
+}
+"""A value that a kind accepts and DeepSpeed does, and one that neither does."""
+MODELS: list[tuple[type[Any], ds_keys.Kinds]] = [
+    (DeepSpeedZeroConfig, ds_keys.ZERO_KEYS),
+    (DeepSpeedZeroOffloadParamConfig, ds_keys.ZERO_KEYS["offload_param"]),  # type: ignore[list-item]
+    (DeepSpeedZeroOffloadOptimizerConfig, ds_keys.ZERO_KEYS["offload_optimizer"]),  # type: ignore[list-item]
+    (DeepSpeedBF16Config, ds_keys.PASSED_ON["bf16"]),  # type: ignore[list-item]
+    (DeepSpeedFP16Config, ds_keys.PASSED_ON["fp16"]),  # type: ignore[list-item]
+    (CommsLoggerConfig, ds_keys.PASSED_ON["comms_logger"]),  # type: ignore[list-item]
+    (DeepSpeedThroughputTimerConfig, ds_keys.PASSED_ON["timers"]["throughput"]),  # type: ignore[index,list-item]
+]
+
+
+@pytest.mark.parametrize(("model", "kinds"), MODELS, ids=[model.__name__ for model, _ in MODELS])
+def test_what_a_kind_accepts_is_what_deepspeed_accepts(model: type[Any], kinds: ds_keys.Kinds) -> None:
+    tried = {key: SAMPLES[kind] for key, kind in kinds.items() if isinstance(kind, ds_keys.Kind) and kind in SAMPLES}
+    assert tried
+    for key, (right, wrong) in tried.items():
+        kind = kinds[key]
+        assert isinstance(kind, ds_keys.Kind)
+        assert kind.accepts(right)
+        assert not kind.accepts(wrong)
+        model(**{key: right})
+        with pytest.raises(ValueError, match="validation error"):
+            model(**{key: wrong})
+
+
+def test_a_bucket_of_nothing_is_refused_here_as_there() -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        DeepSpeedZeroConfig(reduce_bucket_size=0)
+    assert not ds_keys.POSITIVE.accepts(0)
+
+
+def test_keys_inside_the_blocks_are_deepspeed_s() -> None:
+    left_out = {
+        DeepSpeedBF16Config: BF16_LEFT_OUT,
+        DeepSpeedFP16Config: FP16_LEFT_OUT,
+        DeepSpeedZeroOffloadOptimizerConfig: OFFLOAD_LEFT_OUT,
     }
-    for key, kind in ds_keys.ZERO_KEYS.items():
-        assert kind == "1, 2 or 3" or ds_keys.accepts(kind, samples[kind])
-        DeepSpeedZeroConfig(**{key: samples[kind]})
-        wrong = {ds_keys.SWITCH: "maybe", ds_keys.COUNT: -3.5, ds_keys.OFFLOAD: "cpu"}.get(kind)
-        if wrong is not None:
-            assert not ds_keys.accepts(kind, wrong)
-            with pytest.raises(ValueError, match="validation error"):
-                DeepSpeedZeroConfig(**{key: wrong})
+    for model, kinds in MODELS[1:]:
+        assert model.model_fields.keys() == kinds.keys() | left_out.get(model, set()), model
+    assert ds_keys.PASSED_ON["aio"].keys() == AIO_DEFAULT_DICT.keys()  # type: ignore[union-attr]
+    names = {
+        value
+        for name, value in vars(profiling_constants).items()
+        if name.startswith("FLOPS_PROFILER_") and not name.endswith(("_DEFAULT", "_FORMAT"))
+    }
+    assert ds_keys.PASSED_ON["flops_profiler"].keys() == names  # type: ignore[union-attr]
 
 
-def test_keys_inside_the_precision_blocks_are_deepspeed_s() -> None:
-    assert DeepSpeedBF16Config.model_fields.keys() == ds_keys.BLOCK_KEYS["bf16"] | BF16_LEFT_OUT
-    assert DeepSpeedFP16Config.model_fields.keys() == ds_keys.BLOCK_KEYS["fp16"] | FP16_LEFT_OUT
+@pytest.mark.parametrize("text", ["fp32", "bf16", "fp16"])
+def test_types_and_levels_are_deepspeed_s(text: str) -> None:
+    for key in ("communication_data_type", "log_level"):
+        kind = ds_keys.PASSED_ON[key]
+        assert isinstance(kind, ds_keys.Kind)
+        assert not kind.accepts("fp33")
+    assert deepspeed_config.get_communication_data_type({"communication_data_type": text}) is not None
+    with pytest.raises(ValueError, match="Invalid communication_data_type"):
+        deepspeed_config.get_communication_data_type({"communication_data_type": "fp33"})
+    assert all(ds_keys.PASSED_ON["log_level"].accepts(level) for level in log_levels)  # type: ignore[union-attr]
 
 
 def top_level_keys() -> set[str]:
@@ -126,17 +183,18 @@ def test_every_top_level_key_of_deepspeed_is_in_a_table() -> None:
     asked = top_level_keys()
     assert {"zero_optimization", "train_batch_size", "prescale_gradients", "wandb"} <= asked
     owned = {path.split(".")[0] for path in ds_keys.RECIPE_OWNED}
-    tables = [ds_keys.PASSED_ON, set(ds_keys.REFUSED), owned, set(ds_keys.DERIVED), {"scheduler"}]
+    tables = [set(ds_keys.PASSED_ON), set(ds_keys.REFUSED), owned, set(ds_keys.DERIVED), {"scheduler"}]
     ours: set[str] = set().union(*tables)
     assert sum(map(len, tables)) == len(ours)  # each key has one owner
     assert asked - ours - ALIASES.keys() - deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() == set()
     assert not ours & ALIASES.keys()
+    assert ds_keys.OWNED_ELSEWHERE.keys() == owned | ds_keys.DERIVED.keys() | {"scheduler"}
 
 
 def test_every_passed_on_key_is_one_that_deepspeed_reads() -> None:
     source = Path(deepspeed_config.__file__).parent.parent
     text = "\n".join(path.read_text(encoding="utf-8") for path in source.rglob("*.py") if "inference" not in path.parts)
-    for key in ds_keys.PASSED_ON | ds_keys.REFUSED.keys():
+    for key in ds_keys.PASSED_ON.keys() | ds_keys.REFUSED.keys():
         assert re.search(rf"[\"']{key}[\"']", text), key
 
 
