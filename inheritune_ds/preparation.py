@@ -4,6 +4,7 @@ The waiting ranks look for published files instead of meeting in a collective: p
 and a process group gives up after ten minutes.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from inheritune_ds.data.stream import TokenWindows
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokenize import prepare
 from inheritune_ds.data.vocabulary import load_tokenizer
-from inheritune_ds.errors import RunFolderError
+from inheritune_ds.errors import RunFolderError, SurgeryError
 from inheritune_ds.files import read_json, write_json
 from inheritune_ds.recipe import HubSource, Recipe, TrainedTokenizer, is_local_path
 from inheritune_ds.recipe_file import differences, load_recipe
@@ -257,7 +258,11 @@ def validator_for(recipe: Recipe, tokens: TokenSet, *, batch_size: int, rank: in
 def _score_reference(
     reference: ReferenceModel, recipe: Recipe, tokens: TokenSet, folder: RunFolder, say: Callable[[str], None]
 ) -> None:
-    """Write eval/reference.json: the reference's loss on the windows that the target is measured on."""
+    """Write eval/reference.json: the reference's loss on the windows that the target is measured on.
+
+    Raises:
+        SurgeryError: If that loss is not a finite number.
+    """
     path = folder.eval / REFERENCE_RESULT
     identity = {
         "weights": reference.weights_sha256,
@@ -270,5 +275,13 @@ def _score_reference(
         return
     model = load_model(reference.folder, dtype="float32")
     result: ValidationResult = validator_for(recipe, tokens, batch_size=8).validate(ReferenceScorer(model, say))
+    if not math.isfinite(result.loss):
+        bad = sum(not math.isfinite(loss) for loss in result.windows)
+        raise SurgeryError(
+            f"the reference {reference.name} is of no use: its loss on {bad} of {len(result.windows)} "
+            f"validation windows is not a finite number",
+            allowed="weights that are finite numbers, on which the model computes finite losses in fp32",
+            action=f"look for NaN or infinite values in the weights in {reference.folder}, or take another reference",
+        )
     result.write(path, identity=identity, model=reference.name, parameters=model.num_parameters())
     say(f"reference: val loss {result.loss:.4f} +- {result.stderr:.4f}")

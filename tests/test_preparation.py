@@ -1,17 +1,22 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
-from inheritune_ds import hub
-from inheritune_ds.errors import HubError, RunFolderError
+from inheritune_ds import hub, preparation
+from inheritune_ds.data.token_set import TokenSet
+from inheritune_ds.errors import HubError, RunFolderError, SurgeryError
 from inheritune_ds.preparation import _check_same_start, _pinned
 from inheritune_ds.recipe import HubSource, Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.run_folder import RunFolder
 from inheritune_ds.surgery.inherit import MANIFEST
+from inheritune_ds.surgery.reference import ReferenceModel
 
 BRANCH, PUSHED = "a" * 40, "b" * 40
 
@@ -81,3 +86,35 @@ def test_other_weights_under_old_checkpoints_are_refused(folder: RunFolder) -> N
         _check_same_start(folder, changed)
     assert "holds checkpoints that were made from something else" in caught.value.problem
     assert "reference.weights_sha256.model.safetensors: '2' -> '3'" in caught.value.problem
+
+
+class Constant:
+    """Stands in for a scorer: every window has the same loss, but the last."""
+
+    def __init__(self, last: float) -> None:
+        self.last = last
+
+    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
+        losses = [np.full(len(batch), 2.5) for batch in batches]
+        losses[-1][-1] = self.last
+        return losses
+
+
+@pytest.mark.parametrize("last", [math.nan, math.inf])
+def test_a_reference_without_a_finite_loss_is_refused_by_name(
+    last: float, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.arange(4 * 128 + 1, dtype="<u2").tofile(folder.path / "validation.bin")
+    manifest = {"fingerprint": "f", "token_dtype": "uint16", "validation_tokens": 4 * 128 + 1}
+    tokens = TokenSet(folder.path, manifest)
+    reference = ReferenceModel("models/broken", folder.path / "broken", "", {"model.safetensors": "0" * 64})
+    monkeypatch.setattr(preparation, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(preparation, "ReferenceScorer", lambda *_: Constant(last))
+    with pytest.raises(SurgeryError) as caught:
+        preparation._score_reference(reference, load_recipe("quickstart"), tokens, folder, print)
+    assert caught.value.problem == (
+        "the reference models/broken is of no use: its loss on 1 of 4 validation windows is not a finite number"
+    )
+    assert "allowed: weights that are finite numbers" in str(caught.value)
+    assert f"do: look for NaN or infinite values in the weights in {folder.path / 'broken'}" in str(caught.value)
+    assert not (folder.eval / "reference.json").exists()

@@ -1,6 +1,7 @@
 """The training loop: one optimizer step after the other, with validation, checkpoints and a clean end."""
 
 import hashlib
+import math
 import resource
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 
 from inheritune_ds.data.stream import BatchStream
+from inheritune_ds.errors import TrainingError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.training.checkpoints import Checkpoints, RunState
 from inheritune_ds.training.engine import Engine, StepResult, Tokens
@@ -124,6 +126,12 @@ def _micro_batches(parts: LoopParts, step: int) -> Iterator[Tokens]:
 
 def _validate(parts: LoopParts, state: RunState) -> ValidationResult:
     result = parts.validator.validate(parts.engine)
+    if not math.isfinite(result.loss):  # all ranks have the same losses, so they leave together
+        raise TrainingError(
+            f"step {state.step}: the validation loss is {result.loss}",
+            allowed="a finite number",
+            action="lower optimizer.lr or lengthen schedule.warmup_steps; look for NaN in the weights if it is step 0",
+        )
     if parts.world.is_main:
         result.write(parts.eval_dir / f"validation-step-{state.step:08d}.json", step=state.step)
         parts.recorder.log(

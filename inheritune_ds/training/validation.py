@@ -91,9 +91,11 @@ class Validator:
             everyone = everyone.to(device)
             dist.all_reduce(everyone)
         values = everyone.cpu().numpy()
+        with np.errstate(invalid="ignore"):  # the caller says what it means that a loss is not finite
+            stderr = float(values.std(ddof=1) / math.sqrt(self.count))
         return ValidationResult(
             loss=float(values.mean()),
-            stderr=float(values.std(ddof=1) / math.sqrt(self.count)),
+            stderr=stderr,
             windows=tuple(map(float, values)),
             seq_len=self._windows.seq_len,
             tokens_sha256=self._tokens_sha256,

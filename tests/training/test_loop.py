@@ -1,0 +1,106 @@
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+from inheritune_ds.errors import TrainingError
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.training.checkpoints import RunState
+from inheritune_ds.training.engine import StepResult
+from inheritune_ds.training.loop import LoopParts, train
+from inheritune_ds.training.validation import Validator
+from inheritune_ds.training.world import StopSignal, World
+
+SEQ_LEN, BATCH = 4, 2
+
+
+class Model:
+    """Stands in for the engine: losses as given, nothing is computed."""
+
+    def __init__(self, *validation: float) -> None:
+        self.validation = iter([*validation, *[2.0] * 100])
+
+    def train_step(self, micro_batches: Iterator[Any], *, lr: float, stop: bool) -> StepResult:
+        assert lr > 0
+        assert len(list(micro_batches)) == 1
+        return StepResult(loss=3.0, grad_norm=1.0, applied=True, stop=stop)
+
+    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
+        loss = next(self.validation)
+        return [np.full(len(batch), loss) for batch in batches]
+
+
+class Saved:
+    """Stands in for the checkpoints."""
+
+    def save(self, _engine: object, state: RunState) -> None:
+        self.state = state
+
+
+class Told:
+    """A recorder that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        self.rows.append({"step": step, "tokens": tokens, **values})
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Nothing is shown."""
+
+    def say(self, line: str) -> None:
+        """Nothing is said."""
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    sizes = [f"training.seq_len={SEQ_LEN}", f"training.global_batch_tokens={SEQ_LEN * BATCH}"]
+    return load_recipe("quickstart", [*sizes, "validation.interval_steps=2", "checkpoint.interval_steps=3"])
+
+
+def parts(recipe: Recipe, model: Model, folder: Path, told: Told, *, rank: int = 0) -> LoopParts:
+    np.arange(10 * SEQ_LEN + 1, dtype="<u2").tofile(folder / "tokens.bin")
+    windows = TokenWindows(folder / "tokens.bin", "uint16", SEQ_LEN, 10 * SEQ_LEN + 1)
+    (folder / "eval").mkdir()
+    given: dict[str, Any] = {"engine": model, "checkpoints": Saved()}
+    return LoopParts(
+        recipe=recipe,
+        stream=BatchStream(windows, WindowOrder(len(windows), 7), BATCH),
+        validator=Validator(windows, max_tokens=1000, batch_size=4, rank=0, size=1),
+        recorder=told,
+        stop=StopSignal(),
+        world=World(rank, 1 + rank, rank, 1 + rank, "env"),
+        eval_dir=folder / "eval",
+        micro_batch_size=BATCH // (1 + rank),
+        utilisation=None,
+        **given,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("losses", "step"), [((math.nan,), 0), ((2.0, math.inf), 2)])
+def test_a_validation_loss_that_is_not_finite_ends_the_run_on_all_ranks(
+    losses: tuple[float, ...], step: int, rank: int, recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        TrainingError, match=rf"^step {step}: the validation loss is (nan|inf)\n.*finite.*\n  do: lower"
+    ):
+        train(parts(recipe, Model(*losses), tmp_path, Told(), rank=rank), 6, None)
+    assert not (tmp_path / f"eval/validation-step-{step:08d}.json").exists()
+
+
+def test_train_validates_logs_and_saves_at_its_steps(recipe: Recipe, tmp_path: Path) -> None:
+    told = Told()
+    result = train(parts(recipe, Model(5.0), tmp_path, told), 5, None)
+    assert (result.finished, result.state.step, result.state.tokens) == (True, 5, 5 * SEQ_LEN * BATCH)
+    validations = [(row["step"], row["val/loss"]) for row in told.rows if "val/loss" in row]
+    assert validations == [(0, 5.0), (2, 2.0), (4, 2.0), (5, 2.0)]
+    assert json.loads((tmp_path / "eval/validation-step-00000000.json").read_text())["loss"] == 5.0
