@@ -41,7 +41,7 @@ def time_first_step(folder: Path, repeat: int) -> float:
     command = train_command(
         *("--deepspeed_config", "ds_configs/cpu.json", "--recipe", RECIPE),
         *("--runs-dir", str(runs), "--cache-dir", str(folder / "cache")),
-        *("training.duration=2 steps", "logging.interval_steps=1"),
+        *("training.duration=2 steps", "schedule.warmup_steps=0", "logging.interval_steps=1"),
     )
     log = folder / "log"
     start = time.perf_counter()

@@ -16,6 +16,7 @@ from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import dump_recipe
 from inheritune_ds.shapes import target_shape
+from inheritune_ds.training.lengths import check_lengths
 
 WIDTH = 110
 _LABEL = 20
@@ -44,7 +45,7 @@ def plan(  # noqa: PLR0913 - all but the first two are named at every call
         cache_dir: Where token files of earlier runs are.
 
     Raises:
-        RecipeError: For an unknown GPU, or a duration shorter than a step.
+        RecipeError: For an unknown GPU, or lengths that do not go together (`check_lengths`, `steps_in`).
         SurgeryError: When more blocks are selected than the reference has.
         CorpusError: When a corpus file is missing, or the tokenizer does not fit the model.
     """
@@ -68,6 +69,8 @@ def budget_text(  # noqa: PLR0913 - as for `plan`
     """Render the part of `plan` that a run prints before it starts: choices, budget, memory, hours, claim."""
     unique = count_tokens(recipe.corpus, cache_dir)
     budget = build_budget(recipe, ds_config, shape=target_shape(recipe), unique=unique, world_size=world_size)
+    guessed = recipe.training.duration_parts[1] == "epochs" and unique is not None and unique.estimate
+    check_lengths(recipe, None if guessed else budget.steps)
     return _sections(
         {
             "choices made": "\n".join(_wrap("- ", note) for note in notes),

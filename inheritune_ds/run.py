@@ -29,6 +29,7 @@ from inheritune_ds.tracking import Progress, Tracker
 from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, newest_step
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
 from inheritune_ds.training.engine import Engine, start_process_group
+from inheritune_ds.training.lengths import check_lengths
 from inheritune_ds.training.loop import LoopParts, LoopResult, train
 from inheritune_ds.training.optimizer import parameter_groups
 from inheritune_ds.training.world import EXIT_INTERRUPTED, StopSignal, World
@@ -229,6 +230,7 @@ class _Run:
     def _total_steps(self, prepared: Prepared) -> int:
         total = steps_in(self._recipe.training, prepared.tokens.train_tokens)
         assert total is not None  # unknown only while the corpus is not prepared
+        check_lengths(self._recipe, total)
         return total
 
     def _utilisation(self) -> Any:

@@ -173,6 +173,9 @@ def test_only_rank_zero_prints_the_plan(capsys: pytest.CaptureFixture[str], monk
         (["plan", "--recipe", "quickstart", "target.select=first:9"], 9, "keeps 9 blocks"),
         (["plan", "--recipe", "quickstart", "corpus.tokenizer.vocab_size=5000"], 6, "vocab_size 5000 is more than"),
         (["train", "--recipe", "quickstart", "--deepspeed", "nowhere.json"], 3, "nowhere.json cannot be read"),
+        (["train", "--recipe", "quickstart", "training.duration=20 steps"], 3, "schedule.warmup_steps 20 is too long"),
+        (["train", "--dry-run", "--recipe", "quickstart", "training.duration=9 steps"], 3, "schedule.warmup_steps 20"),
+        (["plan", "--recipe", "quickstart", "validation.max_tokens=200"], 3, "less than 2 windows"),
     ],
 )
 def test_a_user_s_mistake_is_one_message_with_its_own_exit_code(
@@ -253,6 +256,22 @@ def test_machine_for_takes_the_named_gpu_before_the_one_here(monkeypatch: pytest
     monkeypatch.delenv("DS_ACCELERATOR")
     found.clear()
     assert machine_for(None, 3) == Machine("cpu", 8.0, bf16=True)
+
+
+@pytest.mark.parametrize(("words", "asked"), [(["--dry-run"], "a6000"), ([], None)])
+def test_a_named_gpu_is_for_plans_and_never_the_machine_of_a_run(
+    words: list[str], asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):  # noqa: N818 - it ends the run where the test has seen enough
+        pass
+
+    def machine(gpu_name: str | None, _local_size: int) -> Machine:
+        raise Asked(gpu_name)
+
+    monkeypatch.setattr("inheritune_ds.cli.train.machine_for", machine)
+    with pytest.raises(Asked) as caught:
+        main(["train", "--recipe", "quickstart", "--gpu", "a6000", *words])
+    assert caught.value.args == (asked,)
 
 
 def test_train_py_is_the_verb_train() -> None:

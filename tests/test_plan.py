@@ -1,6 +1,7 @@
 """The printed plan: figures, width, and that it needs no torch."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,26 @@ def test_plan_refuses_what_does_not_fit() -> None:
             plan(
                 load_recipe("quickstart", [override]), config, notes=(), world_size=1, gpu=None, cache_dir=Path("none")
             )
+
+
+@pytest.mark.parametrize("duration", ["20 steps", "40_960 tokens", "5 epochs"])
+def test_plan_refuses_a_warm_up_as_long_as_the_run(duration: str, tmp_path: Path) -> None:
+    words = ["quickstart", "training.global_batch_tokens=2048", f"training.duration={duration}"]
+    recipe = load_recipe(words[0], words[1:])
+    if duration == "5 epochs":
+        assert "(estimate)" in section(plan_of(*words, "corpus.max_tokens=8300"), "budget")  # a guess refuses nothing
+    folder = tmp_path / "tokens" / "abc"
+    folder.mkdir(parents=True)
+    manifest = {
+        "train_tokens": 8300,
+        "tokenizer": {"train": recipe.corpus.tokenizer.vocab_size},  # type: ignore[union-attr]
+        "corpus": recipe.corpus.model_dump(include={"validation_ratio", "max_tokens", "token_dtype"}),
+        "sources": [{"identity": {"kind": "embedded", "python": platform.python_version()}}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"schedule\.warmup_steps 20 is too long for the 20 steps of the run"):
+        plan_of(*words, cache_dir=tmp_path)
+    assert "steps 20 " in section(plan_of(*words, "schedule.warmup_steps=2", cache_dir=tmp_path), "budget")
 
 
 def test_plan_needs_no_heavy_library() -> None:

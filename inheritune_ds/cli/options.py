@@ -26,7 +26,9 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="how this machine runs the recipe, such as ds_configs/a6000.json (default: everything auto)",
     )
-    parser.add_argument("--gpu", help="plan for this GPU (a6000, a100-80, h100, ...) instead of the one here")
+    parser.add_argument(
+        "--gpu", help="tell hours for this GPU (a6000, h100, ...) and plan for it; a run takes what is here"
+    )
     add_folders(parser)
     parser.epilog = "Any other argument key.path=value overrides the recipe, e.g. 'training.duration=200 steps'."
 

@@ -20,17 +20,17 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
     world = detect(os.environ)
     recipe, document, origin = read_experiment(args, overrides)
-    gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (args.gpu, [])
+    # A run takes the machine that is here; --gpu only says for which one its hours are told.
+    gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (None, [])
     machine = machine_for(gpu, world.local_size)
     resolved = resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
     notes = [*chosen, *resolved.notes]
     told = {"notes": notes, "world_size": world.size, "gpu": args.gpu, "cache_dir": args.cache_dir}
-    if args.dry_run:
-        if world.is_main:
-            print(plan(recipe, resolved.config, **told))
-        return 0
+    text = (plan if args.dry_run else budget_text)(recipe, resolved.config, **told)  # on every rank: it checks, too
     if world.is_main:
-        print(budget_text(recipe, resolved.config, **told), flush=True)
+        print(text, flush=True)
+    if args.dry_run:
+        return 0
     stop = StopSignal()
     stop.install()
     export(world, os.environ)

@@ -8,15 +8,20 @@ from inheritune_ds.recipe import Schedule
 def lr_ratio(schedule: Schedule, step: int, total_steps: int) -> float:
     """Share of the peak learning rate that update number `step` uses.
 
-    The warm-up is linear and its first update already moves: step 0 uses 1 / (warmup_steps + 1). After
-    it, cosine falls along half a period to `min_lr_ratio`, which the last update (total_steps - 1)
-    reaches; wsd stays at 1 and falls linearly to `min_lr_ratio` over its last `decay_ratio * total_steps`
-    updates; constant stays at 1.
+    Warm-up, for step < w = warmup_steps: (step + 1) / (w + 1), so the first update already moves. After it
+    the ratio is m + (1 - m) f with m = min_lr_ratio and f from 1 at update w to 0 at the last one, n - 1:
+
+    - cosine: f = (1 + cos(pi (step - w) / (n - 1 - w))) / 2.
+    - wsd: f = 1, but the last d = round(decay_ratio n) updates fall on a line, f = (n - 1 - step) / d; d is at
+      most n - 1 - w, so that one update is at the peak. Every one of the d is below the peak.
+    - constant: the ratio is 1 to the end.
+
+    The last update of cosine and wsd thus has min_lr_ratio itself: with 0, it changes nothing.
 
     Args:
         schedule: Kind and its settings.
         step: 0-based number of the optimizer update, below total_steps.
-        total_steps: Updates of the whole run.
+        total_steps: Updates n of the whole run.
 
     Source: linear warm-up and cosine as in nanoGPT's train.py (commit 3adf61e), get_lr; wsd: Hu et al.
     2024 (MiniCPM), section 4.
@@ -29,9 +34,9 @@ def lr_ratio(schedule: Schedule, step: int, total_steps: int) -> float:
         return 1.0
     start = schedule.warmup_steps
     if schedule.kind == "wsd":
-        start = max(start, total_steps - round(schedule.decay_ratio * total_steps))
-    if step < start:
-        return 1.0
+        start = max(start, total_steps - 1 - round(schedule.decay_ratio * total_steps))  # the last at the peak
+        if step <= start:
+            return 1.0
     span = total_steps - 1 - start
     progress = (step - start) / span if span > 0 else 1.0
     fall = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1.0 - progress

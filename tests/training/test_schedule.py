@@ -40,8 +40,8 @@ def test_lr_ratio_rises_in_the_warm_up_and_never_after_it(schedule: Schedule, to
 @given(schedule=SCHEDULES, total=st.integers(2, 600))
 def test_lr_ratio_makes_no_jumps(schedule: Schedule, total: int) -> None:
     ratios = curve(schedule, total)
-    decay = round(schedule.decay_ratio * total) if schedule.kind == "wsd" else total - schedule.warmup_steps
-    span = min(decay, total - schedule.warmup_steps) - 1
+    decay = round(schedule.decay_ratio * total) if schedule.kind == "wsd" else total
+    span = min(decay, total - schedule.warmup_steps - 1)
     assume(span >= 1)
     steepest = math.pi / 2 if schedule.kind == "cosine" else 1.0
     allowed = max(1.0 / (schedule.warmup_steps + 1), steepest * (1 - schedule.min_lr_ratio) / span)
@@ -51,7 +51,7 @@ def test_lr_ratio_makes_no_jumps(schedule: Schedule, total: int) -> None:
 @given(schedule=SCHEDULES, total=st.integers(1, 600))
 def test_lr_ratio_ends_at_its_floor(schedule: Schedule, total: int) -> None:
     assume(schedule.warmup_steps < total)
-    assume(schedule.kind != "wsd" or round(schedule.decay_ratio * total) > 0)
+    assume(schedule.kind != "wsd" or (round(schedule.decay_ratio * total) > 0 and schedule.warmup_steps + 1 < total))
     floor = 1.0 if schedule.kind == "constant" else schedule.min_lr_ratio
     assert lr_ratio(schedule, total - 1, total) == pytest.approx(floor, abs=1e-12)
 
@@ -92,7 +92,17 @@ def test_constant_stays_at_the_peak() -> None:
 
 def test_wsd_falls_on_a_line_over_its_last_part() -> None:
     schedule = Schedule(kind="wsd", warmup_steps=1, min_lr_ratio=0.2, decay_ratio=0.5)
-    assert curve(schedule, 10) == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2], rel=1e-15)
+    assert curve(schedule, 10) == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 0.84, 0.68, 0.52, 0.36, 0.2], rel=1e-15)
+
+
+@given(schedule=SCHEDULES, total=st.integers(1, 600))
+def test_wsd_is_below_its_peak_for_the_whole_decay_and_only_then(schedule: Schedule, total: int) -> None:
+    wsd = schedule.model_copy(update={"kind": "wsd", "min_lr_ratio": 0.5})
+    rest = curve(wsd, total)[wsd.warmup_steps :]
+    decay = min(round(wsd.decay_ratio * total), max(len(rest) - 1, 0))
+    assert sum(ratio < 1.0 for ratio in rest) == decay
+    for number, ratio in enumerate(rest[len(rest) - decay :], 1):
+        assert ratio == pytest.approx(1.0 - 0.5 * number / decay, rel=1e-12)
 
 
 def test_wsd_without_decay_stays_at_the_peak() -> None:
