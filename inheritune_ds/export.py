@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from inheritune_ds.errors import ExportError
 from inheritune_ds.files import read_json, storage_errors, write_json
 from inheritune_ds.publish import describe_files, has_files, staged
-from inheritune_ds.surgery.inherit import MANIFEST, weights_sha256
+from inheritune_ds.surgery.inherit import MANIFEST
 from inheritune_ds.surgery.reference import load_model
+from inheritune_ds.surgery.report import weights_sha256
 
 if TYPE_CHECKING:
     import torch

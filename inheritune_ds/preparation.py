@@ -24,8 +24,9 @@ from inheritune_ds.files import read_json, write_json
 from inheritune_ds.recipe import HubSource, Recipe, TrainedTokenizer, is_local_path
 from inheritune_ds.recipe_file import differences, load_recipe
 from inheritune_ds.run_folder import RunFolder
-from inheritune_ds.surgery.inherit import MANIFEST, TargetModel, build_target, find_target
-from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, load_model, locate
+from inheritune_ds.surgery.inherit import MANIFEST, TargetModel, build_target, find_target, make_config
+from inheritune_ds.surgery.reference import ReferenceModel, load_config, load_model, locate
+from inheritune_ds.surgery.scores import read_scores
 from inheritune_ds.training.checkpoints import newest_step
 from inheritune_ds.training.validation import ValidationResult, Validator
 
@@ -61,7 +62,7 @@ def prepare_run(
     fingerprint = recipe.fingerprint
     recipe = _pinned(recipe, folder)
     reference = None
-    if recipe.reference is not None and recipe.target.inherit != "none":
+    if recipe.reference is not None and not recipe.target.inherits_nothing:
         say(f"reference: {recipe.reference.model}")
         reference = locate(recipe.reference, export_of)
     tokens = _tokens(recipe, reference, cache_dir, say)
@@ -70,6 +71,7 @@ def prepare_run(
     identity: dict[str, Any] = {
         "reference": reference.identity if reference else None,
         "target": recipe.target.model_dump(mode="json"),
+        "block_scores": read_scores(recipe.target.block_scores),
         "tokens": tokens.fingerprint,
         "seed": recipe.seed,
     }
@@ -84,6 +86,8 @@ def prepare_run(
             seed=recipe.seed,
             folder=folder.target,
             identity=identity,
+            command=f"python train.py --recipe {folder.path / 'recipe.resolved.yaml'}",
+            say=say,
         )
     write_json(folder.path / "inheritance.json", target.report)
     kept = sum(tensor["inherited"] for tensor in target.report["tensors"])
@@ -194,12 +198,7 @@ def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreT
     # inherit: none needs the architecture only, so a reference that is a recipe is not trained for it.
     if recipe.reference.recipe_name is not None:
         inner = load_recipe(recipe.reference.recipe_name)
-        if inner.target.shape is not None:
-            return build_config(inner.target.shape)
-        outer = _reference_config(inner, None)
-        assert outer is not None and inner.target.num_selected is not None  # noqa: PT018 - the recipe's own check
-        outer.num_hidden_layers = inner.target.num_selected
-        return outer
+        return make_config(inner.target, _reference_config(inner, None))[0]
     located = locate(recipe.reference, _no_recipe)
     return load_config(located.folder)
 

@@ -7,6 +7,7 @@ owner: what stands here must not stand in the DeepSpeed config (`training.ds_con
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
@@ -21,11 +22,14 @@ from pydantic import (
     model_validator,
 )
 
+from inheritune_ds.errors import RecipeError
+from inheritune_ds.parts import inherited_parts
+from inheritune_ds.selection import parse
+
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 RECIPE_PREFIX = "recipe:"
-SELECTION_PATTERN = re.compile(r"first:([1-9][0-9]*)")
 DURATION_PATTERN = re.compile(r"([0-9][0-9_]*)(K|M|B)? (steps|tokens|epochs)")
 _SCALES = {None: 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -106,20 +110,36 @@ class Reference(Part):
 class Target(Part):
     """The model that is trained: selected blocks of the reference, or a shape from scratch."""
 
-    select: Annotated[str, StringConstraints(pattern=f"^{SELECTION_PATTERN.pattern}$")] | None = None
-    """Which blocks of the reference are kept: `first:n`."""
-    inherit: Literal["all", "none"] = "all"
-    """`all`: embeddings, selected blocks, final norm and head. `none`: same shape, random values."""
+    select: Text | None = None
+    """Which blocks of the reference are kept, such as `first:13` (see Selections)."""
+    inherit: Text | list[Text] = "all"
+    """What of the reference is inherited: a preset (`all`, `none`, ...) or a list of parts (see Inheritance)."""
+    width: Literal["full", "half"] = "full"
+    """`half`: the first half of the heads and MLP units of every kept block, the paper's half-width baseline."""
+    block_scores: Text | None = None
+    """JSON file with the measured scores that `select: by:NAME:n` goes by."""
     shape: Shape | None = None
     """Architecture of a model trained from scratch; only without a reference."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Written to every dropout key of the model's config, whatever the reference had."""
 
+    @field_validator("select")
+    @classmethod
+    def _readable(cls, select: str | None) -> str | None:
+        if select is not None:
+            _as_value_error(lambda: parse(select))
+        return select
+
+    @field_validator("inherit")
+    @classmethod
+    def _known(cls, inherit: str | list[str]) -> str | list[str]:
+        _as_value_error(lambda: inherited_parts(inherit))
+        return inherit
+
     @property
-    def num_selected(self) -> int | None:
-        """How many blocks `select` keeps."""
-        match = SELECTION_PATTERN.fullmatch(self.select or "")
-        return int(match.group(1)) if match else None
+    def inherits_nothing(self) -> bool:
+        """Whether all values are random, so that no weights are needed."""
+        return not inherited_parts(self.inherit)
 
 
 class EmbeddedSource(Part):
@@ -242,9 +262,9 @@ class Schedule(Part):
     kind: Literal["cosine", "constant", "wsd"]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_lr_ratio: Ratio = 0.1
-    """Final learning rate as a share of `optimizer.lr` (cosine, wsd)."""
+    """Learning rate of the last update as a share of `optimizer.lr` (cosine, wsd)."""
     decay_ratio: Ratio = 0.2
-    """wsd: share of all steps that the final linear decay takes."""
+    """wsd: share of all steps that are below the peak at the end, falling on a line."""
 
 
 class Validation(Part):
@@ -333,6 +353,14 @@ class Recipe(Part):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _as_value_error(check: Callable[[], object]) -> None:
+    """Let pydantic collect a problem that a grammar of its own has found."""
+    try:
+        check()
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
+
+
 def shape_from_config(config: dict[str, Any]) -> Shape | None:
     """Read the Shape out of a Hugging Face `config.json`; None for a family not described by Shape.
 
@@ -340,6 +368,8 @@ def shape_from_config(config: dict[str, Any]) -> Shape | None:
         config: The parsed JSON object; old and new spellings of the keys are both read.
     """
     model_type = config.get("model_type")
+    if _has_unshaped_parts(config):
+        return None
     if model_type == "gpt2":
         return Shape(
             model_type="gpt2",
@@ -368,6 +398,15 @@ def shape_from_config(config: dict[str, Any]) -> Shape | None:
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         )
     return None
+
+
+def _has_unshaped_parts(config: dict[str, Any]) -> bool:
+    """Whether a config asks for parameters that Shape has no field for."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    own_head_size = bool(hidden and heads and config.get("head_dim") not in (None, hidden // heads))
+    untied_gpt2 = config.get("model_type") == "gpt2" and config.get("tie_word_embeddings") is False
+    extra = ("attention_bias", "mlp_bias", "add_cross_attention")
+    return own_head_size or untied_gpt2 or any(config.get(key) for key in extra)
 
 
 def is_local_path(name: str) -> bool:

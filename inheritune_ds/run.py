@@ -117,7 +117,7 @@ def _mark(folder: RunFolder, launch: Launch, state: State, reason: str, *, exit_
 
 def _reference_ready(recipe: Recipe, launch: Launch) -> bool:
     """Train a `recipe:NAME` reference first; False if that was stopped."""
-    if recipe.reference is None or recipe.reference.recipe_name is None or recipe.target.inherit == "none":
+    if recipe.reference is None or recipe.reference.recipe_name is None or recipe.target.inherits_nothing:
         return True
     return execute(load_recipe(recipe.reference.recipe_name), launch)
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from inheritune_ds.budget import mlp_size
 from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
 from inheritune_ds.recipe import Recipe, Reference, Shape, TrainedTokenizer, is_local_path, shape_from_config
 from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.selection import parse
 
 _UINT16_VALUES = 2**16
 
@@ -40,17 +42,35 @@ def _target_shape(recipe: Recipe, chain: tuple[str, ...]) -> Shape | None:
     if recipe.reference is None:
         return recipe.target.shape
     shape = _reference_shape(recipe.reference, chain)
-    selected = recipe.target.num_selected
-    if shape is None or selected is None:
+    if shape is None or recipe.target.select is None:
         return None
-    if selected > shape.num_hidden_layers:
+    try:
+        selected = parse(recipe.target.select).num_blocks(shape.num_hidden_layers)
+    except SurgeryError as error:
         raise SurgeryError(
-            f"recipe {recipe.name}: target.select {recipe.target.select} keeps {selected} blocks, "
-            f"but {recipe.reference.model} has {shape.num_hidden_layers}",
-            allowed=f"first:1 to first:{shape.num_hidden_layers}",
-            action="select fewer blocks, or name a deeper reference",
+            f"recipe {recipe.name}: {error.problem} ({recipe.reference.model})",
+            allowed=error.allowed,
+            action=error.action,
+        ) from None
+    shape = shape.model_copy(update={"num_hidden_layers": selected})
+    return _half(recipe, shape) if recipe.target.width == "half" else shape
+
+
+def _half(recipe: Recipe, shape: Shape) -> Shape:
+    """Half the heads and half the MLP's units; a head keeps its size."""
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "intermediate_size": mlp_size(shape),
+        "num_key_value_heads": shape.num_key_value_heads,
+    }
+    odd = [f"{name} {size}" for name, size in sizes.items() if size is not None and size % 2]
+    if odd:
+        raise SurgeryError(
+            f"recipe {recipe.name}: target.width half of an odd number: {', '.join(odd)}",
+            allowed="a reference with even sizes",
         )
-    return shape.model_copy(update={"num_hidden_layers": selected})
+    return shape.model_copy(update={name: size and size // 2 for name, size in sizes.items()})
 
 
 def _reference_shape(reference: Reference, chain: tuple[str, ...]) -> Shape | None:

@@ -14,7 +14,8 @@ from inheritune_ds import export
 from inheritune_ds.errors import ExportError
 from inheritune_ds.export import check_logits, export_model, find_export, model_card, write_probe
 from inheritune_ds.recipe import Shape, Target
-from inheritune_ds.surgery.inherit import build_target, weights_sha256
+from inheritune_ds.surgery.inherit import build_target
+from inheritune_ds.surgery.report import weights_sha256
 from inheritune_ds.surgery.reference import load_model
 
 PROBE = torch.arange(12).view(1, 12) % 20

@@ -1,4 +1,4 @@
-"""Where a model keeps its transformer blocks, found from the model itself."""
+"""Where a model keeps its transformer blocks, and which part of the model a tensor is; found from the model itself."""
 
 import re
 from dataclasses import dataclass
@@ -8,9 +8,7 @@ from inheritune_ds.errors import SurgeryError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig
-
-DROPOUT_KEY = re.compile(r"(^|_)(dropout|pdrop|dropout_p|dropout_prob|dropout_rate)($|_)")
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,16 @@ class BlockList:
         """Block that a tensor belongs to; None for embeddings, final norm and head."""
         if not tensor_name.startswith(f"{self.path}."):
             return None
-        return int(tensor_name[len(self.path) + 1 :].split(".", 1)[0])
+        number = tensor_name[len(self.path) + 1 :].split(".", 1)[0]
+        return int(number) if number.isdecimal() else None
 
     def renamed(self, tensor_name: str, index: int) -> str:
         """The name of the same tensor in block `index`."""
-        rest = tensor_name[len(self.path) + 1 :].split(".", 1)[1]
-        return f"{self.path}.{index}.{rest}"
+        return f"{self.path}.{index}.{self.rest(tensor_name)}"
+
+    def rest(self, tensor_name: str) -> str:
+        """The name of a block's tensor inside the block."""
+        return tensor_name[len(self.path) + 1 :].split(".", 1)[1]
 
 
 def find_blocks(model: "nn.Module", depth: int) -> BlockList:
@@ -62,23 +64,59 @@ def find_blocks(model: "nn.Module", depth: int) -> BlockList:
     return BlockList(outermost[0], depth)
 
 
-def cut_config(config: "PreTrainedConfig", selection: tuple[int, ...]) -> "PreTrainedConfig":
-    """Copy a config for the selected blocks; the reference's own config is never touched.
+_NORM = re.compile(r"(^|_)(layer)?_?norms?\d*(_|$)|layernorm|rmsnorm|(^|_)ln(_|\d|$)", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|mixer|mamba|temporal|recurrent|ssm|conv", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|feed_?forward|ffn|(^|_)ff(_|$)|moe|experts?|router|(^|_)fc\d?|gate|dense|(^|_)w\d", re.IGNORECASE
+)
 
-    Every list with one entry per block (`layer_types`, `no_rope_layers`, ...) is cut with the selection.
+
+def part_of(model: "PreTrainedModel", blocks: BlockList, name: str) -> str:
+    """The part of a model that a tensor is (`parts.PARTS`); empty if it is none of them.
+
+    The head and the token embeddings are what the model itself calls so. Inside a block, a child of the block is a
+    norm, an attention (or what stands in its place) or an MLP by its name; norms inside an attention or an MLP belong
+    to it.
+
+    Args:
+        model: Where the tensor is.
+        blocks: Its blocks.
+        name: Dotted name of the tensor in the model.
     """
-    values = config.to_dict()
-    depth = config.num_hidden_layers
-    for key, value in values.items():
-        if isinstance(value, list) and len(value) == depth and "layer" in key:
-            values[key] = [value[index] for index in selection]
-    depth_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    values[depth_key] = len(selection)
-    return type(config).from_dict(values)
+    if blocks.index_of(name) is None:
+        return _outer_part(model, name)
+    child, _, _ = blocks.rest(name).partition(".")
+    if _NORM.search(child):
+        block = model.get_submodule(f"{blocks.path}.{blocks.index_of(name)}")
+        return f"{_norm_owner(block, child)}_norms"
+    if _ATTENTION.search(child):
+        return "attention"
+    return "mlp" if _MLP.search(child) else ""
 
 
-def set_dropout(config: "PreTrainedConfig", dropout: float) -> None:
-    """Write one dropout probability to every dropout key of a config (`attn_pdrop`, `attention_dropout`, ...)."""
-    for key, value in config.to_dict().items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and DROPOUT_KEY.search(key):
-            setattr(config, key, dropout)
+def _outer_part(model: "PreTrainedModel", name: str) -> str:
+    from torch import nn
+
+    owner, _, _ = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if module is model.get_input_embeddings():
+        return "token_embeddings"
+    if module is model.get_output_embeddings():
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "position_embeddings"
+    return "final_norm" if _NORM.search(owner.rpartition(".")[2]) or "Norm" in type(module).__name__ else ""
+
+
+def _norm_owner(block: "nn.Module", norm: str) -> str:
+    """Whether a block's norm is the attention's or the MLP's: by its name, else by its place among the norms."""
+    if re.search(r"feed_?forward|ffn|mlp|moe|(^|_)ff_", norm):
+        return "mlp"
+    if re.search(r"attn|attention", norm) and not norm.startswith("post_attention"):
+        return "attention"
+    norms = [name for name, _ in block.named_children() if _NORM.search(name)]
+    if norm.startswith("post_attention"):
+        # With norms of its own around the MLP, this one follows the attention (Gemma 2, OLMo 2); else it precedes the
+        # MLP (LLaMA).
+        return "attention" if any(re.search(r"feed_?forward|ffn|mlp", name) for name in norms) else "mlp"
+    return "mlp" if norms.index(norm) > 0 and len(norms) > 1 else "attention"

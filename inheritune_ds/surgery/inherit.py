@@ -1,30 +1,48 @@
 """Build the target: selected blocks of the reference with its embeddings, final norm and head.
 
-Everything is inherited by default (token and position embeddings, blocks, final norm, head); the
-authors' scripts leave some of them random. With `inherit: none` the target has the same shape and
-random values. The report lists every tensor of the target with its source.
+The steps: find out what the sources hold, list every tensor of the target with its source (`grafts`), write the
+files straight from the sources' (`writing`), read them back and compare (`report`), prove that the model computes
+the same (`proof`), publish. Nothing is published unless all of it succeeds. With `inherit: none`, or a shape from
+scratch, all tensors are fresh.
 """
 
+import copy
 import hashlib
-from collections.abc import Mapping
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from inheritune_ds import budget
 from inheritune_ds.errors import CorpusError, SurgeryError
-from inheritune_ds.files import read_json, storage_errors, write_json
+from inheritune_ds.files import read_json, storage_errors, write_json, write_text
+from inheritune_ds.parts import inherited_parts
 from inheritune_ds.publish import describe_files, has_files, staged
-from inheritune_ds.recipe import Target
-from inheritune_ds.surgery.blocks import BlockList, cut_config, find_blocks, set_dropout
-from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, load_model
-from inheritune_ds.surgery.selection import select_blocks
+from inheritune_ds.recipe import Reference, Target, shape_from_config
+from inheritune_ds.selection import parse
+from inheritune_ds.surgery import proof
+from inheritune_ds.surgery.configs import DROPOUT_KEY, cut_config, num_blocks, set_dropout
+from inheritune_ds.surgery.grafts import Graft, GraftPlan, Source, plan_grafts
+from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, locate, quiet_transformers
+from inheritune_ds.surgery.report import as_bytes, describe_tensors, target_card
+from inheritune_ds.surgery.scores import read_scores
+from inheritune_ds.surgery.skeleton import Skeleton, check_same_blocks
+from inheritune_ds.surgery.width import halve_config, leading_half
+from inheritune_ds.surgery.writing import write_shards
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
 REPORT = "inheritance.json"
+_FREE_KEYS = {"dtype", "_name_or_path", "transformers_version", "architectures", "use_cache"}
+"""Config keys in which a trained target may differ from a cut of its reference; dropout may, too."""
+_LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,37 @@ class TargetModel:
 
     folder: Path
     report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Previous:
+    """The target of an earlier round, whose trained blocks are kept when the next one grows.
+
+    Attributes:
+        name: How the user called it.
+        folder: Its Hugging Face folder.
+        weights_sha256: sha256 by file name of its weight files.
+    """
+
+    name: str
+    folder: Path
+    weights_sha256: dict[str, str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the report records of it; the place of the folder does not count."""
+        return {"name": self.name, "weights_sha256": self.weights_sha256}
+
+
+def locate_previous(folder: Path) -> Previous:
+    """Find the target of an earlier round.
+
+    Raises:
+        RecipeError: If the folder holds no model.
+        SurgeryError: If a weight file is not the one that its own records describe.
+    """
+    found = locate(Reference(model=str(folder.resolve())), Path)
+    return Previous(str(folder), found.folder, found.weights_sha256)
 
 
 def find_target(folder: Path, identity: Mapping[str, Any]) -> TargetModel | None:
@@ -48,80 +97,295 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
     *,
     reference: ReferenceModel | None,
     reference_config: "PreTrainedConfig | None",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     seed: int,
     folder: Path,
     identity: Mapping[str, Any],
+    command: str,
+    say: Callable[[str], None],
+    previous: Previous | None = None,
 ) -> TargetModel:
-    """Build the target and publish it as a Hugging Face folder.
+    """Build the target, prove it, and publish it as a Hugging Face folder.
 
     Args:
         target: From the recipe.
         reference: Weights to inherit from; None with `inherit: none` or from scratch.
         reference_config: Config the target's is cut from; None from scratch.
-        tokenizer: Travels along; its special ids go into the config.
+        tokenizer: Travels along; its special ids go into the config of a model that inherits nothing. None: no
+            tokenizer.
         seed: Of the random values of fresh tensors.
         folder: Where the target goes.
         identity: Recorded, so that `find_target` knows whose it is.
+        command: That builds this target, for the model card.
+        say: Prints one line.
+        previous: Its blocks become the first ones; the selection's further blocks come from the reference.
 
     Raises:
-        SurgeryError: If the selection or the model does not fit.
+        SurgeryError: If the selection or the model does not fit, weights are damaged, or the proof fails.
         CorpusError: If the tokenizer has ids that the model has no embedding for.
+        StorageError: If the folder cannot be written.
     """
-    import torch
-
-    if reference_config is None:
-        assert target.shape is not None  # the recipe's own check
-        selection: tuple[int, ...] = ()
-        config = build_config(target.shape)
-    else:
-        selection = select_blocks(target.select or "", reference_config.num_hidden_layers)
-        config = cut_config(reference_config, selection)
-    set_dropout(config, target.dropout)
-    check_vocabulary(len(tokenizer), config.vocab_size)
-    if reference is None:
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    config.use_cache = True  # a wish of generation; the trainer itself never keeps a cache
-    torch.manual_seed(seed)
-    model, inherited = _build_model(config, reference, selection)
-    report = _report(
-        model=model,
-        blocks=find_blocks(model, config.num_hidden_layers),
-        inherited=inherited,
-        selection=selection,
-        reference=reference,
-        preset=target.inherit if reference else "none",
-    )
+    config, selection = make_config(target, reference_config)
+    if tokenizer is not None:
+        check_vocabulary(len(tokenizer), config.vocab_size)
+        if reference is None:
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plan, skeleton = _plan(target, config, selection, reference, previous)
+    values = _Values(skeleton, plan, half=target.width == "half", seed=seed)
     with staged(folder) as temporary, storage_errors(folder):
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        _write_configs(temporary, skeleton, reference)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        write_shards(temporary, plan.grafts, values.sizes, values.of, say)
+        tensors = describe_tensors(temporary, plan.grafts, values.of, say)
+        values.drop_fresh()
+        report = {
+            "reference": reference.identity if reference else None,
+            "previous": previous.identity if previous else None,
+            "previous_blocks": sum(source.role == "previous" for source, _ in plan.steps),
+            "select": target.select,
+            "selection": list(selection),
+            "inherit": target.inherit if reference else "none",
+            "width": target.width,
+            "seed": seed,
+            "blocks": skeleton.blocks.depth,
+            **_count(skeleton),
+            **_kept(tensors),
+            "left_out": plan.left_out,
+            "proof": _prove(temporary, plan, skeleton, half=target.width == "half", say=say),
+            "tensors": tensors,
+        }
         write_json(temporary / REPORT, report)
-        _prove(temporary, model)
+        licence = _copy_licence(reference.folder, temporary) if reference else ""
+        write_text(temporary / "README.md", target_card(report, licence, command))
         write_json(temporary / MANIFEST, {"identity": identity, "files": describe_files(temporary)})
     return TargetModel(folder, report)
 
 
-def _build_model(
-    config: "PreTrainedConfig", reference: ReferenceModel | None, selection: tuple[int, ...]
-) -> "tuple[PreTrainedModel, dict[str, str]]":
-    """Build the target with its values; return it with target tensor -> reference tensor."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def make_config(
+    target: Target, reference_config: "PreTrainedConfig | None"
+) -> "tuple[PreTrainedConfig, tuple[int, ...]]":
+    """The target's config, and the blocks of the reference that it keeps (none from scratch)."""
+    if reference_config is None:
+        assert target.shape is not None  # the recipe's own check
+        config = build_config(target.shape)
+        selection: tuple[int, ...] = ()
+    else:
+        scores = read_scores(target.block_scores)
+        selection = parse(target.select or "").blocks(num_blocks(reference_config), scores)
+        config = cut_config(reference_config, selection)
+        if target.width == "half":
+            config = halve_config(config)
+    set_dropout(config, target.dropout)
+    config.use_cache = True  # a wish of generation; the trainer itself never keeps a cache
+    return config, selection
 
-    source = load_model(reference.folder) if reference else None
-    try:
-        model = AutoModelForCausalLM.from_config(config, dtype=source.dtype if source else torch.float32)
-    except ValueError as error:
-        reason = str(error).splitlines()[0][:200]
+
+def _plan(
+    target: Target,
+    config: "PreTrainedConfig",
+    selection: tuple[int, ...],
+    reference: ReferenceModel | None,
+    previous: Previous | None,
+) -> tuple[GraftPlan, Skeleton]:
+    """List every tensor of the target with its source, and check that the model takes them all."""
+    if reference is None:
+        skeleton = Skeleton(config)
+        return plan_grafts(skeleton, [], None, ()), skeleton
+    origin = Source("reference", reference.folder, load_config(reference.folder))
+    steps, outer = [(origin, block) for block in selection], origin
+    if previous is not None:
+        outer = _earlier(previous, origin, selection)
+        steps[: outer.skeleton.blocks.depth] = [(outer, block) for block in range(outer.skeleton.blocks.depth)]
+    skeleton = Skeleton(config, torch.promote_types(origin.dtype, outer.dtype))
+    if target.width == "full":
+        for place, (source, block) in enumerate(steps):
+            check_same_blocks(source.skeleton, block, skeleton, place)
+    plan = plan_grafts(skeleton, steps, outer, inherited_parts(target.inherit))
+    values = _Values(skeleton, plan, half=target.width == "half", seed=0)
+    skeleton.load({graft.name: values.meta(graft) for graft in plan.grafts if graft.source})
+    return plan, skeleton
+
+
+def _earlier(previous: Previous, origin: Source, selection: tuple[int, ...]) -> Source:
+    """The target of the round before, checked to be cut from the same reference with the beginning of the selection.
+
+    Raises:
+        SurgeryError: If it has as many blocks as are asked for now, or is another model.
+    """
+    source = Source("previous", previous.folder, load_config(previous.folder))
+    depth = source.skeleton.blocks.depth
+    if depth >= len(selection):
         raise SurgeryError(
-            f"no causal language model can be built from a {config.model_type} config: {reason}",
-            allowed="a decoder-only model, such as gpt2 or llama",
-        ) from None
-    if source is None:
-        model.generation_config = GenerationConfig.from_model_config(config)
-        return model, {}
-    model.generation_config = source.generation_config
-    return model, _copy_tensors(source, model, selection, reference_depth=source.config.num_hidden_layers)
+            f"previous: {previous.name} has {depth} blocks, and the selection keeps {len(selection)}",
+            allowed="a selection with more blocks than the target that grows",
+        )
+    expected = cut_config(origin.config, selection[:depth]).to_dict()
+    found = source.config.to_dict()
+    differing = sorted(
+        key
+        for key in {*expected, *found} - _FREE_KEYS
+        if not DROPOUT_KEY.search(key) and expected.get(key) != found.get(key)
+    )
+    report = read_json(previous.folder / REPORT) or read_json(previous.folder.parent / REPORT)
+    if isinstance(report, dict) and report.get("selection") not in (None, list(selection[:depth])):
+        differing.append(f"its selection is {report['selection']}")
+    if differing:
+        raise SurgeryError(
+            f"previous: {previous.name} is not the first {depth} blocks of this selection of {origin.folder}; it "
+            f"differs in {', '.join(differing)}",
+            allowed="a target that was cut from the same reference with the beginning of the same selection",
+        )
+    return source
+
+
+class _Values:
+    """Gives the values of the target's tensors: mapped from a source, converted where needed, or fresh."""
+
+    def __init__(self, skeleton: Skeleton, plan: GraftPlan, *, half: bool, seed: int) -> None:
+        self._skeleton, self._half, self._seed = skeleton, half, seed
+        self._fresh: dict[str, torch.Tensor] = {}
+        self.sizes = {graft.name: _bytes(self.meta(graft)) for graft in plan.grafts}
+
+    def meta(self, graft: Graft) -> torch.Tensor:
+        """Type and shape of a tensor of the target."""
+        if graft.source is None:
+            shape, dtype = self._skeleton.shapes[graft.module_name], self._skeleton.dtype
+        else:
+            found = graft.source.files.meta(graft.source_name)
+            shape = self._skeleton.shapes[graft.module_name] if self._half else tuple(found.shape)
+            dtype = self._dtype(graft.source, found)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def of(self, graft: Graft) -> torch.Tensor:
+        """A tensor of the target."""
+        if graft.source is None:
+            return self._fresh_tensors()[graft.module_name]
+        tensor = graft.source.files.tensor(graft.source_name)
+        if self._half:
+            tensor = leading_half(tensor, self._skeleton.shapes[graft.module_name], graft.module_name)
+        return tensor.to(self._dtype(graft.source, tensor))
+
+    def _dtype(self, source: Source, tensor: torch.Tensor) -> torch.dtype:
+        """A source's own type; where two sources have different ones, that which holds both exactly."""
+        if tensor.is_floating_point() and source.dtype != self._skeleton.dtype:
+            return torch.promote_types(tensor.dtype, self._skeleton.dtype)
+        return tensor.dtype
+
+    def _fresh_tensors(self) -> dict[str, torch.Tensor]:
+        """A whole model as its architecture initialises it: the same values whatever part of it is used."""
+        if not self._fresh:
+            from transformers import AutoModelForCausalLM
+
+            torch.manual_seed(self._seed)
+            with quiet_transformers():
+                model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(self._skeleton.config), dtype=self._skeleton.dtype
+                )
+            self._fresh = dict(model.state_dict())
+        return self._fresh
+
+    def drop_fresh(self) -> None:
+        """Give the memory of fresh tensors back."""
+        self._fresh = {}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _write_configs(folder: Path, skeleton: Skeleton, reference: ReferenceModel | None) -> None:
+    from transformers import GenerationConfig
+
+    config = skeleton.config
+    config.architectures = [type(skeleton.model).__name__]
+    config.dtype = skeleton.dtype
+    config.save_pretrained(folder)
+    if reference is not None and (reference.folder / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(reference.folder)
+    else:
+        generation = GenerationConfig.from_model_config(config)
+    generation.save_pretrained(folder)
+
+
+def _copy_licence(source: Path, folder: Path) -> str:
+    """Copy the reference's licence files; return the licence that its card names, or nothing."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and _LICENCE_FILES.match(path.name):
+            shutil.copyfile(path, folder / path.name)
+    try:
+        card = (source / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    named = re.search(r"^license:\s*(\S+)\s*$", front.group(1), re.MULTILINE) if front else None
+    return named.group(1) if named else ""
+
+
+def _count(skeleton: Skeleton) -> dict[str, int]:
+    """Parameters in all and in blocks; a tied head counts once."""
+    named = list(skeleton.model.named_parameters())
+    inside = [parameter.numel() for name, parameter in named if skeleton.blocks.index_of(name) is not None]
+    return {"parameters": sum(parameter.numel() for _, parameter in named), "block_parameters": sum(inside)}
+
+
+def _kept(tensors: list[dict[str, Any]]) -> dict[str, int]:
+    """Numbers in inherited tensors, in all and in blocks."""
+    kept = [(math.prod(tensor["shape"]), tensor["block"]) for tensor in tensors if tensor["inherited"]]
+    inside = sum(size for size, block in kept if block is not None)
+    return {"inherited_parameters": sum(size for size, _ in kept), "inherited_block_parameters": inside}
+
+
+def _prove(
+    folder: Path, plan: GraftPlan, skeleton: Skeleton, *, half: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Prove the written target; the figures for the report.
+
+    Raises:
+        SurgeryError: If it does not load, has another number of parameters than the budget's arithmetic, or gives
+            another hidden state than the reference.
+    """
+    tokens = proof.probe_tokens(skeleton.config)
+    start, hidden, rest = proof.target_hidden_states(folder, skeleton.dtype, tokens)
+    proven: dict[str, Any] = {"missing": 0, "unexpected": 0, "budget_parameters": _check_budget(skeleton)}
+    fresh = [graft for graft in plan.grafts if graft.source is None]
+    if half or plan.outer is None or any(graft.block is not None for graft in fresh):
+        why = "half the width" if half else "fresh tensors in the blocks"
+        return {**proven, "hidden_state": None, "hidden_state_reason": f"not comparable: {why}"}
+    embedded = not any(graft.part in ("token_embeddings", "position_embeddings", "") for graft in fresh)
+    expected = proof.reference_hidden_state(
+        plan.steps, plan.outer if embedded else None, tokens, given=start, rest=rest, say=say
+    )
+    if not torch.equal(hidden, expected):
+        difference = float((hidden.double() - expected.double()).abs().max())
+        raise SurgeryError(
+            f"the target does not compute what the kept blocks of the reference compute: their hidden states differ by "
+            f"up to {difference:.3g}",
+            allowed="a selection that leaves blocks in their places: first:n",
+            action="report this with the model's config.json: nothing was published",
+        )
+    return {
+        **proven,
+        "hidden_state": "equal, bit for bit",
+        "hidden_state_start": "the reference's embeddings" if embedded else "the target's own embeddings",
+        "hidden_state_sha256": hashlib.sha256(as_bytes(hidden).data).hexdigest(),
+        "probe_tokens": tokens.numel(),
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+    }
+
+
+def _check_budget(skeleton: Skeleton) -> int | None:
+    """The budget's count of the target's parameters, which must be the model's; None for a family it does not know."""
+    shape = shape_from_config(skeleton.config.to_dict())
+    if shape is None:
+        return None
+    expected, found = budget.parameters(shape).total, _count(skeleton)["parameters"]
+    if expected != found:
+        raise SurgeryError(
+            f"the target has {found:,} parameters, the budget's arithmetic says {expected:,}",
+            action="report this with the model's config.json: nothing was published",
+        )
+    return expected
 
 
 def check_vocabulary(tokenizer_size: int, model_size: int) -> None:
@@ -136,96 +400,3 @@ def check_vocabulary(tokenizer_size: int, model_size: int) -> None:
             allowed=f"a tokenizer with at most {model_size} entries",
             action="use the reference's own tokenizer (leave corpus.tokenizer out) or a larger vocab_size",
         )
-
-
-def _copy_tensors(
-    source: "PreTrainedModel", model: "PreTrainedModel", selection: tuple[int, ...], *, reference_depth: int
-) -> dict[str, str]:
-    """Copy every tensor of the target from the reference; return target name -> reference name."""
-    import torch
-
-    origin = find_blocks(source, reference_depth)
-    own = find_blocks(model, len(selection))
-    available = source.state_dict()
-    names: dict[str, str] = {}
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            index = own.index_of(name)
-            source_name = name if index is None else origin.renamed(name, selection[index])
-            if source_name not in available or available[source_name].shape != tensor.shape:
-                raise SurgeryError(f"the reference has no tensor {source_name} of shape {tuple(tensor.shape)}")
-            tensor.copy_(available[source_name])
-            names[name] = source_name
-    return names
-
-
-def _report(  # noqa: PLR0913 - one field each
-    *,
-    model: "PreTrainedModel",
-    blocks: BlockList,
-    inherited: Mapping[str, str],
-    selection: tuple[int, ...],
-    reference: ReferenceModel | None,
-    preset: str,
-) -> dict[str, Any]:
-    tensors = [
-        {
-            "name": name,
-            "block": blocks.index_of(name),
-            "inherited": name in inherited,
-            "source": inherited.get(name),
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "sha256": tensor_sha256(tensor),
-        }
-        for name, tensor in model.state_dict().items()
-    ]
-    counts = parameter_counts(model, blocks)
-    return {
-        "reference": reference.identity if reference else None,
-        "inherit": preset,
-        "selection": list(selection),
-        "blocks": blocks.depth,
-        **counts,
-        "tensors": tensors,
-    }
-
-
-def parameter_counts(model: "torch.nn.Module", blocks: BlockList) -> dict[str, int]:
-    """Count parameters in all and in blocks; a tied head counts once."""
-    named = list(model.named_parameters())
-    return {
-        "parameters": sum(parameter.numel() for _, parameter in named),
-        "block_parameters": sum(parameter.numel() for name, parameter in named if blocks.index_of(name) is not None),
-    }
-
-
-def tensor_sha256(tensor: "torch.Tensor") -> str:
-    """Hash the bytes of a tensor (hex), whatever its dtype."""
-    import torch
-
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def weights_sha256(state: Mapping[str, "torch.Tensor"]) -> str:
-    """Hash of a whole state dict (hex): names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} ".encode())
-        digest.update(tensor_sha256(state[name]).encode())
-    return digest.hexdigest()
-
-
-def _prove(folder: Path, model: "PreTrainedModel") -> None:
-    """Reload what was written; every tensor must come back, bit for bit, and none may be left over."""
-    reloaded = load_model(folder)
-    if weights_sha256(reloaded.state_dict()) != weights_sha256(model.state_dict()):
-        raise SurgeryError(
-            f"the target written to {folder} is not the one that was built",
-            action="check the disk, then give the same command again",
-        )
-
-
-def target_config(folder: Path) -> "PreTrainedConfig":
-    """The config of a built target."""
-    return load_config(folder)

@@ -1,21 +1,26 @@
 """The reference model: where it lies, what it is, and its weights."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inheritune_ds import hub
+from inheritune_ds.data.vocabulary import load_tokenizer
 from inheritune_ds.errors import InherituneError, RecipeError, SurgeryError
-from inheritune_ds.files import sha256_file
+from inheritune_ds.files import read_json, sha256_file
 from inheritune_ds.recipe import Reference, Shape, is_local_path, shape_from_config
+from inheritune_ds.surgery.weights import INDEX, PICKLE_PATTERNS, SAFE_PATTERNS, SINGLE, weight_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-FILE_PATTERNS = [*WEIGHT_PATTERNS, "*.json", "*.model", "*.txt"]
+FILE_PATTERNS = ("*.json", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Everything but weights: config, tokenizer, card and licence."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> Refere
     Raises:
         HubError: If the hub cannot be reached or does not have it.
         RecipeError: If a local folder is missing or holds no model.
+        SurgeryError: If a weight file is not the one that its own records describe.
     """
     commit = ""
     if reference.recipe_name is not None:
@@ -58,8 +64,30 @@ def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> Refere
         folder = Path(reference.model).expanduser()
     else:
         folder, commit = _download(reference)
+    read_config(folder, reference.model)
     weights = {path.name: sha256_file(path) for path in weight_files(folder, reference.model)}
+    _check_known_hashes(folder, weights)
     return ReferenceModel(reference.model, folder, commit, weights)
+
+
+def _check_known_hashes(folder: Path, weights: dict[str, str]) -> None:
+    """Compare the files' hashes with those that are known of them, if any.
+
+    The hub's cache names the blob of a large file by its sha256, and an export of this program has a manifest.
+
+    Raises:
+        SurgeryError: Naming the file that differs.
+    """
+    manifest = read_json(folder / "manifest.json")
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    for name, found in weights.items():
+        entry = listed.get(name) if isinstance(listed, dict) else None
+        known = entry.get("sha256", "") if isinstance(entry, dict) else (folder / name).resolve().name
+        if _SHA256.fullmatch(str(known)) and known != found:
+            raise SurgeryError(
+                f"{folder / name} is damaged: its sha256 is {found}, it was {known}",
+                action="delete the file and bring it again",
+            )
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -82,25 +110,11 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """List the weight files of a model folder: safetensors if there are any, otherwise pickle.
-
-    Raises:
-        RecipeError: If there is no config or no weight file.
-    """
-    read_config(folder, name)
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not found:
-        raise RecipeError(
-            f"reference.model: {folder} holds no weights",
-            allowed="*.safetensors (or pytorch_model*.bin) beside config.json",
-        )
-    return found
-
-
 def _download(reference: Reference) -> tuple[Path, str]:
     repository = hub.resolve(reference.model, reference.revision, "model")
-    folder = hub.snapshot(repository, FILE_PATTERNS)
+    folder = hub.snapshot(repository, [*FILE_PATTERNS, *SAFE_PATTERNS])
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        folder = hub.snapshot(repository, [*FILE_PATTERNS, *PICKLE_PATTERNS])  # only if there is nothing better
     if reference.shape is not None:
         check_shape(reference.shape, read_config(folder, reference.model), reference.model)
     return folder, repository.commit
@@ -147,27 +161,60 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
         dtype: `auto` keeps the checkpoint's own; otherwise a torch dtype's name.
 
     Raises:
-        SurgeryError: If it is no causal language model or if weights are missing from the folder.
+        SurgeryError: If it is no causal language model, or if its weights are not those that its config asks for.
     """
     from transformers import AutoModelForCausalLM
 
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
-        )
+        with quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True
+            )
     except InherituneError:
         raise
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken folder
         raise SurgeryError(f"{folder} cannot be loaded as a causal language model: {error}") from None
     model: PreTrainedModel = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if missing:
-        raise SurgeryError(
-            f"{folder} lacks {len(missing)} weights that its config asks for: {', '.join(missing[:5])}",
-            action="complete the folder; weights are never filled in at random",
-        )
+    info = loaded[1]
+    for what, names in (
+        ("lacks {} weights that its config asks for", info["missing_keys"]),
+        ("has {} weights that its config has no place for", info["unexpected_keys"]),
+        ("has {} weights of another shape than its config says", [key[0] for key in info["mismatched_keys"]]),
+    ):
+        if names:
+            raise SurgeryError(
+                f"{folder} {what.format(len(names))}: {', '.join(sorted(names)[:5])}",
+                action="complete the folder; weights are never filled in at random",
+            )
     return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' load report and progress bars off the console: what matters in them is raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer that lies beside a model; None if there is none.
+
+    Raises:
+        CorpusError: If there is one that cannot be read.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return load_tokenizer(str(folder.resolve()))
 
 
 def build_config(shape: Shape) -> "PreTrainedConfig":

@@ -103,12 +103,14 @@ def build(tmp_path: Path, make_tokenizer: Callable[[int], Any]) -> Callable[...,
         located = locate(Reference(model=str(folder)), Path) if folder else None
         return build_target(
             part,
-            reference=located if part.inherit == "all" else None,
+            reference=None if part.inherits_nothing else located,
             reference_config=load_config(folder) if folder else None,
             tokenizer=make_tokenizer(words),
             seed=seed,
             folder=tmp_path / to,
             identity=IDENTITY,
+            command="make it",
+            say=lambda line: None,
         )
 
     return make

@@ -1,0 +1,166 @@
+"""The target's config: a copy of the reference's in which all that speaks of single blocks follows the selection.
+
+Configs speak of blocks in three ways: lists with one entry a block (`layer_types`), lists of block numbers
+(`mlp_only_layers`), and numbers from which the model derives what a block is from its place (`decoder_sparse_step`).
+The first two are cut. The third is rewritten by the rules of this module where the config can express the result.
+What no rule covers is found by comparing the modules of the two models (`surgery.skeleton.check_same_blocks`),
+so a family that is not foreseen here is refused, never cut wrongly.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from inheritune_ds.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+DROPOUT_KEY = re.compile(r"(^|_)(dropout|pdrop|dropout_p|dropout_prob|dropout_rate)($|_)")
+_PER_BLOCK_KEY = re.compile(r"layer|block|pattern|intermediate_size|num_.*heads")
+_BLOCK_NUMBERS_KEY = re.compile(r"(layers|layer_ids|layer_idx|indices|idxs|idx|layers_enum)$")
+_PLACE_KEYS = ("scale_attn_by_inverse_layer_idx",)
+"""Switches that make a block compute by its place; they cannot be told the old place."""
+
+_DENSE_FIRST_KEYS = ("first_k_dense_replace", "num_dense_layers")
+
+Values = dict[str, Any]
+Rule = Callable[[Values, int, Sequence[int]], Values]
+"""Config, depth and kept blocks -> the keys that change."""
+
+
+def num_blocks(config: "PreTrainedConfig") -> int:
+    """Number of blocks that a config asks for.
+
+    Raises:
+        SurgeryError: If it has no such number.
+    """
+    depth = getattr(config, "num_hidden_layers", None)
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+        raise SurgeryError(
+            f"a {config.model_type} config has no number of blocks (num_hidden_layers is {depth!r})",
+            allowed="a decoder-only causal language model with one list of blocks",
+        )
+    return depth
+
+
+def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrainedConfig":
+    """Copy a config for the selected blocks; the reference's own config is never touched.
+
+    Args:
+        config: The reference's.
+        blocks: Kept blocks of the reference, in the target's order.
+
+    Raises:
+        SurgeryError: If what a block computes depends on its place in a way that the config cannot express.
+    """
+    depth = num_blocks(config)
+    values = config.to_dict()
+    if tuple(blocks) == tuple(range(depth)):
+        return type(config).from_dict(values)
+    moved = any(place != block for place, block in enumerate(blocks))
+    for key in _PLACE_KEYS:
+        if moved and values.get(key):
+            raise SurgeryError(
+                f"{config.model_type}: with {key} = {values[key]} a block computes by its place, and this selection "
+                "moves blocks to other places",
+                allowed="a selection that leaves every block in its place: first:n",
+            )
+    cut = {
+        key: _cut_list(key, list(value), depth, blocks)
+        for key, value in values.items()
+        if isinstance(value, list | tuple)
+    }
+    for rule in _RULES:
+        cut |= rule(values, depth, blocks)
+    values |= cut
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(blocks)
+    try:
+        return type(config).from_dict(values)
+    except Exception as error:  # noqa: BLE001 - config classes check themselves with errors of many kinds
+        raise SurgeryError(
+            f"a {config.model_type} config for {len(blocks)} blocks is refused by its own class: {error}",
+            allowed="another selection",
+        ) from None
+
+
+def _cut_list(key: str, value: list[Any], depth: int, blocks: Sequence[int]) -> list[Any]:
+    """A list of the config after the cut; lists that do not speak of blocks stay as they are."""
+    if len(value) == depth and _PER_BLOCK_KEY.search(key):
+        return [value[block] for block in blocks]
+    numbers = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < depth for item in value)
+    if numbers and _BLOCK_NUMBERS_KEY.search(key) and len(set(value)) == len(value):
+        return [place for place, block in enumerate(blocks) if block in value]
+    return value
+
+
+def _sparse_step(values: Values, depth: int, blocks: Sequence[int]) -> Values:
+    """Qwen-MoE: block i is a mixture of experts if (i + 1) % decoder_sparse_step == 0 and not in mlp_only_layers."""
+    if "decoder_sparse_step" not in values:
+        return {}
+    step, dense = values["decoder_sparse_step"], values.get("mlp_only_layers") or []
+    is_dense = [block in dense or not step or (block + 1) % step != 0 for block in range(depth)]
+    return {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [place for place, block in enumerate(blocks) if is_dense[block]],
+    }
+
+
+def _dense_first(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
+    """DeepSeek, GLM, AFMoE, LFM: the first so many blocks are dense, the others mixtures of experts."""
+    key = next((key for key in _DENSE_FIRST_KEYS if isinstance(values.get(key), int)), None)
+    if key is None or isinstance(values.get("mlp_layer_types"), list):
+        return {}
+    first = values[key]
+    dense = [block < first for block in blocks]
+    if dense != sorted(dense, reverse=True):
+        raise SurgeryError(
+            f"{key} = {first}: the selection puts a dense block after one with experts, which this key cannot express",
+            allowed=f"selections with all blocks below {first} before the others",
+        )
+    return {key: sum(dense)}
+
+
+def _periods(period_key: str, offset_key: str) -> Rule:
+    """Jamba: block i is special if (i - offset) % period == 0, with 0 <= offset < period."""
+
+    def rule(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
+        period, offset = values.get(period_key), values.get(offset_key)
+        if not isinstance(period, int) or not isinstance(offset, int):
+            return {}
+        wanted = [block % period == offset for block in blocks]
+        # A period beyond the last block marks one block at most, or none.
+        for new_period in range(1, len(blocks) + 2):
+            for new_offset in range(new_period):
+                if [place % new_period == new_offset for place in range(len(blocks))] == wanted:
+                    return {period_key: new_period, offset_key: new_offset}
+        raise SurgeryError(
+            f"{period_key} = {period}, {offset_key} = {offset}: no period and offset describe the selected blocks",
+            allowed=f"a selection in which the special blocks (number % {period} == {offset}) stand at even distances",
+        )
+
+    return rule
+
+
+def _attention_types(values: Values, depth: int, blocks: Sequence[int]) -> Values:
+    """GPT-Neo: attention_types is [[kinds, repeats], ...]; attention_layers, one kind a block, is made of it."""
+    layers = values.get("attention_layers")
+    if isinstance(layers, list | tuple) and len(layers) == depth and "attention_types" in values:
+        return {"attention_types": [[[layers[block]], 1] for block in blocks]}
+    return {}
+
+
+_RULES: tuple[Rule, ...] = (
+    _sparse_step,
+    _dense_first,
+    _periods("attn_layer_period", "attn_layer_offset"),
+    _periods("expert_layer_period", "expert_layer_offset"),
+    _attention_types,
+)
+
+
+def set_dropout(config: "PreTrainedConfig", dropout: float) -> None:
+    """Write one dropout probability to every dropout key of a config (`attn_pdrop`, `attention_dropout`, ...)."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and DROPOUT_KEY.search(key):
+            setattr(config, key, dropout)

@@ -1,0 +1,227 @@
+"""Which tensor of the target comes from which tensor of a source: the whole surgery as a list, before a byte is moved.
+
+It works on the tensors as the files name and store them. A kept block's tensors get the number of their new place;
+everything else keeps its name. The target's files are therefore read by transformers in the same way as the
+reference's, whatever it renames or fuses when it loads them.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.parts import PARTS
+from inheritune_ds.surgery.blocks import part_of
+from inheritune_ds.surgery.skeleton import Skeleton, contradiction
+from inheritune_ds.surgery.weights import WeightFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Graft:
+    """One tensor of the target's files.
+
+    Attributes:
+        name: In the target's files.
+        module_name: In the target's model.
+        block: Its block in the target; None outside the blocks.
+        part: One of `parts.PARTS`; empty for what belongs to none.
+        source: Where it comes from; None for a fresh tensor.
+        source_name: In the source's files.
+        source_block: Its block in the source.
+    """
+
+    name: str
+    module_name: str
+    block: int | None
+    part: str
+    source: "Source | None" = None
+    source_name: str = ""
+    source_block: int | None = None
+
+
+class Source:
+    """A model that tensors are taken from, checked to be whole: its config describes its weights.
+
+    Args:
+        role: How messages and the report call it: `reference` or `previous`.
+        folder: Hugging Face model folder.
+        config: Its config.
+
+    Raises:
+        RecipeError: If it has no weights.
+        SurgeryError: If weights are missing or damaged or contradict the config, or it is no model that can be cut.
+    """
+
+    def __init__(self, role: str, folder: Path, config: "PreTrainedConfig") -> None:
+        self.role, self.folder, self.config = role, folder, config
+        self.files = WeightFiles(folder, str(folder))
+        self.dtype = _dtype(config, self.files)
+        self.skeleton = Skeleton(config, self.dtype)
+        named = self.skeleton.module_names(self.files)
+        shapes = self.skeleton.shapes
+        self.leftovers = sorted(name for name, module in named.items() if module not in shapes)
+        self._check_leftovers({name: named[name] for name in self.leftovers})
+        self.module_of = {name: module for name, module in named.items() if module in shapes}
+        self._check_whole()
+        self._drop_tied_copies()
+
+    def _check_leftovers(self, named: Mapping[str, str]) -> None:
+        stray = [
+            name
+            for name, module in named.items()
+            if self.skeleton.blocks.index_of(module) is not None and not self.skeleton.is_ignored(module)
+        ]
+        if stray:
+            raise contradiction([f"{name} belongs to no block of the config" for name in stray])
+
+    def _check_whole(self) -> None:
+        skeleton = self.skeleton
+        given = set(self.module_of.values())
+        missing = sorted(
+            name
+            for name in skeleton.required - given
+            if not any(tied in given for tied, source in skeleton.tied.items() if source == name)
+        )
+        if missing:
+            raise contradiction([f"{name} is not in the files" for name in missing])
+        skeleton.load({name: self.files.meta(name) for name in self.module_of})
+
+    def _drop_tied_copies(self) -> None:
+        """Leave out second copies of tied tensors, which pickle files hold; they must be copies."""
+        for name, module in list(self.module_of.items()):
+            twin = self.skeleton.tied.get(module)
+            first = next((file for file, its in self.module_of.items() if its == twin), None)
+            if twin is None or first is None:
+                continue
+            if not torch.equal(self.files.tensor(name), self.files.tensor(first)):
+                raise contradiction([f"{name} differs from {first}, but the config ties them"])
+            del self.module_of[name]
+            self.leftovers.append(name)
+
+    @cached_property
+    def by_block(self) -> dict[int | None, list[str]]:
+        """Names of the files' tensors by block; None for those outside the blocks."""
+        found: dict[int | None, list[str]] = {}
+        for name, module in self.module_of.items():
+            found.setdefault(self.skeleton.blocks.index_of(module), []).append(name)
+        return found
+
+    @cached_property
+    def _number_at(self) -> dict[str, int]:
+        """At which dotted component of its name a block's tensor carries the block's number."""
+        blocks, found, known = self.skeleton.blocks, {}, set()
+        for block, names in self.by_block.items():
+            if block is None:
+                continue
+            for name in names:
+                words = name.split(".")
+                for at, word in enumerate(words):
+                    if word != str(block):
+                        continue
+                    head = (".".join(words[:at]), at)
+                    if head not in known:
+                        other = (block + 1) % blocks.depth
+                        moved = ".".join([*words[:at], str(other), *words[at + 1 :]])
+                        if blocks.index_of(self.skeleton.module_names([moved])[moved]) != other:
+                            continue
+                        known.add(head)
+                    found[name] = at
+                    break
+        return found
+
+    def moved(self, name: str, place: int) -> str:
+        """The name of a block's tensor when its block stands in another place."""
+        words = name.split(".")
+        words[self._number_at[name]] = str(place)
+        return ".".join(words)
+
+
+def _dtype(config: "PreTrainedConfig", files: WeightFiles) -> torch.dtype:
+    """The type that a model computes in: that of its files; with several, what the config says."""
+    found = {dtype for dtype in (files.meta(name).dtype for name in files) if dtype.is_floating_point}
+    if len(found) == 1:
+        return found.pop()
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return torch.float32
+
+
+@dataclass(frozen=True)
+class GraftPlan:
+    """All tensors of a target.
+
+    Attributes:
+        grafts: One for each tensor of its files; fresh ones have no source.
+        steps: For every block of the target, its source and its number there.
+        outer: The source of everything outside the blocks; None if nothing is inherited.
+        left_out: Tensors of the sources' files that no model has a place for.
+    """
+
+    grafts: list[Graft]
+    steps: list[tuple[Source, int]]
+    outer: Source | None
+    left_out: list[str] = field(default_factory=list)
+
+
+def plan_grafts(
+    target: Skeleton, steps: Sequence[tuple[Source, int]], outer: Source | None, parts: Collection[str]
+) -> GraftPlan:
+    """List every tensor of the target with its source.
+
+    Args:
+        target: The target's skeleton.
+        steps: Source and block number of each of the target's blocks.
+        outer: Source of embeddings, final norm and head; None if nothing is inherited.
+        parts: What is inherited (`parts.PARTS`).
+
+    Raises:
+        SurgeryError: If a tensor is of no known part, unless everything is inherited.
+    """
+    everything = set(parts) == set(PARTS)
+    grafts: list[Graft] = []
+
+    def add(source: Source, name: str, place: int | None) -> None:
+        block = source.skeleton.blocks.index_of(source.module_of[name])
+        new = name if place is None else source.moved(name, place)
+        module = target.module_names([new])[new]
+        part = part_of(target.model, target.blocks, module)
+        if not part and not everything:
+            raise SurgeryError(
+                f"{module} of a {target.config.model_type} model belongs to none of the parts that can be inherited "
+                "by themselves",
+                allowed="inherit: all",
+            )
+        if everything or _is_inherited(target, module, part, parts):
+            grafts.append(Graft(new, module, place, part, source, name, block))
+
+    if outer is not None:
+        for name in outer.by_block.get(None, []):
+            add(outer, name, None)
+    for place, (source, block) in enumerate(steps):
+        for name in source.by_block.get(block, []):
+            add(source, name, place)
+    covered = {graft.module_name for graft in grafts}
+    tied_too = {target.tied[module] for module in covered if module in target.tied}
+    grafts += [
+        Graft(module, module, target.blocks.index_of(module), part_of(target.model, target.blocks, module))
+        for module in target.shapes
+        if module in target.required - covered - tied_too
+    ]
+    sources = {source.role: source for source in [outer, *(source for source, _ in steps)] if source}
+    left_out = sorted({name for source in sources.values() for name in source.leftovers})
+    return GraftPlan(grafts, list(steps), outer, left_out)
+
+
+def _is_inherited(target: Skeleton, module: str, part: str, parts: Collection[str]) -> bool:
+    """A tensor that the head is tied to (or that is tied to the embeddings) comes with either of the two."""
+    tied = module in target.tied or module in target.tied.values()
+    return part in parts or (
+        tied and part in ("token_embeddings", "head") and bool({"token_embeddings", "head"} & {*parts})
+    )

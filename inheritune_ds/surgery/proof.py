@@ -1,0 +1,207 @@
+"""The proof of a surgery: the written target computes what the reference computes with its other blocks bypassed.
+
+The target is loaded as any user would load it. The reference is never whole in memory: its skeleton holds the
+embeddings and one block at a time, read from the source files anew, so nothing of the written target is used.
+Every block runs inside the reference's own forward pass, at its own place there, on the hidden state that the kept
+block before it gave; whatever the model does around its blocks (masks, positions, windows by place) is the
+reference's own doing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.surgery.blocks import find_blocks
+from inheritune_ds.surgery.grafts import Source
+from inheritune_ds.surgery.reference import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PROBE_TOKENS = 32
+_GOLDEN_RATIO = 0.6180339887498949
+
+
+def probe_tokens(config: "PreTrainedConfig") -> torch.Tensor:
+    """Token ids spread over the vocabulary: shape (1, T), the same for every model with that vocabulary."""
+    longest = getattr(config, "max_position_embeddings", None) or PROBE_TOKENS
+    count = min(PROBE_TOKENS, longest)
+    return torch.tensor([[int(config.vocab_size * ((n + 1) * _GOLDEN_RATIO % 1.0)) for n in range(count)]])
+
+
+@torch.no_grad()
+def target_hidden_states(
+    folder: Path,
+    dtype: torch.dtype,
+    tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Load the target, run it, and note what goes into its first block and comes out of its last one.
+
+    Args:
+        folder: The written target.
+        dtype: What it computes in.
+        tokens_BT: Token ids of shape (B, T).
+
+    Returns:
+        The two hidden states, of shape (B, T, width), and what a block returns beside its hidden state.
+
+    Raises:
+        SurgeryError: If the target does not load without missing or unexpected tensors.
+    """
+    model = load_model(folder, dtype=str(dtype).removeprefix("torch."))
+    blocks = find_blocks(model, model.config.num_hidden_layers)
+    seen: dict[str, Any] = {}
+
+    def note_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["input"] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+    def note_output(_: nn.Module, __: Any, output: Any) -> None:
+        seen["hidden"] = _hidden(output).clone()
+        seen["output"] = output
+
+    first = model.get_submodule(f"{blocks.path}.0")
+    last = model.get_submodule(f"{blocks.path}.{blocks.depth - 1}")
+    first.register_forward_pre_hook(note_input, with_kwargs=True)
+    last.register_forward_hook(note_output)
+    model(input_ids=tokens_BT, use_cache=False)
+    rest = seen["output"][1:] if isinstance(seen["output"], tuple) else None
+    return seen["input"], seen["hidden"], rest
+
+
+@torch.no_grad()
+def reference_hidden_state(
+    steps: Sequence[tuple[Source, int]],
+    outer: Source | None,
+    tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
+    *,
+    given: torch.Tensor,
+    rest: tuple[Any, ...] | None,
+    say: Callable[[str], None],
+) -> torch.Tensor:
+    """The hidden state after the kept blocks of the sources, one block in memory at a time.
+
+    Args:
+        steps: Source and block number, in the target's order.
+        outer: Source whose embeddings give the first hidden state; None to start from `given`.
+        tokens_BT: Token ids of shape (B, T).
+        given: Hidden state to start from where the target's embeddings are not the reference's.
+        rest: What a block of this family returns beside its hidden state; None if it returns a tensor alone.
+        say: Prints one line.
+
+    Returns:
+        The hidden state of shape (B, T, width).
+    """
+    hidden = None if outer is not None else given
+    runners: dict[str, _Runner] = {}
+    for number, (source, block) in enumerate(steps):
+        if source.role not in runners:
+            runners[source.role] = _Runner(source, rest)
+        starting = outer if number == 0 and outer is not None and outer is not source else None
+        if starting is not None:  # the first block is another model's than the embeddings
+            hidden = runners.setdefault(starting.role, _Runner(starting, rest)).embed(tokens_BT)
+        hidden = runners[source.role].run(block, hidden, tokens_BT)
+        if number % 8 == 7:
+            say(f"proof: block {number + 1} of {len(steps)}")
+    assert hidden is not None  # a selection has at least one block
+    return hidden
+
+
+class _Stop(Exception):  # noqa: N818 - no error: it ends a forward pass that has given what was wanted
+    """Carries the hidden state out of a forward pass."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class _Runner:
+    """Runs single blocks of a source inside the source's own forward pass."""
+
+    def __init__(self, source: Source, rest: tuple[Any, ...] | None) -> None:
+        self._source, self._rest = source, rest
+        blocks = source.skeleton.blocks
+        # The head is not filled: every pass ends before it.
+        head = source.skeleton.model.get_output_embeddings()
+        embeddings = source.skeleton.model.get_input_embeddings()
+        in_head = {
+            name
+            for name in source.module_of.values()
+            if source.skeleton.model.get_submodule(name.rpartition(".")[0]) is head and head is not embeddings
+        } - {*source.skeleton.tied, *source.skeleton.tied.values()}
+        names = [name for name in source.by_block.get(None, []) if source.module_of[name] not in in_head]
+        source.skeleton.fill(self._read(names), lambda name: blocks.index_of(name) is None and name not in in_head)
+        for index in range(blocks.depth):
+            source.skeleton.block(index).forward = self._bypass
+
+    def _read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        # Copies: a matrix product may round otherwise on memory that begins at another boundary.
+        return {name: self._source.files.tensor(name).clone() for name in names}
+
+    def _bypass(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if self._rest is None else (hidden, *self._rest)
+
+    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
+        """The hidden state that goes into the first block."""
+        block = self._source.skeleton.block(0)
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Stop(args[0] if args else kwargs["hidden_states"])
+
+        return self._pass(tokens_BT, block.register_forward_pre_hook(stop, with_kwargs=True))
+
+    def run(
+        self,
+        index: int,
+        hidden: torch.Tensor | None,
+        tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
+    ) -> torch.Tensor:
+        """Run one block on a hidden state, or on the embeddings' (None); return what it gives."""
+        skeleton = self._source.skeleton
+        block = skeleton.block(index)
+        names = self._source.by_block.get(index, [])
+        skeleton.fill(self._read(names), lambda name: skeleton.blocks.index_of(name) == index)
+        del block.forward  # the class's own again
+
+        def put(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if hidden is None:
+                return None
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        def stop(_: nn.Module, __: Any, output: Any) -> None:
+            raise _Stop(_hidden(output))
+
+        try:
+            with _hooked(block.register_forward_pre_hook(put, with_kwargs=True)):
+                return self._pass(tokens_BT, block.register_forward_hook(stop))
+        finally:
+            block.forward = self._bypass
+            skeleton.empty_block(index)
+
+    def _pass(self, tokens_BT: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: N803 - shape suffix
+        with _hooked(hook):
+            try:
+                self._source.skeleton.model(input_ids=tokens_BT, use_cache=False)
+            except _Stop as stop:
+                return stop.hidden
+        raise SurgeryError(
+            f"a {self._source.config.model_type} model cannot be proven: its forward pass does not call its blocks"
+        )
+
+
+@contextmanager
+def _hooked(hook: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

@@ -1,0 +1,165 @@
+"""What a surgery did: inheritance.json and the model card, and the comparison of every written tensor."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.surgery.weights import WeightFiles
+
+if TYPE_CHECKING:
+    from inheritune_ds.surgery.grafts import Graft
+
+_CHUNK_BYTES = 1 << 24
+_WORKERS = 2
+"""hashlib and numpy let go of the interpreter while they work on a chunk."""
+
+
+def describe_tensors(
+    folder: Path, grafts: Sequence["Graft"], value: Callable[["Graft"], torch.Tensor], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Read every written tensor back, compare it with its source bit for bit, and describe it.
+
+    Args:
+        folder: The written target.
+        grafts: What was written.
+        value: Gives a graft's tensor from its source again, or the fresh one.
+        say: Prints one line; progress every few seconds.
+
+    Returns:
+        For each tensor: name, block, part, source (model, tensor, block, file) or None, inherited, shape, dtype, sha256.
+
+    Raises:
+        SurgeryError: If a tensor on the disk is not the one that was meant, or holds a number that is not finite.
+    """
+    written = WeightFiles(folder, str(folder))
+    described: list[dict[str, Any]] = []
+    start_s = told_s = time.monotonic()
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        hashes = pool.map(lambda graft: _compare(written.tensor(graft.name), value(graft), graft), grafts)
+        for number, (graft, digest) in enumerate(zip(grafts, hashes, strict=True), 1):
+            described.append(_describe(graft, written, digest))
+            now_s = time.monotonic()
+            if now_s - told_s > 5.0 and number < len(grafts):
+                told_s = now_s
+                left_s = (now_s - start_s) / number * (len(grafts) - number)
+                say(f"comparing: {number} of {len(grafts)} tensors, {left_s:.0f} s left")
+    return described
+
+
+def _compare(written: torch.Tensor, meant: torch.Tensor, graft: "Graft") -> str:
+    """Hash a written tensor (hex) while comparing it with the one that was meant, in pieces."""
+    if written.dtype != meant.dtype or written.shape != meant.shape:
+        raise _differs(graft)
+    digest = hashlib.sha256()
+    ours, theirs = as_bytes(written), as_bytes(meant)
+    for start in range(0, len(ours), _CHUNK_BYTES):
+        piece = ours[start : start + _CHUNK_BYTES]
+        digest.update(piece.data)
+        if not np.array_equal(piece, theirs[start : start + _CHUNK_BYTES]):
+            raise _differs(graft)
+    if written.is_floating_point():
+        rows = written.reshape(-1)
+        step = _CHUNK_BYTES // written.element_size()
+        if not all(bool(torch.isfinite(rows[at : at + step]).all()) for at in range(0, len(rows), step)):
+            raise SurgeryError(
+                f"{graft.source_name or graft.name} of the {graft.source.role if graft.source else 'target'} holds a "
+                "number that is not finite",
+                action="bring the weights again: these are damaged, or their training had diverged",
+            )
+    return digest.hexdigest()
+
+
+def _differs(graft: "Graft") -> SurgeryError:
+    return SurgeryError(
+        f"{graft.name} was not written as it was read",
+        action="check the disk, then give the same command again",
+    )
+
+
+def as_bytes(tensor: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """The bytes of a tensor, without a copy if it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, dtype=np.uint8)
+
+
+def _describe(graft: "Graft", written: WeightFiles, digest: str) -> dict[str, Any]:
+    tensor = written.tensor(graft.name)
+    source = None
+    if graft.source is not None:
+        source = {
+            "model": graft.source.role,
+            "tensor": graft.source_name,
+            "block": graft.source_block,
+            "file": graft.source.files.file_of[graft.source_name],
+        }
+    return {
+        "name": graft.name,
+        "block": graft.block,
+        "part": graft.part,
+        "inherited": source is not None,
+        "source": source,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": digest,
+    }
+
+
+def target_card(report: Mapping[str, Any], licence: str, command: str) -> str:
+    """Text of a target's model card: lineage, selection, what is fresh, licence, how to make it again.
+
+    Args:
+        report: The inheritance report.
+        licence: What the reference's card says; empty if nothing.
+        command: That builds this target.
+    """
+    reference = report["reference"]
+    fresh = [tensor for tensor in report["tensors"] if not tensor["inherited"]]
+    by_part = sorted({tensor["part"] or "other" for tensor in fresh})
+    commit = f" at commit `{reference['commit']}`" if reference and reference["commit"] else ""
+    lineage = f"`{reference['name']}`{commit}" if reference else "nothing: all values are random"
+    front = [f"license: {licence}"] if licence else []
+    front += ["library_name: transformers", "pipeline_tag: text-generation", "tags: [inheritune]"]
+    front_matter = "\n".join(front)
+    none_or_list = f"{len(fresh)} of {len(report['tensors'])} tensors ({', '.join(by_part)})" if fresh else "none"
+    inherited = report["inherit"] if isinstance(report["inherit"], str) else ", ".join(report["inherit"])
+    return f"""---
+{front_matter}
+---
+
+# A target for continued pre-training
+
+Cut from a larger model by inheritune_ds; **not trained yet**. `inheritance.json` lists every tensor with its source.
+
+- Reference: {lineage}
+- Selection: `{report["select"]}`, blocks {report["selection"]}
+- Inherited: {inherited}; fresh: {none_or_list}
+- Parameters: {report["parameters"]:,}, of them {report["block_parameters"]:,} in {report["blocks"]} blocks
+- Licence: {licence or "the reference's; its card names none"} (the reference's terms hold for this model, too)
+
+Make it again:
+
+```
+{command}
+```
+"""
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Hash the bytes of a tensor (hex), whatever its dtype."""
+    return hashlib.sha256(as_bytes(tensor.cpu()).data).hexdigest()
+
+
+def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Hash of a whole state dict (hex): names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} ".encode())
+        digest.update(tensor_sha256(state[name]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""Scores of blocks that an analysis has measured, for selections `by:NAME:n`."""
+
+import json
+import math
+from pathlib import Path
+
+from inheritune_ds.errors import RecipeError
+
+FORMAT = '{"NAME": [one number for each block of the reference, block 0 first; higher is kept], ...}'
+
+
+def read_scores(path: str | None) -> dict[str, list[float]]:
+    """Read a file of scores: a JSON object of lists of numbers; none without a file.
+
+    Raises:
+        RecipeError: If the file cannot be read, or is something else.
+    """
+    if path is None:
+        return {}
+    try:
+        document = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise RecipeError(f"block_scores: {path} cannot be read: {reason}", allowed=FORMAT) from None
+    if not isinstance(document, dict) or not all(_is_scores(values) for values in document.values()):
+        raise RecipeError(f"block_scores: {path} holds something else than scores", allowed=FORMAT)
+    return {name: [float(value) for value in values] for name, values in document.items()}
+
+
+def _is_scores(values: object) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )

@@ -1,0 +1,176 @@
+"""The weight files of a model folder: tensors by name, mapped into memory and read only where they are used."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inheritune_ds.errors import RecipeError, SurgeryError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SAFE_PATTERNS = (SINGLE, INDEX, "model-*.safetensors")
+PICKLE_PATTERNS = (PICKLE, PICKLE_INDEX, "pytorch_model-*.bin")
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """List the weight files of a model folder, as transformers chooses them: safetensors first, one file first.
+
+    Args:
+        folder: The folder.
+        name: How the user called the model.
+
+    Raises:
+        RecipeError: If there are none.
+        SurgeryError: If the index names a file that is not there, or is no index.
+    """
+    for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return [folder / file for file in sorted(set(_read_index(folder, index).values()))]
+    raise RecipeError(
+        f"reference.model: {name} holds no weights",
+        allowed=f"{SINGLE} or {INDEX} with its shards (or {PICKLE}, {PICKLE_INDEX}) beside config.json",
+    )
+
+
+class WeightFiles:
+    """The tensors of a model folder.
+
+    Nothing is read but the files' headers; a tensor's pages come from the disk when they are used, and go when the
+    memory is needed elsewhere.
+
+    Args:
+        folder: A Hugging Face model folder.
+        name: How the user called the model.
+
+    Raises:
+        RecipeError: If there are no weights.
+        SurgeryError: If a file is missing, cut short, damaged, or does not hold what its index says.
+
+    Attributes:
+        is_pickle: Whether the weights are pickle files.
+        file_of: Name of the file that holds a tensor, by the tensor's name.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        paths = weight_files(folder, name)
+        self.is_pickle = paths[0].suffix == ".bin"
+        self.file_of: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        for path in paths:
+            self._open[path.name] = _open_pickle(path) if self.is_pickle else _open_safetensors(path)
+            for tensor in self._open[path.name].keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                if tensor in self.file_of:
+                    raise SurgeryError(
+                        f"{folder}: tensor {tensor} is in both {self.file_of[tensor]} and {path.name}",
+                        action="bring the weight files from one place again",
+                    )
+                self.file_of[tensor] = path.name
+        index = folder / (PICKLE_INDEX if self.is_pickle else INDEX)
+        if index.is_file() and paths[0].name not in (SINGLE, PICKLE):
+            self._check_index(index)
+
+    def _check_index(self, index: Path) -> None:
+        listed = _read_index(self.folder, index.name)
+        absent = sorted(name for name, file in listed.items() if self.file_of.get(name) != file)
+        unlisted = sorted(self.file_of.keys() - listed.keys())
+        if absent or unlisted:
+            name = (absent or unlisted)[0]
+            what = f"names {name} in {listed[name]}, which does not hold it" if absent else f"does not name {name}"
+            raise SurgeryError(
+                f"{index} {what} ({len(absent) + len(unlisted)} tensors differ)",
+                allowed="an index that names every tensor of its shards",
+                action="bring the index and the shards from one place again",
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+    def meta(self, name: str) -> "torch.Tensor":
+        """A tensor's type and shape, as a tensor on the meta device."""
+        return self.tensor(name).to("meta")
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """A tensor, mapped from its file; do not write to it.
+
+        Raises:
+            SurgeryError: If the file has changed since it was opened.
+        """
+        handle = self._open[self.file_of[name]]
+        try:
+            tensor: torch.Tensor = handle[name] if self.is_pickle else handle.get_tensor(name)
+        except Exception as error:  # noqa: BLE001 - the reader's own error class, or whatever a damaged file causes
+            raise _unreadable(self.folder / self.file_of[name], error) from None
+        return tensor
+
+
+def _read_index(folder: Path, index: str) -> dict[str, str]:
+    path = folder / index
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        usable = isinstance(listed, dict) and listed and all(isinstance(file, str) for file in listed.values())
+    except (OSError, ValueError, KeyError, TypeError):
+        usable = False
+    if not usable:
+        raise SurgeryError(f"{path} is no index of weight files", allowed='{"weight_map": {"tensor": "file", ...}}')
+    for file in sorted(set(listed.values())):
+        if file != Path(file).name:
+            raise SurgeryError(f"{path} names {file!r}", allowed="names of files in the same folder")
+        if not (folder / file).is_file():
+            raise SurgeryError(
+                f"{folder / file} is missing; {index} names it",
+                action="complete the folder: download the missing file, or the whole model again",
+            )
+    return dict(listed)
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # noqa: BLE001 - safetensors' own error class, OSError for an unreadable file
+        raise _unreadable(path, error) from None
+
+
+def _open_pickle(path: Path) -> "dict[str, torch.Tensor]":
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise SurgeryError(
+            f"{path} holds more than tensors: pickle that would run code is not loaded",
+            allowed="a file that torch.load(weights_only=True) reads, or safetensors",
+        ) from None
+    except RuntimeError as error:
+        if "mmap can only be used" in str(error):
+            raise SurgeryError(
+                f"{path} is in the format of torch before 1.6, which cannot be read part by part",
+                action=f'convert it once: python -c "import torch; p = {str(path)!r}; '
+                'torch.save(torch.load(p, weights_only=True), p)"',
+            ) from None
+        raise _unreadable(path, error) from None
+    except Exception as error:  # noqa: BLE001 - a damaged file causes errors of many kinds
+        raise _unreadable(path, error) from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise SurgeryError(f"{path} is no plain table of tensors", allowed="a state dict: tensors by name")
+    return loaded
+
+
+def _unreadable(path: Path, error: Exception) -> SurgeryError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return SurgeryError(
+        f"{path} is damaged or cut short: {reason}",
+        action="bring the file again and compare its sha256 with the source's",
+    )

@@ -1,0 +1,74 @@
+"""The paper's half-width baseline: every block, with the first half of the heads and of the MLP's units.
+
+Source: arXiv 2404.08634v4, appendix D. The hidden size and the number of heads are halved, so a head keeps its size;
+a tensor of the target is the leading half of the reference's along every dimension that was halved.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from inheritune_ds.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "olmo", "stablelm", "starcoder2")
+"""Families whose tensors are known to be laid out head by head, or to hold q, k and v one after the other as
+`_SEGMENTS` says."""
+_SEGMENTS = {"attn.c_attn.weight": 3, "attn.c_attn.bias": 3}
+"""Tensors of several equal pieces along the last dimension, each halved by itself (GPT-2: q, k, v)."""
+_HALVED = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim", "n_inner")
+_EQUAL_TO_WIDTH = ("word_embed_proj_dim",)
+
+
+def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Copy a config with half the width.
+
+    Raises:
+        SurgeryError: If the family is not one of `FAMILIES`, or a size is odd.
+    """
+    if config.model_type not in FAMILIES:
+        raise SurgeryError(
+            f"width half: the tensors of a {config.model_type} model cannot be halved head by head",
+            allowed=f"one of {', '.join(FAMILIES)}",
+        )
+    values = config.to_dict()
+    for name in _HALVED:
+        key = config.attribute_map.get(name, name)
+        size = values.get(key)
+        if not isinstance(size, int):
+            continue  # None: derived from another size
+        if size % 2:
+            raise SurgeryError(f"width half: {key} is {size}, an odd number", allowed="a reference with even sizes")
+        values[key] = size // 2
+    for key in _EQUAL_TO_WIDTH:
+        if values.get(key) == config.hidden_size:
+            values[key] //= 2
+    if "head_dim" in values and values["head_dim"] is None:
+        values["head_dim"] = config.hidden_size // config.num_attention_heads
+    return type(config).from_dict(values)
+
+
+def leading_half(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """The leading part of a tensor that has the given shape.
+
+    Args:
+        tensor: The reference's.
+        shape: The target's; each dimension is the reference's or half of it.
+        name: Of the tensor inside the model.
+
+    Raises:
+        SurgeryError: If the shape is not a part of the tensor's.
+    """
+    if tensor.dim() != len(shape) or any(
+        size not in (whole, whole / 2) for size, whole in zip(shape, tensor.shape, strict=True)
+    ):
+        raise SurgeryError(f"width half: {name} has shape {list(tensor.shape)}, the target's is {list(shape)}")
+    for ending, pieces in _SEGMENTS.items():
+        if name.endswith(ending):
+            halves = [piece[..., : shape[-1] // pieces] for piece in tensor.chunk(pieces, dim=-1)]
+            tensor = torch.cat(halves, dim=-1)
+    for dimension, size in enumerate(shape):
+        tensor = tensor.narrow(dimension, 0, size)
+    return tensor.contiguous()
