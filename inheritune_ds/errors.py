@@ -8,13 +8,14 @@
     |- HubError                 7   the Hugging Face hub cannot be reached or refuses
     |- RunFolderError           8   the run folder belongs to another recipe or another process
     |- SurgeryError             9   the selection does not fit the reference
-    |- MachineError            10   a compiler, a device or a package is missing
+    |- MachineError            10   a compiler, device or package is missing, or does not work
     |- TrainingError           11   the run itself went wrong (non-finite loss)
     |- ExportError             12   the exported model is not the trained one
 
 0 is success *or* an agreed early stop; `status.json` in the run folder tells which. 2 is a
-mistyped command line (argparse), 130 a second Ctrl-C. A traceback (exit code 1) is a defect of
-this program.
+mistyped command line (argparse). 130 is a Ctrl-C, SIGTERM or SIGUSR1 outside the training loop,
+where nothing has to be saved, or a second Ctrl-C within 5 s. A traceback (exit code 1) is a
+defect of this program.
 """
 
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ class SurgeryError(InherituneError):
 
 
 class MachineError(InherituneError):
-    """A compiler, a device or a package that the run needs is missing."""
+    """A compiler, a device, a launcher's variable or a package that the run needs is missing or does not work."""
 
     exit_code = 10
 

@@ -3,11 +3,13 @@
 Shapes: B sequences, T tokens a window, V vocabulary.
 """
 
+import contextlib
+import io
 import logging
 import math
 import os
 import re
-import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch.nn import functional
 
 from inheritune_ds.errors import MachineError, StorageError, TrainingError
 from inheritune_ds.training.optimizer import parameter_groups
+from inheritune_ds.training.toolchain import check_toolchain
 from inheritune_ds.training.world import World
 
 if TYPE_CHECKING:
@@ -57,16 +60,14 @@ def check_device(kind: str, world: World, *, offload: bool) -> None:
         offload: Whether state lies in host memory, which takes DeepSpeed's CPU operators.
 
     Raises:
-        MachineError: If a C++ compiler is needed and missing, if torch cannot use the machine's GPU, or if
+        MachineError: If a C++ compiler is needed and does not work, if torch cannot use the machine's GPU, or if
             there are fewer GPUs than local ranks.
+        StorageError: If the folder for the compiled operators cannot be written.
     """
-    compiler = os.environ.get("CXX", "c++")  # as torch's extension builder looks for it
-    if (kind == "cpu" or offload) and not (shutil.which(compiler) or shutil.which("g++")):
-        raise MachineError(
-            f"no C++ compiler found ({compiler}): DeepSpeed builds its CPU operators on first use",
-            allowed="g++ or clang++ on the PATH, or CXX naming one",
-            action="install one (Debian: apt-get install g++) and give the same command again",
-        )
+    if kind == "cpu" or offload:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        check_toolchain(os.environ, Path(get_default_build_root()))
     if kind != "cuda":
         return
     if not torch.cuda.is_available():
@@ -148,11 +149,15 @@ class Engine:
         weight_decay = ds_config["optimizer"]["params"]["weight_decay"]
         groups = parameter_groups(model, weight_decay)
         model.train()
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=[{k: v for k, v in group.items() if k != "names"} for group in groups if group["params"]],
-            config={**ds_config},
-        )
+        # Its bf16 optimizer prints the memory it takes, group by group.
+        with contextlib.redirect_stdout(sys.stdout if ds_config.get("memory_breakdown") else io.StringIO()):
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=[
+                    {k: v for k, v in group.items() if k != "names"} for group in groups if group["params"]
+                ],
+                config={**ds_config},
+            )
         _quiet()
         self._engine = engine
         self.module: torch.nn.Module = engine.module
@@ -201,12 +206,12 @@ class Engine:
                 dist.all_reduce(totals)
                 loss = float(totals[0]) / global_tokens
                 if not math.isfinite(loss):
-                    raise _non_finite("loss", loss)
+                    raise _non_finite("loss", loss, self._engine.global_steps + 1)
             self._engine.step()
         applied = bool(self._engine.was_step_applied())
         grad_norm = float(self._engine.get_global_grad_norm())
         if applied and not math.isfinite(grad_norm):
-            raise _non_finite("gradient norm", grad_norm)
+            raise _non_finite("gradient norm", grad_norm, self._engine.global_steps)
         return StepResult(loss, grad_norm, applied, stop=float(totals[1]) > 0)
 
     def _token_losses(self, tokens_BT1: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
@@ -280,9 +285,10 @@ class Engine:
         self._engine.destroy()
 
 
-def _non_finite(what: str, value: float) -> TrainingError:
+def _non_finite(what: str, value: float, step: int) -> TrainingError:
     return TrainingError(
-        f"the {what} is {value}: nothing after this step would be worth having",
+        f"the {what} of step {step} is {value}: nothing after it would be worth having",
+        allowed="a finite number",
         action="look at the last lines of metrics.jsonl; lower optimizer.lr or lengthen schedule.warmup_steps, "
         "or start again from the last checkpoint with the same command",
     )

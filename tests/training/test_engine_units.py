@@ -48,6 +48,8 @@ class FakeDeepSpeed:
         self.module = Model()
         self.optimizer = torch.optim.SGD([{"params": self.module.parameters()}], lr=99.0)
         self._steps, self._grad_norm, self._applied = steps, grad_norm, applied
+        self.global_steps = 6  # optimizer updates so far
+        self._calls_of_step = 0
         self.calls: list[str] = []
 
     def __call__(self, **inputs: Any) -> Any:
@@ -62,6 +64,8 @@ class FakeDeepSpeed:
 
     def step(self) -> None:
         self.calls.append("step")
+        self._calls_of_step += 1
+        self.global_steps += self._calls_of_step % self._steps == 0
 
     def was_step_applied(self) -> bool:
         return self._applied
@@ -161,13 +165,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(value: float) 
     rows[:, :2] = 0
     with pytest.raises(TrainingError) as caught:
         make(deepspeed).train_step(cut(rows, 4), lr=0.1, stop=False)
-    assert caught.value.problem == "the loss is nan: nothing after this step would be worth having"
+    assert caught.value.problem == "the loss of step 7 is nan: nothing after it would be worth having"
     assert "lower optimizer.lr" in caught.value.action
     assert deepspeed.calls == ["backward", "step", "backward"]  # the step at the boundary was not made
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_when_it_was_applied() -> None:
-    with pytest.raises(TrainingError, match="the gradient norm is nan"):
+    with pytest.raises(TrainingError, match="the gradient norm of step 7 is nan"):
         make(FakeDeepSpeed(1, grad_norm=math.nan)).train_step(cut(tokens(), 8), lr=0.1, stop=False)
     skipped = make(FakeDeepSpeed(1, grad_norm=math.inf, applied=False))
     assert skipped.train_step(cut(tokens(), 8), lr=0.1, stop=False).applied is False
@@ -201,19 +205,18 @@ def test_load_says_that_there_is_no_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_a_missing_compiler_is_told_before_anything_is_prepared(
+def test_the_compiler_is_checked_where_cpu_operators_are_built(
     gpu: bool,  # noqa: FBT001
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    with pytest.raises(MachineError) as caught:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(MachineError, match=r"no C\+\+ compiler found \(/nonexistent\)"):
         # on a GPU the CPU operators are built for offload only
         check_device("cuda" if gpu else "cpu", MAIN, offload=gpu)
-    assert caught.value.problem.startswith("no C++ compiler found")
-    assert "apt-get install g++" in caught.value.action
-    assert caught.value.exit_code == 10
+    if gpu:
+        check_device("cuda", MAIN, offload=False)
 
 
 def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +269,26 @@ def test_a_process_joins_its_group_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     engine_module.leave_process_group()
     assert left == [True]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_deepspeed_s_memory_lines_are_printed_only_when_they_are_asked_for(
+    asked: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import deepspeed
+
+    def initialize(**_: object) -> tuple[FakeDeepSpeed, None]:
+        print("MA 0.02 GB")
+        return FakeDeepSpeed(1), None
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    off = {"enabled": False}
+    config = {"train_batch_size": 8, "bf16": off, "fp16": off, "optimizer": {"params": {"weight_decay": 0.1}}}
+    model: Any = Model()
+    Engine(model, {**config, "memory_breakdown": asked}, MAIN)
+    assert ("MA 0.02 GB" in capsys.readouterr().out) is asked
 
 
 def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:

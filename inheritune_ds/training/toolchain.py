@@ -1,0 +1,78 @@
+"""What DeepSpeed needs to build its CPU operators on first use: a compiler that works, a folder for the result."""
+
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from inheritune_ds.errors import MachineError, StorageError
+
+_SOURCE = "#include <Python.h>\n#include <omp.h>\n#include <cstddef>\n"
+_TIMEOUT_S = 120.0
+
+
+def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
+    """Compile three lines as torch's extension builder would, and write to its folder.
+
+    Args:
+        environ: CXX names the compiler, TORCH_EXTENSIONS_DIR the folder.
+        default_folder: Where torch builds without TORCH_EXTENSIONS_DIR.
+
+    Raises:
+        MachineError: If the compiler is missing, or cannot compile for this Python.
+        StorageError: If the folder cannot be written.
+    """
+    _check_compiler(environ)
+    folder = Path(environ.get("TORCH_EXTENSIONS_DIR") or default_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written: {(error.strerror or 'no reason given').lower()}; DeepSpeed builds its CPU "
+            "operators there",
+            allowed="a folder that can be made and written",
+            action="set TORCH_EXTENSIONS_DIR to one, and give the same command again",
+        ) from None
+
+
+def _check_compiler(environ: Mapping[str, str]) -> None:
+    named = environ.get("CXX", "c++")
+    try:
+        command = shlex.split(named)
+    except ValueError:
+        command = []
+    headers = sysconfig.get_path("include")
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fopenmp", f"-I{headers}"]
+        try:
+            done = subprocess.run(
+                [*command, *options, "-", "-o", f"{folder}/probe.so"],
+                input=_SOURCE,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, IndexError, subprocess.TimeoutExpired) as error:
+            raise _no_compiler(f"no C++ compiler found ({named}): {_reason(error)}") from None
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        said = next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {done.returncode}")
+        raise _no_compiler(f"the C++ compiler ({named}) does not work: {said}")
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or "it does not start").lower() if isinstance(error, OSError) else "it does not start"
+
+
+def _no_compiler(problem: str) -> MachineError:
+    return MachineError(
+        f"{problem}; DeepSpeed builds its CPU operators on first use",
+        allowed="g++ or clang++ with OpenMP and Python's headers: c++ on the PATH, or named by CXX",
+        action="install it (Debian: apt-get install g++ python3-dev), or set CXX; then give the same command again",
+    )

@@ -1,0 +1,57 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.errors import MachineError, StorageError
+from inheritune_ds.training.toolchain import check_toolchain
+
+
+def test_a_compiler_that_works_and_a_folder_that_can_be_made_are_accepted(tmp_path: Path) -> None:
+    environ = {key: value for key, value in os.environ.items() if key != "TORCH_EXTENSIONS_DIR"}
+    check_toolchain(environ, tmp_path / "a" / "b")
+    assert [*(tmp_path / "a" / "b").iterdir()] == []
+    check_toolchain({**environ, "CXX": "c++ -O0", "TORCH_EXTENSIONS_DIR": str(tmp_path / "c")}, Path("/dev/null/x"))
+    assert (tmp_path / "c").is_dir()
+
+
+def script(folder: Path, body: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("exit 4", "exit code 4"),
+        ("echo 'In file x' >&2; echo 'x:1: fatal error: Python.h: no such file' >&2; exit 1", "x:1: fatal error: Py"),
+        ("echo 'cannot find crt1.o' >&2; exit 1", "cannot find crt1.o"),
+    ],
+)
+def test_a_compiler_that_fails_is_told_with_what_it_says(body: str, said: str, tmp_path: Path) -> None:
+    compiler = script(tmp_path, body)
+    with pytest.raises(MachineError) as caught:
+        check_toolchain({**os.environ, "CXX": compiler}, tmp_path)
+    assert caught.value.problem.startswith(f"the C++ compiler ({compiler}) does not work: {said}")
+    assert "python3-dev" in caught.value.action
+    assert caught.value.exit_code == 10
+
+
+@pytest.mark.parametrize(("named", "why"), [("/nonexistent", "no such file or directory"), ("", ""), ("a 'b", "")])
+def test_a_compiler_that_is_not_there_is_told(named: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(MachineError) as caught:
+        check_toolchain({**os.environ, "CXX": named}, tmp_path)
+    assert caught.value.problem.startswith(f"no C++ compiler found ({named}): {why}")
+    assert "or named by CXX" in caught.value.allowed
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "extensions"
+    with pytest.raises(StorageError) as caught:
+        check_toolchain({**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}, tmp_path)
+    assert caught.value.problem.startswith(f"{folder} cannot be written: not a directory; DeepSpeed builds")
+    assert "set TORCH_EXTENSIONS_DIR" in caught.value.action
+    assert caught.value.exit_code == 5
