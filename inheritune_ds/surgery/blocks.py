@@ -67,7 +67,8 @@ def find_blocks(model: "nn.Module", depth: int) -> BlockList:
 _NORM = re.compile(r"(^|_)(layer)?_?norms?\d*(_|$)|layernorm|rmsnorm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|temporal|recurrent|ssm|conv", re.IGNORECASE)
 _MLP = re.compile(
-    r"mlp|feed_?forward|ffn|(^|_)ff(_|$)|moe|experts?|router|(^|_)fc\d?|gate|dense|(^|_)w\d", re.IGNORECASE
+    r"mlp|feed_?forward|ffn|(^|_)ff(_|$)|moe|experts?|router|(^|_)fc\d?|gate|dense|(^|_)w\d|^intermediate$|^output$",
+    re.IGNORECASE,
 )
 
 
@@ -101,11 +102,19 @@ def _outer_part(model: "PreTrainedModel", name: str) -> str:
     module = model.get_submodule(owner)
     if module is model.get_input_embeddings():
         return "token_embeddings"
-    if module is model.get_output_embeddings():
+    if module is model.get_output_embeddings() or owner.startswith(_around_head(model)):
         return "head"
     if isinstance(module, nn.Embedding):
         return "position_embeddings"
     return "final_norm" if _NORM.search(owner.rpartition(".")[2]) or "Norm" in type(module).__name__ else ""
+
+
+def _around_head(model: "PreTrainedModel") -> tuple[str, ...]:
+    """Name of the module that holds the head's matrix and what belongs to it (BERT's); none if that is the model."""
+    head = model.get_output_embeddings()
+    path = next((name for name, module in model.named_modules() if module is head), "")
+    parent = path.rpartition(".")[0]
+    return (parent,) if parent else ()
 
 
 def _norm_owner(block: "nn.Module", norm: str) -> str:

@@ -66,10 +66,15 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
                 "moves blocks to other places",
                 allowed="a selection that leaves every block in its place: first:n",
             )
-    cut = {
+    cut: Values = {
         key: _cut_list(key, list(value), depth, blocks)
         for key, value in values.items()
         if isinstance(value, list | tuple)
+    }
+    cut |= {
+        key: {place: value[block] for place, block in enumerate(blocks) if block in value}
+        for key, value in values.items()
+        if isinstance(value, dict) and value and _PER_BLOCK_KEY.search(key) and all(isinstance(at, int) for at in value)
     }
     for rule in _RULES:
         cut |= rule(values, depth, blocks)
@@ -142,6 +147,24 @@ def _periods(period_key: str, offset_key: str) -> Rule:
     return rule
 
 
+def _moe_span(values: Values, depth: int, blocks: Sequence[int]) -> Values:
+    """ERNIE: blocks moe_layer_start_index to moe_layer_end_index (-1: the last) have experts, every interval-th one."""
+    start, end, interval = (values.get(f"moe_layer_{name}") for name in ("start_index", "end_index", "interval"))
+    if not isinstance(start, int) or not isinstance(end, int) or not isinstance(interval, int):
+        return {}
+    last = depth - 1 if end == -1 else end
+    wanted = [start <= block <= last and (block + 1) % interval == 0 for block in blocks]
+    places = [place for place, has in enumerate(wanted) if has]
+    first, final = (places[0], places[-1]) if places else (len(blocks), len(blocks))
+    for step in range(1, len(blocks) + 1):
+        if [first <= place <= final and (place + 1) % step == 0 for place in range(len(blocks))] == wanted:
+            return {"moe_layer_start_index": first, "moe_layer_end_index": final, "moe_layer_interval": step}
+    raise SurgeryError(
+        f"moe_layer_interval = {interval}: no interval describes which of the selected blocks have experts",
+        allowed="a selection in which the blocks with experts stand at even distances",
+    )
+
+
 def _attention_types(values: Values, depth: int, blocks: Sequence[int]) -> Values:
     """GPT-Neo: attention_types is [[kinds, repeats], ...]; attention_layers, one kind a block, is made of it."""
     layers = values.get("attention_layers")
@@ -155,6 +178,7 @@ _RULES: tuple[Rule, ...] = (
     _dense_first,
     _periods("attn_layer_period", "attn_layer_offset"),
     _periods("expert_layer_period", "expert_layer_offset"),
+    _moe_span,
     _attention_types,
 )
 

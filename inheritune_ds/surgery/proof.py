@@ -21,7 +21,7 @@ from inheritune_ds.surgery.grafts import Source
 from inheritune_ds.surgery.reference import load_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PROBE_TOKENS = 32
 _GOLDEN_RATIO = 0.6180339887498949
@@ -68,13 +68,13 @@ def target_hidden_states(
     last = model.get_submodule(f"{blocks.path}.{blocks.depth - 1}")
     first.register_forward_pre_hook(note_input, with_kwargs=True)
     last.register_forward_hook(note_output)
-    model(input_ids=tokens_BT, use_cache=False)
+    _forward(model, tokens_BT)
     rest = seen["output"][1:] if isinstance(seen["output"], tuple) else None
     return seen["input"], seen["hidden"], rest
 
 
 @torch.no_grad()
-def reference_hidden_state(
+def reference_hidden_state(  # noqa: PLR0913 - all but the first three by name
     steps: Sequence[tuple[Source, int]],
     outer: Source | None,
     tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
@@ -186,12 +186,26 @@ class _Runner:
     def _pass(self, tokens_BT: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: N803 - shape suffix
         with _hooked(hook):
             try:
-                self._source.skeleton.model(input_ids=tokens_BT, use_cache=False)
+                _forward(self._source.skeleton.model, tokens_BT)
             except _Stop as stop:
                 return stop.hidden
         raise SurgeryError(
             f"a {self._source.config.model_type} model cannot be proven: its forward pass does not call its blocks"
         )
+
+
+def _forward(model: "PreTrainedModel", tokens_BT: torch.Tensor) -> None:  # noqa: N803 - shape suffix
+    try:
+        model(input_ids=tokens_BT, use_cache=False)
+    except _Stop:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model's own code raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise SurgeryError(
+            f"a {model.config.model_type} model cannot be proven: its forward pass on {tokens_BT.shape[1]} token ids "
+            f"fails: {reason}",
+            allowed="a causal language model that takes input_ids alone",
+        ) from None
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def describe_tensors(
         say: Prints one line; progress every few seconds.
 
     Returns:
-        For each tensor: name, block, part, source (model, tensor, block, file) or None, inherited, shape, dtype, sha256.
+        Of each tensor: name, block, part, inherited, source (model, tensor, block, file; None if fresh), shape, dtype,
+        sha256.
 
     Raises:
         SurgeryError: If a tensor on the disk is not the one that was meant, or holds a number that is not finite.

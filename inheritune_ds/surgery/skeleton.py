@@ -191,20 +191,17 @@ def not_a_decoder(config: "PreTrainedConfig") -> str:
     """Why a config describes no model that can be cut; empty if it may."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
-    if hasattr(config, "encoder_layers") and hasattr(config, "decoder_layers"):
-        return "it is of an encoder-decoder family"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return "transformers has no causal language model for it"
-    if config.sub_configs:
-        return f"it is made of several models ({', '.join(sorted(config.sub_configs))})"
-    if getattr(config, "quantization_config", None) is not None:
-        return "its weights are quantised (quantization_config)"
     shared = getattr(config, "num_kv_shared_layers", 0)
-    if shared:
-        return f"blocks share keys and values across layers (num_kv_shared_layers is {shared})"
-    return ""
+    reasons = {
+        "it is of an encoder-decoder family": getattr(config, "is_encoder_decoder", False)
+        or (hasattr(config, "encoder_layers") and hasattr(config, "decoder_layers")),
+        "transformers has no causal language model for it": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
+        f"it is made of several models ({', '.join(sorted(config.sub_configs))})": config.get_text_config()
+        is not config,
+        "its weights are quantised (quantization_config)": getattr(config, "quantization_config", None) is not None,
+        f"blocks share keys and values across layers (num_kv_shared_layers is {shared})": bool(shared),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
