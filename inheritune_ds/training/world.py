@@ -17,6 +17,8 @@ from inheritune_ds.errors import MachineError
 IMPATIENT_S = 5.0
 """A second Ctrl-C within this time leaves at once."""
 EXIT_INTERRUPTED = 130
+_START = "start with deepspeed, torchrun, srun or python; unset RANK (or SLURM_PROCID) to run a single process"
+_PORTS = range(1, 2**16)
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,12 @@ def detect(environ: Mapping[str, str]) -> World:
 
 
 def _checked(world: World) -> World:
-    if 0 <= world.rank < world.size and world.local_rank >= 0:
+    if 0 <= world.rank < world.size and world.local_rank >= 0 and world.local_size >= 1:
         return world
     raise MachineError(
-        f"the environment says rank {world.rank} (local {world.local_rank}) of {world.size}",
+        f"the environment says rank {world.rank} of {world.size}, local rank {world.local_rank} of {world.local_size}",
         allowed=f"ranks 0 to {world.size - 1}" if world.size > 0 else "at least one rank",
-        action="start with deepspeed, torchrun, srun or python; unset RANK to run a single process",
+        action=_START,
     )
 
 
@@ -85,7 +87,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         raise MachineError(
             f"the environment variable {name} is {value!r}",
             allowed="a whole number",
-            action="start with deepspeed, torchrun, srun or python; unset RANK to run a single process",
+            action=_START,
         ) from None
 
 
@@ -93,6 +95,9 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
     """Set what `deepspeed.init_distributed` reads, where the launcher has not done it.
 
     Without these variables DeepSpeed would look for MPI.
+
+    Raises:
+        MachineError: If the ranks' meeting point is not known, or its port is no port.
     """
     environ.update(
         RANK=str(world.rank),
@@ -104,10 +109,26 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
         if "MASTER_ADDR" not in environ:  # one that is given must not depend on scontrol
             environ["MASTER_ADDR"] = _first_host(environ)
         # The job id stays the same over a requeue and differs between jobs that share a node.
-        environ.setdefault("MASTER_PORT", str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000))
+        environ.setdefault("MASTER_PORT", str(10000 + _number(environ, "SLURM_JOB_ID", 0) % 50000))
     elif world.launcher == "single":
         environ.setdefault("MASTER_ADDR", "127.0.0.1")
         environ.setdefault("MASTER_PORT", str(_free_port()))
+    _check_meeting_point(environ)
+
+
+def _check_meeting_point(environ: Mapping[str, str]) -> None:
+    if not environ.get("MASTER_ADDR"):
+        raise MachineError(
+            f"the environment variable MASTER_ADDR is {environ.get('MASTER_ADDR')!r}, but RANK is set",
+            allowed="the host of rank 0",
+            action=_START,
+        )
+    if _number(environ, "MASTER_PORT") not in _PORTS:
+        raise MachineError(
+            f"the environment variable MASTER_PORT is {environ['MASTER_PORT']!r}",
+            allowed=f"{_PORTS[0]} to {_PORTS[-1]}",
+            action="set it to a port that is free on the host of rank 0",
+        )
 
 
 def prepare_environment(environ: MutableMapping[str, str], *, kind: Literal["cuda", "cpu"]) -> None:

@@ -70,6 +70,11 @@ def test_detect_refuses_a_half_set_environment(environ: dict[str, str], name: st
     assert "unset RANK" in caught.value.action
 
 
+def test_no_rank_on_this_machine_is_refused() -> None:
+    with pytest.raises(MachineError, match="rank 0 of 1, local rank 0 of 0"):
+        detect({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"})
+
+
 def test_only_rank_zero_is_main() -> None:
     assert World(0, 2, 0, 2, "env").is_main
     assert not World(1, 2, 0, 1, "env").is_main
@@ -86,9 +91,29 @@ def test_export_leaves_the_launcher_s_address_alone() -> None:
         "MASTER_ADDR": "node7",
         "MASTER_PORT": "1234",
     }
-    bare: dict[str, str] = {}
-    export(World(0, 2, 0, 2, "env"), bare)
-    assert "MASTER_ADDR" not in bare
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher", "problem"),
+    [
+        ({}, "env", "MASTER_ADDR is None, but RANK is set"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": "1"}, "env", "MASTER_ADDR is '', but RANK is set"),
+        ({"MASTER_ADDR": "a"}, "env", "MASTER_PORT is None"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "http"}, "env", "MASTER_PORT is 'http'"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "env", "MASTER_PORT is '65536'"),
+        ({"MASTER_PORT": "0"}, "single", "MASTER_PORT is '0'"),
+        ({"SLURM_JOB_ID": "abc"}, "slurm", "SLURM_JOB_ID is 'abc'"),
+    ],
+)
+def test_export_refuses_ranks_that_do_not_know_where_to_meet(
+    environ: dict[str, str], launcher: str, problem: str
+) -> None:
+    with pytest.raises(MachineError) as caught:
+        export(World(0, 1, 0, 1, launcher), environ)
+    assert caught.value.problem == f"the environment variable {problem}"
+    assert caught.value.exit_code == 10
+    assert caught.value.allowed
+    assert caught.value.action
 
 
 def test_export_gives_a_single_process_a_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,5 +304,5 @@ def test_a_late_second_interrupt_is_a_new_request(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("0", "0")])
 def test_ranks_outside_the_world_are_refused(rank: str, size: str) -> None:
-    with pytest.raises(MachineError, match=f"rank {rank} .local 0. of {size}"):
+    with pytest.raises(MachineError, match=f"rank {rank} of {size}, local rank 0 of {size}"):
         detect({"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": "0"})
