@@ -1,9 +1,11 @@
 import argparse
 import json
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -86,7 +88,9 @@ def test_a_stray_argument_is_refused(words: list[str], stray: str, capsys: pytes
     with pytest.raises(SystemExit) as caught:
         main(["train", "--dry-run", *words])
     assert caught.value.code == 2
-    assert f"unrecognized arguments: {stray} (an override is key.path=value)" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("usage: inheritune-ds train [-h] [--recipe RECIPE]")
+    assert f"[key.path=value ...] inheritune-ds train: error: unrecognized arguments: {stray} (an override is" in told
 
 
 def parsed(*words: str) -> tuple[argparse.Namespace, list[str]]:
@@ -147,6 +151,45 @@ def test_problems_of_both_documents_are_told_at_once(tmp_path: Path) -> None:
         read_experiment(*parsed("--deepspeed", str(tmp_path / "no.json")))
 
 
+def test_keys_of_the_deepspeed_config_are_checked_when_the_recipe_fails(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimisation": {}, "bf16": {"enable": true}}', encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_experiment(*parsed("--deepspeed_config", str(path), "sede=7"))
+    lines = [line for line in str(caught.value).splitlines() if not line.startswith("  ")]
+    assert lines == [
+        "3 problems found",
+        "1. quickstart: sede: unknown key",
+        f"2. {path}: zero_optimisation: unknown key",
+        f"3. {path}: bf16.enable: unknown key",
+    ]
+
+
+def test_keys_of_the_deepspeed_config_are_checked_when_the_target_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimisation": {}}', encoding="utf-8")
+    assert main(["plan", "--recipe", "quickstart", "--deepspeed", str(path), "target.select=first:99"]) == 3
+    told = capsys.readouterr().err
+    assert "2 problems found" in told
+    assert "99 is not possible, the reference has 8 blocks" in told
+    assert "zero_optimisation: unknown key" in told
+
+
+@pytest.mark.parametrize("option", ["--recipe", "--deepspeed", "--deepspeed_config"])
+def test_an_empty_name_is_not_the_default(option: str) -> None:
+    with pytest.raises(RecipeError, match="cannot be read: is a directory"):
+        read_experiment(*parsed(option, ""))
+
+
+def test_two_deepspeed_configs_are_refused() -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_experiment(*parsed("--deepspeed", "other.json", "--deepspeed_config", CPU))
+    assert caught.value.problem == f"--deepspeed names other.json, --deepspeed_config names {CPU}"
+    assert (caught.value.allowed, caught.value.action) == ("one of them", "remove the other")
+
+
 def test_launchers_may_add_their_rank(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--local_rank=0", "--dry-run", "--recipe", "quickstart", "--deepspeed_config", CPU]
     assert main(words) == 0
@@ -170,7 +213,11 @@ def test_only_rank_zero_prints_the_plan(capsys: pytest.CaptureFixture[str], monk
         (["plan", "--recipe", "quickstart", "--gpus", "0"], 3, "--gpus 0 is not accepted"),
         (["plan", "--recipe", "quickstart", "--gpus", "3"], 3, "which 3 ranks cannot share evenly"),
         (["plan", "--recipe", "quickstart", "--gpu", "h10"], 3, "h100"),
-        (["plan", "--recipe", "quickstart", "target.select=first:9"], 9, "keeps 9 blocks"),
+        (
+            ["plan", "--recipe", "quickstart", "target.select=first:9"],
+            9,
+            "9 is not possible, the reference has 8 blocks",
+        ),
         (["plan", "--recipe", "quickstart", "corpus.tokenizer.vocab_size=5000"], 6, "vocab_size 5000 is more than"),
         (["train", "--recipe", "quickstart", "--deepspeed", "nowhere.json"], 3, "nowhere.json cannot be read"),
         (["train", "--recipe", "quickstart", "training.duration=20 steps"], 3, "schedule.warmup_steps 20 is too long"),
@@ -207,6 +254,32 @@ def test_an_interrupt_ends_with_130_and_a_line(failing: Any, capsys: pytest.Capt
     assert main(["recipes"]) == 130
     expected = "inheritune-ds: interrupted; finished stages are kept, the same command goes on\n"
     assert capsys.readouterr().err == expected
+
+
+def test_an_interrupt_while_the_program_is_loading_ends_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_name: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.importlib, "import_module", interrupt)  # type: ignore[attr-defined]
+        assert main(["plan"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "train.py", ROOT / "inheritune_ds" / "__main__.py"], ids=lambda path: path.name
+)
+def test_an_interrupt_before_the_program_is_there_ends_with_130(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loading(ModuleType):
+        def __getattr__(self, _name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "inheritune_ds.cli", Loading("inheritune_ds.cli"))
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(path), run_name="__main__")
+    assert caught.value.code == 130
 
 
 def test_other_ranks_leave_the_message_to_rank_zero(

@@ -20,23 +20,34 @@ SIBLING_GRACE_S = 3.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; return the exit code (docs/exit_codes.md)."""
+    try:
+        return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))
+    except KeyboardInterrupt:
+        _complain("interrupted; finished stages are kept, the same command goes on")
+        return 130
+
+
+def _parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of a verb, and its overrides."""
     parser = argparse.ArgumentParser(
         prog="inheritune-ds",
         description="Turn a large pretrained causal LM into a smaller one and continue pre-training (Inheritune).",
         epilog="`inheritune-ds VERB --help` tells more about one.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    given = list(sys.argv[1:] if arguments is None else arguments)
     wanted = next((word for word in given if not word.startswith("-")), None)
+    chosen = parser
     for verb, summary in VERBS.items():
         subparser = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
         if verb == wanted:
+            chosen = subparser
             importlib.import_module(f"inheritune_ds.cli.{verb}").add_arguments(subparser)
+            subparser.usage = f"{subparser.format_usage().removeprefix('usage: ').rstrip()} [key.path=value ...]"
     args, rest = parser.parse_known_args(given)
     stray = [word for word in rest if word.startswith("-") or "=" not in word]
     if stray:
-        parser.error(f"unrecognized arguments: {' '.join(stray)} (an override is key.path=value)")
-    return _run(args, rest)
+        chosen.error(f"unrecognized arguments: {' '.join(stray)} (an override is key.path=value)")
+    return args, rest
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -48,9 +59,6 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     except InherituneError as error:
         _complain(f"error: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        _complain("interrupted; finished stages are kept, the same command goes on")
-        return 130
 
 
 def _complain(message: str) -> None:

@@ -16,7 +16,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deepspeed",
         nargs="?",
-        const="",
+        const=True,
         metavar="JSON",
         help="DeepSpeed config, as --deepspeed_config; without a value it is accepted and means nothing",
     )
@@ -50,29 +50,34 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
     from inheritune_ds.training import ds_document
 
     overrides = list(overrides)
-    swallowed = args.deepspeed if args.deepspeed and "=" in args.deepspeed else None
-    if swallowed:  # `--deepspeed key=value`: the switch takes no value here, the next word is an override
-        overrides.append(swallowed)
-    switch = None if swallowed else args.deepspeed or None
-    named = args.deepspeed_config or switch
-    path = Path(named) if named else None
+    switch = args.deepspeed if isinstance(args.deepspeed, str) else None
+    if switch and "=" in switch:  # `--deepspeed key=value`: the switch takes no value here, but an override follows it
+        overrides.append(switch)
+        switch = None
+    named = switch if args.deepspeed_config is None else args.deepspeed_config
+    path = None if named is None else Path(named)
+    origin = "DeepSpeed config" if named is None else str(path)
     problems: list[InherituneError] = []
     document: dict[str, Any] = {}
     if switch is not None and switch != named:
         problems.append(
-            RecipeError(f"--deepspeed names {switch}, --deepspeed_config names {named}", allowed="one of them")
+            RecipeError(
+                f"--deepspeed names {switch}, --deepspeed_config names {named}",
+                allowed="one of them",
+                action="remove the other",
+            )
         )
     try:
         document = ds_document.read(path)
     except InherituneError as error:
         problems.append(error)
     try:
-        recipe = load_recipe(args.recipe or DEFAULT_RECIPE, overrides)
+        recipe = load_recipe(DEFAULT_RECIPE if args.recipe is None else args.recipe, overrides)
     except InherituneError as error:
-        raise RecipeError.of([error, *problems]) from None
+        raise RecipeError.of([error, *problems, *ds_document.problems(document, origin)]) from None
     if problems:
         raise RecipeError.of(problems)
-    return recipe, document, str(path) if path else "DeepSpeed config"
+    return recipe, document, origin
 
 
 PLANNED_GPU = "a6000"
@@ -106,7 +111,16 @@ def resolve_for(
     recipe: "Recipe", document: dict[str, Any], origin: str, *, world_size: int, machine: "Machine"
 ) -> "Resolved":
     """Fill in a DeepSpeed config for a recipe."""
+    from inheritune_ds.errors import InherituneError, RecipeError
     from inheritune_ds.shapes import target_shape
+    from inheritune_ds.training import ds_document
     from inheritune_ds.training.ds_config import resolve
 
-    return resolve(document, recipe, origin=origin, shape=target_shape(recipe), world_size=world_size, machine=machine)
+    try:
+        shape = target_shape(recipe)
+    except InherituneError as error:
+        problems = ds_document.problems(document, origin, recipe.training.seq_len)
+        if not problems:
+            raise
+        raise RecipeError.of([error, *problems]) from None
+    return resolve(document, recipe, origin=origin, shape=shape, world_size=world_size, machine=machine)
