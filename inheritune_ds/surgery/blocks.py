@@ -30,10 +30,6 @@ class BlockList:
         number = tensor_name[len(self.path) + 1 :].split(".", 1)[0]
         return int(number) if number.isdecimal() else None
 
-    def renamed(self, tensor_name: str, index: int) -> str:
-        """The name of the same tensor in block `index`."""
-        return f"{self.path}.{index}.{self.rest(tensor_name)}"
-
     def rest(self, tensor_name: str) -> str:
         """The name of a block's tensor inside the block."""
         return tensor_name[len(self.path) + 1 :].split(".", 1)[1]

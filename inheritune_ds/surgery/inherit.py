@@ -6,33 +6,32 @@ the same (`proof`), publish. Nothing is published unless all of it succeeds. Wit
 scratch, all tensors are fresh.
 """
 
-import copy
-import hashlib
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from inheritune_ds import budget
 from inheritune_ds.errors import CorpusError, SurgeryError
 from inheritune_ds.files import read_json, storage_errors, write_json, write_text
 from inheritune_ds.parts import inherited_parts
 from inheritune_ds.publish import describe_files, has_files, staged
-from inheritune_ds.recipe import Reference, Target, shape_from_config
+from inheritune_ds.recipe import Reference, Target
 from inheritune_ds.selection import parse
-from inheritune_ds.surgery import proof
 from inheritune_ds.surgery.configs import DROPOUT_KEY, cut_config, num_blocks, set_dropout
-from inheritune_ds.surgery.grafts import Graft, GraftPlan, Source, plan_grafts
-from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, locate, quiet_transformers
-from inheritune_ds.surgery.report import as_bytes, describe_tensors, target_card
+from inheritune_ds.surgery.grafts import GraftPlan, Source, plan_grafts
+from inheritune_ds.surgery.proof import count_parameters, prove
+from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, locate
+from inheritune_ds.surgery.report import describe_tensors, target_card
 from inheritune_ds.surgery.scores import read_scores
 from inheritune_ds.surgery.skeleton import Skeleton, check_same_blocks
-from inheritune_ds.surgery.width import halve_config, leading_half
+from inheritune_ds.surgery.values import TargetValues
+from inheritune_ds.surgery.width import halve_config
 from inheritune_ds.surgery.writing import write_shards
 
 if TYPE_CHECKING:
@@ -47,10 +46,17 @@ _LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class TargetModel:
-    """A target on disk: a Hugging Face folder and its inheritance report."""
+    """A target on disk.
+
+    Attributes:
+        folder: A Hugging Face folder.
+        report: Its inheritance report.
+        seconds: What each phase of building it took; empty if it was found built.
+    """
 
     folder: Path
     report: Mapping[str, Any]
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -130,15 +136,21 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
         check_vocabulary(len(tokenizer), config.vocab_size)
         if reference is None:
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    plan, skeleton = _plan(target, config, selection, reference, previous)
-    values = _Values(skeleton, plan, half=target.width == "half", seed=seed)
+    clock = _Clock()
+    plan, skeleton = plan_target(target, config, selection, reference, previous)
+    values = TargetValues(skeleton, plan, half=target.width == "half", seed=seed)
     with staged(folder) as temporary, storage_errors(folder):
         _write_configs(temporary, skeleton, reference)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        clock.lap("plan")
         write_shards(temporary, plan.grafts, values.sizes, values.of, say)
+        clock.lap("write")
         tensors = describe_tensors(temporary, plan.grafts, values.of, say)
         values.drop_fresh()
+        clock.lap("compare and hash")
+        proven = prove(temporary, plan, skeleton, half=target.width == "half", say=say)
+        clock.lap("proof")
         report = {
             "reference": reference.identity if reference else None,
             "previous": previous.identity if previous else None,
@@ -149,17 +161,31 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
             "width": target.width,
             "seed": seed,
             "blocks": skeleton.blocks.depth,
-            **_count(skeleton),
+            **count_parameters(skeleton),
             **_kept(tensors),
             "left_out": plan.left_out,
-            "proof": _prove(temporary, plan, skeleton, half=target.width == "half", say=say),
+            "proof": proven,
             "tensors": tensors,
         }
         write_json(temporary / REPORT, report)
         licence = _copy_licence(reference.folder, temporary) if reference else ""
         write_text(temporary / "README.md", target_card(report, licence, command))
         write_json(temporary / MANIFEST, {"identity": identity, "files": describe_files(temporary)})
-    return TargetModel(folder, report)
+    clock.lap("publish")
+    return TargetModel(folder, report, clock.seconds)
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
 
 
 def make_config(
@@ -181,14 +207,25 @@ def make_config(
     return config, selection
 
 
-def _plan(
+def plan_target(
     target: Target,
     config: "PreTrainedConfig",
     selection: tuple[int, ...],
     reference: ReferenceModel | None,
     previous: Previous | None,
 ) -> tuple[GraftPlan, Skeleton]:
-    """List every tensor of the target with its source, and check that the model takes them all."""
+    """List every tensor of the target with its source, and check that the model takes them all.
+
+    Args:
+        target: From the recipe.
+        config: The target's (`make_config`).
+        selection: Kept blocks of the reference.
+        reference: Where they come from; None if nothing is inherited.
+        previous: The target that grows.
+
+    Raises:
+        SurgeryError: If the sources are damaged, or the model cannot be cut so.
+    """
     if reference is None:
         skeleton = Skeleton(config)
         return plan_grafts(skeleton, [], None, ()), skeleton
@@ -202,7 +239,7 @@ def _plan(
         for place, (source, block) in enumerate(steps):
             check_same_blocks(source.skeleton, block, skeleton, place)
     plan = plan_grafts(skeleton, steps, outer, inherited_parts(target.inherit))
-    values = _Values(skeleton, plan, half=target.width == "half", seed=0)
+    values = TargetValues(skeleton, plan, half=target.width == "half", seed=0)
     skeleton.load({graft.name: values.meta(graft) for graft in plan.grafts if graft.source})
     return plan, skeleton
 
@@ -239,61 +276,6 @@ def _earlier(previous: Previous, origin: Source, selection: tuple[int, ...]) -> 
     return source
 
 
-class _Values:
-    """Gives the values of the target's tensors: mapped from a source, converted where needed, or fresh."""
-
-    def __init__(self, skeleton: Skeleton, plan: GraftPlan, *, half: bool, seed: int) -> None:
-        self._skeleton, self._half, self._seed = skeleton, half, seed
-        self._fresh: dict[str, torch.Tensor] = {}
-        self.sizes = {graft.name: _bytes(self.meta(graft)) for graft in plan.grafts}
-
-    def meta(self, graft: Graft) -> torch.Tensor:
-        """Type and shape of a tensor of the target."""
-        if graft.source is None:
-            shape, dtype = self._skeleton.shapes[graft.module_name], self._skeleton.dtype
-        else:
-            found = graft.source.files.meta(graft.source_name)
-            shape = self._skeleton.shapes[graft.module_name] if self._half else tuple(found.shape)
-            dtype = self._dtype(graft.source, found)
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def of(self, graft: Graft) -> torch.Tensor:
-        """A tensor of the target."""
-        if graft.source is None:
-            return self._fresh_tensors()[graft.module_name]
-        tensor = graft.source.files.tensor(graft.source_name)
-        if self._half:
-            tensor = leading_half(tensor, self._skeleton.shapes[graft.module_name], graft.module_name)
-        return tensor.to(self._dtype(graft.source, tensor))
-
-    def _dtype(self, source: Source, tensor: torch.Tensor) -> torch.dtype:
-        """A source's own type; where two sources have different ones, that which holds both exactly."""
-        if tensor.is_floating_point() and source.dtype != self._skeleton.dtype:
-            return torch.promote_types(tensor.dtype, self._skeleton.dtype)
-        return tensor.dtype
-
-    def _fresh_tensors(self) -> dict[str, torch.Tensor]:
-        """A whole model as its architecture initialises it: the same values whatever part of it is used."""
-        if not self._fresh:
-            from transformers import AutoModelForCausalLM
-
-            torch.manual_seed(self._seed)
-            with quiet_transformers():
-                model = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(self._skeleton.config), dtype=self._skeleton.dtype
-                )
-            self._fresh = dict(model.state_dict())
-        return self._fresh
-
-    def drop_fresh(self) -> None:
-        """Give the memory of fresh tensors back."""
-        self._fresh = {}
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _write_configs(folder: Path, skeleton: Skeleton, reference: ReferenceModel | None) -> None:
     from transformers import GenerationConfig
 
@@ -322,70 +304,11 @@ def _copy_licence(source: Path, folder: Path) -> str:
     return named.group(1) if named else ""
 
 
-def _count(skeleton: Skeleton) -> dict[str, int]:
-    """Parameters in all and in blocks; a tied head counts once."""
-    named = list(skeleton.model.named_parameters())
-    inside = [parameter.numel() for name, parameter in named if skeleton.blocks.index_of(name) is not None]
-    return {"parameters": sum(parameter.numel() for _, parameter in named), "block_parameters": sum(inside)}
-
-
 def _kept(tensors: list[dict[str, Any]]) -> dict[str, int]:
     """Numbers in inherited tensors, in all and in blocks."""
     kept = [(math.prod(tensor["shape"]), tensor["block"]) for tensor in tensors if tensor["inherited"]]
     inside = sum(size for size, block in kept if block is not None)
     return {"inherited_parameters": sum(size for size, _ in kept), "inherited_block_parameters": inside}
-
-
-def _prove(
-    folder: Path, plan: GraftPlan, skeleton: Skeleton, *, half: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Prove the written target; the figures for the report.
-
-    Raises:
-        SurgeryError: If it does not load, has another number of parameters than the budget's arithmetic, or gives
-            another hidden state than the reference.
-    """
-    tokens = proof.probe_tokens(skeleton.config)
-    start, hidden, rest = proof.target_hidden_states(folder, skeleton.dtype, tokens)
-    proven: dict[str, Any] = {"missing": 0, "unexpected": 0, "budget_parameters": _check_budget(skeleton)}
-    fresh = [graft for graft in plan.grafts if graft.source is None]
-    if half or plan.outer is None or any(graft.block is not None for graft in fresh):
-        why = "half the width" if half else "fresh tensors in the blocks"
-        return {**proven, "hidden_state": None, "hidden_state_reason": f"not comparable: {why}"}
-    embedded = not any(graft.part in ("token_embeddings", "position_embeddings", "") for graft in fresh)
-    expected = proof.reference_hidden_state(
-        plan.steps, plan.outer if embedded else None, tokens, given=start, rest=rest, say=say
-    )
-    if not torch.equal(hidden, expected):
-        difference = float((hidden.double() - expected.double()).abs().max())
-        raise SurgeryError(
-            f"the target does not compute what the kept blocks of the reference compute: their hidden states differ by "
-            f"up to {difference:.3g}",
-            allowed="a selection that leaves blocks in their places: first:n",
-            action="report this with the model's config.json: nothing was published",
-        )
-    return {
-        **proven,
-        "hidden_state": "equal, bit for bit",
-        "hidden_state_start": "the reference's embeddings" if embedded else "the target's own embeddings",
-        "hidden_state_sha256": hashlib.sha256(as_bytes(hidden).data).hexdigest(),
-        "probe_tokens": tokens.numel(),
-        "dtype": str(skeleton.dtype).removeprefix("torch."),
-    }
-
-
-def _check_budget(skeleton: Skeleton) -> int | None:
-    """The budget's count of the target's parameters, which must be the model's; None for a family it does not know."""
-    shape = shape_from_config(skeleton.config.to_dict())
-    if shape is None:
-        return None
-    expected, found = budget.parameters(shape).total, _count(skeleton)["parameters"]
-    if expected != found:
-        raise SurgeryError(
-            f"the target has {found:,} parameters, the budget's arithmetic says {expected:,}",
-            action="report this with the model's config.json: nothing was published",
-        )
-    return expected
 
 
 def check_vocabulary(tokenizer_size: int, model_size: int) -> None:

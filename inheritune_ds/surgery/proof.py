@@ -7,6 +7,7 @@ block before it gave; whatever the model does around its blocks (masks, position
 reference's own doing.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +16,72 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from inheritune_ds import budget
 from inheritune_ds.errors import SurgeryError
+from inheritune_ds.recipe import shape_from_config
 from inheritune_ds.surgery.blocks import find_blocks
-from inheritune_ds.surgery.grafts import Source
+from inheritune_ds.surgery.grafts import GraftPlan, Source
 from inheritune_ds.surgery.reference import load_model
+from inheritune_ds.surgery.report import as_bytes
+from inheritune_ds.surgery.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PROBE_TOKENS = 32
 _GOLDEN_RATIO = 0.6180339887498949
+
+
+def prove(
+    folder: Path, plan: GraftPlan, skeleton: Skeleton, *, half: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Prove the written target; the figures for the report.
+
+    Raises:
+        SurgeryError: If it does not load, has another number of parameters than the budget's arithmetic, or gives
+            another hidden state than the reference.
+    """
+    tokens = probe_tokens(skeleton.config)
+    start, hidden, rest = target_hidden_states(folder, skeleton.dtype, tokens)
+    proven: dict[str, Any] = {"missing": 0, "unexpected": 0, "budget_parameters": _check_budget(skeleton)}
+    fresh = [graft for graft in plan.grafts if graft.source is None]
+    if half or plan.outer is None or any(graft.block is not None for graft in fresh):
+        why = "half the width" if half else "fresh tensors in the blocks"
+        return {**proven, "hidden_state": None, "hidden_state_reason": f"not comparable: {why}"}
+    embedded = not any(graft.part in ("token_embeddings", "position_embeddings", "") for graft in fresh)
+    expected = reference_hidden_state(
+        plan.steps, plan.outer if embedded else None, tokens, given=start, rest=rest, say=say
+    )
+    if not torch.equal(hidden, expected):
+        difference = float((hidden.double() - expected.double()).abs().max())
+        raise SurgeryError(
+            f"the target does not compute what the kept blocks of the reference compute: their hidden states differ by "
+            f"up to {difference:.3g}",
+            allowed="a selection that leaves blocks in their places: first:n",
+            action="report this with the model's config.json: nothing was published",
+        )
+    return {
+        **proven,
+        "hidden_state": "equal, bit for bit",
+        "hidden_state_start": "the reference's embeddings" if embedded else "the target's own embeddings",
+        "hidden_state_sha256": hashlib.sha256(as_bytes(hidden).data).hexdigest(),
+        "probe_tokens": tokens.numel(),
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+    }
+
+
+def _check_budget(skeleton: Skeleton) -> int | None:
+    """The budget's count of the target's parameters, which must be the model's; None for a family it does not know."""
+    shape = shape_from_config(skeleton.config.to_dict())
+    if shape is None:
+        return None
+    expected, found = budget.parameters(shape).total, count_parameters(skeleton)["parameters"]
+    if expected != found:
+        raise SurgeryError(
+            f"the target has {found:,} parameters, the budget's arithmetic says {expected:,}",
+            action="report this with the model's config.json: nothing was published",
+        )
+    return expected
 
 
 def probe_tokens(config: "PreTrainedConfig") -> torch.Tensor:
@@ -219,3 +276,10 @@ def _hooked(hook: Any) -> Iterator[None]:
 def _hidden(output: Any) -> torch.Tensor:
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def count_parameters(skeleton: Skeleton) -> dict[str, int]:
+    """Parameters in all and in blocks; a tied head counts once."""
+    named = list(skeleton.model.named_parameters())
+    inside = [parameter.numel() for name, parameter in named if skeleton.blocks.index_of(name) is not None]
+    return {"parameters": sum(parameter.numel() for _, parameter in named), "block_parameters": sum(inside)}

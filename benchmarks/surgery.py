@@ -1,0 +1,219 @@
+"""Cut OpenLLaMA-3B's shape in half: time, memory, and what each part of a surgery takes.
+
+`python -m benchmarks.surgery` makes a random reference of 3.4B parameters in fp16 (6.9 GB below --folder), cuts it to
+its first 13 blocks and writes docs/results/surgery.json. Needs 15 GB of disk and 16 GB of memory.
+
+Time: planning and writing the target (the cut) against a plain copy of the same bytes, in turns (copy, cut, cut,
+copy, ...) in one process, source in the page cache, every written file flushed between the turns. Memory: the peak of
+anonymous memory of a whole `inheritune-ds inherit` in a process of its own, above what the same process holds after
+its imports; mapped files are not counted, since their pages go when memory is needed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, write_result
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 3200,
+    "intermediate_size": 8640,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+"""openlm-research/open_llama_3b."""
+SELECT = "first:13"
+EXPECTED_PARAMETERS = 1_815_881_600
+TIME_BAR = 1.3
+"""The cut may take so many times a plain copy."""
+MEMORY_BAR = (1.15, 400e6)
+"""Peak anonymous memory above the idle process: at most so many times the target's bytes, plus so many bytes."""
+
+
+def make_reference(folder: Path) -> None:
+    """Write a random reference, shard by shard."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from inheritune_ds.surgery.skeleton import Skeleton
+
+    folder.mkdir(parents=True)
+    config = LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"], dtype="float16")
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    weight_map: dict[str, str] = {}
+    names = list(Skeleton(config).shapes.items())
+    per_shard = 60
+    shards = [names[start : start + per_shard] for start in range(0, len(names), per_shard)]
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: (torch.randn(shape, generator=generator) * 0.02).half() for name, shape in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        print(f"reference: shard {number} of {len(shards)}", flush=True)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def cut(reference: Path, folder: Path) -> float:
+    """Plan and write the target; seconds."""
+    from inheritune_ds.recipe import Target
+    from inheritune_ds.surgery.inherit import make_config, plan_target
+    from inheritune_ds.surgery.reference import ReferenceModel, load_config
+    from inheritune_ds.surgery.values import TargetValues
+    from inheritune_ds.surgery.writing import write_shards
+
+    start = time.perf_counter()
+    target = Target(select=SELECT)
+    config, selection = make_config(target, load_config(reference))
+    plan, skeleton = plan_target(target, config, selection, ReferenceModel("reference", reference, "", {}), None)
+    values = TargetValues(skeleton, plan, half=False, seed=0)
+    folder.mkdir()
+    write_shards(folder, plan.grafts, values.sizes, values.of, lambda _: None)
+    return time.perf_counter() - start
+
+
+def plain_copy(files: Sequence[Path], folder: Path) -> float:
+    """Copy files; seconds."""
+    start = time.perf_counter()
+    folder.mkdir()
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    return time.perf_counter() - start
+
+
+def in_turns(reference: Path, folder: Path, blocks: int) -> dict[str, list[float]]:
+    """Time copy, cut, cut, copy, ... so many times each; the first round only warms up."""
+    original = folder / "original"
+    cut(reference, original)
+    files = sorted(original.glob("*.safetensors"))
+    work: dict[str, Callable[[], float]] = {
+        "copy": lambda: plain_copy(files, folder / "turn"),
+        "cut": lambda: cut(reference, folder / "turn"),
+    }
+    times: dict[str, list[float]] = {"copy": [], "cut": []}
+    for number in range(blocks + 1):
+        for name in ("copy", "cut") if number % 2 == 0 else ("cut", "copy"):
+            os.sync()
+            seconds = work[name]()
+            if number:
+                times[name].append(seconds)
+                print(f"{name:<5}{seconds:7.2f} s", flush=True)
+            shutil.rmtree(folder / "turn")
+    return times
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def build_once(reference: Path, output: Path) -> dict[str, Any]:
+    """A whole surgery, as the command does it, with its phases and peak of anonymous memory; runs in a child."""
+    start = time.perf_counter()
+    import torch  # noqa: F401 - part of the idle process
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import inheritune_ds.surgery.inherit  # noqa: F401
+    from inheritune_ds import cli
+    from inheritune_ds.surgery import inherit
+
+    seconds = {"imports": time.perf_counter() - start}
+    idle = anonymous_bytes()
+    peak, done = idle, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, anonymous_bytes())
+
+    kept: list[Any] = []
+    build = inherit.build_target
+
+    def build_and_keep(*args: Any, **kwargs: Any) -> Any:
+        kept.append(build(*args, **kwargs))
+        return kept[-1]
+
+    inherit.build_target = build_and_keep  # the command imports it when it runs
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    code = cli.main(["inherit", "--reference", str(reference), "--select", SELECT, "--output", str(output)])
+    whole = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    if code:
+        sys.exit(code)
+    seconds |= kept[0].seconds
+    seconds["hash of the reference, and the rest"] = whole - sum(kept[0].seconds.values())
+    report = kept[0].report
+    return {
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "whole_s": round(whole, 2),
+        "idle_anonymous_bytes": idle,
+        "peak_anonymous_bytes": peak,
+        "parameters": report["parameters"],
+        "target_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
+        "proof": report["proof"],
+    }
+
+
+def main() -> None:
+    """Measure all, print a table, write the JSON file; ends with 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for 15 GB of files")
+    parser.add_argument("--blocks", type=int, default=5, help="measured turns of each kind (default: 5)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "surgery.json")
+    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(build_once(*args.child)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        make_reference(folder / "reference")
+        times = in_turns(folder / "reference", folder, args.blocks)
+        command = [sys.executable, "-m", "benchmarks.surgery", "--child", str(folder / "reference")]
+        done = subprocess.run([*command, str(folder / "target")], check=True, stdout=subprocess.PIPE, text=True)
+        whole = json.loads(done.stdout.splitlines()[-1])
+    ratio = statistics.median(times["cut"]) / statistics.median(times["copy"])
+    above = whole["peak_anonymous_bytes"] - whole["idle_anonymous_bytes"]
+    allowed = MEMORY_BAR[0] * whole["target_bytes"] + MEMORY_BAR[1]
+    checks = {
+        "parameters": whole["parameters"] == EXPECTED_PARAMETERS,
+        "time": ratio <= TIME_BAR,
+        "memory": above <= allowed,
+        "proof": whole["proof"]["hidden_state"] == "equal, bit for bit",
+    }
+    print(f"cut / copy      {ratio:.2f}  (medians of {args.blocks}; at most {TIME_BAR})")
+    print(f"memory          {above / 1e9:.2f} GB above the idle process (at most {allowed / 1e9:.2f})")
+    for phase, value in whole["seconds"].items():
+        print(f"{phase:<36}{value:8.2f} s")
+    print(f"checks          {checks}")
+    spread = {
+        name: {"median_s": round(statistics.median(values), 3), "all_s": [round(value, 3) for value in values]}
+        for name, values in times.items()
+    }
+    figures = {"turns": spread, "cut_over_copy": round(ratio, 3), "anonymous_bytes_above_idle": above}
+    write_result(args.out, {**figures, "anonymous_bytes_allowed": round(allowed), "whole": whole, "checks": checks})
+    sys.exit(0 if all(checks.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()
