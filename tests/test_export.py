@@ -15,8 +15,8 @@ from inheritune_ds.errors import ExportError
 from inheritune_ds.export import check_logits, export_model, find_export, model_card, write_probe
 from inheritune_ds.recipe import Shape, Target
 from inheritune_ds.surgery.inherit import build_target
-from inheritune_ds.surgery.report import weights_sha256
 from inheritune_ds.surgery.reference import load_model
+from inheritune_ds.surgery.report import weights_sha256
 
 PROBE = torch.arange(12).view(1, 12) % 20
 CARD = "---\nlibrary_name: transformers\n---\n# a card\n"
@@ -49,6 +49,8 @@ def target_folder(tmp_path: Path) -> Callable[[str], Path]:
             seed=1,
             folder=tmp_path / f"target-{family}",
             identity={},
+            command="make it",
+            say=lambda _: None,
         ).folder
 
     return make

@@ -92,13 +92,13 @@ def test_recipe_refuses_parts_that_contradict(name: str, overrides: list[str], m
 
 def test_selection_and_reference_are_read_out_of_their_texts() -> None:
     recipe = load_recipe("quickstart")
-    assert recipe.target.num_selected == 4
+    assert (recipe.target.select, recipe.target.inherits_nothing) == ("first:4", False)
     assert recipe.reference is not None
     assert recipe.reference.recipe_name == "quickstart-reference"
     hub = load_recipe("openllama-3b-13l").reference
     assert hub is not None
     assert hub.recipe_name is None
-    assert load_recipe("quickstart-reference").target.num_selected is None
+    assert load_recipe("quickstart-scratch").target.inherits_nothing
 
 
 def test_fingerprint_follows_what_decides_the_numbers_only() -> None:

@@ -52,7 +52,9 @@ def test_target_shape_follows_recipes_to_their_targets(tmp_path: Path) -> None:
     found = target_shape(recipe)
     assert found is not None
     assert found[1] == 6
-    with pytest.raises(SurgeryError, match=r"first:7 keeps 7 blocks, but recipe:.*middle.yaml has 6"):
+    with pytest.raises(
+        SurgeryError, match=r"first:7: 7 is not possible, the reference has 6 blocks \(recipe:.*middle.yaml\)"
+    ):
         target_shape(load_recipe("quickstart", [f"reference.model=recipe:{middle}", "target.select=first:7"]))
 
 
@@ -103,7 +105,11 @@ def test_target_shape_refuses_a_broken_folder(tmp_path: Path, config: object, me
 @pytest.mark.parametrize(
     ("overrides", "kind", "message"),
     [
-        (["target.select=first:9"], SurgeryError, "first:9 keeps 9 blocks, but recipe:quickstart-reference has 8"),
+        (
+            ["target.select=first:9"],
+            SurgeryError,
+            "select first:9: 9 is not possible, the reference has 8 blocks (recipe:quickstart-reference)",
+        ),
         (
             ["training.seq_len=256"],
             RecipeError,

@@ -58,8 +58,8 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
 
     from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
     from inheritune_ds.shapes import target_shape
-    from inheritune_ds.surgery.report import weights_sha256
     from inheritune_ds.surgery.reference import build_config
+    from inheritune_ds.surgery.report import weights_sha256
     from inheritune_ds.training.checkpoints import Checkpoints, Layout
     from inheritune_ds.training.ds_config import Machine, resolve
     from inheritune_ds.training.engine import Engine

@@ -122,7 +122,7 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     assert report["selection"] == [0, 1]
     assert {tensor["name"] for tensor in report["tensors"]} == set(target)
     assert all(tensor["inherited"] for tensor in report["tensors"])
-    assert all((target[tensor["name"]] == trained[tensor["source"]]).all() for tensor in report["tensors"])
+    assert all((target[tensor["name"]] == trained[tensor["source"]["tensor"]]).all() for tensor in report["tensors"])
     scored = json.loads((child / "eval/reference.json").read_text())
     parent_final = json.loads((parent / "eval/validation-step-00000012.json").read_text())
     assert scored["windows"] == pytest.approx(parent_final["windows"], rel=1e-5)

@@ -4,56 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from inheritune_ds.budget import parameters
 from inheritune_ds.errors import CorpusError, SurgeryError
-from inheritune_ds.recipe import Reference, Shape, Target, shape_from_config
-from inheritune_ds.surgery import inherit
-from inheritune_ds.surgery.blocks import find_blocks
-from inheritune_ds.surgery.inherit import (
-    TargetModel,
-    build_target,
-    check_vocabulary,
-    target_config,
-    weights_sha256,
-)
-from inheritune_ds.surgery.reference import load_config, load_model, locate
-
-PATHS = {
-    "gpt2": "transformer.h",
-    "llama": "model.layers",
-    "qwen2": "model.layers",
-    "smollm3": "model.layers",
-    "opt": "model.decoder.layers",
-    "gpt_neox": "gpt_neox.layers",
-}
-TIED = ("gpt2", "qwen2", "smollm3", "opt")
-IDENTITY = {"recipe": "one"}
-
-
-def plain(folder: Path) -> PreTrainedModel:
-    """Load as a newcomer does; nothing may be missing or left over."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    model: PreTrainedModel
-    model, info = loaded
-    assert {key: list(value) for key, value in info.items() if value} == {}
-    model.eval()
-    return model
-
-
-def last_block_output(model: PreTrainedModel, block: str) -> torch.Tensor:
-    """Hidden state that leaves a block; more tokens than any attention window."""
-    caught: list[torch.Tensor] = []
-
-    def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple) else output)
-
-    with torch.no_grad():
-        handle = model.get_submodule(block).register_forward_hook(keep)
-        model(input_ids=torch.arange(24).view(2, 12) + 3, use_cache=False)
-        handle.remove()
-    return caught[0]
+from inheritune_ds.recipe import Shape, shape_from_config
+from inheritune_ds.surgery import inherit, proof
+from inheritune_ds.surgery.inherit import TargetModel, check_vocabulary
+from inheritune_ds.surgery.reference import load_config, load_model
+from inheritune_ds.surgery.report import weights_sha256
+from inheritune_ds.surgery.writing import write_shards
+from tests.surgery.tiny import PATHS, TIED, block_output, contents, plain
 
 
 @pytest.mark.parametrize("family", PATHS)
@@ -73,7 +35,7 @@ def test_target_holds_the_reference_s_tensors_and_computes_its_hidden_state(
         assert tensor.unique().numel() > 1, name
     assert target.config.num_hidden_layers == count
     block = f"{path}.{count - 1}"
-    assert torch.equal(last_block_output(target, block), last_block_output(reference, block))
+    assert torch.equal(block_output(target, block), block_output(reference, block))
 
 
 @pytest.mark.parametrize("family", PATHS)
@@ -90,18 +52,16 @@ def test_target_numbers_its_blocks_and_keeps_ties(
     assert (head.weight is embedding.weight) == (family in TIED)
 
 
-@pytest.mark.parametrize("order", [(1, 3), (3, 0, 2)])
+@pytest.mark.parametrize(
+    ("select", "order"), [("1,3", (1, 3)), ("3,0,2", (3, 0, 2)), ("0-1,0-1", (0, 1, 0, 1)), ("last:2", (2, 3))]
+)
 def test_target_takes_the_blocks_of_any_selection(
-    order: tuple[int, ...],
-    reference_folder: Callable[..., Path],
-    build: Callable[..., TargetModel],
-    monkeypatch: pytest.MonkeyPatch,
+    select: str, order: tuple[int, ...], reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
 ) -> None:
-    monkeypatch.setattr(inherit, "select_blocks", lambda *_: order)
     folder = reference_folder("llama")
-    built = build(folder, select="first:1")
+    built = build(folder, select=select)
     source, own = plain(folder).state_dict(), plain(built.folder).state_dict()
-    sources = {tensor["name"]: tensor["source"] for tensor in built.report["tensors"]}
+    sources = {tensor["name"]: tensor["source"]["tensor"] for tensor in built.report["tensors"]}
     for name, tensor in own.items():
         head, _, rest = name.partition("model.layers.")
         expected = f"model.layers.{order[int(rest[0])]}{rest[1:]}" if not head and rest else name
@@ -112,37 +72,27 @@ def test_target_takes_the_blocks_of_any_selection(
 
 
 def test_target_leaves_the_reference_as_it_is(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], make_tokenizer: Callable[[int], Any]
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
 ) -> None:
     folder = reference_folder("smollm3", attention_dropout=0.25)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    config = load_config(folder)
-    values = config.to_dict()
-    build_target(
-        Target(select="first:2"),
-        reference=locate(Reference(model=str(folder)), Path),
-        reference_config=config,
-        tokenizer=make_tokenizer(40),
-        seed=1,
-        folder=folder.parent / "target",
-        identity=IDENTITY,
-    )
-    assert config.to_dict() == values
+    before, values = contents(folder), load_config(folder).to_dict()
+    build(folder, select="first:2")
     assert values["no_rope_layers"] == [1, 1, 1, 0]
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert load_config(folder).to_dict() == values
+    assert contents(folder) == before
 
 
 def test_target_s_config_is_cut_and_says_its_dropout(
     reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
 ) -> None:
     folder = reference_folder("gpt2", attn_pdrop=0.3, resid_pdrop=0.2)
-    config = target_config(build(folder, select="first:2", dropout=0.125).folder)
+    config = load_config(build(folder, select="first:2", dropout=0.125).folder)
     assert (config.n_layer, config.num_hidden_layers) == (2, 2)
     assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.125, 0.125, 0.125)
     assert config.scale_attn_by_inverse_layer_idx is True
-    none = target_config(build(folder, to="other", select="first:2").folder)
+    none = load_config(build(folder, to="other", select="first:2").folder)
     assert (none.attn_pdrop, none.resid_pdrop, none.embd_pdrop) == (0.0, 0.0, 0.0)
-    rotary = target_config(build(reference_folder("smollm3"), to="rotary", select="first:3").folder)
+    rotary = load_config(build(reference_folder("smollm3"), to="rotary", select="first:3").folder)
     assert (rotary.no_rope_layers, rotary.layer_types) == ([1, 1, 1], ["full_attention"] * 3)
 
 
@@ -219,7 +169,7 @@ def test_target_from_scratch_has_the_recipe_s_shape(family: str, build: Callable
         scale_attn_by_inverse_layer_idx=family == "gpt2",
     )
     built = build(None, shape=shape, words=50)
-    config = target_config(built.folder)
+    config = load_config(built.folder)
     found = shape_from_config(config.to_dict())
     assert found is not None
     left_out = {"num_key_value_heads", "rms_norm_eps", "rope_theta"} if family == "gpt2" else set()
@@ -239,13 +189,13 @@ def test_build_target_replaces_an_older_one(
     second = build(folder, select="first:3")
     assert second.folder == first.folder
     assert not (second.folder / "left-over").exists()
-    assert target_config(second.folder).num_hidden_layers == 3
+    assert load_config(second.folder).num_hidden_layers == 3
 
 
 def test_build_target_refuses_more_blocks_than_there_are(
     reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
 ) -> None:
-    with pytest.raises(SurgeryError, match="first:5 asks for 5 blocks, but the reference has 4"):
+    with pytest.raises(SurgeryError, match="select first:5: 5 is not possible, the reference has 4 blocks"):
         build(reference_folder("llama"), select="first:5")
     assert not (tmp_path / "target").exists()
 
@@ -276,25 +226,53 @@ def test_build_target_publishes_nothing_that_does_not_read_back(
     tmp_path: Path,
 ) -> None:
     folder = reference_folder("llama")
-    honest = load_model
 
-    def bent(where: Path, **options: Any) -> PreTrainedModel:
-        model = honest(where, **options)
-        if where != folder:
-            with torch.no_grad():
-                model.get_parameter("model.norm.weight")[0] += 2.0**-12
-        return model
+    def write_wrongly(where: Path, *arguments: Any) -> dict[str, str]:
+        files = write_shards(where, *arguments)
+        tensors = load_file(where / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 2] += 2.0**-12
+        save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
+        return files
 
-    monkeypatch.setattr(inherit, "load_model", bent)
-    with pytest.raises(SurgeryError, match="is not the one that was built"):
+    monkeypatch.setattr(inherit, "write_shards", write_wrongly)
+    with pytest.raises(
+        SurgeryError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight was not written as it was read"
+    ) as caught:
         build(folder, select="first:2")
+    assert caught.value.action == "check the disk, then give the same command again"
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
 
 
-def test_copying_refuses_tensors_of_another_shape(make_model: Callable[..., PreTrainedModel]) -> None:
-    narrow, wide = make_model("llama", num_hidden_layers=2), make_model("llama", intermediate_size=32)
-    with pytest.raises(
-        SurgeryError, match=r"the reference has no tensor model\.layers\.0\.mlp\.\S+ of shape \(24, 16\)"
-    ):
-        inherit._copy_tensors(wide, narrow, (0, 1), reference_depth=4)
-    assert find_blocks(narrow, 2).path == "model.layers"
+def test_build_target_publishes_nothing_that_computes_something_else(
+    reference_folder: Callable[..., Path],
+    build: Callable[..., TargetModel],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    folder = reference_folder("llama")
+
+    def load_otherwise(where: Path, **options: Any) -> PreTrainedModel:
+        model = load_model(where, **options)
+        with torch.no_grad():
+            model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 2] += 2.0**-12
+        return model
+
+    monkeypatch.setattr(proof, "load_model", load_otherwise)
+    with pytest.raises(SurgeryError, match=r"their hidden states differ by up to \d") as caught:
+        build(folder, select="0,2")
+    assert caught.value.problem.startswith("the target does not compute what the kept blocks of the reference compute")
+    assert caught.value.action.endswith("nothing was published")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+
+
+def test_build_target_checks_the_budget_s_count(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = reference_folder("llama")
+    honest = build(folder, select="first:2").report
+    monkeypatch.setattr(inherit, "shape_from_config", lambda values: shape_from_config({**values, "vocab_size": 41}))
+    with pytest.raises(SurgeryError) as caught:
+        build(folder, select="first:2", to="other")
+    found, wrong = honest["parameters"], honest["parameters"] + 2 * 16
+    assert honest["proof"]["budget_parameters"] == found
+    assert caught.value.problem == f"the target has {found:,} parameters, the budget's arithmetic says {wrong:,}"

@@ -20,7 +20,6 @@ from inheritune_ds.surgery.reference import (
     load_model,
     locate,
     read_config,
-    weight_files,
 )
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -95,19 +94,6 @@ def test_read_config_refuses_text_of_another_encoding(tmp_path: Path) -> None:
         read_config(tmp_path, "it")
 
 
-def test_weight_files_prefers_safetensors(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(RecipeError) as caught:
-        weight_files(tmp_path, "it")
-    assert caught.value.problem == f"reference.model: {tmp_path} holds no weights"
-    assert caught.value.allowed == "*.safetensors (or pytorch_model*.bin) beside config.json"
-    for name in ("pytorch_model-2.bin", "pytorch_model-1.bin", "optimizer.bin"):
-        (tmp_path / name).touch()
-    assert [path.name for path in weight_files(tmp_path, "it")] == ["pytorch_model-1.bin", "pytorch_model-2.bin"]
-    (tmp_path / "model.safetensors").touch()
-    assert [path.name for path in weight_files(tmp_path, "it")] == ["model.safetensors"]
-
-
 def test_load_model_reads_pickled_weights_as_well(
     make_model: Callable[..., Any], reference_folder: Callable[..., Path]
 ) -> None:
@@ -173,7 +159,8 @@ def snapshot(monkeypatch: pytest.MonkeyPatch, reference_folder: Callable[..., Pa
 
     def download(repository: hub.Repository, patterns: list[str]) -> Path:
         assert repository.commit == COMMIT
-        assert {"*.safetensors", "*.json"} <= set(patterns)
+        assert {"model.safetensors", "model-*.safetensors", "*.json"} <= set(patterns)
+        assert "*.safetensors" not in patterns  # adapters and copies in other types stay where they are
         return folder
 
     monkeypatch.setattr(hub, "resolve", resolve)
