@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -53,6 +53,12 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None
     return recipe
 
 
+_SHIPPED = {
+    "recipes": "`inheritune-ds recipes` lists what is shipped",
+    "studies": "give a shipped study's name, or the path of a study file",
+}
+
+
 def read_document(name: str, folder: str, *, beside: Path | None = None) -> tuple[str, str]:
     """Return the text of a shipped document or a file, and how to call it in a message."""
     shipped = resources.files("inheritune_ds") / folder / f"{name}.yaml"
@@ -67,7 +73,7 @@ def read_document(name: str, folder: str, *, beside: Path | None = None) -> tupl
         raise RecipeError(
             f"{folder[:-1] if folder != 'studies' else 'study'} {name!r} cannot be read: {_reason(error)}",
             allowed=f"a YAML file, or one of {', '.join(names)}",
-            action=f"did you mean {hint}?" if hint else "`inheritune-ds recipes` lists what is shipped",
+            action=f"did you mean {hint}?" if hint else _SHIPPED[folder],
         ) from None
 
 
@@ -88,7 +94,11 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
             action="mend the file at that line",
         ) from None
     if not isinstance(document, dict):
-        raise RecipeError(f"{origin}: the document is not a mapping of keys to values")
+        raise RecipeError(
+            f"{origin}: the document is not a mapping of keys to values",
+            allowed="lines `key: value`",
+            action="start from a copy of a shipped one",
+        )
     return document
 
 
@@ -132,10 +142,11 @@ def _apply(document: dict[str, Any], override: str) -> None:
         if child is None and isinstance(node, dict):
             child = node.get(key)
             if child is None:
-                child = node[key] = {}
+                child = node[key] = _made_for(keys[:depth], keys[depth])
         if not isinstance(child, dict | list):
             raise RecipeError(
                 f"override {path}: {'.'.join(keys[:depth])} holds {child!r}, which has no keys inside",
+                allowed=f"{'.'.join(keys[:depth])}=value",
                 action=f"override {'.'.join(keys[:depth])} itself",
             )
         node = child
@@ -147,8 +158,17 @@ def _apply(document: dict[str, Any], override: str) -> None:
     else:
         raise RecipeError(
             f"override {path}: {last!r} is no position in a list of {len(node)}",
-            allowed=f"0 to {len(node) - 1}",
+            allowed=f"0 to {len(node) - 1}" if node else "no position: the list is empty",
+            action=f"override {'.'.join(keys[:-1])} itself",
         )
+
+
+def _made_for(path: Sequence[str], inner: str) -> dict[str, Any] | list[Any]:
+    """What an override makes of a key that the document leaves out: its default, if a position in a list is meant."""
+    _, models = _locate(Recipe, path[:-1])
+    defaults = [model.model_fields[path[-1]].default for model in models if path[-1] in model.model_fields]
+    lists = [list(default) for default in defaults if isinstance(default, list | tuple)]
+    return lists[0] if lists and inner.isdecimal() else {}
 
 
 def _is_index(key: str, items: list[Any]) -> bool:
@@ -167,23 +187,27 @@ def _check(model: type[Model], document: dict[str, Any], origin: str) -> tuple[M
     try:
         return model.model_validate(document), []
     except ValidationError as error:
-        items = [item for item in error.errors(include_url=False) if not _is_other_branch(item)]
+        items = [item for item in error.errors(include_url=False) if not _is_other_branch(model, item)]
         return None, [_describe(model, item, origin) for item in items]
 
 
 _TEXT_BRANCH = "constrained-str"
 
 
-def _is_other_branch(item: Any) -> bool:
-    """Whether pydantic complains about the branch of `text | mapping` that the user did not take."""
-    if _TEXT_BRANCH in item["loc"]:
-        return isinstance(item["input"], dict)
-    return bool(item["type"] == "model_type" and item["loc"][-1:] == (item["ctx"]["class_name"],))
+def _is_other_branch(model: type[BaseModel], item: Any) -> bool:
+    """Whether pydantic complains about the branch of `text | mapping` or `text | list` that the user did not take."""
+    loc, value = item["loc"], item["input"]
+    if _TEXT_BRANCH in loc:
+        return isinstance(value, dict) or (isinstance(value, list) and not _locate(model, loc)[1])
+    if item["type"] == "list_type" and str(loc[-1]).startswith("list["):
+        return not isinstance(value, dict)
+    return bool(item["type"] == "model_type" and loc[-1:] == (item["ctx"]["class_name"],))
 
 
 def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
     path, models = _locate(model, item["loc"])
-    where = f"{origin}: {'.'.join(path)}" if path else origin
+    key = ".".join(path)
+    where = f"{origin}: {key}" if key else origin
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
         known = sorted(_keys_of(_locate(model, item["loc"][:-1])[1]))
@@ -194,18 +218,40 @@ def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
             action=f"did you mean {'.'.join([*path[:-1], hint])}?" if hint else "remove it",
         )
     if kind == "missing":
-        return RecipeError(f"{where}: required key is missing")
+        return RecipeError(
+            f"{where}: required key is missing", allowed=_expected(model, item["loc"]), action=f"add {key}"
+        )
     if kind == "value_error":
         return RecipeError(f"{where}: {context['error']}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         wrong = f"{context['tag']!r} is unknown" if "tag" in context else "required key is missing"
-        return RecipeError(f"{where}.kind: {wrong}", allowed="embedded, files or hub")
+        return RecipeError(f"{where}.kind: {wrong}", allowed="embedded, files or hub", action=f"set {key}.kind")
     if kind == "string_pattern_mismatch":
-        return RecipeError(f"{where}: {value!r} is not of the right form", allowed=_form(context["pattern"]))
+        problem = f"{where}: {value!r} is not of the right form"
+        return RecipeError(problem, allowed=_form(context["pattern"]), action=f"change {key}")
     allowed = _ALLOWED.get(kind, item["msg"].removeprefix("Input should be "))
     if _TEXT_BRANCH in item["loc"]:
-        allowed += f", or a mapping of {', '.join(sorted(_keys_of(models)))}"
-    return RecipeError(f"{where}: {_short(value)} is not accepted", allowed=allowed)
+        allowed += f", or a mapping of {', '.join(sorted(_keys_of(models)))}" if models else ", or a list of text"
+    elif kind == "string_type":
+        allowed = _expected(model, item["loc"]) or allowed
+    return RecipeError(f"{where}: {_short(value)} is not accepted", allowed=allowed, action=f"change {key}")
+
+
+def _expected(model: type[BaseModel], loc: Sequence[int | str]) -> str:
+    """What the field at a location takes, in the words of a YAML file."""
+    _, parents = _locate(model, loc[:-1])
+    field = next((parent.model_fields[str(loc[-1])] for parent in parents if loc[-1] in parent.model_fields), None)
+    if field is None:  # an item of a list
+        return ""
+    pattern = next((found for item in field.metadata if (found := getattr(item, "pattern", None))), None)
+    if pattern:
+        return _form(pattern)
+    kind: Any = get_origin(field.annotation) or field.annotation
+    if kind is Literal:
+        return ", ".join(map(str, get_args(field.annotation)))
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"a mapping of {', '.join(kind.model_fields)}"
+    return {int: "a whole number", float: "a number", list: "a list"}.get(kind, "text")
 
 
 _MAPPING = "a mapping of keys to values"
@@ -226,7 +272,6 @@ _ALLOWED = {
 
 
 _FORMS = {
-    "first": "first:n, such as first:4",
     "steps": "a count and a unit: 8 epochs, 100_000 steps, 250M tokens",
     "A-Za": "letters, digits, '.', '_' and '-', starting with a letter or digit",
 }
