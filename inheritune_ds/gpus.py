@@ -82,7 +82,11 @@ def hours(flops: float, on: Gpu, gpus: int, mfu: float) -> float:
         RecipeError: For a share that is not above 0 or is above 1.
     """
     if not 0.0 < mfu <= 1.0:
-        raise RecipeError(f"MFU {mfu} is not possible", allowed="above 0, at most 1 (the card's peak)")
+        raise RecipeError(
+            f"MFU {mfu} is not possible",
+            allowed="above 0, at most 1 (the card's peak)",
+            action=f"give a share of the peak; plans assume {PLANNING_MFU}",
+        )
     return flops / (on.peak_bf16_flops * gpus * mfu) / 3600.0
 
 

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from inheritune_ds.plan import plan
 
     if args.gpus < 1:
-        raise RecipeError(f"--gpus {args.gpus} is not accepted", allowed="1, 2, 3, ...")
+        raise RecipeError(f"--gpus {args.gpus} is not accepted", allowed="1, 2, 3, ...", action="change --gpus")
     recipe, document, origin = read_experiment(args, overrides)
     gpu, chosen = planned_gpu(args.gpu)
     machine = machine_for(gpu, args.gpus)

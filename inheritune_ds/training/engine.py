@@ -79,6 +79,7 @@ def check_device(kind: str, world: World, *, offload: bool) -> None:
     if torch.cuda.device_count() < world.local_size and world.launcher != "slurm":
         raise MachineError(
             f"{world.local_size} ranks on this machine, but torch sees {torch.cuda.device_count()} GPUs",
+            allowed="one rank a GPU",
             action=f"start at most {torch.cuda.device_count()} ranks (deepspeed --num_gpus N)",
         )
 
@@ -278,7 +279,11 @@ class Engine:
         """Restore what `save` wrote, with the same number of ranks and the same ZeRO stage."""
         loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine")
         if loaded is None:
-            raise TrainingError(f"DeepSpeed found no state in {folder}")
+            raise TrainingError(
+                f"DeepSpeed found no state in {folder}",
+                allowed="a checkpoint that this program has published",
+                action="remove this checkpoint; the same command takes the one before it",
+            )
 
     def close(self) -> None:
         """Give the memory of the engine back, so that another can follow in this process."""

@@ -163,6 +163,7 @@ def _first_host(environ: Mapping[str, str]) -> str:
     except (OSError, subprocess.SubprocessError, IndexError):
         raise MachineError(
             f"the first host of SLURM's node list {nodes!r} cannot be found: scontrol does not answer",
+            allowed="a host that every rank reaches",
             action="export MASTER_ADDR in the batch script, before srun",
         ) from None
 
