@@ -17,7 +17,7 @@ from inheritune_ds.errors import SurgeryError
 from inheritune_ds.parts import PARTS
 from inheritune_ds.surgery.blocks import part_of
 from inheritune_ds.surgery.skeleton import Skeleton, contradiction
-from inheritune_ds.surgery.weights import WeightFiles
+from inheritune_ds.surgery.weights import DTYPES, WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -63,6 +63,7 @@ class Source:
         self.role, self.folder, self.config = role, folder, config
         self.files = WeightFiles(folder, str(folder))
         self.dtype = _dtype(config, self.files)
+        self._check_types()
         self.skeleton = Skeleton(config, self.dtype)
         named = self.skeleton.module_names(self.files)
         shapes = self.skeleton.shapes
@@ -71,6 +72,14 @@ class Source:
         self.module_of = {name: module for name, module in named.items() if module in shapes}
         self._check_whole()
         self._drop_tied_copies()
+
+    def _check_types(self) -> None:
+        odd = {str(self.files.meta(name).dtype) for name in self.files} - {str(dtype) for dtype in DTYPES}
+        if odd:
+            raise SurgeryError(
+                f"the {self.role}'s weights are quantised: {self.folder} holds tensors of {', '.join(sorted(odd))}",
+                allowed=f"tensors of {', '.join(sorted(DTYPES.values()))}",
+            )
 
     def _check_leftovers(self, named: Mapping[str, str]) -> None:
         stray = [

@@ -144,7 +144,7 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         clock.lap("plan")
-        write_shards(temporary, plan.grafts, values.sizes, values.of, say)
+        write_shards(temporary, plan.grafts, values, say)
         clock.lap("write")
         tensors = describe_tensors(temporary, plan.grafts, values.of, say)
         values.drop_fresh()

@@ -7,6 +7,7 @@ import torch
 from inheritune_ds.surgery.grafts import Graft, GraftPlan, Source
 from inheritune_ds.surgery.reference import quiet_transformers
 from inheritune_ds.surgery.skeleton import Skeleton
+from inheritune_ds.surgery.weights import Span
 from inheritune_ds.surgery.width import leading_half
 
 
@@ -27,6 +28,13 @@ class TargetValues:
             shape = self._skeleton.shapes[graft.module_name] if self._half else tuple(found.shape)
             dtype = self._dtype(graft.source, found)
         return torch.empty(shape, dtype=dtype, device="meta")
+
+    def span(self, graft: Graft) -> Span | None:
+        """Where a source's file holds exactly the bytes of a tensor of the target; None if they must be made."""
+        if graft.source is None or self._half:
+            return None
+        found = graft.source.files.meta(graft.source_name)
+        return graft.source.files.span(graft.source_name) if self._dtype(graft.source, found) == found.dtype else None
 
     def of(self, graft: Graft) -> torch.Tensor:
         """A tensor of the target."""

@@ -3,13 +3,13 @@
 import json
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from inheritune_ds.errors import RecipeError, SurgeryError
-
-if TYPE_CHECKING:
-    import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -39,6 +39,30 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     )
 
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls them. A tensor of another type is quantised, and such a model is refused."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The bytes of one tensor in a file: `size` bytes from `offset` on."""
+
+    path: Path
+    offset: int
+    size: int
+
+
 class WeightFiles:
     """The tensors of a model folder.
 
@@ -64,6 +88,7 @@ class WeightFiles:
         self.is_pickle = paths[0].suffix == ".bin"
         self.file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         for path in paths:
             self._open[path.name] = _open_pickle(path) if self.is_pickle else _open_safetensors(path)
             for tensor in self._open[path.name].keys():  # noqa: SIM118 - a safetensors handle is no mapping
@@ -96,11 +121,24 @@ class WeightFiles:
     def __len__(self) -> int:
         return len(self.file_of)
 
-    def meta(self, name: str) -> "torch.Tensor":
+    def span(self, name: str) -> Span | None:
+        """Where the bytes of a tensor lie; None in a pickle file."""
+        if self.is_pickle:
+            return None
+        path = self.folder / self.file_of[name]
+        if path not in self._headers:
+            with path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                self._headers[path] = (8 + size, json.loads(stream.read(size)))
+        start, header = self._headers[path]
+        first, last = header[name]["data_offsets"]
+        return Span(path, start + first, last - first)
+
+    def meta(self, name: str) -> torch.Tensor:
         """A tensor's type and shape, as a tensor on the meta device."""
         return self.tensor(name).to("meta")
 
-    def tensor(self, name: str) -> "torch.Tensor":
+    def tensor(self, name: str) -> torch.Tensor:
         """A tensor, mapped from its file; do not write to it.
 
         Raises:
@@ -143,9 +181,7 @@ def _open_safetensors(path: Path) -> Any:
         raise _unreadable(path, error) from None
 
 
-def _open_pickle(path: Path) -> "dict[str, torch.Tensor]":
-    import torch
-
+def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:

@@ -1,37 +1,40 @@
-"""Write the target's weights: shards of safetensors, filled straight from the mapped files of the sources."""
+"""Write the target's weights: shards of safetensors, filled straight from the files of the sources."""
 
+import io
+import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 
-from inheritune_ds.errors import StorageError
+from inheritune_ds.errors import StorageError, SurgeryError
 from inheritune_ds.files import storage_errors, write_json
-from inheritune_ds.surgery.weights import INDEX, SINGLE
+from inheritune_ds.surgery.report import as_bytes
+from inheritune_ds.surgery.weights import DTYPES, INDEX, SINGLE, Span
 
 if TYPE_CHECKING:
     from inheritune_ds.surgery.grafts import Graft
+    from inheritune_ds.surgery.values import TargetValues
 
 SHARD_BYTES = 2 * 10**9
 _TOLD_EVERY_S = 5.0
-Values = Callable[["Graft"], torch.Tensor]
+_COPY_BYTES = 1 << 26
 
 
 def write_shards(
-    folder: Path, grafts: Sequence["Graft"], sizes: Mapping[str, int], value: Values, say: Callable[[str], None]
+    folder: Path, grafts: Sequence["Graft"], values: "TargetValues", say: Callable[[str], None]
 ) -> dict[str, str]:
     """Write tensors in shards of at most `SHARD_BYTES` (a larger tensor has one to itself), with an index if many.
 
-    The bytes go from the mapped source to the file; nothing but fresh or converted tensors is held in memory.
+    The bytes go from file to file; nothing but fresh or converted tensors is held in memory.
 
     Args:
         folder: Where the files go.
         grafts: What to write, in this order.
-        sizes: Bytes of each, by name.
-        value: Gives the tensor of a graft.
+        values: Of these grafts.
         say: Prints one line; progress every few seconds.
 
     Returns:
@@ -40,7 +43,8 @@ def write_shards(
     Raises:
         StorageError: If they do not fit on the disk, or cannot be written.
     """
-    total = sum(sizes.values())
+    sizes = values.sizes
+    total = sum(sizes[graft.name] for graft in grafts)
     check_space(folder, total)
     shards = list(_shards(grafts, sizes))
     files: dict[str, str] = {}
@@ -48,7 +52,7 @@ def write_shards(
     start_s = told_s
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / name, {graft.name: value(graft) for graft in shard})
+        _write(folder / name, shard, values)
         files |= {graft.name: name for graft in shard}
         done += sum(sizes[graft.name] for graft in shard)
         now_s = time.monotonic()
@@ -87,22 +91,48 @@ def _shards(grafts: Sequence["Graft"], sizes: Mapping[str, int]) -> Iterator[lis
     yield shard
 
 
-def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    # safetensors' own save_file refuses tensors that share memory, as the two copies of a repeated block do.
-    from safetensors import TensorSpec, serialize_file
+def _write(path: Path, shard: Sequence["Graft"], values: "TargetValues") -> None:
+    """Write one safetensors file.
 
-    held = {name: tensor.contiguous() for name, tensor in tensors.items()}  # alive until the file is written
-    specs = {
-        name: TensorSpec(
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=list(tensor.shape),
-            data_ptr=tensor.data_ptr(),
-            data_len=tensor.numel() * tensor.element_size(),
-        )
-        for name, tensor in held.items()
-    }
-    with storage_errors(path):
-        path.touch()
-        mode = path.stat().st_mode  # what the user's umask gives; safetensors lets nobody else read
-        serialize_file(specs, str(path), metadata={"format": "pt"})
-        path.chmod(mode)
+    safetensors' own writer takes tensors in memory; here the kernel copies their bytes from file to file, which is as
+    fast as copying the files. The format (huggingface/safetensors, README): the length of the header in 8 bytes, the
+    header in JSON, padded with spaces to whole 8 bytes, then the tensors without gaps.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    # Wider numbers first, as safetensors itself does: every tensor then begins at a multiple of its numbers' size.
+    ordered = sorted(shard, key=lambda graft: -values.meta(graft).element_size())
+    for graft in ordered:
+        meta, size = values.meta(graft), values.sizes[graft.name]
+        header[graft.name] = {
+            "dtype": DTYPES[meta.dtype],
+            "shape": list(meta.shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with storage_errors(path), path.open("wb", buffering=0) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for graft in ordered:
+            span = values.span(graft)
+            if span is None:
+                _write_all(stream, as_bytes(values.of(graft)).data)
+            else:
+                _copy(span, stream)
+
+
+def _copy(span: Span, stream: io.FileIO) -> None:
+    with span.path.open("rb") as source:
+        at, end = span.offset, span.offset + span.size
+        while at < end:
+            copied = os.sendfile(stream.fileno(), source.fileno(), at, min(end - at, _COPY_BYTES))
+            if copied == 0:
+                raise SurgeryError(f"{span.path} is cut short", action="bring the file again")
+            at += copied
+
+
+def _write_all(stream: io.FileIO, data: memoryview) -> None:
+    at = 0
+    while at < len(data):
+        at += stream.write(data[at : at + _COPY_BYTES])
