@@ -17,9 +17,8 @@ of order. The scores of `by:` are numbers that an analysis of the reference has 
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 from inheritune_ds.errors import RecipeError, SurgeryError
 
@@ -29,7 +28,7 @@ ALLOWED = (
 )
 _COUNTED = ("first", "last", "every", "even")
 _RANGED = ("range", "drop")
-_NUMBER = re.compile(r"[0-9]+")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -77,22 +76,23 @@ class Selection:
             self._check_ranges(depth)
         else:
             self._check_count(depth)
+        named = [block for first, last in self.ranges for block in range(first, last + 1)]
+        kept: Iterable[int] = named
         match self.kind:
             case "first":
-                return tuple(range(self.count))
+                kept = range(self.count)
             case "last":
-                return tuple(range(depth - self.count, depth))
+                kept = range(depth - self.count, depth)
             case "every":
-                return tuple(range(0, depth, self.count))
+                kept = range(0, depth, self.count)
             case "even":
                 gaps = self.count - 1  # i * (depth - 1) / gaps, rounded half up in whole numbers
-                return tuple((2 * i * (depth - 1) + gaps) // (2 * gaps) for i in range(self.count))
+                kept = ((2 * i * (depth - 1) + gaps) // (2 * gaps) for i in range(self.count))
             case "by":
-                return self._best(depth, scores or {})
-        named = [block for first, last in self.ranges for block in range(first, last + 1)]
-        if self.kind == "drop":
-            return tuple(block for block in range(depth) if block not in named)
-        return tuple(named)
+                kept = self._best(depth, scores or {})
+            case "drop":
+                kept = (block for block in range(depth) if block not in named)
+        return tuple(kept)
 
     def _check_count(self, depth: int) -> None:
         least = 2 if self.kind == "even" else 1
@@ -119,7 +119,7 @@ class Selection:
                 allowed="at least one block is kept",
             )
 
-    def _best(self, depth: int, scores: Mapping[str, Sequence[float]]) -> tuple[int, ...]:
+    def _best(self, depth: int, scores: Mapping[str, Sequence[float]]) -> list[int]:
         values = scores.get(self.score)
         if values is None:
             raise SurgeryError(
@@ -134,7 +134,7 @@ class Selection:
                 allowed=f"{depth} numbers, block 0 first",
             )
         best = sorted(range(depth), key=lambda block: (-values[block], block))[: self.count]
-        return tuple(sorted(best))
+        return sorted(best)
 
 
 def parse(text: str) -> Selection:
@@ -158,27 +158,27 @@ def parse(text: str) -> Selection:
     if head == "by":
         name = _NAME.match(rest)
         if name is None:
-            _refuse(text, start, "a score's name, such as rank or influence")
+            raise _refusal(text, start, "a score's name, such as rank or influence")
         end = start + name.end()
         if text[end : end + 1] != ":":
-            _refuse(text, end, "':' and a number of blocks")
+            raise _refusal(text, end, "':' and a number of blocks")
         count, stop = _number(text, end + 1)
         _check_end(text, stop)
         return Selection(text, "by", count=_positive(text, count, end + 1), score=name.group())
     nearest = difflib.get_close_matches(head, [*_COUNTED, *_RANGED, "by"], n=1)
-    _refuse(text, 0, f"'{nearest[0]}:'" if nearest else "a form or a block's number")
+    raise _refusal(text, 0, f"'{nearest[0]}:'" if nearest else "a form or a block's number")
 
 
 def _list(text: str) -> tuple[tuple[int, int], ...]:
     if text and not text[0].isdigit():
         nearest = difflib.get_close_matches(text, [*_COUNTED, *_RANGED, "by"], n=1)
-        _refuse(text, 0, f"'{nearest[0]}:' and a number" if nearest else "a form or a block's number")
+        raise _refusal(text, 0, f"'{nearest[0]}:' and a number" if nearest else "a form or a block's number")
     ranges, end = [], -1
     while end < len(text):
         pair, end = _range(text, end + 1, required=False)
         ranges.append(pair)
         if end < len(text) and text[end] != ",":
-            _refuse(text, end, "',' or '-'" if pair[0] == pair[1] else "','")
+            raise _refusal(text, end, "',' or '-'" if pair[0] == pair[1] else "','")
     return tuple(ranges)
 
 
@@ -187,34 +187,34 @@ def _range(text: str, start: int, *, required: bool) -> tuple[tuple[int, int], i
     first, end = _number(text, start)
     if text[end : end + 1] != "-":
         if required:
-            _refuse(text, end, "'-' and the last block")
+            raise _refusal(text, end, "'-' and the last block")
         return (first, first), end
     last, stop = _number(text, end + 1)
     if last < first:
-        _refuse(text, end + 1, f"a block not before {first}")
+        raise _refusal(text, end + 1, f"a block not before {first}")
     return (first, last), stop
 
 
 def _number(text: str, start: int) -> tuple[int, int]:
     match = _NUMBER.match(text, start)
     if match is None:
-        _refuse(text, start, "a number")
+        raise _refusal(text, start, "a number")
     return int(match.group()), match.end()
 
 
 def _positive(text: str, count: int, start: int) -> int:
     if count == 0:
-        _refuse(text, start, "a number of at least 1")
+        raise _refusal(text, start, "a number of at least 1")
     return count
 
 
 def _check_end(text: str, end: int) -> None:
     if end < len(text):
-        _refuse(text, end, "nothing more")
+        raise _refusal(text, end, "nothing more")
 
 
-def _refuse(text: str, position: int, expected: str) -> NoReturn:
-    raise RecipeError(
+def _refusal(text: str, position: int, expected: str) -> RecipeError:
+    return RecipeError(
         f"select: {text!r} cannot be read at character {position + 1}: {expected} expected\n"
         f"      {text}\n      {' ' * position}^",
         allowed=ALLOWED,

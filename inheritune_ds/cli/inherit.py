@@ -36,6 +36,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from inheritune_ds.errors import RecipeError
     from inheritune_ds.training.world import prepare_environment
 
+    if not 0 <= args.seed < 2**32:
+        raise RecipeError(f"--seed {args.seed} is no seed", allowed=f"0 to {2**32 - 1}")
     if overrides:
         raise RecipeError(
             f"inherit takes no overrides: {' '.join(overrides)}",
@@ -130,11 +132,13 @@ def _summary(report: Any, output: Path) -> str:
     tensors = report["tensors"]
     fresh = sum(not tensor["inherited"] for tensor in tensors)
     state = report["proof"]["hidden_state"] or report["proof"]["hidden_state_reason"]
+    left_out = ", ".join(report["left_out"][:3]) + (", ..." if len(report["left_out"]) > 3 else "")
     rows = {
         "blocks": f"{report['blocks']}: {report['selection']} of the reference",
         "parameters": f"{report['parameters']:,}, {report['block_parameters']:,} of them in blocks",
         "inherited": f"{len(tensors) - fresh} of {len(tensors)} tensors, {report['inherited_parameters']:,} parameters",
         "hidden state": state,
+        **({"left out": f"{left_out}: the model has no place for them"} if left_out else {}),
         "target": str(output),
         "report": str(output / "inheritance.json"),
     }

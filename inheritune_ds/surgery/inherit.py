@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 REPORT = "inheritance.json"
+GENERATION = "generation_config.json"
 _FREE_KEYS = {"dtype", "_name_or_path", "transformers_version", "architectures", "use_cache"}
 """Config keys in which a trained target may differ from a cut of its reference; dropout may, too."""
 _LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
@@ -93,7 +94,7 @@ def locate_previous(folder: Path) -> Previous:
 def find_target(folder: Path, identity: Mapping[str, Any]) -> TargetModel | None:
     """The finished target in `folder`, if it was built for the same `identity`; files checked by size."""
     manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
-    if manifest is None or report is None or manifest["identity"] != identity:
+    if not isinstance(manifest, dict) or not isinstance(report, dict) or manifest.get("identity") != identity:
         return None
     return TargetModel(folder, report) if has_files(folder, manifest["files"]) else None
 
@@ -226,6 +227,11 @@ def plan_target(
     Raises:
         SurgeryError: If the sources are damaged, or the model cannot be cut so.
     """
+    if previous is not None and (target.inherit != "all" or target.width != "full"):
+        raise SurgeryError(
+            f"previous: {previous.name} grows as it is, nothing of it is made anew",
+            allowed="inherit: all and width: full",
+        )
     if reference is None:
         skeleton = Skeleton(config)
         return plan_grafts(skeleton, [], None, ()), skeleton
@@ -283,11 +289,14 @@ def _write_configs(folder: Path, skeleton: Skeleton, reference: ReferenceModel |
     config.architectures = [type(skeleton.model).__name__]
     config.dtype = skeleton.dtype
     config.save_pretrained(folder)
-    if reference is not None and (reference.folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(reference.folder)
+    if reference is not None and (reference.folder / GENERATION).is_file():
+        if not isinstance(read_json(reference.folder / GENERATION), dict):
+            raise SurgeryError(
+                f"{reference.folder / GENERATION} is not a JSON object", action="bring the file again, or remove it"
+            )
+        shutil.copyfile(reference.folder / GENERATION, folder / GENERATION)
     else:
-        generation = GenerationConfig.from_model_config(config)
-    generation.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def _copy_licence(source: Path, folder: Path) -> str:

@@ -18,10 +18,9 @@ from torch import nn
 
 from inheritune_ds import budget
 from inheritune_ds.errors import SurgeryError
-from inheritune_ds.recipe import shape_from_config
 from inheritune_ds.surgery.blocks import find_blocks
 from inheritune_ds.surgery.grafts import GraftPlan, Source
-from inheritune_ds.surgery.reference import load_model
+from inheritune_ds.surgery.reference import load_model, read_shape
 from inheritune_ds.surgery.report import as_bytes
 from inheritune_ds.surgery.skeleton import Skeleton
 
@@ -52,6 +51,11 @@ def prove(
     expected = reference_hidden_state(
         plan.steps, plan.outer if embedded else None, tokens, given=start, rest=rest, say=say
     )
+    if not bool(torch.isfinite(expected).all()):
+        raise SurgeryError(
+            "the kept blocks of the reference give a hidden state that is not finite",
+            action="bring the weights again: these are damaged, or their training had diverged",
+        )
     if not torch.equal(hidden, expected):
         difference = float((hidden.double() - expected.double()).abs().max())
         raise SurgeryError(
@@ -72,7 +76,7 @@ def prove(
 
 def _check_budget(skeleton: Skeleton) -> int | None:
     """The budget's count of the target's parameters, which must be the model's; None for a family it does not know."""
-    shape = shape_from_config(skeleton.config.to_dict())
+    shape = read_shape(skeleton.config.to_dict(), "the target's config")
     if shape is None:
         return None
     expected, found = budget.parameters(shape).total, count_parameters(skeleton)["parameters"]

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from inheritune_ds import hub
 from inheritune_ds.data.vocabulary import load_tokenizer
 from inheritune_ds.errors import InherituneError, RecipeError, SurgeryError
@@ -126,7 +128,7 @@ def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
     Raises:
         RecipeError: Naming every field that differs.
     """
-    actual = shape_from_config(config)
+    actual = read_shape(config, name)
     given = shape.model_dump(exclude_none=True)
     found = actual.model_dump() if actual else {"model_type": config.get("model_type")}
     wrong = [
@@ -138,6 +140,24 @@ def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
         )
 
 
+def read_shape(config: dict[str, Any], name: str) -> Shape | None:
+    """The shape that a config describes; None for a family without one.
+
+    Raises:
+        SurgeryError: If it lacks a size, or has one that no model can have.
+    """
+    try:
+        return shape_from_config(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+    raise SurgeryError(
+        f"{name} does not describe a model: {reason}", allowed="a complete config.json as save_pretrained writes it"
+    )
+
+
 def load_config(folder: Path) -> "PreTrainedConfig":
     """Load a model's config through transformers, without remote code.
 
@@ -147,7 +167,8 @@ def load_config(folder: Path) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken config
         raise SurgeryError(f"{folder / 'config.json'} cannot be loaded: {error}") from None
     return config

@@ -28,6 +28,11 @@ def read_scores(path: str | None) -> dict[str, list[float]]:
 
 
 def _is_scores(values: object) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    )
+    if not isinstance(values, list):
+        return False
+    try:
+        return all(
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+        )
+    except OverflowError:  # a whole number beyond the range of floats
+        return False

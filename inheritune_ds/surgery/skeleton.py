@@ -208,7 +208,7 @@ def _build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - model classes refuse configs with errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

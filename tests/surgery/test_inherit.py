@@ -270,7 +270,7 @@ def test_build_target_checks_the_budget_s_count(
 ) -> None:
     folder = reference_folder("llama")
     honest = build(folder, select="first:2").report
-    monkeypatch.setattr(inherit, "shape_from_config", lambda values: shape_from_config({**values, "vocab_size": 41}))
+    monkeypatch.setattr(proof, "read_shape", lambda values, _: shape_from_config({**values, "vocab_size": 41}))
     with pytest.raises(SurgeryError) as caught:
         build(folder, select="first:2", to="other")
     found, wrong = honest["parameters"], honest["parameters"] + 2 * 16
