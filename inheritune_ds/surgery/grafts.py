@@ -70,6 +70,7 @@ class Source:
         self.leftovers = sorted(name for name, module in named.items() if module not in shapes)
         self._check_leftovers({name: named[name] for name in self.leftovers})
         self.module_of = {name: module for name, module in named.items() if module in shapes}
+        self._check_numbers()
         self._check_whole()
         self._drop_tied_copies()
 
@@ -89,6 +90,23 @@ class Source:
         ]
         if stray:
             raise contradiction([f"{name} belongs to no block of the config" for name in stray])
+
+    def _check_numbers(self) -> None:
+        """Refuse whole numbers in place of weights, and two tensors that are each the whole of the same parameter."""
+        known = self.skeleton.model.state_dict()
+        metas = {name: self.files.meta(name) for name in self.module_of}
+        whole: dict[str, str] = {}
+        problems = []
+        for name, module in self.module_of.items():
+            if known[module].is_floating_point() and not metas[name].is_floating_point():
+                kind = str(metas[name].dtype).removeprefix("torch.")
+                problems.append(f"{name} holds numbers of type {kind}, the model's are of floating point")
+            if metas[name].shape == known[module].shape:
+                if module in whole:
+                    problems.append(f"{whole[module]} and {name} are both {module} of the model")
+                whole[module] = name
+        if problems:
+            raise contradiction(problems)
 
     def _check_whole(self) -> None:
         skeleton = self.skeleton
