@@ -4,13 +4,18 @@ import shlex
 import subprocess
 import sysconfig
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from inheritune_ds.errors import MachineError, StorageError
 
 _SOURCE = "#include <Python.h>\n#include <omp.h>\n#include <cstddef>\n"
 _TIMEOUT_S = 120.0
+_OPERATORS = {"cpu_adam", "deepspeed_shm_comm", "async_io"}
+_LONGEST_BUILD_S = 1800.0
+"""A lock older than this was left by a build that was killed; torch would wait for it without end or word."""
 
 
 def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
@@ -21,7 +26,7 @@ def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
         default_folder: Where torch builds without TORCH_EXTENSIONS_DIR.
 
     Raises:
-        MachineError: If the compiler is missing, or cannot compile for this Python.
+        MachineError: If the compiler is missing, or cannot compile for this Python, or a build was killed before.
         StorageError: If the folder cannot be written.
     """
     _check_compiler(environ)
@@ -37,6 +42,19 @@ def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
             allowed="a folder that can be made and written",
             action="set TORCH_EXTENSIONS_DIR to one, and give the same command again",
         ) from None
+    _check_locks(folder)
+
+
+def _check_locks(folder: Path) -> None:
+    for lock in sorted(folder.rglob("lock")):
+        with suppress(FileNotFoundError):  # a build that has just ended
+            if lock.parent.name in _OPERATORS and time.time() - lock.stat().st_mtime > _LONGEST_BUILD_S:
+                raise MachineError(
+                    f"{lock} was left by a build of DeepSpeed's {lock.parent.name} that was killed: it would be waited "
+                    "for without end",
+                    allowed="no lock, or that of a build in progress",
+                    action=f"rm {shlex.quote(str(lock))}",
+                )
 
 
 def _check_compiler(environ: Mapping[str, str]) -> None:

@@ -1,4 +1,5 @@
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,21 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert caught.value.problem.startswith(f"{folder} cannot be written: not a directory; DeepSpeed builds")
     assert "set TORCH_EXTENSIONS_DIR" in caught.value.action
     assert caught.value.exit_code == 5
+
+
+def test_the_lock_of_a_build_that_was_killed_is_told(tmp_path: Path) -> None:
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    other = tmp_path / "of_another_project" / "lock"
+    other.parent.mkdir()
+    other.touch()
+    an_hour_ago = time.time() - 3600.0
+    os.utime(other, (an_hour_ago, an_hour_ago))
+    environ = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    check_toolchain(environ, tmp_path)  # somebody may be building right now
+    os.utime(lock, (an_hour_ago, an_hour_ago))
+    with pytest.raises(MachineError) as caught:
+        check_toolchain(environ, tmp_path)
+    assert caught.value.problem.startswith(f"{lock} was left by a build of DeepSpeed's cpu_adam that was killed")
+    assert caught.value.action == f"rm {lock}"
