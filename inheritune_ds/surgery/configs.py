@@ -72,9 +72,9 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
         if isinstance(value, list | tuple)
     }
     cut |= {
-        key: {place: value[block] for place, block in enumerate(blocks) if block in value}
+        key: _renumber(value, blocks)
         for key, value in values.items()
-        if isinstance(value, dict) and value and _PER_BLOCK_KEY.search(key) and all(isinstance(at, int) for at in value)
+        if isinstance(value, dict) and value and all(str(at).isdecimal() for at in value)
     }
     for rule in _RULES:
         cut |= rule(values, depth, blocks)
@@ -97,6 +97,12 @@ def _cut_list(key: str, value: list[Any], depth: int, blocks: Sequence[int]) -> 
     if numbers and _BLOCK_NUMBERS_KEY.search(key) and len(set(value)) == len(value):
         return [place for place, block in enumerate(blocks) if block in value]
     return value
+
+
+def _renumber(value: dict[Any, Any], blocks: Sequence[int]) -> dict[Any, Any]:
+    """A table by block number after the cut."""
+    by_block = {int(block): (type(block), entry) for block, entry in value.items()}
+    return {by_block[block][0](place): by_block[block][1] for place, block in enumerate(blocks) if block in by_block}
 
 
 def _sparse_step(values: Values, depth: int, blocks: Sequence[int]) -> Values:

@@ -29,7 +29,7 @@ from inheritune_ds.surgery.proof import count_parameters, prove
 from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, locate
 from inheritune_ds.surgery.report import describe_tensors, target_card
 from inheritune_ds.surgery.scores import read_scores
-from inheritune_ds.surgery.skeleton import Skeleton, check_same_blocks
+from inheritune_ds.surgery.skeleton import Skeleton, check_decoder, check_same_blocks
 from inheritune_ds.surgery.values import TargetValues
 from inheritune_ds.surgery.width import halve_config
 from inheritune_ds.surgery.writing import write_shards
@@ -198,6 +198,7 @@ def make_config(
         config = build_config(target.shape)
         selection: tuple[int, ...] = ()
     else:
+        check_decoder(reference_config)
         scores = read_scores(target.block_scores)
         selection = parse(target.select or "").blocks(num_blocks(reference_config), scores)
         config = cut_config(reference_config, selection)
@@ -246,7 +247,14 @@ def plan_target(
             check_same_blocks(source.skeleton, block, skeleton, place)
     plan = plan_grafts(skeleton, steps, outer, inherited_parts(target.inherit))
     values = TargetValues(skeleton, plan, half=target.width == "half", seed=0)
-    skeleton.load({graft.name: values.meta(graft) for graft in plan.grafts if graft.source})
+    try:
+        skeleton.load({graft.name: values.meta(graft) for graft in plan.grafts if graft.source})
+    except SurgeryError as error:
+        raise SurgeryError(
+            f"a {config.model_type} model cannot be cut so: tensors outside the blocks have a part for each block, or "
+            f"the blocks are not alike\n{error.problem.partition(chr(10))[2]}",
+            allowed="a model whose blocks are all that depends on their number",
+        ) from None
     return plan, skeleton
 
 

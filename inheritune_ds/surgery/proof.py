@@ -115,6 +115,8 @@ def target_hidden_states(
         SurgeryError: If the target does not load without missing or unexpected tensors.
     """
     model = load_model(folder, dtype=str(dtype).removeprefix("torch."))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = aligned(tensor.data)
     blocks = find_blocks(model, model.config.num_hidden_layers)
     seen: dict[str, Any] = {}
 
@@ -172,6 +174,11 @@ def reference_hidden_state(  # noqa: PLR0913 - all but the first three by name
     return hidden
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy where torch's allocator puts it: a product may round otherwise on a mapped file, which begins anywhere."""
+    return tensor.clone()
+
+
 class _Stop(Exception):  # noqa: N818 - no error: it ends a forward pass that has given what was wanted
     """Carries the hidden state out of a forward pass."""
 
@@ -200,8 +207,7 @@ class _Runner:
             source.skeleton.block(index).forward = self._bypass
 
     def _read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        # Copies: a matrix product may round otherwise on memory that begins at another boundary.
-        return {name: self._source.files.tensor(name).clone() for name in names}
+        return {name: aligned(self._source.files.tensor(name)) for name in names}
 
     def _bypass(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -143,8 +143,11 @@ class Skeleton:
         with torch.no_grad(), initialization.guard_torch_init_functions():
             for name, module in self.model.named_modules():
                 own = [*dict(module.named_buffers(recurse=False)), *dict(module.named_parameters(recurse=False))]
-                if own and all(wanted(f"{name}.{leaf}" if name else leaf) for leaf in own):
-                    self._owner(name)._initialize_weights(module)  # noqa: SLF001 - loaded values are marked and stay
+                # A module without tensors of its own may compute the buffers of those inside it.
+                if all(wanted(f"{name}.{leaf}" if name else leaf) for leaf in own):
+                    # Loaded values are marked and stay; the module's own mark is of an earlier filling.
+                    vars(module).pop("_is_hf_initialized", None)
+                    self._owner(name)._initialize_weights(module)  # noqa: SLF001 - no public name
 
     def _owner(self, name: str) -> "PreTrainedModel":
         """The innermost model around a module: its class knows how the module's buffers are computed."""
@@ -192,6 +195,7 @@ def not_a_decoder(config: "PreTrainedConfig") -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     shared = getattr(config, "num_kv_shared_layers", 0)
+    indexers = getattr(config, "indexer_types", None) or ()
     reasons = {
         "it is of an encoder-decoder family": getattr(config, "is_encoder_decoder", False)
         or (hasattr(config, "encoder_layers") and hasattr(config, "decoder_layers")),
@@ -200,6 +204,7 @@ def not_a_decoder(config: "PreTrainedConfig") -> str:
         is not config,
         "its weights are quantised (quantization_config)": getattr(config, "quantization_config", None) is not None,
         f"blocks share keys and values across layers (num_kv_shared_layers is {shared})": bool(shared),
+        "blocks take the choice of keys from an earlier block (indexer_types holds 'shared')": "shared" in indexers,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -241,9 +246,15 @@ def check_same_blocks(reference: Skeleton, block: int, target: Skeleton, place: 
         before, after = _settings(module), _settings(ours[name])
         for key in sorted({*before, *after}):
             old, new = before.get(key), after.get(key)
-            if old != new and not (old == block and new == place):
+            of_config = isinstance(old, list) and _is_of_config(key, old, reference) and _is_of_config(key, new, target)
+            if old != new and not (old == block and new == place) and not of_config:
                 where = f"{name}.{key}" if name else key
                 raise _place_error(kind, block, place, f"{where} is {old!r} there and {new!r} here")
+
+
+def _is_of_config(key: str, value: Any, skeleton: Skeleton) -> bool:
+    """Whether a module's setting is a list of the whole model, kept under the config's name (GPT-Neo)."""
+    return bool(value == getattr(skeleton.config, key, None))
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from inheritune_ds.errors import StorageError, SurgeryError
 from inheritune_ds.files import storage_errors, write_json
 from inheritune_ds.surgery.report import as_bytes
