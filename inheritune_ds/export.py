@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inheritune_ds.errors import ExportError
-from inheritune_ds.files import read_json, storage_errors, write_json
-from inheritune_ds.publish import describe_files, has_files, staged
-from inheritune_ds.surgery.inherit import MANIFEST
+from inheritune_ds.files import storage_errors, write_json
+from inheritune_ds.publish import describe_files, staged
+from inheritune_ds.run_folder import EXPORT_MANIFEST
 from inheritune_ds.surgery.reference import load_model
 from inheritune_ds.surgery.report import weights_sha256
 
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 PROBE_TOKENS = 64
-
-
-def find_export(folder: Path, recipe_fingerprint: str) -> Path | None:
-    """The finished export of a recipe, its files checked by size; None if there is none."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest is None or manifest["recipe_fingerprint"] != recipe_fingerprint:
-        return None
-    return folder if has_files(folder, manifest["files"]) else None
 
 
 def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
@@ -45,7 +37,7 @@ def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
         parameters: fp32 values of every named parameter.
         dtype: float32 keeps the values exactly; bfloat16 rounds them.
         card: Text of the model card.
-        recipe_fingerprint: Recorded, so that `find_export` knows whose it is.
+        recipe_fingerprint: Recorded, so that `RunFolder.has_finished` knows whose it is.
 
     Returns:
         sha256 of the exported weights (see `weights_sha256`).
@@ -77,7 +69,7 @@ def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
             )
         files = describe_files(temporary)
         write_json(
-            temporary / MANIFEST,
+            temporary / EXPORT_MANIFEST,
             {"recipe_fingerprint": recipe_fingerprint, "weights_sha256": expected, "dtype": dtype, "files": files},
         )
     return expected

@@ -1,12 +1,8 @@
-"""Everything before the first step: tokens, reference, target. Rank 0 builds, the others wait for the files.
-
-The waiting ranks look for published files instead of meeting in a collective: preparing can take hours,
-and a process group gives up after ten minutes.
-"""
+"""Everything before the first step: tokens, reference, target. Rank 0 builds, all ranks open what it has built."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 POLL_S = 0.2
-PREPARED = "prepared.json"
+VISIBLE_S = 60.0
+"""How long a rank waits until it sees files that rank 0 has written: network file systems take their time."""
 REFERENCE_RESULT = "reference.json"
 
 
@@ -44,6 +41,11 @@ class Prepared:
 
     tokens: TokenSet
     target: TargetModel
+
+    @property
+    def note(self) -> dict[str, str]:
+        """What another rank needs in order to open the same."""
+        return {"tokens": str(self.tokens.folder.resolve()), "fingerprint": self.tokens.fingerprint}
 
 
 def prepare_run(
@@ -58,8 +60,6 @@ def prepare_run(
         export_of: Gives the exported folder of a `recipe:NAME` reference (trained by then).
         say: Prints one line.
     """
-    (folder.path / PREPARED).unlink(missing_ok=True)  # an earlier launch's: the other ranks must not take it for ours
-    fingerprint = recipe.fingerprint
     recipe = _pinned(recipe, folder)
     reference = None
     if recipe.reference is not None and not recipe.target.inherits_nothing:
@@ -97,14 +97,6 @@ def prepare_run(
     )
     if reference is not None:
         _score_reference(reference, recipe, tokens, folder, say)
-    write_json(
-        folder.path / PREPARED,
-        {
-            "recipe_fingerprint": fingerprint,
-            "tokens": str(tokens.folder.resolve()),
-            "tokens_fingerprint": tokens.fingerprint,
-        },
-    )
     return Prepared(tokens, target)
 
 
@@ -157,18 +149,28 @@ def _check_same_start(folder: RunFolder, identity: dict[str, Any]) -> None:
     )
 
 
-def await_prepared(recipe: Recipe, folder: RunFolder) -> Prepared:
-    """Wait until rank 0 has published every stage; for all other ranks.
+def open_prepared(note: Mapping[str, str], folder: RunFolder) -> Prepared:
+    """Open what rank 0 has prepared.
 
-    The launcher ends this rank if rank 0 fails.
+    Args:
+        note: Its `Prepared.note`.
+        folder: The run folder.
+
+    Raises:
+        RunFolderError: If this rank cannot see the files.
     """
+    deadline_s = time.monotonic() + VISIBLE_S
     while True:
-        note = read_json(folder.path / PREPARED)
-        if note is not None and note["recipe_fingerprint"] == recipe.fingerprint:
-            tokens = open_finished(Path(note["tokens"]), note["tokens_fingerprint"])
-            report = read_json(folder.path / "inheritance.json")
-            if tokens is not None and report is not None and (folder.target / MANIFEST).exists():
-                return Prepared(tokens, TargetModel(folder.target, report))
+        tokens = open_finished(Path(note["tokens"]), note["fingerprint"])
+        report = read_json(folder.path / "inheritance.json")
+        if tokens is not None and report is not None and (folder.target / MANIFEST).exists():
+            return Prepared(tokens, TargetModel(folder.target, report))
+        if time.monotonic() > deadline_s:
+            raise RunFolderError(
+                f"this rank does not see what rank 0 has prepared in {folder.path} and {note['tokens']}",
+                allowed="run and cache folders on a file system that all ranks share",
+                action="choose such folders: --runs-dir DIR --cache-dir DIR",
+            )
         time.sleep(POLL_S)
 
 

@@ -5,32 +5,36 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from inheritune_ds import __version__
 from inheritune_ds.analysis.report import write_run_report
 from inheritune_ds.budget import flops_per_token, steps_in
 from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
-from inheritune_ds.errors import CorpusError, InherituneError, StorageError
-from inheritune_ds.export import PROBE_TOKENS, check_logits, export_model, find_export, model_card, write_probe
+from inheritune_ds.errors import CorpusError, InherituneError, RunFolderError, StorageError
+from inheritune_ds.export import PROBE_TOKENS, check_logits, export_model, model_card, write_probe
 from inheritune_ds.files import write_json
 from inheritune_ds.gpus import identify, mfu
 from inheritune_ds.machine import detect_gpus
-from inheritune_ds.preparation import Prepared, await_prepared, prepare_run, validator_for
+from inheritune_ds.preparation import Prepared, open_prepared, prepare_run, validator_for
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
-from inheritune_ds.run_folder import RunFolder, State
+from inheritune_ds.run_folder import FolderBusyError, RunFolder, State
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.surgery.reference import load_model
 from inheritune_ds.tracking import Progress, Tracker
-from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, newest_step
+from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, newest_step, refuse_other_layout
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
 from inheritune_ds.training.engine import Engine, start_process_group
 from inheritune_ds.training.lengths import check_lengths
 from inheritune_ds.training.loop import LoopParts, LoopResult, train
+from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.optimizer import parameter_groups
 from inheritune_ds.training.world import EXIT_INTERRUPTED, StopSignal, World
 
@@ -56,6 +60,11 @@ class Launch:
     stop: StopSignal
     runs_dir: Path
     cache_dir: Path
+
+    @cached_property
+    def meeting(self) -> Meeting:
+        """Where the ranks wait for rank 0."""
+        return Meeting(self.world)
 
     def resolve(self, recipe: Recipe) -> Resolved:
         """The DeepSpeed config of a recipe on this machine."""
@@ -85,32 +94,29 @@ def execute(recipe: Recipe, launch: Launch) -> bool:
     """
     resolved = launch.resolve(recipe)  # every recipe of the chain is checked before any of them trains
     folder = RunFolder(launch.runs_dir / recipe.name)
+    if launch.meeting.by_main(lambda: folder.has_finished(recipe)):
+        launch.say(folder.finished_before)
+        return True
     if not _reference_ready(recipe, launch):
         return False
-    if launch.world.is_main:
-        folder.claim(recipe)
     try:
-        if folder.status().get("state") == "finished" and find_export(folder.export, recipe.fingerprint):
-            launch.say(f"{recipe.name}: finished before; see {folder.path / 'report' / 'report.md'}")
-            return True
         return _Run(recipe, resolved, folder, launch).run()
     except InherituneError as error:
-        _mark(folder, launch, "failed", error.problem, exit_code=error.exit_code)
+        _mark(folder, "failed", error.problem, exit_code=error.exit_code)
         raise
     except KeyboardInterrupt:
-        reason = f"{launch.stop.requested}: stopped between stages"
-        _mark(folder, launch, "requeue", reason, exit_code=EXIT_INTERRUPTED)
+        _mark(folder, "requeue", f"{launch.stop.requested}: stopped between stages", exit_code=EXIT_INTERRUPTED)
         raise
     except Exception as error:
-        _mark(folder, launch, "failed", f"{type(error).__name__}: {error}", exit_code=1)
+        _mark(folder, "failed", f"{type(error).__name__}: {error}", exit_code=1)
         raise
     finally:
         folder.release()
 
 
-def _mark(folder: RunFolder, launch: Launch, state: State, reason: str, *, exit_code: int = 0) -> None:
-    """Write how the run ended, with the step of its newest checkpoint; on rank 0."""
-    if launch.world.is_main:
+def _mark(folder: RunFolder, state: State, reason: str, *, exit_code: int = 0) -> None:
+    """Write how the run ended, with the step of its newest checkpoint; on the rank that has the folder."""
+    if folder.is_claimed:
         with suppress(StorageError):  # a full disk: what ended the run matters more, and is told on the console
             folder.write_status(state, step=newest_step(folder.checkpoints), reason=reason, exit_code=exit_code)
 
@@ -119,7 +125,14 @@ def _reference_ready(recipe: Recipe, launch: Launch) -> bool:
     """Train a `recipe:NAME` reference first; False if that was stopped."""
     if recipe.reference is None or recipe.reference.recipe_name is None or recipe.target.inherits_nothing:
         return True
-    return execute(load_recipe(recipe.reference.recipe_name), launch)
+    reference = load_recipe(recipe.reference.recipe_name)
+    try:
+        return execute(reference, launch)
+    except FolderBusyError as error:
+        raise RunFolderError(
+            f"{recipe.name} needs its reference {reference.name}, which another process is training: {error.problem}",
+            action="give the same command again when that process has finished",
+        ) from None
 
 
 class _Run:
@@ -128,27 +141,14 @@ class _Run:
     def __init__(self, recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch) -> None:
         self._recipe, self._resolved, self._folder, self._launch = recipe, resolved, folder, launch
         self._world = launch.world
+        self._layout = Layout(launch.world.size, resolved.zero_stage, resolved.precision)
 
     def run(self) -> bool:
         launch, folder = self._launch, self._folder
-        if self._world.is_main:
-            folder.write_status("preparing", step=newest_step(folder.checkpoints))
-            folder.write_provenance({"world_size": self._world.size, "launcher": self._world.launcher})
-            self._write_ds_config()
-            prepared = prepare_run(
-                self._recipe,
-                folder,
-                cache_dir=launch.cache_dir,
-                export_of=lambda name: launch.runs_dir / load_recipe(name).name / "export",
-                say=launch.say,
-            )
-        else:
-            prepared = await_prepared(self._recipe, folder)
+        prepared = open_prepared(launch.meeting.by_main(self._prepare), folder)
         if launch.machine.kind == "cpu":
             launch.say("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
         start_process_group(self._world)
-        if not self._world.is_main:
-            prepared = await_prepared(self._recipe, folder)  # rank 0 has met us, so what stands there now is its own
         model = load_model(prepared.target.folder, dtype="float32")
         if self._world.is_main:
             self._write_ds_config(parameter_groups(model, self._recipe.optimizer.weight_decay))
@@ -157,13 +157,30 @@ class _Run:
             result = self._train(engine, prepared)
             if not result.finished:
                 reason = f"{launch.stop.requested or 'another rank'}: saved at step {result.state.step}"
-                _mark(folder, launch, "requeue", reason)
+                _mark(folder, "requeue", reason)
                 launch.say(f"stopped and saved at step {result.state.step}; the same command goes on from there")
                 return False
             self._finish(engine, prepared, result.state)
         finally:
             engine.close()
         return True
+
+    def _prepare(self) -> dict[str, str]:
+        """Claim the folder and make everything that training starts from; on rank 0."""
+        launch, folder = self._launch, self._folder
+        folder.claim(self._recipe)
+        refuse_other_layout(folder.checkpoints, self._layout)
+        folder.write_status("preparing", step=newest_step(folder.checkpoints))
+        folder.write_provenance({"world_size": self._world.size, "launcher": self._world.launcher})
+        self._write_ds_config()
+        prepared = prepare_run(
+            self._recipe,
+            folder,
+            cache_dir=launch.cache_dir,
+            export_of=lambda name: launch.runs_dir / load_recipe(name).name / "export",
+            say=launch.say,
+        )
+        return prepared.note
 
     def _write_ds_config(self, groups: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write ds_config.resolved.json, with the parameter groups once the model is known."""
@@ -192,7 +209,7 @@ class _Run:
         total_steps = self._total_steps(prepared)
         checkpoints = Checkpoints(
             self._folder.checkpoints,
-            layout=Layout(world.size, self._resolved.zero_stage, self._resolved.precision),
+            layout=self._layout,
             world=world,
             keep=recipe.checkpoint.keep,
             say=launch.say,
@@ -243,11 +260,8 @@ class _Run:
         return lambda tokens_per_s: mfu(tokens_per_s, flops, gpu, self._world.size)
 
     def _finish(self, engine: Engine, prepared: Prepared, state: RunState) -> None:
-        """Export, check the export against the engine's last state, and write the report; all ranks."""
-        import torch
-
-        launch, folder = self._launch, self._folder
-        launch.say("exporting")
+        """Gather the trained state, let rank 0 write everything, and leave together; all ranks."""
+        self._launch.say("exporting")
         validation = TokenWindows(
             prepared.tokens.validation_path,
             prepared.tokens.token_dtype,
@@ -258,8 +272,18 @@ class _Run:
         logits = engine.probe_logits(probe)
         # All ranks take part in gathering each tensor; rank 0 keeps it.
         parameters = {name: value for name, value in engine.full_parameters() if self._world.is_main}
-        if not self._world.is_main:
-            return
+        self._launch.meeting.by_main(lambda: self._write_results(prepared, state, parameters, probe, logits))
+
+    def _write_results(
+        self,
+        prepared: Prepared,
+        state: RunState,
+        parameters: Mapping[str, torch.Tensor],
+        probe: npt.NDArray[np.int64],
+        logits: torch.Tensor,
+    ) -> None:
+        """Export, check the export against the engine's last state, and write the report; on rank 0."""
+        launch, folder = self._launch, self._folder
         result = self._result(prepared, state)
         export_model(
             folder.export,
@@ -337,6 +361,9 @@ class _Recorder:
     def say(self, line: str) -> None:
         self._progress.say(line)
 
+    def saved(self, step: int) -> None:
+        self._folder.write_status("running", step=step)
+
     def close(self) -> None:
         self._progress.close()
         self._tracker.close()
@@ -353,6 +380,9 @@ class _Silent:
 
     def say(self, line: str) -> None:
         """Rank 0 speaks."""
+
+    def saved(self, step: int) -> None:
+        """Rank 0 writes."""
 
     def close(self) -> None:
         """Nothing is open."""

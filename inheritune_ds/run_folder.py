@@ -15,11 +15,18 @@ from typing import Any, Literal
 from inheritune_ds import __version__
 from inheritune_ds.errors import RunFolderError
 from inheritune_ds.files import read_json, storage_errors, write_json, write_text
+from inheritune_ds.publish import has_files
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import differences, dump_recipe, parse_yaml, validate
 
+EXPORT_MANIFEST = "manifest.json"
+"""In an export: whose it is, and its files."""
 State = Literal["preparing", "running", "finished", "requeue", "failed"]
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "safetensors")
+
+
+class FolderBusyError(RunFolderError):
+    """Another process is writing to the run folder."""
 
 
 class RunFolder:
@@ -57,7 +64,7 @@ class RunFolder:
         """Make the folder this recipe's and this process's own.
 
         Raises:
-            RunFolderError: If it belongs to another recipe, or another process has it.
+            RunFolderError: If it belongs to another recipe; FolderBusyError if another process has it.
             StorageError: If it cannot be written.
         """
         with storage_errors(self.path):
@@ -67,7 +74,7 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(lock)
-            raise RunFolderError(
+            raise FolderBusyError(
                 f"another process is writing to {self.path}",
                 action="wait for it or stop it; or train elsewhere with --runs-dir DIR or name=OTHER",
             ) from None
@@ -93,11 +100,30 @@ class RunFolder:
                 action="give this run a name or folder of its own: name=OTHER or --runs-dir DIR",
             )
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether this process has the folder."""
+        return self._lock is not None
+
     def release(self) -> None:
         """Let another process have the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def has_finished(self, recipe: Recipe) -> bool:
+        """Whether a recipe was trained here to its end: status, run.json and the export, its files checked by size."""
+        if self.status().get("state") != "finished" or not (self.path / "run.json").is_file():
+            return False
+        manifest = read_json(self.export / EXPORT_MANIFEST)
+        if manifest is None or manifest["recipe_fingerprint"] != recipe.fingerprint:
+            return False
+        return has_files(self.export, manifest["files"])
+
+    @property
+    def finished_before(self) -> str:
+        """The line that tells of a run that had finished before this launch."""
+        return f"{self.path.name}: finished before; see {self.path / 'report' / 'report.md'}"
 
     def status(self) -> dict[str, Any]:
         """The last status written; empty if there is none."""

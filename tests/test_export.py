@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from inheritune_ds import export
 from inheritune_ds.errors import ExportError
-from inheritune_ds.export import check_logits, export_model, find_export, model_card, write_probe
+from inheritune_ds.export import check_logits, export_model, model_card, write_probe
 from inheritune_ds.recipe import Shape, Target
 from inheritune_ds.surgery.inherit import build_target
 from inheritune_ds.surgery.reference import load_model
@@ -121,23 +121,15 @@ def test_export_in_bfloat16_rounds_every_value(
     assert manifest["dtype"] == "bfloat16"
 
 
-def test_find_export_finds_its_own_whole_one(
+def test_export_says_whose_it_is_and_what_is_in_it(
     target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "export"
-    assert find_export(folder, "abc") is None
     target = target_folder("llama")
     digest = write(target, trained(target))
-    assert find_export(folder, "abc") == folder
-    assert find_export(folder, "other") is None
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["weights_sha256"] == digest
-    weights = folder / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1])
-    assert find_export(folder, "abc") is None
-    weights.unlink()
-    assert find_export(folder, "abc") is None
+    assert manifest["recipe_fingerprint"] == "abc"
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= manifest["files"].keys()
 
 
 def test_export_refuses_parameters_that_are_not_the_target_s(

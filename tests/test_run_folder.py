@@ -12,7 +12,7 @@ from inheritune_ds import run_folder
 from inheritune_ds.errors import RecipeError, RunFolderError, StorageError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
-from inheritune_ds.run_folder import PACKAGES, RunFolder
+from inheritune_ds.run_folder import PACKAGES, FolderBusyError, RunFolder
 
 HOLDER = """
 import sys
@@ -109,8 +109,9 @@ def test_a_folder_that_another_process_has_is_refused(folder: RunFolder, recipe:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "claimed\n"
-        with pytest.raises(RunFolderError) as caught:
+        with pytest.raises(FolderBusyError) as caught:
             folder.claim(recipe)
+        assert not folder.is_claimed
         assert caught.value.problem == f"another process is writing to {folder.path}"
         assert "name=OTHER" in caught.value.action
     finally:
@@ -153,6 +154,28 @@ def test_status_is_read_back(folder: RunFolder, recipe: Recipe) -> None:
     assert datetime.fromisoformat(status["time"]) >= start
     folder.write_status("running")
     assert (folder.status()["state"], folder.status()["step"], folder.status()["reason"]) == ("running", 0, "")
+
+
+def test_a_run_has_finished_when_status_summary_and_whole_export_say_so(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.export.mkdir()
+    weights = folder.export / "model.safetensors"
+    weights.write_bytes(bytes(8))
+    manifest = {"recipe_fingerprint": recipe.fingerprint, "files": {"model.safetensors": {"bytes": 8}}}
+    (folder.export / "manifest.json").write_text(json.dumps(manifest))
+    folder.write_status("finished")
+    assert not folder.has_finished(recipe), "run.json is missing"
+    (folder.path / "run.json").write_text("{}")
+    assert folder.has_finished(recipe)
+    assert not folder.has_finished(load_recipe("quickstart", ["seed=7"]))
+    assert folder.finished_before == f"quickstart: finished before; see {folder.path / 'report' / 'report.md'}"
+    folder.write_status("running")
+    assert not folder.has_finished(recipe)
+    folder.write_status("finished")
+    weights.write_bytes(bytes(7))
+    assert not folder.has_finished(recipe)
+    (folder.export / "manifest.json").unlink()
+    assert not folder.has_finished(recipe)
 
 
 def test_provenance_tells_versions_and_command_and_no_secret(

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
     from inheritune_ds.plan import budget_text, plan
+    from inheritune_ds.run_folder import RunFolder
     from inheritune_ds.training.world import StopSignal, detect, export, prepare_environment
 
     world = detect(os.environ)
@@ -24,6 +25,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (None, [])
     machine = machine_for(gpu, world.local_size)
     resolved = resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
+    folder = RunFolder(args.runs_dir / recipe.name)
+    if not args.dry_run and folder.has_finished(recipe):  # neither corpus nor reference need be there for that
+        if world.is_main:
+            print(folder.finished_before)
+        return 0
     notes = [*chosen, *resolved.notes]
     told = {"notes": notes, "world_size": world.size, "gpu": args.gpu, "cache_dir": args.cache_dir}
     text = (plan if args.dry_run else budget_text)(recipe, resolved.config, **told)  # on every rank: it checks, too

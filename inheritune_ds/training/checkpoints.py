@@ -119,6 +119,7 @@ class Checkpoints:
         """
         choice: list[Path | CheckpointError | None] = [None]
         if self._world.is_main:
+            self._remove_leftovers()
             try:
                 choice = [self._newest_intact()]
             except CheckpointError as error:
@@ -139,7 +140,7 @@ class Checkpoints:
         for folder in published(self._folder):
             fault = find_fault(folder)
             if fault is None:
-                self._check_layout(folder)
+                _check_layout(folder, self._layout)
                 return folder
             bad.append(f"{folder.name}: {fault}")
             self._say(f"WARNING: checkpoint {folder} is damaged and is passed over: {fault}")
@@ -150,16 +151,37 @@ class Checkpoints:
             )
         return None
 
-    def _check_layout(self, folder: Path) -> None:
-        saved = read_json(folder / MANIFEST)["layout"]
-        current = asdict(self._layout)
-        differing = [f"{key} {saved[key]} there, {current[key]} now" for key in current if saved[key] != current[key]]
-        if differing:
-            raise CheckpointError(
-                f"{folder} was saved under another layout: {', '.join(differing)}",
-                allowed="the same number of ranks, ZeRO stage and precision as when it was saved",
-                action="start with the same launcher line and DeepSpeed config as before",
-            )
+    def _remove_leftovers(self) -> None:
+        """Remove what a launch that was killed while saving has left; nobody else saves here."""
+        for folder in self._folder.glob(".step-*.tmp"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_other_layout(folder: Path, layout: Layout) -> None:
+    """Compare a layout with that of the newest checkpoint with an intact manifest, before anything is prepared.
+
+    Args:
+        folder: `checkpoints/` of a run folder.
+        layout: Of this launch.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    newest = next((path for path in published(folder) if _manifest(path) is not None), None)
+    if newest is not None:
+        _check_layout(newest, layout)
+
+
+def _check_layout(folder: Path, layout: Layout) -> None:
+    saved = read_json(folder / MANIFEST)["layout"]
+    current = asdict(layout)
+    differing = [f"{key} {saved[key]} there, {current[key]} now" for key in current if saved[key] != current[key]]
+    if differing:
+        raise CheckpointError(
+            f"{folder} was saved under another layout: {', '.join(differing)}",
+            allowed="the same number of ranks, ZeRO stage and precision as when it was saved",
+            action="start with the same launcher line and DeepSpeed config as before",
+        )
 
 
 def published(folder: Path) -> Iterator[Path]:
@@ -176,14 +198,19 @@ def newest_step(folder: Path) -> int:
 
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a published checkpoint: a missing, changed or resized file; None if intact."""
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
-        return f"{MANIFEST} is missing or unreadable"
-    digest = manifest.pop("sha256", None)
-    if digest != _digest(manifest):
-        return f"{MANIFEST} is not as it was written"
+    manifest = _manifest(folder)
+    if manifest is None:
+        return f"{MANIFEST} is missing or not as it was written"
     faults = (_file_fault(folder, name, expected) for name, expected in manifest["files"].items())
     return next((fault for fault in faults if fault is not None), None)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint; None if it is missing or not as it was written."""
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+        return None
+    return manifest
 
 
 def _file_fault(folder: Path, name: str, expected: dict[str, Any]) -> str | None:

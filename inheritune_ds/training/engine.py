@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from inheritune_ds.errors import MachineError, StorageError, TrainingError
+from inheritune_ds.training.meeting import cannot_meet
 from inheritune_ds.training.optimizer import parameter_groups
 from inheritune_ds.training.toolchain import check_toolchain
 from inheritune_ds.training.world import World
@@ -107,13 +108,7 @@ def _make_group(world: World) -> None:
     try:
         deepspeed.init_distributed(dist_init_required=True, verbose=False)
     except dist.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise MachineError(
-            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}",
-            allowed="a free port that every rank reaches",
-            action="if another run uses the port, choose one: deepspeed --master_port 29501 ... "
-            "(torchrun: --master_port; srun: export MASTER_PORT)",
-        ) from None
+        raise cannot_meet(error) from None
 
 
 def leave_process_group() -> None:

@@ -34,6 +34,9 @@ class Recorder(Protocol):
     def say(self, line: str) -> None:
         """Print one line."""
 
+    def saved(self, step: int) -> None:
+        """Note that the run can go on from a step."""
+
 
 @dataclass(frozen=True)
 class LoopParts:
@@ -113,6 +116,7 @@ def train(parts: LoopParts, total_steps: int, state: RunState | None) -> LoopRes
             _validate(parts, state)
         if last or result.stop or state.step % recipe.checkpoint.interval_steps == 0:
             parts.checkpoints.save(parts.engine, state)
+            parts.recorder.saved(state.step)
         if result.stop and not last:
             return LoopResult(state, finished=False)
     return LoopResult(state, finished=True)

@@ -50,6 +50,9 @@ class Collector:
     def say(self, line: str) -> None:
         """Nothing is said."""
 
+    def saved(self, step: int) -> None:
+        """Nothing is noted."""
+
 
 def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: Path) -> dict[str, Any]:
     """Train a freshly built model under one ZeRO stage."""

@@ -14,7 +14,15 @@ import torch.distributed as dist
 
 from inheritune_ds.errors import CheckpointError, StorageError
 from inheritune_ds.training import checkpoints
-from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, find_fault, newest_step, published
+from inheritune_ds.training.checkpoints import (
+    Checkpoints,
+    Layout,
+    RunState,
+    find_fault,
+    newest_step,
+    published,
+    refuse_other_layout,
+)
 from inheritune_ds.training.world import World
 
 LAYOUT = Layout(world_size=1, zero_stage=1, precision="fp32")
@@ -87,11 +95,21 @@ def test_a_checkpoint_is_resumed_as_it_was_saved(
 
 def test_nothing_is_resumed_where_nothing_is(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
     assert make().resume(State()) is None
-    (tmp_path / ".step-00000003.tmp").mkdir()  # left by a killed process
     (tmp_path / "step-3").mkdir()
     assert make().resume(State()) is None
     assert newest_step(tmp_path) == 0
     assert newest_step(tmp_path / "nowhere") == 0
+
+
+def test_what_a_killed_launch_left_is_removed_by_rank_0(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
+    save(make(), 2)
+    left = tmp_path / ".step-00000003.tmp"
+    (left / "engine").mkdir(parents=True)
+    (left / "engine" / "half.pt").touch()
+    make(world=SECOND).resume(State())
+    assert left.is_dir()
+    assert make().resume(State()) == state_at(2)
+    assert names(tmp_path) == ["step-00000002"]
 
 
 def test_the_newest_ones_stay(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
@@ -242,9 +260,9 @@ def test_find_fault_trusts_no_manifest_that_was_changed(make: Callable[..., Chec
         harmless = content.isascii() and _same_json(content, whole)
         assert (find_fault(folder) is None) == harmless, number
     manifest.write_text("[1, 2]", encoding="utf-8")
-    assert find_fault(folder) == "manifest.json is missing or unreadable"
+    assert find_fault(folder) == "manifest.json is missing or not as it was written"
     manifest.unlink()
-    assert find_fault(folder) == "manifest.json is missing or unreadable"
+    assert find_fault(folder) == "manifest.json is missing or not as it was written"
 
 
 def _same_json(one: bytes | bytearray, other: bytes) -> bool:
@@ -277,7 +295,7 @@ def test_no_checkpoint_left_is_an_error_that_names_each(make: Callable[..., Chec
     with pytest.raises(CheckpointError) as caught:
         make().resume(State())
     assert caught.value.problem == (
-        f"no checkpoint in {tmp_path} can be used: step-00000002: manifest.json is missing or unreadable; "
+        f"no checkpoint in {tmp_path} can be used: step-00000002: manifest.json is missing or not as it was written; "
         "step-00000001: engine/rank0.pt is missing"
     )
     assert "start over in another folder" in caught.value.action
@@ -299,6 +317,23 @@ def test_another_layout_is_refused(
         make(now).resume(State())
     assert caught.value.problem == f"{tmp_path / 'step-00000001'} was saved under another layout: {differing}"
     assert caught.value.allowed == "the same number of ranks, ZeRO stage and precision as when it was saved"
+    with pytest.raises(CheckpointError) as early:
+        refuse_other_layout(tmp_path, now)
+    assert str(early.value) == str(caught.value)
+
+
+def test_another_layout_is_looked_for_in_the_newest_manifest_that_is_whole(
+    make: Callable[..., Checkpoints], tmp_path: Path
+) -> None:
+    other = Layout(2, 1, "fp32")
+    refuse_other_layout(tmp_path, other)
+    save(make(), 1, 2)
+    refuse_other_layout(tmp_path, LAYOUT)
+    edit_manifest(tmp_path / "step-00000002", lambda document: document["layout"].update(world_size=2))
+    with pytest.raises(
+        CheckpointError, match="step-00000001 was saved under another layout: world_size 1 there, 2 now"
+    ):
+        refuse_other_layout(tmp_path, other)
 
 
 def test_the_manifest_says_state_layout_and_files(make: Callable[..., Checkpoints], tmp_path: Path) -> None:

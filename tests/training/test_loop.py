@@ -49,6 +49,7 @@ class Told:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self.saved_steps: list[int] = []
 
     def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
         self.rows.append({"step": step, "tokens": tokens, **values})
@@ -58,6 +59,9 @@ class Told:
 
     def say(self, line: str) -> None:
         """Nothing is said."""
+
+    def saved(self, step: int) -> None:
+        self.saved_steps.append(step)
 
 
 @pytest.fixture
@@ -103,4 +107,5 @@ def test_train_validates_logs_and_saves_at_its_steps(recipe: Recipe, tmp_path: P
     assert (result.finished, result.state.step, result.state.tokens) == (True, 5, 5 * SEQ_LEN * BATCH)
     validations = [(row["step"], row["val/loss"]) for row in told.rows if "val/loss" in row]
     assert validations == [(0, 5.0), (2, 2.0), (4, 2.0), (5, 2.0)]
+    assert told.saved_steps == [3, 5]
     assert json.loads((tmp_path / "eval/validation-step-00000000.json").read_text())["loss"] == 5.0

@@ -1,0 +1,153 @@
+"""Where ranks wait for rank 0: for hours if need be, and no longer than it lives.
+
+Rank 0 leaves a note in the launcher's store, a small key-value server in its own process (under torchrun
+in the agent's), and the others look for it at intervals. A collective would give up after ten minutes; a
+file in the run folder may be an earlier launch's, and says nothing when rank 0 is killed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from inheritune_ds.errors import InherituneError, MachineError, TrainingError
+from inheritune_ds.training.world import EXIT_INTERRUPTED, World
+
+POLL_S = 0.2
+ATTENTION_S = 10.0
+"""How long rank 0 waits until all have read its note; one that has died must not hold it."""
+_MEETING_TIMEOUT = timedelta(minutes=10)
+"""How long the first rank waits for the last one to start."""
+Answer = TypeVar("Answer")
+
+
+class Store(Protocol):
+    """What is needed of torch's store."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Leave a note."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all these notes are there."""
+
+    def get(self, key: str, /) -> bytes:
+        """Read a note."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Count up, from 0; return the count."""
+
+
+class MainRankLeftError(InherituneError):
+    """Rank 0 has ended the run: the other ranks leave with its words and its exit code.
+
+    Args:
+        problem: What rank 0 said.
+        exit_code: The code that rank 0 leaves with.
+    """
+
+    def __init__(self, problem: str, exit_code: int) -> None:
+        super().__init__(f"rank 0 has ended the run: {problem}")
+        self.exit_code = exit_code
+
+
+class Meeting:
+    """Work that rank 0 does for all.
+
+    Args:
+        world: This rank among all. With several, making a Meeting waits until each of them makes one.
+
+    Raises:
+        MachineError: If the ranks cannot meet.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._notes = 0
+        self._store = open_store() if world.size > 1 else None
+
+    def by_main(self, work: Callable[[], Answer]) -> Answer:
+        """Let rank 0 do something; all ranks must call it together.
+
+        Args:
+            work: Called on rank 0 only. What it returns must survive JSON.
+
+        Returns:
+            What `work` returned, on every rank.
+
+        Raises:
+            MainRankLeftError: On the other ranks, if rank 0 has failed, was interrupted or was killed; on rank 0
+                whatever `work` raised.
+        """
+        if self._store is None:
+            return work()
+        self._notes += 1
+        key = f"inheritune_ds/{self._notes}"
+        if self._world.is_main:
+            return self._do(self._store, key, work)
+        answer: Answer = self._wait(self._store, key)
+        return answer
+
+    def _do(self, store: Store, key: str, work: Callable[[], Answer]) -> Answer:
+        try:
+            answer = work()
+        except BaseException as error:
+            self._tell(store, key, {"left": _last_words(error)})
+            raise
+        self._tell(store, key, {"answer": answer})
+        return answer
+
+    def _tell(self, store: Store, key: str, note: dict[str, Any]) -> None:
+        """Leave a note and wait until it is read: the store may end with this process."""
+        store.set(key, json.dumps(note))
+        deadline_s = time.monotonic() + ATTENTION_S
+        while store.add(f"{key}/read", 0) < self._world.size - 1 and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
+
+    def _wait(self, store: Store, key: str) -> Any:
+        try:
+            while not store.check([key]):
+                time.sleep(POLL_S)
+            note = json.loads(store.get(key))
+            store.add(f"{key}/read", 1)
+        except dist.DistError:
+            raise MainRankLeftError("it has left without a word, so it was killed", TrainingError.exit_code) from None
+        if "left" in note:
+            raise MainRankLeftError(*note["left"])
+        return note["answer"]
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, InherituneError):
+        return error.problem, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted", EXIT_INTERRUPTED
+    return f"{type(error).__name__}: {error}", 1
+
+
+def open_store() -> Store:
+    """Open the launcher's store at MASTER_ADDR:MASTER_PORT; a process group made later shares it.
+
+    Raises:
+        MachineError: If the ranks cannot meet there.
+    """
+    try:
+        store: Store = next(rendezvous("env://", timeout=_MEETING_TIMEOUT))[0]
+    except dist.DistError as error:
+        raise cannot_meet(error) from None
+    return store
+
+
+def cannot_meet(error: RuntimeError) -> MachineError:
+    """Say where the ranks cannot meet, and what may help."""
+    return MachineError(
+        f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+        f"{str(error).splitlines()[0]}",
+        allowed="a free port that every rank reaches",
+        action="if another run uses the port, choose one: deepspeed --master_port 29501 ... "
+        "(torchrun: --master_port; srun: export MASTER_PORT)",
+    )

@@ -1,0 +1,134 @@
+"""Ranks that nothing but the program itself holds together: as under srun without --kill-on-bad-exit."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.launching import ROOT, environment, free_port
+from tests.end_to_end.test_runs import Launch, Recipe, arguments, status
+
+pytestmark = pytest.mark.timeout(300)
+Ranks = Callable[..., list["subprocess.Popen[str]"]]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    """Start two ranks as srun does, each with a log of its own; no launcher ends one after the other."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(script: str, words: list[str], **extra: str) -> list["subprocess.Popen[str]"]:
+        common = {
+            "SLURM_JOB_ID": "4711",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_TASKS_PER_NODE": "2",
+            "SLURM_STEP_NODELIST": "localhost",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+            **extra,
+        }
+        for rank in range(2):
+            with (tmp_path / f"rank{rank}.log").open("w", encoding="utf-8") as log:
+                started.append(
+                    subprocess.Popen(
+                        [sys.executable, str(ROOT / script), *words],
+                        cwd=tmp_path,
+                        env=environment(**common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                    )
+                )
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def log(tmp_path: Path, rank: int) -> str:
+    return (tmp_path / f"rank{rank}.log").read_text()
+
+
+def test_all_ranks_leave_when_rank_0_is_refused_the_folder(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "running", "step": 3}')
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        codes = [process.wait(timeout=110) for process in ranks("train.py", arguments(recipe, tmp_path))]
+    assert codes == [8, 8]
+    assert "another process is writing to" in log(tmp_path, 0)
+    assert "inheritune-ds: rank 1: error: rank 0 has ended the run: another process is writing to" in log(tmp_path, 1)
+    assert "Traceback" not in log(tmp_path, 0) + log(tmp_path, 1)
+    assert status(folder) == {"state": "running", "step": 3}, "it is the other process's"
+
+
+def test_all_ranks_wait_for_the_export_and_leave_together(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    main, second = ranks("tests/end_to_end/drive_export.py", arguments(recipe, tmp_path), EXPORT_S="5")
+    assert second.wait(timeout=110) == 0
+    assert status(tmp_path / "runs" / "tiny")["state"] == "finished", "rank 1 left before rank 0 was done"
+    assert main.wait(timeout=10) == 0
+    assert "terminate called" not in log(tmp_path, 1)
+
+
+def test_all_ranks_leave_when_the_export_fails(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    how = {"EXPORT_S": "2", "FAIL": "1"}
+    codes = [
+        process.wait(timeout=110)
+        for process in ranks("tests/end_to_end/drive_export.py", arguments(recipe, tmp_path), **how)
+    ]
+    assert codes == [12, 12]
+    assert "rank 1: error: rank 0 has ended the run: planted by a test" in log(tmp_path, 1)
+    assert status(tmp_path / "runs" / "tiny")["exit_code"] == 12
+
+
+def test_another_number_of_ranks_is_refused_and_changes_nothing(
+    launch: Launch, ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe()
+    run = tmp_path / "runs" / "tiny"
+    launch("train.py", *arguments(recipe, tmp_path))
+    document = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**document, "state": "running"}))  # as if killed at the very end
+    kept = {name: (run / name).read_bytes() for name in ("ds_config.resolved.json", "provenance.json", "run.json")}
+    began = time.time()
+    codes = [process.wait(timeout=110) for process in ranks("train.py", arguments(recipe, tmp_path))]
+    assert codes == [4, 4]
+    assert "was saved under another layout: world_size 1 there, 2 now" in log(tmp_path, 0)
+    assert {name: (run / name).read_bytes() for name in kept} == kept
+    assert all(path.stat().st_mtime < began for path in (run / "checkpoints").rglob("*"))
+    assert status(run)["state"] == "failed"
+
+
+def test_a_finished_run_says_so_without_its_corpus(launch: Launch, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    launch("train.py", *arguments(recipe, tmp_path))
+    (tmp_path / "corpus.jsonl").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    report = os.path.relpath(tmp_path / "runs/tiny/report/report.md", tmp_path)
+    assert launch("train.py", *arguments(recipe, tmp_path)).endswith(f"finished before; see {tmp_path / report}\n")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_reference_that_another_process_trains_is_named(launch: Launch, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    parent = tiny_recipe("parent")
+    recipe = tiny_recipe("child", reference={"model": f"recipe:{parent}"}, target={"select": "first:2"})
+    folder = tmp_path / "runs" / "parent"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = launch("train.py", *arguments(recipe, tmp_path), expect=8)
+    assert "child needs its reference parent, which another process is training: another process is" in output
+    assert "do: give the same command again when that process has finished" in output
+    assert "name=OTHER" not in output

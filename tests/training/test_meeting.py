@@ -1,0 +1,169 @@
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch.distributed as dist
+
+from inheritune_ds.errors import ExportError, MachineError
+from inheritune_ds.training import meeting
+from inheritune_ds.training.meeting import MainRankLeftError, Meeting, open_store
+from inheritune_ds.training.world import World
+from tests.end_to_end.launching import environment, free_port
+
+MAIN, SECOND = World(0, 2, 0, 2, "env"), World(1, 2, 1, 2, "env")
+
+RANK = """
+import os, sys, time
+from inheritune_ds.training.meeting import MainRankLeftError, Meeting
+from inheritune_ds.training.world import detect
+world = detect(os.environ)
+meeting = Meeting(world)
+print(meeting.by_main(lambda: {"from": world.rank}), flush=True)
+try:
+    meeting.by_main(lambda: os._exit(9))
+except MainRankLeftError as error:
+    print(error, error.exit_code)
+"""
+
+
+class Notes:
+    """Stands in for the launcher's store."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+        self.gone = False
+
+    def add(self, key: str, amount: int) -> int:
+        self.counts[key] = self.counts.get(key, 0) + amount
+        return self.counts[key]
+
+    def set(self, key: str, value: str) -> None:
+        self.notes[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        if self.gone:
+            raise dist.DistNetworkError("Connection reset by peer")
+        return all(key in self.notes for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.notes[key].encode()
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
+    store = Notes()
+    monkeypatch.setattr(meeting, "open_store", lambda: store)
+    monkeypatch.setattr(meeting, "POLL_S", 0.01)
+    return store
+
+
+def never() -> None:
+    pytest.fail("only rank 0 works")
+
+
+def test_one_rank_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "open_store", never)
+    alone = Meeting(World(0, 1, 0, 1, "single"))
+    assert alone.by_main(lambda: {"a": 1}) == {"a": 1}
+
+
+def test_every_rank_gets_what_rank_0_found(notes: Notes) -> None:
+    main, second = Meeting(MAIN), Meeting(SECOND)
+    found: list[object] = []
+    waiting = threading.Thread(target=lambda: found.extend([second.by_main(never), second.by_main(never)]))
+    waiting.start()
+    assert main.by_main(lambda: {"tokens": "here"}) == {"tokens": "here"}
+    time.sleep(0.1)
+    assert found == []
+    main.by_main(lambda: None)
+    waiting.join(timeout=10)
+    assert found == [{"tokens": "here"}, None]
+
+
+def test_rank_0_leaves_only_when_its_note_is_read_and_does_not_wait_for_the_dead(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = threading.Thread(target=lambda: Meeting(MAIN).by_main(lambda: 5))
+    main.start()
+    time.sleep(0.2)
+    assert main.is_alive()
+    assert Meeting(SECOND).by_main(int) == 5
+    main.join(timeout=10)
+    assert not main.is_alive()
+    monkeypatch.setattr(meeting, "ATTENTION_S", 0.1)
+    notes.counts.clear()
+    assert Meeting(MAIN).by_main(lambda: 6) == 6
+
+
+def fail(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "exit_code"),
+    [
+        (ExportError("it is not the same", action="look"), "it is not the same", 12),
+        (KeyboardInterrupt(), "it was interrupted", 130),
+        (ValueError("a defect"), "ValueError: a defect", 1),
+    ],
+)
+def test_every_rank_leaves_when_rank_0_leaves(
+    error: BaseException, words: str, exit_code: int, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "ATTENTION_S", 0.1)
+    with pytest.raises(type(error)):
+        Meeting(MAIN).by_main(fail(error))
+    with pytest.raises(MainRankLeftError) as caught:
+        Meeting(SECOND).by_main(never)
+    assert str(caught.value) == f"rank 0 has ended the run: {words}"
+    assert caught.value.exit_code == exit_code
+
+
+def test_a_rank_leaves_when_rank_0_has_vanished(notes: Notes) -> None:
+    notes.gone = True
+    with pytest.raises(MainRankLeftError, match=r"^rank 0 has ended the run: it has left without a word") as caught:
+        Meeting(SECOND).by_main(never)
+    assert caught.value.exit_code == 11
+
+
+@pytest.mark.launch
+def test_ranks_of_a_real_launch_hear_rank_0_and_notice_that_it_was_killed() -> None:
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK],
+            env=environment(**variables, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [9, 0]
+    assert outputs[0] == "{'from': 0}\n"
+    assert outputs[1].splitlines() == [
+        "{'from': 0}",
+        "rank 0 has ended the run: it has left without a word, so it was killed 11",
+    ]
+
+
+def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setitem(os.environ, name, value)
+        with pytest.raises(MachineError) as caught:
+            open_store()
+    assert f"the ranks cannot meet at 127.0.0.1:{port}: " in caught.value.problem
+    assert "deepspeed --master_port" in caught.value.action
