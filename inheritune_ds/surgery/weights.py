@@ -199,7 +199,10 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise _unreadable(path, error) from None
     except Exception as error:  # noqa: BLE001 - a damaged file causes errors of many kinds
         raise _unreadable(path, error) from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
+        for name, value in loaded.items()
+    ):
         raise SurgeryError(f"{path} is no plain table of tensors", allowed="a state dict: tensors by name")
     return loaded
 

@@ -1,0 +1,51 @@
+import pytest
+
+from inheritune_ds.errors import RecipeError
+from inheritune_ds.parts import BLOCK_PARTS, OUTER_PARTS, PARTS, PRESETS, inherited_parts
+
+IN_BLOCKS = {"attention", "attention_norms", "mlp", "mlp_norms"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("all", IN_BLOCKS | {"token_embeddings", "position_embeddings", "final_norm", "head"}),
+        ("paper-scripts", IN_BLOCKS | {"head"}),
+        ("attention-only", {"attention", "attention_norms", "head"}),
+        ("mlp-only", {"mlp", "mlp_norms", "head"}),
+        ("attention-mlp", {"attention", "mlp", "head"}),
+        ("none", set()),
+    ],
+)
+def test_a_preset_stands_for_its_parts(preset: str, expected: set[str]) -> None:
+    assert inherited_parts(preset) == expected
+
+
+def test_presets_and_parts_are_those_of_the_documentation() -> None:
+    assert list(PRESETS) == ["all", "paper-scripts", "attention-only", "mlp-only", "attention-mlp", "none"]
+    assert (*BLOCK_PARTS, *OUTER_PARTS) == PARTS
+    assert len(set(PARTS)) == 8
+
+
+def test_a_list_is_taken_part_by_part_and_group_by_group() -> None:
+    assert inherited_parts(["head"]) == {"head"}
+    assert inherited_parts(["mlp", "norms", "mlp"]) == {"mlp", "attention_norms", "mlp_norms"}
+    assert inherited_parts(list(PARTS)) == inherited_parts("all")
+
+
+@pytest.mark.parametrize(
+    ("inherit", "problem"),
+    [
+        ("everything", "inherit: 'everything' is no preset"),
+        ("", "inherit: '' is no preset"),
+        ("attention", "inherit: 'attention' is no preset"),
+        (["attention", "mlps", "All"], "inherit: 'mlps', 'All': neither preset nor part"),
+        (["paper-scripts"], "inherit: 'paper-scripts': neither preset nor part"),
+        ([], "inherit: the list of parts is empty"),
+    ],
+)
+def test_what_is_no_part_is_refused_with_all_that_are(inherit: str | list[str], problem: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        inherited_parts(inherit)
+    assert caught.value.problem == problem
+    assert caught.value.allowed == f"{', '.join(PRESETS)}, or a list of {', '.join(PARTS)}, norms"
