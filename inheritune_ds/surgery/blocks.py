@@ -35,12 +35,14 @@ class BlockList:
         return tensor_name[len(self.path) + 1 :].split(".", 1)[1]
 
 
-def find_blocks(model: "nn.Module", depth: int) -> BlockList:
+def find_blocks(model: "nn.Module", depth: int, path: str | None = None) -> BlockList:
     """Find the module list that holds `depth` blocks.
 
     Args:
         model: A causal language model, with real or meta tensors.
         depth: `num_hidden_layers` of its config.
+        path: Where the list is, if a model of the same family has told; a short target may have other lists that are
+            as long.
 
     Raises:
         SurgeryError: If no list, or more than one at the top, has that many entries.
@@ -50,6 +52,8 @@ def find_blocks(model: "nn.Module", depth: int) -> BlockList:
     paths = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
+    if path is not None and path in paths:
+        return BlockList(path, depth)
     outermost = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
     if len(outermost) != 1:
         found = ", ".join(outermost) or "none"

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DROPOUT_KEY = re.compile(r"(^|_)(dropout|pdrop|dropout_p|dropout_prob|dropout_rate)($|_)")
-_PER_BLOCK_KEY = re.compile(r"layer|block|pattern|intermediate_size|num_.*heads")
+_PER_BLOCK_KEY = re.compile(r"layer|block|pattern|intermediate_size|num_.*heads|topk|experts|^moe_|_types$")
 _BLOCK_NUMBERS_KEY = re.compile(r"(layers|layer_ids|layer_idx|indices|idxs|idx|layers_enum)$")
+_FLAG_KEYS = ("no_rope_layers",)
+"""Lists of 0 and 1, one a block, under a name like that of a list of block numbers."""
+_DEPTH_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
 _PLACE_KEYS = ("scale_attn_by_inverse_layer_idx",)
 """Switches that make a block compute by its place; they cannot be told the old place."""
 
@@ -79,7 +82,8 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
     for rule in _RULES:
         cut |= rule(values, depth, blocks)
     values |= cut
-    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(blocks)
+    depth_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    values |= {key: len(blocks) for key in (*_DEPTH_KEYS, depth_key) if values.get(key) == depth}
     try:
         return type(config).from_dict(values)
     except Exception as error:  # noqa: BLE001 - config classes check themselves with errors of many kinds
@@ -91,11 +95,11 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
 
 def _cut_list(key: str, value: list[Any], depth: int, blocks: Sequence[int]) -> list[Any]:
     """A list of the config after the cut; lists that do not speak of blocks stay as they are."""
+    numbers = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < depth for item in value)
+    if numbers and _BLOCK_NUMBERS_KEY.search(key) and key not in _FLAG_KEYS and sorted(set(value)) == value:
+        return [place for place, block in enumerate(blocks) if block in value]
     if len(value) == depth and _PER_BLOCK_KEY.search(key):
         return [value[block] for block in blocks]
-    numbers = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < depth for item in value)
-    if numbers and _BLOCK_NUMBERS_KEY.search(key) and len(set(value)) == len(value):
-        return [place for place, block in enumerate(blocks) if block in value]
     return value
 
 

@@ -166,6 +166,11 @@ class Source:
     def moved(self, name: str, place: int) -> str:
         """The name of a block's tensor when its block stands in another place."""
         words = name.split(".")
+        if name not in self._number_at:
+            raise SurgeryError(
+                f"a {self.config.model_type} model cannot be cut: {name} does not say its block by a number",
+                allowed="a model whose files name a block's tensors by the block's number",
+            )
         words[self._number_at[name]] = str(place)
         return ".".join(words)
 

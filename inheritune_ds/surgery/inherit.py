@@ -241,7 +241,7 @@ def plan_target(
     if previous is not None:
         outer = _earlier(previous, origin, selection)
         steps[: outer.skeleton.blocks.depth] = [(outer, block) for block in range(outer.skeleton.blocks.depth)]
-    skeleton = Skeleton(config, torch.promote_types(origin.dtype, outer.dtype))
+    skeleton = Skeleton(config, torch.promote_types(origin.dtype, outer.dtype), path=origin.skeleton.blocks.path)
     if target.width == "full":
         for place, (source, block) in enumerate(steps):
             check_same_blocks(source.skeleton, block, skeleton, place)

@@ -18,7 +18,6 @@ from torch import nn
 
 from inheritune_ds import budget
 from inheritune_ds.errors import SurgeryError
-from inheritune_ds.surgery.blocks import find_blocks
 from inheritune_ds.surgery.grafts import GraftPlan, Source
 from inheritune_ds.surgery.reference import load_model, read_shape
 from inheritune_ds.surgery.report import as_bytes
@@ -41,7 +40,7 @@ def prove(
             another hidden state than the reference.
     """
     tokens = probe_tokens(skeleton.config)
-    start, hidden, rest = target_hidden_states(folder, skeleton.dtype, tokens)
+    start, hidden, rest = target_hidden_states(folder, skeleton, tokens)
     proven: dict[str, Any] = {"missing": 0, "unexpected": 0, "budget_parameters": _check_budget(skeleton)}
     fresh = [graft for graft in plan.grafts if graft.source is None]
     if half or plan.outer is None or any(graft.block is not None for graft in fresh):
@@ -60,7 +59,8 @@ def prove(
         difference = float((hidden.double() - expected.double()).abs().max())
         raise SurgeryError(
             f"the target does not compute what the kept blocks of the reference compute: their hidden states differ by "
-            f"up to {difference:.3g}",
+            f"up to {difference:.3g}; what a block of this family computes depends on its place, or on more than the "
+            "hidden state",
             allowed="a selection that leaves blocks in their places: first:n",
             action="report this with the model's config.json: nothing was published",
         )
@@ -90,22 +90,22 @@ def _check_budget(skeleton: Skeleton) -> int | None:
 
 def probe_tokens(config: "PreTrainedConfig") -> torch.Tensor:
     """Token ids spread over the vocabulary: shape (1, T), the same for every model with that vocabulary."""
-    longest = getattr(config, "max_position_embeddings", None) or PROBE_TOKENS
-    count = min(PROBE_TOKENS, longest)
+    longest = getattr(config, "max_position_embeddings", None)
+    count = min(PROBE_TOKENS, longest) if isinstance(longest, int) and longest > 0 else PROBE_TOKENS
     return torch.tensor([[int(config.vocab_size * ((n + 1) * _GOLDEN_RATIO % 1.0)) for n in range(count)]])
 
 
 @torch.no_grad()
 def target_hidden_states(
     folder: Path,
-    dtype: torch.dtype,
+    skeleton: Skeleton,
     tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Load the target, run it, and note what goes into its first block and comes out of its last one.
 
     Args:
         folder: The written target.
-        dtype: What it computes in.
+        skeleton: Of it: what it computes in, and where its blocks are.
         tokens_BT: Token ids of shape (B, T).
 
     Returns:
@@ -114,10 +114,10 @@ def target_hidden_states(
     Raises:
         SurgeryError: If the target does not load without missing or unexpected tensors.
     """
-    model = load_model(folder, dtype=str(dtype).removeprefix("torch."))
+    model = load_model(folder, dtype=str(skeleton.dtype).removeprefix("torch."))
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = aligned(tensor.data)
-    blocks = find_blocks(model, model.config.num_hidden_layers)
+    blocks = skeleton.blocks
     seen: dict[str, Any] = {}
 
     def note_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def target_hidden_states(
     first.register_forward_pre_hook(note_input, with_kwargs=True)
     last.register_forward_hook(note_output)
     _forward(model, tokens_BT)
-    rest = seen["output"][1:] if isinstance(seen["output"], tuple) else None
+    rest = tuple(seen["output"][1:]) if isinstance(seen["output"], tuple | list) else None
     return seen["input"], seen["hidden"], rest
 
 
@@ -284,7 +284,7 @@ def _hooked(hook: Any) -> Iterator[None]:
 
 
 def _hidden(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

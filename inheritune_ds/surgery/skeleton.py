@@ -32,18 +32,21 @@ class Skeleton:
     Args:
         config: Its config; a copy is used.
         dtype: Of its parameters.
+        path: Of its list of blocks, if that is known from a model of the same family.
 
     Raises:
         SurgeryError: If no causal language model can be built from the config, its blocks cannot be told, or some
             of them share weights.
     """
 
-    def __init__(self, config: "PreTrainedConfig", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: "PreTrainedConfig", dtype: torch.dtype = torch.float32, *, path: str | None = None
+    ) -> None:
         check_decoder(config)
         self.config = copy.deepcopy(config)
         self.dtype = dtype
         self.model = _build(self.config, dtype)
-        self.blocks = find_blocks(self.model, num_blocks(self.config))
+        self.blocks = find_blocks(self.model, num_blocks(self.config), path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         self._check_sharing()
@@ -112,8 +115,15 @@ class Skeleton:
             dtype_plan=self.model._get_dtype_plan(self.dtype),  # noqa: SLF001 - no public name
             weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type] # all are of the two
         )
-        with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), load_config)
+        try:
+            with quiet_transformers():
+                info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), load_config)
+        except Exception as error:  # noqa: BLE001 - whatever a family's own conversion raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise SurgeryError(
+                f"the weights of a {self.config.model_type} model cannot be loaded part by part: {reason}",
+                allowed="a model whose weights are converted block by block",
+            ) from None
         self.model.tie_weights(recompute_mapping=False)
         problems = [f"{name} has no place in the model" for name in sorted(info.unexpected_keys)]
         problems += [
@@ -246,7 +256,9 @@ def check_same_blocks(reference: Skeleton, block: int, target: Skeleton, place: 
         before, after = _settings(module), _settings(ours[name])
         for key in sorted({*before, *after}):
             old, new = before.get(key), after.get(key)
-            of_config = isinstance(old, list) and _is_of_config(key, old, reference) and _is_of_config(key, new, target)
+            of_config = (
+                isinstance(old, list | tuple) and _is_of_config(key, old, reference) and _is_of_config(key, new, target)
+            )
             if old != new and not (old == block and new == place) and not of_config:
                 where = f"{name}.{key}" if name else key
                 raise _place_error(kind, block, place, f"{where} is {old!r} there and {new!r} here")
@@ -254,7 +266,7 @@ def check_same_blocks(reference: Skeleton, block: int, target: Skeleton, place: 
 
 def _is_of_config(key: str, value: Any, skeleton: Skeleton) -> bool:
     """Whether a module's setting is a list of the whole model, kept under the config's name (GPT-Neo)."""
-    return bool(value == getattr(skeleton.config, key, None))
+    return isinstance(value, list | tuple) and bool(value == getattr(skeleton.config, key, None))
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
