@@ -25,8 +25,9 @@ from pydantic import Field, StringConstraints, model_validator
 
 from inheritune_ds.analysis.report import Role, StudyRow, run_result, study_tables, write_study_report
 from inheritune_ds.errors import InherituneError, MachineError, RecipeError, TrainingError
-from inheritune_ds.recipe import Part, Recipe, Text
-from inheritune_ds.recipe_file import load_recipe, parse_yaml, read_document, shipped_names, validate
+from inheritune_ds.files import storage_errors, write_text
+from inheritune_ds.recipe import RECIPE_PREFIX, Part, Recipe, Text
+from inheritune_ds.recipe_file import dump_recipe, load_recipe, parse_yaml, read_document, shipped_names, validate
 
 _LAUNCHER_PORT = 29500
 """Where DeepSpeed's launcher lets the ranks meet (deepspeed/constants.py, TORCH_DISTRIBUTED_DEFAULT_PORT)."""
@@ -125,11 +126,12 @@ def run_study(  # noqa: PLR0913 (by keyword: the options of the command line, on
         str(deepspeed_config),
     ]
     folders = ["--runs-dir", str(runs_dir), "--cache-dir", str(cache_dir)]
+    own_folder = runs_dir / f"study-{study.name}"
     plans = []
-    for run, recipe in zip(study.runs, _load_recipes(study, beside, overrides), strict=True):
+    for run, loaded in zip(study.runs, _load_recipes(study, beside, overrides, own_folder), strict=True):
         which = run.recipe if run.recipe in shipped_names() else str(beside / Path(run.recipe).expanduser())
-        command = [*launcher, "--recipe", which, *folders, *run.overrides, *overrides]
-        plans.append(_Plan(run, recipe.name, runs_dir / recipe.name, command))
+        command = [*launcher, "--recipe", which, *folders, *loaded.overrides]
+        plans.append(_Plan(run, loaded.recipe.name, runs_dir / loaded.recipe.name, command))
     print(f"study {study.name}: {study.description}")
     for number, plan in enumerate(plans, 1):
         print(f"\n[{number}/{len(plans)}] {plan.name} ({plan.run.role})\n{shlex.join(plan.command)}\n", flush=True)
@@ -137,21 +139,64 @@ def run_study(  # noqa: PLR0913 (by keyword: the options of the command line, on
             print(f"\nstudy {study.name}: stopped at {plan.name}; the same command goes on", flush=True)
             return None
     rows = [StudyRow(plan.run.label or plan.name, plan.run.role, run_result(plan.folder)) for plan in plans]
-    report = write_study_report(runs_dir / f"study-{study.name}", f"Study {study.name}", rows)
+    report = write_study_report(own_folder, f"Study {study.name}", rows)
     _print_end(report, rows)
     return report
 
 
-def _load_recipes(study: StudyFile, beside: Path, overrides: Sequence[str]) -> list[Recipe]:
-    """Load the recipe of every run; all problems at once, before the first run starts."""
-    recipes: list[Recipe] = []
+@dataclass(frozen=True)
+class _Loaded:
+    """A run's recipe: as its file has it, as the study trains it, and the overrides between the two."""
+
+    plain: Recipe
+    recipe: Recipe
+    overrides: list[str]
+
+
+def _load_recipes(study: StudyFile, beside: Path, overrides: Sequence[str], folder: Path) -> list[_Loaded]:
+    """Load the recipe of every run; all problems at once, before the first run starts.
+
+    Where a run's reference is a run of this study, it is that run with its overrides: its recipe is written
+    into `folder`, and the run's `reference.model` names that file.
+    """
+    runs: list[_Loaded] = []
+    references: dict[Path, Recipe] = {}
     problems: list[InherituneError] = []
     for run in study.runs:
+        words = [*run.overrides, *overrides]
         try:
-            recipes.append(load_recipe(run.recipe, [*run.overrides, *overrides], beside=beside))
+            recipe = load_recipe(run.recipe, words, beside=beside)
+            reference = _reference_in_study(recipe, runs)
+            if reference is not None:
+                path = folder / "recipes" / f"{reference.name}.yaml"
+                references[path] = reference
+                words.append(f"reference.model={RECIPE_PREFIX}{path}")
+                recipe = load_recipe(run.recipe, words, beside=beside)
+            runs.append(_Loaded(load_recipe(run.recipe, beside=beside), recipe, words))
         except RecipeError as problem:
             problems.append(problem)
-    for name, times in Counter(recipe.name for recipe in recipes).items():
+    _check_loaded(study, runs, problems)
+    for path, reference in references.items():
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, dump_recipe(reference))
+    return runs
+
+
+def _reference_in_study(recipe: Recipe, before: Sequence[_Loaded]) -> Recipe | None:
+    """The reference of a recipe as an earlier run of the study trains it; None if its own recipe says it all."""
+    name = recipe.reference.recipe_name if recipe.reference else None
+    if name is None:
+        return None
+    asked = load_recipe(name)
+    trained = [run.recipe for run in before if run.plain == asked]
+    if not trained or any((one.name, one.fingerprint) == (asked.name, asked.fingerprint) for one in trained):
+        return None
+    return trained[0]
+
+
+def _check_loaded(study: StudyFile, runs: Sequence[_Loaded], problems: list[InherituneError]) -> None:
+    for name, times in Counter(run.recipe.name for run in runs).items():
         if times > 1:
             problems.append(
                 RecipeError(
@@ -161,7 +206,6 @@ def _load_recipes(study: StudyFile, beside: Path, overrides: Sequence[str]) -> l
             )
     if problems:
         raise RecipeError.of(problems)
-    return recipes
 
 
 def _deepspeed() -> str:

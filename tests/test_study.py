@@ -211,10 +211,50 @@ def test_study_echoes_a_command_that_can_be_pasted(bench: Path, capfd: pytest.Ca
     assert echoed[1] == (
         "bin/deepspeed --num_gpus 2 train.py --deepspeed_config ds_configs/cpu.json --recipe quickstart"
         " --runs-dir runs --cache-dir cache 'training.duration=20 steps'"
+        " reference.model=recipe:runs/study-quickstart/recipes/quickstart-reference.yaml"
     )
     first = calls(bench)[1]
-    assert first["arguments"][-1] == "training.duration=20 steps"
+    assert first["arguments"][-2] == "training.duration=20 steps"
     assert first["path"].split(os.pathsep)[0] == str(bench.parent / "bin")
+
+
+def test_overrides_of_a_study_reach_the_reference_that_it_trains(bench: Path) -> None:
+    start("quickstart", "training.duration=20 steps")
+    reference, target, baseline = (call["arguments"] for call in calls(bench))
+    path = Path("runs/study-quickstart/recipes/quickstart-reference.yaml")
+    assert reference[-1] == "training.duration=20 steps"
+    assert target[-2:] == baseline[-2:] == ["training.duration=20 steps", f"reference.model=recipe:{path}"]
+    trained = load_recipe("quickstart-reference", ["training.duration=20 steps"])
+    assert load_recipe(str(path)) == trained
+    given = load_recipe("quickstart", target[-2:])
+    assert given.reference is not None
+    assert given.reference.recipe_name == str(path)
+
+
+@pytest.mark.parametrize("overrides", [[], ["logging.interval_steps=5"]])
+def test_a_study_leaves_a_reference_alone_that_its_recipe_describes(bench: Path, overrides: list[str]) -> None:
+    start("quickstart", *overrides)
+    assert not any("reference.model" in word for call in calls(bench) for word in call["arguments"])
+    assert not Path("runs/study-quickstart/recipes").exists()
+
+
+def test_a_reference_with_overrides_of_its_own_is_the_one_that_is_inherited(bench: Path) -> None:
+    runs = [
+        {"recipe": "quickstart-reference", "role": "reference", "overrides": ["name=other", "seed=7"]},
+        {"recipe": "quickstart", "role": "target", "overrides": ["seed=8"]},
+    ]
+    write_study(bench.parent / "study.yaml", runs=runs)
+    (bench / "quickstart-reference").write_text("running 3")
+    with pytest.raises(StudyRunError):
+        start("study.yaml")
+    path = Path("runs/study-mine/recipes/other.yaml")
+    written = load_recipe(str(path))
+    assert (written.name, written.seed) == ("other", 7)
+    write_study(bench.parent / "study.yaml", runs=list(reversed(runs)))
+    (bench / "quickstart-reference").unlink()
+    with suppress(InherituneError):
+        start("study.yaml")
+    assert not any("reference.model" in word for word in calls(bench)[-1]["arguments"]), "it is not trained before"
 
 
 def test_study_echoes_plain_deepspeed_where_the_shell_finds_the_same(
