@@ -77,7 +77,7 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
     cut |= {
         key: _renumber(value, blocks)
         for key, value in values.items()
-        if isinstance(value, dict) and value and all(str(at).isdecimal() for at in value)
+        if isinstance(value, dict) and value and key != "id2label" and all(str(at).isdecimal() for at in value)
     }
     for rule in _RULES:
         cut |= rule(values, depth, blocks)
