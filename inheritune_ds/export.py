@@ -103,11 +103,13 @@ def write_probe(path: Path, tokens_BT: "torch.Tensor", logits_BTV: "torch.Tensor
     import torch
     from safetensors.torch import save_file
 
-    save_file(
-        {"tokens": tokens_BT, "logits": logits_BTV.contiguous()},
-        path,
-        metadata={"threads": str(torch.get_num_threads()), "device": "cuda" if torch.cuda.is_available() else "cpu"},
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with storage_errors(path):
+        save_file(
+            {"tokens": tokens_BT, "logits": logits_BTV.contiguous()},
+            path,
+            metadata={"threads": str(torch.get_num_threads()), "device": device},
+        )
 
 
 def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], result: Mapping[str, Any]) -> str:

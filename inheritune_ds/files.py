@@ -5,13 +5,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.errors import StorageError
+from inheritune_ds.errors import InherituneError, StorageError
 
 CHUNK_BYTES = 1 << 22
+_RUST_REFUSAL = re.compile(r"\(os error (\d+)\)")
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
@@ -31,15 +33,27 @@ def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write below `path` into a StorageError."""
+    """Turn an operating system's refusal to write below `path` into a StorageError, also one told by a Rust library."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            action = "free some space, then give the same command again: finished stages are kept"
-        else:
-            action = "choose a folder that you may write to (--runs-dir, --cache-dir)"
-        raise StorageError(f"{error.filename or path} cannot be written: {error.strerror}", action=action) from None
+        raise _refusal(error.filename or path, error.errno, error.strerror or str(error)) from None
+    except InherituneError:
+        raise
+    except Exception as error:
+        # safetensors and tokenizers tell it as an error of their own: "... No space left on device (os error 28)"
+        found = _RUST_REFUSAL.search(str(error))
+        if found is None:
+            raise
+        raise _refusal(path, int(found.group(1)), os.strerror(int(found.group(1)))) from None
+
+
+def _refusal(path: Path | str, number: int | None, reason: str) -> StorageError:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        action = "free some space, then give the same command again: finished stages are kept"
+    else:
+        action = "choose a folder that you may write to (--runs-dir, --cache-dir)"
+    return StorageError(f"{path} cannot be written: {reason}", action=action)
 
 
 def write_text(path: Path, text: str) -> None:

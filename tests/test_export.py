@@ -1,4 +1,5 @@
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from inheritune_ds import export
-from inheritune_ds.errors import ExportError
+from inheritune_ds.errors import ExportError, StorageError
 from inheritune_ds.export import check_logits, export_model, model_card, write_probe
 from inheritune_ds.recipe import Shape, Target
 from inheritune_ds.surgery.inherit import build_target
@@ -130,6 +131,23 @@ def test_export_says_whose_it_is_and_what_is_in_it(
     assert manifest["weights_sha256"] == digest
     assert manifest["recipe_fingerprint"] == "abc"
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= manifest["files"].keys()
+
+
+def test_a_disk_that_fills_during_the_export_is_a_storage_error(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder("llama")
+    model = trained(target)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="export cannot be written: File too large"):
+            write(target, model)
+        with pytest.raises(StorageError, match=r"probe.safetensors cannot be written: File too large"):
+            write_probe(tmp_path / "probe.safetensors", torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, 4096))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "export").exists()
 
 
 def test_export_refuses_parameters_that_are_not_the_target_s(

@@ -1,12 +1,15 @@
 import errno
 import hashlib
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from inheritune_ds.errors import StorageError
+from inheritune_ds.errors import CorpusError, StorageError
 from inheritune_ds.files import (
     CHUNK_BYTES,
     read_json,
@@ -95,6 +98,27 @@ def test_storage_errors_name_the_file_that_was_refused(number: int, tmp_path: Pa
 def test_storage_errors_leave_other_errors_alone(tmp_path: Path) -> None:
     with pytest.raises(KeyError), storage_errors(tmp_path):
         raise KeyError("x")
+    with pytest.raises(CorpusError, match="its own words"), storage_errors(tmp_path):
+        raise CorpusError("its own words (os error 28)")
+
+
+def test_storage_errors_understand_a_full_disk_in_the_words_of_a_rust_library(tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as caught, storage_errors(tmp_path):
+        raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.problem == f"{tmp_path} cannot be written: No space left on device"
+    assert caught.value.action.startswith("free some space")
+
+
+def test_storage_errors_understand_what_safetensors_raises(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StorageError) as caught, storage_errors(path):
+            save_file({"x": torch.zeros(1000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.problem == f"{path} cannot be written: File too large"
 
 
 def test_write_json_is_read_back_equal_and_ends_its_line(tmp_path: Path) -> None:
