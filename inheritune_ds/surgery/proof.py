@@ -48,7 +48,7 @@ def prove(
         return {**proven, "hidden_state": None, "hidden_state_reason": f"not comparable: {why}"}
     embedded = not any(graft.part in ("token_embeddings", "position_embeddings", "") for graft in fresh)
     expected = reference_hidden_state(
-        plan.steps, plan.outer if embedded else None, tokens, given=start, rest=rest, say=say
+        plan.steps, tokens, dtype=skeleton.dtype, given=None if embedded else start, rest=rest, say=say
     )
     if not bool(torch.isfinite(expected).all()):
         raise SurgeryError(
@@ -137,12 +137,12 @@ def target_hidden_states(
 
 
 @torch.no_grad()
-def reference_hidden_state(  # noqa: PLR0913 - all but the first three by name
+def reference_hidden_state(  # noqa: PLR0913 - all but the first two by name
     steps: Sequence[tuple[Source, int]],
-    outer: Source | None,
     tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
     *,
-    given: torch.Tensor,
+    dtype: torch.dtype,
+    given: torch.Tensor | None,
     rest: tuple[Any, ...] | None,
     say: Callable[[str], None],
 ) -> torch.Tensor:
@@ -150,23 +150,21 @@ def reference_hidden_state(  # noqa: PLR0913 - all but the first three by name
 
     Args:
         steps: Source and block number, in the target's order.
-        outer: Source whose embeddings give the first hidden state; None to start from `given`.
         tokens_BT: Token ids of shape (B, T).
-        given: Hidden state to start from where the target's embeddings are not the reference's.
+        dtype: What the target computes in.
+        given: Hidden state to start from where the target's embeddings are not the sources'; None to start from the
+            embeddings of the first block's source, which are the target's.
         rest: What a block of this family returns beside its hidden state; None if it returns a tensor alone.
         say: Prints one line.
 
     Returns:
         The hidden state of shape (B, T, width).
     """
-    hidden = None if outer is not None else given
+    hidden = given
     runners: dict[str, _Runner] = {}
     for number, (source, block) in enumerate(steps):
         if source.role not in runners:
-            runners[source.role] = _Runner(source, rest)
-        starting = outer if number == 0 and outer is not None and outer is not source else None
-        if starting is not None:  # the first block is another model's than the embeddings
-            hidden = runners.setdefault(starting.role, _Runner(starting, rest)).embed(tokens_BT)
+            runners[source.role] = _Runner(source, dtype, rest)
         hidden = runners[source.role].run(block, hidden, tokens_BT)
         if number % 8 == 7:
             say(f"proof: block {number + 1} of {len(steps)}")
@@ -190,21 +188,24 @@ class _Stop(Exception):  # noqa: N818 - no error: it ends a forward pass that ha
 class _Runner:
     """Runs single blocks of a source inside the source's own forward pass."""
 
-    def __init__(self, source: Source, rest: tuple[Any, ...] | None) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype, rest: tuple[Any, ...] | None) -> None:
         self._source, self._rest = source, rest
-        blocks = source.skeleton.blocks
+        self._skeleton = skeleton = (
+            source.skeleton if source.skeleton.dtype == dtype else Skeleton(source.config, dtype)
+        )
+        blocks = skeleton.blocks
         # The head is not filled: every pass ends before it.
-        head = source.skeleton.model.get_output_embeddings()
-        embeddings = source.skeleton.model.get_input_embeddings()
+        head = skeleton.model.get_output_embeddings()
+        embeddings = skeleton.model.get_input_embeddings()
         in_head = {
             name
             for name in source.module_of.values()
-            if source.skeleton.model.get_submodule(name.rpartition(".")[0]) is head and head is not embeddings
-        } - {*source.skeleton.tied, *source.skeleton.tied.values()}
+            if skeleton.model.get_submodule(name.rpartition(".")[0]) is head and head is not embeddings
+        } - {*skeleton.tied, *skeleton.tied.values()}
         names = [name for name in source.by_block.get(None, []) if source.module_of[name] not in in_head]
-        source.skeleton.fill(self._read(names), lambda name: blocks.index_of(name) is None and name not in in_head)
+        skeleton.fill(self._read(names), lambda name: blocks.index_of(name) is None and name not in in_head)
         for index in range(blocks.depth):
-            source.skeleton.block(index).forward = self._bypass
+            skeleton.block(index).forward = self._bypass
 
     def _read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: aligned(self._source.files.tensor(name)) for name in names}
@@ -213,15 +214,6 @@ class _Runner:
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden if self._rest is None else (hidden, *self._rest)
 
-    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
-        """The hidden state that goes into the first block."""
-        block = self._source.skeleton.block(0)
-
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Stop(args[0] if args else kwargs["hidden_states"])
-
-        return self._pass(tokens_BT, block.register_forward_pre_hook(stop, with_kwargs=True))
-
     def run(
         self,
         index: int,
@@ -229,7 +221,7 @@ class _Runner:
         tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
     ) -> torch.Tensor:
         """Run one block on a hidden state, or on the embeddings' (None); return what it gives."""
-        skeleton = self._source.skeleton
+        skeleton = self._skeleton
         block = skeleton.block(index)
         names = self._source.by_block.get(index, [])
         skeleton.fill(self._read(names), lambda name: skeleton.blocks.index_of(name) == index)
@@ -253,7 +245,7 @@ class _Runner:
     def _pass(self, tokens_BT: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: N803 - shape suffix
         with _hooked(hook):
             try:
-                _forward(self._source.skeleton.model, tokens_BT)
+                _forward(self._skeleton.model, tokens_BT)
             except _Stop as stop:
                 return stop.hidden
         raise SurgeryError(

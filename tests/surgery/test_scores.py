@@ -1,0 +1,63 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.errors import RecipeError, SurgeryError
+from inheritune_ds.surgery.inherit import TargetModel
+from inheritune_ds.surgery.scores import FORMAT, read_scores
+
+
+def test_scores_are_read_as_floats(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text('{"rank": [3, 1.5, -2e1], "mass": []}', encoding="utf-8")
+    assert read_scores(str(path)) == {"rank": [3.0, 1.5, -20.0], "mass": []}
+    assert read_scores(None) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        '{"rank": 3}',
+        '{"rank": ["1"]}',
+        '{"rank": [1, true]}',
+        '{"rank": [null]}',
+        '{"rank": [NaN]}',
+        '{"rank": [Infinity]}',
+        '{"rank": [1e999]}',
+        f'{{"rank": [{"9" * 400}]}}',
+        '{"rank": [1], "mass": {"0": 1}}',
+    ],
+    ids=lambda text: text[:24],
+)
+def test_something_else_than_scores_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_scores(str(path))
+    assert caught.value.problem == f"block_scores: {path} holds something else than scores"
+    assert caught.value.allowed == FORMAT
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    with pytest.raises(RecipeError) as caught:
+        read_scores(str(path))
+    assert caught.value.problem == f"block_scores: {path} cannot be read: No such file or directory"
+    path.write_text("{'rank': [1]}", encoding="utf-8")
+    with pytest.raises(RecipeError, match="cannot be read: it is not JSON"):
+        read_scores(str(path))
+
+
+def test_target_keeps_the_blocks_with_the_highest_scores(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
+) -> None:
+    folder, scores = reference_folder("llama"), tmp_path / "scores.json"
+    scores.write_text(json.dumps({"rank": [0.5, 3.0, 1.0, 2.0], "short": [1.0, 2.0]}), encoding="utf-8")
+    assert build(folder, select="by:rank:2", block_scores=str(scores)).report["selection"] == [1, 3]
+    with pytest.raises(SurgeryError, match="2 scores named 'short', but the reference has 4 blocks"):
+        build(folder, to="other", select="by:short:2", block_scores=str(scores))
+    assert not (tmp_path / "other").exists()
