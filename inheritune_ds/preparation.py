@@ -15,7 +15,7 @@ from inheritune_ds.data.stream import TokenWindows
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokenize import prepare
 from inheritune_ds.data.vocabulary import load_tokenizer
-from inheritune_ds.errors import RunFolderError, SurgeryError
+from inheritune_ds.errors import CorpusError, RunFolderError, SurgeryError
 from inheritune_ds.files import read_json, write_json
 from inheritune_ds.recipe import HubSource, Recipe, TrainedTokenizer, is_local_path
 from inheritune_ds.recipe_file import differences, load_recipe
@@ -89,6 +89,7 @@ def prepare_run(
             command=f"python train.py --recipe {folder.path / 'recipe.resolved.yaml'}",
             say=say,
         )
+    _check_ids(tokens, load_config(folder.target).vocab_size)
     write_json(folder.path / "inheritance.json", target.report)
     kept = sum(tensor["inherited"] for tensor in target.report["tensors"])
     say(
@@ -127,6 +128,20 @@ def _pinned(recipe: Recipe, folder: RunFolder) -> Recipe:
         for source in corpus.sources
     ]
     return recipe.model_copy(update={"reference": reference, "corpus": corpus.model_copy(update={"sources": sources})})
+
+
+def _check_ids(tokens: TokenSet, vocabulary: int) -> None:
+    """Refuse tokens that the model has no embedding for: a tokenizer's ids may have gaps.
+
+    Raises:
+        CorpusError: Naming both sizes.
+    """
+    if tokens.vocab_size > vocabulary:
+        raise CorpusError(
+            f"corpus.tokenizer has ids up to {tokens.vocab_size - 1}, the model's vocabulary {vocabulary} entries",
+            allowed=f"a tokenizer whose ids are all below {vocabulary}",
+            action="use the reference's own tokenizer (leave corpus.tokenizer out) or a larger vocab_size",
+        )
 
 
 def _is_folder(name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from inheritune_ds import hub, preparation
 from inheritune_ds.data.token_set import TokenSet
-from inheritune_ds.errors import HubError, RunFolderError, SurgeryError
+from inheritune_ds.errors import CorpusError, HubError, RunFolderError, SurgeryError
 from inheritune_ds.preparation import _check_same_start, _pinned
 from inheritune_ds.recipe import HubSource, Recipe
 from inheritune_ds.recipe_file import load_recipe
@@ -86,6 +86,15 @@ def test_other_weights_under_old_checkpoints_are_refused(folder: RunFolder) -> N
         _check_same_start(folder, changed)
     assert "holds checkpoints that were made from something else" in caught.value.problem
     assert "reference.weights_sha256.model.safetensors: '2' -> '3'" in caught.value.problem
+
+
+def test_ids_beyond_the_model_s_vocabulary_are_refused(tmp_path: Path) -> None:
+    tokens = TokenSet(tmp_path, {"vocab_size": 1001})
+    preparation._check_ids(tokens, 1001)
+    with pytest.raises(CorpusError) as caught:
+        preparation._check_ids(tokens, 1000)
+    assert caught.value.problem == "corpus.tokenizer has ids up to 1000, the model's vocabulary 1000 entries"
+    assert "allowed: a tokenizer whose ids are all below 1000\n  do: use the reference's own" in str(caught.value)
 
 
 class Constant:

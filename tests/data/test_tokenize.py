@@ -308,6 +308,11 @@ def test_prepare_ends_each_document_once_when_the_tokenizer_ends_it_too(tmp_path
     assert second.manifest["document_form"] == "text <|endoftext|>"
 
 
+def test_vocab_size_counts_the_gaps_between_ids(tmp_path: Path) -> None:
+    tokenizer = word_level(tmp_path / "gaps", {"<|endoftext|>": 0, "cat": 1, "dog": 99})
+    assert prepare(make_corpus(tmp_path, make_texts(40)), tokenizer, tmp_path / "cache").vocab_size == 100
+
+
 @pytest.mark.parametrize("tokenizer", ["gpt2", "llama"])
 def test_prepare_counts_what_the_real_tokenizer_counts(
     tmp_path: Path, shared: Path, tokenizer_folder: Callable[..., str], tokenizer: str
