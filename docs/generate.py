@@ -25,9 +25,9 @@ from inheritune_ds import errors, recipe, tracking
 from inheritune_ds.training import ds_keys
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))  # for the lists that the tests hold
 SECTION = re.compile(r"(<!-- generated: (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FORMS = {
-    recipe.SELECTION_PATTERN.pattern: "`first:n`",
     recipe.DURATION_PATTERN.pattern: "`N steps`, `N tokens` or `N epochs`; N may end in K, M or B",
     "[A-Za-z0-9][A-Za-z0-9._-]*": "text of letters, digits, `.`, `_`, `-`",
 }
@@ -211,6 +211,34 @@ def metrics() -> str:
     return "\n".join(rows) + "\n"
 
 
+def families() -> str:
+    """Model types by what a surgery can do with them."""
+    from tests.surgery.families import NOT_TINY, TINY
+    from tests.surgery.refusals import IN_PLACE, REFUSED
+
+    exact = [f"`{name}`" for name in TINY if name not in REFUSED and name not in IN_PLACE]
+    text = [
+        f"**Cut exactly ({len(exact)} types).** Each is tested with a tiny random model of 6 blocks and the selections "
+        "`first:3`, `last:2`, `0,2,5` and `even:3`: " + ", ".join(exact) + ".",
+        "",
+        "**Cut, unless the selection changes what follows from the place.** Of the same four selections, these were "
+        + "refused; the others were exact:",
+        "",
+        "| type | refused | what the message names |",
+        "|---|---|---|",
+    ]
+    for name in sorted(set(IN_PLACE) & set(TINY)):
+        by_reason: dict[str, list[str]] = {}
+        for selection, reason in IN_PLACE[name].items():
+            by_reason.setdefault(reason, []).append(f"`{selection}`")
+        text += [f"| `{name}` | {', '.join(which)} | {reason} |" for reason, which in by_reason.items()]
+    text += ["", "**Not cut.**", "", "| type | the message says |", "|---|---|"]
+    whole = {name: reason for name, reason in REFUSED.items() if name in TINY}
+    text += [f"| `{name}` | {reason} |" for name, reason in sorted(whole.items())]
+    text += [f"| `{name}` | not tested: {reason} |" for name, reason in sorted(NOT_TINY.items())]
+    return "\n".join(text) + "\n"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "recipe_keys": recipe_keys,
     "exit_codes": exit_codes,
@@ -218,6 +246,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ds_passed_on": ds_passed_on,
     "ds_refused": ds_refused,
     "metrics": metrics,
+    "families": families,
 }
 
 

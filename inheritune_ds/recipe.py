@@ -111,9 +111,9 @@ class Target(Part):
     """The model that is trained: selected blocks of the reference, or a shape from scratch."""
 
     select: Text | None = None
-    """Which blocks of the reference are kept, such as `first:13` (see Selections)."""
+    """Which blocks of the reference are kept, such as `first:13`; [surgery.md](surgery.md#selections) has the grammar."""
     inherit: Text | list[Text] = "all"
-    """What of the reference is inherited: a preset (`all`, `none`, ...) or a list of parts (see Inheritance)."""
+    """What of the reference is inherited: a preset or a list of parts ([surgery.md](surgery.md#inheritance))."""
     width: Literal["full", "half"] = "full"
     """`half`: the first half of the heads and MLP units of every kept block, the paper's half-width baseline."""
     block_scores: Text | None = None

@@ -7,6 +7,7 @@ What no rule covers is found by comparing the modules of the two models (`surger
 so a family that is not foreseen here is refused, never cut wrongly.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -175,6 +176,25 @@ def _moe_span(values: Values, depth: int, blocks: Sequence[int]) -> Values:
     )
 
 
+def _cycle(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
+    """RecurrentGemma: block_types is a pattern that is repeated over the blocks."""
+    pattern = values.get("block_types")
+    if not isinstance(pattern, list | tuple) or not pattern:
+        return {}
+    return {"block_types": [pattern[block % len(pattern)] for block in blocks]}
+
+
+def _residual_scale(values: Values, depth: int, blocks: Sequence[int]) -> Values:
+    """MiniCPM: every block's output is scaled by scale_depth / sqrt(number of blocks)."""
+    scale = values.get("scale_depth")
+    if not isinstance(scale, float):
+        return {}
+    wanted, root = scale / math.sqrt(depth), math.sqrt(len(blocks))
+    guess = wanted * root
+    near = [guess, math.nextafter(guess, 0.0), math.nextafter(guess, math.inf)]
+    return {"scale_depth": next((value for value in near if value / root == wanted), guess)}
+
+
 def _attention_types(values: Values, depth: int, blocks: Sequence[int]) -> Values:
     """GPT-Neo: attention_types is [[kinds, repeats], ...]; attention_layers, one kind a block, is made of it."""
     layers = values.get("attention_layers")
@@ -189,6 +209,8 @@ _RULES: tuple[Rule, ...] = (
     _periods("attn_layer_period", "attn_layer_offset"),
     _periods("expert_layer_period", "expert_layer_offset"),
     _moe_span,
+    _cycle,
+    _residual_scale,
     _attention_types,
 )
 

@@ -208,7 +208,10 @@ def not_a_decoder(config: "PreTrainedConfig") -> str:
     indexers = getattr(config, "indexer_types", None) or ()
     reasons = {
         "it is of an encoder-decoder family": getattr(config, "is_encoder_decoder", False)
-        or (hasattr(config, "encoder_layers") and hasattr(config, "decoder_layers")),
+        or any(
+            hasattr(config, f"{count}encoder_layers") and hasattr(config, f"{count}decoder_layers")
+            for count in ("", "num_")
+        ),
         "transformers has no causal language model for it": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
         f"it is made of several models ({', '.join(sorted(config.sub_configs))})": config.get_text_config()
         is not config,
@@ -256,10 +259,9 @@ def check_same_blocks(reference: Skeleton, block: int, target: Skeleton, place: 
         before, after = _settings(module), _settings(ours[name])
         for key in sorted({*before, *after}):
             old, new = before.get(key), after.get(key)
-            of_config = (
-                isinstance(old, list | tuple) and _is_of_config(key, old, reference) and _is_of_config(key, new, target)
-            )
-            if old != new and not (old == block and new == place) and not of_config:
+            if old == new or (old == block and new == place):
+                continue
+            if not (_is_of_config(key, old, reference) and _is_of_config(key, new, target)):
                 where = f"{name}.{key}" if name else key
                 raise _place_error(kind, block, place, f"{where} is {old!r} there and {new!r} here")
 
