@@ -221,8 +221,7 @@ def families() -> str:
         f"**Cut exactly ({len(exact)} types).** Each is tested with a tiny random model of 6 blocks and the selections "
         "`first:3`, `last:2`, `0,2,5` and `even:3`: " + ", ".join(exact) + ".",
         "",
-        "**Cut, unless the selection changes what follows from the place.** Of the same four selections, these were "
-        + "refused; the others were exact:",
+        "**Cut, unless the selection changes what follows from the place.** Of the same four, these were refused:",
         "",
         "| type | refused | what the message names |",
         "|---|---|---|",

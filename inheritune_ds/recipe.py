@@ -111,7 +111,7 @@ class Target(Part):
     """The model that is trained: selected blocks of the reference, or a shape from scratch."""
 
     select: Text | None = None
-    """Which blocks of the reference are kept, such as `first:13`; [surgery.md](surgery.md#selections) has the grammar."""
+    """Which blocks of the reference are kept, such as `first:13` ([surgery.md](surgery.md#selections))."""
     inherit: Text | list[Text] = "all"
     """What of the reference is inherited: a preset or a list of parts ([surgery.md](surgery.md#inheritance))."""
     width: Literal["full", "half"] = "full"

@@ -242,7 +242,7 @@ def check_same_blocks(reference: Skeleton, block: int, target: Skeleton, place: 
     """Refuse a block that would compute something else in its new place.
 
     Every module of the two blocks must be of the same class, with tensors of the same shapes and the same settings;
-    a whole number that is the block's own index in both may differ, and so may dropout.
+    a number that is the block's own index or the model's depth in both may differ, and so may dropout.
 
     Raises:
         SurgeryError: Naming the setting that differs.
@@ -259,7 +259,8 @@ def check_same_blocks(reference: Skeleton, block: int, target: Skeleton, place: 
         before, after = _settings(module), _settings(ours[name])
         for key in sorted({*before, *after}):
             old, new = before.get(key), after.get(key)
-            if old == new or (old == block and new == place):
+            depths = (reference.blocks.depth, target.blocks.depth)
+            if old == new or (old, new) in ((block, place), depths):
                 continue
             if not (_is_of_config(key, old, reference) and _is_of_config(key, new, target)):
                 where = f"{name}.{key}" if name else key

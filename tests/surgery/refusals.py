@@ -51,7 +51,6 @@ IN_PLACE: dict[str, dict[str, str]] = {
         "last:2": "attention_input",
     },
     "jamba": {"even:3": "expert_layer_period"},
-    "minimax": dict.fromkeys(("first:3", "0,2,5", "even:3"), "self_attn.num_hidden_layers"),
     "modernbert-decoder": {"last:2": "attn_norm is a LayerNorm there and a Identity here"},
     "olmo_hybrid": {"last:2": "is refused by its own class"},
     "qwen4_exp_text": {

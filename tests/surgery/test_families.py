@@ -13,7 +13,7 @@ from inheritune_ds.recipe import Reference, Target
 from inheritune_ds.surgery.blocks import find_blocks
 from inheritune_ds.surgery.inherit import TargetModel, build_target
 from inheritune_ds.surgery.reference import load_config, locate
-from tests.surgery.families import NOT_TINY, TINY, VARIANTS, tiny_config
+from tests.surgery.families import NOT_TINY, TINY, VARIANTS, own_memory, tiny_config
 from tests.surgery.refusals import IN_PLACE, REFUSED
 
 SELECTIONS = {"first:3": (0, 1, 2), "last:2": (4, 5), "0,2,5": (0, 2, 5), "even:3": (0, 3, 5)}
@@ -47,8 +47,7 @@ def cut(folder: Path, select: str, output: Path) -> TargetModel:
 def state_after(folder: Path, block: int = 2) -> torch.Tensor:
     """The hidden state that leaves a block of a model as plain transformers loads and runs it."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # off the mapped file: products may round by where memory begins
+    own_memory(model)
     caught: list[torch.Tensor] = []
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
