@@ -20,7 +20,9 @@ from inheritune_ds.surgery.reference import (
     load_model,
     locate,
     read_config,
+    read_shape,
 )
+from tests.surgery import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOWHERE = "nobody-at-all/no-such-model"
@@ -184,6 +186,90 @@ def test_a_hub_model_must_have_the_recipe_s_shape() -> None:
         "rope_theta: recipe 500000.0, model 10000.0"
     )
     assert caught.value.action == "correct or remove reference.shape"
+
+
+def test_a_file_of_the_hub_s_cache_is_known_by_its_blob(reference_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = reference_folder("llama")
+    weights, blobs = folder / "model.safetensors", tmp_path / "blobs"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    blobs.mkdir()
+    weights.rename(blobs / digest)
+    weights.symlink_to(blobs / digest)
+    assert locate(Reference(model=str(folder)), Path).weights_sha256 == {"model.safetensors": digest}
+    content = bytearray((blobs / digest).read_bytes())
+    content[-1] ^= 1
+    (blobs / digest).write_bytes(content)
+    with pytest.raises(SurgeryError) as caught:
+        locate(Reference(model=str(folder)), Path)
+    other = hashlib.sha256(content).hexdigest()
+    assert caught.value.problem == f"{weights} is damaged: its sha256 is {other}, it was {digest}"
+    assert caught.value.action == "delete the file and bring it again"
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "{",
+        '{"files": 3}',
+        '{"files": {"model.safetensors": 3}}',
+        '{"files": {"model.safetensors": {"sha256": 3}}}',
+        '{"files": {"other": {"sha256": "0"}}}',
+    ],
+)
+def test_a_manifest_of_something_else_does_not_count(manifest: str, reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama")
+    (folder / "manifest.json").write_text(manifest, encoding="utf-8")
+    assert locate(Reference(model=str(folder)), Path).weights_sha256.keys() == {"model.safetensors"}
+
+
+def test_a_manifest_tells_the_hash_of_every_shard(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama")
+    first, second = tiny.shard(folder)
+    described = {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in (first, second)}
+    (folder / "manifest.json").write_text(json.dumps({"files": described}), encoding="utf-8")
+    assert len(locate(Reference(model=str(folder)), Path).weights_sha256) == 2
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(SurgeryError, match=rf"{second.name} is damaged: its sha256 is "):
+        locate(Reference(model=str(folder)), Path)
+
+
+def test_a_model_without_safetensors_brings_its_pickle_files(
+    reference_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = reference_folder("llama")
+    tiny.shard(folder, 2, pickled=True)
+    asked: list[list[str]] = []
+
+    def download(_: hub.Repository, patterns: list[str]) -> Path:
+        asked.append(patterns)
+        return folder
+
+    monkeypatch.setattr(hub, "resolve", lambda name, *_: hub.Repository(name, "model", COMMIT, ""))
+    monkeypatch.setattr(hub, "snapshot", download)
+    assert len(locate(Reference(model=NOWHERE), Path).weights_sha256) == 2
+    assert ["pytorch_model.bin" in patterns for patterns in asked] == [False, True]
+    assert ["model.safetensors" in patterns for patterns in asked] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_size": None}, "key 'hidden_size' is missing"),
+        ({"vocab_size": 0}, "vocab_size: Input should be greater than 0"),
+        ({"num_attention_heads": 3, "head_dim": None}, "hidden_size 16 is not a multiple of num_attention_heads 3"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "could not convert string to float: 'x'"),
+    ],
+)
+def test_read_shape_says_what_describes_no_model(
+    changes: dict[str, Any], reason: str, reference_folder: Callable[..., Path]
+) -> None:
+    folder = reference_folder("llama")
+    tiny.edit_config(folder, **changes)
+    with pytest.raises(SurgeryError) as caught:
+        read_shape(read_config(folder, "it"), "it")
+    assert caught.value.problem == f"it does not describe a model: {reason}"
+    assert caught.value.allowed == "a complete config.json as save_pretrained writes it"
 
 
 def test_check_shape_names_another_family() -> None:
