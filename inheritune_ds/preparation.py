@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from inheritune_ds import hub
 from inheritune_ds.data.stream import TokenWindows
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokenize import prepare
 from inheritune_ds.data.vocabulary import load_tokenizer
 from inheritune_ds.errors import CorpusError, RunFolderError, SurgeryError
 from inheritune_ds.files import read_json, write_json
-from inheritune_ds.recipe import HubSource, Recipe, TrainedTokenizer, is_local_path
+from inheritune_ds.recipe import Recipe, TrainedTokenizer
 from inheritune_ds.recipe_file import differences, load_recipe
-from inheritune_ds.run_folder import RunFolder
+from inheritune_ds.run_folder import RunFolder, with_revisions
 from inheritune_ds.surgery.inherit import MANIFEST, TargetModel, build_target, find_target, make_config
 from inheritune_ds.surgery.reference import ReferenceModel, load_config, load_model, locate
 from inheritune_ds.surgery.scores import read_scores
@@ -60,7 +59,8 @@ def prepare_run(
         export_of: Gives the exported folder of a `recipe:NAME` reference (trained by then).
         say: Prints one line.
     """
-    recipe = _pinned(recipe, folder)
+    recipe = with_revisions(recipe, folder.pin)
+    folder.write_resolved(recipe)
     reference = None
     if recipe.reference is not None and not recipe.target.inherits_nothing:
         say(f"reference: {recipe.reference.model}")
@@ -101,35 +101,6 @@ def prepare_run(
     return Prepared(tokens, target)
 
 
-def _pinned(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """Put full commits in place of the branches and tags of hub models and datasets.
-
-    The first launch writes them to pins.json; later ones read it, so that a run never changes its reference
-    or its data because somebody has pushed to a branch.
-    """
-    path = folder.path / "pins.json"
-    pins: dict[str, str] = read_json(path) or {}
-
-    def pin(kind: hub.RepoType, name: str, revision: str) -> str:
-        key = f"{kind} {name}@{revision}"
-        if key not in pins:
-            pins[key] = hub.resolve(name, revision, kind).commit
-            write_json(path, pins)
-        return pins[key]
-
-    reference, corpus = recipe.reference, recipe.corpus
-    if reference is not None and not (reference.recipe_name or _is_folder(reference.model)):
-        commit = pin("model", reference.model, reference.revision)
-        reference = reference.model_copy(update={"revision": commit})
-    sources = [
-        source.model_copy(update={"revision": pin("dataset", source.dataset, source.revision)})
-        if isinstance(source, HubSource) and not _is_folder(source.dataset)
-        else source
-        for source in corpus.sources
-    ]
-    return recipe.model_copy(update={"reference": reference, "corpus": corpus.model_copy(update={"sources": sources})})
-
-
 def _check_ids(tokens: TokenSet, vocabulary: int) -> None:
     """Refuse tokens that the model has no embedding for: a tokenizer's ids may have gaps.
 
@@ -142,10 +113,6 @@ def _check_ids(tokens: TokenSet, vocabulary: int) -> None:
             allowed=f"a tokenizer whose ids are all below {vocabulary}",
             action="use the reference's own tokenizer (leave corpus.tokenizer out) or a larger vocab_size",
         )
-
-
-def _is_folder(name: str) -> bool:
-    return is_local_path(name) or Path(name).is_dir()
 
 
 def _check_same_start(folder: RunFolder, identity: dict[str, Any]) -> None:

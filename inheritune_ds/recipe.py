@@ -361,54 +361,6 @@ def _as_value_error(check: Callable[[], object]) -> None:
         raise ValueError(str(error)) from None
 
 
-def shape_from_config(config: dict[str, Any]) -> Shape | None:
-    """Read the Shape out of a Hugging Face `config.json`; None for a family not described by Shape.
-
-    Args:
-        config: The parsed JSON object; old and new spellings of the keys are both read.
-    """
-    model_type = config.get("model_type")
-    if _has_unshaped_parts(config):
-        return None
-    if model_type == "gpt2":
-        return Shape(
-            model_type="gpt2",
-            vocab_size=config["vocab_size"],
-            hidden_size=config["n_embd"],
-            num_hidden_layers=config["n_layer"],
-            num_attention_heads=config["n_head"],
-            max_position_embeddings=config["n_positions"],
-            intermediate_size=config.get("n_inner"),
-            tie_word_embeddings=True,
-            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
-        )
-    if model_type == "llama":
-        rope = config.get("rope_parameters") or {}
-        return Shape(
-            model_type="llama",
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=config["num_attention_heads"],
-            max_position_embeddings=config["max_position_embeddings"],
-            intermediate_size=config["intermediate_size"],
-            num_key_value_heads=config.get("num_key_value_heads"),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        )
-    return None
-
-
-def _has_unshaped_parts(config: dict[str, Any]) -> bool:
-    """Whether a config asks for parameters that Shape has no field for."""
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    own_head_size = bool(hidden and heads and config.get("head_dim") not in (None, hidden // heads))
-    untied_gpt2 = config.get("model_type") == "gpt2" and config.get("tie_word_embeddings") is False
-    extra = ("attention_bias", "mlp_bias", "add_cross_attention")
-    return own_head_size or untied_gpt2 or any(config.get(key) for key in extra)
-
-
 def is_local_path(name: str) -> bool:
     """Whether a model or tokenizer name means a folder: it exists, or it is written as a path."""
     path = PurePath(name)

@@ -6,17 +6,18 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from inheritune_ds import __version__
+from inheritune_ds import __version__, hub
 from inheritune_ds.errors import RunFolderError
 from inheritune_ds.files import read_json, storage_errors, write_json, write_text
+from inheritune_ds.hub import RepoType
 from inheritune_ds.publish import has_files
-from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe import HubSource, Recipe, is_local_path
 from inheritune_ds.recipe_file import differences, dump_recipe, parse_yaml, validate
 
 EXPORT_MANIFEST = "manifest.json"
@@ -80,12 +81,37 @@ class RunFolder:
             ) from None
         self._lock = lock  # held until the process ends or `release`
         self._check_owner(recipe)
-        resolved = self.path / "recipe.resolved.yaml"
-        if not resolved.exists() or resolved.read_text(encoding="utf-8") != dump_recipe(recipe):
-            write_text(resolved, dump_recipe(recipe))
+        self.write_resolved(with_revisions(recipe, self.pin_of))
         for folder in (self.eval, self.checkpoints):
             with storage_errors(folder):
                 folder.mkdir(exist_ok=True)
+
+    def write_resolved(self, recipe: Recipe) -> None:
+        """Write recipe.resolved.yaml, unless it says the same already."""
+        resolved = self.path / "recipe.resolved.yaml"
+        if not resolved.exists() or resolved.read_text(encoding="utf-8") != dump_recipe(recipe):
+            write_text(resolved, dump_recipe(recipe))
+
+    def pin_of(self, kind: RepoType, name: str, revision: str) -> str:
+        """The full commit that an earlier launch found for a revision on the hub; the revision itself if none did."""
+        pins = read_json(self.path / "pins.json") or {}
+        return str(pins.get(f"{kind} {name}@{revision}", revision))
+
+    def pin(self, kind: RepoType, name: str, revision: str) -> str:
+        """The full commit of a revision on the hub, found once and kept in pins.json.
+
+        So a run never changes its reference or its data because somebody has pushed to a branch.
+
+        Raises:
+            HubError: If the hub has to be asked, and cannot be.
+        """
+        path = self.path / "pins.json"
+        pins: dict[str, str] = read_json(path) or {}
+        key = f"{kind} {name}@{revision}"
+        if key not in pins:
+            pins[key] = hub.resolve(name, revision, kind).commit
+            write_json(path, pins)
+        return pins[key]
 
     def _check_owner(self, recipe: Recipe) -> None:
         resolved = self.path / "recipe.resolved.yaml"
@@ -93,8 +119,9 @@ class RunFolder:
         if not resolved.exists() or not trained:
             return  # a recipe that failed before its first step leaves nothing that a corrected one could spoil
         owner = validate(Recipe, parse_yaml(resolved.read_text(encoding="utf-8"), str(resolved)), str(resolved))
-        if owner.fingerprint != recipe.fingerprint:
-            lines = "\n".join(f"    {line}" for line in differences(owner.identity, recipe.identity))
+        pinned = with_revisions(recipe, self.pin_of)
+        if owner.fingerprint not in (recipe.fingerprint, pinned.fingerprint):
+            lines = "\n".join(f"    {line}" for line in differences(owner.identity, pinned.identity))
             raise RunFolderError(
                 f"{self.path} belongs to another recipe; it differs in\n{lines}",
                 action="give this run a name or folder of its own: name=OTHER or --runs-dir DIR",
@@ -182,3 +209,27 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def with_revisions(recipe: Recipe, revision_of: Callable[[RepoType, str, str], str]) -> Recipe:
+    """Put other revisions in place of those of a recipe's hub models and datasets.
+
+    Args:
+        recipe: The recipe.
+        revision_of: Repository type, name and revision -> the revision to take.
+    """
+    reference, corpus = recipe.reference, recipe.corpus
+    if reference is not None and not (reference.recipe_name or _is_folder(reference.model)):
+        revision = revision_of("model", reference.model, reference.revision)
+        reference = reference.model_copy(update={"revision": revision})
+    sources = [
+        source.model_copy(update={"revision": revision_of("dataset", source.dataset, source.revision)})
+        if isinstance(source, HubSource) and not _is_folder(source.dataset)
+        else source
+        for source in corpus.sources
+    ]
+    return recipe.model_copy(update={"reference": reference, "corpus": corpus.model_copy(update={"sources": sources})})
+
+
+def _is_folder(name: str) -> bool:
+    return is_local_path(name) or Path(name).is_dir()

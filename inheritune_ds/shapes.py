@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from inheritune_ds.budget import mlp_size
 from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
-from inheritune_ds.recipe import Recipe, Reference, Shape, TrainedTokenizer, is_local_path, shape_from_config
+from inheritune_ds.recipe import Recipe, Reference, Shape, TrainedTokenizer, is_local_path
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.selection import parse
 
@@ -141,3 +142,51 @@ def _check_token_type(recipe: Recipe) -> None:
             allowed="uint32 or auto",
             action="leave corpus.token_dtype out",
         )
+
+
+def shape_from_config(config: dict[str, Any]) -> Shape | None:
+    """Read the Shape out of a Hugging Face `config.json`; None for a family not described by Shape.
+
+    Args:
+        config: The parsed JSON object; old and new spellings of the keys are both read.
+    """
+    model_type = config.get("model_type")
+    if _has_unshaped_parts(config):
+        return None
+    if model_type == "gpt2":
+        return Shape(
+            model_type="gpt2",
+            vocab_size=config["vocab_size"],
+            hidden_size=config["n_embd"],
+            num_hidden_layers=config["n_layer"],
+            num_attention_heads=config["n_head"],
+            max_position_embeddings=config["n_positions"],
+            intermediate_size=config.get("n_inner"),
+            tie_word_embeddings=True,
+            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
+        )
+    if model_type == "llama":
+        rope = config.get("rope_parameters") or {}
+        return Shape(
+            model_type="llama",
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=config["num_attention_heads"],
+            max_position_embeddings=config["max_position_embeddings"],
+            intermediate_size=config["intermediate_size"],
+            num_key_value_heads=config.get("num_key_value_heads"),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        )
+    return None
+
+
+def _has_unshaped_parts(config: dict[str, Any]) -> bool:
+    """Whether a config asks for parameters that Shape has no field for."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    own_head_size = bool(hidden and heads and config.get("head_dim") not in (None, hidden // heads))
+    untied_gpt2 = config.get("model_type") == "gpt2" and config.get("tie_word_embeddings") is False
+    extra = ("attention_bias", "mlp_bias", "add_cross_attention")
+    return own_head_size or untied_gpt2 or any(config.get(key) for key in extra)

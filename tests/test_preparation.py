@@ -11,10 +11,10 @@ import pytest
 from inheritune_ds import hub, preparation
 from inheritune_ds.data.token_set import TokenSet
 from inheritune_ds.errors import CorpusError, HubError, RunFolderError, SurgeryError
-from inheritune_ds.preparation import _check_same_start, _pinned
+from inheritune_ds.preparation import _check_same_start
 from inheritune_ds.recipe import HubSource, Recipe
 from inheritune_ds.recipe_file import load_recipe
-from inheritune_ds.run_folder import RunFolder
+from inheritune_ds.run_folder import RunFolder, with_revisions
 from inheritune_ds.surgery.inherit import MANIFEST
 from inheritune_ds.surgery.reference import ReferenceModel
 
@@ -54,23 +54,46 @@ def test_hub_revisions_stay_at_the_commit_of_the_first_launch(
     recipe = load_recipe("openllama-3b-13l")
     assert revisions(recipe) == ["main", "main"]
     resolve(BRANCH)
-    assert revisions(_pinned(recipe, folder)) == [BRANCH, BRANCH]
+    assert revisions(with_revisions(recipe, folder.pin)) == [BRANCH, BRANCH]
     resolve(PUSHED)
-    assert revisions(_pinned(recipe, folder)) == [BRANCH, BRANCH]
+    assert revisions(with_revisions(recipe, folder.pin)) == [BRANCH, BRANCH]
     resolve("")
-    assert revisions(_pinned(recipe, folder)) == [BRANCH, BRANCH], "a later launch needs no answer"
+    assert revisions(with_revisions(recipe, folder.pin)) == [BRANCH, BRANCH], "a later launch needs no answer"
     assert json.loads((folder.path / "pins.json").read_text()) == {
         "model openlm-research/open_llama_3b@main": BRANCH,
         "dataset togethercomputer/RedPajama-Data-1T-Sample@main": BRANCH,
     }
 
 
+def test_the_resolved_recipe_names_the_commit_and_the_branch_s_recipe_still_owns_the_folder(
+    folder: RunFolder, resolve: Callable[[str], None]
+) -> None:
+    recipe = load_recipe("openllama-3b-13l")
+    assert recipe.reference is not None
+    resolve(BRANCH)
+    folder.claim(recipe)
+    folder.write_resolved(with_revisions(recipe, folder.pin))
+    folder.release()
+    resolved = load_recipe(str(folder.path / "recipe.resolved.yaml"))
+    assert resolved.reference is not None
+    assert resolved.reference.revision == BRANCH
+    (folder.path / "metrics.jsonl").touch()
+    for again in (recipe, resolved):
+        folder.claim(again)
+        folder.release()
+        assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == resolved
+    other = recipe.model_copy(update={"reference": recipe.reference.model_copy(update={"revision": "v2"})})
+    with pytest.raises(RunFolderError, match=r"reference\.revision"):
+        folder.claim(other)
+    folder.release()
+
+
 def test_local_folders_and_recipes_are_not_pinned(folder: RunFolder, resolve: Callable[[str], None]) -> None:
     resolve("")
     quickstart = load_recipe("quickstart")
-    assert _pinned(quickstart, folder) == quickstart
+    assert with_revisions(quickstart, folder.pin) == quickstart
     local = load_recipe("quickstart", [f"reference.model={folder.path}"])
-    assert _pinned(local, folder) == local
+    assert with_revisions(local, folder.pin) == local
     assert not (folder.path / "pins.json").exists()
 
 

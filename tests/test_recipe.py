@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from transformers import AutoConfig
 
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.recipe import Recipe, Shape, Training, is_local_path, shape_from_config
+from inheritune_ds.recipe import Recipe, Shape, Training, is_local_path
 from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.shapes import shape_from_config
 
 GPT2: dict[str, Any] = {
     "model_type": "gpt2",

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from inheritune_ds.budget import parameters
 from inheritune_ds.errors import CorpusError, SurgeryError
-from inheritune_ds.recipe import Shape, shape_from_config
+from inheritune_ds.recipe import Shape
+from inheritune_ds.shapes import shape_from_config
 from inheritune_ds.surgery import inherit, proof
 from inheritune_ds.surgery.inherit import TargetModel, check_vocabulary
 from inheritune_ds.surgery.reference import load_config, load_model

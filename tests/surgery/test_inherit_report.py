@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from inheritune_ds.budget import parameters
 from inheritune_ds.parts import PARTS
-from inheritune_ds.recipe import Reference, shape_from_config
+from inheritune_ds.recipe import Reference
+from inheritune_ds.shapes import shape_from_config
 from inheritune_ds.surgery.inherit import TargetModel, find_target
 from inheritune_ds.surgery.reference import locate
 from inheritune_ds.surgery.report import tensor_sha256
