@@ -31,7 +31,7 @@ from inheritune_ds.surgery.reference import load_model
 from inheritune_ds.tracking import Progress, Tracker
 from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, newest_step, refuse_other_layout
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
-from inheritune_ds.training.engine import Engine, start_process_group
+from inheritune_ds.training.engine import Engine, MasterWeights, start_process_group
 from inheritune_ds.training.lengths import check_lengths
 from inheritune_ds.training.loop import LoopParts, LoopResult, train
 from inheritune_ds.training.meeting import Meeting
@@ -272,19 +272,22 @@ class _Run:
         logits = engine.probe_logits(probe)
         # All ranks take part in gathering each tensor; rank 0 keeps it.
         parameters = {name: value for name, value in engine.full_parameters() if self._world.is_main}
-        self._launch.meeting.by_main(lambda: self._write_results(prepared, state, parameters, probe, logits))
+        self._launch.meeting.by_main(
+            lambda: self._write_results(
+                prepared, self._result(prepared, state, engine.master_weights), parameters, probe, logits
+            )
+        )
 
     def _write_results(
         self,
         prepared: Prepared,
-        state: RunState,
+        result: dict[str, Any],
         parameters: Mapping[str, torch.Tensor],
         probe: npt.NDArray[np.int64],
         logits: torch.Tensor,
     ) -> None:
         """Export, check the export against the engine's last state, and write the report; on rank 0."""
         launch, folder = self._launch, self._folder
-        result = self._result(prepared, state)
         export_model(
             folder.export,
             target_folder=prepared.target.folder,
@@ -300,10 +303,10 @@ class _Run:
         write_probe(folder.eval / "probe.safetensors", torch.from_numpy(probe), logits)
         write_json(folder.path / "run.json", result)
         report = write_run_report(folder.path)
-        folder.write_status("finished", step=state.step)
+        folder.write_status("finished", step=result["steps"])
         launch.say(_where(folder, report))
 
-    def _result(self, prepared: Prepared, state: RunState) -> dict[str, Any]:
+    def _result(self, prepared: Prepared, state: RunState, master_weights: MasterWeights) -> dict[str, Any]:
         """The figures of run.json."""
         final = json.loads((self._folder.eval / f"validation-step-{state.step:08d}.json").read_text(encoding="utf-8"))
         unique = prepared.tokens.train_tokens
@@ -323,6 +326,7 @@ class _Run:
             "world_size": self._world.size,
             "zero_stage": self._resolved.zero_stage,
             "precision": self._resolved.precision,
+            "master_weights": master_weights,
             "kind": "inherited" if prepared.target.report["reference"] else "scratch",
             "export": "export",
             "val_loss": final["loss"],

@@ -76,7 +76,7 @@ sys.exit(int(code))
 SUMMARY = {
     "name": "run", "recipe_fingerprint": "f", "parameters": 1, "blocks": 1, "block_parameters": 1, "steps": 1,
     "tokens_seen": 8, "unique_tokens": 8, "epochs": 1.0, "train_seconds": 1.0, "world_size": 1, "zero_stage": 1,
-    "precision": "fp32", "kind": "scratch", "export": "export",
+    "precision": "fp32", "master_weights": "fp32 model", "kind": "scratch", "export": "export",
 }  # fmt: skip
 
 

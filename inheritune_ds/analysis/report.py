@@ -240,6 +240,10 @@ def _facts_table(result: RunResult) -> list[str]:
         "unique tokens": f"{summary.unique_tokens:,} ({summary.epochs:.2f} epochs)",
         "training time": f"{summary.train_seconds:,.0f} s",
         "ranks": f"{summary.world_size} (ZeRO stage {summary.zero_stage}, {summary.precision})",
+        "fp32 master weights": {
+            "refilled": f"the target's exact values, set again after DeepSpeed had rounded them ({summary.precision})",
+            "fp32 model": "the target's exact values, as the model itself holds them",
+        }[summary.master_weights],
         "recipe fingerprint": summary.recipe_fingerprint,
     }
     if result.reference is not None:

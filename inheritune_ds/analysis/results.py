@@ -56,6 +56,8 @@ class RunSummary(BaseModel):
     world_size: int
     zero_stage: int
     precision: str
+    master_weights: Literal["refilled", "fp32 model"]
+    """How the optimizer's fp32 weights got the target's exact values (see training/engine.py)."""
     kind: Literal["inherited", "scratch"]
     export: str
     """Folder of the exported model, relative to the run folder."""

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tokens = npt.NDArray[np.int64]
+MasterWeights = Literal["refilled", "fp32 model"]
+"""Where the fp32 master weights got the target's exact values: set after DeepSpeed had made them of half-precision
+weights, or taken over from a model that is fp32 itself."""
 _WRITER_FAILED = re.compile(r"inline_container|PytorchStreamWriter")
 
 
@@ -158,6 +161,7 @@ class Engine:
         self._engine = engine
         self.module: torch.nn.Module = engine.module
         self._refill(masters)
+        self.master_weights: MasterWeights = "refilled" if low_precision else "fp32 model"
 
     def _refill(self, masters: Mapping[str, torch.Tensor]) -> None:
         """Give the fp32 masters the checkpoint's values instead of the rounded ones."""

@@ -47,6 +47,7 @@ def make_run(folder: Path, start: float, end: float, *, tilt: float = 0.01, refe
         "name": folder.name, "recipe_fingerprint": "f" * 64, "parameters": 1_234_567, "blocks": 4,
         "block_parameters": 1_000_000, "steps": STEPS, "tokens_seen": STEPS * BATCH_TOKENS, "unique_tokens": 300_000,
         "epochs": 1.37, "train_seconds": 61.7, "world_size": 2, "zero_stage": 1, "precision": "fp32",
+        "master_weights": "fp32 model",
         "kind": "inherited", "export": "export", "version": "0.1.0",
     }  # fmt: skip
     write_json(folder / "run.json", summary)
