@@ -1,0 +1,325 @@
+"""`inheritune-ds inherit`: what it prints, and one clear error for every bad input.
+
+Whatever is refused leaves no output and the reference's folder as it was, byte for byte.
+"""
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from inheritune_ds.cli import main
+from tests.surgery import tiny
+from tests.surgery.tiny import contents, plain
+
+Harm = Callable[[Path], object]
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb sets variables for the libraries that it loads; they are taken back."""
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    for name in ("DS_ACCELERATOR", "OMP_WAIT_POLICY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    folder = tmp_path / "models" / "tiny-llama"
+    tiny.make_model("llama").save_pretrained(folder)
+    tiny.make_tokenizer(40).save_pretrained(folder)
+    return folder
+
+
+def inherit(reference: Path | str, output: Path, *more: str, select: str = "first:2") -> int:
+    """Run the verb."""
+    return main(["inherit", "--reference", str(reference), "--select", select, "--output", str(output), *more])
+
+
+def test_a_target_is_built_once_and_summed_up(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (reference / "LICENSE").write_text("as you like", encoding="utf-8")
+    (reference / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n", encoding="utf-8")
+    before, output = contents(reference), tmp_path / "new" / "target"
+    assert inherit(reference, output, select="0,3") == 0
+    shown = capsys.readouterr()
+    report = json.loads((output / "inheritance.json").read_text(encoding="utf-8"))
+    assert {line.split("  ")[1].strip(): line.split("  ", 2)[2].strip() for line in shown.out.splitlines()} == {
+        "blocks": "2: [0, 3] of the reference",
+        "parameters": f"{report['parameters']:,}, {report['block_parameters']:,} of them in blocks",
+        "inherited": f"21 of 21 tensors, {report['parameters']:,} parameters",
+        "hidden state": "equal, bit for bit",
+        "target": str(output),
+        "report": str(output / "inheritance.json"),
+    }
+    assert plain(output).config.num_hidden_layers == 2
+    assert (output / "LICENSE").read_text(encoding="utf-8") == "as you like"
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in card
+    assert f"inheritune-ds inherit --reference {reference} --select 0,3 --output DIR" in card
+    assert contents(reference) == before
+    assert sorted(path.name for path in output.parent.iterdir()) == ["target"]
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert inherit(reference, output, select="0,3") == 0
+    assert capsys.readouterr().out == shown.out
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
+
+
+def test_every_option_reaches_the_report_and_the_card(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores, output = tmp_path / "scores.json", tmp_path / "target"
+    scores.write_text('{"rank": [4, 1, 3, 2]}', encoding="utf-8")
+    options = ["--inherit", "attention,norms,head", "--dropout", "0.25", "--seed", "9", "--block-scores", str(scores)]
+    assert inherit(reference, output, *options, select="by:rank:2") == 0
+    report = json.loads((output / "inheritance.json").read_text(encoding="utf-8"))
+    assert (report["selection"], report["inherit"], report["seed"]) == ([0, 2], ["attention", "norms", "head"], 9)
+    assert AutoConfig.from_pretrained(output).attention_dropout == 0.25
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "--select by:rank:2 --inherit attention,norms,head --dropout 0.25 --seed 9 --block-scores" in card
+    assert "not comparable: fresh tensors in the blocks" in capsys.readouterr().out
+
+
+def test_growth_keeps_the_previous_target(reference: Path, tmp_path: Path) -> None:
+    assert inherit(reference, tmp_path / "small") == 0
+    assert inherit(reference, tmp_path / "large", "--previous", str(tmp_path / "small"), select="first:3") == 0
+    report = json.loads((tmp_path / "large/inheritance.json").read_text(encoding="utf-8"))
+    assert [tensor["source"]["model"] for tensor in report["tensors"]].count("previous") == 21
+    assert report["previous_blocks"] == 2
+
+
+def test_tensors_without_a_place_are_shown(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {f"v_head.{number}": torch.ones(2) for number in range(4)}
+    tiny.edit_weights(reference, lambda tensors: tensors.update(more))
+    assert inherit(reference, tmp_path / "target") == 0
+    shown = capsys.readouterr().out
+    assert "  left out      v_head.0, v_head.1, v_head.2, ...: the model has no place for them\n" in shown
+
+
+def untouched(_: Path) -> None:
+    """No harm."""
+
+
+def remove(name: str) -> Harm:
+    return lambda folder: (folder / name).unlink()
+
+
+def config(**changes: Any) -> Harm:
+    return lambda folder: tiny.edit_config(folder, **changes)
+
+
+def text(name: str, content: str) -> Harm:
+    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+
+def truncate(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def flip(bit: int) -> Harm:
+    """Turn one bit of the header."""
+
+    def harm(folder: Path) -> None:
+        content = bytearray((folder / WEIGHTS).read_bytes())
+        content[bit // 8] ^= 1 << bit % 8
+        (folder / WEIGHTS).write_bytes(content)
+
+    return harm
+
+
+def not_a_number(folder: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+
+    tiny.edit_weights(folder, spoil)
+
+
+def missing_shard(folder: Path) -> None:
+    tiny.shard(folder)[0].unlink()
+
+
+def index_of_absent(folder: Path) -> None:
+    tiny.shard(folder)
+    document = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    document["weight_map"]["model.more.weight"] = "model-00001-of-00002.safetensors"
+    (folder / INDEX).write_text(json.dumps(document), encoding="utf-8")
+
+
+def pickled(folder: Path) -> None:
+    torch.save({"a": torch.ones(1), "b": Exception}, folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def encoder_decoder(folder: Path) -> None:
+    values = AutoConfig.for_model("t5", d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40).to_dict()
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+SELECTIONS = [
+    ("first:0", 3, "cannot be read at character 7: a number of at least 1 expected"),
+    ("first:5", 9, "select first:5: 5 is not possible, the reference has 4 blocks"),
+    ("even:1", 9, "select even:1: 1 is not possible"),
+    ("range:", 3, "cannot be read at character 7: a number expected"),
+    ("", 3, "--select: String should have at least 1 character"),
+    ("range:3-1", 3, "a block not before 3 expected"),
+    ("3-1", 3, "a block not before 3 expected"),
+    ("2-4", 9, "select 2-4: the reference has no block 4"),
+    ("drop:0-3", 9, "this drops all 4 blocks"),
+    ("by:rank:2", 9, "no scores named 'rank' were given"),
+    ("middle:2", 3, "a form or a block's number expected"),
+]
+OPTIONS = [
+    (["--inherit", "everything"], 3, "--inherit: inherit: 'everything': neither preset nor part"),
+    (["--inherit", "attention,mpl"], 3, "--inherit: inherit: 'mpl': neither preset nor part"),
+    (["--dropout", "1.0"], 3, "--dropout: Input should be less than 1"),
+    (["--dropout", "nan"], 3, "--dropout: Input should be a finite number"),
+    (["--seed", "-1"], 3, "--seed -1 is no seed"),
+    (["--seed", str(2**70)], 3, f"--seed {2**70} is no seed"),
+    (["--block-scores", "/nowhere.json"], 3, "block_scores: /nowhere.json cannot be read: No such file"),
+    (["--previous", "/nowhere"], 3, "/nowhere is no model folder"),
+    (["--width", "half"], 9, "width half: num_key_value_heads is 1, an odd number"),
+    (["training.seq_len=8"], 3, "inherit takes no overrides: training.seq_len=8"),
+]
+HARMS: list[tuple[str, Harm, int, str]] = [
+    ("missing shard", missing_shard, 9, "model-00001-of-00002.safetensors is missing"),
+    ("index of absent tensors", index_of_absent, 9, "names model.more.weight in model-00001-of-00002.safetensors"),
+    ("truncated", truncate, 9, "model.safetensors is damaged or cut short"),
+    ("header's length", flip(9), 9, "model.safetensors is damaged or cut short"),
+    ("header's brace", flip(8 * 8 + 1), 9, "model.safetensors is damaged or cut short"),
+    ("not a number", not_a_number, 9, "model.layers.1.mlp.up_proj.weight of the reference holds a number that is not"),
+    ("too deep", config(num_hidden_layers=5), 9, "model.layers.4.input_layernorm.weight is not in the files"),
+    ("too flat", config(num_hidden_layers=3), 9, "model.layers.3.input_layernorm.weight belongs to no block"),
+    ("too wide", config(hidden_size=32), 9, "has shape [40, 16], the config asks for [40, 32]"),
+    ("tied", config(tie_word_embeddings=True), 9, "lm_head.weight differs from model.embed_tokens.weight"),
+    ("vocabulary", config(vocab_size=39), 6, "corpus.tokenizer has 40 entries, the model's vocabulary 39"),
+    ("no positions", config(max_position_embeddings=0), 9, "max_position_embeddings: Input should be greater than 0"),
+    ("unknown family", config(model_type="nobody"), 9, "config.json cannot be loaded"),
+    ("unknown function", config(hidden_act="nobody"), 9, "no causal language model can be built"),
+    ("a text for a number", config(num_attention_heads="two"), 9, "config.json cannot be loaded"),
+    ("quantised", config(quantization_config={"quant_method": "gptq"}), 9, "its weights are quantised"),
+    ("encoder-decoder", encoder_decoder, 9, "a t5 model cannot be cut: it is of an encoder-decoder family"),
+    ("pickle with code", pickled, 9, "pickle that would run code is not loaded"),
+    ("no weights", remove(WEIGHTS), 3, "holds no weights"),
+    ("no config", remove("config.json"), 3, "config.json is missing"),
+    ("broken config", text("config.json", "{"), 3, "config.json is not JSON"),
+    ("broken generation config", text("generation_config.json", "["), 9, "is not a JSON object"),
+    ("broken tokenizer", text("tokenizer.json", "{"), 6, "its files cannot be read"),
+]
+CASES: list[tuple[str, Harm, str, list[str], int, str]] = [
+    (f"select {select}", untouched, select, [], code, words) for select, code, words in SELECTIONS
+]
+CASES += [(" ".join(more)[:40], untouched, "first:2", more, code, words) for more, code, words in OPTIONS]
+CASES += [(name, harm, "first:2", [], code, words) for name, harm, code, words in HARMS]
+
+
+@pytest.mark.parametrize(
+    ("harm", "select", "more", "code", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+def test_bad_input_is_one_error(  # noqa: PLR0917 - fixtures are parameters
+    harm: Harm,
+    select: str,
+    more: list[str],
+    code: int,
+    words: str,
+    reference: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    harm(reference)
+    before = contents(tmp_path)
+    capfd.readouterr()
+    assert inherit(reference, tmp_path / "target", *more, select=select) == code
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("inheritune-ds: error: ")
+    assert shown.err.count("error: ") == 1
+    assert words in shown.err
+    assert "Traceback" not in shown.err
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models"]
+
+
+def test_one_file_counts_more_than_an_index(reference: Path, tmp_path: Path) -> None:
+    (reference / INDEX).write_text("{", encoding="utf-8")
+    assert inherit(reference, tmp_path / "target") == 0
+    AutoModelForCausalLM.from_pretrained(reference)
+
+
+def test_ranges_that_overlap_repeat_blocks(reference: Path, tmp_path: Path) -> None:
+    assert inherit(reference, tmp_path / "target", select="0-2,1-3") == 0
+    target, origin = load_file(tmp_path / "target" / WEIGHTS), load_file(reference / WEIGHTS)
+    name = "model.layers.{}.mlp.up_proj.weight"
+    for place, block in enumerate((0, 1, 2, 1, 2, 3)):
+        assert torch.equal(target[name.format(place)], origin[name.format(block)])
+
+
+@pytest.mark.parametrize("kind", ["file", "other files", "other target", "foreign manifest", "reference itself"])
+def test_an_output_in_use_is_left_alone(
+    kind: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = reference if kind == "reference itself" else tmp_path / "target"
+    what = "exists and is not empty"
+    if kind == "file":
+        output.write_text("mine", encoding="utf-8")
+    elif kind == "other target":
+        assert inherit(reference, output, select="last:2") == 0
+        what = "holds a target that was built from something else"
+    elif kind != "reference itself":
+        output.mkdir()
+        (output / "inheritance.json").write_text("{}", encoding="utf-8")
+        if kind == "foreign manifest":
+            (output / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
+            what = "holds a target that was built from something else"
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert inherit(reference, output) == 8
+    shown = capsys.readouterr()
+    assert shown.err == (
+        f"inheritune-ds: error: --output {output} {what}\n  do: name a new folder, or remove this one\n"
+    )
+    assert contents(tmp_path) == before
+
+
+def test_an_empty_output_folder_is_filled(reference: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    assert inherit(reference, tmp_path / "target") == 0
+    assert (tmp_path / "target" / WEIGHTS).is_file()
+
+
+def test_an_output_that_cannot_be_written_is_told(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    before = contents(tmp_path)
+    assert inherit(reference, tmp_path / "file" / "target") == 5
+    assert "cannot be written: " in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("limit", [200, 1000, 12_000], ids=["config", "tokenizer", "weights"])
+def test_a_disk_that_fills_half_way_leaves_nothing(
+    limit: int, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file may grow beyond a limit: one of them is then cut short, as on a full disk."""
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        code = inherit(reference, tmp_path / "target", select="first:4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    shown = capsys.readouterr()
+    assert (code, shown.err.count("error: ")) == (5, 1), shown.err
+    assert "cannot be written: File too large" in shown.err
+    assert contents(tmp_path) == before
