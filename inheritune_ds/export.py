@@ -10,7 +10,7 @@ from inheritune_ds.files import storage_errors, write_json
 from inheritune_ds.publish import describe_files, staged
 from inheritune_ds.run_folder import EXPORT_MANIFEST
 from inheritune_ds.surgery.reference import load_model
-from inheritune_ds.surgery.report import weights_sha256
+from inheritune_ds.surgery.report import lineage, weights_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -120,22 +120,13 @@ def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], result: Map
         report: The inheritance report.
         result: The run's figures (run.json).
     """
-    reference = report["reference"]
-    fresh = sum(not tensor["inherited"] for tensor in report["tensors"])
-    lineage = (
-        f"Blocks {report['selection']} of `{reference['name']}`"
-        + (f" at commit `{reference['commit']}`" if reference["commit"] else "")
-        + f", with its embeddings, final norm and head; {fresh} of {len(report['tensors'])} tensors were fresh."
-        if reference
-        else "Trained from random values; nothing was inherited."
-    )
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [inheritune]\n---\n"
     return f"""{front}
 # {recipe["name"]}
 
 {recipe["description"]}
 
-- Lineage: {lineage}
+- Lineage: {lineage(report)}
 - Parameters: {result["parameters"]:,} ({result["block_parameters"]:,} in {result["blocks"]} blocks)
 - Training: {result["steps"]:,} steps, {result["tokens_seen"]:,} tokens seen ({result["unique_tokens"]:,} unique),
   precision {result["precision"]}, ZeRO stage {result["zero_stage"]}, {result["world_size"]} rank(s)

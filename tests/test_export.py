@@ -224,15 +224,16 @@ def test_model_card_tells_the_lineage() -> None:
     report = {
         "selection": [0, 1, 2, 3],
         "reference": {"name": "org/model", "commit": "0123abc", "weights_sha256": {}},
-        "tensors": [{"inherited": True}, {"inherited": True}, {"inherited": False}],
+        "width": "full",
+        "tensors": [*[{"inherited": True, "part": "mlp"}] * 2, {"inherited": False, "part": "final_norm"}],
     }
     recipe = {"name": "mine", "description": "what it is", "seed": 7}
     card = model_card(recipe, report, RESULT)
     assert card.startswith("---\nlibrary_name: transformers\n")
     for text in (
         "# mine",
-        "Blocks [0, 1, 2, 3] of `org/model` at commit `0123abc`",
-        "1 of 3 tensors were fresh",
+        "blocks [0, 1, 2, 3] of `org/model` at commit `0123abc`",
+        "1 of 3 tensors were fresh (final_norm).",
         "1,840,256 (791,552 in 4 blocks)",
         "819,200 tokens seen (700,000 unique)",
         "precision fp32, ZeRO stage 1, 2 rank(s)",
@@ -241,6 +242,6 @@ def test_model_card_tells_the_lineage() -> None:
     ):
         assert text in card
     folder = {**report, "reference": {"name": "./here", "commit": "", "weights_sha256": {}}}
-    assert "of `./here`, with its embeddings" in model_card(recipe, folder, RESULT)
+    assert "of `./here`; 1 of 3" in model_card(recipe, folder, RESULT)
     scratch = {"selection": [], "reference": None, "tensors": [{"inherited": False}]}
-    assert "Trained from random values; nothing was inherited." in model_card(recipe, scratch, RESULT)
+    assert "random values; nothing was inherited." in model_card(recipe, scratch, RESULT)

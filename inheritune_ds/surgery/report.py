@@ -112,6 +112,21 @@ def _describe(graft: "Graft", written: WeightFiles, digest: str) -> dict[str, An
     }
 
 
+def lineage(report: Mapping[str, Any]) -> str:
+    """One sentence on where a target comes from and which of its tensors are fresh."""
+    reference, tensors = report["reference"], report["tensors"]
+    if not reference:
+        return "random values; nothing was inherited."
+    commit = f" at commit `{reference['commit']}`" if reference["commit"] else ""
+    half = ", half the width" if report["width"] == "half" else ""
+    fresh = [tensor["part"] or "other" for tensor in tensors if not tensor["inherited"]]
+    which = f" ({', '.join(sorted(set(fresh)))})" if fresh else ""
+    return (
+        f"blocks {report['selection']} of `{reference['name']}`{commit}{half}; {len(fresh)} of {len(tensors)} tensors "
+        f"were fresh{which}."
+    )
+
+
 def target_card(report: Mapping[str, Any], licence: str, command: str) -> str:
     """Text of a target's model card: lineage, selection, what is fresh, licence, how to make it again.
 
@@ -120,15 +135,9 @@ def target_card(report: Mapping[str, Any], licence: str, command: str) -> str:
         licence: What the reference's card says; empty if nothing.
         command: That builds this target.
     """
-    reference = report["reference"]
-    fresh = [tensor for tensor in report["tensors"] if not tensor["inherited"]]
-    by_part = sorted({tensor["part"] or "other" for tensor in fresh})
-    commit = f" at commit `{reference['commit']}`" if reference and reference["commit"] else ""
-    lineage = f"`{reference['name']}`{commit}" if reference else "nothing: all values are random"
     front = [f"license: {licence}"] if licence else []
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags: [inheritune]"]
     front_matter = "\n".join(front)
-    none_or_list = f"{len(fresh)} of {len(report['tensors'])} tensors ({', '.join(by_part)})" if fresh else "none"
     inherited = report["inherit"] if isinstance(report["inherit"], str) else ", ".join(report["inherit"])
     return f"""---
 {front_matter}
@@ -138,9 +147,8 @@ def target_card(report: Mapping[str, Any], licence: str, command: str) -> str:
 
 Cut from a larger model by inheritune_ds; **not trained yet**. `inheritance.json` lists every tensor with its source.
 
-- Reference: {lineage}
-- Selection: `{report["select"]}`, blocks {report["selection"]}
-- Inherited: {inherited}; fresh: {none_or_list}
+- Lineage: {lineage(report)}
+- Selection: `{report["select"]}`; inherited: {inherited}
 - Parameters: {report["parameters"]:,}, of them {report["block_parameters"]:,} in {report["blocks"]} blocks
 - Licence: {licence or "the reference's; its card names none"} (the reference's terms hold for this model, too)
 
