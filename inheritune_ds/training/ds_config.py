@@ -53,7 +53,7 @@ class Resolved:
 
     @property
     def offloads(self) -> bool:
-        """Whether the optimizer's or the model's state lies in host memory or on a drive."""
+        """Whether the optimizer's or the model's state lies in host memory."""
         zero = self.config["zero_optimization"]
         return any(offload_device(zero, key) != "none" for key in ("offload_optimizer", "offload_param"))
 

@@ -92,7 +92,7 @@ def block(document: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def offload_device(zero: Mapping[str, Any], key: str) -> str:
-    """Where `offload_optimizer` or `offload_param` puts its state: none, cpu or nvme."""
+    """Where `offload_optimizer` or `offload_param` puts its state: none or cpu."""
     device = block(zero, key).get("device", AUTO)
     return "none" if device == AUTO else str(device)
 
@@ -131,10 +131,9 @@ class _Checker:
                     allowed = f"{{...}} with keys of {', '.join(sorted(kind))}"
                     self.refuse(path, f"{value!r} is not an object", allowed=allowed, action=f"mend or remove {path}")
             elif not kind.accepts(value):
-                why = STAGE_0 if path == STAGE and value == 0 and value is not False else ""
                 self.refuse(
                     path,
-                    f"{value!r} is not accepted{why}",
+                    f"{value!r} is not accepted{kind.reason(value)}",
                     allowed=f'{kind.allowed}, or "{AUTO}"',
                     action=f'write "{AUTO}", or remove {path}',
                 )
@@ -187,39 +186,25 @@ class _Checker:
             )
 
     def offload(self, zero: Mapping[str, Any]) -> None:
-        """Refuse what DeepSpeed would silently leave where it is, or put elsewhere than said."""
+        """Refuse what DeepSpeed ignores, or stops at, before stage 3."""
         stage = zero.get("stage", AUTO)
         stage = DEFAULT_STAGE if stage == AUTO else stage
-        for key in ("offload_optimizer", "offload_param"):
-            device, path = offload_device(zero, key), f"zero_optimization.{key}"
-            if device == "nvme" and not block(zero, key).get("nvme_path"):
-                self.refuse(
-                    f"{path}.nvme_path",
-                    "required key is missing for device nvme",
-                    allowed="a folder on an NVMe drive",
-                    action=f'add "nvme_path", or set {path}.device to "cpu"',
-                )
-            if stage == 3 or device == "none":
-                continue
-            if key == "offload_param":
-                self._needs_stage_3(f"{path}.device", device, f"ignores it with stage {stage}")
-            elif device == "nvme":
-                self._needs_stage_3(f"{path}.device", device, f"takes host memory instead with stage {stage}")
-        ratio = block(zero, "offload_optimizer").get("ratio", 1)
-        if ratio not in (1, AUTO) and stage != 3:
-            self._needs_stage_3("zero_optimization.offload_optimizer.ratio", ratio, f"stops at it with stage {stage}")
+        if stage == 3:
+            return
+        device = offload_device(zero, "offload_param")
+        if device != "none":
+            self._needs_stage_3("offload_param.device", device, f"ignores it with stage {stage}")
+        ratio = block(zero, "offload_optimizer").get("ratio", AUTO)
+        if ratio not in (1, AUTO):
+            self._needs_stage_3("offload_optimizer.ratio", ratio, f"stops at it with stage {stage}")
 
-    def _needs_stage_3(self, path: str, value: Any, what: str) -> None:
+    def _needs_stage_3(self, key: str, value: Any, what: str) -> None:
         self.refuse(
-            path,
+            f"zero_optimization.{key}",
             f"{value!r} needs stage 3: DeepSpeed {what}",
             allowed="zero_optimization.stage 3",
-            action=f"set zero_optimization.stage to 3 (ds_configs/zero3_offload.json), or remove {path}",
+            action=f"set zero_optimization.stage to 3 (ds_configs/zero3_offload.json), or remove {key}",
         )
-
-
-STAGE = "zero_optimization.stage"
-STAGE_0 = " (stage 0 loses precision in bf16 and has no gradient norm)"
 
 
 def is_off(value: Any) -> bool:

@@ -22,10 +22,17 @@ class Kind:
     Attributes:
         allowed: In words.
         accepts: Whether a value of the JSON document is of this kind.
+        why: A value that DeepSpeed has and this program has not, and the reason; `(None, "")` if there is none.
     """
 
     allowed: str
     accepts: Callable[[Any], bool]
+    why: tuple[Any, str] = (None, "")
+
+    def reason(self, value: Any) -> str:
+        """What a refusal of a value adds, in brackets."""
+        refused, text = self.why
+        return f" ({text})" if text and type(value) is type(refused) and value == refused else ""
 
 
 Kinds: TypeAlias = Mapping[str, "Kind | Kinds"]
@@ -41,11 +48,12 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def one_of(*values: Any) -> Kind:
+def one_of(*values: Any, why: tuple[Any, str] = (None, "")) -> Kind:
     """One of a few values, of exactly the same type (JSON's 1 is not true)."""
     return Kind(
         " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1])))),
         lambda given: any(type(given) is type(value) and given == value for value in values),
+        why,
     )
 
 
@@ -65,9 +73,11 @@ PATH = Kind("a path, or null", lambda value: value is None or (isinstance(value,
 ANY = Kind('"auto"', lambda _: True)
 """A key with an owner of its own, who says what is wrong with a value."""
 
-OFFLOAD_DEVICE = one_of("none", "cpu", "nvme")
+OFFLOAD_DEVICE = one_of(
+    "none", "cpu", why=("nvme", "DeepSpeed does not bring a state on NVMe back as it was: a resumed run would differ")
+)
 ZERO_KEYS: Kinds = {
-    "stage": one_of(*STAGES),
+    "stage": one_of(*STAGES, why=(0, "stage 0 loses precision in bf16 and has no gradient norm")),
     "contiguous_gradients": SWITCH,
     "reduce_scatter": SWITCH,
     "reduce_bucket_size": POSITIVE,
