@@ -84,7 +84,7 @@ def cut(reference: Path, folder: Path) -> float:
     plan, skeleton = plan_target(target, config, selection, ReferenceModel("reference", reference, "", {}), None)
     values = TargetValues(skeleton, plan, half=False, seed=0)
     folder.mkdir()
-    write_shards(folder, plan.grafts, values, lambda _: None)
+    write_shards(folder, plan.grafts, values)
     return time.perf_counter() - start
 
 

@@ -6,7 +6,7 @@ reference's, whatever it renames or fuses when it loads them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,6 +201,13 @@ class GraftPlan:
     outer: Source | None
     left_out: list[str] = field(default_factory=list)
 
+    @property
+    def sources(self) -> list["Source"]:
+        """Every source once."""
+        return list(
+            {source.role: source for source in [self.outer, *(source for source, _ in self.steps)] if source}.values()
+        )
+
 
 def plan_grafts(
     target: Skeleton, steps: Sequence[tuple[Source, int]], outer: Source | None, parts: Collection[str]
@@ -246,9 +253,8 @@ def plan_grafts(
         for module in target.shapes
         if module in target.required - covered - tied_too
     ]
-    sources = {source.role: source for source in [outer, *(source for source, _ in steps)] if source}
-    left_out = sorted({name for source in sources.values() for name in source.leftovers})
-    return GraftPlan(grafts, list(steps), outer, left_out)
+    plan = GraftPlan(grafts, list(steps), outer)
+    return replace(plan, left_out=sorted({name for source in plan.sources for name in source.leftovers}))
 
 
 def _is_inherited(target: Skeleton, module: str, part: str, parts: Collection[str]) -> bool:

@@ -140,17 +140,20 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
     clock = _Clock()
     plan, skeleton = plan_target(target, config, selection, reference, previous)
     values = TargetValues(skeleton, plan, half=target.width == "half", seed=seed)
+    for source in plan.sources:
+        if source.files.is_pickle:
+            say(f"{source.role}: pickle files, read with torch.load(mmap=True, weights_only=True)")
     with staged(folder) as temporary, storage_errors(folder):
         _write_configs(temporary, skeleton, reference)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         clock.lap("plan")
-        write_shards(temporary, plan.grafts, values, say)
+        write_shards(temporary, plan.grafts, values)
         clock.lap("write")
-        tensors = describe_tensors(temporary, plan.grafts, values.of, say)
+        tensors = describe_tensors(temporary, plan.grafts, values.of)
         values.drop_fresh()
         clock.lap("compare and hash")
-        proven = prove(temporary, plan, skeleton, half=target.width == "half", say=say)
+        proven = prove(temporary, plan, skeleton, half=target.width == "half")
         clock.lap("proof")
         report = {
             "reference": reference.identity if reference else None,

@@ -8,7 +8,7 @@ reference's own doing.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from inheritune_ds import budget
+from inheritune_ds.data.progress import Meter
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.grafts import GraftPlan, Source
 from inheritune_ds.surgery.reference import load_model, read_shape
@@ -30,9 +31,7 @@ PROBE_TOKENS = 32
 _GOLDEN_RATIO = 0.6180339887498949
 
 
-def prove(
-    folder: Path, plan: GraftPlan, skeleton: Skeleton, *, half: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
+def prove(folder: Path, plan: GraftPlan, skeleton: Skeleton, *, half: bool) -> dict[str, Any]:
     """Prove the written target; the figures for the report.
 
     Raises:
@@ -48,7 +47,7 @@ def prove(
         return {**proven, "hidden_state": None, "hidden_state_reason": f"not comparable: {why}"}
     embedded = not any(graft.part in ("token_embeddings", "position_embeddings", "") for graft in fresh)
     expected = reference_hidden_state(
-        plan.steps, tokens, dtype=skeleton.dtype, given=None if embedded else start, rest=rest, say=say
+        plan.steps, tokens, dtype=skeleton.dtype, given=None if embedded else start, rest=rest
     )
     if not bool(torch.isfinite(expected).all()):
         raise SurgeryError(
@@ -137,14 +136,13 @@ def target_hidden_states(
 
 
 @torch.no_grad()
-def reference_hidden_state(  # noqa: PLR0913 - all but the first two by name
+def reference_hidden_state(
     steps: Sequence[tuple[Source, int]],
     tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
     *,
     dtype: torch.dtype,
     given: torch.Tensor | None,
     rest: tuple[Any, ...] | None,
-    say: Callable[[str], None],
 ) -> torch.Tensor:
     """The hidden state after the kept blocks of the sources, one block in memory at a time.
 
@@ -155,19 +153,18 @@ def reference_hidden_state(  # noqa: PLR0913 - all but the first two by name
         given: Hidden state to start from where the target's embeddings are not the sources'; None to start from the
             embeddings of the first block's source, which are the target's.
         rest: What a block of this family returns beside its hidden state; None if it returns a tensor alone.
-        say: Prints one line.
 
     Returns:
         The hidden state of shape (B, T, width).
     """
     hidden = given
     runners: dict[str, _Runner] = {}
-    for number, (source, block) in enumerate(steps):
-        if source.role not in runners:
-            runners[source.role] = _Runner(source, dtype, rest)
-        hidden = runners[source.role].run(block, hidden, tokens_BT)
-        if number % 8 == 7:
-            say(f"proof: block {number + 1} of {len(steps)}")
+    with Meter("proving the target", "blocks", len(steps)) as meter:
+        for source, block in steps:
+            if source.role not in runners:
+                runners[source.role] = _Runner(source, dtype, rest)
+            hidden = runners[source.role].run(block, hidden, tokens_BT)
+            meter.advance(1)
     assert hidden is not None  # a selection has at least one block
     return hidden
 

@@ -1,7 +1,6 @@
 """What a surgery did: inheritance.json and the model card, and the comparison of every written tensor."""
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from inheritune_ds.data.progress import Meter
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.weights import WeightFiles
 
@@ -22,7 +22,7 @@ _WORKERS = 2
 
 
 def describe_tensors(
-    folder: Path, grafts: Sequence["Graft"], value: Callable[["Graft"], torch.Tensor], say: Callable[[str], None]
+    folder: Path, grafts: Sequence["Graft"], value: Callable[["Graft"], torch.Tensor]
 ) -> list[dict[str, Any]]:
     """Read every written tensor back, compare it with its source bit for bit, and describe it.
 
@@ -30,7 +30,6 @@ def describe_tensors(
         folder: The written target.
         grafts: What was written.
         value: Gives a graft's tensor from its source again, or the fresh one.
-        say: Prints one line; progress every few seconds.
 
     Returns:
         Of each tensor: name, block, part, inherited, source (model, tensor, block, file; None if fresh), shape, dtype,
@@ -41,16 +40,11 @@ def describe_tensors(
     """
     written = WeightFiles(folder, str(folder))
     described: list[dict[str, Any]] = []
-    start_s = told_s = time.monotonic()
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with Meter("comparing the target", "tensors", len(grafts)) as meter, ThreadPoolExecutor(_WORKERS) as pool:
         hashes = pool.map(lambda graft: _compare(written.tensor(graft.name), value(graft), graft), grafts)
-        for number, (graft, digest) in enumerate(zip(grafts, hashes, strict=True), 1):
+        for graft, digest in zip(grafts, hashes, strict=True):
             described.append(_describe(graft, written, digest))
-            now_s = time.monotonic()
-            if now_s - told_s > 5.0 and number < len(grafts):
-                told_s = now_s
-                left_s = (now_s - start_s) / number * (len(grafts) - number)
-                say(f"comparing: {number} of {len(grafts)} tensors, {left_s:.0f} s left")
+            meter.advance(1)
     return described
 
 

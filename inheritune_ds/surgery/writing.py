@@ -4,11 +4,11 @@ import io
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inheritune_ds.data.progress import Meter
 from inheritune_ds.errors import StorageError, SurgeryError
 from inheritune_ds.files import storage_errors, write_json
 from inheritune_ds.surgery.report import as_bytes
@@ -19,13 +19,10 @@ if TYPE_CHECKING:
     from inheritune_ds.surgery.values import TargetValues
 
 SHARD_BYTES = 2 * 10**9
-_TOLD_EVERY_S = 5.0
 _COPY_BYTES = 1 << 26
 
 
-def write_shards(
-    folder: Path, grafts: Sequence["Graft"], values: "TargetValues", say: Callable[[str], None]
-) -> dict[str, str]:
+def write_shards(folder: Path, grafts: Sequence["Graft"], values: "TargetValues") -> dict[str, str]:
     """Write tensors in shards of at most `SHARD_BYTES` (a larger tensor has one to itself), with an index if many.
 
     The bytes go from file to file; nothing but fresh or converted tensors is held in memory.
@@ -34,7 +31,6 @@ def write_shards(
         folder: Where the files go.
         grafts: What to write, in this order.
         values: Of these grafts.
-        say: Prints one line; progress every few seconds.
 
     Returns:
         Name of the file that holds each tensor.
@@ -47,18 +43,12 @@ def write_shards(
     check_space(folder, total)
     shards = list(_shards(grafts, sizes))
     files: dict[str, str] = {}
-    done, told_s = 0, time.monotonic()
-    start_s = told_s
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / name, shard, values)
-        files |= {graft.name: name for graft in shard}
-        done += sum(sizes[graft.name] for graft in shard)
-        now_s = time.monotonic()
-        if now_s - told_s > _TOLD_EVERY_S and done < total:
-            told_s = now_s
-            rate = done / (now_s - start_s)
-            say(f"writing: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {(total - done) / rate:.0f} s left")
+    with Meter("writing the target", "MB", total // 10**6) as meter:
+        for number, shard in enumerate(shards, 1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write(folder / name, shard, values)
+            files |= {graft.name: name for graft in shard}
+            meter.advance(sum(sizes[graft.name] for graft in shard) // 10**6)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
     return files

@@ -1,10 +1,12 @@
 """A real trained model cut: stories260K, five blocks, first three kept. `pytest -s` shows the text before and after."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from inheritune_ds import cli
@@ -37,6 +39,38 @@ def hidden_states(folder: Path, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, 
     with torch.no_grad():
         model(input_ids=tokens_BT, use_cache=False)
     return tuple(caught)
+
+
+def as_openllama_has_it(folder: Path) -> None:
+    """One pickle file, with a table of angles in every block as older transformers wrote it; tokenizer.model alone."""
+    state = load_file(folder / "model.safetensors")
+    for block in range(5):
+        state[f"model.layers.{block}.self_attn.rotary_emb.inv_freq"] = torch.arange(4) / 8.0
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert not list(folder.glob("tokenizer.json"))
+
+
+def test_inherit_reads_a_folder_laid_out_like_openllama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference, plain, pickled = tmp_path / "reference", tmp_path / "plain", tmp_path / "pickled"
+    reference.mkdir()
+    convert_model(WEIGHTS / "stories260K.bin", reference)
+    convert_tokenizer(WEIGHTS / "tok512.bin", reference)
+    command = ["inherit", "--reference", str(reference), "--select", "0,2-3", "--output"]
+    assert cli.main([*command, str(plain)]) == 0
+    assert "pickle" not in capsys.readouterr().out
+    as_openllama_has_it(reference)
+    assert cli.main([*command, str(pickled)]) == 0
+    told = capsys.readouterr().out
+    assert "reference: pickle files, read with torch.load(mmap=True, weights_only=True)" in told
+    assert "equal, bit for bit" in told
+    before, after = load_file(plain / "model.safetensors"), load_file(pickled / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    report = json.loads((pickled / "inheritance.json").read_text())
+    assert len([name for name in report["left_out"] if name.endswith("inv_freq")]) == 5
+    assert load_tokenizer(str(pickled))(PROMPT)["input_ids"] == load_tokenizer(str(reference))(PROMPT)["input_ids"]
 
 
 def test_inherit_keeps_the_hidden_state_of_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
