@@ -224,12 +224,14 @@ def plan_grafts(
         SurgeryError: If a tensor is of no known part, unless everything is inherited.
     """
     everything = set(parts) == set(PARTS)
+    origins: dict[str, tuple[Source, str, int | None]] = {}
+    if outer is not None:
+        origins |= {name: (outer, name, None) for name in outer.by_block.get(None, [])}
+    for place, (source, block) in enumerate(steps):
+        origins |= {source.moved(name, place): (source, name, place) for name in source.by_block.get(block, [])}
     grafts: list[Graft] = []
-
-    def add(source: Source, name: str, place: int | None) -> None:
-        block = source.skeleton.blocks.index_of(source.module_of[name])
-        new = name if place is None else source.moved(name, place)
-        module = target.module_names([new])[new]
+    for name, module in target.module_names(origins).items():
+        source, source_name, block_here = origins[name]
         part = part_of(target.model, target.blocks, module)
         if not part and not everything:
             raise SurgeryError(
@@ -238,14 +240,8 @@ def plan_grafts(
                 allowed="inherit: all",
             )
         if everything or _is_inherited(target, module, part, parts):
-            grafts.append(Graft(new, module, place, part, source, name, block))
-
-    if outer is not None:
-        for name in outer.by_block.get(None, []):
-            add(outer, name, None)
-    for place, (source, block) in enumerate(steps):
-        for name in source.by_block.get(block, []):
-            add(source, name, place)
+            source_block = source.skeleton.blocks.index_of(source.module_of[source_name])
+            grafts.append(Graft(name, module, block_here, part, source, source_name, source_block))
     covered = {graft.module_name for graft in grafts}
     tied_too = {target.tied[module] for module in covered if module in target.tied}
     grafts += [
