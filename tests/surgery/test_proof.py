@@ -64,7 +64,7 @@ def test_report_names_the_hidden_state_that_both_gave(
     assert (found["missing"], found["unexpected"]) == (0, 0)
 
 
-@pytest.mark.parametrize(("positions", "count"), [(512, 32), (7, 7), (None, 32)])
+@pytest.mark.parametrize(("positions", "count"), [(512, 32), (7, 7), (None, 32), (-1, 32), (0, 32)])
 def test_probe_tokens_are_spread_over_the_vocabulary(positions: int | None, count: int) -> None:
     config: Any = SimpleNamespace(vocab_size=50_000, max_position_embeddings=positions)
     tokens = probe_tokens(config)
