@@ -1,11 +1,6 @@
-import json
 import os
-import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,77 +10,8 @@ import pytest
 from inheritune_ds import study
 from inheritune_ds.errors import InherituneError, MachineError, RecipeError
 from inheritune_ds.recipe_file import load_recipe, parse_yaml, read_document, shipped_names, validate
-from inheritune_ds.study import StudyFile, StudyRunError, run_study
-
-# Stands in for the deepspeed command: a launcher that starts a launcher that starts one rank, with
-# the signal manners and exit codes of DeepSpeed 0.19.8 (runner.py and launch.py).
-LAUNCHER = """#!{python} -SE
-import signal, subprocess, sys, time
-if sys.argv[1] == "launch":
-    rank = subprocess.Popen([sys.executable, "-SE", {rank!r}, *sys.argv[2:]])
-    def end(*_):
-        rank.terminate()
-        rank.wait()
-        sys.exit(1)
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
-    sys.exit(rank.wait())
-code = subprocess.run([sys.executable, "-SE", __file__, "launch", *sys.argv[1:]]).returncode
-sys.exit(code if code > 0 else 0)
-"""
-
-# Stands in for train.py: does what a file named after the recipe says.
-RANK = """
-import json, os, shutil, signal, sys, time
-from pathlib import Path
-bench = Path({bench!r})
-arguments = sys.argv[1:]
-name = arguments[arguments.index("--recipe") + 1]
-folder = Path(arguments[arguments.index("--runs-dir") + 1]) / Path(name).stem
-with (bench / "calls").open("a") as calls:
-    calls.write(json.dumps({{"arguments": arguments, "path": os.environ["PATH"], "name": name}}) + "\\n")
-folder.mkdir(parents=True, exist_ok=True)
-def status(state):
-    (folder / "status.json").write_text(json.dumps({{"state": state}}))
-def finish():
-    shutil.copytree(bench / "finished", folder, dirs_exist_ok=True)
-    status("finished")
-    sys.exit(0)
-def save_and_leave(*_):
-    if (bench / "saving").exists():
-        os._exit(130)
-    (bench / "saving").touch()
-    time.sleep(float(os.environ.get("SAVE_S", "0.2")))
-    status("requeue")
-    os._exit(0)
-behaviour = (bench / Path(name).stem).read_text() if (bench / Path(name).stem).exists() else "finish"
-if behaviour == "finish":
-    finish()
-if behaviour == "wait":
-    signal.signal(signal.SIGINT, save_and_leave)
-    signal.signal(signal.SIGTERM, save_and_leave)
-    status("running")
-    (bench / "ready").touch()
-    time.sleep(60)
-state, code = behaviour.split()
-if state != "none":
-    status(state)
-sys.exit(int(code))
-"""
-
-SUMMARY = {
-    "name": "run", "recipe_fingerprint": "f", "parameters": 1, "blocks": 1, "block_parameters": 1, "steps": 1,
-    "tokens_seen": 8, "unique_tokens": 8, "epochs": 1.0, "train_seconds": 1.0, "world_size": 1, "zero_stage": 1,
-    "precision": "fp32", "master_weights": "fp32 model", "kind": "scratch", "export": "export",
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _launcher_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another run on this machine must not change the commands that the tests expect."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(study, "_LAUNCHER_PORT", probe.getsockname()[1])
+from inheritune_ds.study import StudyFile, StudyRunError
+from tests.study.bench import calls, start, write_study
 
 
 def test_study_chooses_another_port_when_a_run_has_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,83 +24,6 @@ def test_study_chooses_another_port_when_a_run_has_the_default(monkeypatch: pyte
         option, port = study._port()
     assert option == "--master_port"
     assert int(port) != taken
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a launcher of its own; `bench`/NAME says what the run NAME does."""
-    bench = tmp_path / "bench"
-    text = {"seq_len": 128, "tokens_sha256": "a" * 64}
-    evaluation = {"step": 1, "loss": 2.5, "stderr": 0.5, "windows": [2.0, 3.0], **text}
-    row = {"step": 1, "train/tokens": 8, "val/loss": 2.5, "val/stderr": 0.5}
-    (bench / "finished/eval").mkdir(parents=True)
-    (bench / "finished/run.json").write_text(json.dumps(SUMMARY))
-    (bench / "finished/eval/validation-step-00000001.json").write_text(json.dumps(evaluation))
-    (bench / "finished/metrics.jsonl").write_text(json.dumps(row) + "\n")
-    (bench / "rank.py").write_text(RANK.format(bench=str(bench)))
-    launcher = tmp_path / "bin/deepspeed"
-    launcher.parent.mkdir()
-    launcher.write_text(LAUNCHER.format(python=sys.executable, rank=str(bench / "rank.py")))
-    launcher.chmod(0o755)
-    (tmp_path / "train.py").touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "__file__", str(tmp_path / "inheritune_ds/study.py"))
-    monkeypatch.setattr(sys, "executable", str(launcher.parent / "python"))
-    return bench
-
-
-def start(name: str = "quickstart", *overrides: str) -> Path | None:
-    return run_study(
-        name,
-        deepspeed_config=Path("ds_configs/cpu.json"),
-        num_ranks=2,
-        runs_dir=Path("runs"),
-        cache_dir=Path("cache"),
-        overrides=overrides,
-    )
-
-
-def calls(bench: Path) -> list[dict[str, Any]]:
-    path = bench / "calls"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def survivors(bench: Path) -> list[str]:
-    """Processes of the bench that still live: their command lines name its folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it may end while it is looked at
-            command = (process / "cmdline").read_bytes()
-            if os.fsencode(bench.parent) in command:
-                found.append(command.decode())
-    return found
-
-
-@pytest.fixture
-def when_ready(bench: Path) -> Callable[[Callable[[], None]], threading.Thread]:
-    """Do something in another thread as soon as the rank is training."""
-
-    def after(action: Callable[[], None]) -> threading.Thread:
-        def wait_and_act() -> None:
-            deadline = time.monotonic() + 20
-            while not (bench / "ready").exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            action()
-
-        thread = threading.Thread(target=wait_and_act)
-        thread.start()
-        return thread
-
-    return after
-
-
-def interrupt_myself() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def write_study(path: Path, **changes: object) -> None:
-    document = {"name": "mine", "description": "d", "runs": [{"recipe": "quickstart", "role": "target"}], **changes}
-    path.write_text(json.dumps(document))  # JSON is YAML
 
 
 @pytest.mark.parametrize("name", shipped_names("studies"))
@@ -335,105 +184,6 @@ def test_study_stops_without_a_report_when_a_run_asks_to_be_requeued(
     (bench / "quickstart").unlink()
     assert start() is not None
     assert [call["name"] for call in calls(bench)][2:] == ["quickstart-reference", "quickstart", "quickstart-scratch"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_study_lets_the_ranks_save_at_a_signal(
-    bench: Path, when_ready: Callable[[Callable[[], None]], threading.Thread], number: signal.Signals,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    (bench / "quickstart").write_text("wait")
-    thread = when_ready(lambda: os.kill(os.getpid(), number))
-    assert start() is None
-    thread.join()
-    captured = capfd.readouterr()
-    assert captured.out.endswith("study quickstart: stopped at quickstart; the same command goes on\n")
-    assert captured.err == ""
-    assert json.loads(Path("runs/quickstart/status.json").read_text()) == {"state": "requeue"}
-    assert survivors(bench) == []
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_study_ends_at_once_at_a_second_interrupt(
-    bench: Path, when_ready: Callable[[Callable[[], None]], threading.Thread], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (bench / "quickstart").write_text("wait")
-    monkeypatch.setenv("SAVE_S", "60")
-
-    def twice() -> None:
-        interrupt_myself()
-        deadline = time.monotonic() + 20
-        while not (bench / "saving").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        interrupt_myself()
-
-    began = time.monotonic()
-    thread = when_ready(twice)
-    with pytest.raises(KeyboardInterrupt):
-        start()
-    thread.join()
-    assert time.monotonic() - began < 20
-    assert survivors(bench) == []
-
-
-def test_study_stops_a_launcher_that_has_no_ranks_yet(
-    bench: Path, when_ready: Callable[[Callable[[], None]], threading.Thread], capfd: pytest.CaptureFixture[str]
-) -> None:
-    (bench.parent / "bin/deepspeed").write_text(f"#!/bin/sh\ntouch {bench}/ready\nexec sleep 60\n")
-    began = time.monotonic()
-    thread = when_ready(interrupt_myself)
-    assert start() is None
-    thread.join()
-    assert time.monotonic() - began < 20
-    assert "stopped at quickstart-reference" in capfd.readouterr().out
-
-
-def test_study_tells_a_run_that_failed_from_one_that_was_stopped(
-    bench: Path, when_ready: Callable[[Callable[[], None]], threading.Thread]
-) -> None:
-    script = (bench / "rank.py").read_text()
-    (bench / "rank.py").write_text(
-        script.replace('status("requeue")\n    os._exit(0)', 'status("failed")\n    os._exit(5)')
-    )
-    (bench / "quickstart").write_text("wait")
-    thread = when_ready(interrupt_myself)
-    with pytest.raises(StudyRunError, match="run quickstart ended with exit code 5"):
-        start()
-    thread.join()
-
-
-def test_study_kills_what_outlives_its_launcher(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = bench.parent / "bin/deepspeed"
-    launcher.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {bench}/orphan\nkill -9 $$\n")
-    monkeypatch.setattr(study, "_LEAVE_S", 0.3)
-    with pytest.raises(StudyRunError, match="ended with exit code 137"):
-        start()
-    stat = Path(f"/proc/{(bench / 'orphan').read_text().strip()}/stat")
-    deadline = time.monotonic() + 5
-    while stat.exists() and " Z " not in stat.read_text() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not stat.exists() or " Z " in stat.read_text()
-
-
-def test_signals_that_come_before_the_launcher_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(study, "_group", lambda _: {10: 1, 11: 10, 12: 11, 13: 11, 14: 12})
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
-    with study._Signals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        assert sent == []
-        signals.pass_to(10)
-    assert sent == [(12, signal.SIGINT), (13, signal.SIGINT)]
-    assert signals.count == 1
-
-
-def test_signals_leave_an_ignored_hangup_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with study._Signals():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_study_file_may_use_recipes_beside_it_and_overrides(bench: Path) -> None:

@@ -1,0 +1,108 @@
+"""A launcher that trains nothing, and what a test asks of it."""
+
+import json
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.study import run_study
+
+# Stands in for the deepspeed command: a launcher that starts a launcher that starts one rank, with
+# the signal manners and exit codes of DeepSpeed 0.19.8 (runner.py and launch.py).
+LAUNCHER = """#!{python} -SE
+import signal, subprocess, sys, time
+if sys.argv[1] == "launch":
+    rank = subprocess.Popen([sys.executable, "-SE", {rank!r}, *sys.argv[2:]])
+    def end(*_):
+        rank.terminate()
+        rank.wait()
+        sys.exit(1)
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    sys.exit(rank.wait())
+code = subprocess.run([sys.executable, "-SE", __file__, "launch", *sys.argv[1:]]).returncode
+sys.exit(code if code > 0 else 0)
+"""
+
+# Stands in for train.py: does what a file named after the recipe says.
+RANK = """
+import json, os, shutil, signal, sys, time
+from pathlib import Path
+bench = Path({bench!r})
+arguments = sys.argv[1:]
+name = arguments[arguments.index("--recipe") + 1]
+folder = Path(arguments[arguments.index("--runs-dir") + 1]) / Path(name).stem
+with (bench / "calls").open("a") as calls:
+    calls.write(json.dumps({{"arguments": arguments, "path": os.environ["PATH"], "name": name}}) + "\\n")
+folder.mkdir(parents=True, exist_ok=True)
+def status(state):
+    (folder / "status.json").write_text(json.dumps({{"state": state}}))
+def finish():
+    shutil.copytree(bench / "finished", folder, dirs_exist_ok=True)
+    status("finished")
+    sys.exit(0)
+def save_and_leave(*_):
+    if (bench / "saving").exists():
+        os._exit(130)
+    (bench / "saving").touch()
+    time.sleep(float(os.environ.get("SAVE_S", "0.2")))
+    status("requeue")
+    os._exit(0)
+behaviour = (bench / Path(name).stem).read_text() if (bench / Path(name).stem).exists() else "finish"
+if behaviour == "finish":
+    finish()
+if behaviour == "wait":
+    signal.signal(signal.SIGINT, save_and_leave)
+    signal.signal(signal.SIGTERM, save_and_leave)
+    status("running")
+    (bench / "ready").touch()
+    time.sleep(60)
+state, code = behaviour.split()
+if state != "none":
+    status(state)
+sys.exit(int(code))
+"""
+
+SUMMARY = {
+    "name": "run", "recipe_fingerprint": "f", "parameters": 1, "blocks": 1, "block_parameters": 1, "steps": 1,
+    "tokens_seen": 8, "unique_tokens": 8, "epochs": 1.0, "train_seconds": 1.0, "world_size": 1, "zero_stage": 1,
+    "precision": "fp32", "master_weights": "fp32 model", "kind": "scratch", "export": "export",
+}  # fmt: skip
+
+
+def start(name: str = "quickstart", *overrides: str) -> Path | None:
+    return run_study(
+        name,
+        deepspeed_config=Path("ds_configs/cpu.json"),
+        num_ranks=2,
+        runs_dir=Path("runs"),
+        cache_dir=Path("cache"),
+        overrides=overrides,
+    )
+
+
+def calls(bench: Path) -> list[dict[str, Any]]:
+    path = bench / "calls"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def survivors(bench: Path) -> list[str]:
+    """Processes of the bench that still live: their command lines name its folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may end while it is looked at
+            command = (process / "cmdline").read_bytes()
+            if os.fsencode(bench.parent) in command:
+                found.append(command.decode())
+    return found
+
+
+def interrupt_myself() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def write_study(path: Path, **changes: object) -> None:
+    document = {"name": "mine", "description": "d", "runs": [{"recipe": "quickstart", "role": "target"}], **changes}
+    path.write_text(json.dumps(document))  # JSON is YAML

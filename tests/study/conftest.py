@@ -1,0 +1,63 @@
+"""Fixtures of the study's tests."""
+
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds import study
+from tests.study.bench import LAUNCHER, RANK, SUMMARY
+
+
+@pytest.fixture(autouse=True)
+def _launcher_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run on this machine must not change the commands that the tests expect."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(study, "_LAUNCHER_PORT", probe.getsockname()[1])
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a launcher of its own; `bench`/NAME says what the run NAME does."""
+    bench = tmp_path / "bench"
+    text = {"seq_len": 128, "tokens_sha256": "a" * 64}
+    evaluation = {"step": 1, "loss": 2.5, "stderr": 0.5, "windows": [2.0, 3.0], **text}
+    row = {"step": 1, "train/tokens": 8, "val/loss": 2.5, "val/stderr": 0.5}
+    (bench / "finished/eval").mkdir(parents=True)
+    (bench / "finished/run.json").write_text(json.dumps(SUMMARY))
+    (bench / "finished/eval/validation-step-00000001.json").write_text(json.dumps(evaluation))
+    (bench / "finished/metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (bench / "rank.py").write_text(RANK.format(bench=str(bench)))
+    launcher = tmp_path / "bin/deepspeed"
+    launcher.parent.mkdir()
+    launcher.write_text(LAUNCHER.format(python=sys.executable, rank=str(bench / "rank.py")))
+    launcher.chmod(0o755)
+    (tmp_path / "train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "__file__", str(tmp_path / "inheritune_ds/study.py"))
+    monkeypatch.setattr(sys, "executable", str(launcher.parent / "python"))
+    return bench
+
+
+@pytest.fixture
+def when_ready(bench: Path) -> Callable[[Callable[[], None]], threading.Thread]:
+    """Do something in another thread as soon as the rank is training."""
+
+    def after(action: Callable[[], None]) -> threading.Thread:
+        def wait_and_act() -> None:
+            deadline = time.monotonic() + 20
+            while not (bench / "ready").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            action()
+
+        thread = threading.Thread(target=wait_and_act)
+        thread.start()
+        return thread
+
+    return after
