@@ -52,7 +52,7 @@ def relative_gap(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.timeout(360)
+@pytest.mark.timeout(600)
 def test_ranks_and_stages_agree_on_order_and_losses(launch: Launch, tmp_path: Path, one_rank: dict[str, Any]) -> None:
     base = one_rank["0:zero1"]["losses"]
     assert base[-1] < base[0] - 0.1, "the model must learn, or equal losses would say little"
@@ -79,7 +79,7 @@ def test_ranks_and_stages_agree_on_order_and_losses(launch: Launch, tmp_path: Pa
     assert relative_gap(base, one_rank["3:zero3"]["losses"]) <= 1e-5
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_bf16_starts_from_the_checkpoint_s_own_values_and_stays_near_fp32(launch: Launch, tmp_path: Path) -> None:
     fp32 = json.loads(GOLDEN.read_text())["runs"]["0:zero1"]["losses"]
     for label, run in drive(launch, tmp_path, "1,2,3", 2, precision="bf16")[0].items():
