@@ -49,12 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**SHAPE, "moe_intermediate_size": 8, "num_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
 }
 LAYOUTS = (
-    "one file",
-    "two shards",
-    "pickle",
-    "two pickle shards",
-    "one file with its hash",
-    "shards with their hashes",
+    *("one file", "two shards", "pickle", "two pickle shards") * 2,
+    *("one file with its hash", "two shards with their hashes"),
 )
 Tensors = dict[str, torch.Tensor]
 
@@ -347,7 +343,7 @@ def run_case(case: Case, chance: random.Random, bases: Path, folder: Path) -> tu
         wrong += judge_refusal(code, err.getvalue(), folder)
         if not changed and case.blocks is not None:
             wrong.append(f"a whole checkpoint was refused: {err.getvalue()}")
-        return "refusal", wrong
+        return f"refusal (exit code {code})", wrong
     if damaged:
         wrong.append("a weight file is not the one that its manifest describes")
     if case.blocks is None:
