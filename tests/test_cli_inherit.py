@@ -203,6 +203,7 @@ HARMS: list[tuple[str, Harm, int, str]] = [
     ("too wide", config(hidden_size=32), 9, "has shape [40, 16], the config asks for [40, 32]"),
     ("tied", config(tie_word_embeddings=True), 9, "lm_head.weight differs from model.embed_tokens.weight"),
     ("vocabulary", config(vocab_size=39), 6, "corpus.tokenizer has 40 entries, the model's vocabulary 39"),
+    ("no units", config(intermediate_size=0), 9, "has shape [16, 24], the config asks for [16, 0]"),
     ("no positions", config(max_position_embeddings=0), 9, "max_position_embeddings: Input should be greater than 0"),
     ("unknown family", config(model_type="nobody"), 9, "config.json cannot be loaded"),
     ("unknown function", config(hidden_act="nobody"), 9, "no causal language model can be built"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -214,14 +215,16 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' load report and progress bars off the console: what matters in them is raised."""
+    """Keep transformers' load report, warnings and bars off the console: what matters in them is raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
