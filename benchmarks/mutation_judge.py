@@ -129,7 +129,11 @@ def _check_report(reference: Path, target: Path) -> list[str]:
             continue
         if source["file"] not in files:
             path = reference / source["file"]
-            files[source["file"]] = torch.load(path, weights_only=True) if path.suffix == ".bin" else load_file(path)
+            files[source["file"]] = (
+                torch.load(path, weights_only=True, mmap=True)  # as transformers does
+                if path.suffix == ".bin"
+                else load_file(path)
+            )
         tensor, origin = tensors[name], files[source["file"]][source["tensor"]]
         if tensor.dtype != origin.dtype or _bytes(tensor) != _bytes(origin):
             wrong.append(f"{name} has other bytes than its source")
