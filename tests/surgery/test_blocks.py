@@ -54,5 +54,6 @@ def test_block_list_numbers_by_whole_path() -> None:
     blocks = BlockList("model.layers", 12)
     assert blocks.index_of("model.layers.11.mlp.up.weight") == 11
     assert blocks.index_of("model.layers_norm.1.weight") is None
+    assert blocks.index_of("model.layers_2.weight") is None
     assert blocks.index_of("model.embed.weight") is None
     assert blocks.rest("model.layers.11.mlp.1.weight") == "mlp.1.weight"

@@ -7,13 +7,15 @@ import pytest
 from safetensors.torch import load_file
 
 from inheritune_ds.budget import parameters
+from inheritune_ds.errors import SurgeryError
 from inheritune_ds.parts import PARTS
 from inheritune_ds.recipe import Reference
 from inheritune_ds.shapes import shape_from_config
+from inheritune_ds.surgery import report
 from inheritune_ds.surgery.inherit import TargetModel, find_target
 from inheritune_ds.surgery.reference import locate
 from inheritune_ds.surgery.report import tensor_sha256
-from tests.surgery.tiny import IDENTITY
+from tests.surgery.tiny import IDENTITY, edit_weights
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -82,3 +84,30 @@ def test_find_target_does_not_take_a_damaged_one(
     else:
         (built.folder / "inheritance.json").write_text('{"cut sho', encoding="utf-8")
     assert find_target(built.folder, IDENTITY) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(
+    value: float, reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
+) -> None:
+    folder, name = reference_folder("llama"), "model.layers.3.mlp.up_proj.weight"
+    edit_weights(folder, lambda tensors: tensors[name][3, 2:3].fill_(value))
+    with pytest.raises(SurgeryError) as caught:
+        build(folder, select="0,3")
+    assert caught.value.problem == f"{name} of the reference holds a number that is not finite"
+    assert caught.value.action.startswith("bring the weights again")
+    assert not (tmp_path / "target").exists()
+    build(folder, select="first:3")  # it is not in it
+
+
+def test_large_tensors_are_compared_and_hashed_whole(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = reference_folder("llama")
+    whole = build(folder, select="first:2").report["tensors"]
+    monkeypatch.setattr(report, "_CHUNK_BYTES", 8)
+    assert build(folder, to="again", select="first:2").report["tensors"] == whole
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(folder, lambda tensors: tensors[name][-1, -1:].fill_(float("nan")))
+    with pytest.raises(SurgeryError, match="not finite"):
+        build(folder, to="third", select="first:2")
