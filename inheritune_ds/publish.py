@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -9,32 +10,40 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from inheritune_ds.errors import RunFolderError
 from inheritune_ds.files import sha256_file, storage_errors, sync_folder, sync_path
 
 
 @contextmanager
-def staged(final: Path, usable: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
+def staged(
+    final: Path,
+    usable: Callable[[Path], bool] = lambda _: False,
+    replaceable: Callable[[Path], bool] = lambda _: True,
+) -> Iterator[Path]:
     """Give a hidden folder to fill; publish it as `final` at the end, remove it after an error.
 
     Two processes may do this at once: the first to finish wins, the other takes what it finds.
 
     Args:
-        final: Folder to appear. One that is there and not usable is replaced.
-        usable: Whether a folder that another process has published meanwhile will do.
+        final: Folder to appear.
+        usable: Whether what is there by then will do; it is kept, and what was filled is dropped.
+        replaceable: Whether what is there by then, and is not usable, may be replaced. An empty folder always may.
 
     Raises:
         StorageError: The folder beside `final` cannot be made, synced or renamed.
+        RunFolderError: Something has appeared there that must not be replaced.
     """
     host = socket.gethostname()
     staging = final.parent / f".{final.name}.{host}.{os.getpid()}.tmp"
     with storage_errors(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(final.parent, host)
-        staging.mkdir()
     try:
+        with storage_errors(final.parent):
+            staging.mkdir()
         yield staging
         with storage_errors(final):
-            _publish(staging, final, usable)
+            _publish(staging, final, usable, replaceable)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -50,17 +59,44 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def has_files(folder: Path, described: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether every described file is there in its full size; hashes are not read."""
-    paths = ((folder / name, entry["bytes"]) for name, entry in described.items())
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+    return not damaged_files(folder, described)
+
+
+def damaged_files(folder: Path, described: Any, *, hashes: bool = False) -> list[str]:
+    """Described files that are missing or differ.
+
+    Args:
+        folder: Where they lie.
+        described: What `describe_files` has told; of anything else every entry counts as damaged.
+        hashes: Whether to read the files; their sizes alone are compared otherwise.
+    """
+    if not isinstance(described, Mapping):
+        return ["the list of files"]
+    return [name for name, entry in described.items() if not _is_intact(folder / name, entry, hashes=hashes)]
+
+
+def _is_intact(path: Path, entry: Any, *, hashes: bool) -> bool:
+    if not isinstance(entry, Mapping) or not path.is_file() or path.stat().st_size != entry.get("bytes"):
+        return False
+    return not hashes or sha256_file(path) == entry.get("sha256")
 
 
 def _remove_leftovers(parent: Path, host: str) -> None:
     """Remove what processes of this machine left that ended without tidying up (SIGKILL, power)."""
-    for folder in parent.glob(f".*.{host}.*.tmp"):
-        pid = folder.name.removesuffix(".tmp").rpartition(".")[2]
-        # A folder with this process's own number was left by an earlier one: ours is not made yet.
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
-            shutil.rmtree(folder, ignore_errors=True)
+    name = re.compile(rf"\..*\.{re.escape(host)}\.([0-9]+)(\.broken)?\.tmp")
+    for path in list(parent.iterdir()):
+        match = name.fullmatch(path.name)
+        # One with this process's own number was left by an earlier one: ours is not made yet.
+        if match and (int(match.group(1)) == os.getpid() or not _is_alive(int(match.group(1)))):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _is_alive(pid: int) -> bool:
@@ -73,14 +109,19 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _publish(staging: Path, final: Path, usable: Callable[[Path], bool]) -> None:
+def _publish(staging: Path, final: Path, usable: Callable[[Path], bool], replaceable: Callable[[Path], bool]) -> None:
     sync_folder(staging)
     try:
-        staging.rename(final)
+        staging.rename(final)  # succeeds where nothing is, or an empty folder
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
         if not usable(final):
+            if not replaceable(final):
+                raise RunFolderError(
+                    f"{final} was free when this began, now it holds something else; that was left as it is",
+                    action="name a new folder, or remove this one",
+                ) from None
             _replace(staging, final)
     sync_path(final.parent)
 
@@ -88,9 +129,10 @@ def _publish(staging: Path, final: Path, usable: Callable[[Path], bool]) -> None
 def _replace(staging: Path, final: Path) -> None:
     broken = staging.with_suffix(".broken.tmp")
     final.rename(broken)
-    staging.rename(final)
-    if broken.is_dir():
-        shutil.rmtree(broken, ignore_errors=True)
-    else:
+    try:
+        staging.rename(final)
+    except BaseException:
         with suppress(OSError):
-            broken.unlink()
+            broken.rename(final)
+        raise
+    _remove(broken)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.errors import StorageError
-from inheritune_ds.publish import describe_files, has_files, staged
+from inheritune_ds.errors import RunFolderError, StorageError
+from inheritune_ds.publish import damaged_files, describe_files, has_files, staged
 
 
 def complete(folder: Path) -> bool:
@@ -150,3 +150,82 @@ def test_described_files_are_missed_by_presence_and_size(tmp_path: Path) -> None
     assert not has_files(tmp_path, described)
     (tmp_path / "sub" / "file").unlink()
     assert not has_files(tmp_path, described)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_staged_leaves_alone_what_appears_meanwhile_and_must_not_be_replaced(tmp_path: Path, kind: str) -> None:
+    final = tmp_path / "final"
+
+    def appear() -> None:
+        if kind == "folder":
+            final.mkdir()
+            (final / "theirs").touch()
+        elif kind == "file":
+            final.write_text("theirs")
+        else:
+            final.symlink_to(tmp_path / "elsewhere")
+
+    message = r"(?s)final was free when this began.*do: name a new folder"
+    with pytest.raises(RunFolderError, match=message), staged(final, complete, replaceable=lambda _: False):
+        appear()
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert kind != "folder" or (final / "theirs").is_file()
+    assert kind != "file" or final.read_text() == "theirs"
+    assert kind != "link" or final.is_symlink()
+
+
+def test_staged_fills_an_empty_folder_that_appears_meanwhile(tmp_path: Path) -> None:
+    with staged(tmp_path / "final", complete, replaceable=lambda _: False) as staging:
+        (staging / "done").touch()
+        (tmp_path / "final").mkdir()
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["done"]
+
+
+def test_staged_replaces_a_link_and_leaves_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "final").symlink_to(tmp_path / "elsewhere")
+    with staged(tmp_path / "final") as staging:
+        (staging / "done").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"final", "elsewhere"}
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_staged_removes_replaced_folders_and_links_of_ended_processes(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stem = f".final.{socket.gethostname()}.{ended.pid}"
+    (tmp_path / f"{stem}.broken.tmp").mkdir()
+    (tmp_path / f"{stem}.tmp").symlink_to(tmp_path)
+    with staged(tmp_path / "final") as staging:
+        (staging / "done").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_staged_brings_the_older_folder_back_when_the_newer_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, rename = tmp_path / "final", Path.rename
+    final.mkdir()
+    (final / "old").touch()
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp") and ".broken." not in self.name and not final.exists():
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(StorageError, match="Input/output error"), staged(final) as staging:
+        (staging / "new").touch()
+    assert [path.name for path in final.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    described = describe_files(tmp_path)
+    assert damaged_files(tmp_path, described, hashes=True) == []
+    (tmp_path / "file").write_bytes(b"abd")
+    assert damaged_files(tmp_path, described) == []
+    assert damaged_files(tmp_path, described, hashes=True) == ["file"]
+    assert damaged_files(tmp_path, {"file": 3}) == ["file"]
+    assert damaged_files(tmp_path, None) == ["the list of files"]

@@ -20,7 +20,7 @@ import torch
 from inheritune_ds.errors import CorpusError, SurgeryError
 from inheritune_ds.files import read_json, storage_errors, write_json, write_text
 from inheritune_ds.parts import inherited_parts
-from inheritune_ds.publish import describe_files, has_files, staged
+from inheritune_ds.publish import damaged_files, describe_files, staged
 from inheritune_ds.recipe import Reference, Target
 from inheritune_ds.selection import parse
 from inheritune_ds.surgery.configs import DROPOUT_KEY, cut_config, num_blocks, set_dropout
@@ -91,12 +91,29 @@ def locate_previous(folder: Path) -> Previous:
     return Previous(str(folder), found.folder, found.weights_sha256)
 
 
-def find_target(folder: Path, identity: Mapping[str, Any]) -> TargetModel | None:
-    """The finished target in `folder`, if it was built for the same `identity`; files checked by size."""
+def find_target(folder: Path, identity: Mapping[str, Any], *, verify: bool = False) -> TargetModel | None:
+    """The finished target in `folder`, if it was built for the same `identity` and is whole.
+
+    Args:
+        folder: Where it may be.
+        identity: What it was built for.
+        verify: Whether to hash its files; their sizes alone are compared otherwise.
+    """
     manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
     if not isinstance(manifest, dict) or not isinstance(report, dict) or manifest.get("identity") != identity:
         return None
-    return TargetModel(folder, report) if has_files(folder, manifest["files"]) else None
+    damaged = damaged_files(folder, manifest.get("files"), hashes=verify)
+    return None if damaged else TargetModel(folder, report)
+
+
+def may_replace(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether `folder` holds nothing but files of a target of this `identity`, so that one that is damaged may go."""
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("identity") != identity:
+        return False
+    listed = manifest.get("files")
+    own = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
+    return all(path.relative_to(folder).as_posix() in own for path in folder.rglob("*") if not path.is_dir())
 
 
 def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
@@ -111,6 +128,7 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
     command: str,
     say: Callable[[str], None],
     previous: Previous | None = None,
+    replace: bool = True,
 ) -> TargetModel:
     """Build the target, prove it, and publish it as a Hugging Face folder.
 
@@ -126,8 +144,11 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
         command: That builds this target, for the model card.
         say: Prints one line.
         previous: Its blocks become the first ones; the selection's further blocks come from the reference.
+        replace: Whether an older target in `folder`, or whatever is there, is replaced. If not, only an empty folder
+            or a damaged target of this identity is, and one that is whole is taken instead.
 
     Raises:
+        RunFolderError: If something is in `folder` by the end that is not to be replaced.
         SurgeryError: If the selection or the model does not fit, weights are damaged, or the proof fails.
         CorpusError: If the tokenizer has ids that the model has no embedding for.
         StorageError: If the folder cannot be written.
@@ -143,7 +164,9 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
     for source in plan.sources:
         if source.files.is_pickle:
             say(f"{source.role}: pickle files, read with torch.load(mmap=True, weights_only=True)")
-    with staged(folder) as temporary, storage_errors(folder):
+    keeps = (lambda _: False) if replace else lambda there: find_target(there, identity, verify=True) is not None
+    replaces = (lambda _: True) if replace else lambda there: may_replace(there, identity)
+    with staged(folder, keeps, replaces) as temporary, storage_errors(folder):
         _write_configs(temporary, skeleton, reference)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
