@@ -249,6 +249,7 @@ def _score_reference(
     path = folder.eval / REFERENCE_RESULT
     identity = {
         "weights": reference.weights_sha256,
+        "settings": reference.settings_sha256,
         "tokens": tokens.fingerprint,
         "seq_len": recipe.training.seq_len,
         "max_tokens": recipe.validation.max_tokens,

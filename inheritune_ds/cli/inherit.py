@@ -3,12 +3,16 @@
 import argparse
 import os
 import shlex
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inheritune_ds.recipe import Reference, Target
-    from inheritune_ds.surgery.inherit import Previous
+    from inheritune_ds.surgery.inherit import Previous, TargetModel
+    from inheritune_ds.surgery.reference import ReferenceModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", required=True, help="hub id, local folder, or recipe:NAME (its export)")
     parser.add_argument("--revision", default="main", help="hub only: commit, tag or branch (default: main)")
     parser.add_argument("--select", required=True, help="first:13, last:2, even:6, drop:20-25, 0-7,20-23, ...")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the target; must be new")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the target; must be new or empty")
     parser.add_argument(
         "--inherit", default="all", help="a preset (default: all) or a list of parts: attention,mlp,head"
     )
@@ -43,40 +47,177 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             f"inherit takes no overrides: {' '.join(overrides)}",
             action="inheritune-ds inherit --help lists its options",
         )
+    output = _output(args.output)
     reference, target = _request(args)
+    local = _local_folder(reference, args.runs_dir)
+    for role, folder in (("reference", local), ("previous", args.previous)):
+        if folder is not None:
+            _check_outside(args, output, role, folder)
     # The surgery computes on the CPU; a GPU machine need not have its GPU free for it.
     prepare_environment(os.environ, kind="cpu")
-    from inheritune_ds.files import read_json
-    from inheritune_ds.surgery.inherit import MANIFEST, build_target, find_target
-    from inheritune_ds.surgery.reference import load_config, locate, own_tokenizer
+    with _stoppable():
+        return _run(args, output, reference, target, local)
+
+
+def _run(args: argparse.Namespace, output: Path, reference: "Reference", target: "Target", local: Path | None) -> int:
+    """Check what can be checked at once, then hash the reference, then find the target or build it."""
+    from inheritune_ds.surgery.inherit import make_config
+    from inheritune_ds.surgery.reference import load_config, locate, read_config
+    from inheritune_ds.surgery.report import target_summary
     from inheritune_ds.surgery.scores import read_scores
 
-    located = locate(reference, lambda name: args.runs_dir / name / "export")
-    previous = _previous(args)
-    identity: dict[str, Any] = {
-        "reference": located.identity,
-        "previous": previous and previous.identity,
+    known: dict[str, Any] = {
         "target": target.model_dump(mode="json"),
         "block_scores": read_scores(target.block_scores),
         "seed": args.seed,
     }
-    found = find_target(args.output, identity)
+    _check_output(args.output, output, {**known, "reference": reference.model})
+    if local is not None:
+        read_config(local, reference.model)
+        make_config(target, load_config(local))
+    previous = _previous(args)
+    located = locate(reference, lambda name: args.runs_dir / name / "export")
+    _check_outside(args, output, "reference", located.folder)
+    identity = {"reference": located.identity, "previous": previous and previous.identity, **known}
+    found = _find(args.output, output, identity)
+    built_before = found is not None
     if found is None:
-        _check_output(args.output, is_ours=read_json(args.output / MANIFEST) is not None)
-        found = build_target(
-            target,
-            reference=None if target.inherits_nothing else located,
-            reference_config=load_config(located.folder),
-            tokenizer=own_tokenizer(located.folder),
-            seed=args.seed,
-            folder=args.output,
-            identity=identity,
-            command=_command(args, located.commit),
-            say=lambda line: print(line, flush=True),
-            previous=previous,
-        )
-    print(_summary(found.report, args.output))
+        found = _build(args, output, target, located, previous, identity)
+    print(target_summary(found.report, Path(args.output)))
+    if built_before:
+        print("  state         built before, files verified")
     return 0
+
+
+def _build(  # noqa: PLR0913, PLR0917 - what `build_target` needs
+    args: argparse.Namespace,
+    output: Path,
+    target: "Target",
+    reference: "ReferenceModel",
+    previous: "Previous | None",
+    identity: Mapping[str, Any],
+) -> "TargetModel":
+    from inheritune_ds.surgery.inherit import build_target
+    from inheritune_ds.surgery.reference import load_config, own_tokenizer
+
+    return build_target(
+        target,
+        reference=None if target.inherits_nothing else reference,
+        reference_config=load_config(reference.folder),
+        tokenizer=own_tokenizer(reference.folder),
+        tokenizer_source=reference.folder,
+        seed=args.seed,
+        folder=output,
+        identity=identity,
+        command=_command(args, reference.commit),
+        say=lambda line: print(line, flush=True),
+        previous=previous,
+        replace=False,
+    )
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and SIGHUP end as Ctrl-C does, so that the half-built folder is removed."""
+    from inheritune_ds.training.world import StopSignal
+
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    }
+    StopSignal().install()
+    if before[signal.SIGHUP] != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _output(text: str) -> Path:
+    """Where the target goes; links are followed.
+
+    Raises:
+        RecipeError: If no folder is named.
+        RunFolderError: If it is the current folder: it would be replaced under the shell that stands in it.
+    """
+    from inheritune_ds.errors import RecipeError, RunFolderError
+
+    if not text:
+        raise RecipeError("--output is empty", allowed="a folder that is new or empty")
+    output = Path(os.path.realpath(Path(text).expanduser()))
+    if output == Path(os.path.realpath(".")):
+        raise RunFolderError(f"--output {text} is the current folder", action="name a new folder, such as ./target")
+    return output
+
+
+def _local_folder(reference: "Reference", runs_dir: Path) -> Path | None:
+    """Folder of a reference that is on this machine; None for one of the hub."""
+    from inheritune_ds.recipe import is_local_path
+
+    if reference.recipe_name is not None:
+        return runs_dir / reference.recipe_name / "export"
+    if is_local_path(reference.model) or Path(reference.model).is_dir():
+        return Path(reference.model).expanduser()
+    return None
+
+
+def _check_outside(args: argparse.Namespace, output: Path, role: str, folder: Path) -> None:
+    from inheritune_ds.errors import RunFolderError
+
+    whole = Path(os.path.realpath(folder))
+    if whole == output or whole in output.parents:
+        raise RunFolderError(
+            f"--output {args.output} lies in the folder of --{role}, {folder}", action="name a folder outside of it"
+        )
+
+
+def _check_output(name: str, output: Path, known: Mapping[str, Any]) -> None:
+    """Refuse at once a folder that holds something else, as far as that is known before anything is hashed."""
+    from inheritune_ds.files import read_json, storage_errors
+    from inheritune_ds.surgery.inherit import MANIFEST
+
+    with storage_errors(output):
+        if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+            return
+    manifest = read_json(output / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise _in_use(name, "exists and is not empty")
+    identity = manifest.get("identity")
+    found = dict(identity) if isinstance(identity, dict) else {}
+    reference = found.get("reference")
+    found["reference"] = reference.get("name") if isinstance(reference, dict) else None
+    if any(found.get(key) != value for key, value in known.items()):
+        raise _in_use(name, "holds a target that was built from something else")
+
+
+def _find(name: str, output: Path, identity: Mapping[str, Any]) -> "TargetModel | None":
+    """The target if it is built; None if it is to be built, which may replace a damaged one.
+
+    Raises:
+        RunFolderError: If the folder holds something else.
+    """
+    from inheritune_ds.files import read_json
+    from inheritune_ds.publish import damaged_files
+    from inheritune_ds.surgery.inherit import MANIFEST, find_target, may_replace
+
+    found = find_target(output, identity, verify=True)
+    manifest = read_json(output / MANIFEST)
+    if found is not None or not isinstance(manifest, dict):
+        return found
+    if manifest.get("identity") != identity:
+        raise _in_use(name, "holds a target that was built from something else")
+    damaged = ", ".join(damaged_files(output, manifest.get("files"), hashes=True)[:3])
+    if not may_replace(output, identity):
+        raise _in_use(name, f"holds this target with other files beside it, and it is damaged ({damaged})")
+    print(f"DAMAGED: {name} holds this target, but not whole ({damaged}); it is built again", flush=True)
+    return None
+
+
+def _in_use(name: str, what: str) -> Exception:
+    from inheritune_ds.errors import RunFolderError
+
+    return RunFolderError(f"--output {name} {what}", action="name a new folder, or remove this one")
 
 
 def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
@@ -109,14 +250,6 @@ def _previous(args: argparse.Namespace) -> "Previous | None":
     return None if args.previous is None else locate_previous(args.previous)
 
 
-def _check_output(output: Path, *, is_ours: bool) -> None:
-    from inheritune_ds.errors import RunFolderError
-
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        what = "holds a target that was built from something else" if is_ours else "exists and is not empty"
-        raise RunFolderError(f"--output {output} {what}", action="name a new folder, or remove this one")
-
-
 def _command(args: argparse.Namespace, commit: str) -> str:
     words = ["inheritune-ds", "inherit", "--reference", args.reference, "--select", args.select]
     words += ["--revision", commit] if commit else []
@@ -126,20 +259,3 @@ def _command(args: argparse.Namespace, commit: str) -> str:
     words += ["--block-scores", args.block_scores] if args.block_scores else []
     words += ["--previous", str(args.previous)] if args.previous else []
     return shlex.join([*words, "--output", "DIR"])
-
-
-def _summary(report: Any, output: Path) -> str:
-    tensors = report["tensors"]
-    fresh = sum(not tensor["inherited"] for tensor in tensors)
-    state = report["proof"]["hidden_state"] or report["proof"]["hidden_state_reason"]
-    left_out = ", ".join(report["left_out"][:3]) + (", ..." if len(report["left_out"]) > 3 else "")
-    rows = {
-        "blocks": f"{report['blocks']}: {report['selection']} of the reference",
-        "parameters": f"{report['parameters']:,}, {report['block_parameters']:,} of them in blocks",
-        "inherited": f"{len(tensors) - fresh} of {len(tensors)} tensors, {report['inherited_parameters']:,} parameters",
-        "hidden state": state,
-        **({"left out": f"{left_out}: the model has no place for them"} if left_out else {}),
-        "target": str(output),
-        "report": str(output / "inheritance.json"),
-    }
-    return "\n".join(f"  {name:<13} {value}" for name, value in rows.items())

@@ -176,13 +176,11 @@ class Source:
 
 
 def _dtype(config: "PreTrainedConfig", files: WeightFiles) -> torch.dtype:
-    """The type that a model computes in: that of its files; with several, what the config says."""
-    found = {dtype for dtype in (files.meta(name).dtype for name in files) if dtype.is_floating_point}
-    if len(found) == 1:
-        return found.pop()
+    """The type that transformers loads a model in: what the config says, else that of the first tensor."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    return torch.float32
+    found = (files.meta(name).dtype for name in sorted(files))
+    return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
 
 
 @dataclass(frozen=True)

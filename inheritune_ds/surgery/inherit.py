@@ -6,9 +6,6 @@ the same (`proof`), publish. Nothing is published unless all of it succeeds. Wit
 scratch, all tensors are fresh.
 """
 
-import math
-import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +20,7 @@ from inheritune_ds.parts import inherited_parts
 from inheritune_ds.publish import damaged_files, describe_files, staged
 from inheritune_ds.recipe import Reference, Target
 from inheritune_ds.selection import parse
+from inheritune_ds.surgery.companions import copy_licence, copy_tokenizer, is_own_tokenizer, write_configs
 from inheritune_ds.surgery.configs import DROPOUT_KEY, cut_config, num_blocks, set_dropout
 from inheritune_ds.surgery.grafts import GraftPlan, Source, plan_grafts
 from inheritune_ds.surgery.proof import count_parameters, prove
@@ -39,10 +37,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 REPORT = "inheritance.json"
-GENERATION = "generation_config.json"
 _FREE_KEYS = {"dtype", "_name_or_path", "transformers_version", "architectures", "use_cache"}
 """Config keys in which a trained target may differ from a cut of its reference; dropout may, too."""
-_LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -122,6 +118,7 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
     reference: ReferenceModel | None,
     reference_config: "PreTrainedConfig | None",
     tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer_source: Path | None = None,
     seed: int,
     folder: Path,
     identity: Mapping[str, Any],
@@ -136,8 +133,9 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
         target: From the recipe.
         reference: Weights to inherit from; None with `inherit: none` or from scratch.
         reference_config: Config the target's is cut from; None from scratch.
-        tokenizer: Travels along; its special ids go into the config of a model that inherits nothing. None: no
-            tokenizer.
+        tokenizer: Travels along, and so do its special ids if the reference's are not its own. None: no tokenizer
+            that could be read.
+        tokenizer_source: Folder whose tokenizer files are copied as they are, over those of `tokenizer`.
         seed: Of the random values of fresh tensors.
         folder: Where the target goes.
         identity: Recorded, so that `find_target` knows whose it is.
@@ -154,10 +152,15 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
         StorageError: If the folder cannot be written.
     """
     config, selection = make_config(target, reference_config)
+    foreign = reference is None
     if tokenizer is not None:
         check_vocabulary(len(tokenizer), config.vocab_size)
-        if reference is None:
+        foreign = foreign or not is_own_tokenizer(tokenizer, reference)
+        if foreign:
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if foreign and reference is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            say("tokenizer: not the reference's own, so the inherited embeddings and head belong to other tokens")
     clock = _Clock()
     plan, skeleton = plan_target(target, config, selection, reference, previous)
     values = TargetValues(skeleton, plan, half=target.width == "half", seed=seed)
@@ -167,9 +170,11 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
     keeps = (lambda _: False) if replace else lambda there: find_target(there, identity, verify=True) is not None
     replaces = (lambda _: True) if replace else lambda there: may_replace(there, identity)
     with staged(folder, keeps, replaces) as temporary, storage_errors(folder):
-        _write_configs(temporary, skeleton, reference)
+        write_configs(temporary, skeleton, None if foreign else reference)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if tokenizer_source is not None:
+            copy_tokenizer(tokenizer_source, temporary)
         clock.lap("plan")
         write_shards(temporary, plan.grafts, values)
         clock.lap("write")
@@ -189,13 +194,13 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
             "seed": seed,
             "blocks": skeleton.blocks.depth,
             **count_parameters(skeleton),
-            **_kept(tensors),
+            **_kept(plan, values, skeleton),
             "left_out": plan.left_out,
             "proof": proven,
             "tensors": tensors,
         }
         write_json(temporary / REPORT, report)
-        licence = _copy_licence(reference.folder, temporary) if reference else ""
+        licence = copy_licence(reference.folder, temporary) if reference else ""
         write_text(temporary / "README.md", target_card(report, licence, command))
         write_json(temporary / MANIFEST, {"identity": identity, "files": describe_files(temporary)})
     clock.lap("publish")
@@ -265,7 +270,7 @@ def plan_target(
     origin = Source("reference", reference.folder, load_config(reference.folder))
     steps, outer = [(origin, block) for block in selection], origin
     if previous is not None:
-        outer = _earlier(previous, origin, selection)
+        outer = _earlier(previous, origin, reference, selection)
         steps[: outer.skeleton.blocks.depth] = [(outer, block) for block in range(outer.skeleton.blocks.depth)]
     skeleton = Skeleton(config, torch.promote_types(origin.dtype, outer.dtype), path=origin.skeleton.blocks.path)
     if target.width == "full":
@@ -284,11 +289,11 @@ def plan_target(
     return plan, skeleton
 
 
-def _earlier(previous: Previous, origin: Source, selection: tuple[int, ...]) -> Source:
+def _earlier(previous: Previous, origin: Source, reference: ReferenceModel, selection: tuple[int, ...]) -> Source:
     """The target of the round before, checked to be cut from the same reference with the beginning of the selection.
 
     Raises:
-        SurgeryError: If it has as many blocks as are asked for now, or is another model.
+        SurgeryError: If it has as many blocks as are asked for now, is another model, or tells nothing of its origin.
     """
     source = Source("previous", previous.folder, load_config(previous.folder))
     depth = source.skeleton.blocks.depth
@@ -305,8 +310,15 @@ def _earlier(previous: Previous, origin: Source, selection: tuple[int, ...]) -> 
         if not DROPOUT_KEY.search(key) and expected.get(key) != found.get(key)
     )
     report = read_json(previous.folder / REPORT) or read_json(previous.folder.parent / REPORT)
-    if isinstance(report, dict) and report.get("selection") not in (None, list(selection[:depth])):
+    if not isinstance(report, dict) or "selection" not in report:
+        raise SurgeryError(
+            f"previous: {previous.name} does not tell what it was cut from: there is no {REPORT} in it or beside it",
+            allowed="a folder that `inherit` built, or the export inside its run folder",
+        )
+    if report["selection"] != list(selection[:depth]):
         differing.append(f"its selection is {report['selection']}")
+    if (report["reference"] or {}).get("weights_sha256") != reference.weights_sha256:
+        differing.append("the reference that it was cut from")
     if differing:
         raise SurgeryError(
             f"previous: {previous.name} is not the first {depth} blocks of this selection of {origin.folder}; it "
@@ -316,42 +328,13 @@ def _earlier(previous: Previous, origin: Source, selection: tuple[int, ...]) -> 
     return source
 
 
-def _write_configs(folder: Path, skeleton: Skeleton, reference: ReferenceModel | None) -> None:
-    from transformers import GenerationConfig
-
-    config = skeleton.config
-    config.architectures = [type(skeleton.model).__name__]
-    config.dtype = skeleton.dtype
-    config.save_pretrained(folder)
-    if reference is not None and (reference.folder / GENERATION).is_file():
-        if not isinstance(read_json(reference.folder / GENERATION), dict):
-            raise SurgeryError(
-                f"{reference.folder / GENERATION} is not a JSON object", action="bring the file again, or remove it"
-            )
-        shutil.copyfile(reference.folder / GENERATION, folder / GENERATION)
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-
-
-def _copy_licence(source: Path, folder: Path) -> str:
-    """Copy the reference's licence files; return the licence that its card names, or nothing."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and _LICENCE_FILES.match(path.name):
-            shutil.copyfile(path, folder / path.name)
-    try:
-        card = (source / "README.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    named = re.search(r"^license:\s*(\S+)\s*$", front.group(1), re.MULTILINE) if front else None
-    return named.group(1) if named else ""
-
-
-def _kept(tensors: list[dict[str, Any]]) -> dict[str, int]:
-    """Numbers in inherited tensors, in all and in blocks."""
-    kept = [(math.prod(tensor["shape"]), tensor["block"]) for tensor in tensors if tensor["inherited"]]
-    inside = sum(size for size, block in kept if block is not None)
-    return {"inherited_parameters": sum(size for size, _ in kept), "inherited_block_parameters": inside}
+def _kept(plan: GraftPlan, values: TargetValues, skeleton: Skeleton) -> dict[str, int]:
+    """Inherited parameters, in all and in blocks; buffers that a file holds are none."""
+    names = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}
+    kept = [graft for graft in plan.grafts if graft.source is not None and graft.module_name in names]
+    sizes = [(values.meta(graft).numel(), graft.block is not None) for graft in kept]
+    inside = sum(size for size, in_block in sizes if in_block)
+    return {"inherited_parameters": sum(size for size, _ in sizes), "inherited_block_parameters": inside}
 
 
 def check_vocabulary(tokenizer_size: int, model_size: int) -> None:

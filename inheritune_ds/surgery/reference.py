@@ -3,9 +3,9 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,14 @@ from inheritune_ds.surgery.weights import INDEX, PICKLE_PATTERNS, SAFE_PATTERNS,
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FILE_PATTERNS = ("*.json", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+FILE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Everything but weights: config, tokenizer, card and licence."""
+TOKENIZER_PATTERNS = (
+    *("tokenizer*.json", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template*",
+)
+SETTINGS_PATTERNS = ("config.json", "generation_config.json", *TOKENIZER_PATTERNS)
+"""Beside the weights, what decides how a model computes and what its tokens mean."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -36,12 +42,14 @@ class ReferenceModel:
         folder: Hugging Face folder with config and weights.
         commit: Full commit of a hub model; empty for a folder.
         weights_sha256: sha256 by file name of the weight files.
+        settings_sha256: The same of its config, generation config and tokenizer.
     """
 
     name: str
     folder: Path
     commit: str
     weights_sha256: dict[str, str]
+    settings_sha256: dict[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,7 +79,13 @@ def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> Refere
     read_config(folder, reference.model)
     weights = {path.name: sha256_file(path) for path in weight_files(folder, reference.model)}
     _check_known_hashes(folder, weights)
-    return ReferenceModel(reference.model, folder, commit, weights)
+    settings = {path.name: sha256_file(path) for path in matching_files(folder, SETTINGS_PATTERNS)}
+    return ReferenceModel(reference.model, folder, commit, weights, settings)
+
+
+def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a folder that match one of several patterns, each once, sorted."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def _check_known_hashes(folder: Path, weights: dict[str, str]) -> None:

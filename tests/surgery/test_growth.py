@@ -123,8 +123,31 @@ def test_dropout_and_types_do_not_make_another_model(reference_folder: Reference
     folder = reference_folder("llama")
     previous = trained(build(folder, to="small", select="first:2", dropout=0.1), tmp_path / "trained")
     tiny.edit_config(previous, use_cache=False, transformers_version="5.0", architectures=["Other"])
-    (previous / "inheritance.json").unlink()
     assert build(folder, select="first:3", previous=locate_previous(previous)).report["previous_blocks"] == 2
+
+
+def test_a_previous_target_must_tell_that_it_is_of_the_same_reference(
+    reference_folder: Reference, build: Build, tmp_path: Path
+) -> None:
+    folder = reference_folder("llama")
+    previous = trained(build(folder, to="small", select="first:2"), tmp_path / "trained")
+    random = build(folder, to="random", select="first:2", inherit="none").folder
+    silent = trained(build(folder, to="small2", select="first:2"), tmp_path / "silent" / "export")
+    (silent / "inheritance.json").unlink()
+    with pytest.raises(SurgeryError, match="differs in the reference that it was cut from"):
+        build(folder, select="first:3", previous=locate_previous(random))
+    with pytest.raises(SurgeryError, match=r"there is no inheritance\.json in it or beside it"):
+        build(folder, select="first:3", previous=locate_previous(silent))
+    report = (previous / "inheritance.json").read_text(encoding="utf-8")
+    (silent.parent / "inheritance.json").write_text(report, encoding="utf-8")  # as beside a run's export
+    grown = build(folder, select="first:3", previous=locate_previous(silent))
+    card = (grown.folder / "README.md").read_text(encoding="utf-8")
+    assert f"the 2 blocks of the trained target `{silent}`" in card
+    assert "then blocks [2] of" in card
+    assert "grown from an earlier target and not trained since" in card
+    other = reference_folder("llama", seed=6)
+    with pytest.raises(SurgeryError, match="differs in the reference that it was cut from"):
+        build(other, select="first:3", to="other", previous=locate_previous(previous))
 
 
 @pytest.mark.parametrize("options", [{"inherit": "none"}, {"inherit": "paper-scripts"}, {"width": "half"}])

@@ -58,6 +58,7 @@ def test_report_lists_every_tensor_with_its_source(
         "name": str(folder),
         "commit": "",
         "weights_sha256": reference.weights_sha256,
+        "settings_sha256": reference.settings_sha256,
     }
     assert built.report == json.loads((built.folder / "inheritance.json").read_text(encoding="utf-8"))
 

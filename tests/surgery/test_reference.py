@@ -44,7 +44,13 @@ def test_locate_takes_a_local_folder(reference_folder: Callable[..., Path]) -> N
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert (found.name, found.folder, found.commit) == (str(folder), folder, "")
     assert found.weights_sha256 == {"model.safetensors": digest}
-    assert found.identity == {"name": str(folder), "commit": "", "weights_sha256": {"model.safetensors": digest}}
+    settings = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("config.json", "generation_config.json")
+    }
+    assert found.settings_sha256 == settings
+    weights = {"model.safetensors": digest}
+    assert found.identity == {"name": str(folder), "commit": "", "weights_sha256": weights, "settings_sha256": settings}
 
 
 def test_locate_takes_a_folder_named_relatively(

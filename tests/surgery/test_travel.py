@@ -1,0 +1,117 @@
+"""What travels along with the tensors: tokenizer files, special ids, generation settings, licence, type."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from inheritune_ds import cli
+from inheritune_ds.surgery.inherit import TargetModel
+from tests.surgery import tiny
+
+Reference = Callable[..., Path]
+Build = Callable[..., TargetModel]
+
+
+def test_a_tokenizer_of_its_own_brings_its_ids_and_a_line(
+    reference_folder: Reference, build: Build, make_tokenizer: Callable[[int], Any]
+) -> None:
+    folder = reference_folder("llama")
+    make_tokenizer(40).save_pretrained(folder)
+    same = build(folder, to="same", select="first:2", words=40).folder
+    assert AutoConfig.from_pretrained(same).pad_token_id == 0
+    assert GenerationConfig.from_pretrained(same).repetition_penalty == 1.25
+    tiny.edit_config(folder, bos_token_id=7, eos_token_id=8, pad_token_id=9)
+    other = build(folder, to="other", select="first:2", words=33).folder
+    for found in (AutoConfig.from_pretrained(other), GenerationConfig.from_pretrained(other)):
+        assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 0)
+    kept = AutoConfig.from_pretrained(build(folder, to="kept", select="first:2", words=40).folder)
+    assert (kept.bos_token_id, kept.eos_token_id, kept.pad_token_id) == (7, 8, 9)
+
+
+def test_inherit_copies_the_reference_s_tokenizer_files(
+    reference_folder: Reference, make_tokenizer: Callable[[int], Any], tmp_path: Path
+) -> None:
+    folder, target = reference_folder("llama"), tmp_path / "out"
+    tokenizer = make_tokenizer(40)
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("[PAD]\n")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert cli.main(["inherit", "--reference", str(folder), "--select", "first:2", "--output", str(target)]) == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "chat_template.jinja"):
+        assert (target / name).read_bytes() == (folder / name).read_bytes()
+    theirs, ours = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(target)
+    assert ours.padding_side == theirs.padding_side
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+def test_generation_settings_of_an_old_config_travel_along(reference_folder: Reference, build: Build) -> None:
+    folder = reference_folder("gpt2")
+    (folder / "generation_config.json").unlink()
+    tiny.edit_config(folder, do_sample=True, temperature=0.5)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    ours = AutoModelForCausalLM.from_pretrained(build(folder, select="first:2").folder).generation_config
+    assert (ours.do_sample, ours.temperature) == (theirs.do_sample, theirs.temperature) == (True, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("license: mit", "mit"),
+        ("license: mit # as the code", "mit"),
+        ("license:\n- mit\n- apache-2.0", "mit, apache-2.0"),
+        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
+        ("license:\ntags:\n- x", "its card names none"),
+        ("license: [", "its card names none"),
+    ],
+)
+def test_the_card_names_the_reference_s_licence(
+    front: str, licence: str, reference_folder: Reference, build: Build
+) -> None:
+    folder = reference_folder("llama")
+    (folder / "README.md").write_text(f"---\n{front}\n---\n# Model\n", encoding="utf-8")
+    (folder / "LICENSE").write_text("terms", encoding="utf-8")
+    target = build(folder, select="first:2").folder
+    assert f"the reference's ({licence})" in (target / "README.md").read_text(encoding="utf-8")
+    assert (target / "LICENSE").read_text(encoding="utf-8") == "terms"
+
+
+@pytest.mark.parametrize(("files", "config"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_the_target_loads_in_the_type_that_the_reference_loads_in(
+    files: str, config: str, reference_folder: Reference, build: Build
+) -> None:
+    folder = reference_folder("llama", dtype=files)
+    tiny.edit_config(folder, dtype=config)
+    built = build(folder, select="first:2")
+    assert {tensor["dtype"] for tensor in built.report["tensors"]} == {files}
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(built.folder)
+    assert ours.dtype == theirs.dtype == getattr(torch, config)
+
+
+def test_buffers_of_the_files_are_no_inherited_parameters(build: Build, tmp_path: Path) -> None:
+    from tests.surgery.families import tiny_config
+
+    folder = tmp_path / "reference"
+    AutoModelForCausalLM.from_config(tiny_config("deepseek_v3")).save_pretrained(folder)
+    report = build(folder, select="first:3").report
+    assert report["inherited_parameters"] == report["parameters"]
+    assert report["inherited_block_parameters"] == report["block_parameters"]
+
+
+def test_another_config_or_generation_config_makes_another_identity(reference_folder: Reference) -> None:
+    from inheritune_ds.recipe import Reference as Named
+    from inheritune_ds.surgery.reference import locate
+
+    folder = reference_folder("llama")
+    before = locate(Named(model=str(folder)), Path).identity
+    tiny.edit_config(folder, rms_norm_eps=1e-3)
+    after = locate(Named(model=str(folder)), Path).identity
+    assert before["weights_sha256"] == after["weights_sha256"]
+    assert before != after
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}), encoding="utf-8")
+    assert locate(Named(model=str(folder)), Path).identity not in (before, after)
