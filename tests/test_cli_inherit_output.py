@@ -1,0 +1,294 @@
+"""`inheritune-ds inherit`: where the target goes, and what is there already."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.cli import main
+from inheritune_ds.surgery import inherit as surgery
+from inheritune_ds.surgery import reference as origin
+from tests.surgery import tiny
+from tests.surgery.tiny import contents
+
+WEIGHTS = "model.safetensors"
+BUILT = "holds a target that was built from something else"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb sets variables for the libraries that it loads; they are taken back."""
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    for name in ("DS_ACCELERATOR", "OMP_WAIT_POLICY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    folder = tmp_path / "models" / "tiny-llama"
+    tiny.make_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def unhashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is refused is refused before a weight is read."""
+
+    def refuse(*_: object) -> str:
+        raise AssertionError
+
+    monkeypatch.setattr(origin, "sha256_file", refuse)
+
+
+def inherit(reference: Path | str, output: Path | str, *more: str, select: str = "first:2") -> int:
+    """Run the verb."""
+    return main(["inherit", "--reference", str(reference), "--select", select, "--output", str(output), *more])
+
+
+def while_proving(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> None:
+    """Let something happen while the target is built."""
+    prove: Callable[..., object] = vars(surgery)["prove"]
+
+    def proven(*args: object, **named: object) -> object:
+        happen()
+        return prove(*args, **named)
+
+    monkeypatch.setattr(surgery, "prove", proven)
+
+
+@pytest.mark.parametrize("kind", ["file", "other files", "foreign manifest", "no manifest", "dangling loop"])
+@pytest.mark.usefixtures("unhashed")
+def test_an_output_in_use_is_left_alone(
+    kind: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "target"
+    what = "exists and is not empty"
+    if kind == "file":
+        output.write_text("mine", encoding="utf-8")
+    elif kind == "dangling loop":
+        output.symlink_to(output)
+    else:
+        output.mkdir()
+        (output / "inheritance.json").write_text("{}", encoding="utf-8")
+        if kind == "foreign manifest":
+            (output / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
+            what = BUILT
+        elif kind == "no manifest":
+            (output / "manifest.json").write_text("[]", encoding="utf-8")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert inherit(reference, output) == 8
+    assert capsys.readouterr().err == (
+        f"inheritune-ds: error: --output {output} {what}\n  do: name a new folder, or remove this one\n"
+    )
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", ["selection", "weights"])
+def test_another_target_is_left_alone(
+    change: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "target"
+    assert inherit(reference, output) == 0
+    if change == "weights":
+        tiny.make_model("llama", seed=6).save_pretrained(reference)
+    before = contents(tmp_path)
+    assert inherit(reference, output, select="last:2" if change == "selection" else "first:2") == 8
+    assert BUILT in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_an_empty_output_folder_is_filled(reference: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    assert inherit(reference, tmp_path / "target") == 0
+    assert (tmp_path / "target" / WEIGHTS).is_file()
+
+
+def test_files_that_appear_while_the_target_is_built_are_left_alone(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "target"
+
+    def appear() -> None:
+        output.mkdir()
+        (output / "thesis.txt").write_text("mine", encoding="utf-8")
+
+    while_proving(monkeypatch, appear)
+    assert inherit(reference, output) == 8
+    assert f"{output} was free when this began, now it holds something else" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "target"}
+
+
+@pytest.mark.parametrize(("select", "code"), [("first:2", 0), ("last:2", 8)], ids=["the same", "another"])
+def test_a_target_that_another_command_finishes_first_is_kept(
+    select: str, code: int, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    assert inherit(reference, elsewhere, select=select) == 0
+    before = contents(elsewhere)
+    while_proving(monkeypatch, lambda: elsewhere.rename(output))
+    assert inherit(reference, output) == code
+    assert contents(output) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "target"}
+
+
+def flip_weights(output: Path) -> None:
+    """Change one byte; the file keeps its size."""
+    content = bytearray((output / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (output / WEIGHTS).write_bytes(content)
+
+
+def forget_files(output: Path) -> None:
+    document = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    del document["files"]
+    (output / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (lambda output: (output / WEIGHTS).unlink(), WEIGHTS),
+        (flip_weights, WEIGHTS),
+        (lambda output: (output / "inheritance.json").unlink(), "inheritance.json"),
+    ],
+    ids=["missing", "flipped", "report"],
+)
+def test_a_damaged_target_is_built_again(
+    harm: Callable[[Path], object], named: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "target"
+    assert inherit(reference, output) == 0
+    before = contents(output)
+    harm(output)
+    capsys.readouterr()
+    assert inherit(reference, output) == 0
+    shown = capsys.readouterr().out
+    assert f"DAMAGED: {output} holds this target, but not whole ({named}); it is built again\n" in shown
+    assert "built before" not in shown
+    assert contents(output) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "target"}
+
+
+@pytest.mark.parametrize("harm", ["other file", "no list"])
+def test_a_damaged_target_with_other_files_is_left_alone(
+    harm: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "target"
+    assert inherit(reference, output) == 0
+    if harm == "other file":
+        (output / "notes.txt").write_text("mine", encoding="utf-8")
+        flip_weights(output)
+    else:
+        forget_files(output)
+    before = contents(tmp_path)
+    assert inherit(reference, output) == 8
+    assert "holds this target with other files beside it, and it is damaged (" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "dangling"])
+def test_the_target_goes_where_a_link_points(kind: str, reference: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if kind == "empty folder":
+        (disk / "target").mkdir()
+    (tmp_path / "link").symlink_to(disk / "target")
+    assert inherit(reference, tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (disk / "target" / WEIGHTS).is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "disk", "link"}
+    assert [path.name for path in disk.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "words"),
+    [
+        ("", 3, "--output is empty"),
+        (".", 8, "--output . is the current folder"),
+        ("new/..", 8, "--output new/.. is the current folder"),
+    ],
+)
+@pytest.mark.usefixtures("unhashed")
+def test_the_current_folder_is_refused_at_once(  # noqa: PLR0917 - fixtures are parameters
+    output: str,
+    code: int,
+    words: str,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert inherit(reference, output) == code
+    assert words in capsys.readouterr().err
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("role", ["reference", "previous"])
+@pytest.mark.parametrize("place", ["", "target", "deep/target"])
+@pytest.mark.usefixtures("unhashed")
+def test_an_output_inside_a_source_is_refused_at_once(
+    role: str, place: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, more = reference, []
+    if role == "previous":
+        source = tmp_path / "small"
+        more = ["--previous", str(source)]
+    before = contents(tmp_path)
+    (tmp_path / "link").symlink_to(source)
+    assert inherit(reference, tmp_path / "link" / place, *more) == 8
+    assert f"lies in the folder of --{role}, {source}" in capsys.readouterr().err
+    assert {name for name in contents(tmp_path) if not name.startswith("link")} == set(before)
+
+
+@pytest.mark.parametrize("select", ["first:9", "by:rank:2"])
+@pytest.mark.usefixtures("unhashed")
+def test_a_selection_is_checked_before_the_reference_is_read(
+    select: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inherit(reference, tmp_path / "target", select=select) in (3, 9)
+    assert f"select {select}: " in capsys.readouterr().err
+
+
+HELD = """
+import os, sys, time
+from inheritune_ds.cli import main
+from inheritune_ds.surgery import inherit
+
+def wait(*_, **__):
+    print("building", flush=True)
+    time.sleep(60)
+
+inherit.prove = wait
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_tidies_up(number: signal.Signals, reference: Path, tmp_path: Path) -> None:
+    words = ["inherit", "--reference", str(reference), "--select", "first:2", "--output", str(tmp_path / "target")]
+    with subprocess.Popen([sys.executable, "-c", HELD, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "building\n"
+        time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_the_handlers_of_signals_are_put_back(reference: Path, tmp_path: Path) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    assert inherit(reference, tmp_path / "target") == 0
+    assert [signal.getsignal(number) for number in numbers] == before
