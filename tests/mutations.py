@@ -215,7 +215,7 @@ MUTATIONS = [
     Mutation(
         "the norm of the MLP would come with the attention",
         BLOCKS,
-        'return "mlp" if norms.index(norm) > 0 and len(norms) > 1 else "attention"',
+        'return "attention" if word[-1] == "1" else "mlp"',
         'return "attention"',
         "published_scripts and gpt2",
     ),

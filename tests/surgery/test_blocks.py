@@ -1,12 +1,16 @@
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from inheritune_ds.errors import SurgeryError
-from inheritune_ds.surgery.blocks import BlockList, find_blocks
+from inheritune_ds.surgery.blocks import BlockList, find_blocks, part_of
+from tests.surgery.families import ENCODERS, TINY, VARIANTS, tiny_config
+from tests.surgery.refusals import REFUSED
 from tests.surgery.tiny import PATHS
 
 
@@ -57,3 +61,114 @@ def test_block_list_numbers_by_whole_path() -> None:
     assert blocks.index_of("model.layers_2.weight") is None
     assert blocks.index_of("model.embed.weight") is None
     assert blocks.rest("model.layers.11.mlp.1.weight") == "mlp.1.weight"
+
+
+def leaf_norms(block: nn.Module, insides: list[str]) -> dict[str, nn.Module]:
+    """Norms of a block that lie in none of its attentions and MLPs."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if name
+        and not list(module.children())
+        and re.search(r"norm|(^|\.)(pre_)?ln", f"{type(module).__name__} {name}", re.IGNORECASE)
+        and not any(name.startswith(f"{inside}.") for inside in insides)
+        and list(module.parameters())
+    }
+
+
+def sub_modules(block: nn.Module) -> dict[str, str]:
+    """The outermost modules of a block that their classes call an attention or an MLP."""
+    found: dict[str, str] = {}
+    for name, module in block.named_modules():
+        if not name or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        kind = type(module).__name__
+        above = type(block.get_submodule(name.rpartition(".")[0])).__name__
+        if "Norm" in kind or ("Norm" in above and "Attention" not in above):
+            continue  # a norm may be gated by a small MLP; DBRX's NormAttentionNorm holds an attention
+        if re.search(r"(Attention|AttentionBlock|Attn|Mixer|ShortConv|DeltaNet|RecurrentBlock)$", kind):
+            found[name] = "attention"
+        elif re.search(r"(MLP|Mlp|MoE|Moe|FFN|FFNBlock|FeedForward|MoeBlock|Intermediate)$", kind) or name == "fc1":
+            found[name] = "mlp"
+    return found
+
+
+def flow(model: PreTrainedModel, watched: dict[str, nn.Module]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What goes into each module and what comes out, in one pass."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+            out = output[0] if isinstance(output, tuple | list) else output
+            if isinstance(given, torch.Tensor) and isinstance(out, torch.Tensor):
+                seen[name] = (given.clone().flatten(), out.clone().flatten())
+
+        return hook
+
+    for name, module in watched.items():
+        module.register_forward_hook(keep(name), with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=torch.arange(5, 17)[None], use_cache=False)
+    return seen
+
+
+def is_sum(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a norm takes what a part gives plus what went into it: a norm behind the residual, as OpenAI-GPT's."""
+    return total.shape == one.shape == other.shape and torch.allclose(total, one + other, atol=1e-6)
+
+
+def judged_norms(kind: str) -> dict[str, tuple[str, set[str]]]:
+    """Of the blocks' norms, those whose data goes straight into or comes straight out of a part.
+
+    Returns:
+        By the norm's name: the part that it is of by `part_of`, and those that it may be of by the data.
+    """
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    blocks = find_blocks(model, 6)
+    judged: dict[str, tuple[str, set[str]]] = {}
+    parts: dict[str, str] = {}
+    norms: dict[str, nn.Module] = {}
+    for index in range(6):
+        path = f"{blocks.path}.{index}"
+        own = sub_modules(model.get_submodule(path))
+        parts |= {f"{path}.{name}": part for name, part in own.items()}
+        norms |= {f"{path}.{n}": m for n, m in leaf_norms(model.get_submodule(path), list(own)).items()}
+    seen = flow(model, norms | {name: model.get_submodule(name) for name in parts})
+    for norm in norms.keys() & seen.keys():
+        given, out = seen[norm]
+        block = norm.removeprefix(f"{blocks.path}.").partition(".")[0]
+        around = {n: p for n, p in parts.items() if n in seen and n.startswith(f"{blocks.path}.{block}.")}
+        fits = {
+            part
+            for name, part in around.items()
+            if torch.equal(out, seen[name][0]) or torch.equal(given, seen[name][1]) or is_sum(given, *seen[name])
+        }
+        if fits:
+            leaf = next(name for name, _ in model.named_parameters() if name.startswith(f"{norm}."))
+            judged[norm] = (part_of(model, blocks, leaf), {f"{part}_norms" for part in fits})
+    return judged
+
+
+DATAFLOW = [name for name in [*TINY, *VARIANTS] if name not in REFUSED]
+SILENT = {
+    # every norm lies inside an attention or an MLP
+    *(kind for kind in ENCODERS if kind not in ("megatron-bert", "xlm-roberta-xl")),
+    *("big_bird", "cpmant", "git", "rembert", "roc_bert", "xlnet", "xmod"),
+    # norms without numbers
+    *("nanochat", "olmo"),
+    # the residual streams are mixed before and after each part
+    *("qwen4_exp_text", "qwen4_exp_text+no_ple"),
+}
+
+
+@pytest.mark.parametrize("kind", DATAFLOW)
+def test_a_norm_is_of_the_part_that_it_feeds_or_follows(kind: str) -> None:
+    judged = judged_norms(kind)
+    wrong = {name: found for name, found in judged.items() if found[0] not in found[1]}
+    assert not wrong
+    assert bool(judged) == (kind not in SILENT)
