@@ -28,8 +28,8 @@ ALLOWED = (
 )
 _COUNTED = ("first", "last", "every", "even")
 _RANGED = ("range", "drop")
-_NUMBER = re.compile(r"[0-9]{1,9}")
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,6 @@ class Selection:
     ranges: tuple[tuple[int, int], ...] = ()
     count: int = 0
     score: str = ""
-
-    def num_blocks(self, depth: int) -> int:
-        """Number of blocks kept of a reference with `depth` blocks.
-
-        Raises:
-            SurgeryError: If the selection does not fit that depth.
-        """
-        if self.kind == "by":
-            self._check_count(depth)
-            return self.count
-        return len(self.blocks(depth))
 
     def blocks(self, depth: int, scores: Mapping[str, Sequence[float]] | None = None) -> tuple[int, ...]:
         """Indices of the kept blocks in the reference, in the target's order.
@@ -101,9 +90,9 @@ class Selection:
         if not least <= self.count <= depth:
             form = self.text[: self.text.rindex(":") + 1]
             raise SurgeryError(
-                f"select {self.text}: {self.count} is not possible, the reference has {depth} blocks",
-                allowed=f"{form}{least} to {form}{depth}",
-                action=f"select=first:{depth // 2 or 1} keeps half of the blocks, the method's default",
+                f"select {self.text}: {self.count} is not possible, the reference has {depth} block{'s' * (depth > 1)}",
+                allowed=f"{form}{least} to {form}{depth}" if depth > least else f"{form}{depth}",
+                action=f"select=first:{depth // 2} keeps half of the blocks, the method's default" if depth > 1 else "",
             )
 
     def _check_ranges(self, depth: int) -> None:
@@ -119,15 +108,23 @@ class Selection:
                 allowed="at least one block is kept",
             )
 
-    def _best(self, depth: int, scores: Mapping[str, Sequence[float]]) -> list[int]:
-        values = scores.get(self.score)
-        if values is None:
+    def check_scores(self, scores: Mapping[str, Sequence[float]]) -> None:
+        """Check that the scores are there that `by:` goes by, as far as that can be said without the depth.
+
+        Raises:
+            SurgeryError: If they are not.
+        """
+        if self.kind == "by" and self.score not in scores:
             raise SurgeryError(
                 f"select {self.text}: no scores named {self.score!r} were given",
                 allowed=f"one of {', '.join(sorted(scores))}" if scores else "",
                 action='measure them and give the file with block_scores: {"NAME": [one number a block]}, '
                 "or name the blocks in a list",
             )
+
+    def _best(self, depth: int, scores: Mapping[str, Sequence[float]]) -> list[int]:
+        self.check_scores(scores)
+        values = scores[self.score]
         if len(values) != depth:
             raise SurgeryError(
                 f"select {self.text}: {len(values)} scores named {self.score!r}, but the reference has {depth} blocks",

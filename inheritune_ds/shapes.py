@@ -10,6 +10,7 @@ from inheritune_ds.budget import mlp_size
 from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
 from inheritune_ds.recipe import Recipe, Reference, Shape, TrainedTokenizer, is_local_path
 from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.scores import read_scores
 from inheritune_ds.selection import parse
 
 _UINT16_VALUES = 2**16
@@ -22,8 +23,10 @@ def target_shape(recipe: Recipe) -> tuple[Shape, int] | None:
     recipe's target, a local folder is read, and a hub id needs `reference.shape`.
 
     Raises:
-        SurgeryError: When more blocks are selected than the reference has.
-        RecipeError: When the windows are longer than the model's positions, or recipes refer in a circle.
+        SurgeryError: When more blocks are selected than the reference has, or the scores that a selection goes by are
+            not there.
+        RecipeError: When the windows are longer than the model's positions, recipes refer in a circle, or the file of
+            scores cannot be read.
         CorpusError: When the tokenizer has more entries than the model or than the token type holds.
     """
     _check_token_type(recipe)
@@ -43,10 +46,14 @@ def _target_shape(recipe: Recipe, chain: tuple[str, ...]) -> Shape | None:
     if recipe.reference is None:
         return recipe.target.shape
     shape = _reference_shape(recipe.reference, chain)
-    if shape is None or recipe.target.select is None:
+    if recipe.target.select is None:
         return None
+    selection, scores = parse(recipe.target.select), read_scores(recipe.target.block_scores)
     try:
-        selected = parse(recipe.target.select).num_blocks(shape.num_hidden_layers)
+        selection.check_scores(scores)
+        if shape is None:
+            return None
+        selected = len(selection.blocks(shape.num_hidden_layers, scores))
     except SurgeryError as error:
         raise SurgeryError(
             f"recipe {recipe.name}: {error.problem} ({recipe.reference.model})",

@@ -134,3 +134,39 @@ def test_target_shape_refuses_what_does_not_fit(
         target_shape(load_recipe("quickstart", overrides))
     assert message in str(caught.value)
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "problem"),
+    [
+        (None, SurgeryError, "no scores named 'rank' were given"),
+        ({"mass": [1, 2, 3, 4, 5]}, SurgeryError, "no scores named 'rank' were given"),
+        ({"rank": [1, 2, 3, 4]}, SurgeryError, "4 scores named 'rank', but the reference has 5 blocks"),
+        ({"rank": "high"}, RecipeError, "holds something else than scores"),
+    ],
+    ids=["none", "others", "short", "no scores"],
+)
+@pytest.mark.parametrize("known", ["shape", "no shape"])
+def test_scores_are_checked_before_a_run(
+    known: str, scores: Any, error: type[InherituneError], problem: str, tmp_path: Path
+) -> None:
+    config = LLAMA_CONFIG if known == "shape" else {**LLAMA_CONFIG, "model_type": "other"}
+    words = [f"reference.model={folder_with(tmp_path / 'model', config)}", "target.select=by:rank:2"]
+    if scores is not None:
+        (tmp_path / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+        words.append(f"target.block_scores={tmp_path / 'scores.json'}")
+    recipe = load_recipe("quickstart", words)
+    if known == "no shape" and problem.startswith("4 scores"):
+        assert target_shape(recipe) is None  # how many blocks there are is not known yet
+    else:
+        with pytest.raises(error, match=problem):
+            target_shape(recipe)
+
+
+def test_scores_choose_as_many_blocks_as_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text('{"rank": [1, 2, 3, 4, 5]}', encoding="utf-8")
+    model = folder_with(tmp_path / "model", {**LLAMA_CONFIG, "vocab_size": 4096})
+    words = [f"reference.model={model}", "target.select=by:rank:2", f"target.block_scores={tmp_path / 'scores.json'}"]
+    found = target_shape(load_recipe("quickstart", words))
+    assert found is not None
+    assert found[1] == 2

@@ -61,10 +61,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _run(args: argparse.Namespace, output: Path, reference: "Reference", target: "Target", local: Path | None) -> int:
     """Check what can be checked at once, then hash the reference, then find the target or build it."""
+    from inheritune_ds.scores import read_scores
     from inheritune_ds.surgery.inherit import make_config
     from inheritune_ds.surgery.reference import load_config, locate, read_config
     from inheritune_ds.surgery.report import target_summary
-    from inheritune_ds.surgery.scores import read_scores
 
     known: dict[str, Any] = {
         "target": target.model_dump(mode="json"),

@@ -19,6 +19,7 @@ from inheritune_ds.files import read_json, storage_errors, write_json, write_tex
 from inheritune_ds.parts import inherited_parts
 from inheritune_ds.publish import damaged_files, describe_files, staged
 from inheritune_ds.recipe import Reference, Target
+from inheritune_ds.scores import read_scores
 from inheritune_ds.selection import parse
 from inheritune_ds.surgery.companions import copy_licence, copy_tokenizer, is_own_tokenizer, write_configs
 from inheritune_ds.surgery.configs import DROPOUT_KEY, cut_config, num_blocks, set_dropout
@@ -26,7 +27,6 @@ from inheritune_ds.surgery.grafts import GraftPlan, Source, plan_grafts
 from inheritune_ds.surgery.proof import count_parameters, prove
 from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, locate
 from inheritune_ds.surgery.report import describe_tensors, target_card
-from inheritune_ds.surgery.scores import read_scores
 from inheritune_ds.surgery.skeleton import Skeleton, check_decoder, check_same_blocks
 from inheritune_ds.surgery.values import TargetValues
 from inheritune_ds.surgery.width import halve_config

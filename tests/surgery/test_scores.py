@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from inheritune_ds.errors import RecipeError, SurgeryError
+from inheritune_ds.scores import FORMAT, read_scores
 from inheritune_ds.surgery.inherit import TargetModel
-from inheritune_ds.surgery.scores import FORMAT, read_scores
 
 
 def test_scores_are_read_as_floats(tmp_path: Path) -> None:
@@ -40,6 +40,13 @@ def test_something_else_than_scores_is_refused(tmp_path: Path, text: str) -> Non
         read_scores(str(path))
     assert caught.value.problem == f"block_scores: {path} holds something else than scores"
     assert caught.value.allowed == FORMAT
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text('{"rank": [1, 2], "rank": [2, 1]}', encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"scores\.json names 'rank' twice"):
+        read_scores(str(path))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from inheritune_ds.errors import RecipeError
 
@@ -18,13 +20,27 @@ def read_scores(path: str | None) -> dict[str, list[float]]:
     if path is None:
         return {}
     try:
-        document = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        document = json.loads(text, object_pairs_hook=_once(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise RecipeError(f"block_scores: {path} cannot be read: {reason}", allowed=FORMAT) from None
     if not isinstance(document, dict) or not all(_is_scores(values) for values in document.values()):
         raise RecipeError(f"block_scores: {path} holds something else than scores", allowed=FORMAT)
     return {name: [float(value) for value in values] for name, values in document.items()}
+
+
+def _once(path: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """A reader of JSON objects that refuses a name that stands twice: the last would win without a word."""
+
+    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise RecipeError(f"block_scores: {path} names {twice!r} twice", allowed=FORMAT)
+        return dict(pairs)
+
+    return read
 
 
 def _is_scores(values: object) -> bool:
