@@ -100,10 +100,21 @@ class Reference(Part):
         """The name behind `recipe:`, or None for a hub id or a folder."""
         return self.model.removeprefix(RECIPE_PREFIX) if self.model.startswith(RECIPE_PREFIX) else None
 
+    @field_validator("model")
+    @classmethod
+    def _plain(cls, model: str) -> str:
+        """One spelling for a folder: `models//llama/` is `models/llama`."""
+        if model.startswith(RECIPE_PREFIX):
+            return model
+        plain = re.sub(r"/(\.?/)+", "/", model).removesuffix("/.").rstrip("/")
+        return plain or "/"
+
     @model_validator(mode="after")
     def _hub_only(self) -> Self:
         if self.recipe_name is not None and self.shape is not None:
             raise ValueError(f"shape is owned by {self.model}: leave it out here")
+        if self.revision != "main" and (self.recipe_name is not None or is_local_path(self.model)):
+            raise ValueError(f"revision {self.revision} is for models of the hub: leave it out for {self.model}")
         return self
 
 
@@ -123,6 +134,12 @@ class Target(Part):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Written to every dropout key of the model's config, whatever the reference had."""
 
+    @field_validator("select", mode="before")
+    @classmethod
+    def _one_block(cls, select: Any) -> Any:
+        """YAML reads a list of one block as a number."""
+        return str(select) if isinstance(select, int) and not isinstance(select, bool) else select
+
     @field_validator("select")
     @classmethod
     def _readable(cls, select: str | None) -> str | None:
@@ -135,6 +152,12 @@ class Target(Part):
     def _known(cls, inherit: str | list[str]) -> str | list[str]:
         _as_value_error(lambda: inherited_parts(inherit))
         return inherit
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        if self.block_scores is not None and (self.select is None or parse(self.select).kind != "by"):
+            raise ValueError(f"block_scores is for select: by:NAME:n: leave it out with select: {self.select}")
+        return self
 
     @property
     def inherits_nothing(self) -> bool:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig
 
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.recipe import Recipe, Shape, Training, is_local_path
+from inheritune_ds.recipe import Recipe, Reference, Shape, Target, Training, is_local_path
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.shapes import shape_from_config
 
@@ -168,3 +168,42 @@ def test_shape_from_config_knows_two_families() -> None:
 )
 def test_is_local_path_goes_by_the_way_a_name_is_written(name: str, *, local: bool) -> None:
     assert is_local_path(name) is local
+
+
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        ("R/llama/", "R/llama"),
+        ("R//llama", "R/llama"),
+        ("./R/./llama/.", "./R/llama"),
+        ("/", "/"),
+        ("../m/", "../m"),
+        ("~/m/", "~/m"),
+        ("openai-community/gpt2", "openai-community/gpt2"),
+        ("recipe:a//b.yaml", "recipe:a//b.yaml"),
+    ],
+)
+def test_a_folder_has_one_spelling(written: str, plain: str) -> None:
+    assert Reference(model=written).model == plain
+
+
+@pytest.mark.parametrize("model", ["recipe:quickstart", "/models/llama", "./llama", "~/llama"])
+def test_a_revision_is_for_the_hub(model: str) -> None:
+    with pytest.raises(ValidationError, match=f"revision v1 is for models of the hub: leave it out for {model}"):
+        Reference(model=model, revision="v1")
+    assert Reference(model="openai-community/gpt2", revision="v1").revision == "v1"
+
+
+def test_a_list_of_one_block_may_look_like_a_number() -> None:
+    recipe = load_recipe("quickstart", ["target.select=3"])
+    assert recipe.target.select == "3"
+    for select in (True, 1.5, -3):
+        with pytest.raises(ValidationError):
+            Target.model_validate({"select": select})
+
+
+@pytest.mark.parametrize("select", ["first:2", "0-3", None])
+def test_scores_need_a_selection_that_goes_by_them(select: str | None) -> None:
+    with pytest.raises(ValidationError, match="block_scores is for select: by:NAME:n: leave it out"):
+        Target(select=select, block_scores="scores.json")
+    assert Target(select="by:rank:2", block_scores="scores.json").block_scores
