@@ -1,7 +1,7 @@
 import pytest
 
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.parts import BLOCK_PARTS, OUTER_PARTS, PARTS, PRESETS, inherited_parts
+from inheritune_ds.parts import BLOCK_PARTS, OUTER_PARTS, PARTS, PRESETS, inherited_parts, needed_parts
 
 IN_BLOCKS = {"attention", "attention_norms", "mlp", "mlp_norms"}
 
@@ -33,14 +33,36 @@ def test_a_list_is_taken_part_by_part_and_group_by_group() -> None:
     assert inherited_parts(list(PARTS)) == inherited_parts("all")
 
 
+def test_a_string_is_taken_as_a_list_is() -> None:
+    assert inherited_parts("attention,mlp,head") == inherited_parts(["attention", "mlp", "head"])
+    assert inherited_parts(" mlp , norms") == inherited_parts(["mlp", "norms"])
+    assert inherited_parts("norms") == {"attention_norms", "mlp_norms"}
+    assert inherited_parts("head") == {"head"}
+    assert inherited_parts(" all ") == inherited_parts("all")
+
+
+def test_what_a_model_must_have_follows_from_what_is_named() -> None:
+    assert needed_parts(inherited_parts("all")) == needed_parts(inherited_parts("paper-scripts")) == []
+    assert needed_parts(inherited_parts("none")) == []
+    assert needed_parts(inherited_parts("attention-only")) == [("attention",)]
+    assert needed_parts(inherited_parts("mlp-only")) == [("mlp",)]
+    assert needed_parts(inherited_parts("attention-mlp")) == [("attention",), ("mlp",)]
+    assert needed_parts(inherited_parts("head,mlp_norms")) == [("mlp_norms",), ("head",)]
+    assert needed_parts(inherited_parts("norms,mlp")) == [("attention_norms", "mlp_norms"), ("mlp",)]
+
+
 @pytest.mark.parametrize(
     ("inherit", "problem"),
     [
-        ("everything", "inherit: 'everything' is no preset"),
-        ("", "inherit: '' is no preset"),
-        ("attention", "inherit: 'attention' is no preset"),
+        ("everything", "inherit: 'everything': neither preset nor part"),
+        ("attention,mlps", "inherit: 'mlps': neither preset nor part"),
+        ("attention,", "inherit: 'attention,' has an empty entry, number 2 of 2"),
+        (["", "mlp", "head"], "inherit: ['', 'mlp', 'head'] has an empty entry, number 1 of 3"),
+        ("", "inherit: the list of parts is empty"),
+        (" , ", "inherit: the list of parts is empty"),
+        ("mlp,all", "inherit: 'all' is a preset; it stands alone, not in a list"),
         (["attention", "mlps", "All"], "inherit: 'mlps', 'All': neither preset nor part"),
-        (["paper-scripts"], "inherit: 'paper-scripts': neither preset nor part"),
+        (["paper-scripts"], "inherit: 'paper-scripts' is a preset; it stands alone, not in a list"),
         ([], "inherit: the list of parts is empty"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from inheritune_ds.errors import SurgeryError
-from inheritune_ds.parts import PARTS
+from inheritune_ds.parts import GROUPS, PARTS, needed_parts
 from inheritune_ds.surgery.blocks import part_of
 from inheritune_ds.surgery.skeleton import Skeleton, contradiction
 from inheritune_ds.surgery.weights import DTYPES, WeightFiles
@@ -219,9 +219,11 @@ def plan_grafts(
         parts: What is inherited (`parts.PARTS`).
 
     Raises:
-        SurgeryError: If a tensor is of no known part, unless everything is inherited.
+        SurgeryError: If the target has no tensor of a part that is asked for, no place for a tensor of a source, or
+            a tensor of no known part, unless everything is inherited.
     """
     everything = set(parts) == set(PARTS)
+    _check_parts(target, parts)
     origins: dict[str, tuple[Source, str, int | None]] = {}
     if outer is not None:
         origins |= {name: (outer, name, None) for name in outer.by_block.get(None, [])}
@@ -230,6 +232,12 @@ def plan_grafts(
     grafts: list[Graft] = []
     for name, module in target.module_names(origins).items():
         source, source_name, block_here = origins[name]
+        if module not in target.shapes:
+            raise SurgeryError(
+                f"the target, a {target.config.model_type} model of {target.blocks.depth} blocks, has no place for "
+                f"{source_name} of the {source.role}",
+                allowed="another selection, or width: full",
+            )
         part = part_of(target.model, target.blocks, module)
         if not part and not everything:
             raise SurgeryError(
@@ -249,6 +257,19 @@ def plan_grafts(
     ]
     plan = GraftPlan(grafts, list(steps), outer)
     return replace(plan, left_out=sorted({name for source in plan.sources for name in source.leftovers}))
+
+
+def _check_parts(target: Skeleton, parts: Collection[str]) -> None:
+    """Refuse to inherit what the model does not have: the target would be another than the one asked for."""
+    has = {part_of(target.model, target.blocks, name) for name in target.shapes}
+    lacking = [choice for choice in needed_parts(parts) if not has & {*choice}]
+    if lacking:
+        names = {parts: name for name, parts in GROUPS.items()}
+        raise SurgeryError(
+            f"inherit: a {target.config.model_type} model of these blocks has no "
+            f"{', '.join(names.get(choice, choice[0]) for choice in lacking)}",
+            allowed=f"inherit: all, or parts that it has: {', '.join(part for part in PARTS if part in has)}",
+        )
 
 
 def _is_inherited(target: Skeleton, module: str, part: str, parts: Collection[str]) -> bool:

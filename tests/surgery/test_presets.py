@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.inherit import TargetModel
-from tests.surgery.tiny import plain
+from tests.surgery.families import tiny_config
+from tests.surgery.tiny import cut, plain
 
 LLAMA: dict[str, list[str]] = {
     "all": [],
@@ -116,6 +119,20 @@ START = {
 }
 
 
+TABLE = "roformer.encoder.embed_positions"
+
+
+def save_random(family: str, folder: Path) -> None:
+    """Save a tiny model of any family in which no tensor keeps its initial value, but a table of sines its own."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(TABLE):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(("family", "preset", "fresh"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
 def test_preset_leaves_fresh_what_the_published_scripts_do(
     family: str,
@@ -176,3 +193,58 @@ def test_a_list_of_parts_leaves_the_others_fresh(
     assert kinds[True] == inherited
     assert len(kinds[False]) == 7 - len(inherited)
     assert report["inherit"] == parts
+
+
+@pytest.mark.parametrize(
+    ("family", "inherit", "lacking"),
+    [
+        ("llama", ["position_embeddings", "mlp"], "position_embeddings"),
+        ("mamba", "mlp-only", "mlp"),
+        ("mamba", "attention-mlp", "mlp"),
+        ("mamba", ["mlp_norms", "attention", "position_embeddings"], "mlp_norms, position_embeddings"),
+        ("olmo", ["norms", "mlp"], "norms"),
+        ("olmo", ["final_norm"], "final_norm"),
+    ],
+)
+def test_a_part_that_the_model_does_not_have_is_refused(
+    family: str, inherit: str | list[str], lacking: str, tmp_path: Path
+) -> None:
+    save_random(family, tmp_path / "reference")
+    with pytest.raises(SurgeryError) as caught:
+        cut(tmp_path / "reference", tmp_path / "target", words=None, select="first:2", inherit=inherit)
+    assert caught.value.problem == f"inherit: a {family} model of these blocks has no {lacking}"
+    has = {
+        "llama": "attention, attention_norms, mlp, mlp_norms, token_embeddings, final_norm, head",
+        "mamba": "attention, attention_norms, token_embeddings, final_norm, head",
+        "olmo": "attention, mlp, token_embeddings, head",
+    }
+    assert caught.value.allowed == f"inherit: all, or parts that it has: {has[family]}"
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "inherit"),
+    [("mamba", "attention-only"), ("mamba", ["norms", "head"]), ("mamba", "paper-scripts"), ("olmo", "mlp-only")],
+)
+def test_a_preset_takes_what_there_is_of_what_it_is_not_about(
+    family: str, inherit: str | list[str], tmp_path: Path
+) -> None:
+    save_random(family, tmp_path / "reference")
+    report = cut(tmp_path / "reference", tmp_path / "target", words=None, select="first:2", inherit=inherit).report
+    assert {tensor["inherited"] for tensor in report["tensors"]} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("family", "fresh"),
+    [
+        ("bloom", {"transformer.word_embeddings_layernorm", "transformer.ln_f"}),
+        ("roformer", {"roformer.embeddings.LayerNorm", "roformer.embeddings.token_type_embeddings", TABLE}),
+    ],
+)
+def test_the_norm_of_the_embeddings_is_theirs(family: str, fresh: set[str], tmp_path: Path) -> None:
+    save_random(family, tmp_path / "reference")
+    report = cut(tmp_path / "reference", tmp_path / "target", words=None, select="1,3", inherit="paper-scripts").report
+    assert {t["name"].rpartition(".")[0] for t in report["tensors"] if not t["inherited"]} == fresh
+    assert report["proof"]["hidden_state"] == "equal, bit for bit"
+    assert report["proof"]["hidden_state_start"] == "the target's own embeddings"
+    plain(tmp_path / "target")
