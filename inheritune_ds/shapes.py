@@ -103,7 +103,7 @@ def _read_config(path: Path) -> Shape | None:
         reason = (error.strerror or "unreadable").lower() if isinstance(error, OSError) else "it is not JSON"
         raise RecipeError(
             f"reference.model: {path} cannot be read: {reason}",
-            allowed="a folder with a Hugging Face config.json, a hub id, or recipe:NAME",
+            allowed="a folder with a Hugging Face config.json, recipe:NAME, or a hub id, which has one slash",
             action="check the path",
         ) from None
     try:

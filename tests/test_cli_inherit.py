@@ -91,6 +91,17 @@ def test_every_option_reaches_the_report_and_the_card(
     assert "not comparable: fresh tensors in the blocks" in capsys.readouterr().out
 
 
+def test_the_same_folder_is_the_same_reference(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(reference.parent)
+    for number, name in enumerate(("tiny-llama", "tiny-llama/", "./tiny-llama", "tiny-llama/.")):
+        assert inherit(name, tmp_path / "target") == 0
+        assert ("built before, files verified" in capsys.readouterr().out) == (number > 0)
+    assert inherit("tiny-llama", tmp_path / "other", "--revision", "v1") == 3
+    assert "--revision v1 is for models of the hub, --reference tiny-llama is a folder" in capsys.readouterr().err
+
+
 def test_growth_keeps_the_previous_target(reference: Path, tmp_path: Path) -> None:
     assert inherit(reference, tmp_path / "small") == 0
     assert inherit(reference, tmp_path / "large", "--previous", str(tmp_path / "small"), select="first:3") == 0
@@ -186,8 +197,17 @@ OPTIONS = [
     (["--dropout", "nan"], 3, "--dropout: Input should be a finite number"),
     (["--seed", "-1"], 3, "--seed -1 is no seed"),
     (["--seed", str(2**70)], 3, f"--seed {2**70} is no seed"),
-    (["--block-scores", "/nowhere.json"], 3, "block_scores: /nowhere.json cannot be read: No such file"),
-    (["--previous", "/nowhere"], 3, "/nowhere is no model folder"),
+    (["--block-scores", "/no.json"], 3, "--select: block_scores is for select: by:NAME:n: leave it out"),
+    (["--select", "by:a:2", "--block-scores", "/no.json"], 3, "block_scores: /no.json cannot be read: No such file"),
+    (["--previous", "/nowhere"], 3, "--previous '/nowhere' is no model folder"),
+    (["--previous", ""], 3, "--previous '' is no model folder"),
+    (["--inherit", ""], 3, "--inherit: "),
+    (["--reference", ""], 3, "--reference: String should have at least 1 character"),
+    (["--reference", "/no/where"], 3, "--reference /no/where: there is no folder /no/where\n  allowed: a model's fo"),
+    (["--reference", "recipe:tiny"], 3, "train it first: inheritune-ds train --recipe tiny --runs-dir runs"),
+    (["--reference", "recipe:../tiny"], 3, "--reference recipe:../tiny is no recipe's name"),
+    (["--reference", "recipe:"], 3, "--reference recipe: is no recipe's name"),
+    (["--revision", "v1"], 3, "--reference: revision v1 is for models of the hub"),
     (["--width", "half"], 9, "width half: num_key_value_heads is 1, an odd number"),
     (["training.seq_len=8"], 3, "inherit takes no overrides: training.seq_len=8"),
 ]

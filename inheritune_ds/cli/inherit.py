@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+    from inheritune_ds.errors import RecipeError
     from inheritune_ds.recipe import Reference, Target
     from inheritune_ds.surgery.inherit import Previous, TargetModel
     from inheritune_ds.surgery.reference import ReferenceModel
@@ -28,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-scores", metavar="JSON", help="scores of the blocks, for --select by:NAME:n")
     parser.add_argument("--dropout", type=float, default=0.0, help="written to the target's config (default: 0)")
     parser.add_argument("--seed", type=int, default=1337, help="of the fresh tensors' values (default: 1337)")
-    parser.add_argument(
-        "--previous", type=Path, metavar="DIR", help="growth: keep the trained blocks of this smaller target"
-    )
+    parser.add_argument("--previous", metavar="DIR", help="growth: keep the trained blocks of this smaller target")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where recipe:NAME is looked for")
     parser.epilog = "docs/surgery.md tells the grammar of selections, the parts and presets, and what is proven."
 
@@ -50,8 +51,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     output = _output(args.output)
     reference, target = _request(args)
     local = _local_folder(reference, args.runs_dir)
-    for role, folder in (("reference", local), ("previous", args.previous)):
-        if folder is not None:
+    if local is not None and reference.revision != "main":
+        raise RecipeError(
+            f"--revision {reference.revision} is for models of the hub, --reference {reference.model} is a folder",
+            action="leave --revision out",
+        )
+    for role, folder in (("reference", local), ("previous", args.previous and Path(args.previous).expanduser())):
+        if folder:
             _check_outside(args, output, role, folder)
     # The surgery computes on the CPU; a GPU machine need not have its GPU free for it.
     prepare_environment(os.environ, kind="cpu")
@@ -152,13 +158,35 @@ def _output(text: str) -> Path:
 
 
 def _local_folder(reference: "Reference", runs_dir: Path) -> Path | None:
-    """Folder of a reference that is on this machine; None for one of the hub."""
+    """Folder of a reference that is on this machine; None for one of the hub.
+
+    Raises:
+        RecipeError: If it is not there.
+    """
+    from inheritune_ds.errors import RecipeError
     from inheritune_ds.recipe import is_local_path
 
-    if reference.recipe_name is not None:
-        return runs_dir / reference.recipe_name / "export"
-    if is_local_path(reference.model) or Path(reference.model).is_dir():
-        return Path(reference.model).expanduser()
+    name = reference.recipe_name
+    if name is not None:
+        if not name or "/" in name or name.startswith("."):
+            raise RecipeError(
+                f"--reference {reference.model} is no recipe's name",
+                allowed="recipe:NAME with the name of a run, or the path of a model's folder",
+            )
+        if not (runs_dir / name / "export").is_dir():
+            raise RecipeError(
+                f"--reference {reference.model} has not been trained: {runs_dir / name / 'export'} is missing",
+                action=f"train it first: inheritune-ds train --recipe {name} --runs-dir {runs_dir}",
+            )
+        return runs_dir / name / "export"
+    folder = Path(reference.model).expanduser()
+    if folder.is_dir():
+        return folder
+    if is_local_path(reference.model):
+        raise RecipeError(
+            f"--reference {reference.model}: there is no folder {folder}",
+            allowed="a model's folder, recipe:NAME, or a hub id, which has one slash: openlm-research/open_llama_3b",
+        )
     return None
 
 
@@ -229,25 +257,43 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
     from inheritune_ds.recipe import Reference, Target
 
     try:
-        return Reference(model=args.reference, revision=args.revision), Target(
+        return Reference(model=_one_spelling(args.reference), revision=args.revision), Target(
             select=args.select,
-            inherit=args.inherit if args.inherit in PRESETS else args.inherit.split(","),
+            inherit=args.inherit if args.inherit in PRESETS or not args.inherit else args.inherit.split(","),
             width=args.width,
             block_scores=args.block_scores,
             dropout=args.dropout,
         )
     except ValidationError as error:
-        problems = [
-            RecipeError(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg'].removeprefix('Value error, ')}")
-            for problem in error.errors()
-        ]
-        raise RecipeError.of(problems) from None
+        raise RecipeError.of([_option_error(error.title, problem) for problem in error.errors()]) from None
+
+
+def _option_error(title: str, problem: "ErrorDetails") -> "RecipeError":
+    """A problem of a recipe's field, told of the option that it came from."""
+    from inheritune_ds.errors import RecipeError
+
+    names = {"model": "reference", "block_scores": "block-scores"}
+    field = str(problem["loc"][0]) if problem["loc"] else {"Reference": "reference", "Target": "select"}[title]
+    return RecipeError(f"--{names.get(field, field)}: {problem['msg'].removeprefix('Value error, ')}")
+
+
+def _one_spelling(name: str) -> str:
+    """The same folder is the same reference, however it is written."""
+    return str(Path(name)) if name and Path(name).is_dir() else name
 
 
 def _previous(args: argparse.Namespace) -> "Previous | None":
+    from inheritune_ds.errors import RecipeError
     from inheritune_ds.surgery.inherit import locate_previous
 
-    return None if args.previous is None else locate_previous(args.previous)
+    if args.previous is None:
+        return None
+    folder = Path(args.previous).expanduser()
+    if not args.previous or not (folder / "config.json").is_file():
+        raise RecipeError(
+            f"--previous {args.previous!r} is no model folder", allowed="the folder of an earlier target, trained"
+        )
+    return locate_previous(folder)
 
 
 def _command(args: argparse.Namespace, commit: str) -> str:
