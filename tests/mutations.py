@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "a changed recipe would train the old target",
         INHERIT,
-        ' or manifest.get("identity") != identity:',
-        ":",
+        'isinstance(report, dict) or manifest.get("identity") != identity:',
+        "isinstance(report, dict):",
         "find_target",
     ),
     Mutation(
