@@ -90,7 +90,11 @@ class Skeleton:
     def is_ignored(self, module_name: str) -> bool:
         """Whether the model's class says that a tensor of this name in a file is a leftover of older versions."""
         patterns = set(self.model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001 - no public name
-        patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"}
+        patterns |= {
+            r"rotary_emb\.inv_freq",
+            r"(^|\.)position_ids$",
+            r"\.attn\.((attention\.)?(masked_)?bias|causal_mask)$",
+        }
         return any(re.search(pattern, module_name) for pattern in patterns)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -213,13 +217,19 @@ def not_a_decoder(config: "PreTrainedConfig") -> str:
             for count in ("", "num_")
         ),
         "transformers has no causal language model for it": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
-        f"it is made of several models ({', '.join(sorted(config.sub_configs))})": config.get_text_config()
-        is not config,
+        f"it is made of several models ({', '.join(sorted(config.sub_configs))})": _is_composite(config),
         "its weights are quantised (quantization_config)": getattr(config, "quantization_config", None) is not None,
         f"blocks share keys and values across layers (num_kv_shared_layers is {shared})": bool(shared),
         "blocks take the choice of keys from an earlier block (indexer_types holds 'shared')": "shared" in indexers,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _is_composite(config: "PreTrainedConfig") -> bool:
+    try:
+        return config.get_text_config() is not config
+    except ValueError:  # several that could be meant (MusicGen)
+        return True
 
 
 def _build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":

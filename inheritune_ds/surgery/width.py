@@ -19,19 +19,30 @@ FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "ol
 _SEGMENTS = {"attn.c_attn.weight": 3, "attn.c_attn.bias": 3}
 """Tensors of several equal pieces along the last dimension, each halved by itself (GPT-2: q, k, v)."""
 _HALVED = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim", "n_inner")
-_EQUAL_TO_WIDTH = ("word_embed_proj_dim",)
 
 
 def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """Copy a config with half the width.
 
     Raises:
-        SurgeryError: If the family is not one of `FAMILIES`, or a size is odd.
+        SurgeryError: If the family is not one of `FAMILIES`, a size is odd, or a setting gives tensors that have no
+            half.
     """
     if config.model_type not in FAMILIES:
         raise SurgeryError(
             f"width half: the tensors of a {config.model_type} model cannot be halved head by head",
             allowed=f"one of {', '.join(FAMILIES)}",
+        )
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise SurgeryError(
+            f"width half: the embeddings have a width of their own (word_embed_proj_dim is "
+            f"{config.word_embed_proj_dim}, hidden_size {config.hidden_size})",
+            allowed="a reference whose embeddings are as wide as its blocks",
+        )
+    if config.model_type == "stablelm" and config.qk_layernorm:
+        raise SurgeryError(
+            "width half: every head has a norm of its own (qk_layernorm is true), and half of them would be left over",
+            allowed="a reference without qk_layernorm",
         )
     values = config.to_dict()
     for name in _HALVED:
@@ -42,9 +53,8 @@ def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
         if size % 2:
             raise SurgeryError(f"width half: {key} is {size}, an odd number", allowed="a reference with even sizes")
         values[key] = size // 2
-    for key in _EQUAL_TO_WIDTH:
-        if values.get(key) == config.hidden_size:
-            values[key] //= 2
+    if "word_embed_proj_dim" in values:
+        values["word_embed_proj_dim"] = config.hidden_size // 2
     if "head_dim" in values and values["head_dim"] is None:
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     return type(config).from_dict(values)

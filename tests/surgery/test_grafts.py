@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery import grafts
+from inheritune_ds.surgery.blocks import part_of
 from inheritune_ds.surgery.grafts import Source
 from inheritune_ds.surgery.inherit import TargetModel
 from inheritune_ds.surgery.reference import load_config
@@ -211,7 +212,7 @@ def test_a_tensor_of_no_part_needs_everything_to_be_inherited(
     reference_folder: Callable[..., Path], build: Callable[..., TargetModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = reference_folder("llama")
-    known = grafts.part_of
+    known = part_of
     monkeypatch.setattr(grafts, "part_of", lambda *given: known(*given) if "up_proj" not in given[2] else "")
     with pytest.raises(SurgeryError) as caught:
         build(folder, select="first:2", inherit="mlp-only")

@@ -22,6 +22,9 @@ def config(family: str, **changes: Any) -> PreTrainedConfig:
     [
         ("t5", {}, "it is of an encoder-decoder family"),
         ("bart", {}, "it is of an encoder-decoder family"),
+        ("musicgen", {}, "it is of an encoder-decoder family"),
+        ("musicgen_melody", {}, "it is of an encoder-decoder family"),
+        ("gemma3", {}, "it is made of several models (text_config, vision_config)"),
         ("vit", {}, "transformers has no causal language model for it"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
         (
@@ -83,6 +86,10 @@ def test_module_names_follow_the_loader() -> None:
     [
         ("model.layers.0.self_attn.rotary_emb.inv_freq", True),
         ("transformer.h.0.attn.masked_bias", True),
+        ("transformer.h.0.attn.attention.bias", True),
+        ("transformer.h.0.attn.attention.masked_bias", True),
+        ("transformer.h.0.attn.causal_mask", True),
+        ("transformer.h.0.attn.attention.q_proj.bias", False),
         ("position_ids", True),
         ("model.layers.0.self_attn.q_proj.weight", False),
         ("my_position_ids", False),

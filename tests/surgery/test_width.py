@@ -144,3 +144,43 @@ def test_an_odd_size_is_refused_and_named() -> None:
     gpt2 = AutoConfig.for_model("gpt2", n_embd=9, n_head=3)
     with pytest.raises(SurgeryError, match="n_embd is 9, an odd number"):
         halve_config(gpt2)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        (
+            "opt",
+            {"word_embed_proj_dim": 16},
+            "the embeddings have a width of their own (word_embed_proj_dim is 16, hidden_size 32)",
+        ),
+        (
+            "stablelm",
+            {"qk_layernorm": True},
+            "every head has a norm of its own (qk_layernorm is true), and half of them would be left over",
+        ),
+    ],
+)
+def test_settings_that_have_no_half_are_refused(family: str, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SurgeryError) as caught:
+        halve_config(AutoConfig.for_model(family, **{**VALUES, **changes}))
+    assert caught.value.problem == f"width half: {problem}"
+    assert caught.value.allowed.startswith("a reference w")
+
+
+def test_a_tensor_that_the_half_has_no_place_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**VALUES, "attention_bias": True}))
+    reference.save_pretrained(tmp_path / "reference")
+
+    def without_biases(config: Any) -> Any:
+        half = halve_config(config)
+        half.attention_bias = False
+        return half
+
+    monkeypatch.setattr("inheritune_ds.surgery.inherit.halve_config", without_biases)
+    with pytest.raises(SurgeryError) as caught:
+        tiny.cut(tmp_path / "reference", tmp_path / "half", select="first:2", width="half")
+    assert caught.value.problem == (
+        "the target, a llama model of 2 blocks, has no place for model.layers.0.self_attn.k_proj.bias of the reference"
+    )
+    assert caught.value.allowed == "another selection, or width: full"
