@@ -50,9 +50,9 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def _refusal(path: Path | str, number: int | None, reason: str) -> StorageError:
     if number in (errno.ENOSPC, errno.EDQUOT):
-        action = "free some space, then give the same command again: finished stages are kept"
+        action = "free some space, then give the same command again"
     else:
-        action = "choose a folder that you may write to (--runs-dir, --cache-dir)"
+        action = "choose a folder that you may write to; the command's --help names its options"
     return StorageError(f"{path} cannot be written: {reason}", action=action)
 
 

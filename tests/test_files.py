@@ -81,7 +81,7 @@ def test_writing_below_a_file_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"cannot be written: Not a directory") as caught:
         write_json(inside, {})
     assert str(tmp_path / "file") in caught.value.problem
-    assert caught.value.action == "choose a folder that you may write to (--runs-dir, --cache-dir)"
+    assert caught.value.action == "choose a folder that you may write to; the command's --help names its options"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])

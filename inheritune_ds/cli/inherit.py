@@ -256,10 +256,12 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
     from inheritune_ds.parts import PRESETS
     from inheritune_ds.recipe import Reference, Target
 
+    if not args.inherit:
+        raise RecipeError("--inherit is empty", allowed=f"{', '.join(PRESETS)}, or a list of parts: attention,mlp,head")
     try:
         return Reference(model=_one_spelling(args.reference), revision=args.revision), Target(
             select=args.select,
-            inherit=args.inherit if args.inherit in PRESETS or not args.inherit else args.inherit.split(","),
+            inherit=args.inherit if args.inherit in PRESETS else args.inherit.split(","),
             width=args.width,
             block_scores=args.block_scores,
             dropout=args.dropout,

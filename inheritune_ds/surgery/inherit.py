@@ -345,7 +345,8 @@ def check_vocabulary(tokenizer_size: int, model_size: int) -> None:
     """
     if tokenizer_size > model_size:
         raise CorpusError(
-            f"corpus.tokenizer has {tokenizer_size} entries, the model's vocabulary {model_size}",
+            f"the tokenizer has {tokenizer_size} entries, the model's vocabulary {model_size}",
             allowed=f"a tokenizer with at most {model_size} entries",
-            action="use the reference's own tokenizer (leave corpus.tokenizer out) or a larger vocab_size",
+            action="bring the tokenizer that belongs to the model; in a recipe, leave corpus.tokenizer out to use the "
+            "reference's own, or give target.shape a larger vocab_size",
         )

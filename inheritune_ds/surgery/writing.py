@@ -63,9 +63,13 @@ def check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise StorageError(
-            f"{folder.parent}: the target takes {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free",
+            f"{folder.parent}: the target takes {_in_words(size)}, but {_in_words(free)} are free",
             action="free some space, or choose another place, then give the same command again",
         )
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**7 else f"{size / 1e6:.2f} MB"
 
 
 def _shards(grafts: Sequence["Graft"], sizes: Mapping[str, int]) -> Iterator[list["Graft"]]:

@@ -208,7 +208,7 @@ def test_build_target_refuses_a_tokenizer_with_more_entries_than_embeddings(
     build(folder, to="just", select="first:2", words=40)
     with pytest.raises(CorpusError) as caught:
         build(folder, select="first:2", words=41)
-    assert caught.value.problem == "corpus.tokenizer has 41 entries, the model's vocabulary 40"
+    assert caught.value.problem == "the tokenizer has 41 entries, the model's vocabulary 40"
     assert caught.value.allowed == "a tokenizer with at most 40 entries"
     assert "leave corpus.tokenizer out" in caught.value.action
     assert not (tmp_path / "target").exists()

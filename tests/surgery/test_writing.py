@@ -96,7 +96,7 @@ def test_a_target_that_does_not_fit_on_the_disk_is_not_begun(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * 10**7, 10**7, 20_000))
     with pytest.raises(StorageError) as caught:
         build(folder, select="first:2")
-    assert caught.value.problem == f"{tmp_path}: the target takes 0.00 GB, but 0.00 GB are free"
+    assert caught.value.problem == f"{tmp_path}: the target takes 0.02 MB, but 0.02 MB are free"
     assert caught.value.action.startswith("free some space")
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
 
@@ -137,3 +137,15 @@ def test_a_source_that_was_cut_short_meanwhile_is_refused(
         build(folder, select="first:2")
     assert caught.value.action == "bring the file again"
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(3 * 10**12, "3000.00 GB"), (10**7, "0.01 GB"), (9_990_000, "9.99 MB"), (20_000, "0.02 MB")]
+)
+def test_sizes_are_told_in_a_unit_that_shows_them(
+    size: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - shutil's own is no public class
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * size, size + 1, size - 1))
+    with pytest.raises(StorageError, match=f"the target takes {words}, but "):
+        writing.check_space(tmp_path / "target", size)
