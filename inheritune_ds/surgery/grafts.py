@@ -71,8 +71,9 @@ class Source:
         self._check_leftovers({name: named[name] for name in self.leftovers})
         self.module_of = {name: module for name, module in named.items() if module in shapes}
         self._check_numbers()
+        self._renamed: dict[str, str] = {}
         self._check_whole()
-        self._drop_tied_copies()
+        self._settle_ties()
 
     def _check_types(self) -> None:
         odd = {str(self.files.meta(name).dtype) for name in self.files} - {str(dtype) for dtype in DTYPES}
@@ -120,17 +121,27 @@ class Source:
             raise contradiction([f"{name} is not in the files" for name in missing])
         skeleton.load({name: self.files.meta(name) for name in self.module_of})
 
-    def _drop_tied_copies(self) -> None:
-        """Leave out second copies of tied tensors, which pickle files hold; they must be copies."""
+    def _settle_ties(self) -> None:
+        """Leave out second copies of tied tensors, which pickle files hold; they must be copies.
+
+        A file may hold the copy alone, as `safetensors.torch.save_model` writes it: that is the tensor then.
+        """
         for name, module in list(self.module_of.items()):
             twin = self.skeleton.tied.get(module)
             first = next((file for file, its in self.module_of.items() if its == twin), None)
-            if twin is None or first is None:
+            if twin is None:
+                continue
+            if first is None:
+                self.module_of[name] = self._renamed[name] = twin
                 continue
             if not torch.equal(self.files.tensor(name), self.files.tensor(first)):
                 raise contradiction([f"{name} differs from {first}, but the config ties them"])
             del self.module_of[name]
             self.leftovers.append(name)
+
+    def loaded_as(self, name: str) -> str:
+        """The name under which a tensor of the files is loaded and written: its own, but for a tied copy alone."""
+        return self._renamed.get(name, name)
 
     @cached_property
     def by_block(self) -> dict[int | None, list[str]]:
@@ -226,7 +237,7 @@ def plan_grafts(
     _check_parts(target, parts)
     origins: dict[str, tuple[Source, str, int | None]] = {}
     if outer is not None:
-        origins |= {name: (outer, name, None) for name in outer.by_block.get(None, [])}
+        origins |= {outer.loaded_as(name): (outer, name, None) for name in outer.by_block.get(None, [])}
     for place, (source, block) in enumerate(steps):
         origins |= {source.moved(name, place): (source, name, place) for name in source.by_block.get(block, [])}
     grafts: list[Graft] = []

@@ -205,7 +205,7 @@ class _Runner:
             skeleton.block(index).forward = self._bypass
 
     def _read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {name: aligned(self._source.files.tensor(name)) for name in names}
+        return {self._source.loaded_as(name): aligned(self._source.files.tensor(name)) for name in names}
 
     def _bypass(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

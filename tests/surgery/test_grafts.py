@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery import grafts
@@ -15,7 +15,7 @@ from inheritune_ds.surgery.grafts import Source
 from inheritune_ds.surgery.inherit import TargetModel
 from inheritune_ds.surgery.reference import load_config
 from tests.surgery import tiny
-from tests.surgery.tiny import plain
+from tests.surgery.tiny import make_model, plain
 
 Tensors = dict[str, torch.Tensor]
 HINT = "bring both from the same place again; weights are never filled in at random"
@@ -112,6 +112,32 @@ def test_a_tied_head_that_is_no_copy_is_refused(reference_folder: Callable[..., 
     folder = reference_folder("gpt2")
     pickled(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
     assert refused(folder) == ["lm_head.weight differs from transformer.wte.weight, but the config ties them"]
+
+
+@pytest.mark.parametrize(("family", "embedding"), [("gpt2", "transformer.wte"), ("llama", "model.embed_tokens")])
+@pytest.mark.parametrize("inherit", ["all", "mlp-only", "paper-scripts"])
+def test_a_tied_head_alone_is_the_embedding(
+    family: str,
+    embedding: str,
+    inherit: str,
+    reference_folder: Callable[..., Path],
+    build: Callable[..., TargetModel],
+) -> None:
+    folder = reference_folder(family, tie_word_embeddings=True)
+    (folder / "model.safetensors").unlink()
+    save_model(
+        make_model(family, tie_word_embeddings=True), str(folder / "model.safetensors"), metadata={"format": "pt"}
+    )
+    origin = load_file(folder / "model.safetensors")
+    assert f"{embedding}.weight" not in origin  # else this tests nothing
+    built = build(folder, select="first:2", inherit=inherit)
+    target = plain(built.folder)
+    assert torch.equal(target.state_dict()[f"{embedding}.weight"], origin["lm_head.weight"])
+    assert target.get_output_embeddings().weight is target.get_input_embeddings().weight
+    entry = next(tensor for tensor in built.report["tensors"] if tensor["name"] == f"{embedding}.weight")
+    assert entry["part"] == "token_embeddings"
+    assert (entry["source"]["tensor"], entry["source"]["file"]) == ("lm_head.weight", "model.safetensors")
+    assert (built.report["proof"]["hidden_state"] is None) == (inherit == "mlp-only")
 
 
 @pytest.mark.parametrize(
