@@ -172,8 +172,8 @@ def exit_codes() -> str:
     errors_by_code = sorted((kind for kind in kinds if issubclass(kind, errors.InherituneError)), key=_exit_code)
     rows += [f"| {_exit_code(kind)} | `{kind.__name__}` | {_first_line(kind)} |" for kind in errors_by_code[1:]]
     rows.append(
-        "| 130 | | Ctrl-C (or SIGTERM, SIGUSR1) outside the training loop: finished stages are kept; or a second "
-        "Ctrl-C within 5 s |"
+        "| 130 | | Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) outside the training loop: finished stages are "
+        "kept; or a second Ctrl-C within 5 s |"
     )
     return "\n".join(rows) + "\n"
 
