@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
     from inheritune_ds.errors import RecipeError
     from inheritune_ds.recipe import Reference, Target
     from inheritune_ds.surgery.inherit import Previous, TargetModel
@@ -270,7 +268,7 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
         raise RecipeError.of([_option_error(error.title, problem) for problem in error.errors()]) from None
 
 
-def _option_error(title: str, problem: "ErrorDetails") -> "RecipeError":
+def _option_error(title: str, problem: Mapping[str, Any]) -> "RecipeError":
     """A problem of a recipe's field, told of the option that it came from."""
     from inheritune_ds.errors import RecipeError
 
