@@ -262,8 +262,11 @@ def test_a_selection_is_checked_before_the_reference_is_read(
 
 HELD = """
 import os, sys, time
+import signal
 from inheritune_ds.cli import main
 from inheritune_ds.surgery import inherit
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
 def wait(*_, **__):
     print("building", flush=True)

@@ -124,7 +124,7 @@ def test_claim_below_a_file_is_a_storage_error(tmp_path: Path, recipe: Recipe) -
     (tmp_path / "runs").touch()
     with pytest.raises(StorageError, match="cannot be written: Not a directory") as caught:
         RunFolder(tmp_path / "runs" / "quickstart").claim(recipe)
-    assert "--runs-dir" in caught.value.action
+    assert "choose a folder that you may write to" in caught.value.action
 
 
 def test_claim_in_a_read_only_folder_is_a_storage_error(
