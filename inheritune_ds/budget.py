@@ -26,6 +26,8 @@ _FIXED_MARGIN_GIB = 1.0
 _FRAGMENTATION_RATIO = 0.05
 """Blocks that the allocator holds without using them; reduce buckets (Hugging Face's `auto`: hidden_size ** 2
 elements, some 40 MB) are in here, too."""
+LOSS_CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at once under the chunked loss (`training.loss` works in chunks of this size)."""
 _MAX_LIVE_PARAMETERS = 10**9
 """ZeRO-3 keeps up to this many gathered parameters (DeepSpeed's stage3_max_live_parameters)."""
 
