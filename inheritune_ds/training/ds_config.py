@@ -4,7 +4,7 @@ Torch is not imported here, so that a login node can check a config at once.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from inheritune_ds.budget import largest_micro_batch
@@ -12,7 +12,8 @@ from inheritune_ds.errors import InherituneError, RecipeError
 from inheritune_ds.recipe import Recipe, Shape
 from inheritune_ds.training import ds_document
 from inheritune_ds.training.ds_document import DEFAULT_STAGE, block, is_off, offload_device
-from inheritune_ds.training.ds_keys import AUTO, OPTIMIZER_TYPE, PASSED_ON, RECIPE_OWNED, REFUSED, STAGES
+from inheritune_ds.training.ds_keys import AUTO, KERNEL_KEYS, OPTIMIZER_TYPE, PASSED_ON, RECIPE_OWNED, REFUSED, STAGES
+from inheritune_ds.training.kernel_words import OPTIMIZERS, KernelRequest
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 
@@ -58,6 +59,11 @@ class Resolved:
         return any(offload_device(zero, key) != "none" for key in ("offload_optimizer", "offload_param"))
 
     @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state lies in host memory, where DeepSpeed's CPU Adam takes the step."""
+        return offload_device(self.config["zero_optimization"], "offload_optimizer") != "none"
+
+    @property
     def micro_batch_size(self) -> int:
         """Sequences per rank per micro-step."""
         return int(self.config[MICRO_BATCH])
@@ -66,6 +72,11 @@ class Resolved:
     def gradient_accumulation_steps(self) -> int:
         """Micro-steps per optimizer step."""
         return int(self.config["gradient_accumulation_steps"])
+
+    @property
+    def kernels(self) -> KernelRequest:
+        """Which implementations are asked for."""
+        return KernelRequest.of(self.config["kernels"])
 
 
 @dataclass
@@ -78,6 +89,7 @@ class _Resolver:
     problems: list[InherituneError]
     config: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    request: dict[str, Any] = field(default_factory=lambda: asdict(KernelRequest()))
 
     def refuse(self, key: str, problem: str, *, allowed: str, action: str) -> None:
         self.problems.append(RecipeError(f"{self.origin}: {key}: {problem}", allowed=allowed, action=action))
@@ -147,6 +159,57 @@ class _Resolver:
                 self.notes.append(f"zero_optimization.{key}: {zero[key]} (auto: from hidden_size {hidden_size})")
         zero.setdefault("overlap_comm", zero["stage"] == 3)
         self.config["zero_optimization"] = zero
+
+    def kernels(self, machine: Machine) -> None:
+        """Write the block out in full, and refuse what the machine or another key of this file excludes."""
+        given = block(self.document, "kernels")
+        self.request |= {key: value for key, value in given.items() if key in KERNEL_KEYS}
+        if self.request["activation_checkpointing"] == AUTO:
+            self.request["activation_checkpointing"] = KernelRequest.activation_checkpointing
+            self.notes.append("kernels.activation_checkpointing: none (auto: it costs a second forward pass)")
+        if str(self.request["attention"]).startswith("flash_attention"):
+            self._flash_attention(self.request["attention"], machine)
+        if self.request["compile"] is True and self.config["zero_optimization"]["stage"] == 3:
+            self.refuse(
+                "kernels.compile",
+                "true cannot be with stage 3: its hooks gather the parameters inside the block and break the graph",
+                allowed='false or "auto", or zero_optimization.stage 1 or 2',
+                action='write "auto"',
+            )
+        self._optimizer()
+
+    def _flash_attention(self, name: str, machine: Machine) -> None:
+        precision = Resolved(self.config, ()).precision
+        if machine.kind == "cpu" or precision == "fp32":
+            why = "has no kernel for a CPU" if machine.kind == "cpu" else "computes in half precision, this run in fp32"
+            self.refuse(
+                "kernels.attention",
+                f"{name} {why}",
+                allowed='sdpa, eager, or "auto"; flash attention on a GPU with bf16 or fp16',
+                action='write "auto"',
+            )
+
+    def _optimizer(self) -> None:
+        name = self.request["optimizer"]
+        offloaded = Resolved(self.config, ()).offloads_optimizer
+        torch_adam = block(block(self.document, "optimizer"), "params").get("torch_adam") is True
+        if offloaded and name in OPTIMIZERS:
+            self.refuse(
+                "kernels.optimizer",
+                f"{name} cannot be with offload_optimizer: DeepSpeed's CPU Adam works where its state lies",
+                allowed=f'"{AUTO}"',
+                action=f'write "{AUTO}", or remove zero_optimization.offload_optimizer',
+            )
+        elif torch_adam and name in ("apex", "deepspeed"):
+            self.refuse(
+                "kernels.optimizer",
+                f"{name} stands beside optimizer.params.torch_adam, which asks for torch's",
+                allowed="one of them",
+                action="remove optimizer.params.torch_adam",
+            )
+        elif torch_adam and name == AUTO and not offloaded:
+            self.request["optimizer"] = "torch_fused"
+            self.notes.append("kernels.optimizer: torch_fused (optimizer.params.torch_adam asks for torch's)")
 
     def batch(self, shape: tuple[Shape, int] | None, world_size: int, machine: Machine) -> None:
         windows = self.recipe.training.batch_windows
@@ -252,12 +315,14 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     resolver.precision(machine)
     resolver.data_types()
     resolver.zero(shape[0].hidden_size if shape else None)
+    resolver.kernels(machine)
     resolver.config.setdefault("steps_per_print", 2**31 - 1)  # the trainer prints its own progress
     resolver.batch(shape, world_size, machine)
     if resolver.problems:
         raise RecipeError.of(resolver.problems)
     config = resolver.without_auto(resolver.config)
-    if offload_device(config["zero_optimization"], "offload_optimizer") == "none":
+    if not Resolved(config, ()).offloads_optimizer:
         # One implementation for every run: torch's AdamW through DeepSpeed; under offload it is DeepSpeedCPUAdam.
         config["optimizer"]["params"]["torch_adam"] = True
+    config["kernels"] = resolver.request  # its auto stays: what works is known only where torch is
     return Resolved(dict(sorted(config.items())), tuple(resolver.notes))

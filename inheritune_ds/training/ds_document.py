@@ -14,6 +14,7 @@ from inheritune_ds.errors import InherituneError, RecipeError
 from inheritune_ds.training.ds_keys import (
     AUTO,
     DERIVED,
+    OURS,
     OWNED_ELSEWHERE,
     PASSED_ON,
     RECIPE_OWNED,
@@ -109,7 +110,7 @@ class _Checker:
 
     def top_level(self, document: Mapping[str, Any]) -> None:
         known = {key: value for key, value in document.items() if key not in REFUSED}
-        self.keys(known, {**PASSED_ON, **OWNED_ELSEWHERE}, "")
+        self.keys(known, {**PASSED_ON, **OWNED_ELSEWHERE, **OURS}, "")
         for key in sorted({*document} - {*known}):
             if not is_off(document[key]):
                 reason = f"not usable here: {REFUSED[key]}"

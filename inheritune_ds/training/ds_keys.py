@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from inheritune_ds.recipe import Recipe
+from inheritune_ds.training.kernel_words import ACTIVATION_CHECKPOINTING, ATTENTIONS, LOSSES, OPTIMIZERS
 
 AUTO = "auto"
 STAGES = (1, 2, 3)
@@ -172,6 +173,18 @@ PASSED_ON: Kinds = {
 """Keys that this file owns; DeepSpeed itself ignores a top-level key it does not know. Its other keys inside
 bf16, fp16 and data_types keep masters or buffers in half precision."""
 
+KERNEL_KEYS: Kinds = {
+    "attention": one_of(*ATTENTIONS),
+    "optimizer": one_of(*OPTIMIZERS),
+    "liger": SWITCH,
+    "loss": one_of(*LOSSES),
+    "compile": SWITCH,
+    "activation_checkpointing": one_of(*ACTIVATION_CHECKPOINTING),
+}
+
+OURS: Kinds = {"kernels": KERNEL_KEYS}
+"""Blocks of this program; DeepSpeed's tools read past them."""
+
 REFUSED = {
     "amp": "it needs NVIDIA's apex and excludes ZeRO; use bf16",
     "torch_autocast": "precision is set by bf16 or fp16",
@@ -179,10 +192,11 @@ REFUSED = {
     "tensorboard": "the trainer writes metrics.jsonl and W&B itself",
     "csv_monitor": "the trainer writes metrics.jsonl itself",
     "comet": "the trainer writes metrics.jsonl and W&B itself",
-    "activation_checkpointing": "it works only for models written against DeepSpeed's own API",
+    "activation_checkpointing": "it works only for models written against DeepSpeed's own API; "
+    "see kernels.activation_checkpointing",
     "autotuning": "micro-batch `auto` takes the largest that fits",
     "checkpoint": "the trainer publishes checkpoints itself; see checkpoint in the recipe",
-    "compile": "torch.compile under DeepSpeed is not supported yet",
+    "compile": "blocks are compiled before DeepSpeed sees them; see kernels.compile",
     "compression_training": "surgery is the recipe's: target.select",
     "data_efficiency": "the order of the data is the trainer's own",
     "dataloader_drop_last": "the trainer reads its token files itself",

@@ -1,6 +1,9 @@
-"""Which parameters decay: matrices do; norms, biases and embeddings (a tied head among them) do not."""
+"""AdamW: which parameters decay, and the implementations that can take the step.
 
-from collections.abc import Iterable
+Matrices decay; norms, biases and embeddings (a tied head among them) do not.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,3 +50,40 @@ def _group(named: Iterable[tuple[str, Any]], weight_decay: float) -> dict[str, A
         "names": [name for name, _ in named],
         "weight_decay": weight_decay,
     }
+
+
+def build_optimizer(
+    kind: str, groups: Iterable[Mapping[str, Any]], *, lr: float, betas: Sequence[float], eps: float
+) -> "torch.optim.Optimizer | None":
+    """Build AdamW for DeepSpeed, which keeps it through ZeRO: the engine sets the learning rate in its groups.
+
+    DeepSpeed takes each of these classes with every ZeRO stage (`ZERO_SUPPORTED_OPTIMIZERS` in its
+    runtime/zero/utils.py); what its config says about an optimizer is not read then.
+
+    Args:
+        kind: `apex`, `deepspeed`, `torch_fused`, `torch`, or `deepspeed_cpu`.
+        groups: As `parameter_groups` returns them; a group without parameters is left out.
+        lr: Learning rate of the first step.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+
+    Returns:
+        None for `deepspeed_cpu`: DeepSpeed builds that one from its config, where it knows about the offload.
+
+    Raises:
+        ImportError: If the package is missing, and whatever a package raises that was built without its kernels.
+    """
+    import torch
+
+    given = [{key: value for key, value in group.items() if key != "names"} for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps}
+    if kind == "deepspeed_cpu":
+        return None
+    if kind.startswith("torch"):
+        return torch.optim.AdamW(given, fused=True if kind == "torch_fused" else None, **settings)
+    if kind == "apex":
+        from apex.optimizers import FusedAdam
+    else:
+        from deepspeed.ops.adam import FusedAdam
+    optimizer: torch.optim.Optimizer = FusedAdam(given, adam_w_mode=True, **settings)
+    return optimizer
