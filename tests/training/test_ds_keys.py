@@ -19,12 +19,14 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.utils.logging import log_levels
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, HfTrainerDeepSpeedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from inheritune_ds.recipe_file import load_recipe, shipped_names
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.training import ds_keys
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
 from inheritune_ds.training.ds_document import read
+from inheritune_ds.training.kernel_words import ATTENTIONS, LOSSES, OPTIMIZERS, KernelRequest
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 MACHINES = {
@@ -139,6 +141,20 @@ def test_types_and_levels_are_deepspeed_s(text: str) -> None:
     assert all(ds_keys.PASSED_ON["log_level"].accepts(level) for level in log_levels)  # type: ignore[union-attr]
 
 
+def test_the_keys_of_kernels_are_those_of_the_request() -> None:
+    assert ds_keys.KERNEL_KEYS.keys() == KernelRequest.__dataclass_fields__.keys()
+    for key, names in (("attention", ATTENTIONS), ("optimizer", OPTIMIZERS), ("loss", LOSSES)):
+        kind = ds_keys.KERNEL_KEYS[key]
+        assert isinstance(kind, ds_keys.Kind)
+        assert all(kind.accepts(name) for name in names)
+        assert not kind.accepts("deepspeed_cpu")
+
+
+def test_attentions_are_those_of_transformers() -> None:
+    theirs = {name for name in ALL_ATTENTION_FUNCTIONS if name.startswith("flash_attention")} | {"sdpa", "eager"}
+    assert set(ATTENTIONS) == theirs
+
+
 def top_level_keys() -> set[str]:
     """Every key that DeepSpeed's config module looks up in the document."""
     asked: set[str] = set()
@@ -183,11 +199,19 @@ def test_every_top_level_key_of_deepspeed_is_in_a_table() -> None:
     asked = top_level_keys()
     assert {"zero_optimization", "train_batch_size", "prescale_gradients", "wandb"} <= asked
     owned = {path.split(".")[0] for path in ds_keys.RECIPE_OWNED}
-    tables = [set(ds_keys.PASSED_ON), set(ds_keys.REFUSED), owned, set(ds_keys.DERIVED), {"scheduler"}]
+    tables = [
+        set(ds_keys.PASSED_ON),
+        set(ds_keys.REFUSED),
+        owned,
+        set(ds_keys.DERIVED),
+        {"scheduler"},
+        set(ds_keys.OURS),
+    ]
     ours: set[str] = set().union(*tables)
     assert sum(map(len, tables)) == len(ours)  # each key has one owner
     assert asked - ours - ALIASES.keys() - deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() == set()
     assert not ours & ALIASES.keys()
+    assert not asked & ds_keys.OURS.keys()  # DeepSpeed reads past them
     assert ds_keys.OWNED_ELSEWHERE.keys() == owned | ds_keys.DERIVED.keys() | {"scheduler"}
 
 
@@ -251,6 +275,7 @@ def test_every_shipped_pair_resolves_to_what_deepspeed_accepts(path: Path, world
         assert parsed.gradient_clipping == recipe.optimizer.max_grad_norm
         assert parsed.optimizer_params["lr"] == recipe.optimizer.lr
         assert parsed.grad_accum_dtype == "fp32"
+        assert read(path)["kernels"] == found.config["kernels"]  # written out in full
 
 
 AUTO_BATCH = {
@@ -323,7 +348,7 @@ def test_a_config_of_hugging_face_s_documentation_works(
 ) -> None:
     assert HfDeepSpeedConfig(document).is_zero3() == (document["zero_optimization"]["stage"] == 3)
     found = resolved(document, world_size=world_size)
-    assert '"auto"' not in json.dumps(found.config)
+    assert '"auto"' not in json.dumps({key: value for key, value in found.config.items() if key != "kernels"})
     parsed = accepted(dict(found.config), world_size)
     assert parsed.zero_optimization_stage == document["zero_optimization"]["stage"]
     assert parsed.zero_config.offload_optimizer.device == "cpu"

@@ -113,6 +113,20 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
         "ds.json: zero_optimization.offload_optimizer.ratio: 0.5 needs stage 3: DeepSpeed stops at it with stage 2",
     ),
+    ({"kernels": "fast"}, "ds.json: kernels: 'fast' is not an object"),
+    ({"kernels": {"atention": "sdpa"}}, "ds.json: kernels.atention: unknown key"),
+    (
+        {"kernels": {"attention": "flash_attention_5"}},
+        "ds.json: kernels.attention: 'flash_attention_5' is not accepted",
+    ),
+    ({"kernels": {"optimizer": "deepspeed_cpu"}}, "ds.json: kernels.optimizer: 'deepspeed_cpu' is not accepted"),
+    ({"kernels": {"liger": "yes"}}, "ds.json: kernels.liger: 'yes' is not accepted"),
+    ({"kernels": {"loss": True}}, "ds.json: kernels.loss: True is not accepted"),
+    ({"kernels": {"compile": 1}}, "ds.json: kernels.compile: 1 is not accepted"),
+    (
+        {"kernels": {"activation_checkpointing": "all"}},
+        "ds.json: kernels.activation_checkpointing: 'all' is not accepted",
+    ),
     (
         {"train_micro_batch_size_per_gpu": 0},
         "ds.json: train_micro_batch_size_per_gpu: 0 is not accepted",
@@ -159,6 +173,9 @@ def test_a_bucket_size_is_a_count(value: Any, resolved: Resolve) -> None:
         ({"zero_optimization": {"overlap_com": True}}, "did you mean zero_optimization.overlap_comm?"),
         ({"zero_optimization": {"offload_optimiser": {}}}, "did you mean zero_optimization.offload_optimizer?"),
         ({"bf16": {"enable": True}}, "did you mean bf16.enabled?"),
+        ({"kernel": {}}, "did you mean kernels?"),
+        ({"kernels": {"optimiser": "apex"}}, "did you mean kernels.optimizer?"),
+        ({"kernels": {"attention": "flash"}}, 'write "auto", or remove kernels.attention'),
         ({"fp16": {"los_scale": 0}}, "did you mean fp16.loss_scale?"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}},
