@@ -271,7 +271,7 @@ def _tried(error: Callable[[], float], install: str) -> Obstacle | None:
     try:
         found = error()
     except ImportError as problem:
-        missing = isinstance(problem, ModuleNotFoundError) and (problem.name or "").partition(".")[0]
+        missing = problem.name if isinstance(problem, ModuleNotFoundError) else None
         return Obstacle(f"not installed (no module {missing})" if missing else _first_line(problem), install)
     except Exception as problem:  # noqa: BLE001 - see above
         return Obstacle(f"does not work: {_first_line(problem)}", install)

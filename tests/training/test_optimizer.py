@@ -1,3 +1,5 @@
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from inheritune_ds.training.optimizer import parameter_groups
+from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
 
 
 def tiny(family: str, **values: Any) -> PreTrainedModel:
@@ -86,3 +88,38 @@ def test_groups_are_what_torch_s_optimizer_takes() -> None:
     groups = parameter_groups(llama(), 0.25)
     optimizer = torch.optim.AdamW([{k: v for k, v in group.items() if k != "names"} for group in groups], lr=1.0)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+
+
+SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-7}
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("torch_fused", True), ("torch", None)])
+def test_torch_s_adamw_is_built_fused_or_plain(kind: str, fused: Any) -> None:
+    optimizer = build_optimizer(kind, parameter_groups(gpt2(), 0.25), **SETTINGS)
+    assert type(optimizer) is torch.optim.AdamW
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.1, (0.8, 0.9), 1e-7, fused)
+        assert "names" not in group
+
+
+def test_a_group_without_parameters_is_left_out() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    optimizer = build_optimizer("torch", parameter_groups(model, 0.5), **SETTINGS)
+    assert optimizer is not None
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]
+
+
+def test_the_offloaded_optimizer_is_left_to_deepspeed() -> None:
+    assert build_optimizer("deepspeed_cpu", parameter_groups(gpt2(), 0.5), **SETTINGS) is None
+
+
+@pytest.mark.parametrize(("kind", "module"), [("apex", "apex.optimizers"), ("deepspeed", "deepspeed.ops.adam")])
+def test_fused_adam_decouples_its_decay(kind: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    package, parent = ModuleType(module), ModuleType(module.rpartition(".")[0])
+    package.FusedAdam = lambda groups, **settings: seen.update(settings, groups=len(groups))  # type: ignore[attr-defined]
+    for name, fake in ((parent.__name__, parent), (module, package)):
+        monkeypatch.setitem(sys.modules, name, fake)
+    build_optimizer(kind, parameter_groups(gpt2(), 0.25), **SETTINGS)
+    assert seen == {"adam_w_mode": True, "lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-7, "groups": 2}
