@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +25,25 @@ from inheritune_ds.machine import detect_gpus
 from inheritune_ds.preparation import Prepared, open_prepared, prepare_run, validator_for
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.recorder import RunRecorder, SilentRecorder
 from inheritune_ds.run_folder import FolderBusyError, RunFolder, State
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.surgery.reference import load_model
-from inheritune_ds.tracking import Progress, Tracker
+from inheritune_ds.training.allocator import keep_freed_memory
 from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, newest_step, refuse_other_layout
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
-from inheritune_ds.training.engine import Engine, MasterWeights, start_process_group
+from inheritune_ds.training.engine import Engine, start_process_group
+from inheritune_ds.training.kernels import Kernels, choose_kernels
 from inheritune_ds.training.lengths import check_lengths
 from inheritune_ds.training.loop import LoopParts, LoopResult, train
 from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.optimizer import parameter_groups
 from inheritune_ds.training.world import EXIT_INTERRUPTED, StopSignal, World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -150,9 +157,14 @@ class _Run:
             launch.say("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
         start_process_group(self._world)
         model = load_model(prepared.target.folder, dtype="float32")
+        kernels = self._choose_kernels(
+            model.config, 6.0 * model.num_parameters() * self._tokens(prepared) / self._world.size
+        )
         if self._world.is_main:
-            self._write_ds_config(parameter_groups(model, self._recipe.optimizer.weight_decay))
-        engine = Engine(model, self._resolved.config, self._world)
+            self._write_ds_config(kernels, parameter_groups(model, self._recipe.optimizer.weight_decay))
+        engine = Engine(model, self._resolved.config, self._world, kernels)
+        for note in engine.notes:
+            launch.say(note)
         try:
             result = self._train(engine, prepared)
             if not result.finished:
@@ -182,15 +194,34 @@ class _Run:
         )
         return prepared.note
 
-    def _write_ds_config(self, groups: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Write ds_config.resolved.json, with the parameter groups once the model is known."""
+    def _write_ds_config(self, kernels: Kernels | None = None, groups: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write ds_config.resolved.json, with kernels and parameter groups once the model is known."""
         document = dict(self._resolved.config)
-        if groups:
+        if kernels is not None:
             # DeepSpeed ignores a top-level key that it does not know, so the file stays readable by its tools.
+            document["kernels"] = kernels.as_dict()
             document["parameter_groups"] = [
                 {"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups
             ]
         write_json(self._folder.path / "ds_config.resolved.json", document)
+
+    def _choose_kernels(self, config: "PreTrainedConfig", flops: float) -> Kernels:
+        """Settle what computes the model on this machine, and say why; a function of the recipe, not of the step."""
+        resolved, launch = self._resolved, self._launch
+        kernels, notes = choose_kernels(
+            resolved.kernels,
+            config=config,
+            device=torch.device(launch.machine.kind),
+            dtype=_TORCH_TYPES[resolved.precision],
+            zero_stage=resolved.zero_stage,
+            offload=resolved.offloads,
+            run_flops=flops,
+        )
+        for note in notes:
+            launch.say(note)
+        if launch.machine.kind == "cpu":
+            launch.say(f"allocator: {keep_freed_memory()}")
+        return kernels
 
     def _train(self, engine: Engine, prepared: Prepared) -> LoopResult:
         recipe, world, launch = self._recipe, self._world, self._launch
@@ -215,7 +246,7 @@ class _Run:
             say=launch.say,
         )
         state = checkpoints.resume(engine)
-        recorder = _Recorder(self._folder, recipe, total_steps, state) if world.is_main else _Silent()
+        recorder = RunRecorder(self._folder, recipe, total_steps, state) if world.is_main else SilentRecorder()
         parts = LoopParts(
             recipe=recipe,
             engine=engine,
@@ -243,6 +274,9 @@ class _Run:
         finally:
             launch.stop.deferred = False
             recorder.close()
+
+    def _tokens(self, prepared: Prepared) -> int:
+        return self._total_steps(prepared) * self._recipe.training.global_batch_tokens
 
     def _total_steps(self, prepared: Prepared) -> int:
         total = steps_in(self._recipe.training, prepared.tokens.train_tokens)
@@ -273,9 +307,7 @@ class _Run:
         # All ranks take part in gathering each tensor; rank 0 keeps it.
         parameters = {name: value for name, value in engine.full_parameters() if self._world.is_main}
         self._launch.meeting.by_main(
-            lambda: self._write_results(
-                prepared, self._result(prepared, state, engine.master_weights), parameters, probe, logits
-            )
+            lambda: self._write_results(prepared, self._result(prepared, state, engine), parameters, probe, logits)
         )
 
     def _write_results(
@@ -306,7 +338,7 @@ class _Run:
         folder.write_status("finished", step=result["steps"])
         launch.say(_where(folder, report))
 
-    def _result(self, prepared: Prepared, state: RunState, master_weights: MasterWeights) -> dict[str, Any]:
+    def _result(self, prepared: Prepared, state: RunState, engine: Engine) -> dict[str, Any]:
         """The figures of run.json."""
         final = json.loads((self._folder.eval / f"validation-step-{state.step:08d}.json").read_text(encoding="utf-8"))
         unique = prepared.tokens.train_tokens
@@ -326,7 +358,8 @@ class _Run:
             "world_size": self._world.size,
             "zero_stage": self._resolved.zero_stage,
             "precision": self._resolved.precision,
-            "master_weights": master_weights,
+            "master_weights": engine.master_weights,
+            "kernels": engine.kernels.as_dict(),
             "kind": "inherited" if prepared.target.report["reference"] else "scratch",
             "export": "export",
             "val_loss": final["loss"],
@@ -345,48 +378,3 @@ def _where(folder: RunFolder, report: Path) -> str:
     }
     lines = [f"  {name:<12} {os.path.relpath(path)}" for name, path in places.items()]
     return "\n".join([f"finished: {folder.path.name}", *lines])
-
-
-class _Recorder:
-    """Metrics and progress line of rank 0."""
-
-    def __init__(self, folder: RunFolder, recipe: Recipe, total_steps: int, state: RunState | None) -> None:
-        start = state.step if state else 0
-        self._folder = folder
-        self._tracker = Tracker(folder.path, recipe, resume_step=state.step if state else None)
-        self._progress = Progress(total_steps, start, recipe.name)
-
-    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        self._tracker.log(step, tokens, values)
-
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        self._progress.update(step, loss, tokens_per_s)
-
-    def say(self, line: str) -> None:
-        self._progress.say(line)
-
-    def saved(self, step: int) -> None:
-        self._folder.write_status("running", step=step)
-
-    def close(self) -> None:
-        self._progress.close()
-        self._tracker.close()
-
-
-class _Silent:
-    """What the other ranks record: nothing."""
-
-    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """Rank 0 logs."""
-
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Rank 0 shows."""
-
-    def say(self, line: str) -> None:
-        """Rank 0 speaks."""
-
-    def saved(self, step: int) -> None:
-        """Rank 0 writes."""
-
-    def close(self) -> None:
-        """Nothing is open."""

@@ -44,6 +44,8 @@ METRICS: Mapping[str, Metric] = {
     "val/ppl": Metric("1", "perplexity, exp(val/loss)"),
     "perf/tokens_per_s": Metric("tokens/s", "tokens trained on per second, all ranks together"),
     "perf/step_ms": Metric("ms", "wall-clock time of a step"),
+    "perf/outside_ratio": Metric("ratio", "share of a step outside the forward and backward passes of rank 0"),
+    "perf/data_wait_ratio": Metric("ratio", "share of a step that rank 0 waited for its tokens"),
     "perf/mfu": Metric("ratio", "model FLOPs per second over the peak of the devices in the run's precision"),
     "mem/peak_gib": Metric("GiB", "peak memory allocated on the device of rank 0"),
 }

@@ -227,6 +227,17 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
     return model
 
 
+def skip_packing_check() -> None:
+    """Do not let transformers look, in every forward pass, whether position ids tell of several sequences in a row.
+
+    It asks the device for the answer, so the host waits once a micro-step. Here a window is one sequence, with the
+    positions 0 to T - 1.
+    """
+    from transformers import masking_utils
+
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005 - transformers' signature
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' load report, warnings and bars off the console: what matters in them is raised."""

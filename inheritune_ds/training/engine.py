@@ -10,9 +10,10 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch.nn import functional
 
 from inheritune_ds.errors import MachineError, StorageError, TrainingError
+from inheritune_ds.surgery.reference import skip_packing_check
+from inheritune_ds.training.block_wrapping import wrap_blocks
+from inheritune_ds.training.kernels import Kernels, apply_liger
+from inheritune_ds.training.loss import IGNORED, attach_loss
 from inheritune_ds.training.meeting import cannot_meet
-from inheritune_ds.training.optimizer import parameter_groups
+from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
 from inheritune_ds.training.toolchain import check_toolchain
 from inheritune_ds.training.world import World
 
@@ -47,12 +51,14 @@ class StepResult:
         grad_norm: Norm of the whole gradient before clipping.
         applied: False if the engine left the update out (a non-finite gradient in half precision).
         stop: Whether any rank was asked to stop.
+        passes_s: Seconds in forward and backward passes on this rank; DeepSpeed reduces the gradients in the last one.
     """
 
     loss: float
     grad_norm: float
     applied: bool
     stop: bool
+    passes_s: float
 
 
 def check_device(kind: str, world: World, *, offload: bool) -> None:
@@ -134,9 +140,10 @@ class Engine:
         model: The target in fp32, holding the values to start from.
         ds_config: The resolved DeepSpeed config.
         world: This rank among all.
+        kernels: What computes it.
     """
 
-    def __init__(self, model: "PreTrainedModel", ds_config: Mapping[str, Any], world: World) -> None:
+    def __init__(self, model: "PreTrainedModel", ds_config: Mapping[str, Any], world: World, kernels: Kernels) -> None:
         import deepspeed
 
         self.world = world
@@ -145,17 +152,14 @@ class Engine:
         low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
         # The engine rounds the model to half precision before it makes its fp32 masters of it.
         masters = {name: p.detach().clone() for name, p in model.named_parameters()} if low_precision else {}
-        weight_decay = ds_config["optimizer"]["params"]["weight_decay"]
-        groups = parameter_groups(model, weight_decay)
+        self.kernels, self.notes = _fit(model, kernels)
         model.train()
         # Its bf16 optimizer prints the memory it takes, group by group.
         with contextlib.redirect_stdout(sys.stdout if ds_config.get("memory_breakdown") else io.StringIO()):
             engine, *_ = deepspeed.initialize(
                 model=model,
-                model_parameters=[
-                    {k: v for k, v in group.items() if k != "names"} for group in groups if group["params"]
-                ],
-                config={**ds_config},
+                config={key: value for key, value in ds_config.items() if key != "kernels"},
+                **_optimizer(model, ds_config, kernels),
             )
         _quiet()
         self._engine = engine
@@ -176,11 +180,12 @@ class Engine:
         """Where this rank computes."""
         return torch.device(self._engine.device)
 
-    def train_step(self, micro_batches: Iterator[Tokens], *, lr: float, stop: bool) -> StepResult:
+    def train_step(self, micro_batches: Sequence[torch.Tensor], *, lr: float, stop: bool) -> StepResult:
         """One optimizer update over the micro-batches of this rank.
 
         Args:
-            micro_batches: Arrays (micro_batch_size, T + 1) of token ids.
+            micro_batches: Host tensors (micro_batch_size, T + 1) of token ids (int64); where a negative id stands, no
+                loss is counted for it.
             lr: Learning rate of this update.
             stop: Whether this rank was asked to stop; any rank's wish becomes everybody's.
 
@@ -190,19 +195,21 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        steps = self._engine.gradient_accumulation_steps()
+        global_tokens = self._count_targets(micro_batches)
+        # The engine averages over the ranks; undo it, so that every token of the global batch weighs the same.
+        factor = self.world.size / global_tokens
         # [sum of the token losses, ranks that want to stop]; in fp64, so that summing adds no error.
         totals = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=self.device)
-        global_tokens = 0
+        clock = _PassClock(self.device)
         loss = math.nan
         for number, batch in enumerate(micro_batches, 1):
-            tokens_BT1 = torch.from_numpy(batch).to(self.device)  # noqa: N806 - shape suffix
-            global_tokens = self.global_windows * (tokens_BT1.shape[1] - 1)
-            loss_sum = self._token_losses(tokens_BT1).sum()
-            totals[0] += loss_sum.detach()
-            # DeepSpeed divides by accumulation steps and ranks; undo it, so that every token weighs the same.
-            self._engine.backward(loss_sum * (steps * self.world.size / global_tokens))
-            if number == steps:
+            tokens_BT1 = batch.to(self.device, non_blocking=True)  # noqa: N806 - shape suffix
+            with clock:
+                scaled, loss_sum = self._engine(**_inputs(tokens_BT1), factor=factor)
+                totals[0] += loss_sum
+                # A new node: the engine must mark the graph as scaled before its hook on the output looks at it.
+                self._engine.backward(scaled.view_as(scaled), scale_wrt_gas=False)
+            if number == len(micro_batches):
                 dist.all_reduce(totals)
                 loss = float(totals[0]) / global_tokens
                 if not math.isfinite(loss):
@@ -212,14 +219,14 @@ class Engine:
         grad_norm = float(self._engine.get_global_grad_norm())
         if applied and not math.isfinite(grad_norm):
             raise _non_finite("gradient norm", grad_norm, self._engine.global_steps)
-        return StepResult(loss, grad_norm, applied, stop=float(totals[1]) > 0)
+        return StepResult(loss, grad_norm, applied, stop=float(totals[1]) > 0, passes_s=clock.seconds())
 
-    def _token_losses(self, tokens_BT1: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
-        """Cross-entropy of every target token, in fp32: shape (B, T)."""
-        logits_BTV = self.logits(tokens_BT1[:, :-1])  # noqa: N806 - shape suffix
-        targets_BT = tokens_BT1[:, 1:]  # noqa: N806 - shape suffix
-        losses = functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        return losses.view_as(targets_BT)
+    def _count_targets(self, micro_batches: Sequence[torch.Tensor]) -> int:
+        """Target tokens of the global batch that a loss is counted for."""
+        count = torch.tensor(sum(int((batch[:, 1:] >= 0).sum()) for batch in micro_batches), device=self.device)
+        if self.world.size > 1:
+            dist.all_reduce(count)
+        return max(int(count), 1)
 
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
         """Forward pass: fp32 logits of shape (B, T, V)."""
@@ -235,10 +242,8 @@ class Engine:
         """
         self._engine.eval()
         try:
-            return [
-                self._token_losses(torch.from_numpy(batch).to(self.device)).double().mean(dim=1).cpu().numpy()
-                for batch in batches
-            ]
+            tokens = (torch.from_numpy(batch).to(self.device) for batch in batches)
+            return [self._engine(**_inputs(batch)).double().mean(dim=1).cpu().numpy() for batch in tokens]
         finally:
             self._engine.train()
 
@@ -287,6 +292,70 @@ class Engine:
     def close(self) -> None:
         """Give the memory of the engine back, so that another can follow in this process."""
         self._engine.destroy()
+
+
+def _inputs(tokens_BT1: torch.Tensor) -> dict[str, Any]:  # noqa: N803 - shape suffix
+    """Inputs and targets of windows as `HeadLoss` takes them."""
+    targets = tokens_BT1[:, 1:]
+    return {
+        "input_ids": tokens_BT1[:, :-1].clamp(min=0),
+        "targets": targets.masked_fill(targets < 0, IGNORED),
+        "use_cache": False,
+    }
+
+
+def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str, ...]]:
+    """Put the kernels into a model; returns what it took, and a line on each that it could not."""
+    skip_packing_check()
+    model.set_attn_implementation(kernels.attention)
+    if kernels.liger:
+        apply_liger(model)
+    taken, reason = attach_loss(model, kernels.loss, compiled=kernels.compile)
+    wrap_blocks(model, compiled=kernels.compile, activation_checkpointing=kernels.activation_checkpointing)
+    return replace(kernels, loss=taken), (f"kernels.loss: {taken} ({reason})",) if reason else ()
+
+
+def _optimizer(model: "PreTrainedModel", ds_config: Mapping[str, Any], kernels: Kernels) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given of the optimizer: a client's, or the groups for its own (offload)."""
+    params = ds_config["optimizer"]["params"]
+    groups = [
+        {key: value for key, value in group.items() if key != "names"}
+        for group in parameter_groups(model, params["weight_decay"])
+        if group["params"]
+    ]
+    optimizer = build_optimizer(
+        kernels.optimizer, groups, lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
+    )
+    return {"model_parameters": groups} if optimizer is None else {"optimizer": optimizer}
+
+
+class _PassClock:
+    """Adds up the time of the passes: wall clock on a CPU, events on a GPU, whose passes end after their call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self._spans.append((self._start, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """The sum; on a GPU it waits for the last pass."""
+        if not self._cuda:
+            return float(sum(end - start for start, end in self._spans))
+        if self._spans:
+            self._spans[-1][1].synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in self._spans)) / 1000.0
 
 
 def _non_finite(what: str, value: float, step: int) -> TrainingError:

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,8 @@ from inheritune_ds.data.stream import BatchStream
 from inheritune_ds.errors import TrainingError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.training.checkpoints import Checkpoints, RunState
-from inheritune_ds.training.engine import Engine, StepResult, Tokens
+from inheritune_ds.training.engine import Engine, StepResult
+from inheritune_ds.training.read_ahead import ReadAhead
 from inheritune_ds.training.schedule import lr_ratio
 from inheritune_ds.training.validation import ValidationResult, Validator
 from inheritune_ds.training.world import StopSignal, World
@@ -88,6 +90,20 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def train(parts: LoopParts, total_steps: int, state: RunState | None) -> LoopResult:
     """Run from `state` (None: from the start) to `total_steps`, or until a signal stops all ranks."""
+    batches = ReadAhead(
+        lambda step: parts.stream.micro_batches(
+            step, rank=parts.world.rank, world_size=parts.world.size, micro_batch_size=parts.micro_batch_size
+        ),
+        end=total_steps,
+        pin=parts.engine.device.type == "cuda",
+    )
+    try:
+        return _train(parts, total_steps, state, batches)
+    finally:
+        batches.close()
+
+
+def _train(parts: LoopParts, total_steps: int, state: RunState | None, batches: ReadAhead) -> LoopResult:
     recipe = parts.recipe
     if state is None:
         state = RunState(step=0, tokens=0, skipped_steps=0, train_seconds=0.0)
@@ -97,8 +113,8 @@ def train(parts: LoopParts, total_steps: int, state: RunState | None) -> LoopRes
         step = state.step
         seed_step(recipe.seed, step, parts.world.rank)
         lr = recipe.optimizer.lr * lr_ratio(recipe.schedule, step, total_steps)
-        with clock:
-            result = parts.engine.train_step(_micro_batches(parts, step), lr=lr, stop=parts.stop.requested is not None)
+        result = parts.engine.train_step(batches.take(step), lr=lr, stop=parts.stop.requested is not None)
+        clock.lap(result.passes_s, batches.waited_s)
         state = replace(
             state,
             step=step + 1,
@@ -113,19 +129,15 @@ def train(parts: LoopParts, total_steps: int, state: RunState | None) -> LoopRes
         if last or state.step % recipe.logging.interval_steps == 0:
             _log(parts, state, result, lr, clock)
         if last or state.step % recipe.validation.interval_steps == 0:
-            _validate(parts, state)
+            with clock.stopped():
+                _validate(parts, state)
         if last or result.stop or state.step % recipe.checkpoint.interval_steps == 0:
-            parts.checkpoints.save(parts.engine, state)
+            with clock.stopped():
+                parts.checkpoints.save(parts.engine, state)
             parts.recorder.saved(state.step)
         if result.stop and not last:
             return LoopResult(state, finished=False)
     return LoopResult(state, finished=True)
-
-
-def _micro_batches(parts: LoopParts, step: int) -> Iterator[Tokens]:
-    return parts.stream.micro_batches(
-        step, rank=parts.world.rank, world_size=parts.world.size, micro_batch_size=parts.micro_batch_size
-    )
 
 
 def _validate(parts: LoopParts, state: RunState) -> ValidationResult:
@@ -155,6 +167,8 @@ def _log(parts: LoopParts, state: RunState, result: StepResult, lr: float, clock
         "train/skipped_steps": state.skipped_steps,
         "perf/tokens_per_s": clock.tokens_per_s,
         "perf/step_ms": 1000.0 * clock.mean_s,
+        "perf/outside_ratio": clock.outside_ratio,
+        "perf/data_wait_ratio": clock.data_wait_ratio,
         "mem/peak_gib": peak_memory_gib(),
     }
     if parts.utilisation is not None:
@@ -164,24 +178,40 @@ def _log(parts: LoopParts, state: RunState, result: StepResult, lr: float, clock
 
 
 class _Clock:
-    """Time in optimizer steps since the last logged one; validation and checkpoints do not count."""
+    """Time of optimizer steps since the last logged one, from the end of one to the end of the next.
+
+    Validation and checkpoints do not count; what the loop itself does between the steps, logging among it, does.
+    """
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
+        self._waited_s = 0.0
         self.last_s = 0.0
         self.restart()
+        self._mark_s = time.perf_counter()
 
     def restart(self) -> None:
-        self._sum_s, self._steps = 0.0, 0
+        self._sum_s, self._passes_s, self._wait_s, self._steps = 0.0, 0.0, 0.0, 0
 
-    def __enter__(self) -> None:
-        self._start_s = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
+    def lap(self, passes_s: float, waited_s: float) -> None:
+        """End a step that had so much time in its passes; `waited_s` is the wait for data since the start."""
         # The step ends with the loss and the gradient norm on the host, so the device has caught up.
-        self.last_s = time.perf_counter() - self._start_s
+        now = time.perf_counter()
+        self.last_s, self._mark_s = now - self._mark_s, now
         self._sum_s += self.last_s
+        self._passes_s += passes_s
+        self._wait_s += waited_s - self._waited_s
+        self._waited_s = waited_s
         self._steps += 1
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Do not count what happens inside."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._mark_s += time.perf_counter() - start_s
 
     @property
     def mean_s(self) -> float:
@@ -190,6 +220,14 @@ class _Clock:
     @property
     def tokens_per_s(self) -> float:
         return self._tokens / self.mean_s if self._steps else 0.0
+
+    @property
+    def outside_ratio(self) -> float:
+        return 1.0 - self._passes_s / self._sum_s if self._steps else 0.0
+
+    @property
+    def data_wait_ratio(self) -> float:
+        return self._wait_s / self._sum_s if self._steps else 0.0
 
 
 def peak_memory_gib() -> float:

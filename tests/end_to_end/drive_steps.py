@@ -66,6 +66,7 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
     from inheritune_ds.training.checkpoints import Checkpoints, Layout
     from inheritune_ds.training.ds_config import Machine, resolve
     from inheritune_ds.training.engine import Engine
+    from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.loop import LoopParts, train
     from inheritune_ds.training.validation import Validator
 
@@ -82,7 +83,16 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
     torch.manual_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
     given = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    engine = Engine(model, resolved.config, world)
+    kernels, _ = choose_kernels(
+        resolved.kernels,
+        config=model.config,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        zero_stage=stage,
+        offload=False,
+        run_flops=None,
+    )
+    engine = Engine(model, resolved.config, world, kernels)
     masters_exact = all(torch.equal(given[name], value) for name, value in engine.full_parameters())
     tokens = GOLDEN / "tokens.bin"
     windows = TokenWindows(tokens, "uint16", recipe.training.seq_len, tokens.stat().st_size // 2)

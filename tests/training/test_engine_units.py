@@ -1,9 +1,8 @@
 """The engine's own arithmetic, on a stand-in for DeepSpeed's engine; real runs are in tests/end_to_end."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from inheritune_ds.errors import MachineError, StorageError, TrainingError
 from inheritune_ds.training import engine as engine_module
 from inheritune_ds.training.engine import Engine, StepResult, check_device, start_process_group
 from inheritune_ds.training.loop import seed_step
+from inheritune_ds.training.loss import HeadLoss, _chunk_gradients
 from inheritune_ds.training.world import World
 
 VOCABULARY, SEQ_LEN, WINDOWS = 7, 5, 8
@@ -40,12 +40,13 @@ class Model(nn.Module):
 
 
 class FakeDeepSpeed:
-    """What the engine uses of DeepSpeed's: it divides losses by the accumulation and steps at the boundary."""
+    """What the engine uses of DeepSpeed's: it steps at the boundary of the accumulation."""
 
     device = "cpu"
 
     def __init__(self, steps: int, *, grad_norm: float = 0.5, applied: bool = True) -> None:
-        self.module = Model()
+        self.module: Any = Model()
+        HeadLoss(cast("Any", self.module), "plain", _chunk_gradients)
         self.optimizer = torch.optim.SGD([{"params": self.module.parameters()}], lr=99.0)
         self._steps, self._grad_norm, self._applied = steps, grad_norm, applied
         self.global_steps = 6  # optimizer updates so far
@@ -55,12 +56,10 @@ class FakeDeepSpeed:
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
 
-    def gradient_accumulation_steps(self) -> int:
-        return self._steps
-
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> None:
+        assert not scale_wrt_gas
         self.calls.append("backward")
-        (loss / self._steps).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         self.calls.append("step")
@@ -89,7 +88,13 @@ class FakeDeepSpeed:
 def meetings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What is summed over the ranks; one process has nobody to sum with."""
     summed: list[torch.Tensor] = []
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: summed.append(tensor.clone()))
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        summed.append(tensor.clone())
+        if tensor.dtype == torch.int64:  # the target tokens: the other rank has as many
+            tensor *= 2
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
     return summed
 
 
@@ -104,8 +109,8 @@ def tokens() -> npt.NDArray[np.int64]:
     return np.random.default_rng(0).integers(0, VOCABULARY, (WINDOWS, SEQ_LEN + 1))
 
 
-def cut(rows: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    return iter([rows[start : start + size] for start in range(0, len(rows), size)])
+def cut(rows: npt.NDArray[np.int64], size: int) -> list[torch.Tensor]:
+    return [torch.from_numpy(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def whole_batch() -> tuple[float, torch.Tensor]:
@@ -130,7 +135,8 @@ def test_train_step_gives_the_mean_over_all_tokens_however_they_are_cut(size: in
     result = engine.train_step(cut(tokens(), size), lr=0.25, stop=False)
     loss, expected = whole_batch()
     assert result.loss == pytest.approx(loss, rel=1e-6)
-    assert result == StepResult(result.loss, 0.5, applied=True, stop=False)
+    assert result == StepResult(result.loss, 0.5, applied=True, stop=False, passes_s=result.passes_s)
+    assert 0.0 < result.passes_s < 60.0
     torch.testing.assert_close(gradient(engine), expected)
     assert deepspeed.calls == ["backward", "step"] * (WINDOWS // size)
     assert [group["lr"] for group in deepspeed.optimizer.param_groups] == [0.25]
@@ -144,10 +150,26 @@ def test_ranks_average_to_the_gradient_of_the_whole_batch(meetings: list[torch.T
         gradients.append(gradient(engine))
     loss, expected = whole_batch()
     torch.testing.assert_close((gradients[0] + gradients[1]) / 2, expected)
-    totals = meetings[0] + meetings[1]
+    assert [int(count) for count in meetings[::2]] == [4 * SEQ_LEN] * 2
+    totals = meetings[1] + meetings[3]
     assert totals.dtype == torch.float64
     assert float(totals[0]) / (WINDOWS * SEQ_LEN) == pytest.approx(loss, rel=1e-6)
     assert float(totals[1]) == 1.0
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_padding_counts_nowhere_however_it_is_spread(size: int) -> None:
+    rows = tokens()
+    for row in range(WINDOWS):
+        rows[row, SEQ_LEN + 1 - row % 4 :] = -100
+    engine = make(FakeDeepSpeed(-(-WINDOWS // size)))
+    result = engine.train_step(cut(rows, size), lr=0.25, stop=False)
+    model, given = Model(), torch.from_numpy(rows)
+    logits = model.table(given[:, :-1].clamp(min=0))
+    loss = functional.cross_entropy(logits.flatten(0, 1), given[:, 1:].flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(gradient(engine), model.table.weight.grad)
 
 
 def test_any_rank_s_wish_to_stop_is_everybody_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +202,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_when_it_was_applied() -> Non
 def test_window_losses_are_means_of_each_window() -> None:
     deepspeed = FakeDeepSpeed(1)
     rows = tokens()
-    found = make(deepspeed).window_losses(list(cut(rows, 3)))
+    found = make(deepspeed).window_losses([rows[:3], rows[3:6], rows[6:]])
     assert [len(part) for part in found] == [3, 3, 2]
     for row, loss in zip(rows, np.concatenate(found), strict=True):
         target = torch.from_numpy(row)
@@ -287,7 +309,9 @@ def test_deepspeed_s_memory_lines_are_printed_only_when_they_are_asked_for(
     off = {"enabled": False}
     config = {"train_batch_size": 8, "bf16": off, "fp16": off, "optimizer": {"params": {"weight_decay": 0.1}}}
     model: Any = Model()
-    Engine(model, {**config, "memory_breakdown": asked}, MAIN)
+    monkeypatch.setattr(engine_module, "_fit", lambda _, kernels: (kernels, ()))
+    monkeypatch.setattr(engine_module, "_optimizer", lambda *_: {})
+    Engine(model, {**config, "memory_breakdown": asked}, MAIN, cast("Any", None))
     assert ("MA 0.02 GB" in capsys.readouterr().out) is asked
 
 

@@ -1,12 +1,12 @@
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
 from inheritune_ds.errors import TrainingError
@@ -27,10 +27,12 @@ class Model:
     def __init__(self, *validation: float) -> None:
         self.validation = iter([*validation, *[2.0] * 100])
 
-    def train_step(self, micro_batches: Iterator[Any], *, lr: float, stop: bool) -> StepResult:
+    device = torch.device("cpu")
+
+    def train_step(self, micro_batches: list[torch.Tensor], *, lr: float, stop: bool) -> StepResult:
         assert lr > 0
-        assert len(list(micro_batches)) == 1
-        return StepResult(loss=3.0, grad_norm=1.0, applied=True, stop=stop)
+        assert len(micro_batches) == 1
+        return StepResult(loss=3.0, grad_norm=1.0, applied=True, stop=stop, passes_s=0.0)
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
         loss = next(self.validation)

@@ -1,0 +1,61 @@
+"""What is put around each transformer block: `torch.compile` and the recomputation of its activations.
+
+Only the block's own `forward` is replaced: hooks of DeepSpeed and the module's call stay outside, so they cannot break
+the compiled graph.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from inheritune_ds.surgery.blocks import find_blocks
+from inheritune_ds.surgery.configs import num_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+_ATTENTIONS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+_KEPT = [
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{attention}" for attention in _ATTENTIONS))
+]
+"""Selective: what costs most to compute again; norms, activations and products of elements are recomputed."""
+
+
+def wrap_blocks(model: "PreTrainedModel", *, compiled: bool, activation_checkpointing: ActivationCheckpointing) -> None:
+    """Wrap every transformer block of a model in place.
+
+    Args:
+        model: The target, before DeepSpeed has it.
+        compiled: Compile each block (with fixed shapes; blocks of the same kind share a graph).
+        activation_checkpointing: `none` keeps all activations for the backward pass, `selective` the outputs of matrix
+            products and attention, `full` only the input of each block.
+
+    Raises:
+        SurgeryError: If the model's blocks cannot be told.
+    """
+    if not compiled and activation_checkpointing == "none":
+        return
+    path = find_blocks(model, num_blocks(model.config)).path
+    for block in model.get_submodule(path).children():
+        forward: Callable[..., Any] = block.forward
+        if activation_checkpointing != "none":
+            forward = _recomputed(forward, selective=activation_checkpointing == "selective")
+        if compiled:
+            forward = torch.compile(forward, dynamic=False)
+        block.forward = forward
+
+
+def _recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
+    if selective:
+        return partial(checkpoint, forward, use_reentrant=False, context_fn=_selective_contexts)
+    return partial(checkpoint, forward, use_reentrant=False)
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_KEPT)  # type: ignore[no-untyped-call]

@@ -1,0 +1,77 @@
+"""Recomputed and compiled blocks give the gradients of plain ones."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+from inheritune_ds.surgery.reference import skip_packing_check
+from inheritune_ds.training.block_wrapping import ActivationCheckpointing, wrap_blocks
+from inheritune_ds.training.loss import attach_loss
+
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
+    ),
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=16, attn_pdrop=0.1),
+}
+
+
+def gradients(family: str, *, compiled: bool, kept: ActivationCheckpointing, passes: int = 1) -> torch.Tensor:
+    skip_packing_check()
+    torch.manual_seed(1)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[family]).train()
+    wrap_blocks(model, compiled=compiled, activation_checkpointing=kept)
+    attach_loss(model, "plain", compiled=False)
+    for number in range(passes):
+        torch.manual_seed(number)  # the same dropout
+        tokens = torch.randint(0, 97, (2, 9))
+        model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kept", ["selective", "full"])
+def test_recomputed_blocks_give_the_same_gradients(family: str, kept: ActivationCheckpointing) -> None:
+    plain = gradients(family, compiled=False, kept="none")
+    assert torch.equal(gradients(family, compiled=False, kept=kept), plain)
+
+
+def saved_bytes(kept: ActivationCheckpointing) -> int:
+    """Bytes that a forward pass keeps for the backward pass outside checkpointed regions."""
+    torch.manual_seed(1)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS["llama"]).train()
+    wrap_blocks(model, compiled=False, activation_checkpointing=kept)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(input_ids=torch.randint(0, 97, (2, 16)), use_cache=False).logits
+    del output
+    return sum(seen.values())
+
+
+def test_full_recomputation_keeps_little() -> None:
+    assert saved_bytes("full") < 0.5 * saved_bytes("none")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's guards
+def test_compiled_blocks_share_one_graph_and_are_compiled_once() -> None:
+    counters.clear()
+    plain = gradients("llama", compiled=False, kept="none", passes=3)
+    compiled = gradients("llama", compiled=True, kept="none", passes=3)
+    assert float((compiled - plain).norm() / plain.norm()) <= 1e-6
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_nothing_asked_for_leaves_the_blocks_alone() -> None:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS["gpt2"])
+    wrap_blocks(model, compiled=False, activation_checkpointing="none")
+    assert all("forward" not in vars(block) for block in model.get_submodule("transformer.h").children())
