@@ -1,0 +1,69 @@
+"""What stands beside the figures of subjects that were measured in turns: order, medians, intervals, verdicts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES, SEED = 4000, 20261121
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tokens/s of one subject over those of another in the same round, and what it should be.
+
+    Attributes:
+        name: What it says.
+        above: The subject whose tokens/s stand above the line.
+        below: The other.
+        bar: What the ratio should be; None where nothing was promised.
+        at_most: Whether the bar is the most that it may be, or the least.
+    """
+
+    name: str
+    above: str
+    below: str
+    bar: float | None = None
+    at_most: bool = False
+
+
+def in_turns(names: Sequence[str], rounds: int) -> list[tuple[str, ...]]:
+    """The order of the turns: A B C, C B A, A B C, ..."""
+    return [tuple(names) if number % 2 == 0 else tuple(reversed(names)) for number in range(rounds)]
+
+
+def summary(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Median, range and 95 % interval of values that come in groups (one a set of processes).
+
+    The interval is that of the median under resampling in two levels: groups, then values within each. So it holds the
+    spread from process to process as well, as far as so few groups can show it.
+    """
+    generator = np.random.default_rng(SEED)
+    values = [np.asarray(group, dtype=np.float64) for group in groups]
+    medians = np.empty(RESAMPLES)
+    for number in range(RESAMPLES):
+        drawn = (values[index] for index in generator.integers(len(values), size=len(values)))
+        medians[number] = np.median(np.concatenate([generator.choice(group, len(group)) for group in drawn]))
+    low, high = np.percentile(medians, [2.5, 97.5])
+    every = np.concatenate(values)
+    return {
+        "median": float(np.median(every)),
+        "interval_95": [float(low), float(high)],
+        "min": float(every.min()),
+        "max": float(every.max()),
+        "rounds": len(every),
+        "medians_of_sets": [float(np.median(group)) for group in values],
+    }
+
+
+def verdict(found: Mapping[str, Any], comparison: Comparison) -> str:
+    """Whether a summary meets a comparison's bar: `met`, `met by the median alone`, `missed`, or nothing."""
+    if comparison.bar is None:
+        return ""
+    low, high = found["interval_95"]
+    sign = -1.0 if comparison.at_most else 1.0
+    if sign * found["median"] < sign * comparison.bar:
+        return "missed"
+    worst = high if comparison.at_most else low
+    return "met" if sign * worst >= sign * comparison.bar else "met by the median alone"

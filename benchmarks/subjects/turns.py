@@ -1,0 +1,161 @@
+"""The subject's side of a side-by-side measurement: it trains when it is told to, and waits otherwise.
+
+One JSON line each way. A subject answers when its warm-up is done and after every block of steps; it is told
+`{"steps": n}` or `{"end": true}`. Nothing of the package is imported here, so that a subject may live in an
+environment of its own.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a subject is asked to train.
+
+    Attributes:
+        subject: Its name, a key of `worker.SUBJECTS`.
+        shape: The model, in the keys of a recipe's `shape`; windows are as long as its positions.
+        micro_batch: Windows a micro-step.
+        accumulation: Micro-steps an optimizer step.
+        device: `cpu` or `cuda`.
+        keep_freed_memory: Whether the C allocator is told to keep what is freed.
+        tokens: Token file (uint16, little-endian).
+        folder: Where the subject may write.
+        warmup_steps: Steps before the first answer.
+        total_steps: Length of the run that the subject is told it makes; it is ended long before.
+        started_s: When the process was started, in seconds of the monotonic clock.
+        nanogpt: Folder of a nanoGPT checkout.
+    """
+
+    subject: str
+    shape: dict[str, Any]
+    micro_batch: int
+    accumulation: int
+    device: str
+    keep_freed_memory: bool
+    tokens: str
+    folder: str
+    warmup_steps: int
+    total_steps: int
+    started_s: float
+    nanogpt: str | None = None
+
+    @property
+    def seq_len(self) -> int:
+        """Inputs of a window."""
+        return int(self.shape["max_position_embeddings"])
+
+    @property
+    def step_windows(self) -> int:
+        """Windows an optimizer step."""
+        return self.micro_batch * self.accumulation
+
+    def as_json(self) -> str:
+        """The order as the subject's argument."""
+        return json.dumps(asdict(self))
+
+
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.01, 1.0
+"""Of every subject."""
+
+
+class Finished(BaseException):
+    """The measurement is over; no framework's handler of errors takes it for one."""
+
+
+class Turns:
+    """Counts the steps of a subject and holds it between its turns.
+
+    Args:
+        order: What is trained.
+        orders: Where the harness speaks.
+        answers: Where the subject answers.
+    """
+
+    def __init__(self, order: Order, orders: TextIO, answers: TextIO) -> None:
+        self.windows = 0
+        """Windows that the subject has read; whatever hands them out counts them."""
+        self.packages: tuple[str, ...] = ()
+        """Distributions whose versions are told with the first answer."""
+        self.notes: tuple[str, ...] = ()
+        """What the subject chose by itself; told with the first answer."""
+        self._order, self._orders, self._answers = order, orders, answers
+        self._warm = False
+        self._first_step_s = self._last_step_s = self._last_s = 0.0
+        self._start_block(order.warmup_steps)
+
+    def step_done(self, loss: Callable[[], float] | None = None) -> None:
+        """Tell that an optimizer step is over; returns when the next one may begin.
+
+        Args:
+            loss: Gives the loss of this step; called outside the measured time.
+
+        Raises:
+            Finished: There is no next one.
+        """
+        self._left -= 1
+        if not self._warm:
+            self._synchronize()
+            now = time.monotonic()
+            self._first_step_s = self._first_step_s or now - self._order.started_s
+            self._last_step_s, self._last_s = now - self._last_s, now
+        if self._left:
+            return
+        self._synchronize()
+        seconds = time.monotonic() - self._start_s
+        self._answer(seconds, loss() if loss is not None else None)
+        told = self._orders.readline()
+        steps = json.loads(told).get("steps", 0) if told else 0
+        if not steps:
+            raise Finished
+        self._start_block(steps)
+
+    def _answer(self, seconds: float, loss: float | None) -> None:
+        answer: dict[str, Any] = {
+            "steps": self._steps,
+            "seconds": seconds,
+            "windows": self.windows - self._windows_before,
+            "loss": loss,
+            "peak_memory_gib": self._peak_memory_gib(),
+        }
+        if not self._warm:
+            self._warm = True
+            answer |= {"first_step_s": self._first_step_s, "step_s": self._last_step_s}
+            answer |= {"versions": self._versions(), "notes": self.notes}
+        self._answers.write(json.dumps(answer) + "\n")
+        self._answers.flush()
+
+    def _start_block(self, steps: int) -> None:
+        self._steps = self._left = steps
+        self._windows_before = self.windows
+        self._last_s = self._start_s = time.monotonic()
+
+    def _synchronize(self) -> None:
+        if self._order.device == "cuda":
+            sys.modules["torch"].cuda.synchronize()
+
+    def _peak_memory_gib(self) -> float:
+        if self._order.device == "cuda":
+            return float(sys.modules["torch"].cuda.max_memory_allocated() / 2**30)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def _versions(self) -> dict[str, str]:
+        from importlib import metadata
+
+        return {name: metadata.version(name) for name in self.packages}
+
+
+def own_channel() -> tuple[TextIO, TextIO]:
+    """Keep standard input and output for the harness; whatever else is printed goes to standard error."""
+    orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - its descriptor is wanted
+        os.dup2(nothing.fileno(), 0)
+    return orders, answers

@@ -1,0 +1,51 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.engine_tax import BENCHMARK, comparisons
+from benchmarks.peers import comparisons as peers_comparisons
+from benchmarks.side_by_side import SHAPES, Setting
+from inheritune_ds.files import read_json
+
+SETTING = Setting((), ("llama", SHAPES["llama"]), 8, 4, "cpu", "keep", 3, 5, 2.0, 3, 0.1, {}, None, None)
+
+
+def test_the_bar_of_a_small_step_is_its_own() -> None:
+    usual = {c.name: (c.above, c.below, c.bar, c.at_most) for c in comparisons(SETTING)}
+    small = {c.name: c.bar for c in comparisons(replace(SETTING, micro_batch=4, accumulation=1))}
+    assert usual["tax of project"] == ("plain_master", "project", 1.03, True)
+    assert small["tax of project"] == 1.15
+    assert usual["tax of deepspeed"][2] is small["tax of deepspeed"] is None
+
+
+def test_peers_have_bars_where_something_was_promised() -> None:
+    def bars(setting: Setting) -> dict[str, float | None]:
+        return {c.below: c.bar for c in peers_comparisons(setting)}
+
+    assert bars(SETTING) == {"plain": 1.25, "hf_trainer": 1.2, "litgpt": 1.1, "nanogpt": None}
+    assert set(bars(replace(SETTING, shape=("gpt2", SHAPES["gpt2"]))).values()) == {None}
+    assert bars(replace(SETTING, device="cuda"))["hf_trainer"] == 1.3
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
+def test_rehearsal_runs_base_project_and_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "engine_tax.json"
+    chosen = "plain_master,project,deepspeed"
+    assert BENCHMARK.main(["--rehearse", "--subjects", chosen, "--out", str(out)]) == 0
+    result = read_json(out)
+    assert result is not None
+    (found,) = result["settings"]
+    (rounds,) = found["rounds"]
+    assert [list(blocks) for blocks in rounds] == [chosen.split(","), chosen.split(",")[::-1]]
+    rates = [{name: found["step_tokens"] * steps / s for name, (steps, s, _) in blocks.items()} for blocks in rounds]
+    expected = [rate["plain_master"] / rate["project"] for rate in rates]
+    tax = found["ratios"]["tax of project"]
+    assert sorted((tax["min"], tax["max"])) == pytest.approx(sorted(expected))
+    for name in ("plain_master", "project", "deepspeed"):
+        # untrained, on random tokens: ln 512 = 6.24
+        assert found["subjects"][name]["loss"] == pytest.approx(6.24, abs=0.1)
+    assert "kernels.compile: False" in " ".join(found["subjects"]["project"]["notes"])
+    assert "tax of project" in capsys.readouterr().out

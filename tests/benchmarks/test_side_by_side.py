@@ -1,0 +1,272 @@
+import argparse
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import side_by_side, side_by_side_cli
+from benchmarks.comparison import Comparison, in_turns, summary, verdict
+from benchmarks.side_by_side import SHAPES, Measured, Setting, report, write_tokens
+from benchmarks.side_by_side_cli import batches, check_subjects, names
+from benchmarks.subjects import process
+from benchmarks.subjects.process import Block, Subject
+from benchmarks.subjects.turns import Finished, Order, Turns
+from inheritune_ds.errors import MachineError
+
+ORDER = Order(
+    subject="plain",
+    shape={"max_position_embeddings": 4},
+    micro_batch=2,
+    accumulation=3,
+    device="cpu",
+    keep_freed_memory=False,
+    tokens="",
+    folder="",
+    warmup_steps=2,
+    total_steps=100,
+    started_s=0.0,
+)
+SETTING = Setting(
+    subjects=("a", "b"),
+    shape=("llama", SHAPES["llama"]),
+    micro_batch=8,
+    accumulation=4,
+    device="cpu",
+    allocator="keep",
+    processes=2,
+    blocks=2,
+    block_s=1.0,
+    warmup_steps=3,
+    max_other_cores=0.1,
+    environ={},
+    litgpt_python=None,
+    nanogpt=None,
+)
+STAND_IN = """\
+#!{python}
+import json, sys
+order = json.loads(sys.argv[3])
+print(json.dumps({{"step_s": 0.5, "first_step_s": 9.0}}), flush=True)
+for line in sys.stdin:
+    steps = json.loads(line)["steps"]
+    print("a turn", file=sys.stderr, flush=True)
+    if steps == 7:
+        sys.exit(3)
+    windows = steps * order["micro_batch"] * order["accumulation"] - {missing}
+    print(json.dumps(
+        {{"steps": steps, "seconds": 0.25, "windows": windows, "loss": None, "peak_memory_gib": 1.0}}
+    ), flush=True)
+"""
+
+
+def stand_in(folder: Path, missing: int = 0) -> Subject:
+    """A process that answers as a subject does."""
+    script = folder / "python"
+    script.write_text(STAND_IN.format(python=sys.executable, missing=missing), encoding="utf-8")
+    script.chmod(0o755)
+    return Subject(ORDER, python=str(script), environ={}, log=folder / "log")
+
+
+def block(seconds: float, other_cores: float | None = 0.0) -> Block:
+    return Block(2, seconds, other_cores, 0, 8.3, 1.0)
+
+
+def test_turns_go_to_and_fro() -> None:
+    assert in_turns("abc", 3) == [("a", "b", "c"), ("c", "b", "a"), ("a", "b", "c")]
+
+
+def test_summary_holds_the_spread_between_processes() -> None:
+    narrow = summary([[1.0, 1.01, 1.02], [1.0, 1.01, 1.02]])
+    wide = summary([[1.0, 1.01, 1.02], [1.2, 1.21, 1.22]])
+    assert narrow["median"] == 1.01
+    assert (narrow["min"], narrow["max"], narrow["rounds"]) == (1.0, 1.02, 6)
+    assert narrow["interval_95"] == [1.0, 1.02]
+    assert wide["medians_of_sets"] == [1.01, 1.21]
+    assert wide["interval_95"][0] <= 1.02
+    assert wide["interval_95"][1] >= 1.2
+
+
+@pytest.mark.parametrize(
+    ("values", "bar", "kind", "expected"),
+    [
+        ([1.0, 1.0, 1.01], 1.03, "most", "met"),
+        ([1.0, 1.0, 1.2], 1.03, "most", "met by the median alone"),
+        ([1.04, 1.04, 1.0], 1.03, "most", "missed"),
+        ([1.3, 1.3, 1.4], 1.25, "least", "met"),
+        ([1.2, 1.3, 1.3], 1.25, "least", "met by the median alone"),
+        ([1.2, 1.2, 1.3], 1.25, "least", "missed"),
+        ([1.0, 1.0, 1.0], None, "least", ""),
+    ],
+)
+def test_verdict_takes_the_interval_into_account(
+    values: list[float], bar: float | None, kind: str, expected: str
+) -> None:
+    assert verdict(summary([values]), Comparison("", "", "", bar, at_most=kind == "most")) == expected
+
+
+def test_ratios_are_those_of_the_same_round() -> None:
+    rounds = [
+        [{"a": block(1.0), "b": block(2.0)}, {"a": block(2.0), "b": block(1.0)}],
+        [{"a": block(1), "b": block(1)}],
+    ]
+    measured = Measured(SETTING, rounds, [])
+    assert measured.tokens_per_s("a") == [[16384.0, 8192.0], [16384.0]]
+    assert measured.ratios(Comparison("", "a", "b")) == [[2.0, 0.5], [1.0]]
+
+
+def test_report_has_the_bars_and_every_round() -> None:
+    first = {"first_step_s": 4.0, "versions": {"torch": "2"}, "notes": ["compiled"]}
+    slow = replace(block(2.0, 0.05), repeats=2)
+    measured = Measured(SETTING, [[{"a": block(1.0), "b": slow}]] * 2, [{"a": first, "b": first}] * 2)
+    told = [Comparison("a over b", "a", "b", 2.5), Comparison("a over c", "a", "c", 1.0)]
+    figures, lines = report(measured, told)
+    assert set(figures["ratios"]) == {"a over b"}
+    assert figures["ratios"]["a over b"]["verdict"] == "missed"
+    assert figures["subjects"]["b"]["repeated_blocks"] == 4
+    assert figures["subjects"]["b"]["max_other_cores"] == 0.05
+    assert figures["subjects"]["a"]["notes"] == ["compiled"]
+    assert figures["rounds"] == [[{"a": [2, 1.0, 0.0], "b": [2, 2.0, 0.05]}]] * 2
+    json.dumps(figures, allow_nan=False)
+    assert lines[-1].split("  ")[-1] == "at least 2.5: missed"
+    assert "2.000 to 2.000" in lines[-1]
+
+
+def test_tokens_are_random_and_always_the_same(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        write_tokens(tmp_path / name, {"max_position_embeddings": 2, "vocab_size": 100})
+    found = (tmp_path / "one").read_bytes()
+    assert found == (tmp_path / "other").read_bytes()
+    assert len(found) == 2 * (2 * side_by_side.WINDOWS + 1)
+    assert len(set(found[::2])) == 100
+
+
+def test_turns_answer_after_the_warm_up_and_after_every_block() -> None:
+    answers = io.StringIO()
+    turns = Turns(ORDER, io.StringIO('{"steps": 3}\n{"end": true}\n'), answers)
+    turns.packages, turns.notes = ("pytest",), ("chosen",)
+    for _ in range(4):
+        turns.windows += 6
+        turns.step_done()
+    turns.windows += 6
+    with pytest.raises(Finished):
+        turns.step_done(lambda: 8.0)
+    warm, told = (json.loads(line) for line in answers.getvalue().splitlines())
+    assert (warm["steps"], warm["windows"], warm["loss"]) == (2, 12, None)
+    assert (warm["versions"], warm["notes"]) == ({"pytest": pytest.__version__}, ["chosen"])
+    assert 0.0 <= warm["step_s"] <= warm["seconds"] <= warm["first_step_s"]
+    assert (told["steps"], told["windows"], told["loss"]) == (3, 18, 8.0)
+    assert "first_step_s" not in told
+
+
+def test_a_subject_makes_whole_steps_of_about_the_asked_time(tmp_path: Path) -> None:
+    subject = stand_in(tmp_path)
+    try:
+        assert subject.first["first_step_s"] == 9.0
+        assert [subject.block(seconds).steps for seconds in (0.0, 1.6)] == [1, 3]
+        with pytest.raises(
+            MachineError, match=r"^the subject plain ended by itself; .*printed:\na turn\na turn\na turn"
+        ):
+            subject.block(3.5)
+    finally:
+        subject.end()
+
+
+def test_a_subject_that_reads_another_batch_is_refused(tmp_path: Path) -> None:
+    subject = stand_in(tmp_path, missing=1)
+    try:
+        with pytest.raises(MachineError, match=r"plain read 11 windows in 2 steps, not 12(?s:.)*do: mend what it says"):
+            subject.block(1.0)
+    finally:
+        subject.end()
+
+
+def test_a_subject_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "START_TIMEOUT_S", 0.0)
+    with pytest.raises(MachineError, match="the subject plain did not answer within 0 s"):
+        stand_in(tmp_path)
+
+
+def test_a_subject_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+    order = replace(ORDER, subject="none")
+    with pytest.raises(MachineError, match=r"^the subject none ended by itself(?s:.)*KeyError: 'none'"):
+        Subject(order, python=sys.executable, environ={}, log=tmp_path / "log")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_the_time_of_a_subject_is_that_of_its_session() -> None:
+    code = "import time\nwhile time.process_time() < 0.3: pass\nprint('busy', flush=True)\ninput()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, start_new_session=True) as busy:
+        assert busy.stdout is not None
+        assert busy.stdout.readline() == b"busy\n"
+        own, without = process._cpu_seconds(busy.pid), process._cpu_seconds(-1)
+        busy.communicate(b"\n")
+    assert own is not None
+    assert without is not None
+    assert 0.2 <= own[1] - without[1] <= 0.5
+    assert own[0] > own[1]  # the machine has done more than that
+
+
+def test_what_else_is_busy_is_the_rest() -> None:
+    assert process._other_cores((10.0, 5.0), (13.0, 6.0), 2.0) == 1.0
+    assert process._other_cores((10.0, 5.0), (11.0, 6.5), 2.0) == 0.0
+    assert process._other_cores(None, None, 2.0) is None
+
+
+def test_disturbed_blocks_are_measured_again_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disturbed:
+        order = ORDER
+
+        def __init__(self, *others: float) -> None:
+            self.others = iter(others)
+
+        def block(self, _seconds: float) -> Block:
+            return block(1.0, next(self.others))
+
+    monkeypatch.setattr(side_by_side, "PAUSE_S", 0.0)
+    given: list[Any] = [Disturbed(0.05), Disturbed(1.0, 0.3, 0.1), Disturbed(1.0, 0.5, 0.3, 0.9, 0.0)]
+    found = [side_by_side._quiet_block(subject, SETTING) for subject in given]
+    assert [(b.other_cores, b.repeats) for b in found] == [(0.05, 0), (0.1, 2), (0.3, 3)]
+
+
+def test_batches_and_names_are_read() -> None:
+    assert batches("8x4,4x1") == [(8, 4), (4, 1)]
+    assert names("plain,project") == ["plain", "project"]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'8x' is not MICRO_BATCHxACCUMULATION, such as 8x4,4x1"):
+        batches("8x")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no subject: plan; there are plain, plain_master, "):
+        names("plain,plan")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"a name stands twice: plain,plain"):
+        names("plain,plain")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "given", "message"),
+    [
+        ("litgpt", {}, r"litgpt needs an interpreter.*--litgpt-python is None\n  do: python -m venv"),
+        ("litgpt", {"litgpt_python": "/nowhere/python"}, r"--litgpt-python is /nowhere/python"),
+        (
+            "nanogpt",
+            {"nanogpt": "/"},
+            r"nanoGPT has no llama\n  allowed: gpt2, gpt2-medium-16l\n  do: give --shape gpt2",
+        ),
+        ("nanogpt", {"shape": "gpt2"}, r"nanogpt needs a checkout.*--nanogpt is None\n  do: git clone"),
+        ("nanogpt", {"shape": "gpt2", "nanogpt": "/nowhere"}, r"--nanogpt is /nowhere"),
+    ],
+)
+def test_subjects_that_cannot_be_run_are_refused(chosen: str, given: dict[str, Any], message: str) -> None:
+    args = argparse.Namespace(**{"shape": "llama", "litgpt_python": None, "nanogpt": None, **given})
+    with pytest.raises(MachineError, match=message):
+        check_subjects([chosen], args)
+    check_subjects(["plain", "project"], args)
+
+
+def test_an_error_ends_the_command_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    command = side_by_side_cli.Benchmark("tried", "", lambda _: ("litgpt",), "1x1", "keep", lambda _: ())
+    assert command.main([]) == MachineError.exit_code
+    assert capsys.readouterr().err.startswith("tried: error: the subject litgpt needs an interpreter")
