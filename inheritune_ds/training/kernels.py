@@ -5,11 +5,10 @@ fused AdamW); what `benchmarks/gpu.py` measures decides where that is wrong.
 """
 
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -223,9 +222,9 @@ def _unusable(key: str, name: str, obstacle: Obstacle) -> InherituneError:
 def apply_liger(model: "PreTrainedModel") -> None:
     """Replace a model's norms, gates and rotary embedding by Liger's, in place; its loss stays.
 
-    Liger also puts its classes into the family's module, for models built later. That is undone, so that other models
-    of this process stay what they are. Only the rotary embedding is a function of that module: the new one leaves
-    tensors on a CPU to the function that was there.
+    Liger also puts its classes and functions into the family's module, where every model of this process finds them.
+    That is undone. A rotary embedding is a function of that module, so the modules of this model that call it get a
+    `forward` of the same code that looks its names up elsewhere.
 
     Args:
         model: The target, before DeepSpeed has it; `choose_kernels` has found that Liger works for it.
@@ -234,15 +233,20 @@ def apply_liger(model: "PreTrainedModel") -> None:
 
     family = sys.modules[type(model).__module__]
     before = vars(family).copy()
-    patch = MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type]
-    patch(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-    for name, value in before.items():
-        new = getattr(family, name)
-        if new is value:
+    MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type](
+        model=model, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    new = {name: vars(family)[name] for name, value in before.items() if vars(family)[name] is not value}
+    for name in new:
+        setattr(family, name, before[name])
+    functions = {name: value for name, value in new.items() if not inspect.isclass(value)}
+    names = {**before, **functions}
+    del names["__name__"]  # by which torch.compile would look the names up in the module
+    for module in model.modules():
+        own = getattr(module.forward, "__func__", None)
+        if not inspect.isfunction(own) or own.__globals__ is not vars(family):
             continue
-        is_function = inspect.isfunction(value)  # a class is the family's own again; a partial is ours already
-        setattr(family, name, partial(_where_tensors_are, new, value) if is_function else value)
-
-
-def _where_tensors_are(fused: Callable[..., Any], plain: Callable[..., Any], first: torch.Tensor, *rest: Any) -> Any:
-    return (fused if first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else plain)(first, *rest)
+        if functions.keys() & {*own.__code__.co_names}:
+            bound = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+            bound.__kwdefaults__ = own.__kwdefaults__
+            module.forward = MethodType(bound, module)

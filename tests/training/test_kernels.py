@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.llama import modeling_llama
 
 from inheritune_ds.errors import MachineError, RecipeError
 from inheritune_ds.gpus import GPUS
@@ -202,39 +203,34 @@ def test_a_cpu_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_liger_patches_one_model_and_leaves_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    family, patching = ModuleType("family"), ModuleType("liger_kernel.transformers.monkey_patch")
-
-    class Norm(nn.Module): ...
+    patching = ModuleType("liger_kernel.transformers.monkey_patch")
+    calls = []
 
     class LigerNorm(nn.Module): ...
 
-    def rotate(first: torch.Tensor, second: int) -> tuple[str, int]:
-        return "plain", second
-
-    def liger_rotate(first: torch.Tensor, second: int) -> tuple[str, int]:
-        return "fused", second
+    def liger_rotate(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        calls.append("fused")
+        return given[:2]
 
     def patch(*, model: Any, cross_entropy: bool, fused_linear_cross_entropy: bool) -> None:
         assert not cross_entropy
         assert not fused_linear_cross_entropy
-        family.Norm, family.rotate = LigerNorm, liger_rotate  # type: ignore[attr-defined]
+        modeling_llama.LlamaRMSNorm = LigerNorm  # type: ignore[assignment,misc]
+        modeling_llama.apply_rotary_pos_emb = liger_rotate
         model.patched = True
 
-    family.Norm, family.rotate = Norm, rotate  # type: ignore[attr-defined]
-    patching.MODEL_TYPE_TO_APPLY_LIGER_FN = {"fake": patch}  # type: ignore[attr-defined]
-    for name, module in (("family", family), (patching.__name__, patching)):
-        monkeypatch.setitem(sys.modules, name, module)
+    patching.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": patch}  # type: ignore[attr-defined]
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    model: Any = type("Model", (), {"config": PreTrainedConfig()})()
-    model.config.model_type = "fake"
-    type(model).__module__ = "family"
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for _ in range(2):  # a second model of the family finds the first one's rotation
-        model.patched = False
-        kernels.apply_liger(model)
-        assert model.patched
-        assert family.Norm is Norm
-        assert family.rotate(torch.zeros(1), 7) == ("plain", 7)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert family.rotate(torch.zeros(1), 7) == ("fused", 7)
+    monkeypatch.setitem(sys.modules, patching.__name__, patching)
+    family = vars(modeling_llama).copy()
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    patched, other = (AutoModelForCausalLM.from_config(config(vocab_size=16, **sizes)) for _ in range(2))
+    kernels.apply_liger(patched)
+    assert patched.patched
+    assert vars(modeling_llama) == family
+    tokens = torch.arange(4).unsqueeze(0)
+    other(input_ids=tokens)
+    assert calls == []
+    patched(input_ids=tokens)
+    assert calls == ["fused", "fused"]
