@@ -321,8 +321,5 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     if resolver.problems:
         raise RecipeError.of(resolver.problems)
     config = resolver.without_auto(resolver.config)
-    if not Resolved(config, ()).offloads_optimizer:
-        # One implementation for every run: torch's AdamW through DeepSpeed; under offload it is DeepSpeedCPUAdam.
-        config["optimizer"]["params"]["torch_adam"] = True
     config["kernels"] = resolver.request  # its auto stays: what works is known only where torch is
     return Resolved(dict(sorted(config.items())), tuple(resolver.notes))

@@ -38,7 +38,7 @@ def test_the_recipe_s_numbers_are_filled_in(resolved: Resolve) -> None:
     config = resolved(FLAT).config
     assert config["optimizer"] == {
         "type": "AdamW",
-        "params": {"lr": 4e-4, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.2, "torch_adam": True},
+        "params": {"lr": 4e-4, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.2},
     }
     assert config["gradient_clipping"] == 0.5
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (32, 4)
@@ -121,14 +121,6 @@ def test_stages_are_kept_and_overlap_is_written_out(stage: int, overlap: bool, r
     assert found.config["zero_optimization"]["overlap_comm"] is overlap
     chosen = resolved({**FLAT, "zero_optimization": {"stage": stage, "overlap_comm": not overlap}})
     assert chosen.config["zero_optimization"]["overlap_comm"] is not overlap
-
-
-def test_offload_takes_deepspeed_s_own_adam(resolved: Resolve) -> None:
-    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    assert "torch_adam" not in resolved({**FLAT, "zero_optimization": offload}).config["optimizer"]["params"]
-    for none in (None, {"device": "none"}, {"device": "auto"}, {}):
-        config = resolved({**FLAT, "zero_optimization": {"stage": 2, "offload_optimizer": none}}).config
-        assert config["optimizer"]["params"]["torch_adam"] is True
 
 
 @pytest.mark.parametrize(
