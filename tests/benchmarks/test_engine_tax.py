@@ -47,5 +47,5 @@ def test_rehearsal_runs_base_project_and_deepspeed(tmp_path: Path, capsys: pytes
     for name in ("plain_master", "project", "deepspeed"):
         # untrained, on random tokens: ln 512 = 6.24
         assert found["subjects"][name]["loss"] == pytest.approx(6.24, abs=0.1)
-    assert "kernels.compile: False" in " ".join(found["subjects"]["project"]["notes"])
+    assert "kernels.compile: off (named)" in " ".join(found["subjects"]["project"]["notes"])
     assert "tax of project" in capsys.readouterr().out
