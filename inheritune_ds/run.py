@@ -22,6 +22,7 @@ from inheritune_ds.export import PROBE_TOKENS, check_logits, export_model, model
 from inheritune_ds.files import write_json
 from inheritune_ds.gpus import identify, mfu
 from inheritune_ds.machine import detect_gpus
+from inheritune_ds.micro_batch_search import with_tried_micro_batch
 from inheritune_ds.preparation import Prepared, open_prepared, prepare_run, validator_for
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
@@ -58,6 +59,7 @@ class Launch:
         stop: Its signals.
         runs_dir: Run folders stand below it.
         cache_dir: Token files stand below it.
+        auto_micro_batch: Whether the micro-batch is found by trying.
     """
 
     ds_document: dict[str, Any]
@@ -67,6 +69,7 @@ class Launch:
     stop: StopSignal
     runs_dir: Path
     cache_dir: Path
+    auto_micro_batch: bool = False
 
     @cached_property
     def meeting(self) -> Meeting:
@@ -160,6 +163,10 @@ class _Run:
         kernels = self._choose_kernels(
             model.config, 6.0 * model.num_parameters() * self._tokens(prepared) / self._world.size
         )
+        if launch.auto_micro_batch:
+            self._resolved = with_tried_micro_batch(
+                self._resolved, self._recipe, prepared.target.folder, folder.path, kernels=kernels, launch=launch
+            )
         if self._world.is_main:
             self._write_ds_config(kernels, parameter_groups(model, self._recipe.optimizer.weight_decay))
         engine = Engine(model, self._resolved.config, self._world, kernels)

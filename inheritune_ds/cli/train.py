@@ -10,6 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_experiment(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved pair and the budget, train nothing")
+    parser.add_argument(
+        "--auto-micro-batch",
+        action="store_true",
+        help="find the largest micro-batch that fits by real steps; the global batch stays the recipe's",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; LOCAL_RANK decides")
 
 
@@ -17,10 +22,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
     from inheritune_ds.plan import budget_text, plan
     from inheritune_ds.run_folder import RunFolder
+    from inheritune_ds.training.ds_config import MICRO_BATCH
     from inheritune_ds.training.world import StopSignal, detect, export, prepare_environment
 
     world = detect(os.environ)
     recipe, document, origin = read_experiment(args, overrides)
+    if args.auto_micro_batch:
+        document = {**document, MICRO_BATCH: 1}  # until the run has tried
     # A run takes the machine that is here; --gpu only says for which one its hours are told.
     gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (None, [])
     machine = machine_for(gpu, world.local_size)
@@ -30,7 +38,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         if world.is_main:
             print(folder.finished_before)
         return 0
-    notes = [*chosen, *resolved.notes]
+    tries = [f"{MICRO_BATCH}: found by trying when training starts (--auto-micro-batch); 1 stands for it here"]
+    notes = [*chosen, *resolved.notes, *(tries if args.auto_micro_batch else [])]
     told = {"notes": notes, "world_size": world.size, "gpu": args.gpu, "cache_dir": args.cache_dir}
     text = (plan if args.dry_run else budget_text)(recipe, resolved.config, **told)  # on every rank: it checks, too
     if world.is_main:
@@ -45,7 +54,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from inheritune_ds.training.engine import check_device, leave_process_group
 
     check_device(machine.kind, world, offload=resolved.offloads)
-    launch = Launch(document, origin, machine, world, stop, args.runs_dir, args.cache_dir)
+    launch = Launch(document, origin, machine, world, stop, args.runs_dir, args.cache_dir, args.auto_micro_batch)
     try:
         execute(recipe, launch)
     finally:

@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from inheritune_ds.errors import TrainingError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.training.checkpoints import Checkpoints, RunState
 from inheritune_ds.training.engine import Engine, StepResult
+from inheritune_ds.training.peak_memory import peak_memory_gib
 from inheritune_ds.training.read_ahead import ReadAhead
 from inheritune_ds.training.schedule import lr_ratio
 from inheritune_ds.training.validation import ValidationResult, Validator
@@ -228,11 +227,3 @@ class _Clock:
     @property
     def data_wait_ratio(self) -> float:
         return self._wait_s / self._sum_s if self._steps else 0.0
-
-
-def peak_memory_gib() -> float:
-    """Peak of this rank in GiB: GPU memory where there is one, otherwise the process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
