@@ -1,0 +1,60 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.accumulation import error, exact, lines_of, mean_and_interval, tokens_of
+from inheritune_ds.files import read_json
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_an_error_is_relative_to_the_whole_gradient() -> None:
+    wanted = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    assert error(wanted, wanted) == 0.0
+    assert error({**wanted, "a": torch.tensor([3.0, 0.5])}, wanted) == pytest.approx(0.1)
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    found = mean_and_interval([1.0, 2.0, 3.0, 2.0])
+    low, high = found["interval_95"]
+    assert found["mean"] == 2.0
+    assert 1.0 < low < 2.0 < high < 3.0
+
+
+def test_the_first_micro_batches_are_the_same_for_every_accumulation() -> None:
+    assert torch.equal(tokens_of(3, 2), tokens_of(3, 4)[:2])
+    assert not torch.equal(tokens_of(3, 2), tokens_of(4, 2))
+
+
+def test_the_reference_is_the_mean_over_micro_batches() -> None:
+    one, two = (exact(0, [count], "cpu")[count] for count in (1, 2))
+    both = exact(0, [1, 2], "cpu")
+    name = "model.norm.weight"
+    assert torch.equal(both[1][name], one[name])
+    assert torch.equal(both[2][name], two[name])
+    assert one[name].dtype == torch.float64
+
+
+def test_a_table_has_a_row_a_way_and_a_column_an_accumulation() -> None:
+    row = {"stage": 1, "dtype": "fp32", "communication": "bf16", "interval_95": [0.001, 0.003], "mean": 0.002}
+    lines = lines_of([{**row, "accumulation": 1}, {**row, "accumulation": 4}])
+    assert lines[0] == "| ZeRO | grad_accum_dtype | communicated in | 1 micro-batches | 4 micro-batches |"
+    assert lines[2] == "| 1 | fp32 | bf16 | 0.200% (0.100% to 0.300%) | 0.200% (0.100% to 0.300%) |"
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
+def test_rehearsal_finds_a_bf16_pass_and_the_rounding_of_its_sum(tmp_path: Path) -> None:
+    out = tmp_path / "accumulation.json"
+    command = [sys.executable, "-m", "benchmarks.accumulation", "--rehearse", "--out", str(out)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    result = read_json(out)
+    assert result is not None
+    found = {(row["dtype"], row["communication"], row["accumulation"]): row["mean"] for row in result["rows"]}
+    assert 0.002 < found["fp32", "fp32", 1] < 0.01
+    assert found["fp32", "bf16", 1] == found["bf16", "bf16", 1]  # nothing is added up
+    assert found["fp32", "fp32", 4] < found["fp32", "bf16", 4] < found["bf16", "bf16", 4]
