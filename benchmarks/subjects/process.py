@@ -21,7 +21,10 @@ START_TIMEOUT_S = 1200.0
 """A first start compiles DeepSpeed's operators and the model."""
 BLOCK_TIMEOUT_S = 900.0
 _TICKS = os.sysconf("SC_CLK_TCK")
+SAMPLE_S = 1.0
+"""Whether the machine is quiet is told from so long a look."""
 _LOG_END = 3000
+_NO_SESSION = -1
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,19 @@ class Subject:
             f"the subject {self.order.subject} {what}; the end of what it printed:\n{text[-_LOG_END:]}",
             action="mend what it says, or leave the subject out (--subjects)",
         )
+
+
+def wait_until_quiet(max_other_cores: float, patience_s: float) -> bool:
+    """Wait until nothing but this process keeps more than so many cores busy; False if it did not come to that."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        before, start = _cpu_seconds(_NO_SESSION), time.perf_counter()
+        time.sleep(SAMPLE_S)
+        other = _other_cores(before, _cpu_seconds(_NO_SESSION), time.perf_counter() - start)
+        if (other or 0.0) <= max_other_cores:
+            return True
+        if time.monotonic() >= deadline:
+            return False
 
 
 def _cpu_seconds(session: int) -> tuple[float, float] | None:

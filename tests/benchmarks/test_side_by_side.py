@@ -218,6 +218,17 @@ def test_what_else_is_busy_is_the_rest() -> None:
     assert process._other_cores(None, None, 2.0) is None
 
 
+def test_the_harness_waits_until_the_machine_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "SAMPLE_S", 0.01)
+    times = iter([(0.0, 0.0), (100.0, 0.0), (100.0, 0.0), (100.0, 0.0)])  # busy, then not
+    monkeypatch.setattr(process, "_cpu_seconds", lambda _session: next(times))
+    assert process.wait_until_quiet(0.1, 60.0)
+    assert next(times, None) is None
+    busy = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(process, "_cpu_seconds", lambda _session: (float(next(busy)), 0.0))
+    assert not process.wait_until_quiet(0.1, 0.05)
+
+
 def test_disturbed_blocks_are_measured_again_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     class Disturbed:
         order = ORDER
@@ -228,10 +239,12 @@ def test_disturbed_blocks_are_measured_again_and_counted(monkeypatch: pytest.Mon
         def block(self, _seconds: float) -> Block:
             return block(1.0, next(self.others))
 
-    monkeypatch.setattr(side_by_side, "PAUSE_S", 0.0)
+    waited: list[float] = []
+    monkeypatch.setattr(side_by_side, "wait_until_quiet", lambda limit, _patience: waited.append(limit))
     given: list[Any] = [Disturbed(0.05), Disturbed(1.0, 0.3, 0.1), Disturbed(1.0, 0.5, 0.3, 0.9, 0.0)]
     found = [side_by_side._quiet_block(subject, SETTING) for subject in given]
     assert [(b.other_cores, b.repeats) for b in found] == [(0.05, 0), (0.1, 2), (0.3, 3)]
+    assert waited == [0.1] * (2 + 3)
 
 
 def test_batches_and_names_are_read() -> None:
