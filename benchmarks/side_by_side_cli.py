@@ -30,6 +30,17 @@ def batches(text: str) -> list[tuple[int, int]]:
     return [(int(micro_batch), int(accumulation)) for micro_batch, _, accumulation in pairs]
 
 
+def positive(text: str) -> int:
+    """Read a whole number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else.
+    """
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
 def names(text: str) -> list[str]:
     """Read `plain,project`: subjects.
 
@@ -88,10 +99,10 @@ class Benchmark:
         add("--subjects", type=names, metavar="A,B,...", help=f"any of {', '.join(SUBJECTS)}")
         text = f"keep: freed memory is kept in all subjects alike; default: as each does itself ({self.allocator})"
         add("--allocator", choices=("keep", "default"), default=self.allocator, help=text)
-        add("--processes", type=int, default=3, help="times that every subject is started (default: 3)")
-        add("--blocks", type=int, default=5, help="rounds of every set of processes (default: 5)")
+        add("--processes", type=positive, default=3, help="times that every subject is started (default: 3)")
+        add("--blocks", type=positive, default=5, help="rounds of every set of processes (default: 5)")
         add("--seconds", type=float, default=2.0, help="length of a block, about (default: 2)")
-        add("--warmup", type=int, default=3, help="steps before the first block (default: 3)")
+        add("--warmup", type=positive, default=3, help="steps before the first block (default: 3)")
         add("--litgpt-python", help="interpreter of an environment that has litgpt 0.5.13")
         add("--nanogpt", help="folder of a nanoGPT checkout (--shape gpt2)")
         add("--rehearse", action="store_true", help="a toy: it tests this command, and measures nothing")

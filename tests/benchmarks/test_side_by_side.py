@@ -12,7 +12,7 @@ import pytest
 from benchmarks import side_by_side, side_by_side_cli
 from benchmarks.comparison import Comparison, in_turns, summary, verdict
 from benchmarks.side_by_side import SHAPES, Measured, Setting, report, write_tokens
-from benchmarks.side_by_side_cli import batches, check_subjects, names
+from benchmarks.side_by_side_cli import batches, check_subjects, names, positive
 from benchmarks.subjects import process
 from benchmarks.subjects.process import Block, Subject
 from benchmarks.subjects.turns import Finished, Order, Turns
@@ -247,8 +247,11 @@ def test_disturbed_blocks_are_measured_again_and_counted(monkeypatch: pytest.Mon
     assert waited == [0.1] * (2 + 3)
 
 
-def test_batches_and_names_are_read() -> None:
+def test_batches_counts_and_names_are_read() -> None:
     assert batches("8x4,4x1") == [(8, 4), (4, 1)]
+    assert positive("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'0' is not a whole number from 1 on"):
+        positive("0")
     assert names("plain,project") == ["plain", "project"]
     with pytest.raises(argparse.ArgumentTypeError, match=r"'8x' is not MICRO_BATCHxACCUMULATION, such as 8x4,4x1"):
         batches("8x")
