@@ -4,32 +4,31 @@ Conventions, stated once:
 
 FLOPs: PaLM's (arXiv 2204.02311, appendix B). A trained token costs `6 * N_matmul + 12 * L * d * T` FLOPs, with
 N_matmul the parameters of the blocks and of the head (tied or not; no input embedding), L blocks, d the hidden
-size and T the sequence length. Attention is counted as if it were not causal, and nothing is recomputed.
+size and T the sequence length. Attention is counted as if it were not causal. The share of a GPU's dense peak that
+these FLOPs reach is the MFU. What activation checkpointing computes again is not counted in it; with it, it is the HFU.
 
-Memory: GiB (2**30 bytes) on one GPU at the worst moment of a step, the backward pass, with all gradients and all
-activations counted together (in truth the one grows while the other shrinks). Activations are a count of the
-tensors that Hugging Face's own modules save for the backward pass (see `_block_activations`), good to +-20 %.
+Memory: GiB (2**30 bytes) on one GPU at the worse of two moments. In the backward pass there are all activations and
+the gradients of earlier micro-steps when it starts, and all gradients when it ends; the worst of it is told. In the
+update the passes have left nothing, but DeepSpeed reduces and copies gradients (see `states`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Unpack, cast
 
+from inheritune_ds.activations import Passes, activation_bytes, key_value_size, loss_bytes, mlp_size, working_bytes
 from inheritune_ds.errors import RecipeError
+from inheritune_ds.layout import Layout, Precision, Recomputation, element_bytes, uses_bf16_optimizer
 from inheritune_ds.recipe import Shape, Training
+from inheritune_ds.states import States, Tensors, states
 
 GIB = float(2**30)
-Precision = Literal["fp32", "bf16", "fp16"]
-
+LOSS_CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at once under the chunked loss (`training.loss` works in chunks of this size)."""
 _FIXED_MARGIN_GIB = 1.0
 """CUDA context and the workspaces of cuBLAS and NCCL."""
 _FRAGMENTATION_RATIO = 0.05
-"""Blocks that the allocator holds without using them; reduce buckets (Hugging Face's `auto`: hidden_size ** 2
-elements, some 40 MB) are in here, too."""
-LOSS_CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once under the chunked loss (`training.loss` works in chunks of this size)."""
-_MAX_LIVE_PARAMETERS = 10**9
-"""ZeRO-3 keeps up to this many gathered parameters (DeepSpeed's stage3_max_live_parameters)."""
+"""Blocks that the allocator holds without using them."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def parameters(shape: Shape, num_blocks: int | None = None) -> Parameters:
         embeddings = (shape.vocab_size + shape.max_position_embeddings) * hidden
         final_norm = 2 * hidden
     else:
-        attention = 2 * hidden * hidden + 2 * hidden * _key_value_size(shape)
+        attention = 2 * hidden * hidden + 2 * hidden * key_value_size(shape)
         per_block = attention + 3 * hidden * mlp + 2 * hidden
         embeddings = shape.vocab_size * hidden
         final_norm = hidden
@@ -76,14 +75,26 @@ def parameters(shape: Shape, num_blocks: int | None = None) -> Parameters:
     return Parameters(blocks + embeddings + head + final_norm, blocks, per_block, embeddings, head, final_norm)
 
 
-def mlp_size(shape: Shape) -> int:
-    """Units of the MLP."""
-    return shape.intermediate_size or 4 * shape.hidden_size
+def tensors(shape: Shape, num_blocks: int) -> Tensors:
+    """Elements of each parameter as `transformers` builds the model, by whether weight decay applies.
 
+    Matrices decay; norms, biases and embeddings (a tied head among them) do not (`training.optimizer`).
 
-def _key_value_size(shape: Shape) -> int:
-    heads = shape.num_attention_heads
-    return shape.hidden_size // heads * (shape.num_key_value_heads or heads)
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+    """
+    hidden, mlp = shape.hidden_size, mlp_size(shape)
+    if shape.model_type == "gpt2":
+        matrices = [3 * hidden * hidden, hidden * hidden, hidden * mlp, mlp * hidden]
+        vectors = [hidden, hidden, 3 * hidden, hidden, hidden, hidden, mlp, hidden]
+        edges = [shape.vocab_size * hidden, shape.max_position_embeddings * hidden]
+        return Tensors(matrices * num_blocks, [*edges, *vectors * num_blocks, hidden, hidden])
+    key_value = hidden * key_value_size(shape)
+    matrices = [hidden * hidden, key_value, key_value, hidden * hidden, hidden * mlp, hidden * mlp, mlp * hidden]
+    head = [] if shape.tie_word_embeddings else [shape.vocab_size * hidden]
+    embeddings = shape.vocab_size * hidden
+    return Tensors([*matrices * num_blocks, *head], [embeddings, *[hidden, hidden] * num_blocks, hidden])
 
 
 def flops_per_token(shape: Shape, num_blocks: int, seq_len: int) -> float:
@@ -98,110 +109,102 @@ def flops_per_token(shape: Shape, num_blocks: int, seq_len: int) -> float:
     return 6.0 * matmul + 12.0 * num_blocks * shape.hidden_size * seq_len
 
 
-class Layout(TypedDict):
-    """How DeepSpeed lays a model out: the keyword arguments that `memory` and its callers share."""
+def hardware_flops_per_token(shape: Shape, num_blocks: int, seq_len: int, recomputation: Recomputation) -> float:
+    """FLOPs of one trained token with what is computed again: the blocks' forward pass, all of it under `full`.
 
-    seq_len: int
-    zero_stage: int
-    world_size: int
-    precision: Precision
-    accumulate_fp32: bool
-    offload_optimizer: bool
-    offload_parameters: bool
+    `selective` keeps the outputs of matrix products and attention, where nearly all FLOPs are.
+
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+        seq_len: Tokens a window.
+        recomputation: What of a block is computed again.
+    """
+    flops = flops_per_token(shape, num_blocks, seq_len)
+    if recomputation != "full":
+        return flops
+    return flops + 2.0 * parameters(shape, num_blocks).blocks + 4.0 * num_blocks * shape.hidden_size * seq_len
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one GPU by part, in GiB; `host_gib` is what offloading takes from the host, for each GPU."""
+    """Memory of one GPU by part, in GiB, at two moments; `host_gib` is what offloading takes from the host, a GPU.
 
-    parts: Mapping[str, float]
+    Attributes:
+        backward: Parts in the backward pass.
+        update: Parts while gradients are reduced and weights updated.
+        host_gib: On the host.
+    """
+
+    backward: Mapping[str, float]
+    update: Mapping[str, float]
     host_gib: float
 
     @property
+    def parts(self) -> Mapping[str, float]:
+        """The parts of the worse moment."""
+        return max(self.backward, self.update, key=lambda parts: sum(parts.values()))
+
+    @property
     def total_gib(self) -> float:
-        """Sum of the parts."""
+        """The peak: sum of the parts of the worse moment."""
         return sum(self.parts.values())
 
+    @property
+    def tensors_gib(self) -> float:
+        """The peak without the margin, which is what a count of live tensors finds."""
+        return self.total_gib - self.parts["margin"]
 
-def memory(shape: Shape, num_blocks: int, *, micro_batch_size: int, **layout: Unpack[Layout]) -> Memory:
+
+def memory(
+    shape: Shape, num_blocks: int, *, micro_batch_size: int, accumulation: int, **layout: Unpack[Layout]
+) -> Memory:
     """Predict the peak memory of one GPU.
 
     Args:
         shape: The architecture.
         num_blocks: Transformer blocks.
         micro_batch_size: Sequences a rank holds at once.
-        **layout: Sequence length, ZeRO stage, ranks, precision, accumulation and offload.
+        accumulation: Micro-steps a step.
+        **layout: How DeepSpeed lays the model out.
     """
-    states, host = _states(parameters(shape, num_blocks).total, layout)
-    element, tokens = _element_bytes(layout["precision"]), micro_batch_size * layout["seq_len"]
-    # A rotary model also keeps one table of sines and one of cosines for all blocks.
-    rotary = 2 * element * shape.hidden_size // shape.num_attention_heads if shape.model_type == "llama" else 0
-    activations = tokens * (num_blocks * _block_activations(shape, element) + _edge_activations(shape, element))
-    states["activations"] = activations + rotary * layout["seq_len"]
-    # Held together when the backward pass starts: the logits in the model's type, the fp32 log-probabilities that
-    # cross-entropy saved, and their fp32 gradient (in the forward pass: the fp32 copy of the logits instead).
-    states["logits and loss"] = tokens * shape.vocab_size * (element + 4 + 4)
-    parts = {name: size / GIB for name, size in states.items() if size}
-    parts["margin"] = _FIXED_MARGIN_GIB + _FRAGMENTATION_RATIO * sum(parts.values())
-    return Memory(parts, host / GIB)
+    found = states(tensors(shape, num_blocks), layout, accumulation=accumulation)
+    moments = _passes(shape, num_blocks, micro_batch_size * layout["seq_len"], layout, found)
+    backward = max(moments, key=lambda parts: sum(parts.values()))
+    update = _joined(found.resident, found.update)
+    return Memory(_with_margin(backward), _with_margin(update), found.host / GIB)
 
 
-def _element_bytes(precision: Precision) -> int:
-    return 4 if precision == "fp32" else 2
+def _passes(shape: Shape, num_blocks: int, tokens: int, layout: Layout, found: States) -> list[dict[str, float]]:
+    """Bytes by part when the backward pass starts, when it has come to the last block, and when it ends."""
+    passes = Passes(
+        tokens,
+        layout["seq_len"],
+        element_bytes(layout["precision"]),
+        layout.get("activation_checkpointing", "none"),
+        layout.get("loss", "chunked"),
+    )
+    kept, working = activation_bytes(shape, num_blocks, passes), working_bytes(shape, passes)
+    logits = loss_bytes(shape, passes, chunk_tokens=LOSS_CHUNK_TOKENS)
+    start = {"activations": float(kept), "logits and loss": float(logits)}
+    last_block = {"activations": float(kept + working)}
+    first_block = {"activations": float(activation_bytes(shape, 1, replace(passes, recomputation="none")))}
+    moments = ((found.first, start), (found.going, last_block), (found.last, first_block))
+    return [_joined(found.resident, gradients, activations) for gradients, activations in moments]
 
 
-def _states(count: int, layout: Layout) -> tuple[dict[str, float], float]:
-    """Bytes of weights, gradients and optimizer on the GPU by part, and bytes on the host.
-
-    Read from DeepSpeed 0.19.8: ZeRO-1 with bf16 and fp32 accumulation is its BF16_Optimizer, which keeps the whole
-    fp32 accumulator on every rank; ZeRO-2 and 3 keep a rank's share, on the host when the optimizer is there.
-    ZeRO-1 and 2 copy the rank's share of fp32 weights into a master even when the model is fp32.
-    """
-    stage, ranks, element = layout["zero_stage"], layout["world_size"], _element_bytes(layout["precision"])
-    shared = {number: float(ranks) if stage >= number else 1.0 for number in (1, 2, 3)}
-    host = 0.0
-    sizes: dict[str, float] = {"weights": element * count / shared[3]}
-    if stage == 3:
-        if layout["offload_parameters"]:
-            host += sizes.pop("weights")
-        resident = 0.0 if layout["offload_parameters"] else 1.0 / ranks
-        sizes["gathered weights"] = element * min(count, _MAX_LIVE_PARAMETERS) * (1.0 - resident)
-    sizes["gradients"] = element * count / shared[2]
-    optimizer: dict[str, float] = {}
-    if layout["accumulate_fp32"] and element == 2:
-        where = optimizer if stage >= 2 else sizes
-        where["fp32 gradient accumulator"] = 4 * count / shared[2]
-    if element == 2 or stage >= 1:
-        optimizer["fp32 master weights"] = 4 * count / shared[1]
-    optimizer["Adam moments"] = 8 * count / shared[1]
-    if layout["offload_optimizer"]:
-        return sizes, host + sum(optimizer.values())
-    return {**sizes, **optimizer}, host
+def _joined(*parts: Mapping[str, float]) -> dict[str, float]:
+    """Sums by name, in the order of their first appearance."""
+    joined: dict[str, float] = {}
+    for name, size in ((name, size) for part in parts for name, size in part.items() if size):
+        joined[name] = joined.get(name, 0.0) + size
+    return joined
 
 
-def _block_activations(shape: Shape, element: int) -> int:
-    """Bytes a token that one block saves for the backward pass (sdpa or flash attention, dropout 0, not compiled).
-
-    Counted with `torch.autograd.graph.saved_tensors_hooks` on transformers 5.23; the test repeats the count.
-    llama, each RMSNorm: its input upcast to fp32, 1/rms (fp32), the normalised input; its output. Attention: rotated
-    q and k, v, the output, the log-sum-exp (fp32, a head). MLP: gate, silu(gate), up, their product.
-    gpt2, each LayerNorm: its input, mean and 1/std, its output. Attention: q, k, v in one tensor, the output, the
-    log-sum-exp. MLP: five tensors of the MLP's width, as `gelu_new` is written in elementary operations.
-    Head sizes that are no multiple of 8 make the GPU kernels pad copies: part of the +-20 %.
-    """
-    hidden, mlp, log_sum_exp = shape.hidden_size, mlp_size(shape), 4 * shape.num_attention_heads
-    if shape.model_type == "gpt2":
-        norms = 2 * (2 * element * hidden + 8)
-        return norms + element * (3 * hidden + hidden) + log_sum_exp + 5 * element * mlp
-    norms = 2 * (4 * hidden + 4 + 2 * element * hidden)
-    return norms + element * (2 * hidden + 2 * _key_value_size(shape)) + log_sum_exp + 4 * element * mlp
-
-
-def _edge_activations(shape: Shape, element: int) -> int:
-    """Bytes a token outside the blocks: final norm, token ids and labels (int64)."""
-    if shape.model_type == "gpt2":
-        return 2 * element * shape.hidden_size + 8 + 16
-    return 4 * shape.hidden_size + 4 + 2 * element * shape.hidden_size + 16
+def _with_margin(sizes: Mapping[str, float]) -> dict[str, float]:
+    """Bytes as GiB, and what the device and its allocator take besides."""
+    parts = {name: size / GIB for name, size in sizes.items()}
+    return {**parts, "margin": _FIXED_MARGIN_GIB + _FRAGMENTATION_RATIO * sum(parts.values())}
 
 
 def largest_micro_batch(
@@ -228,16 +231,101 @@ def largest_micro_batch(
         )
     share = batch_windows // ranks
     for size in range(share, 0, -1):
-        if share % size == 0 and memory(shape, num_blocks, micro_batch_size=size, **layout).total_gib <= memory_gib:
+        if share % size == 0 and _total(shape, num_blocks, size, share // size, layout) <= memory_gib:
             return size
-    need = memory(shape, num_blocks, micro_batch_size=1, **layout)
+    raise does_not_fit(shape, num_blocks, memory_gib=memory_gib, micro_batch_size=1, accumulation=share, **layout)
+
+
+def _total(shape: Shape, num_blocks: int, micro_batch_size: int, accumulation: int, layout: Layout) -> float:
+    need = memory(shape, num_blocks, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
+    return need.total_gib
+
+
+def does_not_fit(
+    shape: Shape,
+    num_blocks: int,
+    *,
+    memory_gib: float,
+    micro_batch_size: int,
+    accumulation: int,
+    **layout: Unpack[Layout],
+) -> RecipeError:
+    """Say how much is missing, and which changes of the DeepSpeed config would make it fit.
+
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+        memory_gib: Memory that one rank may use.
+        micro_batch_size: Sequences a rank holds at once.
+        accumulation: Micro-steps a step.
+        **layout: As for `memory`.
+    """
+    need = memory(shape, num_blocks, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
     largest = max(need.parts, key=lambda part: need.parts[part])
-    raise RecipeError(
-        f"one sequence of {layout['seq_len']} tokens needs {need.total_gib:.1f} GiB, {need.parts[largest]:.1f} GiB of "
+    share = micro_batch_size * accumulation
+    sequences = "one sequence" if micro_batch_size == 1 else f"{micro_batch_size} sequences"
+    return RecipeError(
+        f"{sequences} of {layout['seq_len']} tokens needs {need.total_gib:.1f} GiB, {need.parts[largest]:.1f} GiB of "
         f"it {largest}, but a rank has {memory_gib:.1f} GiB",
         allowed="a model, precision and ZeRO stage that fit",
-        action="use more ranks with ds_configs/zero3.json, or offload with ds_configs/zero3_offload.json",
+        action=_advice(
+            lambda size, changed: _total(shape, num_blocks, size, share // size, changed) <= memory_gib,
+            micro_batch_size,
+            share,
+            layout,
+        ),
     )
+
+
+_CHANGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ('kernels.loss "chunked"', {"loss": "chunked"}),
+    ("bf16.immediate_grad_update true", {"immediate_grad_update": True}),
+    ('kernels.activation_checkpointing "selective"', {"activation_checkpointing": "selective"}),
+    ('kernels.activation_checkpointing "full"', {"activation_checkpointing": "full"}),
+    ('data_types.grad_accum_dtype "bf16"', {"accumulate_fp32": False}),
+    ("ds_configs/zero2.json", {"zero_stage": 2}),
+    ("ds_configs/zero3.json", {"zero_stage": 3}),
+)
+"""What makes a run need less memory, the cheapest in time first; keys are those of `Layout`."""
+_OFFLOAD = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+
+
+def _advice(fits: Callable[[int, Layout], bool], micro_batch_size: int, share: int, layout: Layout) -> str:
+    """What makes it fit: a smaller micro-batch, else each change that does alone, else the first ones together."""
+    for size in range(micro_batch_size - 1, 0, -1):
+        if share % size == 0 and fits(size, layout):
+            return f"set train_micro_batch_size_per_gpu to {size}"
+    possible = [(words, change) for words, change in _CHANGES if _can_change(layout, change)]
+    alone = [words for words, change in possible if fits(micro_batch_size, _changed(layout, change))]
+    if alone:
+        return f"take {' or '.join(alone[:3])}"
+    together: dict[str, str] = {}
+    changed = layout
+    for words, change in possible:
+        changed = _changed(changed, change)
+        together[next(iter(change))] = words  # a later value of the same key takes its place
+        if fits(micro_batch_size, changed):
+            return f"take {' and '.join(together.values())}"
+    if fits(micro_batch_size, _changed(layout, _OFFLOAD)):
+        return "take ds_configs/zero3_offload.json"
+    return "use more ranks, or a GPU with more memory"
+
+
+def _changed(layout: Layout, change: Mapping[str, Any]) -> Layout:
+    return cast(Layout, {**layout, **change})
+
+
+def _can_change(layout: Layout, change: Mapping[str, Any]) -> bool:
+    """Whether a change is one in this layout: sharing takes several ranks, other keys half precision."""
+    if all({"loss": "chunked", **layout}.get(key) == value for key, value in change.items()):
+        return False
+    if "accumulate_fp32" in change:
+        return layout["precision"] == "bf16"
+    if "immediate_grad_update" in change:
+        return uses_bf16_optimizer(layout)
+    if "zero_stage" in change:
+        return bool(change["zero_stage"] > layout["zero_stage"] and layout["world_size"] > 1)
+    return True
 
 
 def tokens_an_epoch(unique_tokens: int, seq_len: int) -> int:
@@ -280,4 +368,4 @@ def checkpoint_bytes(count: int, precision: Precision) -> int:
         count: Parameters.
         precision: What the model computes in.
     """
-    return count * (_element_bytes(precision) + 4 + 8)
+    return count * (element_bytes(precision) + 4 + 8)

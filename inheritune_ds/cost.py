@@ -7,10 +7,8 @@ from typing import Any
 
 from inheritune_ds.budget import (
     GIB,
-    Layout,
     Memory,
     Parameters,
-    Precision,
     checkpoint_bytes,
     flops_per_token,
     memory,
@@ -20,6 +18,7 @@ from inheritune_ds.budget import (
 )
 from inheritune_ds.corpus_size import Tokens
 from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
+from inheritune_ds.layout import Layout, read_layout
 from inheritune_ds.recipe import (
     Recipe,
     Shape,
@@ -41,7 +40,7 @@ class Budget:
         parameters: Of the target.
         micro_batch_size: Sequences a rank holds at once.
         accumulation: Micro-steps a step.
-        layout: Sequence length, ZeRO stage, ranks, precision, accumulation type and offload.
+        layout: How DeepSpeed lays the model out.
         tokens_a_step: Over all ranks.
         steps: Optimizer steps.
         unique: Tokens of the corpus.
@@ -95,6 +94,7 @@ def build_budget(
     """
     training, layout = recipe.training, layout_of(ds_config, recipe, world_size)
     micro_batch_size = int(ds_config["train_micro_batch_size_per_gpu"])
+    accumulation = int(ds_config["gradient_accumulation_steps"])
     steps = steps_in(training, unique.count if unique else None)
     seen = None if steps is None else steps * training.global_batch_tokens
     epoch = tokens_an_epoch(unique.count, training.seq_len) if unique else 0
@@ -107,7 +107,7 @@ def build_budget(
         num_blocks=shape[1] if shape else None,
         parameters=count,
         micro_batch_size=micro_batch_size,
-        accumulation=int(ds_config["gradient_accumulation_steps"]),
+        accumulation=accumulation,
         layout=layout,
         tokens_a_step=training.global_batch_tokens,
         steps=steps,
@@ -119,31 +119,15 @@ def build_budget(
         checkpoint_bytes=saved,
         disk_gib={**_disk(recipe, count, saved, unique, shape), "download": fetched},
         download_gib=download,
-        memory=memory(*shape, micro_batch_size=micro_batch_size, **layout) if shape else None,
+        memory=memory(*shape, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
+        if shape
+        else None,
     )
 
 
 def layout_of(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> Layout:
-    """Read out of a resolved DeepSpeed config what decides memory."""
-    zero = ds_config["zero_optimization"]
-    precision: Precision = "fp32"
-    if ds_config.get("bf16", {}).get("enabled"):
-        precision = "bf16"
-    elif ds_config.get("fp16", {}).get("enabled"):
-        precision = "fp16"
-    return Layout(
-        seq_len=recipe.training.seq_len,
-        zero_stage=int(zero["stage"]),
-        world_size=world_size,
-        precision=precision,
-        accumulate_fp32=ds_config["data_types"]["grad_accum_dtype"] == "fp32",
-        offload_optimizer=_offloads(zero.get("offload_optimizer")),
-        offload_parameters=_offloads(zero.get("offload_param")),
-    )
-
-
-def _offloads(block: Mapping[str, Any] | None) -> bool:
-    return block is not None and block.get("device") not in (None, "none")
+    """Read out of a resolved DeepSpeed config how a recipe's target is laid out."""
+    return read_layout(ds_config, seq_len=recipe.training.seq_len, world_size=world_size)
 
 
 def _downloads(recipe: Recipe) -> dict[str, float | None]:

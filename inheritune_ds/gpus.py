@@ -1,4 +1,4 @@
-"""GPUs whose peak rate is known, and what follows from a peak: hours, and the share of it reached (MFU)."""
+"""GPUs whose rates are known, and what follows from a peak: hours, and the share of it reached (MFU)."""
 
 import difflib
 import re
@@ -13,13 +13,16 @@ PLANNING_MFU = 0.5
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU model.
+    """A GPU model. Rates are of one card and one direction; GB are 10**9 bytes.
 
     Attributes:
         name: Short name, as `--gpu` takes it.
         label: Name for people.
         peak_bf16_flops: Dense bf16 tensor-core peak with fp32 accumulation, in FLOP/s.
-        memory_gib: Memory of one card, in GiB.
+        memory_gib: Memory that the driver reports for one card, in GiB.
+        memory_gb_per_s: Bandwidth of that memory.
+        node_gb_per_s: Bus bandwidth of collectives within a node (as nccl-tests define it).
+        network_gb_per_s: Bus bandwidth of collectives across nodes.
         pattern: Regular expression for the name that the driver reports.
         source: Where the peak stands.
     """
@@ -28,6 +31,9 @@ class Gpu:
     label: str
     peak_bf16_flops: float
     memory_gib: float
+    memory_gb_per_s: float
+    node_gb_per_s: float
+    network_gb_per_s: float
     pattern: str
     source: str
 
@@ -35,20 +41,58 @@ class Gpu:
 _AMPERE = "NVIDIA Ampere GA102 architecture whitepaper"
 _SHEET = "NVIDIA data sheet, dense (half of the figure with sparsity)"
 
-# The order matters for `identify`: the first pattern that is found wins.
+# Collectives within a node. NVLink: measured all-reduce of 8 cards, stas00/ml-engineering network/README.md (A100 235,
+# H200 ring 367; H100 has the same links; B200's are twice as fast and taken at twice the rate). PCIe: assumed, 12 GB/s
+# for generation 4 (31 GB/s in theory, shared by both directions through the host) and 24 for generation 5.
+_NVLINK3, _NVLINK4, _NVLINK5, _PCIE4, _PCIE5 = 235.0, 367.0, 734.0, 12.0, 24.0
+# Collectives across nodes: 80 % (what the NVLink figures above reach) of one network link a GPU on SXM boards (DGX
+# A100: 8 x 200 Gb/s; DGX H100, H200, B200: 8 x 400 Gb/s; a ring uses all eight), of one 100 Gb/s link a node
+# on PCIe cards.
+_HDR8, _NDR8, _ETHERNET = 0.8 * 8 * 25.0, 0.8 * 8 * 50.0, 0.8 * 12.5
+
+# The order matters for `identify`: the first pattern that is found wins. Memory: `nvidia-smi`, with ECC on where it is
+# the default. Memory bandwidths: NVIDIA's data sheets.
 _TABLE = (
-    Gpu("a6000", "RTX A6000", 154.8e12, 48.0, r"RTX A6000", f"{_AMPERE} (via apoorvkh/academic-pretraining)"),
-    Gpu("a40", "A40", 149.7e12, 48.0, r"\bA40\b", "NVIDIA data sheet, dense"),
-    Gpu("a100-40", "A100 40GB", 312e12, 40.0, r"A100.*40GB", "NVIDIA data sheet, dense; stas00/ml-engineering"),
-    Gpu("a100-80", "A100 80GB", 312e12, 80.0, r"A100.*80GB", "NVIDIA data sheet, dense; stas00/ml-engineering"),
-    Gpu("h100-pcie", "H100 PCIe", 756e12, 80.0, r"H100 PCIe", _SHEET),
-    Gpu("h100", "H100 SXM", 989e12, 80.0, r"H100", f"{_SHEET}; stas00/ml-engineering"),
+    Gpu(
+        "a6000",
+        "RTX A6000",
+        *(154.8e12, 48.0, 768.0, _PCIE4, _ETHERNET),
+        r"RTX A6000",
+        f"{_AMPERE} (via apoorvkh/academic-pretraining)",
+    ),
+    Gpu("a40", "A40", *(149.7e12, 45.0, 696.0, _PCIE4, _ETHERNET), r"\bA40\b", "NVIDIA data sheet, dense"),
+    Gpu(
+        "a100-40",
+        "A100 40GB",
+        *(312e12, 40.0, 1555.0, _NVLINK3, _HDR8),
+        r"A100.*40GB",
+        "NVIDIA data sheet, dense; stas00/ml-engineering",
+    ),
+    Gpu(
+        "a100-80",
+        "A100 80GB",
+        *(312e12, 80.0, 2039.0, _NVLINK3, _HDR8),
+        r"A100.*80GB",
+        "NVIDIA data sheet, dense; stas00/ml-engineering",
+    ),
+    Gpu("h100-pcie", "H100 PCIe", *(756e12, 79.6, 2000.0, _PCIE5, _ETHERNET), r"H100 PCIe", _SHEET),
+    Gpu("h100", "H100 SXM", *(989e12, 79.6, 3350.0, _NVLINK4, _NDR8), r"H100", f"{_SHEET}; stas00/ml-engineering"),
     # 141 GB are 131 GiB; the driver reports 143771 MiB, that is 140.4 GiB.
-    Gpu("h200", "H200 SXM", 989e12, 140.0, r"H200", f"{_SHEET}; stas00/ml-engineering"),
-    Gpu("l40s", "L40S", 362.05e12, 48.0, r"L40S", _SHEET),
-    Gpu("3090", "GeForce RTX 3090", 71e12, 24.0, r"RTX 3090(?! Ti)", _AMPERE),
-    Gpu("4090", "GeForce RTX 4090", 165.2e12, 24.0, r"RTX 4090(?! D)", "NVIDIA Ada architecture whitepaper"),
+    Gpu("h200", "H200 SXM", *(989e12, 140.0, 4800.0, _NVLINK4, _NDR8), r"H200", f"{_SHEET}; stas00/ml-engineering"),
+    Gpu("b200", "B200 SXM", *(2250e12, 179.0, 8000.0, _NVLINK5, _NDR8), r"\bB200", f"{_SHEET} of HGX B200"),
+    Gpu("l40s", "L40S", *(362.05e12, 45.0, 864.0, _PCIE4, _ETHERNET), r"L40S", _SHEET),
+    Gpu("l4", "L4", *(121e12, 22.5, 300.0, _PCIE4, _ETHERNET), r"\bL4\b", _SHEET),
+    Gpu("3090", "GeForce RTX 3090", *(71e12, 24.0, 936.0, _PCIE4, _ETHERNET), r"RTX 3090(?! Ti)", _AMPERE),
+    Gpu(
+        "4090",
+        "GeForce RTX 4090",
+        *(165.2e12, 24.0, 1008.0, _PCIE4, _ETHERNET),
+        r"RTX 4090(?! D)",
+        "NVIDIA Ada architecture whitepaper",
+    ),
 )
+GPUS_A_NODE = 8
+"""Cards that share the fast links of one node, in the systems whose bandwidths stand above."""
 GPUS = {gpu.name: gpu for gpu in _TABLE}
 """The GPUs known here, by short name."""
 

@@ -159,15 +159,19 @@ def _memory_lines(budget: Budget) -> Iterator[str]:
     if budget.memory is None:
         yield _UNKNOWN_MODEL
         return
-    for part, size in budget.memory.parts.items():
-        yield f"{part:<28}{size:>8.2f} GiB"
-    layout = budget.layout
+    moments, layout = (budget.memory.backward, budget.memory.update), budget.layout
+    yield f"{'GiB':<28}{'backward pass':>14}{'update':>10}"
+    for part in dict.fromkeys([*moments[0], *moments[1]]):
+        sizes = [f"{moment[part]:.2f}" if part in moment else "-" for moment in moments]
+        yield f"{part:<28}{sizes[0]:>14}{sizes[1]:>10}"
+    totals = [sum(moment.values()) for moment in moments]
+    kernels = f"{layout.get('activation_checkpointing', 'none')} recomputed, {layout.get('loss', 'chunked')} loss"
     yield (
-        f"{'total':<28}{budget.memory.total_gib:>8.2f} GiB   (ZeRO-{layout['zero_stage']}, {layout['precision']}, "
-        f"ranks: {layout['world_size']}; activations +-20 %)"
+        f"{'total':<28}{totals[0]:>14.2f}{totals[1]:>10.2f}   ZeRO-{layout['zero_stage']}, {layout['precision']}, "
+        f"ranks: {layout['world_size']}; {kernels}"
     )
     if budget.memory.host_gib:
-        yield f"{'on the host, a rank':<28}{budget.memory.host_gib:>8.2f} GiB"
+        yield f"{'on the host, a rank':<28}{budget.memory.host_gib:>14.2f}"
 
 
 def _hours_lines(budget: Budget, names: Sequence[str]) -> Iterator[str]:

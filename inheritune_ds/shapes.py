@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from inheritune_ds.budget import mlp_size
+from inheritune_ds.activations import mlp_size
 from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
 from inheritune_ds.recipe import Recipe, Reference, Shape, TrainedTokenizer, is_local_path
 from inheritune_ds.recipe_file import load_recipe

@@ -35,7 +35,9 @@ def test_gpu_refuses_an_unknown_name_and_suggests_the_nearest() -> None:
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
         ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
         ("NVIDIA GeForce RTX 4090", "4090"),
         ("NVIDIA GeForce RTX 3090", "3090"),
     ],
@@ -48,7 +50,14 @@ def test_identify_knows_the_drivers_names(reported: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     "reported",
-    ["NVIDIA RTX 6000 Ada Generation", "NVIDIA A4000", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D", "T4"],
+    [
+        "NVIDIA RTX 6000 Ada Generation",
+        "NVIDIA A4000",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GB200",
+        "T4",
+    ],
 )
 def test_identify_does_not_guess(reported: str) -> None:
     assert identify(reported) is None
@@ -56,6 +65,11 @@ def test_identify_does_not_guess(reported: str) -> None:
 
 def test_every_gpu_has_a_source_and_its_own_name() -> None:
     assert all(card.source and name == card.name for name, card in GPUS.items())
+
+
+def test_every_gpu_is_faster_within_a_node_than_across_and_in_memory_than_in_links() -> None:
+    for card in GPUS.values():
+        assert 0 < card.network_gb_per_s <= card.node_gb_per_s < card.memory_gb_per_s
 
 
 def test_hours_of_one_epoch_of_the_paper() -> None:
