@@ -149,7 +149,7 @@ def test_every_recipe_runs_on_every_config(name: str, path: Path) -> None:
     resolved = resolved_for(recipe, path.stem, A6000)
     batch = resolved.micro_batch_size * resolved.gradient_accumulation_steps
     assert batch == recipe.training.batch_windows
-    assert resolved.precision == ("fp32" if path.stem == "cpu" else "bf16")
+    assert resolved.precision == "bf16"
 
 
 def resolved_for(recipe: Recipe, config: str, machine: Machine) -> Resolved:
@@ -171,8 +171,8 @@ def test_a6000_config_holds_the_largest_micro_batch_of_the_paper_s_model() -> No
     assert config["train_micro_batch_size_per_gpu"] == largest == 2
 
 
-def test_cpu_config_gives_the_same_precision_on_every_cpu() -> None:
-    recipe = load_recipe("quickstart")
-    for bf16 in (False, True):
-        resolved = resolved_for(recipe, "cpu", Machine(kind="cpu", memory_gib=16.0, bf16=bf16))
-        assert (resolved.precision, resolved.micro_batch_size) == ("fp32", 16)
+@pytest.mark.parametrize(("bf16", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_cpu_config_computes_in_bf16_where_the_cpu_can(bf16: bool, precision: str) -> None:  # noqa: FBT001
+    machine = Machine(kind="cpu", memory_gib=16.0, bf16=bf16)
+    resolved = resolved_for(load_recipe("quickstart"), "cpu", machine)
+    assert (resolved.precision, resolved.micro_batch_size) == (precision, 16)
