@@ -17,6 +17,11 @@ LOSSES = ("chunked", "liger", "plain")
 """How head and cross-entropy are computed; `auto` is the first."""
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 """What is computed again in the backward pass; `auto` is the first."""
+COMPILE_FLOPS_CPU = 1e14
+"""From so many FLOPs of a rank on, compiling pays on a CPU: it costs 15 to 30 s cold and gains a tenth, and two cores
+do about 4e11 FLOP/s in bf16."""
+COMPILE_SECONDS_GPU, COMPILE_MFU = 300.0, 0.4
+"""From so long a run at such a share of the GPU's peak on, compiling pays there. Not measured yet."""
 
 
 @dataclass(frozen=True)

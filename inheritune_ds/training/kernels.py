@@ -24,18 +24,22 @@ from inheritune_ds.training.kernel_probes import (
     liger_parts,
     optimizer_obstacle,
 )
-from inheritune_ds.training.kernel_words import ATTENTIONS, LOSSES, OFFLOADED_OPTIMIZER, OPTIMIZERS, KernelRequest
+from inheritune_ds.training.kernel_words import (
+    ATTENTIONS,
+    COMPILE_FLOPS_CPU,
+    COMPILE_MFU,
+    COMPILE_SECONDS_GPU,
+    LOSSES,
+    OFFLOADED_OPTIMIZER,
+    OPTIMIZERS,
+    KernelRequest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-COMPILE_FLOPS_CPU = 1e14
-"""From so many FLOPs of a rank on, compiling pays on a CPU: it costs 15 to 30 s cold and gains a tenth, and two cores
-do about 4e11 FLOP/s in bf16 (docs/performance.md)."""
-COMPILE_SECONDS_GPU = 300.0
-"""From so long a run on, at 0.4 of the GPU's peak, compiling pays on a GPU."""
-_COMPILE_MFU = 0.4
 _UNKNOWN_PEAK_FLOPS = 150e12
+"""Taken for a GPU whose peak is not known: an A6000's."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def _compiling_does_not_pay(here: _Situation) -> str:
         least = COMPILE_FLOPS_CPU
     else:
         known = identify(torch.cuda.get_device_name(here.device))
-        least = COMPILE_SECONDS_GPU * _COMPILE_MFU * (known.peak_bf16_flops if known else _UNKNOWN_PEAK_FLOPS)
+        least = COMPILE_SECONDS_GPU * COMPILE_MFU * (known.peak_bf16_flops if known else _UNKNOWN_PEAK_FLOPS)
     if here.run_flops < least:
         return f"the run is {here.run_flops:.1e} FLOPs, compiling pays from {least:.1e} on"
     return ""

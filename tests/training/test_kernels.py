@@ -15,8 +15,8 @@ from inheritune_ds.errors import MachineError, RecipeError
 from inheritune_ds.gpus import GPUS
 from inheritune_ds.training import kernels
 from inheritune_ds.training.kernel_probes import Obstacle
-from inheritune_ds.training.kernel_words import KernelRequest
-from inheritune_ds.training.kernels import COMPILE_FLOPS_CPU, COMPILE_SECONDS_GPU, Kernels, choose_kernels
+from inheritune_ds.training.kernel_words import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU, KernelRequest
+from inheritune_ds.training.kernels import Kernels, choose_kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 Choice = tuple[Kernels, list[str]]
@@ -150,7 +150,7 @@ def test_offload_takes_deepspeed_s_cpu_adam() -> None:
 
 LONG = 1e24
 PAYS = "it pays in a run of this length"
-H200_LEAST = COMPILE_SECONDS_GPU * 0.4 * GPUS["h200"].peak_bf16_flops
+H200_LEAST = COMPILE_SECONDS_GPU * COMPILE_MFU * GPUS["h200"].peak_bf16_flops
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ own reason, but only where that may be: what needs no package and no GPU must ru
 
 How gradients are compared. fp32: for every parameter, norm of the difference over norm of the gradient, at most 1e-6.
 bf16: the fp64 reference has the same bf16-rounded weights. On some tensors (key projections, biases of norms) the
-plain eager pass itself is off by 0.8 to 4.5%, because sums over tokens cancel. So the difference is held against the
+plain eager pass itself is off by 1 to 2%, because sums over tokens cancel. So the difference is held against the
 norm of the whole gradient, at most 5e-3, and every tensor's own error against that of the eager pass in bf16.
 """
 
