@@ -106,6 +106,16 @@ def _unfit_attention(
     return None if known["general_availability_check"]() else Obstacle("not installed", INSTALL[name])
 
 
+def _unable_to_build() -> Obstacle | None:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    try:
+        check_toolchain(os.environ, Path(get_default_build_root()))
+    except InherituneError as error:
+        return Obstacle(error.problem, error.action)
+    return None
+
+
 class _Attention(nn.Module):
     """What transformers' attention functions ask of the module that calls them."""
 
@@ -151,7 +161,9 @@ def _head_shape(config: "PreTrainedConfig") -> tuple[int, int]:
 
 
 def optimizer_obstacle(kind: str, device: torch.device) -> Obstacle | None:
-    """Take two steps of an AdamW and compare them with torch's plain one."""
+    """Take two steps of an AdamW and compare them with torch's plain one; DeepSpeed's is compiled at its first use."""
+    if kind == "deepspeed" and (unable := _unable_to_build()) is not None:
+        return unable
     with _silence():
         return _tried(lambda: _optimizer_error(kind, device), INSTALL.get(kind, ""))
 
@@ -247,13 +259,8 @@ def _liger_loss_error(device: torch.device) -> float:
 
 def compile_obstacle(device: torch.device) -> Obstacle | None:
     """Compile a line of arithmetic with its backward pass."""
-    if device.type == "cpu":
-        from torch.utils.cpp_extension import get_default_build_root
-
-        try:
-            check_toolchain(os.environ, Path(get_default_build_root()))
-        except InherituneError as error:
-            return Obstacle(error.problem, error.action)
+    if device.type == "cpu" and (unable := _unable_to_build()) is not None:
+        return unable
     with _silence():
         return _tried(lambda: _compiled_error(device), INSTALL["compile"])
 

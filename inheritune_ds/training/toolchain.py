@@ -1,4 +1,4 @@
-"""What DeepSpeed needs to build its CPU operators on first use: a compiler that works, a folder for the result."""
+"""What DeepSpeed needs to build its operators on first use: a compiler that works, a folder for the result."""
 
 import shlex
 import subprocess
@@ -13,7 +13,7 @@ from inheritune_ds.errors import MachineError, StorageError
 
 _SOURCE = "#include <Python.h>\n#include <omp.h>\n#include <cstddef>\n"
 _TIMEOUT_S = 120.0
-_OPERATORS = {"cpu_adam", "deepspeed_shm_comm", "async_io"}
+_OPERATORS = {"cpu_adam", "deepspeed_shm_comm", "async_io", "fused_adam"}
 _LONGEST_BUILD_S = 1800.0
 """A lock older than this was left by a build that was killed; torch would wait for it without end or word."""
 

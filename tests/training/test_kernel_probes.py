@@ -130,6 +130,14 @@ def test_apex_is_known_by_its_step_and_not_by_its_name(
         assert found.install == INSTALL["apex"]
 
 
+def test_deepspeed_s_optimizer_is_not_built_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    found = optimizer_obstacle("deepspeed", GPU)
+    assert found is not None
+    assert found.reason.startswith("no C++ compiler found (/nowhere/c++)")
+    assert "CXX" in found.install
+
+
 def test_liger_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
