@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 
 from inheritune_ds import errors, recipe, tracking
 from inheritune_ds.training import ds_keys
+from inheritune_ds.training.kernel_words import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))  # for the lists that the tests hold
@@ -68,6 +69,22 @@ MEANINGS = {
     "HubSource.kind": "This source.",
 }
 """Meaning of keys whose model leaves them without a docstring."""
+
+
+AUTO_KERNELS = {
+    "attention": "the first of these that works; flash attention is for GPUs, bf16 or fp16, and families that have it",
+    "optimizer": "the first of these that works; on a CPU `torch_fused`. Under `offload_optimizer` it is always "
+    "DeepSpeed's CPU Adam, and a name is refused",
+    "liger": "on for a GPU where liger-kernel has RMSNorm, RoPE or SwiGLU for the family (GPT-2: it has none) and "
+    "blocks are not compiled, for torch.compile fuses the same",
+    "loss": "`chunked`: the logits of all tokens never exist at once; families whose logits are more than head times "
+    "hidden state take `plain`, with a line",
+    "compile": f"on where it pays: not with stage 3; on a CPU in bf16 from {COMPILE_FLOPS_CPU:.0e} FLOPs of a rank on; "
+    f"on a GPU from {COMPILE_SECONDS_GPU / 60:.0f} minutes at {COMPILE_MFU} of its peak on",
+    "activation_checkpointing": "`none`; the others trade a second forward pass (`selective`: without its matrix "
+    "products and attention) for memory",
+}
+"""What the ladders of inheritune_ds/training/kernels.py do, in a line each."""
 
 
 def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
@@ -197,6 +214,15 @@ def ds_passed_on() -> str:
     return f"Top level: {keys}.\n\nInside `zero_optimization`: {zero}.\n"
 
 
+def ds_kernels() -> str:
+    """Keys of the `kernels` block: values, and what auto takes."""
+    rows = ["| key | value | `auto` takes |", "|---|---|---|"]
+    for key, kind in ds_keys.KERNEL_KEYS.items():
+        assert isinstance(kind, ds_keys.Kind)
+        rows.append(f"| `{key}` | {kind.allowed}, or `auto` | {AUTO_KERNELS[key]} |")
+    return "\n".join(rows) + "\n"
+
+
 def ds_refused() -> str:
     """DeepSpeed keys that are refused, with the reason."""
     rows = ["| key | why |", "|---|---|"]
@@ -243,6 +269,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "exit_codes": exit_codes,
     "ds_owned": ds_owned,
     "ds_passed_on": ds_passed_on,
+    "ds_kernels": ds_kernels,
     "ds_refused": ds_refused,
     "metrics": metrics,
     "families": families,
