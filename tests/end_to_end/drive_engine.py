@@ -1,0 +1,181 @@
+"""Launched by tests: what one engine does inside a step. `python drive_engine.py OUT.json` writes one object.
+
+`accumulation`: loss and gradient of the same 16 windows, cut in several ways, padded ones among them.
+`eager`, `compiled`: host synchronisations in each micro-step and graphs compiled, after warm-up.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe_file import parse_yaml, validate
+from inheritune_ds.training.world import detect, export, prepare_environment
+
+RECIPE = """
+name: engine
+description: a tiny llama
+target:
+  shape: {{model_type: llama, vocab_size: 257, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 4,
+          intermediate_size: 64, max_position_embeddings: 32}}
+corpus: {{sources: [{{kind: embedded}}], tokenizer: {{vocab_size: 257}}}}
+training: {{seq_len: 32, global_batch_tokens: {tokens}, duration: 50 steps}}
+optimizer: {{lr: 3.0e-3, betas: [0.5, 0.95], max_grad_norm: 0.0}}
+schedule: {{kind: constant}}
+validation: {{interval_steps: 1000}}
+checkpoint: {{interval_steps: 1000}}
+"""
+SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "unique")
+"""Operators that make the host wait for a device."""
+WARM_UP_STEPS, STEPS = 10, 15
+
+
+def build(size: int, accumulation: int, *, compiled: bool = False, precision: str = "fp32") -> Any:
+    """An engine for micro-batches of a size."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from inheritune_ds.shapes import target_shape
+    from inheritune_ds.surgery.reference import build_config
+    from inheritune_ds.training.ds_config import Machine, resolve
+    from inheritune_ds.training.engine import Engine
+    from inheritune_ds.training.kernels import choose_kernels
+
+    recipe = validate(Recipe, parse_yaml(RECIPE.format(tokens=32 * size * accumulation), "engine"), "engine")
+    document = {
+        "bf16": {"enabled": precision == "bf16"},
+        "train_micro_batch_size_per_gpu": size,
+        "kernels": {"compile": compiled},
+    }
+    resolved = resolve(
+        document,
+        recipe,
+        origin="test",
+        shape=target_shape(recipe),
+        world_size=1,
+        machine=Machine("cpu", 8.0, bf16=True),
+    )
+    assert recipe.target.shape is not None
+    torch.manual_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
+    kernels, _ = choose_kernels(
+        resolved.kernels,
+        config=model.config,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        zero_stage=1,
+        offload=False,
+        run_flops=None,
+    )
+    return Engine(model, resolved.config, detect(os.environ), kernels)
+
+
+def windows(*, padded: bool) -> Any:
+    """16 windows; padded ones have from 0 to 15 tokens less at their end."""
+    import torch
+
+    tokens = torch.randint(0, 257, (16, 33), generator=torch.Generator().manual_seed(1))
+    for row in range(16 if padded else 0):
+        tokens[row, 33 - row :] = -100
+    return tokens
+
+
+def one_step(size: int, *, padded: bool) -> dict[str, Any]:
+    """Loss and gradient of a step; the gradient is Adam's first moment over 1 - beta1, in DeepSpeed's flat order."""
+    engine = build(size, 16 // size)
+    result = engine.train_step(list(windows(padded=padded).split(size)), lr=1e-3, stop=False)
+    states = engine._engine.optimizer.optimizer.state.values()  # noqa: SLF001 - what the optimizer was given
+    engine_gradient = [2.0 * value for state in states for value in state["exp_avg"].flatten().tolist()]
+    engine.close()
+    return {"loss": result.loss, "gradient": engine_gradient}
+
+
+def counts(*, compiled: bool) -> dict[str, Any]:
+    """Synchronisations between the ends of the micro-steps, and graphs compiled, over the steps after warm-up."""
+    import torch
+    from torch._dynamo.utils import counters
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: Counter[str] = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            if name in SYNCS:
+                seen[name] += 1
+            return func(*args, **(kwargs or {}))
+
+    engine = build(4, 4, compiled=compiled, precision="bf16")
+    inner, forward = engine._engine, type(engine._engine).__call__  # noqa: SLF001 - micro-steps are inside
+    batches = list(windows(padded=False).split(4))
+    for _ in range(WARM_UP_STEPS):
+        engine.train_step(batches, lr=1e-3, stop=False)
+    graphs = counters["stats"]["unique_graphs"]
+    passes = []
+
+    class Counted:
+        """Counts inside forward and backward passes, and in `step` where it is not the end of the accumulation."""
+
+        def __call__(self, **inputs: Any) -> Any:
+            with Watch():
+                return forward(inner, **inputs)
+
+        def backward(self, *given: Any, **named: Any) -> None:
+            with Watch():
+                inner.backward(*given, **named)
+            passes.append(dict(seen))
+
+        def step(self) -> None:
+            if inner.is_gradient_accumulation_boundary():
+                inner.step()
+                return
+            with Watch():
+                inner.step()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+    if not compiled:  # compiled code leaves a dispatch mode's sight; its graphs are counted instead
+        engine._engine = Counted()  # noqa: SLF001
+    for _ in range(STEPS):
+        engine.train_step(batches, lr=1e-3, stop=False)
+    engine._engine = inner  # noqa: SLF001
+    engine.close()
+    with Watch():  # the counter sees what it is there for
+        float(torch.ones(1))
+    return {
+        "micro_steps": len(passes),
+        "syncs": sum(passes[-1].values()) if passes else 0,
+        "counter_sees": seen["_local_scalar_dense"],
+        "graphs": graphs,
+        "recompiled": counters["stats"]["unique_graphs"] - graphs,
+        "graph_breaks": sum(counters["graph_break"].values()),
+    }
+
+
+def main() -> None:
+    """Measure all and write the result."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    world = detect(os.environ)
+    export(world, os.environ)
+    prepare_environment(os.environ, kind="cpu")
+    from inheritune_ds.training.engine import leave_process_group, start_process_group
+
+    start_process_group(world)
+    cuts = [(size, padded) for padded in (False, True) for size in (16, 4, 1)]
+    result = {
+        "accumulation": [{"size": s, "padded": p, **one_step(s, padded=p)} for s, p in cuts],
+        "eager": counts(compiled=False),
+        "compiled": counts(compiled=True),
+    }
+    args.out.write_text(json.dumps(result), encoding="utf-8")
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()
