@@ -8,6 +8,8 @@ import argparse
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,69 +89,78 @@ def one_step(size: int, *, padded: bool) -> dict[str, Any]:
     """Loss and gradient of a step; the gradient is Adam's first moment over 1 - beta1, in DeepSpeed's flat order."""
     engine = build(size, 16 // size)
     result = engine.train_step(list(windows(padded=padded).split(size)), lr=1e-3, stop=False)
-    states = engine._engine.optimizer.optimizer.state.values()  # noqa: SLF001 - what the optimizer was given
+    states = engine._engine.optimizer.optimizer.state.values()
     engine_gradient = [2.0 * value for state in states for value in state["exp_avg"].flatten().tolist()]
     engine.close()
     return {"loss": result.loss, "gradient": engine_gradient}
 
 
-def counts(*, compiled: bool) -> dict[str, Any]:
-    """Synchronisations between the ends of the micro-steps, and graphs compiled, over the steps after warm-up."""
-    import torch
-    from torch._dynamo.utils import counters
+class Counted:
+    """DeepSpeed's engine, counted inside forward and backward passes and in `step` between the accumulation's ends."""
+
+    def __init__(self, inner: Any, watch: Callable[[], Any]) -> None:
+        self._inner, self._watch = inner, watch
+        self.micro_steps = 0
+
+    def __call__(self, **inputs: Any) -> Any:
+        with self._watch():
+            return self._inner(**inputs)
+
+    def backward(self, *given: Any, **named: Any) -> None:
+        with self._watch():
+            self._inner.backward(*given, **named)
+        self.micro_steps += 1
+
+    def step(self) -> None:
+        with nullcontext() if self._inner.is_gradient_accumulation_boundary() else self._watch():
+            self._inner.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def counter_of(seen: Counter[str]) -> Callable[[], Any]:
+    """A context that counts the operators of SYNCS."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen: Counter[str] = Counter()
-
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = func.overloadpacket.__name__
-            if name in SYNCS:
-                seen[name] += 1
+            seen[func.overloadpacket.__name__] += 1
             return func(*args, **(kwargs or {}))
 
+    return Watch
+
+
+def counts(*, compiled: bool) -> dict[str, Any]:
+    """Synchronisations in the micro-steps, and graphs compiled, over the steps after warm-up.
+
+    Compiled code leaves the counter's sight, so there only its graphs are counted.
+    """
+    import torch
+    from torch._dynamo.utils import counters
+
+    seen: Counter[str] = Counter()
+    watch = counter_of(seen)
     engine = build(4, 4, compiled=compiled, precision="bf16")
-    inner, forward = engine._engine, type(engine._engine).__call__  # noqa: SLF001 - micro-steps are inside
+    inner = engine._engine
     batches = list(windows(padded=False).split(4))
     for _ in range(WARM_UP_STEPS):
         engine.train_step(batches, lr=1e-3, stop=False)
     graphs = counters["stats"]["unique_graphs"]
-    passes = []
-
-    class Counted:
-        """Counts inside forward and backward passes, and in `step` where it is not the end of the accumulation."""
-
-        def __call__(self, **inputs: Any) -> Any:
-            with Watch():
-                return forward(inner, **inputs)
-
-        def backward(self, *given: Any, **named: Any) -> None:
-            with Watch():
-                inner.backward(*given, **named)
-            passes.append(dict(seen))
-
-        def step(self) -> None:
-            if inner.is_gradient_accumulation_boundary():
-                inner.step()
-                return
-            with Watch():
-                inner.step()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(inner, name)
-
-    if not compiled:  # compiled code leaves a dispatch mode's sight; its graphs are counted instead
-        engine._engine = Counted()  # noqa: SLF001
+    counted = Counted(inner, watch)
+    engine._engine = inner if compiled else counted
     for _ in range(STEPS):
         engine.train_step(batches, lr=1e-3, stop=False)
-    engine._engine = inner  # noqa: SLF001
+    engine._engine = inner
     engine.close()
-    with Watch():  # the counter sees what it is there for
+    syncs = sum(seen[name] for name in SYNCS)
+    with watch():
         float(torch.ones(1))
     return {
-        "micro_steps": len(passes),
-        "syncs": sum(passes[-1].values()) if passes else 0,
-        "counter_sees": seen["_local_scalar_dense"],
+        "micro_steps": counted.micro_steps,
+        "operators": sum(seen.values()),
+        "syncs": syncs,
+        "counter_sees": sum(seen[name] for name in SYNCS) - syncs,
         "graphs": graphs,
         "recompiled": counters["stats"]["unique_graphs"] - graphs,
         "graph_breaks": sum(counters["graph_break"].values()),

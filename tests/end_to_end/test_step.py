@@ -28,6 +28,7 @@ def test_step_is_exact_and_free_of_waits_and_recompilation(launch: Callable[...,
 
     eager, compiled = found["eager"], found["compiled"]
     assert (eager["micro_steps"], eager["counter_sees"]) == (60, 1)
+    assert eager["operators"] > 60 * 100
     assert eager["syncs"] == 0
     assert compiled["graphs"] >= 2, "blocks and loss"
     assert (compiled["recompiled"], compiled["graph_breaks"]) == (0, 0)
