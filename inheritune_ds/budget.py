@@ -76,7 +76,7 @@ def parameters(shape: Shape, num_blocks: int | None = None) -> Parameters:
 
 
 def tensors(shape: Shape, num_blocks: int) -> Tensors:
-    """Elements of each parameter as `transformers` builds the model, by whether weight decay applies.
+    """Elements of each parameter as `transformers` builds the model, and whether weight decay applies.
 
     Matrices decay; norms, biases and embeddings (a tied head among them) do not (`training.optimizer`).
 
@@ -84,17 +84,20 @@ def tensors(shape: Shape, num_blocks: int) -> Tensors:
         shape: The architecture.
         num_blocks: Transformer blocks.
     """
-    hidden, mlp = shape.hidden_size, mlp_size(shape)
+    hidden, mlp, embeddings = shape.hidden_size, mlp_size(shape), shape.vocab_size * shape.hidden_size
     if shape.model_type == "gpt2":
-        matrices = [3 * hidden * hidden, hidden * hidden, hidden * mlp, mlp * hidden]
-        vectors = [hidden, hidden, 3 * hidden, hidden, hidden, hidden, mlp, hidden]
-        edges = [shape.vocab_size * hidden, shape.max_position_embeddings * hidden]
-        return Tensors(matrices * num_blocks, [*edges, *vectors * num_blocks, hidden, hidden])
-    key_value = hidden * key_value_size(shape)
-    matrices = [hidden * hidden, key_value, key_value, hidden * hidden, hidden * mlp, hidden * mlp, mlp * hidden]
-    head = [] if shape.tie_word_embeddings else [shape.vocab_size * hidden]
-    embeddings = shape.vocab_size * hidden
-    return Tensors([*matrices * num_blocks, *head], [embeddings, *[hidden, hidden] * num_blocks, hidden])
+        norm = [(hidden, False), (hidden, False)]
+        attention = [(3 * hidden * hidden, True), (3 * hidden, False), (hidden * hidden, True), (hidden, False)]
+        feed_forward = [(hidden * mlp, True), (mlp, False), (mlp * hidden, True), (hidden, False)]
+        first, last = [(embeddings, False), (shape.max_position_embeddings * hidden, False)], norm
+    else:
+        norm, key_value = [(hidden, False)], hidden * key_value_size(shape)
+        attention = [(hidden * hidden, True), (key_value, True), (key_value, True), (hidden * hidden, True)]
+        feed_forward = [(hidden * mlp, True), (hidden * mlp, True), (mlp * hidden, True)]
+        first = [(embeddings, False)]
+        last = norm if shape.tie_word_embeddings else [*norm, (embeddings, True)]
+    sizes, decayed = zip(*first, *[*norm, *attention, *norm, *feed_forward] * num_blocks, *last, strict=True)
+    return Tensors(sizes, decayed)
 
 
 def flops_per_token(shape: Shape, num_blocks: int, seq_len: int) -> float:

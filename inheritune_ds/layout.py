@@ -9,8 +9,10 @@ Loss = Literal["chunked", "plain"]
 
 REDUCE_BUCKET = 5 * 10**8
 """DeepSpeed's own zero_optimization.reduce_bucket_size, in elements."""
-_REUSE_DISTANCE = 10**9
+REUSE_DISTANCE = 10**9
 """DeepSpeed's own stage3_max_reuse_distance, in parameters."""
+PERSISTENCE_THRESHOLD = 10**5
+"""DeepSpeed's own stage3_param_persistence_threshold, in elements."""
 
 
 class Placement(TypedDict):
@@ -43,6 +45,8 @@ class Layout(Placement, total=False):
     """Elements (default: DeepSpeed's)."""
     max_reuse_distance: int
     """ZeRO-3 keeps a gathered parameter that is used again within so many parameters (default: DeepSpeed's)."""
+    persistence_threshold: int
+    """ZeRO-3 does not share parameters of so many elements or less (default: DeepSpeed's)."""
     reduce_fp32: bool
     """communication_data_type fp32 in a half-precision run (default: no, gradients travel in half precision)."""
 
@@ -73,7 +77,8 @@ def read_layout(ds_config: Mapping[str, Any], *, seq_len: int, world_size: int) 
         immediate_grad_update=bool(bf16.get("immediate_grad_update", False)),
         overlap_comm=bool(zero.get("overlap_comm", stage == 3)),  # DeepSpeed's own default
         reduce_bucket_size=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
-        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", _REUSE_DISTANCE)),
+        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)),
+        persistence_threshold=int(zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)),
         reduce_fp32=ds_config.get("communication_data_type") == "fp32",
     )
 

@@ -14,9 +14,16 @@ in fp32 and copies nothing. A model in fp32 has masters, too.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from inheritune_ds.layout import REDUCE_BUCKET, Layout, communication_bytes, element_bytes, uses_bf16_optimizer
+from inheritune_ds.layout import (
+    REDUCE_BUCKET,
+    REUSE_DISTANCE,
+    Layout,
+    communication_bytes,
+    element_bytes,
+    uses_bf16_optimizer,
+)
 
-_WHOLE_REDUCTION = 5 * 10**8
+WHOLE_REDUCTION = 5 * 10**8
 """Elements that BF16_Optimizer reduces in one call (DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE)."""
 _SUB_GROUP = 10**9
 """Parameters that ZeRO-3 updates at once (DeepSpeed's sub_group_size)."""
@@ -24,34 +31,42 @@ _SUB_GROUP = 10**9
 
 @dataclass(frozen=True)
 class Tensors:
-    """Elements of a model's parameters, in the order of their gradients' groups.
+    """Elements of a model's parameters.
 
     Attributes:
-        decayed: Of each parameter with weight decay, in the model's order.
-        undecayed: Of each other one.
+        sizes: Of each parameter, in the order of the forward pass; a tied head is counted once.
+        decayed: Whether weight decay applies to it, which makes two parameter groups.
     """
 
-    decayed: Sequence[int]
-    undecayed: Sequence[int]
+    sizes: Sequence[int]
+    decayed: Sequence[bool]
 
     @property
     def total(self) -> int:
         """All elements."""
-        return sum(self.decayed) + sum(self.undecayed)
+        return sum(self.sizes)
 
     @property
-    def groups(self) -> tuple[int, int]:
-        """Elements of the two parameter groups."""
-        return sum(self.decayed), sum(self.undecayed)
+    def groups(self) -> tuple[list[int], list[int]]:
+        """The sizes of the parameters with and without weight decay."""
+        of_group: tuple[list[int], list[int]] = ([], [])
+        for size, decays in zip(self.sizes, self.decayed, strict=True):
+            of_group[0 if decays else 1].append(size)
+        return of_group
 
     @property
     def largest(self) -> int:
         """Elements of the largest parameter."""
-        return max(*self.decayed, *self.undecayed)
+        return max(self.sizes)
+
+    @property
+    def largest_group(self) -> int:
+        """Elements of the larger parameter group."""
+        return max(map(sum, self.groups))
 
     def above(self, size: int) -> int:
         """Elements of all parameters that are larger than `size`."""
-        return sum(count for count in (*self.decayed, *self.undecayed) if count > size)
+        return sum(count for count in self.sizes if count > size)
 
 
 @dataclass(frozen=True)
@@ -101,9 +116,8 @@ def _bf16_optimizer(tensors: Tensors, layout: Layout, accumulation: int) -> Stat
     immediate = layout.get("immediate_grad_update", False)
     upcast = 4.0 * tensors.largest
     gradients = {"gradients": 2.0 * (tensors.largest if immediate else count)}
-    decayed, undecayed = tensors.groups
-    copy = max(decayed, undecayed) if decayed > _WHOLE_REDUCTION else count
-    joined = 0 if decayed > _WHOLE_REDUCTION else 4 * count
+    apart = sum(tensors.groups[0]) > WHOLE_REDUCTION
+    copy, joined = (tensors.largest_group, 0) if apart else (count, 4 * count)
     first = gradients if accumulation > 1 and not immediate else {}
     return States(
         resident={"weights": 2.0 * count, "fp32 gradient accumulator": 4.0 * count, **_optimizer(count, ranks)},
@@ -121,7 +135,7 @@ def _bf16_optimizer(tensors: Tensors, layout: Layout, accumulation: int) -> Stat
 def _stage_1_and_2(tensors: Tensors, layout: Layout, accumulation: int) -> States:
     count, ranks, element = tensors.total, layout["world_size"], element_bytes(layout["precision"])
     separate = layout["accumulate_fp32"] and element == 2
-    share, group = count / ranks, max(tensors.groups) / ranks
+    share, group = count / ranks, tensors.largest_group / ranks
     bucket = layout.get("reduce_bucket_size", REDUCE_BUCKET)
     partitioned = layout["zero_stage"] == 2
     buffers = {"communication buffers": float((2 if layout.get("overlap_comm", False) else 1) * element * bucket)}
@@ -157,7 +171,7 @@ def _stage_1_and_2(tensors: Tensors, layout: Layout, accumulation: int) -> State
 
 def _stage_3(tensors: Tensors, layout: Layout) -> States:
     count, ranks, element = tensors.total, layout["world_size"], element_bytes(layout["precision"])
-    share, group = count / ranks, min(max(tensors.groups) / ranks, _SUB_GROUP)
+    share, group = count / ranks, min(tensors.largest_group / ranks, _SUB_GROUP)
     bucket = float(element * layout.get("reduce_bucket_size", REDUCE_BUCKET))
     kept = 4 if layout["accumulate_fp32"] else element
     resident = {
@@ -183,7 +197,7 @@ def kept_gathered(layout: Layout) -> int:
 
     A parameter is kept if the passes come back to it within the reuse distance; forth and back is twice the way.
     """
-    return layout.get("max_reuse_distance", 10**9) // 2
+    return layout.get("max_reuse_distance", REUSE_DISTANCE) // 2
 
 
 def _offloaded(tensors: Tensors, layout: Layout, found: States) -> States:

@@ -200,8 +200,8 @@ def test_tensors_are_those_of_the_transformers_model(shape: Shape) -> None:
     model = build(shape, shape.num_hidden_layers)
     decayed, undecayed = parameter_groups(model, 0.1)
     counted = tensors(shape, shape.num_hidden_layers)
-    assert sorted(counted.decayed) == sorted(parameter.numel() for parameter in decayed["params"])
-    assert sorted(counted.undecayed) == sorted(parameter.numel() for parameter in undecayed["params"])
+    assert sorted(counted.groups[0]) == sorted(parameter.numel() for parameter in decayed["params"])
+    assert sorted(counted.groups[1]) == sorted(parameter.numel() for parameter in undecayed["params"])
     assert counted.total == parameters(shape).total
 
 

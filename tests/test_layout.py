@@ -32,6 +32,7 @@ def test_layout_of_a_config_that_says_little_is_deepspeeds_own() -> None:
         "overlap_comm": False,
         "reduce_bucket_size": 500_000_000,
         "max_reuse_distance": 1_000_000_000,
+        "persistence_threshold": 100_000,
         "reduce_fp32": False,
     }
 

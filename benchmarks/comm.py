@@ -1,0 +1,174 @@
+"""Calls and bytes per optimizer step: counted below deepspeed.comm on gloo, against the planner.
+
+`python -m benchmarks.comm` starts two ranks, which train steps of 16 windows each for accumulation 1, 4, 16 and ZeRO
+1, 2, 3 in one process group, and writes docs/results/comm.json. What the engine hands to torch's collectives is
+counted in the dispatcher (whatever calls them); the loopback's own counters tell what gloo really sent, all processes
+of the machine together. The bar: ZeRO-1 the same for every accumulation, and payloads within 2 % of the planner's.
+It ends with 1 if that is missed.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
+from benchmarks.record import RESULTS, write_result
+from inheritune_ds.budget import tensors
+from inheritune_ds.communication import transfers
+from inheritune_ds.layout import Precision
+
+RANKS = 2
+WINDOWS = 16
+ACCUMULATIONS = (1, 4, 16)
+STAGES = (1, 2, 3)
+WARM_UP_STEPS, STEPS = 2, 2  # ZeRO-3 knows the order of its parameters after the first
+TOLERANCE = 0.02
+_NAMES = {
+    "c10d::allreduce_": "all_reduce",
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+}
+
+
+def cases(precision: Precision, blocks: int) -> list[Case]:
+    """The engines to be counted: the same windows a step, cut differently."""
+    size: dict[str, Any] = {"precision": precision, "hidden_size": 64, "blocks": blocks, "seq_len": 32}
+    return [
+        Case(stage, micro_batch_size=WINDOWS // cut, accumulation=cut, **size)
+        for stage in STAGES
+        for cut in ACCUMULATIONS
+    ]
+
+
+def count(case: Case, world: Any) -> dict[str, Any]:
+    """Train some steps; calls and payload bytes of each collective in one step of one rank."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.name()
+            if name.startswith("c10d::"):
+                kind = found[_NAMES.get(name, name)]
+                kind[0] += 1
+                kind[1] += max(map(_nbytes, args[:2]))  # output and input: the whole tensor is the larger one
+            return func(*args, **(kwargs or {}))
+
+    engine, layout = build_engine(case, world)
+    batches = micro_batches(case, world.rank)
+    for _ in range(WARM_UP_STEPS):
+        engine.train_step(batches, lr=1e-3, stop=False)
+    before = _loopback_bytes()
+    with Counter():  # type: ignore[no-untyped-call]
+        for _ in range(STEPS):
+            engine.train_step(batches, lr=1e-3, stop=False)
+    sent = (_loopback_bytes() - before) / RANKS / STEPS
+    engine.close()
+    planned = transfers(tensors(case.shape, case.blocks), layout, accumulation=case.accumulation)
+    expected: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for part in planned:
+        kind = expected[part.collective]
+        kind[0] += part.calls
+        kind[1] += part.payload_bytes
+    return {
+        "case": case.name,
+        "stage": case.stage,
+        "accumulation": case.accumulation,
+        "counted": {name: [calls / STEPS, size / STEPS] for name, (calls, size) in found.items()},
+        "planned": dict(expected),
+        "loopback_bytes": sent,
+        "planned_gloo_bytes": sum(part.wire_bytes(world.size, "gloo") for part in planned),
+        "planned_nccl_bytes": sum(part.wire_bytes(world.size) for part in planned),
+    }
+
+
+def _nbytes(argument: Any) -> int:
+    if isinstance(argument, list | tuple):
+        return sum(map(_nbytes, argument))
+    return int(getattr(argument, "nbytes", 0))
+
+
+def _loopback_bytes() -> int:
+    lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
+    return next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("lo:"))
+
+
+def payload(kinds: dict[str, list[float]]) -> float:
+    """Bytes of all collectives."""
+    return sum(size for _, size in kinds.values())
+
+
+def calls(kinds: dict[str, list[float]]) -> float:
+    """Calls of all collectives."""
+    return sum(number for number, _ in kinds.values())
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """What misses the bar, in words; empty when nothing does."""
+    bad = [
+        f"{row['case']}: {what} counted {of(row['counted']):.0f}, planned {of(row['planned']):.0f}"
+        for row in rows
+        for what, of in (("bytes", payload), ("calls", calls))
+        if abs(of(row["planned"]) / of(row["counted"]) - 1.0) > TOLERANCE
+    ]
+    first = [json.dumps(row["counted"], sort_keys=True) for row in rows if row["stage"] == 1]
+    return bad + ["ZeRO-1 depends on the accumulation"] * (len(set(first)) > 1)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line a case."""
+    print(f"{'case':<34}{'calls':>8}{'planned':>9}{'KiB payload':>13}{'planned':>9}{'KiB on lo':>11}{'planned':>9}")
+    for row in rows:
+        sizes = (payload(row["counted"]), payload(row["planned"]), row["loopback_bytes"], row["planned_gloo_bytes"])
+        kib = [f"{size / 1024:.0f}" for size in sizes]
+        print(
+            f"{row['case']:<34}{calls(row['counted']):>8.0f}{calls(row['planned']):>9.0f}{kib[0]:>13}{kib[1]:>9}"
+            f"{kib[2]:>11}{kib[3]:>9}"
+        )
+
+
+def work(out: Path, wanted: list[Case]) -> None:
+    """A rank's part."""
+    world = join_ranks()
+    rows = []
+    for case in wanted:
+        rows.append(count(case, world))
+        if world.is_main:
+            print(f"> {case.name}", flush=True)
+    if world.is_main:
+        out.write_text(json.dumps(rows), encoding="utf-8")
+    from inheritune_ds.training.engine import leave_process_group
+
+    leave_process_group()
+
+
+def main() -> None:
+    """Count, compare, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="(default: bf16)")
+    parser.add_argument("--rehearse", action="store_true", help="a model of one block instead of four")
+    parser.add_argument("--out", type=Path, default=RESULTS / "comm.json")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a rank, started by this program
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, cases(args.precision, 1 if args.rehearse else 4))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        words = ["--worker", str(out), "--precision", args.precision, *(["--rehearse"] if args.rehearse else [])]
+        run_ranks("benchmarks.comm", words, RANKS)
+        rows = json.loads(out.read_text(encoding="utf-8"))
+    print_table(rows)
+    missed = verdicts(rows)
+    print("\n".join(missed) or f"all within {TOLERANCE:.0%} of the planner; ZeRO-1 is the same for every accumulation")
+    write_result(args.out, {"ranks": RANKS, "steps": STEPS, "cases": rows, "missed": missed})
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

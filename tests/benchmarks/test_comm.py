@@ -1,0 +1,47 @@
+"""The count of what the ranks send: DeepSpeed's calls and bytes against the planner's, on two real ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.comm import ACCUMULATIONS, STAGES, verdicts
+from tests.end_to_end.launching import ROOT, environment
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(300)
+def test_deepspeed_sends_what_the_planner_says(tmp_path: Path) -> None:
+    out = tmp_path / "comm.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.comm", "--rehearse", "--out", str(out)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert [(row["stage"], row["accumulation"]) for row in rows] == [(s, a) for s in STAGES for a in ACCUMULATIONS]
+    assert rows[0]["counted"] == rows[1]["counted"] == rows[2]["counted"], "ZeRO-1 reduces once a step"
+    reduced = [row["counted"]["all_reduce"][1] for row in rows if row["stage"] == 2]
+    assert reduced[2] > 15 * reduced[0], "ZeRO-2 reduces in every micro-step"
+    for row in rows:
+        assert row["loopback_bytes"] > 0.98 * row["planned_gloo_bytes"], "gloo sends at least that"
+
+
+def row(stage: int, counted: float, planned: float) -> dict[str, object]:
+    kinds = {"all_reduce": [4, counted]}
+    return {"case": f"ZeRO-{stage}", "stage": stage, "counted": kinds, "planned": {"all_reduce": [4, planned]}}
+
+
+def test_a_planner_that_is_3_percent_off_misses_the_bar() -> None:
+    assert verdicts([row(2, 1000.0, 1015.0)]) == []
+    assert verdicts([row(2, 1000.0, 1030.0)]) == ["ZeRO-2: bytes counted 1000, planned 1030"]
+
+
+def test_zero_1_that_depends_on_the_accumulation_misses_the_bar() -> None:
+    assert verdicts([row(1, 1000.0, 1000.0), row(1, 1001.0, 1000.0)]) == ["ZeRO-1 depends on the accumulation"]
