@@ -215,17 +215,22 @@ class _Run:
     def _choose_kernels(self, config: "PreTrainedConfig", flops: float) -> Kernels:
         """Settle what computes the model on this machine, and say why; a function of the recipe, not of the step."""
         resolved, launch = self._resolved, self._launch
-        kernels, notes = choose_kernels(
-            resolved.kernels,
-            config=config,
-            device=torch.device(launch.machine.kind),
-            dtype=_TORCH_TYPES[resolved.precision],
-            zero_stage=resolved.zero_stage,
-            offload=resolved.offloads,
-            run_flops=flops,
-        )
-        for note in notes:
-            launch.say(note)
+
+        def choose() -> dict[str, Any]:
+            kernels, notes = choose_kernels(
+                resolved.kernels,
+                config=config,
+                device=torch.device(launch.machine.kind),
+                dtype=_TORCH_TYPES[resolved.precision],
+                zero_stage=resolved.zero_stage,
+                offload=resolved.offloads_optimizer,
+                run_flops=flops,
+            )
+            for note in notes:
+                launch.say(note)
+            return kernels.as_dict()
+
+        kernels = Kernels(**launch.meeting.by_main(choose))  # one choice for all ranks
         if launch.machine.kind == "cpu":
             launch.say(f"allocator: {keep_freed_memory()}")
         return kernels

@@ -81,7 +81,7 @@ def run(order: Order, turns: Turns) -> None:
         device=torch.device(order.device),
         dtype=torch.bfloat16,
         zero_stage=resolved.zero_stage,
-        offload=resolved.offloads,
+        offload=resolved.offloads_optimizer,
         run_flops=6.0 * model.num_parameters() * tokens,
     )
     if order.device == "cpu" and (order.keep_freed_memory or order.subject == "project_shipped"):
