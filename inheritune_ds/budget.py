@@ -266,9 +266,10 @@ def does_not_fit(
     need = memory(shape, num_blocks, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
     largest = max(need.parts, key=lambda part: need.parts[part])
     share = micro_batch_size * accumulation
-    sequences = "one sequence" if micro_batch_size == 1 else f"{micro_batch_size} sequences"
+    what = "one sequence" if micro_batch_size == 1 else f"{micro_batch_size} sequences"
+    needs = "needs" if micro_batch_size == 1 else "need"
     return RecipeError(
-        f"{sequences} of {layout['seq_len']} tokens needs {need.total_gib:.1f} GiB, {need.parts[largest]:.1f} GiB of "
+        f"{what} of {layout['seq_len']} tokens {needs} {need.total_gib:.1f} GiB, {need.parts[largest]:.1f} GiB of "
         f"it {largest}, but a rank has {memory_gib:.1f} GiB",
         allowed="a model, precision and ZeRO stage that fit",
         action=_advice(

@@ -19,12 +19,8 @@ from inheritune_ds.budget import (
 from inheritune_ds.corpus_size import Tokens
 from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
 from inheritune_ds.layout import Layout, read_layout
-from inheritune_ds.recipe import (
-    Recipe,
-    Shape,
-    TrainedTokenizer,
-    is_local_path,
-)
+from inheritune_ds.recipe import Recipe, Shape, TrainedTokenizer, is_local_path
+from inheritune_ds.speed import Job
 
 _EXPORT_BYTES = {"float32": 4, "bfloat16": 2}
 BEST_PUBLISHED_MFU = 0.64
@@ -52,6 +48,7 @@ class Budget:
         disk_gib: What the run and its inputs take on disk, by part.
         download_gib: What is fetched, by name; None for a size that is not known.
         memory: Of one GPU.
+        job: One step of the target.
     """
 
     num_blocks: int | None
@@ -70,6 +67,7 @@ class Budget:
     disk_gib: Mapping[str, float]
     download_gib: Mapping[str, float | None]
     memory: Memory | None
+    job: Job | None
 
 
 def build_budget(
@@ -122,6 +120,7 @@ def build_budget(
         memory=memory(*shape, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
         if shape
         else None,
+        job=Job(*shape, layout, micro_batch_size, accumulation, training.batch_windows) if shape else None,
     )
 
 

@@ -119,8 +119,8 @@ def identify(device_name: str) -> Gpu | None:
     return next((known for known in _TABLE if re.search(known.pattern, device_name)), None)
 
 
-def hours(flops: float, on: Gpu, gpus: int, mfu: float) -> float:
-    """Hours that `flops` take on `gpus` cards at a share `mfu` (0 to 1) of the bf16 peak.
+def check_mfu(mfu: float) -> None:
+    """Refuse a share of the peak that no card reaches.
 
     Raises:
         RecipeError: For a share that is not above 0 or is above 1.
@@ -131,6 +131,15 @@ def hours(flops: float, on: Gpu, gpus: int, mfu: float) -> float:
             allowed="above 0, at most 1 (the card's peak)",
             action=f"give a share of the peak; plans assume {PLANNING_MFU}",
         )
+
+
+def hours(flops: float, on: Gpu, gpus: int, mfu: float) -> float:
+    """Hours that `flops` take on `gpus` cards at a share `mfu` (0 to 1) of the bf16 peak.
+
+    Raises:
+        RecipeError: For a share that is not above 0 or is above 1.
+    """
+    check_mfu(mfu)
     return flops / (on.peak_bf16_flops * gpus * mfu) / 3600.0
 
 

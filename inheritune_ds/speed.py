@@ -6,8 +6,7 @@ as far as it takes longer than two thirds of them, the share that the backward p
 recipe's batch among the GPUs; weak scaling gives every GPU what one has at the planned number of ranks.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inheritune_ds.budget import flops_per_token, tensors
 from inheritune_ds.communication import Link, Transfer, transfers
@@ -109,51 +108,40 @@ class Scaled:
     weak_efficiency: float
 
 
-def scaling(job: Job, card: Gpu, mfu: float) -> list[Scaled]:
-    """Strong and weak scaling on 1 to 512 GPUs.
+def scaled(job: Job, card: Gpu, mfu: float, gpus: int) -> Scaled:
+    """Strong and weak scaling on one number of GPUs.
 
     Args:
         job: The step.
         card: The GPU model.
         mfu: Share of its peak (0 to 1) that one GPU alone reaches.
+        gpus: How many.
     """
-    return [_scaled(job, card, mfu, gpus) for gpus in SCALES]
-
-
-def _scaled(job: Job, card: Gpu, mfu: float, gpus: int) -> Scaled:
-    windows = job.micro_batch_size * job.accumulation
-    weak, weak_efficiency, _ = _rate(job, card, mfu, gpus=gpus, windows=windows, accumulation=job.accumulation)
+    weak, weak_efficiency, _ = _rate(job, card, mfu, gpus, (job.micro_batch_size, job.accumulation))
     cut = job.cut(gpus)
     if cut is None:
         return Scaled(gpus, None, None, None, None, weak, weak_efficiency)
-    size, accumulation = cut
-    strong, efficiency, sent = _rate(job, card, mfu, gpus=gpus, windows=size * accumulation, accumulation=accumulation)
+    strong, efficiency, sent = _rate(job, card, mfu, gpus, cut)
     return Scaled(gpus, cut, sent, strong, efficiency, weak, weak_efficiency)
 
 
-def _rate(job: Job, card: Gpu, mfu: float, *, gpus: int, windows: int, accumulation: int) -> tuple[float, float, float]:
+def _rate(job: Job, card: Gpu, mfu: float, gpus: int, cut: tuple[int, int]) -> tuple[float, float, float]:
     """Tokens a second of each GPU, efficiency, and exposed communication a step, in seconds."""
-    computing = job.compute_s(windows, card, mfu)
+    size, accumulation = cut
+    computing = job.compute_s(size * accumulation, card, mfu)
     exposed = job.exposed_s(gpus, accumulation, card, computing)
-    tokens = windows * job.layout["seq_len"]
+    tokens = size * accumulation * job.layout["seq_len"]
     return tokens / (computing + exposed), computing / (computing + exposed), exposed
 
 
-def reduction_cost(job: Job, gpus: int) -> Mapping[str, float]:
-    """GB that each rank sends in a step, as it is and with one reduction a step (ZeRO-1).
+def sent_gb(job: Job, gpus: int, zero_stage: int | None = None) -> float:
+    """GB that each rank sends in a step.
 
     Args:
-        job: The step; its accumulation is what ZeRO-2 and 3 pay for.
+        job: The step.
         gpus: Ranks.
+        zero_stage: Another stage than the job's.
     """
-
-    def sent(job: Job) -> float:
-        return sum(part.wire_bytes(gpus) for part in job.transfers(gpus, job.accumulation)) / 1e9
-
-    first: Layout = {**job.layout, "zero_stage": 1}
-    return {
-        "as it is": sent(job),
-        "ZeRO-1": sent(
-            Job(job.shape, job.num_blocks, first, job.micro_batch_size, job.accumulation, job.batch_windows)
-        ),
-    }
+    layout: Layout = {**job.layout, "zero_stage": job.layout["zero_stage"] if zero_stage is None else zero_stage}
+    parts = replace(job, layout=layout).transfers(gpus, job.accumulation)
+    return sum(part.wire_bytes(gpus) for part in parts) / 1e9

@@ -311,7 +311,7 @@ def test_the_advice_to_take_a_smaller_micro_batch_names_one_that_fits() -> None:
     error = does_not_fit(
         OPENLLAMA_3B, 13, memory_gib=A6000_GIB, micro_batch_size=16, accumulation=4, **layout(accumulate_fp32=True)
     )
-    assert error.problem.startswith("16 sequences of 2048 tokens needs ")
+    assert error.problem.startswith("16 sequences of 2048 tokens need ")
     assert error.action == "set train_micro_batch_size_per_gpu to 2"
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
-from inheritune_ds.plan import WIDTH, plan
+from inheritune_ds.forecast import WIDTH
+from inheritune_ds.plan import budget_text, plan, refuse_what_does_not_fit
 from inheritune_ds.recipe_file import load_recipe, shipped_names
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.training.ds_config import Machine, resolve
@@ -27,13 +28,15 @@ def plan_of(
     gpu: str | None = None,
     cache_dir: Path = Path("no-such-cache"),
     machine: Machine = A6000,
+    mfu: float = 0.5,
 ) -> str:
     recipe = load_recipe(name, overrides)
     path = CONFIGS / f"{config}.json"
     resolved = resolve(
         read(path), recipe, origin=str(path), shape=target_shape(recipe), world_size=world_size, machine=machine
     )
-    return plan(recipe, resolved.config, notes=resolved.notes, world_size=world_size, gpu=gpu, cache_dir=cache_dir)
+    told = {"notes": resolved.notes, "world_size": world_size, "gpu": gpu, "cache_dir": cache_dir, "mfu": mfu}
+    return plan(recipe, resolved.config, **told)  # type: ignore[arg-type]
 
 
 def section(text: str, title: str) -> str:
@@ -60,7 +63,7 @@ def test_plan_of_the_paper_gives_all_figures_and_the_verdict() -> None:
         "disk 97.5 GiB checkpoints (2 kept, 1 being written): 71.0 GiB",
     ):
         assert figure in budget
-    assert "1 x RTX A6000 324.5 162.2 45.2 of 48 GiB: fits" in section(text, "hours")
+    assert "1 x RTX A6000 6,848 324.5 162.2 324.5 45.2 of 48 GiB: fits" in section(text, "hours")
     claim = section(text, "published claim")
     assert claim.startswith('8 epochs of 1B tokens cannot fit the "under 12 hours on one A6000" of the paper')
     assert "the floor is 162.2 hours" in claim
@@ -95,7 +98,7 @@ def test_plan_lists_the_common_gpus_or_the_one_asked_for() -> None:
 
 def test_plan_divides_hours_by_the_ranks() -> None:
     text = section(plan_of("openllama-3b-13l-250m", world_size=4, gpu="h200"), "hours")
-    assert "4 x H200 SXM 0.4 0.2" in text
+    assert "4 x H200 SXM 169,916 0.4 0.2" in text
 
 
 def test_plan_calls_hours_of_a_tiny_run_under_a_tenth() -> None:
@@ -112,10 +115,82 @@ def test_plan_warns_that_fp32_takes_longer_than_the_peaks() -> None:
 def test_plan_shows_memory_by_part_and_what_the_host_holds() -> None:
     parts = section(plan_of("openllama-3b-13l"), "memory")
     assert parts.startswith("GiB backward pass update weights 3.38 3.38 fp32 gradient accumulator 6.76 6.76")
-    assert "activations 7.32 - logits and loss 1.00 - margin 3.11 2.85 copies - 3.19 total 45.25 39.86" in parts
-    assert parts.endswith("ZeRO-1, bf16, ranks: 1; none recomputed, chunked loss")
+    assert "activations 7.32 - logits and loss 1.00 - copies - 3.19 margin 3.11 2.85 total 45.25 39.86" in parts
+    assert "ZeRO-1, bf16, ranks: 1; none recomputed, chunked loss" in parts
+    sizes = "2 with gradients summed in fp32, 4 with gradients summed in bf16."
+    assert parts.endswith(f"Largest micro-batch in 48 GiB (RTX A6000): {sizes}")
     offloaded = section(plan_of("openllama-3b-13l", config="zero3_offload"), "memory")
     assert "on the host, a rank 37.20" in offloaded
+
+
+def test_plan_says_that_zero_1_fits_too_or_what_it_would_need() -> None:
+    fits = section(plan_of("gpt2-medium-16l", config="zero2", world_size=3), "memory")
+    assert "ZeRO-1 without offload fits, too (" in fits
+    assert fits.endswith("and reduces gradients once a step: take ds_configs/zero1.json.")
+    rtx = Machine("cuda", 24.0, bf16=True)
+    offloaded = section(plan_of("openllama-3b-13l", config="zero3_offload", gpu="4090", machine=rtx), "memory")
+    assert "ZeRO-1 without offload would need " in offloaded
+
+
+def test_plan_of_fp32_names_one_largest_micro_batch() -> None:
+    text = section(plan_of("quickstart", config="cpu", machine=Machine("cpu", 16.0, bf16=False)), "memory")
+    assert text.endswith("Largest micro-batch in 48 GiB (RTX A6000): 16.")
+
+
+def test_plan_counts_with_the_mfu_that_is_given() -> None:
+    text = section(plan_of("openllama-3b-13l", gpu="a6000", mfu=0.25), "hours")
+    assert "at 25 % MFU" in text
+    assert "1 x RTX A6000 3,424 649.0 162.2 649.0" in text
+    with pytest.raises(RecipeError, match=r"MFU 1\.5 is not possible"):
+        plan_of("openllama-3b-13l", mfu=1.5)
+
+
+def test_plan_tells_the_hfu_of_full_recomputation_and_counts_it_in_the_floor() -> None:
+    recipe = load_recipe("openllama-3b-13l")
+    config = resolve(
+        {"kernels": {"activation_checkpointing": "full"}},
+        recipe,
+        origin="test",
+        shape=target_shape(recipe),
+        world_size=1,
+        machine=A6000,
+    ).config
+    told = budget_text(recipe, config, notes=(), world_size=1, gpu="a6000", cache_dir=Path("none"))
+    hours = section(told, "hours")
+    assert "Activations are computed again: 14.86 GFLOP a token, so that 50 % MFU is 66 % HFU." in hours
+    assert "324.5 213.4" in hours
+    assert "--- scaling" not in told
+
+
+def test_plan_tells_what_ranks_send_and_what_zero_2_pays_for_accumulation() -> None:
+    sent = section(plan_of("openllama-3b-13l", world_size=4), "communication of a step")
+    assert "gradients all_reduce 2 5.447 454.0 weights all_gather 2 2.723 227.0" in sent
+    assert sent.endswith("total 8.170 681.1 12 GB/s within a node, 10 us a message")
+    paid = section(plan_of("gpt2-medium-16l", config="zero2", world_size=3, gpu="a100-40"), "communication of a step")
+    assert "ZeRO-2 reduces gradients in each of the" in paid
+    assert "where ZeRO-1 sends 1.016 GB" in paid
+    assert "communication of a step" not in plan_of("openllama-3b-13l")
+
+
+def test_plan_scales_to_512_gpus_and_marks_what_cannot_be_shared() -> None:
+    text = section(plan_of("openllama-3b-13l", gpu="h200"), "scaling")
+    assert text.startswith("H200 SXM at 50 % MFU on one GPU; 367 GB/s within a node, 10 us a message; 320 GB/s across")
+    assert " 1 2 x 32 0.0 43,7" in text
+    assert " 64 1 x 1 " in text
+    assert "512 cannot be shared evenly" in text
+
+
+def test_what_does_not_fit_is_refused_with_advice() -> None:
+    recipe = load_recipe("openllama-3b-13l")
+    config = resolve(
+        read(CONFIGS / "a6000.json"), recipe, origin="a6000", shape=target_shape(recipe), world_size=1, machine=A6000
+    ).config
+    refuse_what_does_not_fit(recipe, config, world_size=1, memory_gib=48.0)
+    with pytest.raises(RecipeError, match=r"2 sequences of 2048 tokens need 45\.2 GiB") as caught:
+        refuse_what_does_not_fit(recipe, config, world_size=1, memory_gib=44.0)
+    assert caught.value.action == "set train_micro_batch_size_per_gpu to 1"
+    unknown = load_recipe("quickstart", ["reference.model=EleutherAI/pythia-160m"])
+    refuse_what_does_not_fit(unknown, config, world_size=1, memory_gib=0.1)
 
 
 def test_plan_marks_counts_as_an_estimate_only_where_they_are(tmp_path: Path) -> None:

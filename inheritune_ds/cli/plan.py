@@ -9,12 +9,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_experiment(parser)
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, i.e. ranks (default: 1)")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        help="share of the GPU's peak that one GPU reaches, such as 0.42 as measured (default: 0.5)",
+    )
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan; imports no torch."""
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.plan import plan
+    from inheritune_ds.gpus import PLANNING_MFU
+    from inheritune_ds.plan import plan, refuse_what_does_not_fit
 
     if args.gpus < 1:
         raise RecipeError(f"--gpus {args.gpus} is not accepted", allowed="1, 2, 3, ...", action="change --gpus")
@@ -30,6 +36,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             world_size=args.gpus,
             gpu=args.gpu,
             cache_dir=args.cache_dir,
+            mfu=PLANNING_MFU if args.mfu is None else args.mfu,
         )
     )
+    refuse_what_does_not_fit(recipe, resolved.config, world_size=args.gpus, memory_gib=machine.memory_gib)
     return 0
