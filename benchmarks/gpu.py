@@ -1,0 +1,265 @@
+"""The unattended check for a machine with a GPU: every question of this repository that only a GPU can answer.
+
+`python -m benchmarks.gpu` goes through the parts below, the most valuable first. Each runs in a process of its own for
+at most `--minutes`, so that one that crashes, hangs or runs out of memory harms no other, and what it has found so far
+is kept. After each part docs/results/gpu-<part>-<date>.json is written. It ends with 0 when every part met its bars (a
+part that has nothing to run with is skipped, a missing optional kernel gives a line), 1 when one missed a bar or
+failed, 10 where there is no GPU. `--rehearse` goes through all of it at toy size on a CPU: that tests this command.
+
+No network is needed. On a machine without one, install from a folder of wheels (`pip download -d wheels ...` on another
+one): `python -m pip install --no-index --find-links wheels inheritune_ds`, for the optional kernels `flash-attn` and
+`liger-kernel`, too; then start the command in a checkout. Nothing but the package's own requirements has to be there.
+"""
+
+import argparse
+import importlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_parts.part import Part
+from benchmarks.gpu_parts.report import FAILED, MISSED, RUNNING, Report, bar_words
+from benchmarks.gpu_parts.watchdog import Ending, Start, watch
+from benchmarks.record import RESULTS, write_result
+from inheritune_ds.errors import InherituneError, MachineError
+from inheritune_ds.files import read_json
+from inheritune_ds.machine import detect_gpus
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part that can be asked for.
+
+    Attributes:
+        where: Module and function.
+        about: What it finds out, in a line.
+        lane: In a rehearsal the parts of a lane share a process, and the lanes run side by side.
+    """
+
+    where: str
+    about: str
+    lane: int = 0
+
+
+PARTS = {
+    "parity": Entry("parity:parity", "gradients and updates of every kernel that works here, against fp64"),
+    "mfu-1.8b": Entry("throughput:mfu_target", "MFU, tokens/s and memory of the 13-block target at 2048 tokens"),
+    "mfu-gpt2": Entry("throughput:mfu_gpt2", "the same of GPT-2 medium-16 and large-18 at 1024 tokens"),
+    "engine-tax": Entry("ratios:tax", "the step against a plain loop's, and Trainer with DeepSpeed"),
+    "planner": Entry("predictions:predictions", "predicted memory and speed of six cases against measured ones"),
+    "a6000": Entry("capped:capped", "ds_configs/a6000.json with 46 GiB, and which micro-batches fit"),
+    "peers": Entry("ratios:nanogpt", "nanoGPT from a checkout (--nanogpt)"),
+    "loss": Entry("head_loss:head_loss", "time and memory of the chunked, Liger's and the plain loss"),
+    "resume": Entry("resume:resume", "train, kill, go on, compare", lane=1),
+    "startup": Entry("startup:startup", "launch to first step: eager, compiled cold, compiled again", lane=1),
+    "optimizers": Entry("optimizers:optimizers", "the step of every AdamW that works here, apex among them"),
+}
+REHEARSAL_ENVIRON = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+"""No GPU is looked at, and no toy compiled: that would take longer than all the rest. A toy needs no second thread."""
+ENVIRON = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+_TO_SPARE_S = 10.0
+"""A part is told that its time ends so long before the watchdog ends it."""
+_LOG_END = 3000
+_STATE = ("name", "driver_version", "memory.used", "power.limit", "clocks.max.sm", "clocks.sm", "temperature.gpu")
+
+
+def names(text: str) -> list[str]:
+    """Read `parity,loss`: parts, in the order of PARTS.
+
+    Raises:
+        argparse.ArgumentTypeError: For a name that is none.
+    """
+    given = text.split(",")
+    unknown = [name for name in given if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    return [name for name in PARTS if name in given]
+
+
+def minutes(text: str) -> float:
+    """Read a number of minutes above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else.
+    """
+    try:
+        given = float(text)
+    except ValueError:
+        given = 0.0
+    if not 0.0 < given < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts that are asked for; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--only", type=names, metavar="NAME,...", default=list(PARTS), help=f"any of {', '.join(PARTS)}")
+    add("--rehearse", action="store_true", help="every part at toy size on the CPU: it tests this command")
+    add("--nanogpt", type=Path, metavar="FOLDER", help="a nanoGPT checkout, for the part peers")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="of the JSON files (default: docs/results; a rehearsal's: temporary)",
+    )
+    add("--minutes", type=minutes, default=8.0, help="a part is ended after so many (default: 8)")
+    add("--list", action="store_true", help="print the parts and leave")
+    add("--part", type=names, help=argparse.SUPPRESS)  # the process of one part (in a rehearsal, of several)
+    add("--json", type=Path, help=argparse.SUPPRESS)  # folder of its reports
+    args = parser.parse_args(arguments)
+    if args.list:
+        print(*(f"{name:<12}{entry.about}" for name, entry in PARTS.items()), sep="\n")
+        return 0
+    try:
+        if args.part:
+            return run_here(args)
+        check_machine(args)
+        return run_all(args)
+    except InherituneError as error:
+        print(f"gpu: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """Refuse what no part could work with.
+
+    Raises:
+        MachineError: Without a GPU, or if --nanogpt is no checkout.
+    """
+    if not args.rehearse and not detect_gpus():
+        raise MachineError(
+            "nvidia-smi reports no GPU: nothing was checked",
+            allowed="a machine with an NVIDIA GPU",
+            action="give --rehearse to go through all of it on the CPU at toy size",
+        )
+    if args.nanogpt is not None and not (args.nanogpt / "model.py").is_file():
+        raise MachineError(
+            f"--nanogpt {args.nanogpt} has no model.py",
+            allowed="the folder of a nanoGPT checkout",
+            action="git clone https://github.com/karpathy/nanoGPT, or leave --nanogpt out",
+        )
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Run every part in a process of its own, write each result, print the table."""
+    out = args.out or (Path(tempfile.mkdtemp()) if args.rehearse else RESULTS)
+    found: dict[str, dict[str, Any]] = {}
+    waves = [[[name]] for name in args.only]
+    if args.rehearse:
+        apart = [[name for name in args.only if PARTS[name].lane == lane] for lane in (0, 1)]
+        waves = [[group for group in apart if group]]
+    for wave in waves:
+        state = gpu_state()
+        with tempfile.TemporaryDirectory() as scratch:
+            starts = [_start(args, group, Path(scratch)) for group in wave]
+            print(f"{datetime.now(UTC):%H:%M:%S} {', '.join(name for group in wave for name in group)}", flush=True)
+            for group, start, ending in zip(wave, starts, watch(starts), strict=True):
+                found |= {name: outcome(name, Path(scratch), start.log, ending) for name in group}
+        for name in (name for group in wave for name in group):
+            date = f"{datetime.now(UTC):%Y-%m-%d}"
+            result = {"part": name, "rehearsal": args.rehearse, "gpu": state, **found[name]}
+            write_result(out / f"gpu-{name}-{date}.json", result)
+            print(*table({name: found[name]}), "", sep="\n", flush=True)
+    print(*table(found, bars=False), sep="\n", flush=True)
+    return int(any(one["status"] in (MISSED, FAILED) for one in found.values()))
+
+
+def gpu_state() -> list[dict[str, str]]:
+    """What the driver says of each GPU: name, driver, memory in use, clocks, power; empty without one."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = answer.stdout.splitlines()
+    return [dict(zip(_STATE, (word.strip() for word in line.split(",")), strict=False)) for line in lines]
+
+
+def _start(args: argparse.Namespace, group: Sequence[str], scratch: Path) -> Start:
+    """The process of some parts."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", ",".join(group), "--json", str(scratch)]
+    command += ["--minutes", str(args.minutes)]
+    command += ["--rehearse"] if args.rehearse else []
+    command += ["--nanogpt", str(args.nanogpt.resolve())] if args.nanogpt is not None else []
+    environ = {**ENVIRON, **(REHEARSAL_ENVIRON if args.rehearse else {})}
+    return Start(command, environ, scratch / f"{group[0]}.log", 60.0 * args.minutes * len(group))
+
+
+def run_here(args: argparse.Namespace) -> int:
+    """Run parts in this process; what they find lies in files of the folder --json."""
+    for name in args.part:
+        report = Report(args.json / f"{name}.json", rehearsal=args.rehearse)
+        module, _, function = PARTS[name].where.partition(":")
+        start_s = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            deadline_s = start_s + 60.0 * args.minutes - _TO_SPARE_S
+            part = Part(args.rehearse, args.nanogpt, Path(folder), deadline_s, report)
+            try:
+                if not args.rehearse:
+                    _check_torch()
+                getattr(importlib.import_module(f"benchmarks.gpu_parts.{module}"), function)(part)
+            except InherituneError as error:
+                report.fail(str(error))
+            except Exception as error:  # noqa: BLE001 - a part that fails must not end the others
+                traceback.print_exc()
+                report.fail(f"{type(error).__name__}: {error}")
+        report.figure("seconds", round(time.monotonic() - start_s, 1))
+        report.end()
+    return 0
+
+
+def _check_torch() -> None:
+    from inheritune_ds.training.engine import check_device
+    from inheritune_ds.training.world import World
+
+    check_device("cuda", World(0, 1, 0, 1, "single"), offload=False)
+
+
+def outcome(name: str, folder: Path, log: Path, ending: Ending) -> dict[str, Any]:
+    """What a part has found, also one whose process did not live to say so.
+
+    Args:
+        name: The part.
+        folder: Where its report lies.
+        log: What its process printed.
+        ending: How that ended.
+    """
+    found: dict[str, Any] = read_json(folder / f"{name}.json") or {"bars": {}, "lines": [], "figures": {}}
+    if found.get("status", RUNNING) == RUNNING:
+        found |= {"status": FAILED, "reason": ending.words}
+    if found["status"] == FAILED:
+        found["log_end"] = log.read_text(encoding="utf-8", errors="replace")[-_LOG_END:]
+    return {**found, "seconds": found["figures"].pop("seconds", round(ending.seconds, 1))}
+
+
+def table(found: Mapping[str, Mapping[str, Any]], *, bars: bool = True) -> list[str]:
+    """The parts in lines: state, seconds, why; below each its bars and lines, if they are wanted."""
+    lines = []
+    for name, one in found.items():
+        reason = str(one["reason"]).strip().partition("\n")[0]
+        told = reason or "; ".join(bar_words(bar, one["bars"][bar]) for bar in list(one["bars"])[:1])
+        lines.append(f"{name:<12}{one['status']:<9}{one['seconds']:>7.1f} s  {told}".rstrip())
+        if bars:
+            lines += [f"    {bar_words(bar, value)}" for bar, value in one["bars"].items()]
+            lines += [f"    {line}" for line in one["lines"]]
+    return lines
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended then, too
+    sys.exit(main())

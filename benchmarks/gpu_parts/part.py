@@ -1,0 +1,43 @@
+"""What every part of the GPU check is given."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from benchmarks.gpu_parts.report import Report
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part under way.
+
+    Attributes:
+        rehearse: Whether it is gone through on a CPU at toy size.
+        nanogpt: Folder of a nanoGPT checkout.
+        folder: Where it may write; removed afterwards.
+        deadline_s: When its process is killed, in seconds of the monotonic clock.
+        report: Takes what it finds.
+    """
+
+    rehearse: bool
+    nanogpt: Path | None
+    folder: Path
+    deadline_s: float
+    report: Report
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What is measured."""
+        return "cpu" if self.rehearse else "cuda"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the part is killed."""
+        return self.deadline_s - time.monotonic()
+
+    def sized(self, real: T, toy: T) -> T:
+        """The size of the measurement, or that of a rehearsal."""
+        return toy if self.rehearse else real

@@ -1,0 +1,42 @@
+"""What the planner says about a case on one GPU: the only place of the GPU check that knows the planner's functions."""
+
+from inheritune_ds.budget import memory
+from inheritune_ds.gpus import PLANNING_MFU, Gpu
+from inheritune_ds.layout import Layout, read_layout
+from inheritune_ds.recipe import Shape
+from inheritune_ds.speed import Job, scaled
+from inheritune_ds.training.ds_config import Resolved
+
+
+def predicted_gib(shape: Shape, resolved: Resolved) -> float:
+    """Peak memory of live tensors, in GiB: without the margin for context and allocator.
+
+    Args:
+        shape: The model.
+        resolved: Its DeepSpeed config.
+    """
+    need = memory(
+        shape,
+        shape.num_hidden_layers,
+        micro_batch_size=resolved.micro_batch_size,
+        accumulation=resolved.gradient_accumulation_steps,
+        **_layout(shape, resolved),
+    )
+    return need.tensors_gib
+
+
+def predicted_tokens_per_s(shape: Shape, resolved: Resolved, on: Gpu) -> float:
+    """Tokens a second at the MFU that plans assume.
+
+    Args:
+        shape: The model.
+        resolved: Its DeepSpeed config.
+        on: The GPU.
+    """
+    size, accumulation = resolved.micro_batch_size, resolved.gradient_accumulation_steps
+    job = Job(shape, shape.num_hidden_layers, _layout(shape, resolved), size, accumulation, size * accumulation)
+    return scaled(job, on, PLANNING_MFU, 1).weak_rate
+
+
+def _layout(shape: Shape, resolved: Resolved) -> Layout:
+    return read_layout(resolved.config, seq_len=shape.max_position_embeddings, world_size=1)

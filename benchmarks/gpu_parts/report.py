@@ -1,0 +1,95 @@
+"""What one part of the GPU check finds: figures, bars, lines; kept on the disk from the first one on."""
+
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.files import write_json
+
+RUNNING, OK, MISSED, FAILED, SKIPPED = "running", "ok", "missed", "failed", "skipped"
+"""States of a part. A bar was missed, or the part could not be made, or there was nothing to make it with."""
+
+
+class Report:
+    """The findings of a part.
+
+    Every change is written at once: what a part has found is there even if its process is killed.
+
+    Args:
+        path: The JSON file.
+        rehearsal: Whether bars on speed and memory are told without being judged: a toy on a CPU has none.
+    """
+
+    def __init__(self, path: Path, *, rehearsal: bool) -> None:
+        self._path, self._rehearsal = path, rehearsal
+        self._figures: dict[str, Any] = {}
+        self._bars: dict[str, dict[str, Any]] = {}
+        self._lines: list[str] = []
+        self._status, self._reason = RUNNING, ""
+        self._write()
+
+    def figure(self, name: str, value: Any) -> None:
+        """Keep a figure (anything JSON holds) under a name; a later one of the same name takes its place."""
+        self._figures[name] = value
+        self._write()
+
+    def line(self, text: str) -> None:
+        """Keep a line for people, and print it."""
+        print(text, flush=True)
+        self._lines.append(text)
+        self._write()
+
+    def bar(
+        self,
+        name: str,
+        value: float | None,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+        of_gpu: bool = True,
+    ) -> None:
+        """Hold a figure against what was promised; a later value of the same name takes its place.
+
+        Args:
+            name: What it is.
+            value: None where it could not be had: then nothing is judged.
+            at_least: The promise, from below.
+            at_most: The promise, from above.
+            of_gpu: Whether it was promised for a GPU only, so that a rehearsal does not judge it.
+        """
+        assert (at_least is None) != (at_most is None)
+        if value is None or (of_gpu and self._rehearsal):
+            verdict = "not judged"
+        else:
+            met = value >= at_least if at_least is not None else value <= at_most  # type: ignore[operator]
+            verdict = "met" if met else MISSED
+        limit = {"at_least": at_least} if at_least is not None else {"at_most": at_most}
+        self._bars[name] = {"value": value, **limit, "verdict": verdict}
+        self._write()
+
+    def skip(self, reason: str) -> None:
+        """Say that there is nothing to make this part with."""
+        self._status, self._reason = SKIPPED, reason
+        self._write()
+
+    def fail(self, reason: str) -> None:
+        """Say why the part could not be made."""
+        self._status, self._reason = FAILED, reason
+        self._write()
+
+    def end(self) -> None:
+        """Settle the state, if it is not settled yet."""
+        if self._status == RUNNING:
+            missed = any(bar["verdict"] == MISSED for bar in self._bars.values())
+            self._status = MISSED if missed else OK
+        self._write()
+
+    def _write(self) -> None:
+        found = {"status": self._status, "reason": self._reason, "bars": self._bars}
+        write_json(self._path, {**found, "lines": self._lines, "figures": self._figures})
+
+
+def bar_words(name: str, bar: dict[str, Any]) -> str:
+    """One bar for people, such as `MFU 0.571 (at least 0.55: met)`."""
+    value = "unknown" if bar["value"] is None else f"{bar['value']:.4g}"
+    side, limit = ("at least", bar["at_least"]) if "at_least" in bar else ("at most", bar["at_most"])
+    return f"{name} {value} ({side} {limit:g}: {bar['verdict']})"

@@ -1,0 +1,298 @@
+"""A training case in this process: the program's own engine and loop on random tokens, timed in blocks of steps.
+
+A block ends when the device has caught up; the loop waits for it anyhow, since it reads the loss of every step.
+"""
+
+import os
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from benchmarks.gpu_parts.case import Case, Trained
+from benchmarks.gpu_parts.planning import predicted_gib, predicted_tokens_per_s
+from benchmarks.record import REPOSITORY
+from benchmarks.side_by_side import TOTAL_STEPS, write_tokens
+from benchmarks.subjects.project import recipe_of
+from benchmarks.subjects.turns import Order
+from benchmarks.subjects.windows import build_model
+from inheritune_ds.budget import GIB, flops_per_token
+from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+from inheritune_ds.gpus import identify, mfu
+from inheritune_ds.machine import host_memory_gib
+from inheritune_ds.recipe import Recipe, Shape
+from inheritune_ds.training import ds_document
+from inheritune_ds.training.checkpoints import RunState
+from inheritune_ds.training.ds_config import MICRO_BATCH, Machine, Resolved, resolve
+from inheritune_ds.training.engine import Engine, start_process_group
+from inheritune_ds.training.kernels import choose_kernels
+from inheritune_ds.training.loop import LoopParts, train
+from inheritune_ds.training.world import StopSignal, World, detect, export, prepare_environment
+
+SYNC_STEPS = 2
+"""Steps of the pass that counts host synchronisations, after the timed ones."""
+_TOY_MEMORY_GIB = 2.0
+_SYNC_WARNING = "synchronizing CUDA operation"
+
+
+class _DoneError(BaseException):
+    """The last step is made; no handler of errors takes it for one."""
+
+
+def run_case(case: Case, folder: Path) -> Trained:
+    """Train a case.
+
+    Args:
+        case: What to train.
+        folder: Where its tokens are written.
+
+    Raises:
+        TrainingError: If a rate above the GPU's peak comes out: then the clock is wrong.
+        RecipeError: If the planner finds no micro-batch that fits.
+    """
+    start_s = time.monotonic()
+    with _environment_kept():
+        world = detect(os.environ)
+        export(world, os.environ)
+        prepare_environment(os.environ, kind=case.device)
+        recipe, resolved = _documents(case, folder)
+        shape = Shape.model_validate(case.shape)
+        found = Trained(
+            name=case.name,
+            micro_batch=resolved.micro_batch_size,
+            accumulation=resolved.gradient_accumulation_steps,
+            parameters=0,
+            step_tokens=recipe.training.global_batch_tokens,
+            predicted_gib=predicted_gib(shape, resolved),
+            predicted_tokens_per_s=_predicted_rate(case, shape, resolved),
+        )
+        if case.cap_gib is not None and case.device == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory / GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gib / total))
+        try:
+            return _train(case, folder, recipe, resolved, world, found, start_s)
+        except torch.OutOfMemoryError as error:
+            return replace(found, out_of_memory=str(error).partition("\n")[0])
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """What a single process exports about its ranks must not reach the next program that is started from here."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _order(case: Case, folder: Path) -> Order:
+    """The case as the subjects of a side-by-side measurement take it; the micro-batch is settled later."""
+    return Order(
+        subject="project_shipped",
+        shape=case.shape,
+        micro_batch=1,
+        accumulation=case.step_windows,
+        device=case.device,
+        keep_freed_memory=False,
+        tokens=str(folder / f"{case.name}.tokens"),
+        folder=str(folder),
+        warmup_steps=case.warmup_steps,
+        total_steps=TOTAL_STEPS,
+        started_s=0.0,
+    )
+
+
+def _documents(case: Case, folder: Path) -> tuple[Recipe, Resolved]:
+    recipe = recipe_of(_order(case, folder))
+    every_step = recipe.logging.model_copy(update={"interval_steps": 1})
+    recipe = recipe.model_copy(update={"logging": every_step})
+    document = ds_document.read(REPOSITORY / "ds_configs" / case.ds_config)
+    document |= {"bf16": {"enabled": True}, **case.document}
+    if case.micro_batch is not None:
+        document[MICRO_BATCH] = case.micro_batch
+    memory_gib = case.memory_gib or (_TOY_MEMORY_GIB if case.device == "cpu" else host_memory_gib())
+    shape = Shape.model_validate(case.shape)
+    return recipe, resolve(
+        document,
+        recipe,
+        origin=case.ds_config,
+        shape=(shape, shape.num_hidden_layers),
+        world_size=1,
+        machine=Machine(case.device, memory_gib, bf16=True),
+    )
+
+
+def _predicted_rate(case: Case, shape: Shape, resolved: Resolved) -> float | None:
+    name = torch.cuda.get_device_name() if case.device == "cuda" else ""
+    known = identify(name)
+    return None if known is None else predicted_tokens_per_s(shape, resolved, known)
+
+
+def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
+    case: Case, folder: Path, recipe: Recipe, resolved: Resolved, world: World, found: Trained, start_s: float
+) -> Trained:
+    order = _order(case, folder)
+    write_tokens(Path(order.tokens), case.shape)
+    start_process_group(world)
+    model = build_model(order)
+    parameters = model.num_parameters()
+    kernels, notes = choose_kernels(
+        resolved.kernels,
+        config=model.config,
+        device=torch.device(case.device),
+        dtype=torch.bfloat16,
+        zero_stage=resolved.zero_stage,
+        offload=resolved.offloads,
+        run_flops=6.0 * parameters * TOTAL_STEPS * recipe.training.global_batch_tokens,
+    )
+    engine = Engine(model, resolved.config, world, kernels)
+    del model
+    meter = _Meter(case, resolved.gradient_accumulation_steps, start_s)
+    try:
+        train(_loop_parts(order, recipe, resolved, engine, meter), TOTAL_STEPS, RunState(0, 0, 0, 0.0))
+    except _DoneError:
+        engine.close()  # after anything else, memory running out above all, it might raise again and hide that
+    finally:
+        meter.close()
+    return meter.result(replace(found, parameters=parameters, notes=(*notes, *engine.notes)))
+
+
+def _loop_parts(order: Order, recipe: Recipe, resolved: Resolved, engine: Engine, meter: "_Meter") -> LoopParts:
+    file = Path(order.tokens)
+    windows = TokenWindows(file, "uint16", order.seq_len, file.stat().st_size // 2)
+    never: Any = None  # the case ends before a validation or a checkpoint is due
+    return LoopParts(
+        recipe=recipe,
+        engine=engine,
+        stream=BatchStream(windows, WindowOrder(len(windows), recipe.seed), recipe.training.batch_windows),
+        validator=never,
+        checkpoints=never,
+        recorder=meter,
+        stop=StopSignal(),
+        world=engine.world,
+        eval_dir=Path(order.folder),
+        micro_batch_size=resolved.micro_batch_size,
+        utilisation=None,
+    )
+
+
+class _Meter:
+    """The loop's recorder: takes the time at the ends of blocks, and ends the loop.
+
+    Args:
+        case: How many steps of which kind.
+        accumulation: Micro-steps a step.
+        start_s: When the case was started, in seconds of the monotonic clock.
+    """
+
+    def __init__(self, case: Case, accumulation: int, start_s: float) -> None:
+        self._case, self._accumulation, self._start_s = case, accumulation, start_s
+        self._loop_s = time.monotonic()
+        self._first_s = 0.0
+        self._cuda = case.device == "cuda"
+        self._last = case.warmup_steps + case.blocks * case.block_steps
+        self._marks: list[float] = []
+        self._logged: list[dict[str, float]] = []
+        self._loss = 0.0
+        self._graphs = [counters["stats"]["unique_graphs"]] * 3
+        self._memory: tuple[float, float] | None = None
+        self._syncs: list[warnings.WarningMessage] = []
+        self._opened = ExitStack()
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:  # noqa: ARG002 - the loop's own clock
+        """Take what there is to take at the end of a step."""
+        self._loss = loss
+        self._first_s = self._first_s or time.monotonic()
+        timed = step - self._case.warmup_steps
+        if 0 <= timed <= self._last - self._case.warmup_steps and timed % self._case.block_steps == 0:
+            self._mark()
+        if step == self._case.warmup_steps:
+            self._graphs[1] = counters["stats"]["unique_graphs"]
+            if self._cuda:
+                torch.cuda.reset_peak_memory_stats()
+        if step == self._last:
+            self._graphs[2] = counters["stats"]["unique_graphs"]
+            if self._cuda:
+                self._memory = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+                self._count_syncs()
+        if step == self._last + (SYNC_STEPS if self._cuda else 0):
+            raise _DoneError
+
+    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:  # noqa: ARG002 - the loop's protocol
+        """Keep what the loop logs of the timed steps."""
+        if self._case.warmup_steps < step <= self._last:
+            self._logged.append(values)
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        print(line, flush=True)
+
+    def saved(self, step: int) -> None:
+        """Nothing is saved."""
+
+    def close(self) -> None:
+        """Put torch's and Python's warnings back."""
+        self._opened.close()
+
+    def _mark(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._marks.append(time.perf_counter())
+
+    def _count_syncs(self) -> None:
+        self._syncs = self._opened.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        self._opened.callback(torch.cuda.set_sync_debug_mode, "default")
+
+    def result(self, found: Trained) -> Trained:
+        """The case with everything that was measured."""
+        case = self._case
+        rates = [
+            found.step_tokens * case.block_steps / (end - start)
+            for start, end in zip(self._marks, self._marks[1:], strict=False)
+        ]
+        median = statistics.median(rates)
+        places = Counter(
+            f"{'/'.join(Path(caught.filename).parts[-3:])}:{caught.lineno}"
+            for caught in self._syncs
+            if _SYNC_WARNING in str(caught.message)
+        )
+        often = SYNC_STEPS * found.accumulation
+        return replace(
+            found,
+            steps=case.blocks * case.block_steps,
+            tokens_per_s={"median": median, "min": min(rates), "max": max(rates)},
+            first_step_s=self._first_s - self._loop_s,
+            start_s=self._first_s - self._start_s,
+            mfu=self._mfu(median),
+            peak_gib=self._memory[0] if self._memory else None,
+            reserved_gib=self._memory[1] if self._memory else None,
+            outside_ratio=self._median("perf/outside_ratio"),
+            data_wait_ratio=self._median("perf/data_wait_ratio"),
+            graphs=self._graphs[1] - self._graphs[0],
+            left_eager=counters["frames"]["total"] - counters["frames"]["ok"],
+            recompiles=self._graphs[2] - self._graphs[1],
+            syncs={place: count / SYNC_STEPS for place, count in places.items()} if self._cuda else None,
+            # One step has some of its own: only what comes at least as often as micro-steps is theirs.
+            syncs_per_micro_step=sum(count // often for count in places.values()) if self._cuda else None,
+            loss=self._loss,
+        )
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        known = identify(torch.cuda.get_device_name()) if self._cuda else None
+        shape = Shape.model_validate(self._case.shape)
+        each = flops_per_token(shape, shape.num_hidden_layers, shape.max_position_embeddings)
+        return None if known is None else mfu(tokens_per_s, each, known, 1)
+
+    def _median(self, name: str) -> float:
+        return statistics.median(values[name] for values in self._logged)
