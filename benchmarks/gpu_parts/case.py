@@ -117,7 +117,8 @@ class Trained:
             return f"{head}: out of memory"
         mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
         peak = "" if self.peak_gib is None else f", {self.peak_gib:.1f} GiB (predicted {self.predicted_gib or 0.0:.1f})"
-        return f"{head}: {self.tokens_per_s['median']:,.0f} tokens/s{mfu}{peak}"
+        rest = f"outside the passes {self.outside_ratio:.1%}, first step {self.first_step_s:.1f} s"
+        return f"{head}: {self.tokens_per_s['median']:,.0f} tokens/s{mfu}{peak}, {rest}"
 
 
 class Cases:

@@ -3,90 +3,18 @@ import json
 import os
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu_parts import ratios, throughput
-from benchmarks.gpu_parts.case import Case, Cases, Trained
+from benchmarks.gpu_parts import ratios
+from benchmarks.gpu_parts.case import Trained
 from benchmarks.gpu_parts.part import Part
-from benchmarks.gpu_parts.report import Report, bar_words
 from benchmarks.gpu_parts.watchdog import Start, watch
-from benchmarks.side_by_side import Measured, Setting
-from benchmarks.subjects.process import Block
 from inheritune_ds.errors import MachineError
 from inheritune_ds.files import read_json
-
-
-def part_in(folder: Path, *, rehearse: bool, left_s: float = 1000.0) -> Part:
-    report = Report(folder / "report.json", rehearsal=rehearse)
-    return Part(rehearse, None, folder, time.monotonic() + left_s, report)
-
-
-def told(folder: Path) -> dict[str, Any]:
-    found = read_json(folder / "report.json")
-    assert isinstance(found, dict)
-    return found
-
-
-# The report of a part
-
-
-def test_report_is_on_the_disk_before_the_part_ends(tmp_path: Path) -> None:
-    report = Report(tmp_path / "report.json", rehearsal=False)
-    assert told(tmp_path)["status"] == "running"
-    report.figure("tokens_per_s", 3)
-    report.bar("MFU", 0.56, at_least=0.55)
-    report.line("a line")
-    found = told(tmp_path)
-    assert (found["figures"], found["lines"]) == ({"tokens_per_s": 3}, ["a line"])
-    assert found["bars"] == {"MFU": {"value": 0.56, "at_least": 0.55, "verdict": "met"}}
-    report.end()
-    assert told(tmp_path)["status"] == "ok"
-
-
-@pytest.mark.parametrize(
-    ("value", "limit", "verdict"),
-    [
-        (0.55, {"at_least": 0.55}, "met"),
-        (0.54, {"at_least": 0.55}, "missed"),
-        (1.03, {"at_most": 1.03}, "met"),
-        (1.04, {"at_most": 1.03}, "missed"),
-        (None, {"at_most": 1.03}, "not judged"),
-    ],
-)
-def test_bar_is_judged(tmp_path: Path, value: float | None, limit: dict[str, Any], verdict: str) -> None:
-    report = Report(tmp_path / "report.json", rehearsal=False)
-    report.bar("it", value, **limit)
-    report.end()
-    found = told(tmp_path)
-    assert found["bars"]["it"]["verdict"] == verdict
-    assert found["status"] == ("missed" if verdict == "missed" else "ok")
-
-
-def test_rehearsal_judges_what_is_not_of_a_gpu_alone(tmp_path: Path) -> None:
-    report = Report(tmp_path / "report.json", rehearsal=True)
-    report.bar("speed", 0.0, at_least=1.0)
-    report.bar("exactness", 2.0, at_most=1.0, of_gpu=False)
-    assert [bar["verdict"] for bar in told(tmp_path)["bars"].values()] == ["not judged", "missed"]
-
-
-def test_failure_and_skipping_outlive_the_end(tmp_path: Path) -> None:
-    for say, status in ((Report.fail, "failed"), (Report.skip, "skipped")):
-        report = Report(tmp_path / "report.json", rehearsal=False)
-        say(report, "why")
-        report.end()
-        assert (told(tmp_path)["status"], told(tmp_path)["reason"]) == (status, "why")
-
-
-def test_bar_in_words() -> None:
-    assert bar_words("MFU", {"value": 0.5712, "at_least": 0.55, "verdict": "met"}) == "MFU 0.5712 (at least 0.55: met)"
-    found = bar_words("tax", {"value": None, "at_most": 1.03, "verdict": "not judged"})
-    assert found == "tax unknown (at most 1.03: not judged)"
-
 
 # The watchdog
 
@@ -260,149 +188,6 @@ def test_error_of_a_part_is_its_reason(tmp_path: Path, monkeypatch: pytest.Monke
     found = read_json(tmp_path / "startup.json")
     assert found is not None
     assert (found["status"], found["reason"]) == ("failed", "ZeroDivisionError: by what?")
-
-
-# What the parts make of what they measure
-
-
-def trained(name: str, micro_batch: int, rate: float, **more: Any) -> Trained:
-    rates = {"median": rate, "min": rate, "max": rate}
-    return Trained(name, micro_batch, 64 // micro_batch, 1, tokens_per_s=rates, steps=20, step_tokens=1, **more)
-
-
-def answers(monkeypatch: pytest.MonkeyPatch, found: dict[str, Trained | None]) -> list[Case]:
-    """Cases are not run; each has the answer given here."""
-    asked: list[Case] = []
-
-    def measure(_: Cases, case: Case, *, apart: bool = False) -> Trained | None:
-        asked.append(case)
-        return found[case.name]
-
-    monkeypatch.setattr(Cases, "measure", measure)
-    monkeypatch.setattr(throughput, "usable_gib", lambda _: 133.0)
-    return asked
-
-
-def test_sweep_halves_the_planners_micro_batch_and_judges_the_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = throughput.TARGET
-    asked = answers(
-        monkeypatch,
-        {
-            name: trained(name, 32, 0.0, out_of_memory="CUDA out of memory"),
-            f"{name}-x16": trained(f"{name}-x16", 16, 50.0, mfu=0.57, syncs_per_micro_step=0),
-            f"{name}-x8": trained(f"{name}-x8", 8, 40.0, mfu=0.45, syncs_per_micro_step=0),
-        },
-    )
-    part = part_in(tmp_path, rehearse=False)
-    throughput.mfu_target(part)
-    assert [case.micro_batch for case in asked] == ["auto", 16, 8]
-    assert {case.step_windows * case.shape["max_position_embeddings"] for case in asked} == {131_072}
-    bars = told(tmp_path)["bars"]
-    assert bars[f"{name} MFU"] == {"value": 0.57, "at_least": 0.55, "verdict": "met"}
-    assert told(tmp_path)["figures"] == {f"best micro-batch of {name}": 16}
-
-
-def test_sweep_goes_on_after_a_case_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = throughput.TARGET
-    found = {f"{name}-x{size}": trained(name, size, 10.0) for size in (8, 4)}
-    answers(monkeypatch, {name: None, **found})
-    throughput.mfu_target(part_in(tmp_path, rehearse=False))
-    report = told(tmp_path)
-    assert report["figures"] == {f"best micro-batch of {name}": 8}
-    assert report["bars"][f"{name} MFU"]["verdict"] == "not judged"
-    assert report["lines"][0] == f"{name}: no MFU, the peak of this GPU is not known (inheritune_ds/gpus.py)"
-
-
-def test_sweep_without_any_rate_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = throughput.TARGET
-    full = {case: trained(case, 16, 0.0, out_of_memory="full") for case in (name, f"{name}-x8", f"{name}-x4")}
-    answers(monkeypatch, dict(full))
-    throughput.mfu_target(part_in(tmp_path, rehearse=False))
-    assert told(tmp_path)["status"] == "failed"
-    assert told(tmp_path)["reason"] == f"no micro-batch that was tried has a rate: {name}"
-
-
-def test_targets_have_the_papers_sizes() -> None:
-    from inheritune_ds.budget import flops_per_token, parameters
-    from inheritune_ds.recipe import Shape
-
-    found = {}
-    for name in throughput.BARS:
-        shape = Shape.model_validate(throughput.shape_of(name))
-        count = parameters(shape).total
-        found[name] = round(count / 1e9, 3), shape.max_position_embeddings
-        assert flops_per_token(shape, shape.num_hidden_layers, found[name][1]) > 6 * 0.9 * count
-    assert found == {"llama-1.8b-13l": (1.816, 2048), "gpt2-medium-16l": (0.254, 1024), "gpt2-large-18l": (0.420, 1024)}
-
-
-def test_case_without_a_result_fails_the_part_and_no_other_case(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    part = part_in(tmp_path, rehearse=False)
-    case = Case(name="tiny", shape={}, step_windows=1, micro_batch=1, device="cpu")
-    assert Cases(part).measure(case) is None
-    assert told(tmp_path)["reason"].startswith("the case tiny ended without a result; the end of what it printed")
-    assert told(tmp_path)["lines"] == ["the case tiny ended without a result"]
-
-
-def test_case_that_the_time_does_not_last_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = part_in(tmp_path, rehearse=False, left_s=0.5)
-    cases = Cases(part)
-    monkeypatch.setattr(cases, "_longest_s", 1.0)
-    assert cases.measure(Case(name="tiny", shape={}, step_windows=1, micro_batch=1, device="cpu")) is None
-    assert told(tmp_path)["lines"] == ["tiny: left out, 0 s are left of the part's time"]
-    assert told(tmp_path)["status"] == "running"
-
-
-def measured_by(rates: dict[str, float], asked: list[Setting], *, takes_s: float = 0.0) -> Any:
-    def measure(setting: Setting) -> Measured:
-        asked.append(setting)
-        time.sleep(takes_s)
-        first = {"first_step_s": 1.0, "versions": {}, "notes": []}
-        blocks = {n: Block(1, setting.step_tokens / rates[n], 0.0, 0, None, 1.0) for n in setting.subjects}
-        return Measured(setting, [[blocks] * 5], [dict.fromkeys(setting.subjects, first)])
-
-    return measure
-
-
-def test_engine_tax_is_judged_over_three_sets_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Setting] = []
-    rates = {"plain_master_compiled": 104.0, "project_compiled": 100.0, "project_shipped": 140.0, "hf_trainer": 100.0}
-    monkeypatch.setattr(ratios, "measure", measured_by(rates, asked))
-    ratios.tax(part_in(tmp_path, rehearse=False))
-    assert [setting.device for setting in asked] == ["cuda"] * 3
-    bars = told(tmp_path)["bars"]
-    assert bars["tax of project_compiled"] == {"value": pytest.approx(1.04), "at_most": 1.03, "verdict": "missed"}
-    assert bars["project_shipped over hf_trainer"] == {"value": pytest.approx(1.4), "at_least": 1.3, "verdict": "met"}
-    assert told(tmp_path)["figures"]["side by side"]["processes"] == 3
-
-
-def test_sets_of_processes_end_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Setting] = []
-    rates = dict.fromkeys(ratios.TAX_SUBJECTS, 100.0)
-    monkeypatch.setattr(ratios, "measure", measured_by(rates, asked, takes_s=0.5))
-    ratios.tax(part_in(tmp_path, rehearse=False, left_s=0.8))
-    assert len(asked) == 1
-    assert told(tmp_path)["lines"][0] == "1 of 3 sets of processes: the part's time lasts for no more"
-    assert told(tmp_path)["bars"]["tax of project_compiled"]["verdict"] == "met"
-
-
-def test_nanogpt_is_skipped_without_a_checkout(tmp_path: Path) -> None:
-    ratios.nanogpt(part_in(tmp_path, rehearse=False))
-    assert told(tmp_path)["status"] == "skipped"
-    assert told(tmp_path)["reason"] == "no nanoGPT checkout was given (--nanogpt FOLDER)"
-
-
-def test_nanogpt_is_judged_with_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Setting] = []
-    monkeypatch.setattr(ratios, "measure", measured_by({"project_shipped": 106.0, "nanogpt": 100.0}, asked))
-    part = Part(False, tmp_path, tmp_path, time.monotonic() + 1000.0, Report(tmp_path / "report.json", rehearsal=False))
-    ratios.nanogpt(part)
-    assert [setting.nanogpt for setting in asked] == [str(tmp_path)] * 3
-    assert told(tmp_path)["bars"]["project_shipped over nanogpt"]["verdict"] == "met"
 
 
 # All of it
