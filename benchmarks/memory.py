@@ -1,0 +1,160 @@
+"""The planner's memory against the peak of real steps on the CPU: live tensor bytes of the engine.
+
+`python -m benchmarks.memory` builds engines for every ZeRO stage, precision, accumulation type and kind of kernel on
+one rank and on two, trains a step of each under a count of live tensors, and writes docs/results/memory.json. Where a
+step is one micro-step, torch's own MemTracker counts it, too (it can follow no more). The bar: within 15 %. It ends
+with 1 if that is missed. What a CPU cannot show is the margin: the context of the device, and fragmentation.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
+from benchmarks.record import RESULTS, write_result
+from inheritune_ds.budget import GIB, memory, parameters
+
+if TYPE_CHECKING:
+    import torch
+
+    from inheritune_ds.training.engine import Engine
+    from inheritune_ds.training.world import World
+
+RANKS = (1, 2)
+TOLERANCE = 0.15
+WARM_UP_STEPS = 2  # the optimizer makes its moments in the first; ZeRO-3 knows the order of its parameters after it
+
+
+def cases(ranks: int, *, rehearse: bool) -> list[Case]:
+    """The engines to be measured on one rank or two: small and large micro-batches of everything."""
+    small: dict[str, Any] = {"micro_batch_size": 1}
+    large: dict[str, Any] = {"micro_batch_size": 12, "accumulation": 2}
+    if rehearse:
+        small_model: dict[str, Any] = {"blocks": 2, "hidden_size": 64, "seq_len": 64}
+        return [
+            Case(1, **small_model),
+            Case(2, "fp32", **small_model, **large),
+            Case(3, accumulate="bf16", micro_batch_size=8, **small_model),
+            Case(1, recomputation="full", **small_model, **large),
+        ]
+    types: list[dict[str, Any]] = [{"precision": "fp32"}, {}, {"accumulate": "bf16"}]
+    found = [Case(stage, **kind, **size) for stage, kind, size in product((1, 2, 3), types, (small, large))]
+    if ranks > 1:
+        return found
+    kernels: list[dict[str, Any]] = [
+        {"recomputation": "selective"},
+        {"recomputation": "full"},
+        {"loss": "plain"},
+        {"immediate": True},
+    ]
+    found += [Case(1, **kernel, micro_batch_size=8) for kernel in kernels]
+    found += [Case(1, family="gpt2", **kernel, micro_batch_size=8) for kernel in ({}, *kernels)]
+    return found + [Case(stage, family="gpt2", **large) for stage in (2, 3)]
+
+
+def measure(case: Case, world: "World") -> dict[str, Any]:
+    """Train some steps; bytes at the peak of the last, counted and predicted."""
+    from benchmarks.live_bytes import LiveBytes, live_tensors, storages
+
+    foreign = storages(live_tensors())  # of engines before this one, which DeepSpeed does not let go of at once
+    engine, layout = build_engine(case, world)
+    batches = micro_batches(case, world.rank)
+    for _ in range(WARM_UP_STEPS):
+        engine.train_step(batches, lr=1e-3, stop=False)
+
+    def own() -> Iterable["torch.Tensor"]:
+        return [tensor for tensor in live_tensors() if id(tensor.untyped_storage()) not in foreign]
+
+    live = LiveBytes(own())
+    with live:
+        engine.train_step(batches, lr=1e-3, stop=False)
+    tracked = _tracked(engine, batches, own()) if case.accumulation == 1 else None
+    engine.close()
+    sizes = {"micro_batch_size": case.micro_batch_size, "accumulation": case.accumulation}
+    planned = memory(case.shape, case.blocks, **sizes, **layout)
+    return {
+        "case": case.name,
+        "ranks": world.size,
+        "parameters": parameters(case.shape).total,
+        "live_bytes": live.peak,
+        "mem_tracker_bytes": tracked,
+        "planned_bytes": planned.tensors_gib * GIB,
+        "planned_moment": "backward" if planned.parts is planned.backward else "update",
+        "ratio": planned.tensors_gib * GIB / live.peak,
+        "settings": asdict(case),
+    }
+
+
+def _tracked(engine: "Engine", batches: "list[torch.Tensor]", own: "Iterable[torch.Tensor]") -> int:
+    """The peak of one more step as torch's tracker sees it."""
+    import torch
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker.track_external(*own)
+    with tracker:
+        engine.train_step(batches, lr=1e-3, stop=False)
+    return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    count = row["parameters"]
+    tracked = "-" if row["mem_tracker_bytes"] is None else f"{row['mem_tracker_bytes'] / count:.2f}"
+    return (
+        f"{row['ranks']} x {row['case']:<44}{row['live_bytes'] / count:>9.2f}{tracked:>12}"
+        f"{row['planned_bytes'] / count:>9.2f}{row['ratio']:>8.3f}  {row['planned_moment']}"
+    )
+
+
+HEAD = f"{'bytes a parameter':<48}{'counted':>9}{'MemTracker':>12}{'planned':>9}{'ratio':>8}  worst moment"
+
+
+def work(out: Path, ranks: int, *, rehearse: bool) -> None:
+    """A rank's part."""
+    world = join_ranks()
+    rows = []
+    for case in cases(ranks, rehearse=rehearse):
+        rows.append(measure(case, world))
+        if world.is_main:
+            print(f"> {line(rows[-1])}", flush=True)
+    if world.is_main:
+        out.write_text(json.dumps(rows), encoding="utf-8")
+    from inheritune_ds.training.engine import leave_process_group
+
+    leave_process_group()
+
+
+def main() -> None:
+    """Measure, compare, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rehearse", action="store_true", help="a few small cases on one rank, for a test")
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a rank, started by this program
+    parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.ranks, rehearse=args.rehearse)
+        return
+    rows: list[dict[str, Any]] = []
+    print(HEAD)
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in RANKS[:1] if args.rehearse else RANKS:
+            out = Path(folder) / f"{ranks}.json"
+            words = ["--worker", str(out), "--ranks", str(ranks), *(["--rehearse"] if args.rehearse else [])]
+            run_ranks("benchmarks.memory", words, ranks)
+            rows += json.loads(out.read_text(encoding="utf-8"))
+    worst = max(rows, key=lambda row: abs(row["ratio"] - 1.0))
+    print(f"largest error of {len(rows)} cases: {abs(worst['ratio'] - 1.0):.1%} ({worst['ranks']} x {worst['case']})")
+    write_result(args.out, {"tolerance": TOLERANCE, "largest_error": abs(worst["ratio"] - 1.0), "cases": rows})
+    sys.exit(1 if abs(worst["ratio"] - 1.0) > TOLERANCE else 0)
+
+
+if __name__ == "__main__":
+    main()
