@@ -28,7 +28,13 @@ WEIGHTS = "model.safetensors"
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The verb sets variables for the libraries that it loads; they are taken back."""
     monkeypatch.setenv("PATH", os.environ["PATH"])
-    for name in ("DS_ACCELERATOR", "OMP_WAIT_POLICY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    for name in (
+        "DS_ACCELERATOR",
+        "OMP_WAIT_POLICY",
+        "GOMP_SPINCOUNT",
+        "OMP_NUM_THREADS",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 

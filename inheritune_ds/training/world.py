@@ -19,6 +19,8 @@ IMPATIENT_S = 5.0
 EXIT_INTERRUPTED = 130
 _START = "start with deepspeed, torchrun, srun or python; unset RANK (or SLURM_PROCID) to run a single process"
 _PORTS = range(1, 2**16)
+_SPINS = "2000"
+"""Tens of microseconds: the time between two parallel regions of a step."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,33 @@ def prepare_environment(environ: MutableMapping[str, str], *, kind: Literal["cud
     scripts = str(Path(sys.executable).parent)
     if scripts not in environ.get("PATH", "").split(os.pathsep):
         environ["PATH"] = os.pathsep.join([scripts, environ.get("PATH", "")])
-    # Threads that wait by spinning made a step up to ten times slower on two cores with one other busy process.
-    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _set_threads(environ)
     if kind == "cpu":
         environ.setdefault("DS_ACCELERATOR", "cpu")  # said outright, DeepSpeed does not warn of a missing GPU
     if not sys.stderr.isatty():
         # Bars that redraw themselves fill a log file.
         environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _set_threads(environ: MutableMapping[str, str]) -> None:
+    """Share the cores among the ranks of this machine, and let threads that wait for each other spin only shortly.
+
+    On two quiet cores a step was a fifth faster with a short spin than with none (docs/performance.md); with libgomp's
+    own, some milliseconds, it was up to ten times slower when another process was busy. Ranks that have more threads
+    than there are cores do not spin.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > 1:  # one rank: torch's own choice, which knows physical cores
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    threads = environ.get("OMP_NUM_THREADS", "1")
+    crowded = not threads.isdecimal() or ranks * int(threads) > cores
+    if "OMP_WAIT_POLICY" in environ or "GOMP_SPINCOUNT" in environ:
+        return
+    if crowded:
+        environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:
+        environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def _first_host(environ: Mapping[str, str]) -> str:

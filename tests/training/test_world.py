@@ -183,7 +183,7 @@ def test_prepare_environment_finds_the_tools_beside_the_interpreter(monkeypatch:
     environ = {"PATH": "/usr/bin"}
     for _ in range(2):
         prepare_environment(environ, kind="cuda")
-        assert environ == {"PATH": f"{scripts}:/usr/bin", "OMP_WAIT_POLICY": "PASSIVE"}
+        assert environ == {"PATH": f"{scripts}:/usr/bin", "GOMP_SPINCOUNT": "2000"}
     prepare_environment(environ, kind="cpu")
     assert environ["DS_ACCELERATOR"] == "cpu"
 
@@ -199,9 +199,38 @@ def test_prepare_environment_leaves_what_the_user_set(monkeypatch: pytest.Monkey
     environ = dict(chosen)
     prepare_environment(environ, kind="cpu")
     assert environ == chosen
+    prepare_environment(spinning := {"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "99"}, kind="cpu")
+    assert (spinning["GOMP_SPINCOUNT"], spinning["OMP_NUM_THREADS"]) == ("7", "99")
+    assert "OMP_WAIT_POLICY" not in spinning
     bare: dict[str, str] = {}
     prepare_environment(bare, kind="cuda")
     assert bare["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given", "threads", "spins"),
+    [
+        ("1", None, None, True),
+        ("2", None, "2", True),
+        ("4", None, "1", True),
+        ("8", None, "1", False),
+        ("2", "3", "3", False),
+        ("1", "4", "4", True),
+        ("1", "4,2", "4,2", False),
+    ],
+)
+def test_ranks_share_the_cores_and_spin_only_when_there_are_enough(
+    ranks: str,
+    given: str | None,
+    threads: str | None,
+    spins: bool,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: FBT001
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    environ = {"LOCAL_WORLD_SIZE": ranks} | ({"OMP_NUM_THREADS": given} if given else {})
+    prepare_environment(environ, kind="cpu")
+    assert environ.get("OMP_NUM_THREADS") == threads
+    assert ("GOMP_SPINCOUNT" in environ, "OMP_WAIT_POLICY" in environ) == (spins, not spins)
 
 
 PROGRAM = """
