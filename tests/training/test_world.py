@@ -223,8 +223,8 @@ def test_ranks_share_the_cores_and_spin_only_when_there_are_enough(
     ranks: str,
     given: str | None,
     threads: str | None,
-    spins: bool,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: FBT001
+    spins: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
     environ = {"LOCAL_WORLD_SIZE": ranks} | ({"OMP_NUM_THREADS": given} if given else {})
