@@ -69,7 +69,7 @@ REHEARSAL_ENVIRON = {
     "OMP_NUM_THREADS": "1",
 }
 """No GPU is looked at, and no toy compiled: that would take longer than all the rest. A toy needs no second thread."""
-ENVIRON = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRON = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 _TO_SPARE_S = 10.0
 """A part is told that its time ends so long before the watchdog ends it."""
 _LOG_END = 3000
