@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch._dynamo import config as dynamo
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from inheritune_ds.surgery.blocks import find_blocks
@@ -25,6 +26,8 @@ _KEPT = [
     for name in ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{attention}" for attention in _ATTENTIONS))
 ]
 """Selective: what costs most to compute again; norms, activations and products of elements are recomputed."""
+_SPARE_GRAPHS = 8
+"""For a smaller last batch of validation windows, and for what else may call a block."""
 
 
 def wrap_blocks(model: "PreTrainedModel", *, compiled: bool, activation_checkpointing: ActivationCheckpointing) -> None:
@@ -41,8 +44,12 @@ def wrap_blocks(model: "PreTrainedModel", *, compiled: bool, activation_checkpoi
     """
     if not compiled and activation_checkpointing == "none":
         return
-    path = find_blocks(model, num_blocks(model.config)).path
-    for block in model.get_submodule(path).children():
+    found = find_blocks(model, num_blocks(model.config))
+    if compiled:
+        # Blocks that differ by a number (GPT-2's scaling by the inverse of the index) need a graph each, in training
+        # and in validation; behind its limit dynamo would run the rest uncompiled.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * found.depth + _SPARE_GRAPHS)
+    for block in model.get_submodule(found.path).children():
         forward: Callable[..., Any] = block.forward
         if activation_checkpointing != "none":
             forward = _recomputed(forward, selective=activation_checkpointing == "selective")

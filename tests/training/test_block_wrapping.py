@@ -1,5 +1,7 @@
 """Recomputed and compiled blocks give the gradients of plain ones."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -69,6 +71,22 @@ def test_compiled_blocks_share_one_graph_and_are_compiled_once() -> None:
     assert float((compiled - plain).norm() / plain.norm()) <= 1e-6
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's guards
+def test_blocks_that_differ_by_a_number_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs without code
+    torch._dynamo.reset()
+    counters.clear()
+    config = GPT2Config(
+        vocab_size=17, n_embd=8, n_layer=10, n_head=2, n_positions=8, scale_attn_by_inverse_layer_idx=True
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).train()
+    skip_packing_check()
+    wrap_blocks(model, compiled=True, activation_checkpointing="none")
+    with torch.no_grad():
+        model(input_ids=torch.randint(0, 17, (2, 8)), use_cache=False)
+    assert counters["stats"]["unique_graphs"] == 10
 
 
 def test_nothing_asked_for_leaves_the_blocks_alone() -> None:
