@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a C++ compiler:
 #   make quickstart     install into .venv, then run the main job on the embedded corpus
 #   make test           the tests, with branch coverage
+#   make rehearse       every benchmark at toy size, the GPU check among them
 # For work on the code: make check, make format, make clean.
 
 PYTHON ?= python3
@@ -14,17 +15,20 @@ INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip -qq --disable-pip-version-check i
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format clean constraints
+.PHONY: help quickstart test rehearse check format clean constraints
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/.installed
 	$(BIN)/inheritune-ds study quickstart --deepspeed_config ds_configs/cpu.json
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+rehearse: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m rehearsal tests/benchmarks $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

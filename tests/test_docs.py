@@ -22,8 +22,6 @@ FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 REPOSITORY_PATH = re.compile(r"(?:docs|ds_configs|benchmarks|slurm|tests|inheritune_ds)/[\w./-]*\w/?")
-NOT_THERE_YET = {"docs/results/gpu_check.json"}
-"""Results that a machine with a GPU writes."""
 
 
 def code_lines(path: Path) -> Iterator[str]:
@@ -106,7 +104,7 @@ def test_docs_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_docs_name_only_files_that_exist(path: Path) -> None:
     named = {name for line in code_lines(path) for name in REPOSITORY_PATH.findall(line)}
-    assert {name for name in named - NOT_THERE_YET if not (REPOSITORY / name).exists()} == set()
+    assert {name for name in named if not (REPOSITORY / name).exists()} == set()
 
 
 def test_docs_tables_are_current() -> None:

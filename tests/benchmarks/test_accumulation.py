@@ -45,6 +45,7 @@ def test_a_table_has_a_row_a_way_and_a_column_an_accumulation() -> None:
     assert lines[2] == "| 1 | fp32 | bf16 | 0.200% (0.100% to 0.300%) | 0.200% (0.100% to 0.300%) |"
 
 
+@pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators

@@ -11,6 +11,7 @@ from benchmarks.comm import ACCUMULATIONS, STAGES, verdicts
 from tests.end_to_end.launching import ROOT, environment
 
 
+@pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.timeout(300)
 def test_deepspeed_sends_what_the_planner_says(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_peers_have_bars_where_something_was_promised() -> None:
     assert bars(replace(SETTING, device="cuda"))["hf_trainer"] == 1.3
 
 
+@pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators

@@ -193,6 +193,7 @@ def test_error_of_a_part_is_its_reason(tmp_path: Path, monkeypatch: pytest.Monke
 # All of it
 
 
+@pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a first start builds DeepSpeed's operators

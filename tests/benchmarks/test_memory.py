@@ -49,6 +49,7 @@ def test_the_cases_cover_every_stage_precision_and_accumulation_type(ranks: int)
     assert found >= {(stage, "fp32", "fp32") for stage in (1, 2, 3)}
 
 
+@pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.timeout(300)
 def test_the_planner_is_within_its_bar_of_real_steps(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class GPT(nn.Module):
 '''
 
 
+@pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
