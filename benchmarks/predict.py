@@ -1,0 +1,237 @@
+"""The planner's step time against measured steps on the CPU, for 1, 2 and 4 ranks.
+
+`python -m benchmarks.predict` first calibrates, without DeepSpeed and without this program's engine: the rate of the
+plain model's forward and backward passes (of a whole step, until the slowest rank is done) on one rank alone and on as
+many ranks as there are cores at once, seconds of fused AdamW for a parameter, and gloo's latency and bandwidth from
+all-reduces of two sizes. From these figures, FLOPs and the planner's transfers it predicts a step of the same batch
+shared by 1, 2 and 4 ranks, then measures it, and writes docs/results/predict.json. Every rank has one thread. Ranks
+beyond the cores share them: then each rank has the rate of a full machine times cores / ranks, and so have the update
+and gloo, whose work the cores do, too. Every figure is the fastest of its repeats, the one that other work on the
+machine disturbs least; the load before and after stands in the file. The bar: within 15 %. It ends with 1 if that is
+missed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
+from benchmarks.record import RESULTS, write_result
+from inheritune_ds.budget import flops_per_token, parameters, tensors
+from inheritune_ds.communication import Link, Transfer, transfers
+from inheritune_ds.layout import Layout
+from inheritune_ds.speed import predict_step_s
+
+if TYPE_CHECKING:
+    from inheritune_ds.training.world import World
+
+RANKS = (1, 2, 4)
+TOLERANCE = 0.15
+WARM_UP_STEPS = 2
+SMALL_BYTES, LARGE_BYTES = 4 * 2**10, 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        windows: Of a step, over all ranks.
+        repeats: Measured steps, and measured passes of a calibration.
+        hidden_size: Of the model.
+        blocks: Of the model.
+    """
+
+    windows: int
+    repeats: int
+    hidden_size: int
+    blocks: int
+
+    def case(self, ranks: int) -> Case:
+        """The engine of a rank: the same batch for every number of ranks."""
+        micro_batch = min(4, self.windows // ranks)
+        return Case(
+            precision="fp32",
+            micro_batch_size=micro_batch,
+            accumulation=self.windows // ranks // micro_batch,
+            hidden_size=self.hidden_size,
+            blocks=self.blocks,
+        )
+
+
+FULL, REHEARSAL = Size(32, 10, 256, 4), Size(8, 3, 64, 2)
+
+
+def fastest_s(action: Callable[[], object], repeats: int) -> float:
+    """Least seconds of an action, after one that is not counted."""
+    action()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def calibrate(size: Size, world: "World") -> dict[str, float]:
+    """Rates of this rank while all others do the same."""
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+
+    from inheritune_ds.surgery.reference import build_config
+    from inheritune_ds.training.loss import attach_loss
+
+    case = size.case(world.size)
+    model = AutoModelForCausalLM.from_config(build_config(case.shape), attn_implementation="sdpa")
+    attach_loss(model, "chunked", compiled=False)
+    tokens = micro_batches(case)[0]
+
+    def passes() -> None:
+        for _ in range(case.accumulation):
+            scaled, _ = model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
+            scaled.backward()
+        dist.barrier()  # a step, too, waits for the slowest rank
+
+    dist.barrier()
+    passes_s = fastest_s(passes, size.repeats)
+    windows = case.micro_batch_size * case.accumulation
+    flops = flops_per_token(case.shape, case.blocks, case.seq_len) * windows * case.seq_len
+    flat = torch.nn.Parameter(torch.randn(parameters(case.shape).total))
+    flat.grad = torch.randn_like(flat)
+    optimizer = torch.optim.AdamW([flat], fused=True)
+    dist.barrier()
+    update_s = fastest_s(optimizer.step, 3 * size.repeats)
+    found = {"flops_per_s": flops / passes_s, "update_s_a_parameter": update_s / flat.numel()}
+    for name, count in (("small_s", SMALL_BYTES), ("large_s", LARGE_BYTES)):
+        payload = torch.zeros(count // 4)
+        dist.barrier()
+        found[name] = fastest_s(lambda payload=payload: dist.all_reduce(payload), 5 * size.repeats)  # type: ignore[misc]
+    return found
+
+
+def measure(size: Size, world: "World") -> dict[str, Any]:
+    """Seconds of this program's step."""
+    case = size.case(world.size)
+    engine, layout = build_engine(case, world)
+    batches = micro_batches(case, world.rank)
+    for _ in range(WARM_UP_STEPS - 1):
+        engine.train_step(batches, lr=1e-3, stop=False)
+    found = fastest_s(lambda: engine.train_step(batches, lr=1e-3, stop=False), size.repeats)
+    engine.close()
+    return {"step_s": found, "layout": layout}
+
+
+def link_of(calibration: dict[str, float], ranks: int) -> Link:
+    """Latency and bandwidth that explain two all-reduces."""
+    payloads = (SMALL_BYTES, LARGE_BYTES)
+    small, large = (Transfer("x", "all_reduce", 1, float(count)) for count in payloads)
+    seconds_a_byte = (calibration["large_s"] - calibration["small_s"]) / (
+        large.wire_bytes(ranks, "gloo") - small.wire_bytes(ranks, "gloo")
+    )
+    latency = calibration["small_s"] - small.wire_bytes(ranks, "gloo") * seconds_a_byte
+    return Link(1.0 / seconds_a_byte, max(latency, 0.0) / small.messages(ranks), "gloo")
+
+
+def predict(
+    size: Size, ranks: int, layout: Layout, alone: dict[str, float], full: dict[str, float]
+) -> dict[str, float]:
+    """Seconds of a step by part.
+
+    Args:
+        size: The job.
+        ranks: How many share it.
+        layout: How its config lays the model out.
+        alone: Calibration of one rank.
+        full: Calibration of one rank a core, all at once.
+    """
+    case, cores = size.case(ranks), os.cpu_count() or 1
+    taken = alone if ranks == 1 else full
+    share = min(1.0, cores / ranks)  # of a core, for each rank
+    tokens = case.micro_batch_size * case.accumulation * case.seq_len
+    flops = tokens * flops_per_token(case.shape, case.blocks, case.seq_len)
+    sent = transfers(tensors(case.shape, case.blocks), layout, accumulation=case.accumulation)
+    communication_s = 0.0
+    if ranks > 1:
+        link = link_of(full, min(ranks, cores))
+        communication_s = link.seconds(sent, ranks) / share
+    optimizer_s = taken["update_s_a_parameter"] * parameters(case.shape).total / ranks / share
+    rate = taken["flops_per_s"] * share
+    step_s = predict_step_s(
+        flops_a_rank=flops, flops_per_s=rate, communication_s=communication_s, optimizer_s=optimizer_s
+    )
+    return {"step_s": step_s, "passes_s": flops / rate, "communication_s": communication_s, "optimizer_s": optimizer_s}
+
+
+def work(out: Path, part: str, size: Size) -> None:
+    """A rank's part; the figures of rank 0 are taken."""
+    from inheritune_ds.training.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    world = join_ranks()
+    found = calibrate(size, world) if part == "calibrate" else measure(size, world)
+    if world.is_main:
+        out.write_text(json.dumps(found), encoding="utf-8")
+    from inheritune_ds.training.engine import leave_process_group
+
+    leave_process_group()
+
+
+def launched(part: str, ranks: int, *, rehearse: bool) -> dict[str, Any]:
+    """Run one part on a number of ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        run_ranks(
+            "benchmarks.predict",
+            ["--worker", str(out), "--part", part, *(["--rehearse"] if rehearse else [])],
+            ranks,
+        )
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return found
+
+
+def main() -> None:
+    """Calibrate, predict, measure, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rehearse", action="store_true", help="a small model and few steps, for a test: no bar")
+    parser.add_argument("--out", type=Path, default=RESULTS / "predict.json")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a rank, started by this program
+    parser.add_argument("--part", choices=["calibrate", "measure"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    size = REHEARSAL if args.rehearse else FULL
+    if args.worker:
+        work(args.worker, args.part, size)
+        return
+    cores, load = os.cpu_count() or 1, [os.getloadavg()[0]]
+    print(f"calibrating one rank, then {cores} at once", flush=True)
+    alone = launched("calibrate", 1, rehearse=args.rehearse)
+    full = launched("calibrate", max(cores, 2), rehearse=args.rehearse)
+    rows = []
+    print(f"{'ranks':>5}{'measured ms':>13}{'predicted':>11}{'passes':>9}{'comm.':>8}{'update':>8}{'ratio':>8}")
+    for ranks in RANKS:
+        measured = launched("measure", ranks, rehearse=args.rehearse)
+        predicted = predict(size, ranks, measured["layout"], alone, full)
+        ratio = predicted["step_s"] / measured["step_s"]
+        rows.append({"ranks": ranks, "measured_s": measured["step_s"], "predicted": predicted, "ratio": ratio})
+        ms = [f"{predicted[part] * 1e3:.1f}" for part in ("step_s", "passes_s", "communication_s", "optimizer_s")]
+        print(
+            f"{ranks:>5}{measured['step_s'] * 1e3:>13.1f}{ms[0]:>11}{ms[1]:>9}{ms[2]:>8}{ms[3]:>8}{ratio:>8.3f}",
+            flush=True,
+        )
+    load.append(os.getloadavg()[0])
+    worst = max(abs(row["ratio"] - 1.0) for row in rows)
+    print(f"largest error: {worst:.1%}")
+    calibration = {"alone": alone, "full": full}
+    write_result(args.out, {"tolerance": TOLERANCE, "load": load, "calibration": calibration, "cases": rows})
+    sys.exit(1 if worst > TOLERANCE and not args.rehearse else 0)
+
+
+if __name__ == "__main__":
+    main()
