@@ -52,12 +52,13 @@ class Layout(Placement, total=False):
 
 
 def read_layout(ds_config: Mapping[str, Any], *, seq_len: int, world_size: int) -> Layout:
-    """Read out of a resolved DeepSpeed config (no `auto` left but in `kernels`) what decides memory.
+    """Read out of a DeepSpeed config what decides memory; stage, precision and accumulation type must stand in it.
 
-    `kernels.loss: liger` works in chunks like `chunked`, which is also what `auto` takes.
+    Any other key that is `auto` or left out has DeepSpeed's own value. `kernels.loss: liger` works in chunks like
+    `chunked`, which is also what `auto` takes.
     """
-    zero, kernels = ds_config["zero_optimization"], ds_config.get("kernels", {})
-    bf16: Mapping[str, Any] = ds_config.get("bf16", {})
+    zero, kernels = _given(ds_config["zero_optimization"]), _given(ds_config.get("kernels", {}))
+    bf16 = _given(ds_config.get("bf16", {}))
     precision: Precision = "fp32"
     if bf16.get("enabled"):
         precision = "bf16"
@@ -81,6 +82,10 @@ def read_layout(ds_config: Mapping[str, Any], *, seq_len: int, world_size: int) 
         persistence_threshold=int(zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)),
         reduce_fp32=ds_config.get("communication_data_type") == "fp32",
     )
+
+
+def _given(block: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in block.items() if value not in ("auto", None)}
 
 
 def _offloads(block: Mapping[str, Any] | None) -> bool:

@@ -37,6 +37,11 @@ def test_layout_of_a_config_that_says_little_is_deepspeeds_own() -> None:
     }
 
 
+def test_layout_takes_auto_for_deepspeeds_own() -> None:
+    zero = {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": "auto", "offload_optimizer": None}
+    assert read(zero_optimization=zero, kernels={"loss": "auto"}) == read()
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "value"),
     [
