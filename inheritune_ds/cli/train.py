@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
-    from inheritune_ds.plan import budget_text, plan
+    from inheritune_ds.plan import budget_text, plan, refuse_what_does_not_fit
     from inheritune_ds.run_folder import RunFolder
     from inheritune_ds.training.ds_config import MICRO_BATCH
     from inheritune_ds.training.world import StopSignal, detect, export, prepare_environment
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if world.is_main:
         print(text, flush=True)
     if args.dry_run:
+        refuse_what_does_not_fit(recipe, resolved.config, world_size=world.size, memory_gib=machine.memory_gib)
         return 0
     stop = StopSignal()
     stop.install()

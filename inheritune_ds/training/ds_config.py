@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from inheritune_ds.budget import largest_micro_batch
 from inheritune_ds.errors import InherituneError, RecipeError
+from inheritune_ds.layout import read_layout
 from inheritune_ds.recipe import Recipe, Shape
 from inheritune_ds.training import ds_document
 from inheritune_ds.training.ds_document import DEFAULT_STAGE, block, is_off, offload_device
@@ -252,21 +253,16 @@ class _Resolver:
             return None
         if self.problems:  # stage and precision may be wrong: the estimate would be one of something else
             return None
-        resolved = Resolved(self.config, ())
-        zero = self.config["zero_optimization"]
+        layout = read_layout(
+            {**self.config, "kernels": self.request}, seq_len=self.recipe.training.seq_len, world_size=world_size
+        )
         try:
             size = largest_micro_batch(
                 shape[0],
                 shape[1],
                 memory_gib=machine.memory_gib,
                 batch_windows=self.recipe.training.batch_windows,
-                seq_len=self.recipe.training.seq_len,
-                zero_stage=resolved.zero_stage,
-                world_size=world_size,
-                precision=resolved.precision,
-                accumulate_fp32=self.config["data_types"]["grad_accum_dtype"] == "fp32",
-                offload_optimizer=offload_device(zero, "offload_optimizer") != "none",
-                offload_parameters=offload_device(zero, "offload_param") != "none",
+                **layout,
             )
         except InherituneError as error:
             self.problems.append(error)
