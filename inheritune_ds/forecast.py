@@ -92,6 +92,12 @@ def hours_lines(budget: Budget, cards: Sequence[Gpu], mfu: float) -> Iterator[st
         return
     ranks, recomputation = budget.layout["world_size"], budget.layout.get("activation_checkpointing", "none")
     hardware = hardware_flops_per_token(job.shape, job.num_blocks, job.layout["seq_len"], recomputation)
+    if mfu * hardware > budget.flops_a_token:
+        raise RecipeError(
+            f"MFU {mfu} is {mfu * hardware / budget.flops_a_token:.0%} of the peak when activations are computed again",
+            allowed=f"at most {budget.flops_a_token / hardware:.2f} with activation_checkpointing {recomputation}",
+            action="give a smaller --mfu",
+        )
     share = f"at {mfu * 100:g} % MFU"
     yield f"{'GPU':<24}{'tokens/s':>12}{share:>16}{'floor (100 %)':>16}{'GPU-hours':>12}   memory"
     for card in cards:
@@ -111,6 +117,12 @@ def hours_lines(budget: Budget, cards: Sequence[Gpu], mfu: float) -> Iterator[st
             "",
             f"Activations are computed again: {hardware / 1e9:.4g} GFLOP a token, so that {mfu * 100:g} % MFU is "
             f"{mfu * hardware / budget.flops_a_token * 100:.0f} % HFU. The floor counts them.",
+        )
+    if budget.layout["offload_optimizer"] or budget.layout["offload_parameters"]:
+        yield wrap(
+            "",
+            "Offload: what goes to and from main memory, and Adam on the CPU, are not in these figures; a step takes "
+            "longer.",
         )
     if budget.layout["precision"] == "fp32":
         yield "The rates are bf16 peaks; this config computes in fp32, which takes longer. No rate is known for a CPU."

@@ -93,6 +93,8 @@ _TABLE = (
 )
 GPUS_A_NODE = 8
 """Cards that share the fast links of one node, in the systems whose bandwidths stand above."""
+_OTHER_CARDS = re.compile(r"\bNVL\b|Laptop|Max-Q|GH200|GB200|\bMIG\b")
+"""Names that contain a card's and mean another, with other rates or links."""
 GPUS = {gpu.name: gpu for gpu in _TABLE}
 """The GPUs known here, by short name."""
 
@@ -116,6 +118,8 @@ def gpu(name: str) -> Gpu:
 
 def identify(device_name: str) -> Gpu | None:
     """Find the GPU behind a driver's device name such as `NVIDIA RTX A6000`; None when it is not known."""
+    if _OTHER_CARDS.search(device_name):
+        return None
     return next((known for known in _TABLE if re.search(known.pattern, device_name)), None)
 
 

@@ -20,7 +20,8 @@ from inheritune_ds.forecast import (
     scaling_lines,
     wrap,
 )
-from inheritune_ds.gpus import PLANNING_MFU, Gpu, check_mfu, gpu
+from inheritune_ds.gpus import PLANNING_MFU, Gpu, check_mfu, gpu, identify
+from inheritune_ds.machine import detect_gpus
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import dump_recipe
 from inheritune_ds.shapes import target_shape
@@ -118,7 +119,11 @@ def refuse_what_does_not_fit(
 
 
 def _cards(gpu_name: str | None) -> list[Gpu]:
-    return [gpu(name) for name in ([gpu_name] if gpu_name else _DEFAULT_GPUS)]
+    """The named GPU; or the one that is here, where it is known, before the common ones."""
+    if gpu_name:
+        return [gpu(gpu_name)]
+    here = [known for device in detect_gpus()[:1] if (known := identify(device.name)) is not None]
+    return [*here, *(card for name in _DEFAULT_GPUS if (card := gpu(name)) not in here)]
 
 
 def _budget(

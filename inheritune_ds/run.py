@@ -21,6 +21,7 @@ from inheritune_ds.errors import CorpusError, InherituneError, RunFolderError, S
 from inheritune_ds.export import PROBE_TOKENS, check_logits, export_model, model_card, write_probe
 from inheritune_ds.files import write_json
 from inheritune_ds.gpus import identify, mfu
+from inheritune_ds.kept_kernels import keep, kept_request, refuse_replaced_loss
 from inheritune_ds.machine import detect_gpus
 from inheritune_ds.micro_batch_search import with_tried_micro_batch
 from inheritune_ds.preparation import Prepared, open_prepared, prepare_run, validator_for
@@ -167,11 +168,13 @@ class _Run:
             self._resolved = with_tried_micro_batch(
                 self._resolved, self._recipe, prepared.target.folder, folder.path, kernels=kernels, launch=launch
             )
-        if self._world.is_main:
-            self._write_ds_config(kernels, parameter_groups(model, self._recipe.optimizer.weight_decay))
+        groups = parameter_groups(model, self._recipe.optimizer.weight_decay)
         engine = Engine(model, self._resolved.config, self._world, kernels)
         for note in engine.notes:
             launch.say(note)
+        refuse_replaced_loss(self._resolved.kernels, engine.kernels, "; ".join(engine.notes))
+        if self._world.is_main:
+            self._write_ds_config(engine.kernels, groups)
         try:
             result = self._train(engine, prepared)
             if not result.finished:
@@ -218,7 +221,7 @@ class _Run:
 
         def choose() -> dict[str, Any]:
             kernels, notes = choose_kernels(
-                resolved.kernels,
+                kept_request(self._folder.path, resolved.kernels),
                 config=config,
                 device=torch.device(launch.machine.kind),
                 dtype=_TORCH_TYPES[resolved.precision],
@@ -228,6 +231,7 @@ class _Run:
             )
             for note in notes:
                 launch.say(note)
+            keep(self._folder.path, kernels)
             return kernels.as_dict()
 
         kernels = Kernels(**launch.meeting.by_main(choose))  # one choice for all ranks

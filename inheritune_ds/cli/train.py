@@ -27,7 +27,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
     world = detect(os.environ)
     recipe, document, origin = read_experiment(args, overrides)
-    if args.auto_micro_batch:
+    given = document.get(MICRO_BATCH)
+    if args.auto_micro_batch and (given in (None, "auto") or type(given) is int):
         document = {**document, MICRO_BATCH: 1}  # until the run has tried
     # A run takes the machine that is here; --gpu only says for which one its hours are told.
     gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (None, [])
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         if world.is_main:
             print(folder.finished_before)
         return 0
-    tries = [f"{MICRO_BATCH}: found by trying when training starts (--auto-micro-batch); 1 stands for it here"]
+    aside = f"; the config's {given} is put aside" if type(given) is int else ""
+    tries = [f"{MICRO_BATCH}: found by trying when training starts (--auto-micro-batch){aside}; 1 stands for it here"]
     notes = [*chosen, *resolved.notes, *(tries if args.auto_micro_batch else [])]
     told = {"notes": notes, "world_size": world.size, "gpu": args.gpu, "cache_dir": args.cache_dir}
     text = (plan if args.dry_run else budget_text)(recipe, resolved.config, **told)  # on every rank: it checks, too

@@ -233,9 +233,10 @@ def skip_packing_check() -> None:
     It asks the device for the answer, so the host waits once a micro-step. Here a window is one sequence, with the
     positions 0 to T - 1.
     """
-    from transformers import masking_utils
+    from transformers import masking_utils, modeling_flash_attention_utils
 
     masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005 - transformers' signature
+    modeling_flash_attention_utils._is_packed_sequence = lambda position_ids, batch_size: False  # noqa: ARG005, SLF001
 
 
 @contextmanager

@@ -307,10 +307,11 @@ def _inputs(tokens_BT1: torch.Tensor) -> dict[str, Any]:  # noqa: N803 - shape s
 def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str, ...]]:
     """Put the kernels into a model; returns what it took, and a line on each that it could not."""
     skip_packing_check()
+    # First: it runs the model, which is still on the CPU in fp32, where neither Liger nor flash attention work.
+    taken, reason = attach_loss(model, kernels.loss, compiled=kernels.compile)
     model.set_attn_implementation(kernels.attention)
     if kernels.liger:
         apply_liger(model)
-    taken, reason = attach_loss(model, kernels.loss, compiled=kernels.compile)
     wrap_blocks(model, compiled=kernels.compile, activation_checkpointing=kernels.activation_checkpointing)
     return replace(kernels, loss=taken), (f"kernels.loss: {taken} ({reason})",) if reason else ()
 

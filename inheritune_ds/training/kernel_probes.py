@@ -241,7 +241,7 @@ def liger_loss_obstacle(device: torch.device) -> Obstacle | None:
 
 
 def _liger_loss_error(device: torch.device) -> float:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    from inheritune_ds.training.loss import liger_sum
 
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 16, generator=generator).to(device) for rows in (8, 32))
@@ -250,7 +250,7 @@ def _liger_loss_error(device: torch.device) -> float:
     for fused in (True, False):
         given = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         if fused:
-            loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")(given[1], given[0], targets)
+            loss = liger_sum(given[0], given[1], None, targets)
         else:
             loss = functional.cross_entropy(given[0] @ given[1].T, targets, reduction="sum")
         results.append(torch.cat(torch.autograd.grad(loss, given)))

@@ -157,7 +157,7 @@ class HeadLoss:
             losses = [_token_losses(self._linear(hidden_ND[rows]), targets_N[rows]) for rows in chunks]
             return torch.cat(losses).view_as(targets)
         if self._kind == "liger":
-            total = _liger_sum(hidden_ND, self._head.weight, self._head.bias, targets_N)
+            total = liger_sum(hidden_ND, self._head.weight, self._head.bias, targets_N)
             return total * factor, total.detach()
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call, no-any-return]
             hidden_ND, self._head.weight, self._head.bias, targets_N, factor, self._gradients
@@ -176,12 +176,13 @@ class HeadLoss:
         return total * factor, total.detach()
 
 
-def _liger_sum(
+def liger_sum(
     hidden_ND: torch.Tensor,  # noqa: N803 - shape suffix
     weight_VD: torch.Tensor,  # noqa: N803 - shape suffix
     bias_V: torch.Tensor | None,  # noqa: N803 - shape suffix
     targets_N: torch.Tensor,  # noqa: N803 - shape suffix
 ) -> torch.Tensor:
+    """Sum of the token losses by Liger's fused head and cross-entropy, the head's gradient added up in fp32."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32)

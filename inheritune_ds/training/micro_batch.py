@@ -1,12 +1,13 @@
 """The largest micro-batch that fits, found by real optimizer steps; the global batch stays what it is.
 
-A size is tried only if the two before it, extended on a straight line, say that it fits: a rank that ran out of memory
-in the middle of a step would leave the others waiting for it.
+Memory grows with the size by at least what the plan counts for a sequence, once the backward pass is the step's worst
+moment; before, the update is, and nothing grows at all. A size is tried only if the last trial, extended by the larger
+of the two slopes, says that it fits: a rank that ran out of memory would leave the others waiting for it.
 """
 
 import gc
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,50 +17,41 @@ from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.peak_memory import peak_memory_gib, reset_peak_memory
 
 USABLE_RATIO = 0.95
-"""Share of the memory that a step may take; the rest is for fragmentation and for what other programs do."""
+"""Share of the memory that a step may take; the rest is for the driver's context and for what other programs do."""
 _STEPS = 2  # the optimizer's state appears in the first
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a step with a micro-batch of some size took, at the rank that took most.
-
-    Attributes:
-        size: Sequences per rank and micro-step.
-        peak_gib: Memory at its peak.
-    """
-
-    size: int
-    peak_gib: float
-
-
 def largest_that_fits(
-    sizes: list[int], limit_gib: float, measure: Callable[[int], float], say: Callable[[str], None]
+    sizes: list[int],
+    limit_gib: float,
+    measure: Callable[[int], float],
+    say: Callable[[str], None],
+    *,
+    sequence_gib: float = 0.0,
 ) -> int:
-    """Try sizes, from the smallest on, and return the largest that stays below a limit.
+    """Try sizes and return the largest that stays below a limit.
 
     Args:
         sizes: What may be taken, in ascending order.
         limit_gib: What a rank may use.
-        measure: Peak GiB of real steps with a size.
+        measure: Peak GiB of real steps with a size; infinite where the memory did not suffice.
         say: Told every trial.
+        sequence_gib: What one more sequence adds to the backward pass, by the plan; 0 where it is not known, and then
+            no trial is more than twice the one before.
 
     Raises:
         MachineError: If the smallest does not fit.
     """
-    trials: list[Trial] = []
-    left = sizes
-    while left:
-        trial = Trial(left[0], measure(left[0]))
-        say(f"micro-batch {trial.size}: peak {trial.peak_gib:.2f} of {limit_gib:.2f} GiB")
-        trials.append(trial)
-        left = [size for size in sizes if size > trial.size and _expected_gib(trials, size) <= limit_gib]
-        if len(trials) >= 2:
-            left = left[-1:]  # straight to the largest that the line allows
-    fitting = [trial.size for trial in trials if trial.peak_gib <= limit_gib]
+    peaks: dict[int, float] = {}
+    size: int | None = sizes[0]
+    while size is not None:
+        peaks[size] = measure(size)
+        say(f"micro-batch {size}: peak {peaks[size]:.2f} of {limit_gib:.2f} GiB")
+        size = _next(sizes, peaks, limit_gib, sequence_gib)
+    fitting = [size for size, peak in peaks.items() if peak <= limit_gib]
     if not fitting:
         raise MachineError(
-            f"a step with a micro-batch of {trials[0].size} takes {trials[0].peak_gib:.1f} GiB, but a rank may use "
+            f"a step with a micro-batch of {sizes[0]} takes {peaks[sizes[0]]:.1f} GiB, but a rank may use "
             f"{limit_gib:.1f} GiB",
             allowed="a model, precision and ZeRO stage that fit",
             action='set kernels.activation_checkpointing to "full" in the DeepSpeed config, use more ranks with '
@@ -68,14 +60,19 @@ def largest_that_fits(
     return max(fitting)
 
 
-def _expected_gib(trials: list[Trial], size: int) -> float:
-    """Peak of a size on the line through the last two trials; through one, no more than is known."""
-    last = trials[-1]
-    if len(trials) == 1:
-        return last.peak_gib
-    before = trials[-2]
-    slope = (last.peak_gib - before.peak_gib) / (last.size - before.size)
-    return last.peak_gib + max(slope, 0.0) * (size - last.size)
+def _next(sizes: list[int], peaks: dict[int, float], limit_gib: float, sequence_gib: float) -> int | None:
+    """The largest size between the largest that fits and the smallest that does not that is expected to fit."""
+    fitting = sorted(size for size, peak in peaks.items() if peak <= limit_gib)
+    if not fitting:
+        return None
+    last, too_large = fitting[-1], min((size for size in peaks if size > fitting[-1]), default=math.inf)
+    slope = sequence_gib
+    if len(fitting) > 1:
+        slope = max(slope, (peaks[last] - peaks[fitting[-2]]) / (last - fitting[-2]))
+    left = [size for size in sizes if last < size < too_large and peaks[last] + slope * (size - last) <= limit_gib]
+    if not sequence_gib:
+        left = [size for size in left if size <= 2 * last] or left[:1]
+    return left[-1] if left else None
 
 
 def measure_peak(
@@ -89,24 +86,50 @@ def measure_peak(
         accumulation: Micro-steps of a step in the run; two show what more of them take.
         seq_len: Tokens a window.
         vocab_size: Ids are drawn from it.
+
+    Returns:
+        Of a GPU, what its allocator has reserved; of a CPU, resident memory; infinity where a single rank's GPU memory
+        did not suffice.
+
+    Raises:
+        MachineError: If the memory of a rank among several did not suffice: the others cannot go on without it.
     """
     micro_steps = min(accumulation, 2)
     engine = build(size, micro_steps)
+    device = engine.device
     reset_peak_memory()
     generator = torch.Generator().manual_seed(size)
-    for _ in range(_STEPS):
-        batches = [torch.randint(vocab_size, (size, seq_len + 1), generator=generator) for _ in range(micro_steps)]
-        engine.train_step(batches, lr=0.0, stop=False)
-    peak = torch.tensor(peak_memory_gib(), dtype=torch.float64, device=engine.device)
+    try:
+        for _ in range(_STEPS):
+            batches = [torch.randint(vocab_size, (size, seq_len + 1), generator=generator) for _ in range(micro_steps)]
+            engine.train_step(batches, lr=0.0, stop=False)
+        own = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else peak_memory_gib()
+    except torch.OutOfMemoryError:
+        if dist.get_world_size() > 1:
+            raise MachineError(
+                f"a rank's memory did not suffice for a micro-batch of {size}",
+                allowed="a size that fits on every rank",
+                action="write a smaller train_micro_batch_size_per_gpu into the DeepSpeed config",
+            ) from None
+        own = math.inf
+    peak = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     engine.close()
     del engine
     gc.collect()
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.empty_cache()
+    reset_peak_memory()
     return float(peak)
 
 
 def divisors(number: int) -> list[int]:
     """All divisors in ascending order: the micro-batches that leave the global batch unchanged."""
     return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def smallest(limit_gib: float) -> float:
+    """The smallest of all ranks' limits: all must try the same sizes."""
+    found = torch.tensor(limit_gib, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return float(found)
