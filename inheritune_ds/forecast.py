@@ -171,11 +171,12 @@ def scaling_lines(budget: Budget, card: Gpu, mfu: float) -> Iterator[str]:
     yield wrap(
         "",
         f"{card.label} at {mfu * 100:g} % MFU on one GPU; {_link_words(card, GPUS_A_NODE)}; "
-        f"{_link_words(card, GPUS_A_NODE + 1)}. Arithmetic, not measured.",
+        f"{_link_words(card, GPUS_A_NODE + 1)}. Arithmetic, not measured. Exposed: communication that the "
+        "passes do not hide.",
     )
     recipe = f"the recipe's {job.batch_windows} windows a step"
     yield f"{recipe:^57}{f'{job.micro_batch_size * job.accumulation} windows on each GPU':^33}".rstrip()
-    head = f"{'GPUs':>4}{'windows':>11}{'comm. ms':>12}"
+    head = f"{'GPUs':>4}{'windows':>11}{'exposed ms':>12}"
     yield f"{head}{'tokens/s/GPU':>15}{'efficiency':>13}{'tokens/s/GPU':>18}{'efficiency':>13}"
     for gpus in SCALES:
         yield _scaling_line(scaled(job, card, mfu, gpus))

@@ -56,6 +56,10 @@ def test_identify_knows_the_drivers_names(reported: str, name: str) -> None:
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GB200",
+        "NVIDIA H100 NVL",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
         "T4",
     ],
 )

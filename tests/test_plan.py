@@ -10,6 +10,7 @@ import pytest
 
 from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
 from inheritune_ds.forecast import WIDTH
+from inheritune_ds.machine import DetectedGpu
 from inheritune_ds.plan import budget_text, plan, refuse_what_does_not_fit
 from inheritune_ds.recipe_file import load_recipe, shipped_names
 from inheritune_ds.shapes import target_shape
@@ -160,6 +161,22 @@ def test_plan_tells_the_hfu_of_full_recomputation_and_counts_it_in_the_floor() -
     assert "Activations are computed again: 14.86 GFLOP a token, so that 50 % MFU is 66 % HFU." in hours
     assert "324.5 213.4" in hours
     assert "--- scaling" not in told
+    with pytest.raises(RecipeError, match=r"MFU 0\.9 is 118% of the peak when activations are computed again"):
+        budget_text(recipe, config, notes=(), world_size=1, gpu="a6000", cache_dir=Path("none"), mfu=0.9)
+
+
+def test_plan_is_for_the_gpu_that_is_here_when_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = [DetectedGpu("NVIDIA H200", 140.0, (9, 0))]
+    monkeypatch.setattr("inheritune_ds.plan.detect_gpus", lambda: here)
+    text = plan_of("openllama-3b-13l", world_size=2)
+    first = [line.split()[2] for line in text.splitlines() if line.startswith("2 x ")]
+    assert (first[0], len(first)) == ("H200", 4)
+    assert "H200 SXM at 50 % MFU on one GPU" in section(text, "scaling")
+    assert "RTX A6000 at 50 % MFU" in section(plan_of("openllama-3b-13l", gpu="a6000"), "scaling")
+
+
+def test_plan_says_that_offload_is_not_in_its_hours() -> None:
+    assert "Offload: what goes to" in plan_of("openllama-3b-13l", config="zero3_offload", gpu="4090")
 
 
 def test_plan_tells_what_ranks_send_and_what_zero_2_pays_for_accumulation() -> None:
