@@ -174,6 +174,7 @@ class _Run:
             launch.say(note)
         refuse_replaced_loss(self._resolved.kernels, engine.kernels, "; ".join(engine.notes))
         if self._world.is_main:
+            keep(folder.path, engine.kernels)
             self._write_ds_config(engine.kernels, groups)
         try:
             result = self._train(engine, prepared)
@@ -231,7 +232,6 @@ class _Run:
             )
             for note in notes:
                 launch.say(note)
-            keep(self._folder.path, kernels)
             return kernels.as_dict()
 
         kernels = Kernels(**launch.meeting.by_main(choose))  # one choice for all ranks

@@ -151,7 +151,7 @@ def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
         device=torch.device(case.device),
         dtype=torch.bfloat16,
         zero_stage=resolved.zero_stage,
-        offload=resolved.offloads,
+        offload=resolved.offloads_optimizer,
         run_flops=6.0 * parameters * TOTAL_STEPS * recipe.training.global_batch_tokens,
     )
     engine = Engine(model, resolved.config, world, kernels)

@@ -148,7 +148,6 @@ class Engine:
 
         self.world = world
         self.ds_config = ds_config
-        self.global_windows = int(ds_config["train_batch_size"])
         low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
         # The engine rounds the model to half precision before it makes its fp32 masters of it.
         masters = {name: p.detach().clone() for name, p in model.named_parameters()} if low_precision else {}

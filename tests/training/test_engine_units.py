@@ -101,7 +101,7 @@ def meetings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def make(deepspeed: FakeDeepSpeed, world: World = MAIN) -> Engine:
     engine = Engine.__new__(Engine)  # without `deepspeed.initialize`
     engine._engine = deepspeed
-    engine.world, engine.module, engine.global_windows = world, deepspeed.module, WINDOWS
+    engine.world, engine.module = world, deepspeed.module
     return engine
 
 
