@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from inheritune_ds import errors, recipe, tracking
+from inheritune_ds import errors, recipe, recipe_base, tracking
 from inheritune_ds.training import ds_keys
 from inheritune_ds.training.kernel_words import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU
 
@@ -29,7 +29,8 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))  # for the lists that the tests hold
 SECTION = re.compile(r"(<!-- generated: (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FORMS = {
-    recipe.DURATION_PATTERN.pattern: "`N steps`, `N tokens` or `N epochs`; N may end in K, M or B",
+    recipe.DURATION_PATTERN: "`N steps`, `N tokens` or `N epochs`; N may end in K, M or B",
+    f"{recipe_base.AMOUNT} tokens": "`N tokens`; N may end in K, M or B",
     "[A-Za-z0-9][A-Za-z0-9._-]*": "text of letters, digits, `.`, `_`, `-`",
 }
 
@@ -67,6 +68,7 @@ MEANINGS = {
     "EmbeddedSource.kind": "This source.",
     "FilesSource.kind": "This source.",
     "HubSource.kind": "This source.",
+    "TokensSource.kind": "This source.",
 }
 """Meaning of keys whose model leaves them without a docstring."""
 
@@ -89,13 +91,15 @@ AUTO_KERNELS = {
 
 def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
     """Docstrings below the fields of a model, by field name, each on one line."""
-    (tree,) = ast.parse(inspect.getsource(model)).body
-    assert isinstance(tree, ast.ClassDef)
     found: dict[str, str] = {}
-    for node, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            assert isinstance(node.target, ast.Name)
-            found[node.target.id] = " ".join(str(below.value.value).split())
+    for ancestor in reversed([each for each in model.__mro__ if issubclass(each, recipe_base.Part)]):
+        (tree,) = ast.parse(inspect.getsource(ancestor)).body
+        assert isinstance(tree, ast.ClassDef)
+        for node, below in zip(tree.body, tree.body[1:], strict=False):
+            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            if isinstance(node, ast.AnnAssign) and documented:
+                assert isinstance(node.target, ast.Name)
+                found[node.target.id] = " ".join(str(below.value.value).split())
     return found
 
 
@@ -119,6 +123,8 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
     if origin in (list, tuple):
         count = f"{len(parts)} x " if origin is tuple else ""
         return f"list of {count}{describe_type(parts[0], [])}"
+    if origin is dict:
+        return f"mapping of {' to '.join(describe_type(part, []) for part in parts)}"
     if issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
     name = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}[annotation]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from inheritune_ds.budget import GIB
+from inheritune_ds.corpus import Corpus, EmbeddedSource, FilesSource, Source, TokensSource, TrainedTokenizer
 from inheritune_ds.data.readers import expand
-from inheritune_ds.recipe import Corpus, EmbeddedSource, FilesSource, Source, TrainedTokenizer
 
 _BYTES_A_TOKEN = 4.0
 """English text under a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""
@@ -102,6 +102,8 @@ def _text_bytes(source: Source) -> float | None:
         return _EMBEDDED_BYTES
     if isinstance(source, FilesSource):
         return float(sum(path.stat().st_size * _expansion(path.name) for path in expand(source.paths)))
+    if isinstance(source, TokensSource):
+        return _BYTES_A_TOKEN * Path(source.train).stat().st_size / 2 if Path(source.train).is_file() else None
     return source.download_gib * GIB * _expansion(source.data_files) if source.download_gib else None
 
 

@@ -16,10 +16,12 @@ from inheritune_ds.budget import (
     steps_in,
     tokens_an_epoch,
 )
+from inheritune_ds.corpus import TrainedTokenizer
 from inheritune_ds.corpus_size import Tokens
 from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
 from inheritune_ds.layout import Layout, read_layout
-from inheritune_ds.recipe import Recipe, Shape, TrainedTokenizer, is_local_path
+from inheritune_ds.recipe import Recipe, Shape
+from inheritune_ds.recipe_base import is_local_path
 from inheritune_ds.speed import Job
 
 _EXPORT_BYTES = {"float32": 4, "bfloat16": 2}

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from inheritune_ds.corpus import TrainedTokenizer
 from inheritune_ds.data.stream import TokenWindows
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokenize import prepare
 from inheritune_ds.data.vocabulary import load_tokenizer
 from inheritune_ds.errors import CorpusError, RunFolderError, SurgeryError
 from inheritune_ds.files import read_json, write_json
-from inheritune_ds.recipe import Recipe, TrainedTokenizer
+from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import differences, load_recipe
 from inheritune_ds.run_folder import RunFolder, with_revisions
 from inheritune_ds.scores import read_scores

@@ -8,12 +8,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -22,22 +19,14 @@ from pydantic import (
     model_validator,
 )
 
+from inheritune_ds.corpus import Corpus
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.parts import inherited_parts
+from inheritune_ds.recipe_base import AMOUNT, Name, Part, Ratio, Text, amount_and_unit, is_local_path
 from inheritune_ds.selection import parse
 
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-
 RECIPE_PREFIX = "recipe:"
-DURATION_PATTERN = re.compile(r"([0-9][0-9_]*)(K|M|B)? (steps|tokens|epochs)")
-_SCALES = {None: 1, "K": 10**3, "M": 10**6, "B": 10**9}
-
-
-class Part(BaseModel):
-    """Base of every recipe model: frozen, and a key that it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+DURATION_PATTERN = f"{AMOUNT} (steps|tokens|epochs)"
 
 
 class Shape(Part):
@@ -165,63 +154,6 @@ class Target(Part):
         return not inherited_parts(self.inherit)
 
 
-class EmbeddedSource(Part):
-    """The running Python's own documentation: about 2 MB of English on every machine."""
-
-    kind: Literal["embedded"]
-
-
-class FilesSource(Part):
-    """Local files: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz or .parquet."""
-
-    kind: Literal["files"]
-    paths: Annotated[list[Text], Field(min_length=1)]
-    """Files or glob patterns, relative to the current folder; a pattern's matches are sorted."""
-    text_field: Text = "text"
-    """Field of a JSON record or parquet column that holds the document."""
-    document_separator: Text | None = None
-    """Cuts a .txt file into documents; the whole file is one document when left out."""
-
-
-class HubSource(Part):
-    """A dataset of the Hugging Face hub, by file pattern; loading scripts are never run."""
-
-    kind: Literal["hub"]
-    dataset: Text
-    data_files: Text
-    """Pattern inside the dataset repository, such as `data/*.parquet`."""
-    revision: Text = "main"
-    """A commit, tag or branch; resolved to a full commit and pinned in the token manifest."""
-    split: Text = "train"
-    text_field: Text = "text"
-    download_gib: PositiveFloat | None = None
-    """Size of the files to download, for the budget."""
-
-
-Source = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discriminator="kind")]
-
-
-class TrainedTokenizer(Part):
-    """A byte-level BPE trained on the corpus itself."""
-
-    vocab_size: Annotated[int, Field(ge=257)]
-    """Entries, the end-of-text token and the 256 bytes among them."""
-
-
-class Corpus(Part):
-    """The documents, their tokenizer and the held-out part."""
-
-    sources: Annotated[list[Source], Field(min_length=1)]
-    tokenizer: Text | TrainedTokenizer | None = None
-    """Hub id or local folder, or `{vocab_size: n}` to train one; the reference's when left out."""
-    max_tokens: PositiveInt | None = None
-    """Stop after this many training tokens (documents in the order of the sources)."""
-    validation_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
-    """Share of the documents that is held out, chosen by the hash of their text."""
-    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # noqa: S105 - no password
-    """Integer type of the token files; `auto` is the smallest that the vocabulary fits."""
-
-
 class Training(Part):
     """How long and in which batches."""
 
@@ -229,15 +161,19 @@ class Training(Part):
     """Tokens a window."""
     global_batch_tokens: PositiveInt
     """Tokens an optimizer step, over all ranks and micro-steps."""
-    duration: Annotated[str, StringConstraints(pattern=f"^{DURATION_PATTERN.pattern}$")]
+    duration: Annotated[str, StringConstraints(pattern=f"^{DURATION_PATTERN}$")]
     """`8 epochs`, `100_000 steps` or `250M tokens`."""
+    sampling: Literal["shuffled", "random", "sequential"] = "shuffled"
+    """`shuffled`: every window once an epoch, each epoch in another order; `random`: windows at random places, with
+    replacement, as the paper's GPT-2 scripts; `sequential`: in the order of the text."""
+    packing: Literal["windows", "documents"] = "windows"
+    """`windows`: attention crosses documents inside a window, as in the paper; `documents`: it does not, positions
+    begin anew at every document, and no loss is counted for the first token of one."""
 
     @property
     def duration_parts(self) -> tuple[int, str]:
         """The duration as (count, unit), unit one of steps, tokens, epochs."""
-        match = DURATION_PATTERN.fullmatch(self.duration)
-        assert match is not None  # the field's pattern
-        return int(match.group(1)) * _SCALES[match.group(2)], match.group(3)
+        return amount_and_unit(self.duration)
 
     @field_validator("duration")
     @classmethod
@@ -332,7 +268,7 @@ class PublishedClaim(Part):
 class Recipe(Part):
     """A whole experiment."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     description: Text
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
     reference: Reference | None = None
@@ -382,9 +318,3 @@ def _as_value_error(check: Callable[[], object]) -> None:
         check()
     except RecipeError as error:
         raise ValueError(str(error)) from None
-
-
-def is_local_path(name: str) -> bool:
-    """Whether a model or tokenizer name means a folder: it exists, or it is written as a path."""
-    path = PurePath(name)
-    return path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1

@@ -40,10 +40,14 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None
     """
     text, origin = read_document(name, "recipes", beside=beside)
     document = parse_yaml(text, origin)
+    _expand_preset(document, origin)
     problems: list[RecipeError] = []
     for override in overrides:
         try:
             _apply(document, override)
+            if override.startswith("corpus.preset="):
+                document["corpus"].pop("sources", None)
+                _expand_preset(document, f"override {override.partition('=')[0]}")
         except RecipeError as error:
             problems.append(error)
     recipe, found = _check(Recipe, document, origin)
@@ -51,6 +55,29 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None
     if recipe is None or problems:
         raise RecipeError.of(problems)
     return recipe
+
+
+def _expand_preset(document: dict[str, Any], origin: str) -> None:
+    """Put the sources of a shipped corpus in the place of `corpus.preset`, so that the resolved recipe names them."""
+    corpus = document.get("corpus")
+    if not isinstance(corpus, dict) or "preset" not in corpus:
+        return
+    name, names = corpus.pop("preset"), shipped_names("corpora")
+    if "sources" in corpus:
+        raise RecipeError(
+            f"{origin}: corpus.preset and corpus.sources stand side by side",
+            allowed="one of them",
+            action=f"remove one; to change {name}, copy its sources from inheritune_ds/corpora/",
+        )
+    if name not in names:
+        hint = _nearest(str(name), names)
+        raise RecipeError(
+            f"{origin}: corpus.preset {_short(name)} is unknown",
+            allowed=", ".join(names),
+            action=f"did you mean {hint}?" if hint else "take one of these, or write corpus.sources",
+        )
+    text = (resources.files("inheritune_ds") / "corpora" / f"{name}.yaml").read_text(encoding="utf-8")
+    corpus["sources"] = YAML(typ="safe", pure=True).load(text)
 
 
 _SHIPPED = {
@@ -225,7 +252,9 @@ def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
         return RecipeError(f"{where}: {context['error']}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         wrong = f"{context['tag']!r} is unknown" if "tag" in context else "required key is missing"
-        return RecipeError(f"{where}.kind: {wrong}", allowed="embedded, files or hub", action=f"set {key}.kind")
+        return RecipeError(
+            f"{where}.kind: {wrong}", allowed="embedded, files, hub or nanogpt", action=f"set {key}.kind"
+        )
     if kind == "string_pattern_mismatch":
         problem = f"{where}: {value!r} is not of the right form"
         return RecipeError(problem, allowed=_form(context["pattern"]), action=f"change {key}")

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inheritune_ds import __version__, hub
+from inheritune_ds.corpus import HubSource
 from inheritune_ds.errors import RunFolderError
 from inheritune_ds.files import read_json, storage_errors, write_json, write_text
 from inheritune_ds.hub import RepoType
 from inheritune_ds.publish import has_files
-from inheritune_ds.recipe import HubSource, Recipe, is_local_path
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe_base import is_local_path
 from inheritune_ds.recipe_file import differences, dump_recipe, parse_yaml, validate
 
 EXPORT_MANIFEST = "manifest.json"

@@ -7,8 +7,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from inheritune_ds.activations import mlp_size
+from inheritune_ds.corpus import TrainedTokenizer
 from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
-from inheritune_ds.recipe import Recipe, Reference, Shape, TrainedTokenizer, is_local_path
+from inheritune_ds.recipe import Recipe, Reference, Shape
+from inheritune_ds.recipe_base import is_local_path
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.scores import read_scores
 from inheritune_ds.selection import parse

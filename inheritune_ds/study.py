@@ -26,7 +26,8 @@ from pydantic import Field, StringConstraints, model_validator
 from inheritune_ds.analysis.report import Role, StudyRow, run_result, study_tables, write_study_report
 from inheritune_ds.errors import InherituneError, MachineError, RecipeError, TrainingError
 from inheritune_ds.files import storage_errors, write_text
-from inheritune_ds.recipe import RECIPE_PREFIX, Part, Recipe, Text
+from inheritune_ds.recipe import RECIPE_PREFIX, Recipe
+from inheritune_ds.recipe_base import Part, Text
 from inheritune_ds.recipe_file import dump_recipe, load_recipe, parse_yaml, read_document, shipped_names, validate
 
 _LAUNCHER_PORT = 29500

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from inheritune_ds.corpus import Corpus, TrainedTokenizer
 from inheritune_ds.corpus_size import Tokens, count_tokens, estimate_tokens
 from inheritune_ds.data.tokenize import prepare
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.recipe import Corpus, TrainedTokenizer
 
 TOKENIZER = {"vocab_size": 300}
 

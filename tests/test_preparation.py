@@ -9,10 +9,11 @@ import numpy.typing as npt
 import pytest
 
 from inheritune_ds import hub, preparation
+from inheritune_ds.corpus import HubSource
 from inheritune_ds.data.token_set import TokenSet
 from inheritune_ds.errors import CorpusError, HubError, RunFolderError, SurgeryError
 from inheritune_ds.preparation import _check_same_start
-from inheritune_ds.recipe import HubSource, Recipe
+from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.run_folder import RunFolder, with_revisions
 from inheritune_ds.surgery.inherit import MANIFEST

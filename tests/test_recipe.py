@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from transformers import AutoConfig
 
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.recipe import Recipe, Reference, Shape, Target, Training, is_local_path
+from inheritune_ds.recipe import Recipe, Reference, Shape, Target, Training
+from inheritune_ds.recipe_base import is_local_path
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.shapes import shape_from_config
 

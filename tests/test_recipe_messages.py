@@ -50,7 +50,7 @@ ALLOWED_TRAINING = "duration, global_batch_tokens, seq_len"
             "corpus.sources.0.kind=web",
             [
                 "quickstart: corpus.sources.0.kind: 'web' is unknown",
-                "  allowed: embedded, files or hub",
+                "  allowed: embedded, files, hub or nanogpt",
                 "  do: set corpus.sources.0.kind",
             ],
         ),
@@ -58,7 +58,7 @@ ALLOWED_TRAINING = "duration, global_batch_tokens, seq_len"
             "corpus.sources.0={dataset: a}",
             [
                 "quickstart: corpus.sources.0.kind: required key is missing",
-                "  allowed: embedded, files or hub",
+                "  allowed: embedded, files, hub or nanogpt",
                 "  do: set corpus.sources.0.kind",
             ],
         ),

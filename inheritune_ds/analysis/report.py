@@ -9,7 +9,7 @@ from inheritune_ds.analysis.comparison import Difference, check_same_windows, pa
 from inheritune_ds.analysis.curves import COLOURS, Level, Line, draw_run, draw_study
 from inheritune_ds.analysis.results import Evaluation, ReferenceEvaluation, RunResult, read_metrics, run_result
 from inheritune_ds.files import storage_errors, write_json, write_text
-from inheritune_ds.recipe import is_local_path
+from inheritune_ds.recipe_base import is_local_path
 
 __all__ = ["Role", "StudyRow", "read_metrics", "run_result", "study_tables", "write_run_report", "write_study_report"]
 

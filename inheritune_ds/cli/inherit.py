@@ -162,7 +162,7 @@ def _local_folder(reference: "Reference", runs_dir: Path) -> Path | None:
         RecipeError: If it is not there.
     """
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.recipe import is_local_path
+    from inheritune_ds.recipe_base import is_local_path
 
     name = reference.recipe_name
     if name is not None:

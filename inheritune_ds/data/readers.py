@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from inheritune_ds.corpus import FilesSource
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.recipe import FilesSource
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _PACKED = (".gz", ".zst")

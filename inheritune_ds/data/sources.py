@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from inheritune_ds import hub
+from inheritune_ds.corpus import EmbeddedSource, FilesSource, HubSource, Source
 from inheritune_ds.data import embedded, readers
 from inheritune_ds.data.progress import Meter
 from inheritune_ds.errors import CorpusError, HubError
 from inheritune_ds.files import sha256_file
-from inheritune_ds.recipe import EmbeddedSource, FilesSource, HubSource, Source, is_local_path
+from inheritune_ds.recipe_base import is_local_path
 
 
 def identify(source: Source) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from inheritune_ds.corpus import Corpus, EmbeddedSource, Source, TrainedTokenizer
 from inheritune_ds.data import embedded, sources
 from inheritune_ds.data.progress import Meter
 from inheritune_ds.data.token_set import TokenSet, find_damage, open_finished
@@ -27,7 +28,6 @@ from inheritune_ds.data.vocabulary import backend_of, load_tokenizer, tokenizer_
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.files import storage_errors, write_json
 from inheritune_ds.publish import describe_files, staged
-from inheritune_ds.recipe import Corpus, EmbeddedSource, Source, TrainedTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

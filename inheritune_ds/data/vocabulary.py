@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from inheritune_ds import hub
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.recipe import is_local_path
+from inheritune_ds.recipe_base import is_local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

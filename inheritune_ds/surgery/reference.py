@@ -15,7 +15,8 @@ from inheritune_ds import hub
 from inheritune_ds.data.vocabulary import load_tokenizer
 from inheritune_ds.errors import InherituneError, RecipeError, SurgeryError
 from inheritune_ds.files import read_json, sha256_file
-from inheritune_ds.recipe import Reference, Shape, is_local_path
+from inheritune_ds.recipe import Reference, Shape
+from inheritune_ds.recipe_base import is_local_path
 from inheritune_ds.shapes import shape_from_config
 from inheritune_ds.surgery.weights import INDEX, PICKLE_PATTERNS, SAFE_PATTERNS, SINGLE, weight_files
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from inheritune_ds.corpus import FilesSource
 from inheritune_ds.data import readers
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.recipe import FilesSource
 
 
 def read(*paths: Path | str, **settings: Any) -> list[str | None]:

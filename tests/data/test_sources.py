@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from inheritune_ds import hub
+from inheritune_ds.corpus import EmbeddedSource, FilesSource, HubSource
 from inheritune_ds.data import embedded, sources
 from inheritune_ds.errors import CorpusError, HubError
-from inheritune_ds.recipe import EmbeddedSource, FilesSource, HubSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

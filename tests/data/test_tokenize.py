@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inheritune_ds.corpus import Corpus, EmbeddedSource, FilesSource, TrainedTokenizer
 from inheritune_ds.data import sources, token_set, tokenize
 from inheritune_ds.data.tokenize import TokenSet, held_out, load_tokenizer, prepare
 from inheritune_ds.data.vocabulary import train_tokenizer
 from inheritune_ds.errors import CorpusError, StorageError
-from inheritune_ds.recipe import Corpus, EmbeddedSource, FilesSource, TrainedTokenizer
 
 TRAINED = TrainedTokenizer(vocab_size=300)
 
