@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inheritune_ds.data.records import Cursor, Document
 from inheritune_ds.errors import CorpusError
 
 _LEFT_OUT = {"__pycache__", "dist-packages", "idle_test", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
@@ -35,13 +36,18 @@ class Documentation:
     unparsed_files: int
 
 
-def documents() -> Iterator[str]:
+def documents(start: Cursor = Cursor()) -> Iterator[Document]:  # noqa: B008 - an immutable tuple
     """Yield the documents of the running Python; the same ones in the same order every time.
+
+    Args:
+        start: Where to begin.
 
     Raises:
         CorpusError: This Python comes without its documentation.
     """
-    yield from running().documents
+    texts = running().documents
+    for number in range(start.record, len(texts)):
+        yield Document(texts[number], "", Cursor(0, number + 1))
 
 
 @functools.cache

@@ -1,249 +1,187 @@
-"""Local corpus files to documents: text, JSON lines (plain, gzip, Zstandard) and parquet.
+"""Local corpus files to documents: which files a source means, and what is in them, one after the other.
 
-Every problem is told with the file and the line or row it stands in.
+Every problem is told with the file and the line or row it stands in. What is left out is counted by its documents:
+every record that is read gives one, with the reason if it has no text to train on.
 """
 
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 from inheritune_ds.corpus import FilesSource
+from inheritune_ds.data import packed, tables, text_files
+from inheritune_ds.data.file_marks import FileMark, cannot_read
+from inheritune_ds.data.records import Cursor, Document, RecordRules
 from inheritune_ds.errors import CorpusError
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-_PACKED = (".gz", ".zst")
-_ALLOWED = ".txt, .jsonl or .json (one JSON object a line), each also with .gz or .zst, and .parquet"
-_CHUNK_BYTES = 2**20
-_BATCH_ROWS = 1024
-# Corpora packed with `zstd --long=31` need a window of this size (RedPajama and the Pile are).
-_ZSTD_WINDOW_BYTES = 2**31
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
+_TABLE_SUFFIXES = (".parquet", ".arrow")
+_ALLOWED = ".txt, .jsonl or .json (one JSON object a line), each also with .gz, .bz2 or .zst, and .parquet and .arrow"
 
 
 def expand(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
-    """List the files that paths and glob patterns mean, each once.
+    """List the files that paths, folders and glob patterns mean, each once.
+
+    A folder means all files below it that can be read, hidden ones apart; a pattern means files only.
 
     Args:
-        patterns: Paths or patterns, in order; a pattern's matches are sorted.
+        patterns: Paths, folders or patterns, in order; what one of them matches is sorted.
         folder: Where relative ones start; the current folder when left out.
 
     Raises:
-        CorpusError: One of them matches no file, or a match is of a kind that is not read.
+        CorpusError: One of them matches no file, or a file that was asked for by name or pattern is of a kind
+            that is not read.
     """
     start = folder or Path.cwd()
     files: dict[Path, Path] = {}
     for pattern in patterns:
         for path in _matches(pattern, start):
-            if _kind(path) not in SUFFIXES:
-                raise CorpusError(
-                    f"corpus file {path}: a file with this ending is not read",
-                    allowed=_ALLOWED,
-                    action="convert or rename it, or narrow the pattern in corpus.sources",
-                )
             files.setdefault(path.resolve(), path)
     return list(files.values())
 
 
+def left_out(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
+    """List the files in folders among `patterns` that are no corpus files by their ending (a README, a licence).
+
+    Args:
+        patterns: As for `expand`.
+        folder: As for `expand`.
+
+    Raises:
+        CorpusError: A folder cannot be read.
+    """
+    start = folder or Path.cwd()
+    folders = [start / Path(pattern).expanduser() for pattern in patterns]
+    return [path for found in folders if found.is_dir() for path in _below(found) if not _kind(path)]
+
+
 def _matches(pattern: str, start: Path) -> list[Path]:
     wanted = start / Path(pattern).expanduser()
-    if wanted.is_file():
-        return [wanted]
+    if wanted.is_dir():
+        found = [path for path in _below(wanted) if _kind(path)]
+        if not found:
+            raise CorpusError(
+                f"corpus path {pattern!r} is a folder without a file that is read (looked for in {start})",
+                allowed=_ALLOWED,
+                action="correct corpus.sources, or convert the files",
+            )
+        return found
     relative = wanted.relative_to(wanted.anchor)
-    found = (
-        [] if wanted.is_dir() else sorted(path for path in Path(wanted.anchor).glob(str(relative)) if path.is_file())
-    )
+    found = [wanted] if wanted.is_file() else sorted(p for p in Path(wanted.anchor).glob(str(relative)) if p.is_file())
     if not found:
-        what = "is a folder" if wanted.is_dir() else "matches no file"
-        hint = f"; to take what is in it, write {pattern.rstrip('/')}/*.jsonl" if wanted.is_dir() else ""
         raise CorpusError(
-            f"corpus path {pattern!r} {what} (looked for in {start})",
-            allowed="an existing file or a glob pattern such as books/*.jsonl.gz",
-            action="correct corpus.sources, or start the program in the folder that the paths are relative to" + hint,
+            f"corpus path {pattern!r} matches no file (looked for in {start})",
+            allowed="an existing file or folder, or a glob pattern such as books/*.jsonl.gz",
+            action="correct corpus.sources, or start the program in the folder that the paths are relative to",
         )
+    for path in found:
+        if not _kind(path):
+            raise CorpusError(
+                f"corpus file {path}: a file with this ending is not read",
+                allowed=_ALLOWED,
+                action="convert or rename it, or narrow the pattern in corpus.sources",
+            )
     return found
 
 
+def _below(folder: Path) -> list[Path]:
+    """List all files below a folder that are not hidden, sorted by their paths."""
+
+    def refuse(error: OSError) -> None:
+        raise cannot_read(error.filename, error)
+
+    found: list[Path] = []
+    visited: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        # Links may lead in a circle.
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
 def _kind(path: Path) -> str:
-    """The suffix that tells the format, or "" for a parquet file that is packed once more."""
-    if path.suffix not in _PACKED:
-        return path.suffix
-    inner = Path(path.stem).suffix
-    return "" if inner == ".parquet" else inner
+    """The ending that tells the format; "" for a file that is not read, a table that is packed among them."""
+    if path.suffix in packed.SUFFIXES:
+        inner = Path(path.stem).suffix
+        return inner if inner in _TEXT_SUFFIXES else ""
+    return path.suffix if path.suffix in (*_TEXT_SUFFIXES, *_TABLE_SUFFIXES) else ""
 
 
-def documents(source: FilesSource) -> Iterator[str | None]:
-    """Yield what the files of a source hold; None stands for a record whose text is null.
-
-    Raises:
-        CorpusError: A file is missing, damaged, or a record in it has no text.
-    """
-    for path in expand(source.paths):
-        kind = _kind(path)
-        try:
-            if kind == ".parquet":
-                yield from _parquet(path, source.text_field)
-            else:
-                with _open(path) as stream:
-                    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
-                    if kind == ".txt":
-                        yield from _plain(text, source.document_separator)
-                    else:
-                        yield from _json_lines(text, path, source.text_field)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise CorpusError(
-                f"corpus file {path}: it is cut off or damaged ({error})",
-                action="copy or download it again, then compare its size with the original",
-            ) from None
-        except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"corpus file {path}: it is not UTF-8 text ({error.reason} at byte {error.start} of a block)",
-                allowed="UTF-8",
-                action=f"convert it, such as: iconv -f LATIN1 -t UTF-8 {path.name}",
-            ) from None
-        except OSError as error:
-            raise CorpusError(
-                f"corpus file {path}: it cannot be read ({(error.strerror or str(error)).lower()})",
-                action="check that it exists and that this user may read it",
-            ) from None
-
-
-def text_of(record: object, field: str, where: str) -> str | None:
-    """Take the text out of a record.
+def documents(
+    source: FilesSource,
+    start: Cursor = Cursor(),  # noqa: B008 - an immutable tuple
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> Iterator[Document]:
+    """Yield every record of a source's files, also one that is left out.
 
     Args:
-        record: A parsed JSON object or a row.
-        field: Name of the field with the text.
-        where: How to call the record in a message, such as `books.jsonl:12`.
+        source: The files.
+        start: Where to begin: the cursor of a document that was read earlier from the same files. The rest is the
+            same as if all had been read. Files that lie before are not opened, lines not parsed, row groups not read.
+        on_bytes: Told the bytes of the files (as they lie on the disk) that are done, those before `start` too:
+            all told, the sum of their sizes.
 
     Raises:
-        CorpusError: The record is no object, has no such field, or holds something else in it.
+        CorpusError: A file is missing, damaged or changes while it is read; a bad record, where these are refused.
     """
-    if not isinstance(record, dict):
-        raise CorpusError(
-            f"{where}: the record is {type(record).__name__}, not an object",
-            allowed='one JSON object a line, such as {"text": "..."}',
-        )
-    if field not in record:
-        raise _no_field(where, field, list(record))
-    text = record[field]
-    if text is not None and not isinstance(text, str):
-        raise _no_text(where, field, type(text).__name__)
-    return text
-
-
-def _no_field(where: str, field: str, present: Sequence[str]) -> CorpusError:
-    return CorpusError(
-        f"{where}: there is no field {field!r}",
-        allowed=f"the fields present: {', '.join(map(str, present)) or 'none'}",
-        action="set text_field of this source to the one that holds the text",
-    )
-
-
-def _no_text(where: str, field: str, kind: str) -> CorpusError:
-    return CorpusError(
-        f"{where}: field {field!r} holds {kind}, not text",
-        allowed="a string (null counts as an empty document)",
-        action="set text_field of this source to the one that holds the text",
-    )
-
-
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast("BinaryIO", gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(path), _CHUNK_BYTES)
-    return path.open("rb")
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses Zstandard frames; unlike zstandard's own reader it notices a file that is cut off."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._error = zstandard.ZstdError
-        self._file = path.open("rb")
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
-        self._frame = self._decompressor.decompressobj()
-        self._inside = False
-        self._packed = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._packed or self._file.read(_CHUNK_BYTES)
-            if not packed:
-                if self._inside:
-                    raise EOFError("the last Zstandard frame has no end")
-                return 0
-            try:
-                self._ready = self._frame.decompress(packed)
-            except self._error as error:
-                raise EOFError(str(error)) from None
-            self._inside = not self._frame.eof
-            self._packed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = self._decompressor.decompressobj()
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-
-def _plain(stream: io.TextIOWrapper, separator: str | None) -> Iterator[str]:
-    """Cut a text at a separator, a chunk at a time; the whole text is one document without one."""
-    if separator is None:
-        yield stream.read()
-        return
-    rest = ""
-    while chunk := stream.read(_CHUNK_BYTES):
-        *complete, rest = (rest + chunk).split(separator)
-        yield from complete
-    # A separator at the end of the file ends the last document and begins none.
-    if rest:
-        yield rest
-
-
-def _json_lines(stream: io.TextIOWrapper, path: Path, field: str) -> Iterator[str | None]:
-    for number, line in enumerate(stream, 1):
-        if line.isspace():
+    paths = expand(source.paths)
+    if source.filters.keep or source.filters.drop:
+        _refuse_fields_of_plain_text(paths)
+    rules = RecordRules.of(source)
+    for number, path in enumerate(paths):
+        mark = FileMark.of(path)
+        if number < start.file:
+            on_bytes(mark.size)
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+        begin = Cursor(number, start.record if number == start.file else 0)
+        told = _Told(on_bytes)
+        found = yield from _file(path, rules, source.document_separator, begin, told)
+        mark.check()
+        if found < begin.record:
             raise CorpusError(
-                f"{path}:{number}: not a JSON object ({error})",
-                allowed="one complete JSON object a line",
-                action="mend or remove that line",
-            ) from None
-        yield text_of(record, field, f"{path}:{number}")
+                f"corpus file {path}: it has {found:,} records, and {begin.record:,} were read from it before",
+                action="put the file back as it was, or begin anew",
+            )
+        on_bytes(mark.size - told.bytes)
 
 
-def _parquet(path: Path, field: str) -> Iterator[str | None]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _refuse_fields_of_plain_text(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if _kind(path) == ".txt":
+            raise CorpusError(
+                f"corpus file {path}: plain text has no fields that filters.keep and filters.drop could look at",
+                allowed="filters.min_characters and filters.max_characters",
+                action="leave keep and drop out, or make a source of its own for the .txt files",
+            )
 
+
+class _Told:
+    """Passes numbers of bytes on and adds them up."""
+
+    def __init__(self, on_bytes: Callable[[int], None]) -> None:
+        self.bytes = 0
+        self._on_bytes = on_bytes
+
+    def __call__(self, amount: int) -> None:
+        self.bytes += amount
+        self._on_bytes(amount)
+
+
+def _file(
+    path: Path, rules: RecordRules, separator: str | None, start: Cursor, on_bytes: Callable[[int], None]
+) -> Generator[Document, None, int]:
+    """Yield the records of one file; returns how many it has."""
+    kind = _kind(path)
     try:
-        with pq.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            if field not in schema.names:
-                raise _no_field(str(path), field, schema.names)
-            kind = schema.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                raise _no_text(str(path), field, str(kind))
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=[field]):
-                yield from batch.column(0).to_pylist()
-    except pa.ArrowException as error:
-        raise CorpusError(
-            f"corpus file {path}: it is not a readable parquet file ({str(error).splitlines()[0]})",
-            action="copy or download it again",
-        ) from None
+        if kind in _TABLE_SUFFIXES:
+            return (yield from (tables.parquet if kind == ".parquet" else tables.arrow)(path, rules, start, on_bytes))
+        with packed.open_unpacked(path, on_bytes) as stream:
+            if kind == ".txt":
+                return (yield from text_files.plain_text(stream, path, rules, separator, start))
+            return (yield from text_files.json_lines(stream, path, rules, start))
+    except OSError as error:
+        raise cannot_read(path, error) from None

@@ -1,22 +1,23 @@
 """Where documents come from: the recipe's `corpus.sources`, one after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.corpus import EmbeddedSource, FilesSource, TextSource
+from inheritune_ds.corpus import EmbeddedSource, FilesSource, HubSource, Source, TextSource, TokensSource
 from inheritune_ds.data import embedded, hub_documents, readers
+from inheritune_ds.data.file_marks import FileMark, Snapshot, cannot_read
 from inheritune_ds.data.progress import Meter
-from inheritune_ds.errors import CorpusError
+from inheritune_ds.data.records import Cursor, Document
 from inheritune_ds.files import sha256_file
 
 
-def identify(source: TextSource) -> dict[str, Any]:
+def identify(source: Source) -> dict[str, Any]:
     """Say exactly which data a source means, so that changed data is never taken for the old.
 
     Returns:
         For files, name, size (bytes) and sha256 of each; for the hub, the full commit; for the
-        embedded corpus, the Python version and a hash; with the settings that decide the documents.
+        embedded corpus, the Python version and a hash; with the settings that decide what is read.
 
     Raises:
         CorpusError: A file is missing.
@@ -24,53 +25,92 @@ def identify(source: TextSource) -> dict[str, Any]:
     """
     if isinstance(source, EmbeddedSource):
         return embedded.identity()
-    if isinstance(source, FilesSource):
-        return {
-            "kind": "files",
-            "text_field": source.text_field,
-            "document_separator": source.document_separator,
-            "files": _file_identities(readers.expand(source.paths)),
-        }
-    if hub_documents.is_folder(source):
-        return hub_documents.settings(source) | {"files": _file_identities(hub_documents.folder_files(source))}
-    return hub_documents.identify(source)
+    if isinstance(source, HubSource) and not hub_documents.is_folder(source):
+        return hub_documents.identify(source)
+    files = {"files": _file_identities(_local_files(source))}
+    if isinstance(source, HubSource):
+        return hub_documents.settings(source) | files
+    if isinstance(source, TokensSource):
+        return {"kind": "nanogpt"} | files
+    return {
+        "kind": "files",
+        "text_field": source.text_field,
+        "document_separator": source.document_separator,
+        **files,
+    }
 
 
-def documents(source: TextSource) -> Iterator[str]:
-    """Yield the documents of a source in their order; a document without text comes as "".
+def documents(
+    source: TextSource,
+    start: Cursor = Cursor(),  # noqa: B008 - an immutable tuple
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> Iterator[Document]:
+    """Yield every record of a source in its order, also one that is left out.
+
+    Args:
+        source: Where to read.
+        start: Where to begin: the cursor of a document that was read earlier from the same data.
+        on_bytes: Told how many bytes are done; for sources whose `total_bytes` is known, that many in the end.
 
     Raises:
-        CorpusError: A file is missing or damaged, or a record has no text.
+        CorpusError: A file is missing, damaged or changes while it is read; a bad record, where these are refused.
         HubError: The hub cannot be reached, or has no such dataset.
     """
     if isinstance(source, EmbeddedSource):
-        texts: Iterator[str | None] = embedded.documents()
-    elif isinstance(source, FilesSource):
-        texts = readers.documents(source)
-    else:
-        texts = (document.text for document in hub_documents.documents(source))
-    for text in texts:
-        yield _encodable(text) if text and not text.isspace() else ""
+        return embedded.documents(start)
+    if isinstance(source, FilesSource):
+        return readers.documents(source, start, on_bytes)
+    return hub_documents.documents(source, start, on_bytes)
 
 
-def _encodable(text: str) -> str:
-    """Replace halves of surrogate pairs (a broken escape in JSON) by U+FFFD: UTF-8 has no form for them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def total_bytes(source: TextSource) -> int | None:
+    """Size of the files that `documents` reads, as they lie on the disk; None where it is not known beforehand.
+
+    Raises:
+        CorpusError: A file is missing.
+    """
+    return sum(mark.size for mark in snapshot(source).marks) if isinstance(source, FilesSource) else None
+
+
+def snapshot(source: Source) -> Snapshot:
+    """Look at the local files of a source before they are identified and read; `check` looks again afterwards.
+
+    Raises:
+        CorpusError: A file is missing.
+    """
+    return Snapshot.of(_local_files(source))
+
+
+def left_out_files(source: Source) -> list[str]:
+    """Names of the files in a source's folders whose ending says that they are no corpus files, such as a README.
+
+    Raises:
+        CorpusError: A folder cannot be read.
+    """
+    return [path.name for path in readers.left_out(source.paths)] if isinstance(source, FilesSource) else []
+
+
+def _local_files(source: Source) -> list[Path]:
+    if isinstance(source, FilesSource):
+        return readers.expand(source.paths)
+    if isinstance(source, TokensSource):
+        return [Path(name).expanduser() for name in (source.train, source.validation) if name is not None]
+    if isinstance(source, HubSource) and hub_documents.is_folder(source):
+        return hub_documents.folder_files(source)
+    return []
 
 
 def _file_identities(paths: list[Path]) -> list[dict[str, Any]]:
+    sizes = [FileMark.of(path).size for path in paths]
+    with Meter("hashing corpus files", "bytes", sum(sizes)) as meter:
+        return [
+            {"name": path.name, "size": size, "sha256": _sha256(path, meter.advance)}
+            for path, size in zip(paths, sizes, strict=True)
+        ]
+
+
+def _sha256(path: Path, advance: Callable[[int], None]) -> str:
     try:
-        with Meter("hashing corpus files", "bytes", sum(path.stat().st_size for path in paths)) as meter:
-            return [
-                {"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path, meter.advance)}
-                for path in paths
-            ]
+        return sha256_file(path, advance)
     except OSError as error:
-        raise CorpusError(
-            f"corpus file {error.filename}: it cannot be read ({(error.strerror or 'unreadable').lower()})",
-            action="check that it exists and that this user may read it",
-        ) from None
+        raise cannot_read(path, error) from None
