@@ -228,18 +228,6 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
     return model
 
 
-def skip_packing_check() -> None:
-    """Do not let transformers look, in every forward pass, whether position ids tell of several sequences in a row.
-
-    It asks the device for the answer, so the host waits once a micro-step. Here a window is one sequence, with the
-    positions 0 to T - 1.
-    """
-    from transformers import masking_utils, modeling_flash_attention_utils
-
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005 - transformers' signature
-    modeling_flash_attention_utils._is_packed_sequence = lambda position_ids, batch_size: False  # noqa: ARG005, SLF001
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' load report, warnings and bars off the console: what matters in them is raised."""

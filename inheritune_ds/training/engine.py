@@ -23,17 +23,18 @@ import torch
 import torch.distributed as dist
 
 from inheritune_ds.errors import MachineError, StorageError, TrainingError
-from inheritune_ds.surgery.reference import skip_packing_check
+from inheritune_ds.surgery.document_masks import skip_packing_check
 from inheritune_ds.training.block_wrapping import wrap_blocks
 from inheritune_ds.training.kernels import Kernels, apply_liger
-from inheritune_ds.training.loss import IGNORED, attach_loss
+from inheritune_ds.training.loss import attach_loss
 from inheritune_ds.training.meeting import cannot_meet
 from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
+from inheritune_ds.training.packing import DocumentPacking, WindowInputs, counted_targets, mean_losses, prove_apart
 from inheritune_ds.training.toolchain import check_toolchain
 from inheritune_ds.training.world import World
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
@@ -141,9 +142,20 @@ class Engine:
         ds_config: The resolved DeepSpeed config.
         world: This rank among all.
         kernels: What computes it.
+        packing: How documents inside a window are kept apart; None if they are not.
+
+    Raises:
+        RecipeError: If documents are to be kept apart, and the model with these kernels does not.
     """
 
-    def __init__(self, model: "PreTrainedModel", ds_config: Mapping[str, Any], world: World, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        ds_config: Mapping[str, Any],
+        world: World,
+        kernels: Kernels,
+        packing: DocumentPacking | None = None,
+    ) -> None:
         import deepspeed
 
         self.world = world
@@ -152,6 +164,7 @@ class Engine:
         # The engine rounds the model to half precision before it makes its fp32 masters of it.
         masters = {name: p.detach().clone() for name, p in model.named_parameters()} if low_precision else {}
         self.kernels, self.notes = _fit(model, kernels)
+        self._windows = WindowInputs(packing, self.kernels.attention)
         model.train()
         # Its bf16 optimizer prints the memory it takes, group by group.
         with contextlib.redirect_stdout(sys.stdout if ds_config.get("memory_breakdown") else io.StringIO()):
@@ -165,6 +178,17 @@ class Engine:
         self.module: torch.nn.Module = engine.module
         self._refill(masters)
         self.master_weights: MasterWeights = "refilled" if low_precision else "fp32 model"
+        if packing is not None:
+            self._prove_apart(model.config)
+
+    def _prove_apart(self, config: "PreTrainedConfig") -> None:
+        """Prove that the model keeps documents apart, with the kernels that it has now, but for compiled code."""
+        dtype = next(self.module.parameters()).dtype
+        self._engine.eval()
+        # Compiling blocks for the few tokens of the proof would take longer than all the rest of the start.
+        with torch.compiler.set_stance("force_eager"):
+            prove_apart(self._windows, lambda given: self._engine(**given).logits.float(), config, self.device, dtype)
+        self._engine.train()
 
     def _refill(self, masters: Mapping[str, torch.Tensor]) -> None:
         """Give the fp32 masters the checkpoint's values instead of the rounded ones."""
@@ -202,9 +226,9 @@ class Engine:
         clock = _PassClock(self.device)
         loss = math.nan
         for number, batch in enumerate(micro_batches, 1):
-            tokens_BT1 = batch.to(self.device, non_blocking=True)  # noqa: N806 - shape suffix
-            with clock:
-                scaled, loss_sum = self._engine(**_inputs(tokens_BT1), factor=factor)
+            inputs = self._windows.with_targets(batch, self.device)
+            with clock, self._windows.apart():
+                scaled, loss_sum = self._engine(**inputs, factor=factor)
                 totals[0] += loss_sum
                 # A new node: the engine must mark the graph as scaled before its hook on the output looks at it.
                 self._engine.backward(scaled.view_as(scaled), scale_wrt_gas=False)
@@ -222,7 +246,9 @@ class Engine:
 
     def _count_targets(self, micro_batches: Sequence[torch.Tensor]) -> int:
         """Target tokens of the global batch that a loss is counted for."""
-        count = torch.tensor(sum(int((batch[:, 1:] >= 0).sum()) for batch in micro_batches), device=self.device)
+        packing = self._windows.packing
+        own = sum(int(counted_targets(batch, packing).sum()) for batch in micro_batches)
+        count = torch.tensor(own, device=self.device)
         if self.world.size > 1:
             dist.all_reduce(count)
         return max(int(count), 1)
@@ -234,17 +260,21 @@ class Engine:
 
     @torch.no_grad()
     def window_losses(self, batches: Sequence[Tokens]) -> list[npt.NDArray[np.float64]]:
-        """Mean loss of every window, in nats a token; all ranks must give as many batches.
+        """Mean loss of every window over its counted targets, in nats a token; all ranks must give as many batches.
 
         Args:
             batches: Arrays (B, T + 1) of token ids.
         """
         self._engine.eval()
         try:
-            tokens = (torch.from_numpy(batch).to(self.device) for batch in batches)
-            return [self._engine(**_inputs(batch)).double().mean(dim=1).cpu().numpy() for batch in tokens]
+            with self._windows.apart():
+                return [self._mean_losses(torch.from_numpy(batch)) for batch in batches]
         finally:
             self._engine.train()
+
+    def _mean_losses(self, tokens_BT1: torch.Tensor) -> npt.NDArray[np.float64]:  # noqa: N803 - shape suffix
+        losses = self._engine(**self._windows.with_targets(tokens_BT1, self.device))
+        return mean_losses(losses, tokens_BT1, self._windows.packing)
 
     @torch.no_grad()
     def probe_logits(self, tokens: Tokens) -> torch.Tensor:
@@ -291,16 +321,6 @@ class Engine:
     def close(self) -> None:
         """Give the memory of the engine back, so that another can follow in this process."""
         self._engine.destroy()
-
-
-def _inputs(tokens_BT1: torch.Tensor) -> dict[str, Any]:  # noqa: N803 - shape suffix
-    """Inputs and targets of windows as `HeadLoss` takes them."""
-    targets = tokens_BT1[:, 1:]
-    return {
-        "input_ids": tokens_BT1[:, :-1].clamp(min=0),
-        "targets": targets.masked_fill(targets < 0, IGNORED),
-        "use_cache": False,
-    }
 
 
 def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from inheritune_ds.training import engine as engine_module
 from inheritune_ds.training.engine import Engine, StepResult, check_device, start_process_group
 from inheritune_ds.training.loop import seed_step
 from inheritune_ds.training.loss import HeadLoss, _chunk_gradients
+from inheritune_ds.training.packing import DocumentPacking, WindowInputs
 from inheritune_ds.training.world import World
 
 VOCABULARY, SEQ_LEN, WINDOWS = 7, 5, 8
@@ -98,10 +100,11 @@ def meetings(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return summed
 
 
-def make(deepspeed: FakeDeepSpeed, world: World = MAIN) -> Engine:
+def make(deepspeed: FakeDeepSpeed, world: World = MAIN, packing: DocumentPacking | None = None) -> Engine:
     engine = Engine.__new__(Engine)  # without `deepspeed.initialize`
     engine._engine = deepspeed
     engine.world, engine.module = world, deepspeed.module
+    engine._windows = WindowInputs(packing, "eager")
     return engine
 
 
@@ -309,7 +312,7 @@ def test_deepspeed_s_memory_lines_are_printed_only_when_they_are_asked_for(
     off = {"enabled": False}
     config = {"train_batch_size": 8, "bf16": off, "fp16": off, "optimizer": {"params": {"weight_decay": 0.1}}}
     model: Any = Model()
-    monkeypatch.setattr(engine_module, "_fit", lambda _, kernels: (kernels, ()))
+    monkeypatch.setattr(engine_module, "_fit", lambda *_: (SimpleNamespace(attention="eager"), ()))
     monkeypatch.setattr(engine_module, "_optimizer", lambda *_: {})
     Engine(model, {**config, "memory_breakdown": asked}, MAIN, cast("Any", None))
     assert ("MA 0.02 GB" in capsys.readouterr().out) is asked
