@@ -9,7 +9,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from inheritune_ds.errors import CorpusError
 
@@ -36,7 +36,17 @@ def open_unpacked(path: Path, on_bytes: Callable[[int], None]) -> io.BufferedRea
     Raises:
         OSError: The file cannot be opened.
     """
-    file = path.open("rb", buffering=0)
+    return unpacked(path.open("rb", buffering=0), path, on_bytes)
+
+
+def unpacked(file: io.RawIOBase, path: Path, on_bytes: Callable[[int], None]) -> io.BufferedReader:
+    """Read what is packed in a file that is open already, such as one on another machine.
+
+    Args:
+        file: Open at its beginning; closed with the stream.
+        path: How to call it in messages; its ending tells how it is packed.
+        on_bytes: As for `open_unpacked`.
+    """
     return io.BufferedReader(_Unpacked(path, file, on_bytes), _CHUNK_BYTES)
 
 
@@ -114,7 +124,7 @@ _FRAMES: dict[str, Callable[[], _Frame]] = {".gz": _Gzip, ".bz2": _Bzip2, ".zst"
 
 
 class _Unpacked(io.RawIOBase):
-    def __init__(self, path: Path, file: BinaryIO | io.FileIO, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, file: io.RawIOBase, on_bytes: Callable[[int], None]) -> None:
         self._file = file
         self._on_bytes = on_bytes
         new_frame = _FRAMES.get(path.suffix)

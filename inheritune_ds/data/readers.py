@@ -16,7 +16,7 @@ from inheritune_ds.errors import CorpusError
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
 _TABLE_SUFFIXES = (".parquet", ".arrow")
-_ALLOWED = ".txt, .jsonl or .json (one JSON object a line), each also with .gz, .bz2 or .zst, and .parquet and .arrow"
+ALLOWED = ".txt, .jsonl or .json (one JSON object a line), each also with .gz, .bz2 or .zst, and .parquet and .arrow"
 
 
 def expand(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
@@ -52,17 +52,17 @@ def left_out(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
     """
     start = folder or Path.cwd()
     folders = [start / Path(pattern).expanduser() for pattern in patterns]
-    return [path for found in folders if found.is_dir() for path in _below(found) if not _kind(path)]
+    return [path for found in folders if found.is_dir() for path in _below(found) if not format_of(path)]
 
 
 def _matches(pattern: str, start: Path) -> list[Path]:
     wanted = start / Path(pattern).expanduser()
     if wanted.is_dir():
-        found = [path for path in _below(wanted) if _kind(path)]
+        found = [path for path in _below(wanted) if format_of(path)]
         if not found:
             raise CorpusError(
                 f"corpus path {pattern!r} is a folder without a file that is read (looked for in {start})",
-                allowed=_ALLOWED,
+                allowed=ALLOWED,
                 action="correct corpus.sources, or convert the files",
             )
         return found
@@ -75,10 +75,10 @@ def _matches(pattern: str, start: Path) -> list[Path]:
             action="correct corpus.sources, or start the program in the folder that the paths are relative to",
         )
     for path in found:
-        if not _kind(path):
+        if not format_of(path):
             raise CorpusError(
                 f"corpus file {path}: a file with this ending is not read",
-                allowed=_ALLOWED,
+                allowed=ALLOWED,
                 action="convert or rename it, or narrow the pattern in corpus.sources",
             )
     return found
@@ -103,8 +103,8 @@ def _below(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def _kind(path: Path) -> str:
-    """The ending that tells the format; "" for a file that is not read, a table that is packed among them."""
+def format_of(path: Path) -> str:
+    """Say the ending that tells the format; "" for a file that is not read, a table that is packed among them."""
     if path.suffix in packed.SUFFIXES:
         inner = Path(path.stem).suffix
         return inner if inner in _TEXT_SUFFIXES else ""
@@ -128,10 +128,18 @@ def documents(
     Raises:
         CorpusError: A file is missing, damaged or changes while it is read; a bad record, where these are refused.
     """
-    paths = expand(source.paths)
-    if source.filters.keep or source.filters.drop:
-        _refuse_fields_of_plain_text(paths)
-    rules = RecordRules.of(source)
+    yield from read(expand(source.paths), RecordRules.of(source), source.document_separator, start, on_bytes)
+
+
+def read(
+    paths: Sequence[Path],
+    rules: RecordRules,
+    separator: str | None,
+    start: Cursor,
+    on_bytes: Callable[[int], None],
+) -> Iterator[Document]:
+    """Yield every record of files, in their order; arguments and errors are those of `documents`."""
+    refuse_fields_of_plain_text(paths, rules)
     for number, path in enumerate(paths):
         mark = FileMark.of(path)
         if number < start.file:
@@ -139,7 +147,7 @@ def documents(
             continue
         begin = Cursor(number, start.record if number == start.file else 0)
         told = _Told(on_bytes)
-        found = yield from _file(path, rules, source.document_separator, begin, told)
+        found = yield from _file(path, rules, separator, begin, told)
         mark.check()
         if found < begin.record:
             raise CorpusError(
@@ -149,9 +157,14 @@ def documents(
         on_bytes(mark.size - told.bytes)
 
 
-def _refuse_fields_of_plain_text(paths: Sequence[Path]) -> None:
+def refuse_fields_of_plain_text(paths: Sequence[Path], rules: RecordRules) -> None:
+    """Refuse filters that look at fields where there are none.
+
+    Raises:
+        CorpusError: Naming the first such file.
+    """
     for path in paths:
-        if _kind(path) == ".txt":
+        if format_of(path) == ".txt" and (rules.filters.keep or rules.filters.drop):
             raise CorpusError(
                 f"corpus file {path}: plain text has no fields that filters.keep and filters.drop could look at",
                 allowed="filters.min_characters and filters.max_characters",
@@ -175,7 +188,7 @@ def _file(
     path: Path, rules: RecordRules, separator: str | None, start: Cursor, on_bytes: Callable[[int], None]
 ) -> Generator[Document, None, int]:
     """Yield the records of one file; returns how many it has."""
-    kind = _kind(path)
+    kind = format_of(path)
     try:
         if kind in _TABLE_SUFFIXES:
             return (yield from (tables.parquet if kind == ".parquet" else tables.arrow)(path, rules, start, on_bytes))

@@ -4,6 +4,7 @@ Only the columns that are needed are decoded, about 16 MiB of text at a time.
 """
 
 import contextlib
+import io
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ _ARROW_STREAM_END = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
 
 
 def parquet(
-    path: Path, rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
+    path: Path,
+    rules: RecordRules,
+    start: Cursor,
+    on_bytes: Callable[[int], None],
+    file: io.RawIOBase | None = None,
 ) -> Generator[Document, None, int]:
     """Yield the rows of a parquet file; row groups that are passed over are not read.
 
@@ -31,6 +36,7 @@ def parquet(
         rules: What is asked of a row.
         start: The file's number, and how many rows to pass over.
         on_bytes: Told after every row group about how many bytes of the file it was.
+        file: The file where it is open already, such as one on another machine; `path` is then its name only.
 
     Returns:
         How many rows the file has.
@@ -41,11 +47,13 @@ def parquet(
     """
     import pyarrow.parquet as pq
 
-    size = path.stat().st_size
+    size = path.stat().st_size if file is None else file.seek(0, io.SEEK_END)
     with (
         _readable(path, "parquet"),
         # Without pre_buffer a row group is read piece by piece and never as a whole.
-        pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True) as table,
+        pq.ParquetFile(
+            path if file is None else file, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
+        ) as table,
     ):
         rows = _Rows(path, rules, table.schema_arrow, start.file)
         total = int(table.metadata.num_rows)
