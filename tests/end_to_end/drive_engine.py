@@ -1,7 +1,9 @@
 """Launched by tests: what one engine does inside a step. `python drive_engine.py OUT.json` writes one object.
 
-`accumulation`: loss and gradient of the same 16 windows, cut in several ways, padded ones among them.
-`eager`, `compiled`: host synchronisations in each micro-step and graphs compiled, after warm-up.
+`accumulation`: loss and gradient of the same 16 windows, cut in several ways; padded ones among them, and documents
+that are kept apart.
+`eager`, `compiled`: host synchronisations in each micro-step and graphs compiled, after warm-up; of windows and of
+documents that are kept apart.
 """
 
 import argparse
@@ -33,9 +35,12 @@ checkpoint: {{interval_steps: 1000}}
 SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "unique")
 """Operators that make the host wait for a device."""
 WARM_UP_STEPS, STEPS = 10, 15
+EOS = 7
 
 
-def build(size: int, accumulation: int, *, compiled: bool = False, precision: str = "fp32") -> Any:
+def build(
+    size: int, accumulation: int, *, compiled: bool = False, precision: str = "fp32", documents: bool = False
+) -> Any:
     """An engine for micro-batches of a size."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -45,6 +50,7 @@ def build(size: int, accumulation: int, *, compiled: bool = False, precision: st
     from inheritune_ds.training.ds_config import Machine, resolve
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import choose_kernels
+    from inheritune_ds.training.packing import DocumentPacking
 
     recipe = validate(Recipe, parse_yaml(RECIPE.format(tokens=32 * size * accumulation), "engine"), "engine")
     document = {
@@ -72,23 +78,27 @@ def build(size: int, accumulation: int, *, compiled: bool = False, precision: st
         offload=False,
         run_flops=None,
     )
-    return Engine(model, resolved.config, detect(os.environ), kernels)
+    packing = DocumentPacking(EOS) if documents else None
+    return Engine(model, resolved.config, detect(os.environ), kernels, packing)
 
 
-def windows(*, padded: bool) -> Any:
-    """16 windows; padded ones have from 0 to 15 tokens less at their end."""
+def windows(kind: str) -> Any:
+    """16 windows; padded ones have from 0 to 15 tokens less at their end, those of documents from 0 to 15 ends."""
     import torch
 
     tokens = torch.randint(0, 257, (16, 33), generator=torch.Generator().manual_seed(1))
-    for row in range(16 if padded else 0):
-        tokens[row, 33 - row :] = -100
+    for row in range(16):
+        if kind == "padded":
+            tokens[row, 33 - row :] = -100
+        if kind == "documents":
+            tokens[row, torch.arange(row) * 2 + row % 3] = EOS
     return tokens
 
 
-def one_step(size: int, *, padded: bool) -> dict[str, Any]:
+def one_step(size: int, kind: str) -> dict[str, Any]:
     """Loss and gradient of a step; the gradient is Adam's first moment over 1 - beta1, in DeepSpeed's flat order."""
-    engine = build(size, 16 // size)
-    result = engine.train_step(list(windows(padded=padded).split(size)), lr=1e-3, stop=False)
+    engine = build(size, 16 // size, documents=kind == "documents")
+    result = engine.train_step(list(windows(kind).split(size)), lr=1e-3, stop=False)
     states = engine._engine.optimizer.optimizer.state.values()
     engine_gradient = [2.0 * value for state in states for value in state["exp_avg"].flatten().tolist()]
     engine.close()
@@ -131,7 +141,7 @@ def counter_of(seen: Counter[str]) -> Callable[[], Any]:
     return Watch
 
 
-def counts(*, compiled: bool) -> dict[str, Any]:
+def counts(*, compiled: bool, documents: bool) -> dict[str, Any]:
     """Synchronisations in the micro-steps, and graphs compiled, over the steps after warm-up.
 
     Compiled code leaves the counter's sight, so there only its graphs are counted.
@@ -141,9 +151,9 @@ def counts(*, compiled: bool) -> dict[str, Any]:
 
     seen: Counter[str] = Counter()
     watch = counter_of(seen)
-    engine = build(4, 4, compiled=compiled, precision="bf16")
+    engine = build(4, 4, compiled=compiled, precision="bf16", documents=documents)
     inner = engine._engine
-    batches = list(windows(padded=False).split(4))
+    batches = list(windows("documents").split(4))
     for _ in range(WARM_UP_STEPS):
         engine.train_step(batches, lr=1e-3, stop=False)
     graphs = counters["stats"]["unique_graphs"]
@@ -178,11 +188,11 @@ def main() -> None:
     from inheritune_ds.training.engine import leave_process_group, start_process_group
 
     start_process_group(world)
-    cuts = [(size, padded) for padded in (False, True) for size in (16, 4, 1)]
+    cuts = [(size, kind) for kind in ("whole", "padded", "documents") for size in (16, 4, 1)]
     result = {
-        "accumulation": [{"size": s, "padded": p, **one_step(s, padded=p)} for s, p in cuts],
-        "eager": counts(compiled=False),
-        "compiled": counts(compiled=True),
+        "accumulation": [{"size": size, "kind": kind, **one_step(size, kind)} for size, kind in cuts],
+        "eager": [counts(compiled=False, documents=documents) for documents in (False, True)],
+        "compiled": [counts(compiled=True, documents=documents) for documents in (False, True)],
     }
     args.out.write_text(json.dumps(result), encoding="utf-8")
     leave_process_group()

@@ -15,20 +15,22 @@ def test_step_is_exact_and_free_of_waits_and_recompilation(launch: Callable[...,
     launch("tests/end_to_end/drive_engine.py", str(out), launcher="python")
     found: dict[str, Any] = json.loads(out.read_text())
 
-    for padded in (False, True):
-        whole, *cut = [step for step in found["accumulation"] if step["padded"] is padded]
+    losses = {}
+    for kind in ("whole", "padded", "documents"):
+        whole, *cut = [step for step in found["accumulation"] if step["kind"] == kind]
         gradient = np.array(whole["gradient"])
         for step in cut:
             assert step["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-            assert np.linalg.norm(np.array(step["gradient"]) - gradient) <= 1e-6 * np.linalg.norm(gradient), step[
-                "size"
-            ]
-    losses = {step["padded"]: step["loss"] for step in found["accumulation"]}
-    assert losses[True] != losses[False], "padding is not counted"
+            error = np.linalg.norm(np.array(step["gradient"]) - gradient)
+            assert error <= 1e-6 * np.linalg.norm(gradient), (kind, step["size"])
+        losses[kind] = whole["loss"]
+    assert len(set(losses.values())) == 3, "padding and first tokens of documents are not counted"
 
-    eager, compiled = found["eager"], found["compiled"]
-    assert (eager["micro_steps"], eager["counter_sees"]) == (60, 1)
-    assert eager["operators"] > 60 * 100
-    assert eager["syncs"] == 0
-    assert compiled["graphs"] >= 2, "blocks and loss"
-    assert (compiled["recompiled"], compiled["graph_breaks"]) == (0, 0)
+    for eager, compiled in zip(found["eager"], found["compiled"], strict=True):
+        assert (eager["micro_steps"], eager["counter_sees"]) == (60, 1)
+        assert eager["operators"] > 60 * 100
+        assert eager["syncs"] == 0
+        assert compiled["graphs"] >= 2, "blocks and loss"
+        assert (compiled["recompiled"], compiled["graph_breaks"]) == (0, 0)
+    windows, documents = found["compiled"]
+    assert documents["graphs"] > windows["graphs"], "blocks that take a mask are another graph"
