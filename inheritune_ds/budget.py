@@ -337,12 +337,12 @@ def tokens_an_epoch(unique_tokens: int, seq_len: int) -> int:
     return max(unique_tokens - 1, 0) // seq_len * seq_len
 
 
-def steps_in(training: Training, unique_tokens: int | None) -> int | None:
+def steps_in(training: Training, epoch_tokens: int | None) -> int | None:
     """Optimizer steps of a recipe: the whole steps that fit its duration; None for epochs of unknown length.
 
     Args:
         training: Duration and batch.
-        unique_tokens: Training tokens of the corpus; None when it is not known yet.
+        epoch_tokens: Tokens of all windows of the corpus; None when it is not known yet.
 
     Raises:
         RecipeError: When the duration is shorter than one step.
@@ -351,9 +351,9 @@ def steps_in(training: Training, unique_tokens: int | None) -> int | None:
     if unit == "steps":
         return count
     if unit == "epochs":
-        if unique_tokens is None:
+        if epoch_tokens is None:
             return None
-        count *= tokens_an_epoch(unique_tokens, training.seq_len)
+        count *= epoch_tokens
     steps = count // training.global_batch_tokens
     if steps == 0:
         raise RecipeError(

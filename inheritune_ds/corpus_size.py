@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from inheritune_ds.budget import GIB
-from inheritune_ds.corpus import Corpus, EmbeddedSource, FilesSource, Source, TokensSource, TrainedTokenizer
+from inheritune_ds.corpus import Corpus, EmbeddedSource, FilesSource, HubSource, Source, TokensSource, TrainedTokenizer
 from inheritune_ds.data.readers import expand
+from inheritune_ds.data.token_import import token_files
 
 _BYTES_A_TOKEN = 4.0
 """English text under a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""
@@ -20,10 +21,20 @@ _EXPANSION = {".gz": 3.0, ".zst": 3.0, ".parquet": 1.7}
 
 @dataclass(frozen=True)
 class Tokens:
-    """Training tokens of a corpus; `estimate` until its token files are written."""
+    """Training tokens of a corpus.
 
-    count: int
+    Attributes:
+        parts: Tokens of every source; of all together as long as they are estimated.
+        estimate: Until the token files are written.
+    """
+
+    parts: tuple[int, ...]
     estimate: bool
+
+    @property
+    def count(self) -> int:
+        """Tokens of all sources."""
+        return sum(self.parts)
 
 
 def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:
@@ -40,7 +51,7 @@ def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:
         try:
             manifest = json.loads(path.read_bytes())
             if _same_corpus(corpus, manifest):
-                return Tokens(int(manifest["train_tokens"]), estimate=False)
+                return Tokens(tuple(int(source["train_tokens"]) for source in manifest["sources"]), estimate=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not a finished manifest of this version: the corpus is tokenized again, and says so
     return estimate_tokens(corpus)
@@ -57,28 +68,28 @@ def _same_corpus(corpus: Corpus, manifest: Mapping[str, Any]) -> bool:
         same_tokenizer = spoken.get("train") == tokenizer.vocab_size
     else:
         same_tokenizer = tokenizer is not None and spoken.get("name") == tokenizer
-    settings = {key: getattr(corpus, key) for key in ("validation_ratio", "max_tokens", "token_dtype")}
+    settings = corpus.model_dump(mode="json", include=set(manifest["corpus"]))
     identities = [source["identity"] for source in manifest["sources"]]
     return (
         same_tokenizer
         and manifest["corpus"] == settings
         and len(identities) == len(corpus.sources)
-        and all(_same_source(*pair) for pair in zip(corpus.sources, identities, strict=True))
+        and all(map(_same_source, corpus.sources, corpus.token_limits, identities))
     )
 
 
-def _same_source(source: Source, identity: Mapping[str, Any]) -> bool:
-    if source.kind != identity["kind"]:
+def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any]) -> bool:
+    settings = source.model_dump(mode="json", exclude={"weight", "max_tokens"})
+    known = all(settings[key] == identity[key] for key in settings.keys() & identity.keys())
+    if not known or limit != identity["max_tokens"]:
         return False
     if isinstance(source, EmbeddedSource):
         return bool(identity["python"] == platform.python_version())
-    if isinstance(source, FilesSource):
-        files = [(path.name, path.stat().st_size) for path in expand(source.paths)]
-        written = [(file["name"], file["size"]) for file in identity["files"]]
-        keys: tuple[str, ...] = ("text_field", "document_separator")
-        return files == written and all(getattr(source, key) == identity[key] for key in keys)
-    keys = ("dataset", "data_files", "split", "text_field")
-    return all(getattr(source, key) == identity.get(key) for key in keys)
+    if isinstance(source, HubSource):
+        return True
+    paths = expand(source.paths) if isinstance(source, FilesSource) else token_files(source)
+    files = [(path.name, path.stat().st_size) for path in paths]
+    return files == [(file["name"], file["size"]) for file in identity["files"]]
 
 
 def estimate_tokens(corpus: Corpus) -> Tokens | None:
@@ -89,11 +100,12 @@ def estimate_tokens(corpus: Corpus) -> Tokens | None:
     """
     sizes = [_text_bytes(source) for source in corpus.sources]
     if corpus.max_tokens is not None:
-        return Tokens(corpus.max_tokens, estimate=True)
+        return Tokens((corpus.max_tokens,), estimate=True)
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes):
         return None
-    return Tokens(int(sum(known) / _BYTES_A_TOKEN * (1.0 - corpus.validation_ratio)), estimate=True)
+    found = int(sum(known) / _BYTES_A_TOKEN * (1.0 - corpus.validation_ratio))
+    return Tokens((found,), estimate=True)
 
 
 def _text_bytes(source: Source) -> float | None:
@@ -103,7 +115,7 @@ def _text_bytes(source: Source) -> float | None:
     if isinstance(source, FilesSource):
         return float(sum(path.stat().st_size * _expansion(path.name) for path in expand(source.paths)))
     if isinstance(source, TokensSource):
-        return _BYTES_A_TOKEN * Path(source.train).stat().st_size / 2 if Path(source.train).is_file() else None
+        return _BYTES_A_TOKEN * sum(path.stat().st_size for path in token_files(source)) / 2
     return source.download_gib * GIB * _expansion(source.data_files) if source.download_gib else None
 
 

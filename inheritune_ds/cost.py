@@ -95,9 +95,9 @@ def build_budget(
     training, layout = recipe.training, layout_of(ds_config, recipe, world_size)
     micro_batch_size = int(ds_config["train_micro_batch_size_per_gpu"])
     accumulation = int(ds_config["gradient_accumulation_steps"])
-    steps = steps_in(training, unique.count if unique else None)
+    epoch = sum(tokens_an_epoch(part, training.seq_len) for part in unique.parts) if unique else None
+    steps = steps_in(training, epoch)
     seen = None if steps is None else steps * training.global_batch_tokens
-    epoch = tokens_an_epoch(unique.count, training.seq_len) if unique else 0
     count = parameters(*shape) if shape else None
     a_token = flops_per_token(*shape, training.seq_len) if shape else None
     saved = checkpoint_bytes(count.total, layout["precision"]) if count else None

@@ -120,6 +120,7 @@ def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], result: Map
         report: The inheritance report.
         result: The run's figures (run.json).
     """
+    unique = "" if result["unique_tokens"] is None else f" ({result['unique_tokens']:,} unique)"
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [inheritune]\n---\n"
     return f"""{front}
 # {recipe["name"]}
@@ -128,7 +129,7 @@ def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], result: Map
 
 - Lineage: {lineage(report)}
 - Parameters: {result["parameters"]:,} ({result["block_parameters"]:,} in {result["blocks"]} blocks)
-- Training: {result["steps"]:,} steps, {result["tokens_seen"]:,} tokens seen ({result["unique_tokens"]:,} unique),
+- Training: {result["steps"]:,} steps, {result["tokens_seen"]:,} tokens seen{unique},
   precision {result["precision"]}, ZeRO stage {result["zero_stage"]}, {result["world_size"]} rank(s)
 - Validation loss: {result["val_loss"]:.4f} +- {result["val_stderr"]:.4f} nats a token
 - Licence: that of the reference and of the corpus; this card grants nothing beyond them.

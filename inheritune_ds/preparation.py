@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from inheritune_ds.corpus import TrainedTokenizer
-from inheritune_ds.data.stream import TokenWindows
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokenize import prepare
+from inheritune_ds.data.tokenizer_choice import tokenizer_of
 from inheritune_ds.data.vocabulary import load_tokenizer
 from inheritune_ds.errors import CorpusError, RunFolderError, SurgeryError
 from inheritune_ds.files import read_json, write_json
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import differences, load_recipe
+from inheritune_ds.run_data import DataRecord, RunData
 from inheritune_ds.run_folder import RunFolder, with_revisions
 from inheritune_ds.scores import read_scores
 from inheritune_ds.surgery.inherit import MANIFEST, TargetModel, build_target, find_target, make_config
@@ -66,7 +66,10 @@ def prepare_run(
     if recipe.reference is not None and not recipe.target.inherits_nothing:
         say(f"reference: {recipe.reference.model}")
         reference = locate(recipe.reference, export_of)
-    tokens = _tokens(recipe, reference, cache_dir, say)
+    record = DataRecord(folder.path)
+    tokenizer, revision = tokenizer_of(recipe, reference.folder if reference is not None else None)
+    tokens = prepare(recipe.corpus, tokenizer, cache_dir, revision=revision, damage_of=record.damage_of, say=say)
+    record.settle(recipe, tokens, has_checkpoints=bool(newest_step(folder.checkpoints)))
     counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} validation tokens"
     say(f"tokens: {counts} in {tokens.folder}")
     identity: dict[str, Any] = {
@@ -157,23 +160,6 @@ def open_prepared(note: Mapping[str, str], folder: RunFolder) -> Prepared:
         time.sleep(POLL_S)
 
 
-def _tokens(recipe: Recipe, reference: ReferenceModel | None, cache_dir: Path, say: Callable[[str], None]) -> TokenSet:
-    tokenizer, revision = _tokenizer_of(recipe, reference)
-    return prepare(recipe.corpus, tokenizer, cache_dir, revision=revision, say=say)
-
-
-def _tokenizer_of(recipe: Recipe, reference: ReferenceModel | None) -> tuple[str | TrainedTokenizer, str]:
-    """Name and revision of the tokenizer: the corpus's own, else the reference's."""
-    if recipe.corpus.tokenizer is not None:
-        return recipe.corpus.tokenizer, "main"
-    if reference is not None:
-        return str(reference.folder), "main"
-    assert recipe.reference is not None  # the recipe's own check
-    if recipe.reference.recipe_name is not None:
-        return _tokenizer_of(load_recipe(recipe.reference.recipe_name), None)
-    return recipe.reference.model, recipe.reference.revision
-
-
 def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreTrainedConfig | None":
     """Config that the target's is cut from; None from scratch."""
     if reference is not None:
@@ -231,12 +217,11 @@ class ReferenceScorer:
         return losses
 
 
-def validator_for(recipe: Recipe, tokens: TokenSet, *, batch_size: int, rank: int = 0, size: int = 1) -> Validator:
+def validator_for(recipe: Recipe, data: RunData, *, batch_size: int, rank: int = 0, size: int = 1) -> Validator:
     """The recipe's fixed validation windows."""
-    windows = TokenWindows(
-        tokens.validation_path, tokens.token_dtype, recipe.training.seq_len, tokens.validation_tokens
+    return Validator(
+        data.held_out, max_tokens=recipe.validation.max_tokens, batch_size=batch_size, rank=rank, size=size
     )
-    return Validator(windows, max_tokens=recipe.validation.max_tokens, batch_size=batch_size, rank=rank, size=size)
 
 
 def _score_reference(
@@ -254,12 +239,16 @@ def _score_reference(
         "tokens": tokens.fingerprint,
         "seq_len": recipe.training.seq_len,
         "max_tokens": recipe.validation.max_tokens,
+        "packing": recipe.training.packing,
+        "source_weights": recipe.corpus.weights,
     }
     written = read_json(path)
     if written is not None and written["identity"] == identity:
         return
     model = load_model(reference.folder, dtype="float32")
-    result: ValidationResult = validator_for(recipe, tokens, batch_size=8).validate(ReferenceScorer(model, say))
+    result: ValidationResult = validator_for(recipe, RunData(recipe, tokens), batch_size=8).validate(
+        ReferenceScorer(model, say)
+    )
     if not math.isfinite(result.loss):
         bad = sum(not math.isfinite(loss) for loss in result.windows)
         raise SurgeryError(

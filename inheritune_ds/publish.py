@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all: written beside their place, synced, then renamed."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -43,9 +44,55 @@ def staged(
             staging.mkdir()
         yield staging
         with storage_errors(final):
-            _publish(staging, final, usable, replaceable)
+            publish(staging, final, usable, replaceable)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Make a folder and be the only process that fills it; another one waits until this one is done or gone.
+
+    Unlike `staged`, what was filled stays after an error or a kill, so that it can be gone on with.
+
+    Args:
+        folder: To be filled.
+        say: Prints a line if this process has to wait.
+
+    Raises:
+        StorageError: The folder or its lock cannot be made.
+    """
+    lock = folder.with_name(f"{folder.name}.lock")
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent, socket.gethostname())
+        descriptor = _lock(lock, say)
+    try:
+        with storage_errors(folder):
+            folder.mkdir(exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # only if nothing was filled in
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path, say: Callable[[str], None]) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process fills {path.with_suffix('')}; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # the one who had it has removed the file: that lock is nobody's any more
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -109,7 +156,13 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _publish(staging: Path, final: Path, usable: Callable[[Path], bool], replaceable: Callable[[Path], bool]) -> None:
+def publish(
+    staging: Path,
+    final: Path,
+    usable: Callable[[Path], bool] = lambda _: False,
+    replaceable: Callable[[Path], bool] = lambda _: True,
+) -> None:
+    """Sync a complete folder and let it appear under its final name; the arguments are those of `staged`."""
     sync_folder(staging)
     try:
         staging.rename(final)  # succeeds where nothing is, or an empty folder
@@ -126,8 +179,13 @@ def _publish(staging: Path, final: Path, usable: Callable[[Path], bool], replace
     sync_path(final.parent)
 
 
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.broken.tmp")
+
+
 def _replace(staging: Path, final: Path) -> None:
-    broken = staging.with_suffix(".broken.tmp")
+    broken = _replaced(final)
+    _remove(broken)
     final.rename(broken)
     try:
         staging.rename(final)

@@ -15,9 +15,8 @@ import torch
 
 from inheritune_ds import __version__
 from inheritune_ds.analysis.report import write_run_report
-from inheritune_ds.budget import flops_per_token, steps_in
-from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
-from inheritune_ds.errors import CorpusError, InherituneError, RunFolderError, StorageError
+from inheritune_ds.budget import flops_per_token
+from inheritune_ds.errors import InherituneError, RunFolderError, StorageError
 from inheritune_ds.export import PROBE_TOKENS, check_logits, export_model, model_card, write_probe
 from inheritune_ds.files import write_json
 from inheritune_ds.gpus import identify, mfu
@@ -28,6 +27,7 @@ from inheritune_ds.preparation import Prepared, open_prepared, prepare_run, vali
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.recorder import RunRecorder, SilentRecorder
+from inheritune_ds.run_data import RunData
 from inheritune_ds.run_folder import FolderBusyError, RunFolder, State
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.surgery.reference import load_model
@@ -36,7 +36,6 @@ from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, ne
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
 from inheritune_ds.training.engine import Engine, start_process_group
 from inheritune_ds.training.kernels import Kernels, choose_kernels
-from inheritune_ds.training.lengths import check_lengths
 from inheritune_ds.training.loop import LoopParts, LoopResult, train
 from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.optimizer import parameter_groups
@@ -161,15 +160,15 @@ class _Run:
             launch.say("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
         start_process_group(self._world)
         model = load_model(prepared.target.folder, dtype="float32")
-        kernels = self._choose_kernels(
-            model.config, 6.0 * model.num_parameters() * self._tokens(prepared) / self._world.size
-        )
+        data = RunData(self._recipe, prepared.tokens)
+        run_tokens = data.total_steps * self._recipe.training.global_batch_tokens
+        kernels = self._choose_kernels(model.config, 6.0 * model.num_parameters() * run_tokens / self._world.size)
         if launch.auto_micro_batch:
             self._resolved = with_tried_micro_batch(
                 self._resolved, self._recipe, prepared.target.folder, folder.path, kernels=kernels, launch=launch
             )
         groups = parameter_groups(model, self._recipe.optimizer.weight_decay)
-        engine = Engine(model, self._resolved.config, self._world, kernels)
+        engine = Engine(model, self._resolved.config, self._world, kernels, data.packing)
         for note in engine.notes:
             launch.say(note)
         refuse_replaced_loss(self._resolved.kernels, engine.kernels, "; ".join(engine.notes))
@@ -177,13 +176,13 @@ class _Run:
             keep(folder.path, engine.kernels)
             self._write_ds_config(engine.kernels, groups)
         try:
-            result = self._train(engine, prepared)
+            result = self._train(engine, data)
             if not result.finished:
                 reason = f"{launch.stop.requested or 'another rank'}: saved at step {result.state.step}"
                 _mark(folder, "requeue", reason)
                 launch.say(f"stopped and saved at step {result.state.step}; the same command goes on from there")
                 return False
-            self._finish(engine, prepared, result.state)
+            self._finish(engine, prepared, data, result.state)
         finally:
             engine.close()
         return True
@@ -239,21 +238,8 @@ class _Run:
             launch.say(f"allocator: {keep_freed_memory()}")
         return kernels
 
-    def _train(self, engine: Engine, prepared: Prepared) -> LoopResult:
+    def _train(self, engine: Engine, data: RunData) -> LoopResult:
         recipe, world, launch = self._recipe, self._world, self._launch
-        windows = TokenWindows(
-            prepared.tokens.train_path,
-            prepared.tokens.token_dtype,
-            recipe.training.seq_len,
-            prepared.tokens.train_tokens,
-        )
-        if not len(windows):
-            raise CorpusError(
-                f"the training part has {prepared.tokens.train_tokens} tokens, less than one window of "
-                f"training.seq_len = {recipe.training.seq_len}",
-                action="add documents to corpus.sources or lower training.seq_len",
-            )
-        total_steps = self._total_steps(prepared)
         checkpoints = Checkpoints(
             self._folder.checkpoints,
             layout=self._layout,
@@ -262,14 +248,14 @@ class _Run:
             say=launch.say,
         )
         state = checkpoints.resume(engine)
-        recorder = RunRecorder(self._folder, recipe, total_steps, state) if world.is_main else SilentRecorder()
+        recorder = RunRecorder(self._folder, recipe, data.total_steps, state) if world.is_main else SilentRecorder()
         parts = LoopParts(
             recipe=recipe,
             engine=engine,
-            stream=BatchStream(windows, WindowOrder(len(windows), recipe.seed), recipe.training.batch_windows),
+            stream=data.stream,
             validator=validator_for(
                 recipe,
-                prepared.tokens,
+                data,
                 batch_size=self._resolved.micro_batch_size,
                 rank=world.rank,
                 size=world.size,
@@ -281,24 +267,16 @@ class _Run:
             eval_dir=self._folder.eval,
             micro_batch_size=self._resolved.micro_batch_size,
             utilisation=self._utilisation(),
+            data_metrics=data.metrics,
         )
         if world.is_main:
             self._folder.write_status("running", step=state.step if state else 0)
         launch.stop.deferred = True
         try:
-            return train(parts, total_steps, state)
+            return train(parts, data.total_steps, state)
         finally:
             launch.stop.deferred = False
             recorder.close()
-
-    def _tokens(self, prepared: Prepared) -> int:
-        return self._total_steps(prepared) * self._recipe.training.global_batch_tokens
-
-    def _total_steps(self, prepared: Prepared) -> int:
-        total = steps_in(self._recipe.training, prepared.tokens.train_tokens)
-        assert total is not None  # unknown only while the corpus is not prepared
-        check_lengths(self._recipe, total)
-        return total
 
     def _utilisation(self) -> Any:
         """tokens/s -> MFU, on a GPU whose peak is known."""
@@ -309,21 +287,17 @@ class _Run:
         flops = flops_per_token(*shape, self._recipe.training.seq_len)
         return lambda tokens_per_s: mfu(tokens_per_s, flops, gpu, self._world.size)
 
-    def _finish(self, engine: Engine, prepared: Prepared, state: RunState) -> None:
+    def _finish(self, engine: Engine, prepared: Prepared, data: RunData, state: RunState) -> None:
         """Gather the trained state, let rank 0 write everything, and leave together; all ranks."""
         self._launch.say("exporting")
-        validation = TokenWindows(
-            prepared.tokens.validation_path,
-            prepared.tokens.token_dtype,
-            self._recipe.training.seq_len,
-            prepared.tokens.validation_tokens,
-        )
-        probe = validation.read(np.zeros(1, dtype=np.int64))[:, :PROBE_TOKENS]
+        probe = data.held_out.read(np.zeros(1, dtype=np.int64))[:, :PROBE_TOKENS]
         logits = engine.probe_logits(probe)
         # All ranks take part in gathering each tensor; rank 0 keeps it.
         parameters = {name: value for name, value in engine.full_parameters() if self._world.is_main}
         self._launch.meeting.by_main(
-            lambda: self._write_results(prepared, self._result(prepared, state, engine), parameters, probe, logits)
+            lambda: self._write_results(
+                prepared, self._result(prepared, data, state, engine), parameters, probe, logits
+            )
         )
 
     def _write_results(
@@ -354,10 +328,9 @@ class _Run:
         folder.write_status("finished", step=result["steps"])
         launch.say(_where(folder, report))
 
-    def _result(self, prepared: Prepared, state: RunState, engine: Engine) -> dict[str, Any]:
+    def _result(self, prepared: Prepared, data: RunData, state: RunState, engine: Engine) -> dict[str, Any]:
         """The figures of run.json."""
         final = json.loads((self._folder.eval / f"validation-step-{state.step:08d}.json").read_text(encoding="utf-8"))
-        unique = prepared.tokens.train_tokens
         return {
             "name": self._recipe.name,
             "version": __version__,
@@ -368,8 +341,10 @@ class _Run:
             "steps": state.step,
             "skipped_steps": state.skipped_steps,
             "tokens_seen": state.tokens,
-            "unique_tokens": unique,
-            "epochs": state.tokens / unique,
+            "unique_tokens": data.unique_tokens(state.step),
+            "corpus_tokens": prepared.tokens.train_tokens,
+            "epochs": state.tokens / (data.stream.num_windows * self._recipe.training.seq_len),
+            "sources": data.by_source(state.step),
             "train_seconds": state.train_seconds,
             "world_size": self._world.size,
             "zero_stage": self._resolved.zero_stage,

@@ -7,6 +7,7 @@ import json
 import math
 import netrc
 import os
+import re
 import secrets
 import sys
 from collections.abc import Mapping
@@ -47,9 +48,19 @@ METRICS: Mapping[str, Metric] = {
     "perf/outside_ratio": Metric("ratio", "share of a step outside the forward and backward passes of rank 0"),
     "perf/data_wait_ratio": Metric("ratio", "share of a step that rank 0 waited for its tokens"),
     "perf/mfu": Metric("ratio", "model FLOPs per second over the peak of the devices in the run's precision"),
+    "data/<source>/tokens_seen": Metric("tokens", "tokens of that source trained on since step 0"),
+    "data/<source>/unique_tokens": Metric(
+        "tokens", "different ones among them; not told with `sampling: random`, which may give parts of a window again"
+    ),
+    "data/<source>/epochs": Metric("1", "tokens seen of that source / tokens of its windows"),
     "mem/peak_gib": Metric("GiB", "peak memory allocated on the device of rank 0"),
 }
 """Every name that may be logged."""
+
+
+def _listed(name: str) -> str:
+    """The name under which METRICS lists a metric: every source has its own of `data/`."""
+    return re.sub(r"^data/[^/]+/", "data/<source>/", name)
 
 
 class Tracker:
@@ -88,7 +99,7 @@ class Tracker:
             TrainingError: For a value that is not a finite number; nothing is written.
             StorageError: When the row cannot be written.
         """
-        unknown = sorted(values.keys() - (METRICS.keys() - {TOKENS}))
+        unknown = sorted(name for name in values if name == TOKENS or _listed(name) not in METRICS)
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: not a metric that may be logged; tracking.METRICS lists them")
         row: dict[str, int | float] = {"step": step, TOKENS: tokens}

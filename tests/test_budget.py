@@ -335,21 +335,22 @@ def training(duration: str, batch: int = 131_072) -> Training:
 def test_steps_in_takes_whole_steps_of_each_unit() -> None:
     assert steps_in(training("100_000 steps"), None) == 100_000
     assert steps_in(training("250M tokens"), None) == 1907
-    assert steps_in(training("8 epochs"), 1_000_000_000) == 61_035
+    assert steps_in(training("8 epochs"), tokens_an_epoch(1_000_000_000, 2048)) == 61_035
     assert steps_in(training("8 epochs"), None) is None
 
 
 @given(epochs=st.integers(1, 9), unique=st.integers(200_000, 10_000_000))
 def test_steps_in_never_sees_more_than_the_epochs_asked_for(epochs: int, unique: int) -> None:
-    steps = steps_in(training(f"{epochs} epochs"), unique)
-    asked = epochs * tokens_an_epoch(unique, 2048)
+    an_epoch = tokens_an_epoch(unique, 2048)
+    steps = steps_in(training(f"{epochs} epochs"), an_epoch)
+    asked = epochs * an_epoch
     assert steps is not None
     assert steps * 131_072 <= asked < (steps + 1) * 131_072
 
 
 def test_steps_in_refuses_less_than_one_step() -> None:
     with pytest.raises(RecipeError, match=r"'1 epochs' is 98304 tokens, less than one step of 131072 tokens"):
-        steps_in(training("1 epochs"), 100_000)
+        steps_in(training("1 epochs"), tokens_an_epoch(100_000, 2048))
 
 
 def test_tokens_an_epoch_leaves_out_the_token_that_is_only_a_target() -> None:

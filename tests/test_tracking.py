@@ -84,7 +84,7 @@ def track(run_dir: Path, rows: list[tuple[int, dict[str, float]]], resume_step: 
 
 def test_metrics_table_gives_each_name_a_unit_and_a_meaning() -> None:
     assert all(metric.unit and metric.meaning for metric in METRICS.values())
-    assert {name.split("/")[0] for name in METRICS} == {"train", "val", "perf", "mem"}
+    assert {name.split("/")[0] for name in METRICS} == {"train", "val", "data", "perf", "mem"}
 
 
 def test_tracker_writes_floats_at_full_precision(tmp_path: Path) -> None:

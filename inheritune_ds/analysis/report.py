@@ -231,13 +231,14 @@ def _validation_table(result: RunResult) -> list[str]:
 
 def _facts_table(result: RunResult) -> list[str]:
     summary = result.summary
+    unique = "not counted, windows were drawn at random" if summary.unique_tokens is None else f"{summary.unique_tokens:,}"
     facts = {
         "parameters": f"{summary.parameters:,}",
         "blocks": f"{summary.blocks} ({summary.block_parameters:,} parameters in them)",
         "start": {"inherited": "inherited from the reference", "scratch": "random"}[summary.kind],
         "steps": f"{summary.steps:,}",
         "tokens seen": f"{summary.tokens_seen:,}",
-        "unique tokens": f"{summary.unique_tokens:,} ({summary.epochs:.2f} epochs)",
+        "unique tokens": f"{unique} ({summary.epochs:.2f} epochs)",
         "training time": f"{summary.train_seconds:,.0f} s",
         "ranks": f"{summary.world_size} (ZeRO stage {summary.zero_stage}, {summary.precision})",
         "fp32 master weights": {

@@ -49,7 +49,8 @@ class RunSummary(BaseModel):
     block_parameters: int
     steps: int
     tokens_seen: int
-    unique_tokens: int
+    unique_tokens: int | None
+    """Different tokens among them; None with random sampling."""
     epochs: float
     train_seconds: float
     """Wall-clock seconds of training, all launches together."""

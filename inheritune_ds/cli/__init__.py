@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "train": "train a recipe: prepare, inherit, train, export, report (also: train.py)",
+    "prepare": "make the token files of a recipe: read, tokenize, split, count",
     "plan": "print the resolved recipe and DeepSpeed config and the whole budget",
     "inherit": "cut a model: keep some of its blocks, prove the result, write a Hugging Face folder",
     "study": "train a reference, its target and a baseline, and compare them",

@@ -27,6 +27,8 @@ class Meter:
         self.done = 0
         self._bar: tuple[Progress, TaskID] | None = None
         self._started_s = self._line_due_s = 0.0
+        self._share: float | None = None
+        self._first_share: float | None = None
 
     def __enter__(self) -> Self:
         self._started_s = time.monotonic()
@@ -42,14 +44,18 @@ class Meter:
             self._bar[0].stop()
             self._bar = None
 
-    def advance(self, amount: int, note: str = "") -> None:
+    def advance(self, amount: int, note: str = "", share: float | None = None) -> None:
         """Add to the count and show the new state.
 
         Args:
             amount: Units done since the last call.
             note: More to say, such as how many documents these were.
+            share: How much of all is done, from 0 to 1, where that is known better than from `total`.
         """
         self.done += amount
+        if share is not None and self._first_share is None:
+            self._first_share = share
+        self._share = share
         now_s = time.monotonic()
         if self._bar:
             progress, task = self._bar
@@ -62,9 +68,18 @@ class Meter:
         per_s = self.done / max(now_s - self._started_s, 1e-9)
         of_total = f" of {self.total:,}" if self.total else ""
         parts = [f"{self.done:,}{of_total} {self.unit}", note, f"{per_s:,.0f} {self.unit}/s"]
-        if self.total and self.done:
-            parts.append(f"{max(0, self.total - self.done) / per_s:,.0f} s left")
+        left_s = self._left_s(now_s, per_s)
+        if left_s is not None:
+            parts.append(f"{left_s:,.0f} s left")
         return ", ".join(part for part in parts if part)
+
+
+    def _left_s(self, now_s: float, per_s: float) -> float | None:
+        """Seconds left, by the share of the input that was read (if it is given) or by the total."""
+        if self._share is not None and self._first_share is not None:
+            since = self._share - self._first_share  # what an earlier, killed process did took none of this time
+            return (now_s - self._started_s) * max(0.0, 1.0 - self._share) / since if since > 0 else None
+        return max(0, self.total - self.done) / per_s if self.total and self.done else None
 
 
 def _open_bar(title: str, total: int | None) -> "tuple[Progress, TaskID]":

@@ -12,6 +12,44 @@ from inheritune_ds.publish import has_files
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A token file.
+
+    Attributes:
+        path: Header-free little-endian integers.
+        tokens: How many.
+    """
+
+    path: Path
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """The tokens of one source.
+
+    Attributes:
+        name: As in the recipe.
+        train: Its shards to train on, in order.
+        validation: Its shards that are held out.
+    """
+
+    name: str
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens to train on."""
+        return sum(shard.tokens for shard in self.train)
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens held out."""
+        return sum(shard.tokens for shard in self.validation)
+
+
+@dataclass(frozen=True)
 class TokenSet:
     """A finished folder of token files.
 
@@ -29,6 +67,18 @@ class TokenSet:
         return str(self.manifest["fingerprint"])
 
     @property
+    def sources(self) -> tuple[TokenSource, ...]:
+        """The sources in the order of the recipe."""
+        return tuple(
+            TokenSource(entry["name"], self._shards(entry, "train"), self._shards(entry, "validation"))
+            for entry in self.manifest["sources"]
+        )
+
+    def _shards(self, entry: Mapping[str, Any], part: str) -> tuple[Shard, ...]:
+        folder = self.folder / entry["name"]
+        return tuple(Shard(folder / shard["file"], int(shard["tokens"])) for shard in entry[part])
+
+    @property
     def token_dtype(self) -> str:
         """`uint16` or `uint32`, little-endian."""
         return str(self.manifest["token_dtype"])
@@ -40,38 +90,28 @@ class TokenSet:
 
     @property
     def eos_id(self) -> int:
-        """Id of the token that ends every document."""
+        """Id of the token that ends every document, and stands nowhere else."""
         return int(self.manifest["eos_id"])
 
     @property
     def train_tokens(self) -> int:
-        """Tokens in `train.bin`."""
+        """Tokens to train on, of all sources."""
         return int(self.manifest["train_tokens"])
 
     @property
     def validation_tokens(self) -> int:
-        """Tokens in `validation.bin`."""
+        """Tokens held out, of all sources."""
         return int(self.manifest["validation_tokens"])
 
     @property
     def train_documents(self) -> int:
-        """Documents in `train.bin`; the last may be cut by `max_tokens`."""
+        """Documents to train on; the last of a source may be cut by a limit."""
         return int(self.manifest["train_documents"])
 
     @property
     def validation_documents(self) -> int:
-        """Documents in `validation.bin`."""
+        """Documents held out."""
         return int(self.manifest["validation_documents"])
-
-    @property
-    def train_path(self) -> Path:
-        """The tokens to train on."""
-        return self.folder / "train.bin"
-
-    @property
-    def validation_path(self) -> Path:
-        """The tokens held out."""
-        return self.folder / "validation.bin"
 
     @property
     def tokenizer_dir(self) -> Path:

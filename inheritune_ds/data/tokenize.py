@@ -1,91 +1,109 @@
 """Documents to token files: made once, found again by a fingerprint of everything that decides them.
 
-`cache/tokens/<fingerprint>/` holds `train.bin` and `validation.bin` (header-free little-endian
-integers), `tokenizer/` (a Hugging Face folder) and `manifest.json`. A document becomes what the
-tokenizer makes of it with its own special tokens (LLaMA's puts <s> in front, GPT-2's nothing),
-then one end-of-text token; documents follow one another without padding.
+`cache/tokens/<fingerprint>/` holds a folder for every source with its shards (header-free little-endian integers:
+`train-00000.bin`, `validation-00000.bin`, ...), `tokenizer/` (a Hugging Face folder) and `manifest.json`. A document
+becomes what the tokenizer makes of it with its own special tokens (LLaMA's puts <s> in front, GPT-2's nothing), then
+one end-of-text token; documents follow one another without padding. While it is made, everything lies in
+`cache/tokens/.<fingerprint>.partial/`, from where a killed preparation goes on.
 """
 
 import hashlib
+import itertools
 import json
-import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
-from inheritune_ds.corpus import Corpus, EmbeddedSource, Source, TrainedTokenizer
-from inheritune_ds.data import embedded, sources
+from inheritune_ds.corpus import Corpus, Source, TokensSource, TrainedTokenizer
+from inheritune_ds.data import sources, token_import
+from inheritune_ds.data.build import COUNTS, Build, TokenFormat
+from inheritune_ds.data.fidelity import Fidelity, check_fidelity
+from inheritune_ds.data.file_marks import Snapshot
+from inheritune_ds.data.journal import Journal
+from inheritune_ds.data.overlap import OverlapIndex
+from inheritune_ds.data.pieces import TextEncoder
 from inheritune_ds.data.progress import Meter
+from inheritune_ds.data.shard_files import SHARD_TOKENS
+from inheritune_ds.data.split import is_held_out
 from inheritune_ds.data.token_set import TokenSet, find_damage, open_finished
-from inheritune_ds.data.vocabulary import backend_of, load_tokenizer, tokenizer_sha256, train_tokenizer
+from inheritune_ds.data.vocabulary import (
+    backend_of,
+    load_tokenizer,
+    sentencepiece_model,
+    tokenizer_sha256,
+    train_tokenizer,
+)
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.files import storage_errors, write_json
-from inheritune_ds.publish import describe_files, staged
+from inheritune_ds.files import read_json, storage_errors, write_json
+from inheritune_ds.publish import describe_files, exclusive, has_files, publish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenSet", "held_out", "load_tokenizer", "prepare"]
-
-FORMAT = 1
+FORMAT = 2
 """Version of the token files: raised whenever the same corpus would give other bytes."""
+SAMPLE_DOCUMENTS = 32
+"""Documents of every source on which the tokenizer is tried before anything is written."""
 
-_BATCH_CHARACTERS = 2**20
-_BATCH_DOCUMENTS = 512
 
-
-def prepare(
+def prepare(  # noqa: PLR0913 - one argument for each thing that decides
     corpus: Corpus,
     tokenizer: str | TrainedTokenizer,
     cache_dir: Path,
     *,
     revision: str = "main",
+    workers: int | None = None,
+    damage_of: Callable[[TokenSet], str | None] = find_damage,
+    shard_tokens: int = SHARD_TOKENS,
     say: Callable[[str], None] = print,
 ) -> TokenSet:
-    """Return the tokens of a corpus, made now unless they are there, every file as it was written.
+    """Return the tokens of a corpus, made now unless they are there.
 
     Args:
         corpus: What to read.
         tokenizer: Hub id, local folder, or how to train one.
         cache_dir: The cache; tokens appear under `tokens/`, whole or not at all.
         revision: Of a tokenizer on the hub.
-        say: Prints one line: that damaged tokens are made anew.
+        workers: Processes that encode; as many as this process may use cores when left out.
+        damage_of: Says what is wrong with finished token files whose sizes are right; None if nothing is.
+        shard_tokens: When a shard is closed.
+        say: Prints one line.
 
     Raises:
         CorpusError: A corpus file is missing or damaged, a part is empty, or the tokens do not fit.
         HubError: The hub is needed and cannot be reached.
         StorageError: The cache cannot be written.
     """
-    plan = _Plan.of(corpus, tokenizer, revision)
+    plan = _Plan.of(corpus, tokenizer, revision, shard_tokens)
     folder = plan.folder(cache_dir)
-    found = open_finished(folder, plan.fingerprint)
-    damage = find_damage(found) if found else None
-    if damage:
-        say(f"WARNING: the tokens in {folder} are damaged and are made anew from the corpus: {damage}")
-    if found is None or damage:
-        with staged(folder, plan.is_intact) as staging:
-            _build(plan, staging)
-        found = open_finished(folder, plan.fingerprint)
-        assert found is not None  # published a line above, or by the process that was first
+    found = _usable(plan, folder, damage_of, say)
+    if found is not None:
+        return found
+    partial = folder.with_name(f".{folder.name}.partial")
+    with exclusive(partial, say):
+        found = _usable(plan, folder, damage_of, say)  # another process may have made it meanwhile
+        if found is None:
+            _fill(plan, partial, workers or len(os.sched_getaffinity(0)), say)
+            with storage_errors(folder):
+                publish(partial, folder)
+            found = open_finished(folder, plan.fingerprint)
+            assert found is not None  # published a line above
     return found
 
 
-def held_out(text: str, ratio: float) -> bool:
-    """Whether a document belongs to the validation part: a function of its text alone.
-
-    Args:
-        text: The document.
-        ratio: Share of all documents; compared with the first 8 bytes (big-endian) of the sha256
-            of the text as a fraction of 2**64.
-    """
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < ratio * 2**64
+def _usable(
+    plan: "_Plan", folder: Path, damage_of: Callable[[TokenSet], str | None], say: Callable[[str], None]
+) -> TokenSet | None:
+    found = open_finished(folder, plan.fingerprint)
+    damage = damage_of(found) if found else None
+    if damage:
+        say(f"WARNING: the tokens in {folder} are damaged and are made anew from the corpus: {damage}")
+    return None if damage else found
 
 
 @dataclass(frozen=True)
@@ -94,11 +112,15 @@ class _Plan:
 
     corpus: Corpus
     tokenizer: "PreTrainedTokenizerBase | None"
+    sentencepiece: bytes | None
+    shard_tokens: int
+    snapshots: tuple[Snapshot, ...]
     identity: Mapping[str, Any]
 
     @classmethod
-    def of(cls, corpus: Corpus, tokenizer: str | TrainedTokenizer, revision: str) -> Self:
+    def of(cls, corpus: Corpus, tokenizer: str | TrainedTokenizer, revision: str, shard_tokens: int) -> Self:
         loaded: PreTrainedTokenizerBase | None = None
+        model = None
         if isinstance(tokenizer, TrainedTokenizer):
             _check_dtype(corpus, tokenizer.vocab_size)
             spoken: dict[str, Any] = {"train": tokenizer.vocab_size, "tokenizers": version("tokenizers")}
@@ -106,14 +128,26 @@ class _Plan:
             loaded = load_tokenizer(tokenizer, revision)
             _check_eos(loaded, tokenizer)
             _check_dtype(corpus, _id_space(loaded))
+            model = sentencepiece_model(tokenizer, revision)
             spoken = {"name": tokenizer, "sha256": tokenizer_sha256(loaded)}
+        for source in corpus.sources:
+            if isinstance(source, TokensSource):
+                token_import.token_files(source)
+                token_import.check_ids(source, _id_space(loaded) if loaded is not None else 0)
+        # Taken before the files are hashed: whatever changes after that is noticed.
+        snapshots = tuple(sources.snapshot(source) for source in corpus.sources)
+        settings = {"validation_ratio", "max_tokens", "token_dtype", "duplicates", "overlap_ngram"}
         identity = {
             "format": FORMAT,
-            "sources": [sources.identify(source) for source in corpus.sources],
+            "shard_tokens": shard_tokens,
+            "sources": [
+                _identify(source, limit) for source, limit in zip(corpus.sources, corpus.token_limits, strict=True)
+            ],
+            "overlap_with": [{"name": source.name, **sources.identify(source)} for source in corpus.overlap_with],
             "tokenizer": spoken,
-            "corpus": corpus.model_dump(include={"validation_ratio", "max_tokens", "token_dtype"}),
+            "corpus": corpus.model_dump(mode="json", include=settings),
         }
-        return cls(corpus, loaded, identity)
+        return cls(corpus, loaded, model, shard_tokens, snapshots, identity)
 
     @property
     def fingerprint(self) -> str:
@@ -126,9 +160,12 @@ class _Plan:
     def folder(self, cache_dir: Path) -> Path:
         return cache_dir / "tokens" / self.fingerprint
 
-    def is_intact(self, folder: Path) -> bool:
-        found = open_finished(folder, self.fingerprint)
-        return found is not None and find_damage(found) is None
+
+def _identify(source: Source, limit: int | None) -> dict[str, Any]:
+    """Data and settings of a source; its weight decides only how often it is read, but its share of max_tokens."""
+    told = {"name": source.name, "max_documents": source.max_documents, "max_tokens": limit}
+    settings = source.model_dump(mode="json", include={"filters", "bad_records"})
+    return {**told, **settings, **sources.identify(source)}
 
 
 def _id_space(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -156,73 +193,83 @@ def _check_dtype(corpus: Corpus, id_space: int) -> None:
         )
 
 
-class _TokenFile:
-    """Appends token ids to a file; counts and hashes them on the way."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.path = path
-        self.tokens = 0
-        self.documents = 0
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        with storage_errors(path):
-            self._file = path.open("wb")
-
-    def append(self, ids: list[int]) -> None:
-        with storage_errors(self.path):
-            self._file.write(np.asarray(ids, dtype=self._dtype).tobytes())
-        self.tokens += len(ids)
-        self.documents += 1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with storage_errors(self.path):
-            self._file.close()
-
-
-def _build(plan: _Plan, staging: Path) -> None:
-    """Fill a folder: tokenizer, token files, and the manifest last."""
-    # Said outright, `tokenizers` uses its threads and does not warn when the process starts others later.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    tokenizer = plan.tokenizer or _trained(plan)
-    dtype = plan.corpus.token_dtype
-    if dtype == "auto":
-        dtype = "uint16" if _id_space(tokenizer) <= 2**16 else "uint32"
-    with (
-        _TokenFile(staging / "train.bin", dtype) as train,
-        _TokenFile(staging / "validation.bin", dtype) as validation,
-    ):
-        counts = _write_parts(plan.corpus, tokenizer, train, validation)
-    _check_parts(plan.corpus, train, validation, sum(count["empty_documents"] for count in counts))
-    with storage_errors(staging):
-        tokenizer.save_pretrained(staging / "tokenizer")
+def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) -> None:
+    """Make the folder complete: tokenizer, shards, and the manifest last."""
+    written = read_json(partial / "manifest.json")
+    if isinstance(written, dict) and has_files(partial, written["files"]):
+        return  # killed between the manifest and the rename
+    journal = Journal(partial)
+    try:
+        tokenizer = _tokenizer(plan, partial, is_new=journal.state() is None)
+        definition = backend_of(tokenizer).to_str(), tokenizer.eos_token_id
+        id_space = _id_space(tokenizer)
+        dtype = plan.corpus.token_dtype
+        if dtype == "auto":
+            dtype = "uint16" if id_space <= 2**16 else "uint32"
+        fidelity = _check_tokenizer(plan, TextEncoder(*definition), say)
+        build = Build(
+            plan.corpus,
+            partial,
+            form=TokenFormat(dtype, id_space, plan.shard_tokens),
+            tokenizer=definition,
+            journal=journal,
+            workers=workers,
+            index=_overlap_index(plan.corpus),
+        )
+        counts = build.run()
+        for snapshot in plan.snapshots:
+            snapshot.check()
+        _check_parts(plan.corpus, counts)
+    except BaseException:
+        journal.close()
+        raise
+    journal.remove()
+    with storage_errors(partial):
         manifest = {
             "fingerprint": plan.fingerprint,
             **plan.identity,
             "sources": [
-                {"identity": identity, **count}
+                {**count, "identity": identity}
                 for identity, count in zip(plan.identity["sources"], counts, strict=True)
             ],
             "tokenizer": {**plan.identity["tokenizer"], "sha256": tokenizer_sha256(tokenizer)},
             "document_form": _document_form(tokenizer),
-            "train_tokens": train.tokens,
-            "train_documents": train.documents,
-            "validation_tokens": validation.tokens,
-            "validation_documents": validation.documents,
+            **{key: sum(count[key] for count in counts) for key in TOTALS},
             "token_dtype": dtype,
-            "vocab_size": _id_space(tokenizer),
+            "vocab_size": id_space,
             "eos_id": tokenizer.eos_token_id,
             "bos_id": tokenizer.bos_token_id,
-            "files": describe_files(staging),
+            "fidelity": fidelity,
+            "overlap": build.overlap.as_dict() if build.overlap is not None else None,
+            "files": describe_files(partial),
             "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
         }
-        write_json(staging / "manifest.json", manifest)
+        write_json(partial / "manifest.json", manifest)
+
+
+TOTALS = (
+    "train_tokens",
+    "train_documents",
+    "validation_tokens",
+    "validation_documents",
+    *COUNTS,
+)
+"""What the manifest sums over the sources."""
+
+
+def _tokenizer(plan: _Plan, partial: Path, *, is_new: bool) -> "PreTrainedTokenizerBase":
+    """The tokenizer, saved in the folder before the first document is written."""
+    folder = partial / "tokenizer"
+    if is_new:
+        with storage_errors(partial):
+            shutil.rmtree(folder, ignore_errors=True)
+            (plan.tokenizer or _trained(plan)).save_pretrained(folder)
+    return plan.tokenizer or load_tokenizer(str(folder))
 
 
 def _trained(plan: _Plan) -> "PreTrainedTokenizerBase":
+    # Said outright, `tokenizers` uses its threads and does not warn when the process starts others later.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     wanted = int(plan.identity["tokenizer"]["train"])
     with Meter("training the tokenizer", "documents") as meter:
         return train_tokenizer(_training_texts(plan.corpus, meter), wanted)
@@ -231,98 +278,59 @@ def _trained(plan: _Plan) -> "PreTrainedTokenizerBase":
 def _training_texts(corpus: Corpus, meter: Meter) -> Iterator[str]:
     """Yield the documents that are not held out: a tokenizer must not know the validation part."""
     for source in corpus.sources:
-        for text in sources.documents(source):
-            if text and not held_out(text, corpus.validation_ratio):
+        for text in _texts(source):
+            if not is_held_out(hashlib.sha256(text.encode()).digest(), corpus.validation_ratio):
                 meter.advance(1)
                 yield text
 
 
-def _write_parts(
-    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", train: _TokenFile, validation: _TokenFile
-) -> list[dict[str, int]]:
-    """Encode all documents into the two parts; returns the counts of each source."""
-    with Meter("tokenizing", "tokens", corpus.max_tokens) as meter:
-        return [_write_source(source, corpus, tokenizer, (train, validation), meter) for source in corpus.sources]
+def _texts(source: Source) -> Iterator[str]:
+    if isinstance(source, TokensSource):
+        return iter(())
+    return (document.text for document in sources.documents(source) if document.text)
 
 
-def _write_source(
-    source: Source,
-    corpus: Corpus,
-    tokenizer: "PreTrainedTokenizerBase",
-    parts: tuple[_TokenFile, _TokenFile],
-    meter: Meter,
-) -> dict[str, int]:
-    train, validation = parts
-    before = train.tokens, validation.tokens, train.documents, validation.documents
-    empty = 0
-    wanted = math.inf if corpus.max_tokens is None else corpus.max_tokens
-    # A source that comes after the last wanted token is not opened at all.
-    texts = sources.documents(source) if train.tokens < wanted else iter(())
-    for text, ids in _encode(texts, tokenizer):
-        if train.tokens == wanted:
-            break
-        if not text:
-            empty += 1
-        elif held_out(text, corpus.validation_ratio):
-            validation.append(ids)
-        else:
-            taken = ids if corpus.max_tokens is None else ids[: corpus.max_tokens - train.tokens]
-            train.append(taken)
-            meter.advance(len(taken), f"{train.documents + validation.documents:,} documents")
-    count = {
-        "documents": train.documents - before[2] + validation.documents - before[3],
-        "held_out_documents": validation.documents - before[3],
-        "empty_documents": empty,
-        "train_tokens": train.tokens - before[0],
-        "validation_tokens": validation.tokens - before[1],
-    }
-    if isinstance(source, EmbeddedSource):
-        count["unparsed_files"] = embedded.running().unparsed_files
-    return count
+def _check_tokenizer(plan: _Plan, encoder: TextEncoder, say: Callable[[str], None]) -> dict[str, Any]:
+    """Try the tokenizer on the first documents of every source; returns what the manifest says of it."""
+    sample = [text for source in plan.corpus.sources for text in itertools.islice(_texts(source), SAMPLE_DOCUMENTS)]
+    found: Fidelity = check_fidelity(encoder, sample, plan.sentencepiece)
+    if found.warning:
+        say(f"WARNING: {found.warning}")
+    return found.as_dict()
 
 
-def _encode(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, list[int]]]:
-    """Yield each text with its ids, eos last; encoded in batches of bounded size, on all cores."""
-    backend, eos = backend_of(tokenizer), tokenizer.eos_token_id
-    # A tokenizer whose template ends a text itself (T5's kind) must not end it twice.
-    ends_itself = backend.encode("").ids[-1:] == [eos]
-    for batch in _batches(texts):
-        for text, encoding in zip(batch, backend.encode_batch_fast(batch, add_special_tokens=True), strict=True):
-            yield text, encoding.ids if ends_itself else [*encoding.ids, eos]
+def _overlap_index(corpus: Corpus) -> OverlapIndex | None:
+    if not corpus.overlap_with:
+        return None
+    return OverlapIndex.build({source.name: _texts(source) for source in corpus.overlap_with}, corpus.overlap_ngram)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _check_parts(corpus: Corpus, train: _TokenFile, validation: _TokenFile, empty: int) -> None:
-    documents = train.documents + validation.documents
-    if not documents:
+def _check_parts(corpus: Corpus, counts: list[dict[str, Any]]) -> None:
+    train, validation = (sum(count[f"{part}_documents"] for count in counts) for part in ("train", "validation"))
+    left_out = sum(count[key] for count in counts for key in ("empty_documents", "filtered_documents", "bad_records"))
+    if not train + validation:
         raise CorpusError(
-            f"the corpus has no document with text in it ({empty} empty ones were skipped)",
-            action="check paths and text_field of corpus.sources",
+            f"the corpus has no document with text in it ({left_out} empty, filtered or bad ones were left out)",
+            action="check paths, text_field and filters of corpus.sources",
         )
-    if not train.documents:
+    if not train:
         raise CorpusError(
-            f"the training part is empty: all {documents} documents were held out "
+            f"the training part is empty: all {validation} documents were held out "
             f"at corpus.validation_ratio={corpus.validation_ratio}",
             action="lower corpus.validation_ratio, or give more documents in corpus.sources",
         )
-    if not validation.documents:
+    if not validation:
         raise CorpusError(
-            f"the validation part is empty: none of {documents} documents was held out "
+            f"the validation part is empty: none of {train} documents was held out "
             f"at corpus.validation_ratio={corpus.validation_ratio}",
             action=f"raise corpus.validation_ratio{'' if corpus.max_tokens is None else ' or corpus.max_tokens'}, "
             "or give more documents in corpus.sources (document_separator cuts a .txt file into several)",
+        )
+    empty = [count["name"] for count in counts if not count["train_tokens"]]
+    if corpus.weights is not None and empty:
+        raise CorpusError(
+            f"source {empty[0]} has a weight and no token to train on",
+            action="remove it from corpus.sources, or check its paths, filters and limits",
         )
 
 

@@ -55,6 +55,7 @@ class LoopParts:
         eval_dir: Where validation results are written.
         micro_batch_size: Sequences per rank per micro-step.
         utilisation: Turns tokens/s into model FLOPs utilisation; None when the GPU or the shape is unknown.
+        data_metrics: What has been read of every source after a number of steps.
     """
 
     recipe: Recipe
@@ -68,6 +69,7 @@ class LoopParts:
     eval_dir: Path
     micro_batch_size: int
     utilisation: Callable[[float], float] | None
+    data_metrics: Callable[[int], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def _log(parts: LoopParts, state: RunState, result: StepResult, lr: float, clock
         "perf/outside_ratio": clock.outside_ratio,
         "perf/data_wait_ratio": clock.data_wait_ratio,
         "mem/peak_gib": peak_memory_gib(),
+        **parts.data_metrics(state.step),
     }
     if parts.utilisation is not None:
         values["perf/mfu"] = parts.utilisation(clock.tokens_per_s)

@@ -1,0 +1,93 @@
+"""`inheritune-ds prepare`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inheritune_ds.cli.options import add_folders
+
+if TYPE_CHECKING:
+    from inheritune_ds.data.token_set import TokenSet
+    from inheritune_ds.recipe import Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("--recipe", help="a shipped name or a YAML file (default: openllama-3b-13l)")
+    parser.add_argument("--workers", type=int, help="processes that tokenize (default: one for each core)")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the hash of every file of tokens that are there already"
+    )
+    add_folders(parser)
+    parser.epilog = "Any other argument key.path=value overrides the recipe, e.g. corpus.preset=slimpajama."
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Make the token files of a recipe, and tell what is in them."""
+    from inheritune_ds.errors import RecipeError
+    from inheritune_ds.recipe_file import DEFAULT_RECIPE, load_recipe
+
+    if args.workers is not None and args.workers < 1:
+        raise RecipeError(
+            f"--workers {args.workers} is not accepted", allowed="1, 2, 3, ...", action="change --workers"
+        )
+    recipe = load_recipe(DEFAULT_RECIPE if args.recipe is None else args.recipe, overrides)
+    from inheritune_ds.data.token_set import find_damage
+    from inheritune_ds.data.tokenize import prepare
+    from inheritune_ds.data.tokenizer_choice import tokenizer_of
+
+    tokenizer, revision = tokenizer_of(recipe, _trained_reference(recipe, args.runs_dir))
+    tokens = prepare(
+        recipe.corpus,
+        tokenizer,
+        args.cache_dir,
+        revision=revision,
+        workers=args.workers,
+        damage_of=find_damage if args.verify else lambda _: None,
+        say=lambda line: print(line, flush=True),
+    )
+    print(_table(tokens), flush=True)
+    return 0
+
+
+def _trained_reference(recipe: "Recipe", runs_dir: Path) -> Path | None:
+    """The exported model of a reference that is a recipe, if it was trained already."""
+    name = recipe.reference.recipe_name if recipe.reference is not None else None
+    if name is None:
+        return None
+    from inheritune_ds.recipe_file import load_recipe
+    from inheritune_ds.run_folder import RunFolder
+
+    inner = load_recipe(name)
+    folder = RunFolder(runs_dir / inner.name)
+    return folder.export if folder.has_finished(inner) else None
+
+
+def _table(tokens: "TokenSet") -> str:
+    """What the manifest says of every source."""
+    row = "{:<24}{:>18}{:>18}{:>13}{:>10}{:>12}".format
+    lines = [
+        f"tokens: {tokens.folder} ({tokens.token_dtype}, {len(tokens.manifest['files'])} files)",
+        row("source", "training tokens", "held-out tokens", "documents", "held out", "duplicates"),
+    ]
+    for source in tokens.manifest["sources"]:
+        keys = ("train_tokens", "validation_tokens", "documents", "validation_documents", "duplicate_documents")
+        lines.append(row(source["name"], *(f"{source[key]:,}" for key in keys)))
+    for source in tokens.manifest["sources"]:
+        left_out = {
+            "empty": source["empty_documents"],
+            "filtered": source["filtered_documents"],
+            "bad": source["bad_records"],
+        }
+        told = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
+        if told:
+            first = f" (the first bad one: {source['first_bad_record']})" if source["first_bad_record"] else ""
+            lines.append(f"left out of {source['name']}: {told}{first}")
+        if source["forced_cuts"]:
+            lines.append(f"{source['name']}: {source['forced_cuts']:,} cuts in very long runs without spaces")
+    for name, found in (tokens.manifest["overlap"] or {}).items():
+        lines.append(
+            f"overlap with {name}: {found['items_hit']:,} of {found['items']:,} items stand in "
+            f"{found['documents_hit']:,} training documents"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""Token files made by others (nanoGPT's train.bin and val.bin) as documents of token ids."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from inheritune_ds.corpus import TokensSource
+from inheritune_ds.data.records import Cursor
+from inheritune_ds.data.split import is_held_out
+from inheritune_ds.errors import CorpusError
+
+_ITEM = np.dtype("<u2")
+_CHUNK_TOKENS = 2**22
+MAX_DOCUMENT_TOKENS = 2**26
+"""More tokens than that without an end of text between them are no document of a corpus, but a file without ends."""
+
+
+class TokenDocument(NamedTuple):
+    """A document, as it stands in the file.
+
+    Attributes:
+        ids: Its tokens, the end-of-text token last.
+        digest: sha256 of them.
+        held_out: Whether it belongs to the validation part.
+        cursor: Where the next document begins: in which file, and at which token.
+    """
+
+    ids: npt.NDArray[np.uint16]
+    digest: bytes
+    held_out: bool
+    cursor: Cursor
+
+
+def token_files(source: TokensSource) -> list[Path]:
+    """The file of the training part, and that of the validation part if there is one.
+
+    Raises:
+        CorpusError: A file is missing or no file of 16-bit numbers.
+    """
+    paths = [Path(name).expanduser() for name in (source.train, source.validation) if name is not None]
+    for path in paths:
+        if not path.is_file():
+            raise CorpusError(
+                f"token file {path} does not exist",
+                allowed="a header-free file of 16-bit token ids, as nanoGPT's prepare.py writes it",
+                action="correct train and validation of this source",
+            )
+        if path.stat().st_size % _ITEM.itemsize:
+            raise CorpusError(
+                f"token file {path} has {path.stat().st_size} bytes, which is no whole number of 16-bit tokens",
+                action="copy it again: it is cut off, or not a file of nanoGPT's",
+            )
+    return paths
+
+
+def check_ids(source: TokensSource, id_space: int) -> None:
+    """Refuse files that cannot hold the ids of a tokenizer, before they are read.
+
+    Args:
+        source: The files.
+        id_space: One more than the tokenizer's largest id; 0 if there is no tokenizer before the corpus is read.
+
+    Raises:
+        CorpusError: The files hold 16-bit ids, and the tokenizer is another kind.
+    """
+    if not 0 < id_space <= 2**16:
+        known = f"has {id_space:,} ids" if id_space else "is trained on text, of which token files hold none"
+        raise CorpusError(
+            f"token file {source.train} holds 16-bit ids, and the tokenizer {known}",
+            allowed="the tokenizer that made the file, with at most 65,536 ids",
+            action="name it in corpus.tokenizer",
+        )
+
+
+def documents(
+    source: TokensSource, start: Cursor, *, eos_id: int, id_space: int, ratio: float
+) -> Iterator[TokenDocument]:
+    """Yield the documents of a source in their order.
+
+    Args:
+        source: The files.
+        start: Where to begin.
+        eos_id: The token that ends every document.
+        id_space: One more than the tokenizer's largest id.
+        ratio: Share of the documents that is held out, where the source has no validation file.
+
+    Raises:
+        CorpusError: An id is not the tokenizer's, or the documents have no ends.
+    """
+    paths = token_files(source)
+    for number in range(start.file, len(paths)):
+        at = start.record if number == start.file else 0
+        for ids, end in _documents(paths[number], at, eos_id, id_space):
+            digest = hashlib.sha256(ids.tobytes()).digest()
+            held_out = is_held_out(digest, ratio) if len(paths) == 1 else number == 1
+            yield TokenDocument(ids, digest, held_out, Cursor(number, end))
+
+
+def _documents(path: Path, start: int, eos_id: int, id_space: int) -> Iterator[tuple[npt.NDArray[np.uint16], int]]:
+    """Yield documents and the places where they end."""
+    tokens = np.memmap(path, dtype=_ITEM, mode="r") if path.stat().st_size else np.empty(0, _ITEM)
+    reach = _CHUNK_TOKENS
+    while start < len(tokens):
+        part = np.array(tokens[start : start + reach])
+        _check_ids(part, path, start, id_space)
+        ends = np.flatnonzero(part == eos_id) + 1
+        if start + len(part) == len(tokens) and (not len(ends) or ends[-1] < len(part)):
+            ends = np.append(ends, len(part))  # the last document may lack its end
+        if len(ends):
+            for first, last in itertools.pairwise([0, *ends.tolist()]):
+                yield part[first:last], start + last
+            start, reach = start + int(ends[-1]), _CHUNK_TOKENS
+        else:
+            reach *= 2
+            if reach > MAX_DOCUMENT_TOKENS:
+                raise CorpusError(
+                    f"token file {path} has no end-of-text token (id {eos_id}) among {len(part):,} tokens from "
+                    f"number {start:,} on",
+                    allowed=f"documents of at most {MAX_DOCUMENT_TOKENS:,} tokens, each ended by that token",
+                    action="name the tokenizer that made the file in corpus.tokenizer, or put the ends in",
+                )
+
+
+def _check_ids(part: npt.NDArray[np.uint16], path: Path, start: int, id_space: int) -> None:
+    if len(part) and int(part.max()) >= id_space:
+        place = int(np.argmax(part >= id_space))
+        raise CorpusError(
+            f"token file {path} has the id {int(part[place])} at token {start + place:,}, and the tokenizer has ids "
+            f"up to {id_space - 1} only",
+            allowed="tokens made with corpus.tokenizer",
+            action="name the tokenizer that made the file in corpus.tokenizer",
+        )
