@@ -1,16 +1,29 @@
 """Names on the Hugging Face hub: a name and revision to a full commit, a commit to files on disk."""
 
+import errno
 import os
+import re
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import responses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from inheritune_ds.errors import HubError
+from inheritune_ds.errors import HubError, InherituneError, StorageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 RepoType = Literal["model", "dataset"]
 
 _TIMEOUT_S = 3.0
 """A machine without a network must hear so at once; the hub answers this question in well under 1 s."""
+
+_BUSY_WAITS_S = (1.0, 2.0)
+"""Pauses before a hub that answered that it is busy or broken (429, 5xx) is asked again which commit it is."""
+_SECRET = re.compile(r"\bhf_\w{8,}|(?<=://)[^/@\s]+@|(?<=\?)[^\s'\">)]+")
+"""A token; a password in an address; the query of an address, which on a CDN is a signature."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +55,23 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
         HubError: No such repository or revision, no access, or neither network nor cache.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     api = HfApi()
     offline = ""
     try:
-        api.repo_info(name, repo_type=repo_type, revision=revision, timeout=_TIMEOUT_S)
+        _ask_patiently(api, name, revision, repo_type)
     except HFValidationError:
         raise HubError(
             f"{name!r} is neither an existing local folder nor a possible name on the hub",
             allowed="a local folder, or a hub id such as openai-community/gpt2",
             action="correct the name in the recipe",
         ) from None
-    except GatedRepoError:
-        raise HubError(
-            f"the hub's {repo_type} {name} is gated: it is handed out only after its terms were accepted",
-            action=f"accept the terms on its page, then `hf auth login` on this machine{_local_way_out(repo_type)}",
-        ) from None
-    except RevisionNotFoundError:
-        raise HubError(
-            f"the hub's {repo_type} {name} has no revision {revision!r}",
-            allowed="a commit, tag or branch of that repository",
-            action="correct revision in the recipe",
-        ) from None
-    except RepositoryNotFoundError:
-        raise HubError(
-            f"the hub has no {repo_type} {name!r}, or this machine may not see it",
-            action="correct the name in the recipe; for a private one, `hf auth login` first",
-        ) from None
     except Exception as error:  # noqa: BLE001  the HTTP client's error classes change between versions of the hub's library
-        offline = first_line(error)
+        refused = _refusal(error, name, revision, repo_type)
+        if refused:
+            raise refused from None
+        offline = _answer(error) or first_line(error)
     try:
         commit = api.resolve_revision(name, repo_type=repo_type, revision=revision, local_files_only=bool(offline))
     except Exception as error:  # noqa: BLE001  as above; whatever it was, the commit is not known
@@ -79,11 +79,56 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
     return Repository(name, repo_type, commit.resolved, offline)
 
 
+def _ask_patiently(api: "HfApi", name: str, revision: str, repo_type: RepoType) -> None:
+    """Ask the hub for a repository; again if it is busy, but not if there is no network."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait_s in (*_BUSY_WAITS_S, None):
+        try:
+            api.repo_info(name, repo_type=repo_type, revision=revision, timeout=_TIMEOUT_S)
+        except HfHubHTTPError as error:
+            if wait_s is None or not (_status(error) == 429 or _status(error) >= 500):
+                raise
+            time.sleep(wait_s)
+        else:
+            return
+
+
+def list_files(repository: Repository) -> list[str]:
+    """Paths of all files of a repository at its commit, sorted; without a network from the local cache.
+
+    Raises:
+        HubError: The hub refuses, or neither network nor cache.
+    """
+    from huggingface_hub import HfApi, get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    name, repo_type, commit = repository.name, repository.repo_type, repository.commit
+    try:
+        return sorted(file.path for file in get_cached_repo_tree(name, repo_type=repo_type, revision=commit))
+    except CachedRepoTreeNotFoundError:
+        if repository.offline:
+            raise _unreachable(name, repo_type, repository.offline) from None
+    try:
+        listed = HfApi().list_repo_tree(name, recursive=True, repo_type=repo_type, revision=commit)
+        return sorted(entry.path for entry in listed if isinstance(entry, RepoFile))
+    except Exception as error:  # noqa: BLE001  as in `resolve`
+        raise failure(error, repository) from None
+
+
 def snapshot(repository: Repository, patterns: list[str]) -> Path:
     """Return a folder with a repository's files that match patterns; downloads them when online.
 
+    What was downloaded before a failure stays in the hub's cache, and the next attempt goes on from there.
+
+    Args:
+        repository: At its commit.
+        patterns: Of paths; a `*` matches slashes too.
+
     Raises:
-        HubError: The files are not in the local cache and the hub cannot be reached.
+        HubError: The files are not in the local cache and the hub cannot be reached, or refuses.
+        StorageError: The cache cannot be written.
     """
     from huggingface_hub import snapshot_download
 
@@ -97,8 +142,88 @@ def snapshot(repository: Repository, patterns: list[str]) -> Path:
                 local_files_only=bool(repository.offline),
             )
         )
-    except Exception as error:  # noqa: BLE001  the HTTP client's error classes change between versions of the hub's library
-        raise _unreachable(repository.name, repository.repo_type, repository.offline or first_line(error)) from None
+    except Exception as error:  # noqa: BLE001  as in `resolve`
+        raise failure(error, repository) from None
+
+
+def failure(error: BaseException, repository: Repository) -> InherituneError:
+    """Say what a client's exception means for reading a repository.
+
+    Args:
+        error: What `huggingface_hub` or `datasets` raised.
+        repository: What was read.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    name, repo_type = repository.name, repository.repo_type
+    refused = _refusal(error, name, repository.commit, repo_type)
+    if refused:
+        return refused
+    links = list(_links(error))
+    for link in links:
+        if isinstance(link, OSError) and link.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
+            return StorageError(
+                f"{repo_type} {name!r}: the hub's cache cannot be written ({first_line(link)})",
+                action="free space, or point HF_HOME to a folder with space that this user may write",
+            )
+    answer = next(filter(None, map(_answer, links)), "")
+    if not answer and (repository.offline or isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)):
+        return _unreachable(name, repo_type, repository.offline or first_line(links[-1]))
+    said = answer or f"{type(links[-1]).__name__}: {first_line(links[-1])}"
+    return HubError(
+        f"{repo_type} {name!r} at {repository.commit}: the hub's answers break off ({said})",
+        action="run the same command again, it goes on from what it has; if it fails again, see whether the hub is "
+        f"up{_local_way_out(repo_type)}",
+    )
+
+
+def _refusal(error: BaseException, name: str, revision: str, repo_type: RepoType) -> HubError | None:
+    """The error of a hub that answered no; None for any other."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    for link in _links(error):
+        if isinstance(link, GatedRepoError):
+            return HubError(
+                f"the hub's {repo_type} {name} is gated: it is handed out only after its terms were accepted",
+                action="accept the terms on its page, then `hf auth login` (or set HF_TOKEN) on this machine"
+                + _local_way_out(repo_type),
+            )
+        if isinstance(link, RevisionNotFoundError):
+            return HubError(
+                f"the hub's {repo_type} {name} has no revision {revision!r}",
+                allowed="a commit, tag or branch of that repository",
+                action="correct revision in the recipe",
+            )
+        if isinstance(link, RepositoryNotFoundError):
+            return HubError(
+                f"the hub has no {repo_type} {name!r}, or this machine may not see it",
+                action="correct the name in the recipe; for a private one, `hf auth login` (or set HF_TOKEN) first",
+            )
+        if _status(link) in {401, 403}:
+            return HubError(
+                f"the hub refuses {repo_type} {name!r} to this machine ({_answer(link)})",
+                action="see that the token of this machine is valid and may read it: `hf auth whoami`, `hf auth login`",
+            )
+    return None
+
+
+def _links(error: BaseException) -> Iterator[BaseException]:
+    """An exception and those that it came of, the last one first."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _status(error: BaseException) -> int:
+    """Status of the hub's answer; 0 if there was none."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0))
+
+
+def _answer(error: BaseException) -> str:
+    """What the hub answered, such as `HTTP 503 Service Unavailable`; "" if it did not."""
+    status = _status(error)
+    return f"HTTP {status} {responses.get(status, '')}".strip() if status else ""
 
 
 def _unreachable(name: str, repo_type: RepoType, reason: str) -> HubError:
@@ -117,6 +242,7 @@ def _local_way_out(repo_type: RepoType) -> str:
     return ", or copy the folder here and give its path in place of the name"
 
 
-def first_line(error: Exception) -> str:
-    """Say an error in one short line; some libraries' texts fill a page, others are empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+def first_line(error: BaseException) -> str:
+    """Say an error in one short line without secrets; some libraries' texts fill a page, others are empty."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _SECRET.sub("...", line)[:160]
