@@ -25,7 +25,8 @@ from benchmarks.subjects.project import recipe_of
 from benchmarks.subjects.turns import Order
 from benchmarks.subjects.windows import build_model
 from inheritune_ds.budget import GIB, flops_per_token
-from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+from inheritune_ds.data.shards import Windows
+from inheritune_ds.data.stream import BatchStream
 from inheritune_ds.gpus import identify, mfu
 from inheritune_ds.machine import host_memory_gib
 from inheritune_ds.recipe import Recipe, Shape
@@ -168,12 +169,12 @@ def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
 
 def _loop_parts(order: Order, recipe: Recipe, resolved: Resolved, engine: Engine, meter: "_Meter") -> LoopParts:
     file = Path(order.tokens)
-    windows = TokenWindows(file, "uint16", order.seq_len, file.stat().st_size // 2)
+    windows = Windows.of_file(file, "uint16", order.seq_len, file.stat().st_size // 2)
     never: Any = None  # the case ends before a validation or a checkpoint is due
     return LoopParts(
         recipe=recipe,
         engine=engine,
-        stream=BatchStream(windows, WindowOrder(len(windows), recipe.seed), recipe.training.batch_windows),
+        stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
         validator=never,
         checkpoints=never,
         recorder=meter,
@@ -182,6 +183,7 @@ def _loop_parts(order: Order, recipe: Recipe, resolved: Resolved, engine: Engine
         eval_dir=Path(order.folder),
         micro_batch_size=resolved.micro_batch_size,
         utilisation=None,
+        data_metrics=lambda _step: {},
     )
 
 

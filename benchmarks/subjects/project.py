@@ -101,7 +101,9 @@ def run(order: Order, turns: Turns) -> None:
 
 def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engine: Any) -> Any:
     """What the loop works with, on windows of the token file, pausing after every step."""
-    from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+    from inheritune_ds.data.held_out import HeldOut
+    from inheritune_ds.data.shards import Windows
+    from inheritune_ds.data.stream import BatchStream
     from inheritune_ds.recorder import RunRecorder
     from inheritune_ds.run_folder import RunFolder
     from inheritune_ds.training.checkpoints import Checkpoints, Layout
@@ -119,13 +121,15 @@ def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engin
     folder = RunFolder(Path(order.folder) / "run")
     folder.eval.mkdir(parents=True)
     file = Path(order.tokens)
-    windows = TokenWindows(file, "uint16", order.seq_len, file.stat().st_size // 2)
-    stream = BatchStream(windows, WindowOrder(len(windows), recipe.seed), recipe.training.batch_windows)
+    windows = Windows.of_file(file, "uint16", order.seq_len, file.stat().st_size // 2)
+    stream = BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows)
     return LoopParts(
         recipe=recipe,
         engine=engine,
         stream=stream,
-        validator=Validator(windows, max_tokens=recipe.validation.max_tokens, batch_size=2, rank=0, size=1),
+        validator=Validator(
+            HeldOut({"tokens": windows}), max_tokens=recipe.validation.max_tokens, batch_size=2, rank=0, size=1
+        ),
         checkpoints=Checkpoints(
             folder.checkpoints,
             layout=Layout(world.size, resolved.zero_stage, resolved.precision),
@@ -139,4 +143,5 @@ def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engin
         eval_dir=folder.eval,
         micro_batch_size=resolved.micro_batch_size,
         utilisation=None,
+        data_metrics=lambda _step: {},
     )

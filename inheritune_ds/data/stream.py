@@ -6,161 +6,49 @@ a run continues at any step at once, with any number of ranks, and sees what it 
 Shapes: B windows, T = `seq_len`; a window is T tokens and the one that follows, T + 1 in all.
 """
 
-import hashlib
-import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from inheritune_ds.data.held_out import HeldOut
+from inheritune_ds.data.mixture import Even, InTurn, Mixture, Weighted, Weights, weights_of
+from inheritune_ds.data.order import Order, RandomOrder, SequentialOrder, ShuffledOrder, order_seeds
+from inheritune_ds.data.shards import SourceTokens, TokenShards, Windows
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.recipe import Recipe
 
-_ROUNDS = 8
-# splitmix64: the golden-ratio increment and the two multipliers of its finalizer
-# (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"; Stafford's mix 13).
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+Sampling = Literal["shuffled", "random", "sequential"]
 
 
-def windows_in(num_tokens: int, seq_len: int) -> int:
-    """Count the windows of a token file.
+class Draw(NamedTuple):
+    """The windows of a step in their global sequence, each array (batch_windows,).
 
-    Window w is `tokens[w * T : w * T + T + 1]`: neighbours share one token, the last of one being
-    the first of the next, so every token but the first is a target exactly once.
-
-    Args:
-        num_tokens: Tokens in the file.
-        seq_len: T, the inputs of a window.
-    """
-    return max(0, num_tokens - 1) // seq_len
-
-
-class TokenWindows:
-    """The windows of a header-free little-endian token file, read through a memory map.
-
-    Args:
-        path: The file.
-        dtype: `uint16` or `uint32`.
-        seq_len: T, the inputs of a window.
-        num_tokens: Tokens that the file must hold.
-
-    Raises:
-        CorpusError: The file is missing or does not hold `num_tokens` tokens.
+    Attributes:
+        sources: Numbers of their sources.
+        epochs: How often that source had been gone through before.
+        places: Number of the window in its source; with `random` sampling the number of its first token.
     """
 
-    def __init__(self, path: Path, dtype: str, seq_len: int, num_tokens: int) -> None:
-        item = np.dtype(dtype).newbyteorder("<")
-        expected = num_tokens * item.itemsize
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise CorpusError(
-                f"{path}: the token file {found}, its manifest says {expected}",
-                action=f"remove the folder {path.parent} and run the same command again: the tokens are made anew",
-            )
-        self.seq_len = seq_len
-        self._num_windows = windows_in(num_tokens, seq_len)
-        # An empty file cannot be mapped; it has no windows either.
-        self._tokens = np.memmap(path, dtype=item, mode="r") if num_tokens else np.empty(0, item)
-        self._columns = np.arange(seq_len + 1, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return self._num_windows
-
-    def sha256(self, count: int) -> str:
-        """Hash (hex) of the token ids of the first windows, whichever integer type the file has.
-
-        Args:
-            count: How many windows.
-        """
-        return hashlib.sha256(self._tokens[: count * self.seq_len + 1].astype("<u4").tobytes()).hexdigest()
-
-    def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read windows.
-
-        Args:
-            ids: (B,) window numbers, each in [0, len(self)).
-
-        Returns:
-            (B, T + 1) token ids: columns [0, T) are inputs, columns [1, T + 1) their targets.
-
-        Raises:
-            ValueError: An id is out of range.
-        """
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise ValueError(f"window ids {ids.min()} to {ids.max()} outside [0, {len(self)})")
-        tokens_BT: NDArray[np.int64] = self._tokens[ids[:, None] * self.seq_len + self._columns].astype(np.int64)  # noqa: N806
-        return tokens_BT
+    sources: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+    places: NDArray[np.int64]
 
 
-class WindowOrder:
-    """An endless order of windows: every epoch is another permutation of all of them.
+class Seen(NamedTuple):
+    """What has been read of a source.
 
-    Position p belongs to epoch p // n. Inside an epoch, the permutation is a Feistel network keyed
-    by (seed, epoch) over the pairs (left, right), left < a, right < b, with a * b the smallest such
-    product not below n; values that fall outside [0, n) walk on along their cycle (Black, Rogaway
-    2002, "Ciphers with arbitrary finite domains", methods 2 and 3). The integer mixing is written
-    out here because the streams of numpy's generators may change between its versions.
-
-    Args:
-        num_windows: n, at least 1.
-        seed: Any integer in [0, 2**64).
-
-    Raises:
-        ValueError: There is no window to order.
+    Attributes:
+        windows: Windows drawn.
+        unique_windows: Different ones among them; None with `random` sampling, where none is counted twice or never
+            by a rule.
+        epochs: Windows drawn / windows of the source.
     """
 
-    def __init__(self, num_windows: int, seed: int) -> None:
-        if num_windows < 1:
-            raise ValueError(f"num_windows must be at least 1, not {num_windows}")
-        self.num_windows = num_windows
-        self._left_size = np.uint64(math.isqrt(num_windows - 1) + 1)
-        self._right_size = np.uint64(-(-num_windows // int(self._left_size)))
-        self._seed_state = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN)
-
-    def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Look up what stands at positions of the endless order.
-
-        Args:
-            positions: (B,) positions from 0 on, in any order.
-
-        Returns:
-            (B,) epochs from 0 on, and (B,) window ids in [0, n).
-        """
-        epochs, offsets = np.divmod(positions, np.int64(self.num_windows))
-        distinct, which = np.unique(epochs, return_inverse=True)
-        keys = self._keys(distinct.astype(np.uint64))[:, which]
-        ids = self._permute(offsets.astype(np.uint64), keys)
-        outside = np.flatnonzero(ids >= self.num_windows)
-        while outside.size:
-            ids[outside] = self._permute(ids[outside], keys[:, outside])
-            outside = outside[ids[outside] >= self.num_windows]
-        return epochs, ids.astype(np.int64)
-
-    def _keys(self, epochs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Round keys (rounds, E) of epochs (E,)."""
-        states = _mix(self._seed_state + epochs * _GOLDEN)
-        rounds = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]
-        return _mix(states + rounds * _GOLDEN)
-
-    def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Apply the Feistel network once to values in [0, a * b)."""
-        left, right = np.divmod(values, self._right_size)
-        for number, key in enumerate(keys):
-            if number % 2:
-                right = (right + _mix(left + key) % self._right_size) % self._right_size
-            else:
-                left = (left + _mix(right + key) % self._left_size) % self._left_size
-        return left * self._right_size + right
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Finalize as splitmix64 does: a bijection of 64-bit integers in which every bit reaches every bit."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX_1
-    values = (values ^ (values >> np.uint64(27))) * _MIX_2
-    return values ^ (values >> np.uint64(31))
+    windows: int
+    unique_windows: int | None
+    epochs: float
 
 
 class BatchStream:
@@ -172,33 +60,47 @@ class BatchStream:
     never which windows make a step.
 
     Args:
-        windows: The token file.
-        order: The order of its windows.
+        sources: Name -> windows of each; a window never reaches from one source into the next.
+        seed: Of the run, in [0, 2**64).
         batch_windows: Windows of a step over all ranks and micro-batches.
+        sampling: How the windows of a source follow each other.
+        weights: Of the sources, as `weights_of` gives them; None takes the sources as one.
 
     Raises:
-        ValueError: The order is of another number of windows, or the batch is empty.
+        CorpusError: A source has no window.
+        ValueError: The batch is empty, or as for `SourceTokens`.
     """
 
-    def __init__(self, windows: TokenWindows, order: WindowOrder, batch_windows: int) -> None:
-        if order.num_windows != len(windows):
-            raise ValueError(f"the order is of {order.num_windows} windows, the file has {len(windows)}")
+    def __init__(
+        self,
+        sources: Mapping[str, Windows],
+        *,
+        seed: int,
+        batch_windows: int,
+        sampling: Sampling = "shuffled",
+        weights: Sequence[Weights] | None = None,
+    ) -> None:
         if batch_windows < 1:
             raise ValueError(f"batch_windows must be at least 1, not {batch_windows}")
-        self.windows = windows
-        self.order = order
         self.batch_windows = batch_windows
+        self._tokens = SourceTokens(sources)
+        self._refuse_short()
+        self._random = sampling == "random"
+        self._mixture = _mixture(self._tokens, sampling, weights)
+        self._order = _order(self._tokens, sampling, seed)
 
-    def window_ids(self, step: int) -> NDArray[np.int64]:
-        """Return the (batch_windows,) window ids of a step, in their global sequence.
+    @property
+    def num_windows(self) -> int:
+        """Windows of all sources."""
+        return sum(self._tokens.sizes)
+
+    def draw(self, step: int) -> Draw:
+        """Say which windows make a step.
 
         Raises:
             ValueError: The step is negative.
         """
-        if step < 0:
-            raise ValueError(f"step must be at least 0, not {step}")
-        first = step * self.batch_windows
-        return self.order.at(np.arange(first, first + self.batch_windows, dtype=np.int64))[1]
+        return self._draw(self._positions(step))
 
     def micro_batches(
         self, step: int, *, rank: int, world_size: int, micro_batch_size: int
@@ -224,5 +126,92 @@ class BatchStream:
                 f"batch_windows {self.batch_windows} does not divide into {world_size} ranks "
                 f"x {micro_batch_size} windows"
             )
-        ids_MRB = self.window_ids(step).reshape(-1, world_size, micro_batch_size)  # noqa: N806  (shape suffix)
-        return (self.windows.read(ids_B) for ids_B in ids_MRB[:, rank])
+        positions_MRB = self._positions(step).reshape(-1, world_size, micro_batch_size)  # noqa: N806  (shape suffix)
+        own = self._draw(positions_MRB[:, rank].ravel())
+        starts = own.places if self._random else own.places * self._tokens.seq_len
+        return (
+            self._tokens.read(own.sources[first : first + micro_batch_size], starts[first : first + micro_batch_size])
+            for first in range(0, len(starts), micro_batch_size)
+        )
+
+    def seen(self, step: int) -> dict[str, Seen]:
+        """Say what has been read of every source before a step.
+
+        Args:
+            step: From 0; the number of steps done.
+        """
+        drawn = self._mixture.turns_before(step * self.batch_windows)
+        return {
+            name: Seen(windows, None if self._random else min(windows, size), windows / size)
+            for name, windows, size in zip(self._tokens.names, drawn, self._tokens.sizes, strict=True)
+        }
+
+    def _positions(self, step: int) -> NDArray[np.int64]:
+        if step < 0:
+            raise ValueError(f"step must be at least 0, not {step}")
+        first = step * self.batch_windows
+        return np.arange(first, first + self.batch_windows, dtype=np.int64)
+
+    def _draw(self, positions: NDArray[np.int64]) -> Draw:
+        sources, turns = self._mixture.at(positions)
+        return Draw(sources, *self._order.at(sources, turns))
+
+    def _refuse_short(self) -> None:
+        for name, size, count in zip(self._tokens.names, self._tokens.sizes, self._tokens.counts, strict=True):
+            if not size:
+                raise CorpusError(
+                    f"the training part of source {name!r} has {count} tokens, less than one window of "
+                    f"training.seq_len = {self._tokens.seq_len}",
+                    action="give the source more documents, take it out of corpus.sources or lower training.seq_len",
+                )
+
+
+def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStream:
+    """The batches of a recipe.
+
+    Args:
+        recipe: What is asked for.
+        shards: Name of every source -> its training tokens.
+
+    Raises:
+        CorpusError: A source has no window.
+    """
+    training = recipe.training
+    return BatchStream(
+        _windows(recipe, shards),
+        seed=recipe.seed,
+        batch_windows=training.batch_windows,
+        sampling=training.sampling,
+        weights=weights_of(recipe.corpus, training.seq_len),
+    )
+
+
+def build_held_out(recipe: Recipe, shards: Mapping[str, TokenShards]) -> HeldOut:
+    """The held-out windows of a recipe, mixed by the weights at its start.
+
+    Args:
+        recipe: What is asked for.
+        shards: Name of every source -> its held-out tokens.
+    """
+    weights = weights_of(recipe.corpus, recipe.training.seq_len)
+    return HeldOut(_windows(recipe, shards), None if weights is None else weights[0].shares)
+
+
+def _windows(recipe: Recipe, shards: Mapping[str, TokenShards]) -> dict[str, Windows]:
+    """Windows of the sources in the recipe's order, whichever order the shards are given in."""
+    return {source.name: Windows(shards[source.name], recipe.training.seq_len) for source in recipe.corpus.sources}
+
+
+def _mixture(tokens: SourceTokens, sampling: Sampling, weights: Sequence[Weights] | None) -> Mixture:
+    if weights is not None:
+        return Weighted(weights)
+    return InTurn(tokens.sizes) if sampling == "sequential" else Even(tokens.sizes)
+
+
+def _order(tokens: SourceTokens, sampling: Sampling, seed: int) -> Order:
+    seeds = order_seeds(seed, tokens.names)
+    if sampling == "shuffled":
+        return ShuffledOrder(tokens.sizes, seeds)
+    if sampling == "sequential":
+        return SequentialOrder(tokens.sizes)
+    return RandomOrder(tokens.sizes, [count - tokens.seq_len for count in tokens.counts], seeds)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from inheritune_ds.data.stream import TokenWindows
+from inheritune_ds.data.held_out import HeldOut
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.files import write_json
 
@@ -51,7 +51,7 @@ class ValidationResult:
 
 
 class Validator:
-    """The first windows of the held-out tokens, shared out over the ranks.
+    """The first held-out windows, shared out over the ranks.
 
     Args:
         windows: All held-out windows.
@@ -64,7 +64,7 @@ class Validator:
         CorpusError: If there are fewer than two windows, for then there is no standard error.
     """
 
-    def __init__(self, windows: TokenWindows, *, max_tokens: int, batch_size: int, rank: int, size: int) -> None:
+    def __init__(self, windows: HeldOut, *, max_tokens: int, batch_size: int, rank: int, size: int) -> None:
         self.count = min(len(windows), max_tokens // windows.seq_len)
         if self.count < 2:
             raise CorpusError(

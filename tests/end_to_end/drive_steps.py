@@ -59,7 +59,9 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+    from inheritune_ds.data.held_out import HeldOut
+    from inheritune_ds.data.shards import Windows
+    from inheritune_ds.data.stream import BatchStream
     from inheritune_ds.shapes import target_shape
     from inheritune_ds.surgery.reference import build_config
     from inheritune_ds.surgery.report import weights_sha256
@@ -95,13 +97,15 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
     engine = Engine(model, resolved.config, world, kernels)
     masters_exact = all(torch.equal(given[name], value) for name, value in engine.full_parameters())
     tokens = GOLDEN / "tokens.bin"
-    windows = TokenWindows(tokens, "uint16", recipe.training.seq_len, tokens.stat().st_size // 2)
+    windows = Windows.of_file(tokens, "uint16", recipe.training.seq_len, tokens.stat().st_size // 2)
     collector = Collector()
     parts = LoopParts(
         recipe=recipe,
         engine=engine,
-        stream=BatchStream(windows, WindowOrder(len(windows), recipe.seed), recipe.training.batch_windows),
-        validator=Validator(windows, max_tokens=512, batch_size=3, rank=world.rank, size=world.size),
+        stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
+        validator=Validator(
+            HeldOut({"tokens": windows}), max_tokens=512, batch_size=3, rank=world.rank, size=world.size
+        ),
         checkpoints=Checkpoints(
             folder / f"stage-{stage}",
             layout=Layout(world.size, stage, precision),
@@ -115,6 +119,7 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
         eval_dir=folder,
         micro_batch_size=resolved.micro_batch_size,
         utilisation=None,
+        data_metrics=lambda _step: {},
     )
     seen: list[list[int]] = []
     read = windows.read

@@ -8,7 +8,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+from inheritune_ds.data.held_out import HeldOut
+from inheritune_ds.data.shards import Windows
+from inheritune_ds.data.stream import BatchStream
 from inheritune_ds.errors import TrainingError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
@@ -74,19 +76,20 @@ def recipe() -> Recipe:
 
 def parts(recipe: Recipe, model: Model, folder: Path, told: Told, *, rank: int = 0) -> LoopParts:
     np.arange(10 * SEQ_LEN + 1, dtype="<u2").tofile(folder / "tokens.bin")
-    windows = TokenWindows(folder / "tokens.bin", "uint16", SEQ_LEN, 10 * SEQ_LEN + 1)
+    windows = Windows.of_file(folder / "tokens.bin", "uint16", SEQ_LEN, 10 * SEQ_LEN + 1)
     (folder / "eval").mkdir()
     given: dict[str, Any] = {"engine": model, "checkpoints": Saved()}
     return LoopParts(
         recipe=recipe,
-        stream=BatchStream(windows, WindowOrder(len(windows), 7), BATCH),
-        validator=Validator(windows, max_tokens=1000, batch_size=4, rank=0, size=1),
+        stream=BatchStream({"tokens": windows}, seed=7, batch_windows=BATCH),
+        validator=Validator(HeldOut({"tokens": windows}), max_tokens=1000, batch_size=4, rank=0, size=1),
         recorder=told,
         stop=StopSignal(),
         world=World(rank, 1 + rank, rank, 1 + rank, "env"),
         eval_dir=folder / "eval",
         micro_batch_size=BATCH // (1 + rank),
         utilisation=None,
+        data_metrics=lambda _step: {},
         **given,
     )
 

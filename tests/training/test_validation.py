@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from inheritune_ds.data.stream import TokenWindows
+from inheritune_ds.data.held_out import HeldOut
+from inheritune_ds.data.shards import Windows
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.training.validation import ValidationResult, Validator
 
@@ -19,10 +20,10 @@ SEQ_LEN = 4
 Losses = list[npt.NDArray[np.float64]]
 
 
-def windows(folder: Path, count: int) -> TokenWindows:
+def windows(folder: Path, count: int) -> HeldOut:
     tokens = np.arange(count * SEQ_LEN + 1, dtype="<u2")
     (folder / "validation.bin").write_bytes(tokens.tobytes())
-    return TokenWindows(folder / "validation.bin", "uint16", SEQ_LEN, len(tokens))
+    return HeldOut({"tokens": Windows.of_file(folder / "validation.bin", "uint16", SEQ_LEN, len(tokens))})
 
 
 class Scorer:
@@ -66,7 +67,7 @@ def test_validate_says_which_text_the_loss_is_of(tmp_path: Path) -> None:
     used = np.arange(7 * SEQ_LEN + 1, dtype="<u4")
     assert result.tokens_sha256 == hashlib.sha256(used.tobytes()).hexdigest()
     np.arange(10 * SEQ_LEN + 1, dtype="<u4").tofile(tmp_path / "wide.bin")
-    wide = TokenWindows(tmp_path / "wide.bin", "uint32", SEQ_LEN, 10 * SEQ_LEN + 1)
+    wide = HeldOut({"tokens": Windows.of_file(tmp_path / "wide.bin", "uint32", SEQ_LEN, 10 * SEQ_LEN + 1)})
     assert wide.sha256(7) == result.tokens_sha256, "the integer type is not the text"
     assert wide.sha256(8) != result.tokens_sha256
 

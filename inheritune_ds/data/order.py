@@ -1,0 +1,175 @@
+"""Which window of a source comes at which of its turns: pure functions of seed and turn, for any turn at once.
+
+Every order is of several sources, each with a sequence of its own. Turn t of a source that has n windows belongs to its
+epoch t // n. The integer mixing is written out here because the streams of numpy's generators may change between
+its versions.
+
+Shapes: B turns, S sources.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 8
+# splitmix64: the golden-ratio increment and the two multipliers of its finalizer
+# (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"; Stafford's mix 13).
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+Found = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+class Order(Protocol):
+    """What comes when."""
+
+    def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
+        """Look up what comes at turns of sources.
+
+        Args:
+            sources: (B,) numbers of sources.
+            turns: (B,) turns of that source from 0 on, in any order.
+
+        Returns:
+            (B,) epochs from 0 on, and (B,) places.
+        """
+
+
+def order_seeds(seed: int, names: Sequence[str]) -> list[int]:
+    """Seed of every source's order.
+
+    A source on its own has the run's seed. Several have each one of its own, made of the seed and the name alone: a
+    source that is added or moved does not change the order of the others.
+
+    Args:
+        seed: Of the run.
+        names: Of the sources.
+    """
+    if len(names) == 1:
+        return [seed]
+    digests = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
+    return [int.from_bytes(digest, "little") for digest in digests]
+
+
+class ShuffledOrder:
+    """Every epoch is another permutation of all windows of the source; a place is a window's number.
+
+    Inside an epoch, the permutation is a Feistel network keyed by (seed, epoch) over the pairs (left, right), left < a,
+    right < b, with a * b the smallest such product not below n; values that fall outside [0, n) walk on along their
+    cycle (Black, Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3).
+
+    Args:
+        sizes: Windows n of every source.
+        seeds: Seed of every source, in [0, 2**64).
+
+    Raises:
+        ValueError: A source has no window to order.
+    """
+
+    def __init__(self, sizes: Sequence[int], seeds: Sequence[int]) -> None:
+        self._sizes = _sizes(sizes)
+        lefts = [math.isqrt(size - 1) + 1 for size in sizes]
+        self._left_sizes = np.array(lefts, dtype=np.uint64)
+        self._right_sizes = np.array([-(-size // left) for size, left in zip(sizes, lefts, strict=True)], np.uint64)
+        self._states = _seed_states(seeds)
+
+    def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
+        """Look up turns, as `Order` says."""
+        sizes = self._sizes[sources]
+        epochs, offsets = np.divmod(turns, sizes)
+        left_sizes, right_sizes = self._left_sizes[sources], self._right_sizes[sources]
+        keys = self._keys(sources, epochs.astype(np.uint64))
+        places = _permute(offsets.astype(np.uint64), keys, left_sizes, right_sizes)
+        outside = np.flatnonzero(places >= sizes)
+        while outside.size:
+            places[outside] = _permute(places[outside], keys[:, outside], left_sizes[outside], right_sizes[outside])
+            outside = outside[places[outside] >= sizes[outside]]
+        return epochs, places.astype(np.int64)
+
+    def _keys(self, sources: NDArray[np.int64], epochs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Round keys (rounds, B)."""
+        states = _mix(self._states[sources] + epochs * _GOLDEN)
+        rounds = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]
+        return _mix(states + rounds * _GOLDEN)
+
+
+class SequentialOrder:
+    """The windows of a source as they stand, every epoch alike; a place is a window's number.
+
+    Args:
+        sizes: Windows of every source.
+
+    Raises:
+        ValueError: A source has no window to order.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = _sizes(sizes)
+
+    def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
+        """Look up turns, as `Order` says."""
+        epochs, places = np.divmod(turns, self._sizes[sources])
+        return epochs, places
+
+
+class RandomOrder:
+    """Windows at random places, with replacement, as nanoGPT's get_batch; a place is the number of a first token.
+
+    Turn t takes the 64-bit word t of the source's splitmix64 stream modulo `tokens - T`, which are nanoGPT's places
+    (`torch.randint(len(data) - block_size, ...)`, train.py): the bias of that is below places / 2**64, so one place of
+    ten billion is likelier than another by less than one in a billion. An epoch is as many turns as the source has
+    windows.
+
+    Args:
+        sizes: Windows of every source.
+        places: Tokens of every source less T.
+        seeds: Seed of every source, in [0, 2**64).
+
+    Raises:
+        ValueError: A source has no window to order.
+    """
+
+    def __init__(self, sizes: Sequence[int], places: Sequence[int], seeds: Sequence[int]) -> None:
+        self._sizes = _sizes(sizes)
+        self._places = np.array(places, dtype=np.uint64)
+        self._states = _seed_states(seeds)
+
+    def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
+        """Look up turns, as `Order` says."""
+        words = _mix(self._states[sources] + (turns.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+        return turns // self._sizes[sources], (words % self._places[sources]).astype(np.int64)
+
+
+def _sizes(sizes: Sequence[int]) -> NDArray[np.int64]:
+    if min(sizes) < 1:
+        raise ValueError(f"every source must have a window, not {', '.join(map(str, sizes))}")
+    return np.array(sizes, dtype=np.int64)
+
+
+def _seed_states(seeds: Sequence[int]) -> NDArray[np.uint64]:
+    return _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN)
+
+
+def _permute(
+    values: NDArray[np.uint64], keys: NDArray[np.uint64], left_size: NDArray[np.uint64], right_size: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """Apply the Feistel network once to values in [0, left_size * right_size)."""
+    left, right = np.divmod(values, right_size)
+    for number, key in enumerate(keys):
+        if number % 2:
+            right = (right + _mix(left + key) % right_size) % right_size
+        else:
+            left = (left + _mix(right + key) % left_size) % left_size
+    return left * right_size + right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Finalize as splitmix64 does: a bijection of 64-bit integers in which every bit reaches every bit."""
+    values = (values ^ (values >> np.uint64(30))) * _MIX_1
+    values = (values ^ (values >> np.uint64(27))) * _MIX_2
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,213 @@
+"""Token files on disk: many shards read as one sequence, and its windows.
+
+Shapes: B windows, T = `seq_len`; a window is T tokens and the one that follows, T + 1 in all.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from inheritune_ds.errors import CorpusError
+
+_HASH_TOKENS = 1 << 20
+
+
+def windows_in(num_tokens: int, seq_len: int) -> int:
+    """Count the windows of a source.
+
+    Window w is `tokens[w * T : w * T + T + 1]`: neighbours share one token, the last of one being
+    the first of the next, so every token but the first is a target exactly once.
+
+    Args:
+        num_tokens: Tokens of the source.
+        seq_len: T, the inputs of a window.
+    """
+    return max(0, num_tokens - 1) // seq_len
+
+
+class TokenShards:
+    """Header-free little-endian token files, one after the other, read through memory maps.
+
+    Every file is mapped at once and its descriptor closed again, so thousands of shards cost address space only, and
+    a file that is removed later can still be read. (numpy's own maps keep a descriptor each, of which a process may
+    have 1,024.)
+
+    Args:
+        paths: The files, in their order.
+        counts: Tokens that each must hold.
+        dtype: `uint16` or `uint32`.
+
+    Raises:
+        CorpusError: A file is missing, cannot be read or does not hold its tokens.
+    """
+
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int], dtype: str) -> None:
+        item = np.dtype(dtype).newbyteorder("<")
+        self.arrays = [_mapped(path, count, item) for path, count in zip(paths, counts, strict=True)]
+        """The memory maps."""
+        self._place()
+
+    @classmethod
+    def joined(cls, parts: Sequence["TokenShards"]) -> "TokenShards":
+        """The tokens of several one after the other, on the same memory maps."""
+        whole = cls([], [], "uint16")
+        whole.arrays = [array for part in parts for array in part.arrays]
+        whole._place()
+        return whole
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def _place(self) -> None:
+        """Note where every file begins in the sequence."""
+        ends = np.cumsum([0, *map(len, self.arrays)], dtype=np.int64)
+        self._begins, self._num_tokens = ends[:-1], int(ends[-1])
+
+    def read(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """Read spans of tokens; one may reach over the ends of files.
+
+        Args:
+            starts: (B,) numbers of their first tokens.
+            length: Tokens of each.
+
+        Returns:
+            (B, length) token ids.
+
+        Raises:
+            ValueError: A span begins or ends outside the sequence.
+        """
+        if starts.size and (starts.min() < 0 or starts.max() + length > len(self)):
+            raise ValueError(f"spans of {length} from {starts.min()} to {starts.max()} outside [0, {len(self)})")
+        out = np.empty((len(starts), length), dtype=np.int64)
+        # The last file that begins at or before the start: an empty one begins where the next does.
+        shards = np.searchsorted(self._begins, starts, side="right") - 1
+        offsets = starts - self._begins[shards]
+        for row, shard, offset in zip(out, shards.tolist(), offsets.tolist(), strict=True):
+            part = self.arrays[shard][offset : offset + length]
+            if len(part) == length:
+                row[:] = part
+            else:
+                self._read_across(row, shard, offset)
+        return out
+
+    def _read_across(self, row: NDArray[np.int64], shard: int, offset: int) -> None:
+        """Fill a row that reaches into the next files."""
+        filled = 0
+        while filled < len(row):
+            part = self.arrays[shard][offset : offset + len(row) - filled]
+            row[filled : filled + len(part)] = part
+            filled, shard, offset = filled + len(part), shard + 1, 0
+
+
+class Windows:
+    """The windows of one source.
+
+    Args:
+        shards: Its tokens.
+        seq_len: T, the inputs of a window.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int) -> None:
+        self.shards = shards
+        self.seq_len = seq_len
+
+    @classmethod
+    def of_file(cls, path: Path, dtype: str, seq_len: int, num_tokens: int) -> "Windows":
+        """The windows of a single file of `num_tokens` tokens.
+
+        Raises:
+            CorpusError: As for `TokenShards`.
+        """
+        return cls(TokenShards([path], [num_tokens], dtype), seq_len)
+
+    def __len__(self) -> int:
+        return windows_in(len(self.shards), self.seq_len)
+
+    def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Read windows.
+
+        Args:
+            ids: (B,) window numbers, each in [0, len(self)).
+
+        Returns:
+            (B, T + 1) token ids: columns [0, T) are inputs, columns [1, T + 1) their targets.
+
+        Raises:
+            ValueError: An id is out of range.
+        """
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise ValueError(f"window ids {ids.min()} to {ids.max()} outside [0, {len(self)})")
+        return self.shards.read(ids * self.seq_len, self.seq_len + 1)
+
+    def hash_into(self, digest: "hashlib._Hash", count: int) -> None:
+        """Add the token ids of the first windows to a hash, as 32-bit numbers whichever type the files have.
+
+        Args:
+            digest: Of hashlib.
+            count: How many windows; of none nothing is added.
+        """
+        num_tokens = count * self.seq_len + 1 if count else 0
+        for start in range(0, num_tokens, _HASH_TOKENS):
+            tokens = self.shards.read(np.array([start]), min(_HASH_TOKENS, num_tokens - start))
+            digest.update(tokens.astype("<u4").tobytes())
+
+
+class SourceTokens:
+    """The tokens of several sources, read together.
+
+    Args:
+        sources: Name -> windows of each, all of the same length.
+
+    Raises:
+        ValueError: There is no source, or their windows differ in length.
+    """
+
+    def __init__(self, sources: Mapping[str, Windows]) -> None:
+        lengths = {windows.seq_len for windows in sources.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"windows of one length are needed, not of {sorted(lengths)}")
+        self.names = list(sources)
+        self.seq_len = lengths.pop()
+        self.sizes = [len(windows) for windows in sources.values()]
+        """Windows of every source."""
+        self.counts = [len(windows.shards) for windows in sources.values()]
+        """Tokens of every source."""
+        self._tokens = TokenShards.joined([windows.shards for windows in sources.values()])
+        self._begins = np.cumsum([0, *self.counts], dtype=np.int64)[:-1]
+
+    def read(self, sources: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Read windows that begin anywhere.
+
+        Args:
+            sources: (B,) numbers of sources.
+            starts: (B,) numbers of first tokens within the source; T more must follow there.
+
+        Returns:
+            (B, T + 1) token ids.
+        """
+        return self._tokens.read(self._begins[sources] + starts, self.seq_len + 1)
+
+
+def _mapped(path: Path, count: int, item: np.dtype[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+    expected = count * item.itemsize
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise CorpusError(
+            f"{path}: the token file {found}, its manifest says {expected}",
+            action=f"remove the folder {path.parent} and run the same command again: the tokens are made anew",
+        )
+    if not count:
+        return np.empty(0, item)  # an empty file cannot be mapped
+    try:
+        with pa.memory_map(str(path)) as file:
+            return np.frombuffer(file.read_buffer(), item)
+    except OSError as error:
+        raise CorpusError(
+            f"{path}: the token file cannot be read ({error})",
+            action="check its permissions and the disk, then run the same command again",
+        ) from None
