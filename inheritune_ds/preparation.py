@@ -24,6 +24,7 @@ from inheritune_ds.scores import read_scores
 from inheritune_ds.surgery.inherit import MANIFEST, TargetModel, build_target, find_target, make_config
 from inheritune_ds.surgery.reference import ReferenceModel, load_config, load_model, locate
 from inheritune_ds.training.checkpoints import newest_step
+from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses
 from inheritune_ds.training.validation import ValidationResult, Validator
 
 if TYPE_CHECKING:
@@ -184,31 +185,35 @@ class ReferenceScorer:
     Args:
         model: The reference.
         say: Prints one line.
+        packing: How documents inside a window are kept apart, as for the target; None if they are not.
     """
 
-    def __init__(self, model: "PreTrainedModel", say: Callable[[str], None]) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", say: Callable[[str], None], packing: DocumentPacking | None = None
+    ) -> None:
         import torch
 
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module: torch.nn.Module = model  # the plain type: transformers' own `to` is a wrapper
-        self._model = module.to(torch.device(self._device)).eval()
+        self._model = module.to(self._device).eval()
+        self._windows = WindowInputs(packing, "sdpa")  # or eager, which takes the same: the default of transformers
         self._say = say
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
-        """Mean loss of every window, in nats a token."""
+        """Mean loss of every window over its counted targets, in nats a token."""
         import torch
         from torch.nn import functional
 
         losses = []
         told_s = start_s = time.monotonic()
         for number, batch in enumerate(batches, 1):
-            tokens_BT1 = torch.from_numpy(batch).to(self._device)  # noqa: N806 - shape suffix
-            with torch.no_grad():
-                logits_BTV = self._model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits  # noqa: N806
-                flat = functional.cross_entropy(
-                    logits_BTV.float().flatten(0, 1), tokens_BT1[:, 1:].flatten(), reduction="none"
-                )
-            losses.append(flat.view(len(batch), -1).double().mean(dim=1).cpu().numpy())
+            tokens_BT1 = torch.from_numpy(batch)  # noqa: N806 - shape suffix
+            inputs = self._windows.with_targets(tokens_BT1, self._device)
+            targets = inputs.pop("targets").flatten()
+            with torch.no_grad(), self._windows.apart():
+                logits_BTV = self._model(**inputs).logits  # noqa: N806
+                flat = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="none")
+            losses.append(mean_losses(flat, tokens_BT1, self._windows.packing))
             now_s = time.monotonic()
             if now_s - told_s > 10.0:
                 told_s = now_s
@@ -220,7 +225,12 @@ class ReferenceScorer:
 def validator_for(recipe: Recipe, data: RunData, *, batch_size: int, rank: int = 0, size: int = 1) -> Validator:
     """The recipe's fixed validation windows."""
     return Validator(
-        data.held_out, max_tokens=recipe.validation.max_tokens, batch_size=batch_size, rank=rank, size=size
+        data.held_out,
+        max_tokens=recipe.validation.max_tokens,
+        batch_size=batch_size,
+        rank=rank,
+        size=size,
+        packing=data.packing,
     )
 
 
@@ -246,9 +256,9 @@ def _score_reference(
     if written is not None and written["identity"] == identity:
         return
     model = load_model(reference.folder, dtype="float32")
-    result: ValidationResult = validator_for(recipe, RunData(recipe, tokens), batch_size=8).validate(
-        ReferenceScorer(model, say)
-    )
+    data = RunData(recipe, tokens)
+    scorer = ReferenceScorer(model, say, data.packing)
+    result: ValidationResult = validator_for(recipe, data, batch_size=8).validate(scorer)
     if not math.isfinite(result.loss):
         bad = sum(not math.isfinite(loss) for loss in result.windows)
         raise SurgeryError(

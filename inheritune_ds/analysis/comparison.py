@@ -1,11 +1,11 @@
 """Comparing two models on the same validation windows."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from inheritune_ds.analysis.results import Evaluation
+from inheritune_ds.data.window_mean import window_mean
 from inheritune_ds.errors import RunFolderError
 
 CLEAR_STANDARD_ERRORS = 3.0
@@ -19,9 +19,9 @@ class Difference:
     of: str
     to: str
     mean: float
-    """Mean over windows of loss(of) - loss(to), nats per token; negative: `of` is better."""
+    """Mean over counted targets of loss(of) - loss(to), nats per token; negative: `of` is better."""
     stderr: float
-    """s / sqrt(n) of the per-window difference."""
+    """Its standard error, from the differences of the windows."""
     windows: int
     ratio: float | None
     """mean / stderr; None when every window differs by the same amount."""
@@ -48,8 +48,7 @@ def paired_difference(of: str, a: Evaluation, to: str, b: Evaluation) -> Differe
             action="raise validation.max_tokens to at least 2 x training.seq_len",
         )
     differences = np.asarray(a.windows) - np.asarray(b.windows)
-    mean = float(differences.mean())
-    stderr = float(differences.std(ddof=1) / math.sqrt(len(differences)))
+    mean, stderr = window_mean(differences, a.targets)
     ratio = mean / stderr if stderr else None
     return Difference(of, to, mean, stderr, len(differences), ratio, _in_words(mean, ratio))
 
@@ -67,7 +66,12 @@ def check_same_windows(of: str, a: Evaluation, to: str, b: Evaluation) -> None:
         RunFolderError: Naming what differs.
     """
     found = [
-        (f"{len(one.windows)} windows", f"windows of {one.seq_len} tokens", f"the text {one.tokens_sha256[:12]}")
+        (
+            f"{len(one.windows)} windows",
+            f"windows of {one.seq_len} tokens",
+            f"the text {one.tokens_sha256[:12]}",
+            f"{sum(one.targets)} targets, documents kept apart" if one.targets else "every target",
+        )
         for one in (a, b)
     ]
     differing = next(((one, other) for one, other in zip(*found, strict=True) if one != other), None)
@@ -75,7 +79,7 @@ def check_same_windows(of: str, a: Evaluation, to: str, b: Evaluation) -> None:
         raise RunFolderError(
             f"{of} was validated on {differing[0]} and {to} on {differing[1]}: they cannot be compared",
             allowed="the same held-out windows: one corpus, tokenizer, corpus.validation_ratio, corpus.max_tokens, "
-            "training.seq_len and validation.max_tokens for both",
+            "training.seq_len, training.packing and validation.max_tokens for both",
             action="make these equal in the recipes and train one of the two again, under a name of its own",
         )
 

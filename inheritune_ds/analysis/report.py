@@ -200,7 +200,7 @@ def _without_windows(evaluation: Evaluation | None) -> dict[str, Any] | None:
     """Sum up an evaluation for report.json; the losses of the single windows stay in eval/."""
     if evaluation is None:
         return None
-    return {**evaluation.model_dump(exclude={"windows"}), "windows": len(evaluation.windows)}
+    return {**evaluation.model_dump(exclude={"windows", "targets"}), "windows": len(evaluation.windows)}
 
 
 def _difference_parts(differences: Sequence[Difference]) -> list[str]:

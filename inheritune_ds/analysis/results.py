@@ -19,15 +19,17 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     loss: float
-    """Mean over the windows, nats per token."""
+    """Mean over all counted targets, nats per token."""
     stderr: float
-    """s / sqrt(n) over the windows, nats per token."""
+    """Its standard error."""
     windows: tuple[float, ...]
     """Mean loss of each window, always in the same order."""
     seq_len: int
     """Tokens a window."""
     tokens_sha256: str
     """Hash of the windows' tokens: losses with the same one are of the same text."""
+    targets: tuple[int, ...] = ()
+    """Counted in each window where documents are kept apart; empty if that is every token."""
 
 
 class ReferenceEvaluation(Evaluation):

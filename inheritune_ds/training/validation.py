@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 
 from inheritune_ds.data.held_out import HeldOut
+from inheritune_ds.data.window_mean import window_mean
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.files import write_json
+from inheritune_ds.training.packing import DocumentPacking, counted_targets
 
 
 class WindowScorer(Protocol):
     """Anything that gives the mean loss of windows: the engine, or a bare reference model."""
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
-        """Mean loss of every window of every batch, in nats a token."""
+        """Mean loss of every window of every batch over its counted targets, in nats a token."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,12 @@ class ValidationResult:
     """Loss over the held-out windows.
 
     Attributes:
-        loss: Mean over windows (all of T tokens, so over tokens too), in nats.
-        stderr: Standard error of that mean: standard deviation over windows / sqrt(windows).
+        loss: Mean over all counted targets, in nats.
+        stderr: Standard error of that mean (see `window_mean`).
         windows: Loss of each window, in the fixed order.
         seq_len: Tokens a window.
         tokens_sha256: Hash of the windows' tokens: which text the loss is of.
+        targets: Counted in each window; empty if that is every token of every one.
     """
 
     loss: float
@@ -39,6 +42,7 @@ class ValidationResult:
     windows: tuple[float, ...]
     seq_len: int
     tokens_sha256: str
+    targets: tuple[int, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -47,7 +51,10 @@ class ValidationResult:
 
     def write(self, path: Path, **extra: Any) -> None:
         """Write the result as JSON, with `extra` fields first."""
-        write_json(path, {**extra, **asdict(self)})
+        found = asdict(self)
+        if not self.targets:
+            del found["targets"]
+        write_json(path, {**extra, **found})
 
 
 class Validator:
@@ -59,12 +66,22 @@ class Validator:
         batch_size: Windows a forward pass.
         rank: This rank.
         size: Number of ranks.
+        packing: How documents inside a window are kept apart; None if they are not. The scorer must have the same.
 
     Raises:
         CorpusError: If there are fewer than two windows, for then there is no standard error.
     """
 
-    def __init__(self, windows: HeldOut, *, max_tokens: int, batch_size: int, rank: int, size: int) -> None:
+    def __init__(  # noqa: PLR0913 - one argument for each thing that decides
+        self,
+        windows: HeldOut,
+        *,
+        max_tokens: int,
+        batch_size: int,
+        rank: int,
+        size: int,
+        packing: DocumentPacking | None = None,
+    ) -> None:
         self.count = min(len(windows), max_tokens // windows.seq_len)
         if self.count < 2:
             raise CorpusError(
@@ -75,6 +92,15 @@ class Validator:
             )
         self._windows, self._batch_size, self._rank, self._size = windows, batch_size, rank, size
         self._tokens_sha256 = windows.sha256(self.count)
+        self._targets = self._count_targets(packing) if packing is not None else ()
+
+    def _count_targets(self, packing: DocumentPacking) -> tuple[int, ...]:
+        """Counted targets of every window: of all, so that ranks need not tell each other."""
+        found: list[int] = []
+        for start in range(0, self.count, self._batch_size):
+            batch = self._windows.read(np.arange(start, min(start + self._batch_size, self.count)))
+            found += counted_targets(torch.from_numpy(batch), packing).sum(dim=1).tolist()
+        return tuple(found)
 
     def validate(self, scorer: WindowScorer) -> ValidationResult:
         """Score the windows; all ranks of the process group must call it together."""
@@ -91,12 +117,12 @@ class Validator:
             everyone = everyone.to(device)
             dist.all_reduce(everyone)
         values = everyone.cpu().numpy()
-        with np.errstate(invalid="ignore"):  # the caller says what it means that a loss is not finite
-            stderr = float(values.std(ddof=1) / math.sqrt(self.count))
+        loss, stderr = window_mean(values, self._targets)
         return ValidationResult(
-            loss=float(values.mean()),
+            loss=loss,
             stderr=stderr,
             windows=tuple(map(float, values)),
             seq_len=self._windows.seq_len,
             tokens_sha256=self._tokens_sha256,
+            targets=self._targets,
         )

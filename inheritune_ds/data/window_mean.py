@@ -1,0 +1,29 @@
+"""Mean of a loss that is known window by window, and its standard error."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def window_mean(values: npt.ArrayLike, targets: Sequence[int] = ()) -> tuple[float, float]:
+    """Mean over all counted targets of what is a mean over those of each window, and its standard error.
+
+    With r = sum(c x) / sum(c) for n windows of c targets, the squared standard error is that of a ratio of two sums,
+    n / (n - 1) * sum((c (x - r))^2) / sum(c)^2 (Cochran, Sampling Techniques, 3rd edition, 6.4). Where all windows have
+    as many targets this is the mean and s / sqrt(n).
+
+    Args:
+        values: The means of n >= 2 windows.
+        targets: Counted in each; empty if all have as many.
+    """
+    means = np.asarray(values, dtype=np.float64)
+    count = len(means)
+    with np.errstate(invalid="ignore"):  # the caller says what it means that a loss is not finite
+        if len(set(targets)) < 2:
+            return float(means.mean()), float(means.std(ddof=1) / math.sqrt(count))
+        counts = np.asarray(targets, dtype=np.float64)
+        mean = float((counts * means).sum() / counts.sum())
+        squares = float(((counts * (means - mean)) ** 2).sum())
+    return mean, math.sqrt(count / (count - 1) * squares) / float(counts.sum())
