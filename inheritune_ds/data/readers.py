@@ -147,7 +147,11 @@ def read(
             continue
         begin = Cursor(number, start.record if number == start.file else 0)
         told = _Told(on_bytes)
-        found = yield from _file(path, rules, separator, begin, told)
+        try:
+            found = yield from _file(path, rules, separator, begin, told)
+        except CorpusError:
+            mark.check()  # a change is the cause of whatever was found wrong
+            raise
         mark.check()
         if found < begin.record:
             raise CorpusError(

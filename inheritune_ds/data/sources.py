@@ -69,7 +69,8 @@ def total_bytes(source: TextSource) -> int | None:
     Raises:
         CorpusError: A file is missing.
     """
-    return sum(mark.size for mark in snapshot(source).marks) if isinstance(source, FilesSource) else None
+    marks = snapshot(source).marks
+    return sum(mark.size for mark in marks) if marks else None
 
 
 def snapshot(source: Source) -> Snapshot:

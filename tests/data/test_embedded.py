@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from inheritune_ds.data import embedded
+from inheritune_ds.data.records import Cursor
 from inheritune_ds.errors import CorpusError
 
 
@@ -71,13 +72,16 @@ def test_collect_skips_and_counts_what_does_not_parse(tmp_path: Path) -> None:
 
 
 def test_documents_of_this_python_are_megabytes_of_text_without_duplicates() -> None:
-    documents = list(embedded.documents())
+    found = list(embedded.documents())
+    documents = [document.text for document in found]
     assert 1_000_000 < sum(map(len, documents)) < 5_000_000
     assert len(set(documents)) == len(documents) > 300
     assert any(text.startswith("with\n\n") for text in documents)
     assert any(text.startswith("argparse\n\n") for text in documents)
     assert not any(text.startswith(("test.", "unittest.test", "numpy")) for text in documents)
-    assert list(embedded.documents()) == documents
+    assert [document.cursor for document in found] == [Cursor(0, number + 1) for number in range(len(found))]
+    assert not any(document.skipped for document in found)
+    assert list(embedded.documents(Cursor(0, 7))) == found[7:]
 
 
 def test_collect_imports_no_module(tmp_path: Path) -> None:

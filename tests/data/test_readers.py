@@ -1,7 +1,9 @@
+import bz2
 import gzip
 import json
-import random
-import string
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,71 +11,167 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from inheritune_ds.corpus import FilesSource
-from inheritune_ds.data import readers
+from inheritune_ds.data import packed, readers
+from inheritune_ds.data.records import Cursor, Document
 from inheritune_ds.errors import CorpusError
 
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda content: content,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstandard.compress,
+}
+FORMATS = [f"{kind}{packing}" for kind in (".txt", ".jsonl", ".json") for packing in PACK] + [".parquet", ".arrow"]
 
-def read(*paths: Path | str, **settings: Any) -> list[str | None]:
-    return list(readers.documents(FilesSource(kind="files", paths=[str(path) for path in paths], **settings)))
+
+def source(*paths: Path | str, **more: Any) -> FilesSource:
+    return FilesSource(kind="files", paths=[str(path) for path in paths], **more)
 
 
-def lines(*texts: str | None) -> bytes:
-    return "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts).encode()
+def read(*paths: Path | str, **more: Any) -> list[Document]:
+    return list(readers.documents(source(*paths, **more)))
 
 
-def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
-    pq.write_table(pa.table(columns), path)
+def write(folder: Path, name: str, texts: Sequence[str | None]) -> Path:
+    """Write a file of the format that its name says; documents of plain text end with `<|>`."""
+    path = folder / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=2)
+    elif path.suffix == ".arrow":
+        table = pa.table({"text": pa.array(texts, pa.string())})
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    else:
+        if ".txt" in path.suffixes:
+            content = "".join(f"{text or ''}<|>" for text in texts)
+        else:
+            content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        packing = path.suffix if path.suffix in packed.SUFFIXES else ""
+        path.write_bytes(PACK[packing](content.encode()))
     return path
 
 
-def test_documents_of_a_text_file_is_the_whole_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeffOne\r\n\n\nTwo €\n".encode())
-    assert read(path) == ["One\r\n\n\nTwo €\n"]
+@pytest.mark.parametrize("ending", FORMATS)
+def test_documents_of_every_format(tmp_path: Path, ending: str) -> None:
+    texts = ["one\ntwo", "", None, "caf\u00e9 \U0001f600 \0 end", "last"]
+    path = write(tmp_path, f"a{ending}", texts)
+    told: list[int] = []
+    found = list(readers.documents(source(path, document_separator="<|>"), on_bytes=told.append))
+    assert [document.text for document in found] == [text or "" for text in texts]
+    assert [document.skipped for document in found] == ["", "empty", "empty", "", ""]
+    assert [document.cursor for document in found] == [Cursor(0, number) for number in range(1, 6)]
+    assert sum(told) == path.stat().st_size
 
 
-def test_documents_are_cut_at_the_separator(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("one<|end|>two<|end|><|end|>three<|end|>")
-    assert read(path, document_separator="<|end|>") == ["one", "two", "", "three"]
+# The separator's own characters are among them, and what JSON, UTF-8 and line reading could trip over.
+TEXTS = st.lists(st.none() | st.text(st.sampled_from("ab \n\r\0<>|\u2028é\U0001f600"), max_size=8), max_size=6)
 
 
-def test_documents_are_cut_where_a_separator_spans_two_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.txt"
-    text = "ab--c-d--" * 50 + "end"
-    path.write_text(text)
-    for size in (1, 2, 3, 7):
-        monkeypatch.setattr(readers, "_CHUNK_BYTES", size)
-        assert read(path, document_separator="--") == text.split("--")
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(FORMATS), TEXTS), min_size=1, max_size=4), st.data())
+def test_documents_from_any_cursor_are_the_rest(files: list[tuple[str, list[str | None]]], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [write(Path(folder), f"{n}{ending}", texts) for n, (ending, texts) in enumerate(files)]
+        wanted = source(*paths, document_separator="<|>", filters={"min_characters": 2})
+        whole = list(readers.documents(wanted))
+        place = data.draw(st.integers(0, len(whole)))
+        start = whole[place - 1].cursor if place else Cursor()
+        told: list[int] = []
+        assert list(readers.documents(wanted, start, told.append)) == whole[place:]
+        assert sum(told) == sum(path.stat().st_size for path in paths)
+        # Every document is there, in its order; only plain text may have other ones, where a text holds a separator.
+        if not any(".txt" in ending for ending, _ in files):
+            texts = [text or "" for _, texts in files for text in texts]
+            kept = [text if len(text) >= 2 and not text.isspace() else "" for text in texts]
+            assert [document.text for document in whole] == kept
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst"])
-def test_documents_of_json_lines_plain_and_packed(tmp_path: Path, name: str) -> None:
-    content = lines("one\ntwo", "", None, "\u2028 line separators \x85 stay") + b"\n  \n" + lines("last").rstrip(b"\n")
-    packed = gzip.compress(content) if name.endswith(".gz") else content
-    (tmp_path / name).write_bytes(zstandard.compress(content) if name.endswith(".zst") else packed)
-    assert read(tmp_path / name) == ["one\ntwo", "", None, "\u2028 line separators \x85 stay", "last"]
+def test_documents_from_any_cursor_are_the_rest_with_bad_records_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{broken\n\n{"text": "one"}\n{"text": "caf\xe9"}\n{"body": 1}\n{"text": "two"}\n'
+    )
+    (tmp_path / "b.jsonl").write_bytes(b'[]\n{"text": "three"}\n')
+    wanted = source(tmp_path, bad_records="skip")
+    whole = list(readers.documents(wanted))
+    assert [document.text for document in whole] == ["", "one", "", "", "two", "", "three"]
+    assert [document.skipped for document in whole] == ["bad", "", "bad", "bad", "", "bad", ""]
+    for place, document in enumerate(whole, 1):
+        assert list(readers.documents(wanted, document.cursor)) == whole[place:]
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
-def test_documents_of_packed_text(tmp_path: Path, name: str) -> None:
-    pack = gzip.compress if name.endswith(".gz") else zstandard.compress
-    (tmp_path / name).write_bytes(pack(b"one--two"))
-    assert read(tmp_path / name, document_separator="--") == ["one", "two"]
+def test_documents_open_no_file_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    taken = packed.open_unpacked
+
+    def note(path: Path, on_bytes: Callable[[int], None]) -> Any:
+        opened.append(path.name)
+        return taken(path, on_bytes)
+
+    monkeypatch.setattr(packed, "open_unpacked", note)
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        write(tmp_path, name, ["one", "two"])
+    assert len(list(readers.documents(source(tmp_path), Cursor(1, 1)))) == 3
+    assert opened == ["b.jsonl", "c.jsonl"]
 
 
-def test_documents_of_several_zstandard_frames(tmp_path: Path) -> None:
-    noise = "".join(random.Random(1).choices(string.printable, k=3_000_000))
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines(noise, "two")) + zstandard.compress(lines("three")))
-    assert read(tmp_path / "a.jsonl.zst") == [noise, "two", "three"]
+@pytest.mark.parametrize("ending", [".txt", ".jsonl.gz", ".parquet", ".arrow"])
+def test_documents_refuse_a_start_behind_the_end_of_a_file(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path, f"a{ending}", ["one", "two"])
+    with pytest.raises(CorpusError, match=r"(?s)it has 2 records, and 3 were read from it before.*or begin anew"):
+        list(readers.documents(source(path, document_separator="<|>"), Cursor(0, 3)))
 
 
-def test_documents_of_parquet_come_in_batches(tmp_path: Path) -> None:
-    texts = [f"text {number}" for number in range(3000)] + [None]
-    path = write_parquet(tmp_path / "a.parquet", {"n": list(range(3001)), "content": texts})
-    assert read(path, text_field="content") == texts
+@pytest.mark.parametrize("ending", FORMATS)
+def test_documents_notice_a_file_that_changes_meanwhile(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path, f"a{ending}", ["one", "two"])
+    found = readers.documents(source(path, document_separator="<|>"))
+    assert next(found).text == "one"
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CorpusError, match=r"it was changed while the corpus was read \(it had"):
+        list(found)
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_documents_notice_a_file_that_vanishes_meanwhile(tmp_path: Path, ending: str) -> None:
+    for name in ("a", "b"):
+        write(tmp_path, f"{name}{ending}", ["one", "two"])
+    found = readers.documents(source(tmp_path, document_separator="<|>"))
+    assert next(found).text == "one"
+    (tmp_path / f"b{ending}").unlink()
+    with pytest.raises(CorpusError, match=rf"/b{ending}: it cannot be read \(no such file or directory\)"):
+        list(found)
+
+
+def test_documents_say_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.txt", ["x"])
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(packed, "open_unpacked", refuse)
+    with pytest.raises(CorpusError, match=r"a\.txt: it cannot be read \(permission denied\)"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.zst", "a.txt.gz"])
+def test_documents_refuse_a_file_that_is_cut_off_also_when_bad_records_are_skipped(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name, [f"text {number}" for number in range(50)])
+    path.write_bytes(path.read_bytes()[:-6])
+    with pytest.raises(CorpusError, match=r"(?s)it is cut off or damaged.*download it again"):
+        read(path, bad_records="skip")
+
+
+@pytest.mark.parametrize("filters", [{"keep": {"set": ["a"]}}, {"drop": {"set": ["a"]}}])
+def test_documents_refuse_to_look_for_fields_in_plain_text(tmp_path: Path, filters: dict[str, Any]) -> None:
+    write(tmp_path, "a.jsonl", ["one"])
+    write(tmp_path, "b.txt.gz", ["one"])
+    with pytest.raises(CorpusError, match=r"(?s)b\.txt\.gz: plain text has no fields.*min_characters.*of its own"):
+        read(tmp_path, filters=filters)
 
 
 def test_expand_sorts_matches_and_takes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +179,7 @@ def test_expand_sorts_matches_and_takes_each_file_once(tmp_path: Path, monkeypat
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     monkeypatch.chdir(tmp_path)
-    found = readers.expand(["c.jsonl", "*.txt", "a.txt", str(tmp_path / "b.txt"), "**/*.txt"])
+    found = readers.expand(["c.jsonl", "*.txt", "a.txt", str(tmp_path / "b.txt"), "**/*.txt", "."])
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["c.jsonl", "a.txt", "b.txt", "sub/d.txt"]
 
 
@@ -90,7 +188,49 @@ def test_expand_takes_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> 
     assert readers.expand(["a[1].txt"], tmp_path) == [tmp_path / "a[1].txt"]
 
 
-@pytest.mark.parametrize("pattern", ["gone.txt", "*.jsonl"])
+def test_expand_takes_all_of_a_folder_but_hidden_files_and_those_of_other_kinds(tmp_path: Path) -> None:
+    names = ["README.md", "b.jsonl.gz", "a/2.parquet", "a/10.arrow", ".cache/x.jsonl", "a/.x.txt", "a/LICENSE", "c.zst"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = readers.expand([tmp_path.name + "/"], tmp_path.parent)
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/10.arrow", "a/2.parquet", "b.jsonl.gz"]
+    left_out = readers.left_out([str(tmp_path), str(tmp_path / "*.gz")])
+    assert [path.relative_to(tmp_path).as_posix() for path in left_out] == ["README.md", "a/LICENSE", "c.zst"]
+
+
+def test_expand_follows_links_to_folders_and_goes_round_no_circle(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("x")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "corpus")
+    assert readers.expand(["corpus"], tmp_path) == [tmp_path / "corpus" / "linked" / "a.txt"]
+
+
+def test_expand_refuses_a_folder_without_corpus_files(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "README.md").write_text("x")
+    with pytest.raises(CorpusError, match=r"(?s)'books/' is a folder without a file that is read.*\.arrow"):
+        readers.expand(["books/"], tmp_path)
+
+
+def test_expand_refuses_a_folder_that_it_cannot_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "closed").mkdir()
+    taken = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return taken(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(CorpusError, match=r"/closed: it cannot be read \(permission denied\)"):
+        readers.expand([str(tmp_path)])
+
+
+@pytest.mark.parametrize("pattern", ["gone.txt", "*.jsonl", "gone/"])
 def test_expand_names_the_pattern_and_the_folder(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(CorpusError) as caught:
         readers.expand([pattern], tmp_path)
@@ -98,86 +238,24 @@ def test_expand_names_the_pattern_and_the_folder(tmp_path: Path, pattern: str) -
     assert "correct corpus.sources" in str(caught.value)
 
 
-def test_expand_says_how_to_take_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "books").mkdir()
-    with pytest.raises(CorpusError, match=r"(?s)'books/' is a folder.*write books/\*\.jsonl"):
-        readers.expand(["books/"], tmp_path)
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.parquet.gz", "a.jsonl.bz2"])
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.parquet.gz", "a.arrow.zst", "a.jsonl.xz"])
 def test_expand_lists_the_endings_it_reads(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
-    with pytest.raises(CorpusError, match=r"(?s)with this ending is not read\n  allowed: \.txt, \.jsonl.*\.parquet"):
-        readers.expand([name], tmp_path)
+    for pattern in (name, "a*"):
+        with pytest.raises(
+            CorpusError, match=r"(?s)with this ending is not read\n  allowed: \.txt, \.jsonl.*\.bz2.*\.parquet"
+        ):
+            readers.expand([pattern], tmp_path)
 
 
-@pytest.mark.parametrize("bad", ["{broken", "{'text': 'single quotes'}", "[" * 100_000])
-def test_documents_name_the_line_of_bad_json(tmp_path: Path, bad: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines("fine") + b"\n" + bad.encode())
-    with pytest.raises(CorpusError, match=r"a\.jsonl:3: not a JSON object"):
-        read(path)
-
-
-def test_documents_name_the_fields_present(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines("fine"))
-    with pytest.raises(CorpusError, match=r"(?s)a\.jsonl:1: there is no field 'content'.*text, n\n.*set text_field"):
-        read(path, text_field="content")
-    table = write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]})
-    with pytest.raises(CorpusError, match=r"(?s)a\.parquet: there is no field 'text'.*body, n\n"):
-        read(table)
-
-
-def test_documents_refuse_what_is_not_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines("fine"))
-    with pytest.raises(CorpusError, match=r"a\.jsonl:1: field 'n' holds int, not text"):
-        read(path, text_field="n")
-    path.write_text("[1]\n")
-    with pytest.raises(CorpusError, match=r"a\.jsonl:1: the record is list, not an object"):
-        read(path)
-    table = write_parquet(tmp_path / "a.parquet", {"text": [1, 2]})
-    with pytest.raises(CorpusError, match=r"a\.parquet: field 'text' holds int64, not text"):
-        read(table)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_documents_notice_a_packed_file_that_is_cut_off(tmp_path: Path, name: str) -> None:
-    content = lines(*("".join(random.Random(n).choices(string.printable, k=500)) for n in range(50)))
-    packed = gzip.compress(content) if name.endswith(".gz") else zstandard.compress(content)
-    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(CorpusError, match=r"(?s)it is cut off or damaged.*download it again"):
-        read(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_documents_notice_a_packed_file_that_is_damaged(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"this was never packed, whatever its name says")
-    with pytest.raises(CorpusError, match="it is cut off or damaged"):
-        read(tmp_path / name)
-
-
-def test_documents_notice_a_damaged_parquet_file(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(CorpusError, match="it is not a readable parquet file"):
-        read(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_documents_notice_text_that_is_not_utf8(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(CorpusError, match=r"(?s)is not UTF-8 text.*iconv -f LATIN1"):
-        read(tmp_path / name)
-
-
-def test_documents_say_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("x")
-
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(readers, "_open", refuse)
-    with pytest.raises(CorpusError, match=r"a\.txt: it cannot be read \(permission denied\)"):
-        read(path)
+def test_documents_of_the_real_corpora_are_all_there(shared: Path) -> None:
+    books = read(shared / "corpora" / "books")
+    assert (len(books), sum(len(book.text.encode()) for book in books)) == (55, 34_820_774)
+    assert len(read(shared / "corpora" / "openwebtext_1000.jsonl.gz")) == 1000
+    stories = read(shared / "corpora" / "tinystories_sample.txt", document_separator="\n\n")
+    text = (shared / "corpora" / "tinystories_sample.txt").read_text(encoding="utf-8")
+    assert "\n\n".join(story.text for story in stories).split() == text.split()
+    asked = {"keep": {"meta.language": ["en"]}}
+    assert [paper.skipped for paper in read(shared / "corpora" / "redpajama_arxiv_sample.jsonl.gz", filters=asked)] == (
+        [""] * 20
+    )

@@ -7,18 +7,16 @@ from typing import Any
 import pytest
 
 from inheritune_ds import hub
-from inheritune_ds.corpus import EmbeddedSource, FilesSource, HubSource
+from inheritune_ds.corpus import EmbeddedSource, FilesSource, HubSource, TokensSource
 from inheritune_ds.data import embedded, sources
-from inheritune_ds.errors import CorpusError, HubError
+from inheritune_ds.data.records import Cursor
+from inheritune_ds.errors import CorpusError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    import datasets.config
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+def dataset(tmp_path: Path) -> Path:
     folder = tmp_path / "set" / "data"
     folder.mkdir(parents=True)
     for name, texts in (("b", ["three"]), ("a", ["one", "", "two"])):
@@ -32,21 +30,60 @@ def hub_source(dataset: Path | str, **settings: Any) -> HubSource:
 
 
 def test_documents_of_embedded_are_the_embedded_ones() -> None:
-    assert list(sources.documents(EmbeddedSource(kind="embedded"))) == list(embedded.documents())
-    assert sources.identify(EmbeddedSource(kind="embedded")) == embedded.identity()
+    source = EmbeddedSource(kind="embedded")
+    found = list(sources.documents(source))
+    assert tuple(document.text for document in found) == embedded.running().documents
+    assert list(sources.documents(source, found[9].cursor)) == found[10:]
+    assert sources.identify(source) == embedded.identity()
+    assert (sources.total_bytes(source), sources.snapshot(source).marks, sources.left_out_files(source)) == (
+        None,
+        (),
+        [],
+    )
 
 
-def test_documents_without_text_come_as_empty(tmp_path: Path) -> None:
+def test_documents_of_files_are_read_from_a_cursor_on(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": " \\n\\t"}\n{"text": null}\n{"text": ""}\n{"text": " two "}\n')
-    assert list(sources.documents(FilesSource(kind="files", paths=[str(path)]))) == ["one", "", "", "", " two "]
+    source = FilesSource(kind="files", paths=[str(path)])
+    found = list(sources.documents(source))
+    assert [document.text for document in found] == ["one", "", "", "", " two "]
+    told: list[int] = []
+    assert list(sources.documents(source, Cursor(0, 3), told.append)) == found[3:]
+    assert sum(told) == sources.total_bytes(source) == path.stat().st_size
 
 
-def test_documents_replace_half_a_surrogate_pair(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a\\ud83d b \\ud83d\\ude00"}\n')
-    (text,) = sources.documents(FilesSource(kind="files", paths=[str(path)]))
-    assert text == "a\ufffd b \U0001f600"
+def test_left_out_files_are_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "README.md", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    assert sources.left_out_files(FilesSource(kind="files", paths=[str(tmp_path)])) == ["LICENSE", "README.md"]
+
+
+def test_snapshot_notices_a_change_between_hashing_and_the_end_of_reading(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    source = FilesSource(kind="files", paths=[str(tmp_path)])
+    snapshot = sources.snapshot(source)
+    sources.identify(source)
+    snapshot.check()
+    (tmp_path / "a.txt").write_text("other text")
+    list(sources.documents(source))
+    with pytest.raises(CorpusError, match=r"a\.txt: it was changed while the corpus was read"):
+        snapshot.check()
+
+
+def test_identify_nanogpt_files_by_size_and_hash(tmp_path: Path) -> None:
+    files = []
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(name.encode())
+        files.append({"name": name, "size": len(name), "sha256": hashlib.sha256(name.encode()).hexdigest()})
+    source = TokensSource(kind="nanogpt", train=str(tmp_path / "train.bin"), validation=str(tmp_path / "val.bin"))
+    assert sources.identify(source) == {"kind": "nanogpt", "files": files}
+    alone = TokensSource(kind="nanogpt", train=str(tmp_path / "train.bin"))
+    assert sources.identify(alone) == {"kind": "nanogpt", "files": files[:1]}
+    gone = TokensSource(kind="nanogpt", train=str(tmp_path / "gone.bin"))
+    with pytest.raises(CorpusError, match=r"gone\.bin: it cannot be read \(no such file"):
+        sources.identify(gone)
 
 
 def test_identify_files_by_size_and_hash_and_not_by_place(tmp_path: Path) -> None:
@@ -78,8 +115,13 @@ def test_identify_names_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: 
         sources.identify(FilesSource(kind="files", paths=[str(path)]))
 
 
-def test_documents_of_a_local_dataset_are_streamed_in_order(dataset: Path) -> None:
-    assert list(sources.documents(hub_source(dataset))) == ["one", "", "two", "three"]
+def test_documents_of_a_local_dataset_come_in_order(dataset: Path) -> None:
+    source = hub_source(dataset)
+    found = list(sources.documents(source))
+    assert [document.text for document in found] == ["one", "", "two", "three"]
+    for place, document in enumerate(found, 1):
+        assert list(sources.documents(source, document.cursor)) == found[place:]
+    assert sources.total_bytes(source) == sum(path.stat().st_size for path in dataset.glob("data/*"))
 
 
 def test_identify_a_local_dataset_by_its_files(dataset: Path) -> None:
@@ -90,11 +132,11 @@ def test_identify_a_local_dataset_by_its_files(dataset: Path) -> None:
 
 
 def test_documents_of_a_local_dataset_name_what_is_wrong(dataset: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)record 0: there is no field 'body'.*text, n"):
+    with pytest.raises(CorpusError, match=r"(?s)there is no field 'body'.*text, n"):
         list(sources.documents(hub_source(dataset, text_field="body")))
     with pytest.raises(CorpusError, match=r"corpus path 'data/\*\.parquet' matches no file \(looked for in .*set\)"):
         list(sources.documents(hub_source(dataset, data_files="data/*.parquet")))
-    with pytest.raises(CorpusError, match=r"(?s)split.*test.*correct split or data_files"):
+    with pytest.raises(CorpusError, match=r"(?s)split.*test.*data_files"):
         list(sources.documents(hub_source(dataset, split="test")))
     with pytest.raises(CorpusError, match="is written as a path, and there is no such folder"):
         list(sources.documents(hub_source(dataset / "gone")))
@@ -110,55 +152,3 @@ def test_identify_a_hub_dataset_by_its_commit(monkeypatch: pytest.MonkeyPatch) -
         "split": "train",
         "text_field": "text",
     }
-
-
-def test_documents_of_a_hub_dataset_ask_for_the_commit_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked: dict[str, Any] = {}
-
-    def load(name: str, **settings: Any) -> list[dict[str, str]]:
-        asked.update(settings, name=name)
-        return [{"text": "one"}]
-
-    monkeypatch.setattr(hub, "resolve", lambda name, _revision, kind: hub.Repository(name, kind, COMMIT, ""))
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(sources.documents(hub_source("some/set"))) == ["one"]
-    assert asked == {
-        "name": "some/set",
-        "data_files": "data/*.jsonl.gz",
-        "revision": COMMIT,
-        "split": "train",
-        "streaming": True,
-    }
-
-
-def test_documents_of_a_hub_dataset_without_network_come_from_the_cache(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub, "resolve", lambda name, _revision, kind: hub.Repository(name, kind, COMMIT, "no network"))
-    monkeypatch.setattr(hub, "snapshot", lambda _repository, _patterns: dataset)
-    assert list(sources.documents(hub_source("some/set"))) == ["one", "", "two", "three"]
-
-
-@pytest.mark.parametrize(
-    ("raised", "expected", "message"),
-    [
-        (FileNotFoundError("x"), CorpusError, r"has no file that matches 'data/\*\.jsonl\.gz'"),
-        (ValueError("Bad split: x"), CorpusError, r"(?s)Bad split: x.*correct split"),
-        (RuntimeError("connection lost"), HubError, r"(?s)reading failed \(RuntimeError: connection lost\).*again"),
-        (ConnectionError(), HubError, r"reading failed \(ConnectionError: ConnectionError\)"),
-    ],
-)
-def test_documents_of_a_hub_dataset_explain_what_the_library_raises(
-    monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception], message: str
-) -> None:
-    import datasets
-
-    def fail(*_: object, **__: object) -> None:
-        raise raised
-
-    monkeypatch.setattr(hub, "resolve", lambda name, _revision, kind: hub.Repository(name, kind, COMMIT, ""))
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(expected, match=message):
-        list(sources.documents(hub_source("some/set")))
