@@ -10,7 +10,7 @@ from typing import Any
 from inheritune_ds.budget import GIB
 from inheritune_ds.corpus import Corpus, EmbeddedSource, FilesSource, HubSource, Source, TokensSource, TrainedTokenizer
 from inheritune_ds.data.readers import expand
-from inheritune_ds.data.token_import import token_files
+from inheritune_ds.data.token_files import token_files
 
 _BYTES_A_TOKEN = 4.0
 """English text under a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""

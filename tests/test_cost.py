@@ -12,7 +12,7 @@ from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.shapes import target_shape
 
-ONE_BILLION = Tokens(1_000_000_000, estimate=True)
+ONE_BILLION = Tokens((1_000_000_000,), estimate=True)
 
 
 def ds_config(micro_batch_size: int = 2, accumulation: int = 32, **changes: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def test_budget_knows_what_it_does_not_know() -> None:
 
 
 def test_budget_counts_epochs_of_a_run_in_steps() -> None:
-    budget = budget_of(load_recipe("quickstart"), unique=Tokens(245_761, estimate=False))
+    budget = budget_of(load_recipe("quickstart"), unique=Tokens((245_761,), estimate=False))
     assert budget.epochs == pytest.approx(2.0)
 
 
@@ -75,7 +75,7 @@ def test_budget_counts_epochs_of_a_run_in_steps() -> None:
     ],
 )
 def test_budget_token_files_follow_the_integer_type(overrides: list[str], token_bytes: int) -> None:
-    budget = budget_of(load_recipe("quickstart", overrides), unique=Tokens(900, estimate=False))
+    budget = budget_of(load_recipe("quickstart", overrides), unique=Tokens((900,), estimate=False))
     assert budget.disk_gib["token files"] * GIB == pytest.approx(1000 * token_bytes)
 
 

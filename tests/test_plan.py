@@ -220,12 +220,12 @@ def test_plan_marks_counts_as_an_estimate_only_where_they_are(tmp_path: Path) ->
         "data_files": "plain_text/*.parquet",
         "split": "train",
         "text_field": "text",
+        "max_tokens": None,
     }
     manifest = {
-        "train_tokens": 9_035_582_198,
         "tokenizer": {"name": recipe.corpus.tokenizer},
         "corpus": recipe.corpus.model_dump(include={"validation_ratio", "max_tokens", "token_dtype"}),
-        "sources": [{"identity": identity}],
+        "sources": [{"identity": identity, "train_tokens": 9_035_582_198}],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     budget = section(plan_of("gpt2-medium-24l", cache_dir=tmp_path), "budget")
@@ -290,10 +290,14 @@ def test_plan_refuses_a_warm_up_as_long_as_the_run(duration: str, tmp_path: Path
     folder = tmp_path / "tokens" / "abc"
     folder.mkdir(parents=True)
     manifest = {
-        "train_tokens": 8300,
         "tokenizer": {"train": recipe.corpus.tokenizer.vocab_size},  # type: ignore[union-attr]
         "corpus": recipe.corpus.model_dump(include={"validation_ratio", "max_tokens", "token_dtype"}),
-        "sources": [{"identity": {"kind": "embedded", "python": platform.python_version()}}],
+        "sources": [
+            {
+                "identity": {"kind": "embedded", "python": platform.python_version(), "max_tokens": None},
+                "train_tokens": 8300,
+            }
+        ],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"schedule\.warmup_steps 20 is too long for the 20 steps of the run"):

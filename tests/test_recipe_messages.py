@@ -12,7 +12,11 @@ def message(*overrides: str, name: str = "quickstart") -> str:
     return str(caught.value)
 
 
-ALLOWED_TRAINING = "duration, global_batch_tokens, seq_len"
+ALLOWED_TRAINING = "duration, global_batch_tokens, packing, sampling, seq_len"
+ALLOWED_HUB = (
+    "bad_records, data_files, dataset, download_gib, filters, kind, max_documents, max_tokens, name, revision, split, "
+    "streaming, text_field, weight"
+)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,7 @@ ALLOWED_TRAINING = "duration, global_batch_tokens, seq_len"
             "corpus.sources.0={kind: hub, dataset: a, data_files: b, data_file: c}",
             [
                 "quickstart: corpus.sources.0.data_file: unknown key",
-                "  allowed: data_files, dataset, download_gib, kind, revision, split, text_field",
+                f"  allowed: {ALLOWED_HUB}",
                 "  do: did you mean corpus.sources.0.data_files?",
             ],
         ),

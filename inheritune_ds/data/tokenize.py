@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from inheritune_ds.corpus import Corpus, Source, TokensSource, TrainedTokenizer
-from inheritune_ds.data import sources, token_import
+from inheritune_ds.data import sources, token_files
 from inheritune_ds.data.build import COUNTS, Build, TokenFormat
 from inheritune_ds.data.fidelity import Fidelity, check_fidelity
 from inheritune_ds.data.file_marks import Snapshot
@@ -132,8 +132,8 @@ class _Plan:
             spoken = {"name": tokenizer, "sha256": tokenizer_sha256(loaded)}
         for source in corpus.sources:
             if isinstance(source, TokensSource):
-                token_import.token_files(source)
-                token_import.check_ids(source, _id_space(loaded) if loaded is not None else 0)
+                token_files.token_files(source)
+                token_files.check_ids(source, _id_space(loaded) if loaded is not None else 0)
         # Taken before the files are hashed: whatever changes after that is noticed.
         snapshots = tuple(sources.snapshot(source) for source in corpus.sources)
         settings = {"validation_ratio", "max_tokens", "token_dtype", "duplicates", "overlap_ngram"}
