@@ -1,0 +1,247 @@
+"""Overlap of documents with evaluation sets: n-grams of words that they share.
+
+After Brown et al. 2020, appendix C: words are lower-cased runs of letters and digits, whatever stands
+between them; a document overlaps with an item of an evaluation set if they share n words in a row.
+An item of fewer words is looked for as a whole, down to `MIN_WORDS` (their lower limit too: shorter
+ones stand everywhere); still shorter ones are counted and not compared.
+
+Words and n-grams are compared by 64-bit hashes: what is shared is always found, and something else is
+taken for it about once in 2**64 / (n-grams of the sets) n-grams. Hashes are the same in every process.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from inheritune_ds.errors import CorpusError
+
+Hashes = npt.NDArray[np.uint64]
+Hits = dict[int, list[int]]
+"""Number of an evaluation set -> numbers of its items that a document overlaps with."""
+
+MIN_WORDS = 8
+"""Shorter items are not compared."""
+
+_CHUNK_CHARACTERS = 2**17
+_BREAK = re.compile(r"[\W_]")
+_CODE_POINTS = 0x110000
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+_BASE_INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
+_THREE, _SEVEN = np.uint64(3), np.uint64(7)
+_WORD_BASE = 0xD1342543DE82EF95
+
+
+class _Set(NamedTuple):
+    name: str
+    first: int
+    items: int
+    too_short: int
+
+
+class _Table:
+    """Hashes of the n-grams of one length, and the items they come from."""
+
+    def __init__(self, hashes: list[Hashes], owners: list[int]) -> None:
+        every = np.concatenate(hashes)
+        owner_of = np.repeat(np.array(owners, np.int64), [len(found) for found in hashes])
+        order = np.lexsort((owner_of, every))
+        self._hashes, self._owners = every[order], owner_of[order]
+        # Most n-grams of a document are in no set: a table of bits, small enough for a cache, says so without a search.
+        bits = max(16, (16 * len(every)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        seen = np.zeros(2**bits, np.bool_)
+        seen[self._hashes >> self._shift] = True
+        self._seen = np.packbits(seen, bitorder="little")
+
+    def owners_of(self, grams: Hashes) -> Iterator[int]:
+        places = grams >> self._shift
+        bits = self._seen[places >> _THREE] >> (places & _SEVEN).astype(np.uint8)
+        likely = grams[(bits & 1).astype(np.bool_)]
+        starts, ends = (np.searchsorted(self._hashes, likely, side) for side in ("left", "right"))
+        for start, end in zip(starts[starts < ends], ends[starts < ends], strict=True):
+            yield from self._owners[start:end].tolist()
+
+
+@dataclass(frozen=True)
+class OverlapIndex:
+    """The n-grams of evaluation sets.
+
+    Attributes:
+        ngram: Words of an n-gram.
+        sets: What was read, in order.
+        tables: Length -> the n-grams of that length: `ngram`, and the lengths of shorter items.
+    """
+
+    ngram: int
+    sets: tuple[_Set, ...]
+    tables: Mapping[int, _Table] = field(repr=False)
+
+    @classmethod
+    def build(cls, sets: Mapping[str, Iterable[str]], ngram: int) -> Self:
+        """Read evaluation sets.
+
+        Args:
+            sets: Name -> texts of the items.
+            ngram: Words in a row that make an overlap.
+
+        Raises:
+            CorpusError: A set has no item that is long enough to be compared.
+        """
+        told: list[_Set] = []
+        found: dict[int, tuple[list[Hashes], list[int]]] = {}
+        owner = 0
+        for name, texts in sets.items():
+            first, short = owner, 0
+            for text in texts:
+                words = np.concatenate([_NO_WORDS, *_word_hashes(text)])
+                length = min(len(words), ngram)
+                if length < min(MIN_WORDS, ngram):
+                    short += 1
+                else:
+                    hashes, owners = found.setdefault(length, ([], []))
+                    hashes.append(next(grams for size, grams in _ngrams(words, length) if size == length))
+                    owners.append(owner)
+                owner += 1
+            told.append(_Set(name, first, owner - first, short))
+            _check_set(told[-1], min(MIN_WORDS, ngram))
+        return cls(ngram, tuple(told), {length: _Table(*of_length) for length, of_length in sorted(found.items())})
+
+    def find(self, text: str) -> Hits:
+        """Return the items that a document overlaps with, ascending; empty for most."""
+        owners: set[int] = set()
+        last = _NO_WORDS
+        for words in _word_hashes(text):
+            # The last words of a chunk are looked at again, with those that follow them.
+            together = np.concatenate([last, words])
+            for length, grams in _ngrams(together, self.ngram):
+                if length in self.tables:
+                    owners.update(self.tables[length].owners_of(grams))
+            last = together[max(0, len(together) - self.ngram + 1) :]
+        hits: Hits = {}
+        for owner in sorted(owners):
+            number = next(n for n, told in enumerate(self.sets) if owner < told.first + told.items)
+            hits.setdefault(number, []).append(owner - self.sets[number].first)
+        return hits
+
+
+class OverlapCounter:
+    """Counts documents with overlap, and the items they overlap with.
+
+    Args:
+        index: What documents are compared with.
+        kept: What `state` gave before, to go on from there.
+    """
+
+    def __init__(self, index: OverlapIndex, kept: Mapping[str, Any] | None = None) -> None:
+        self._sets = index.sets
+        self._ngram = index.ngram
+        kept = kept or {}
+        self._documents = dict.fromkeys(range(len(self._sets)), 0) | {
+            int(number): int(count) for number, count in kept.get("documents", {}).items()
+        }
+        self._items: dict[int, set[int]] = {
+            number: set(kept.get("items", {}).get(str(number), ())) for number in range(len(self._sets))
+        }
+
+    def add(self, hits: Hits) -> None:
+        """Count one document, from what `OverlapIndex.find` says of it."""
+        for number, items in hits.items():
+            self._documents[number] += 1
+            self._items[number].update(items)
+
+    def state(self) -> dict[str, Any]:
+        """Everything counted so far, as JSON can hold it."""
+        return {
+            "documents": {str(number): count for number, count in self._documents.items()},
+            "items": {str(number): sorted(items) for number, items in self._items.items()},
+        }
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """Counts by set: its items, those too short to compare, items hit, documents with a hit."""
+        return {
+            told.name: {
+                "ngram": self._ngram,
+                "items": told.items,
+                "items_too_short": told.too_short,
+                "items_hit": len(self._items[number]),
+                "documents_hit": self._documents[number],
+            }
+            for number, told in enumerate(self._sets)
+        }
+
+
+def _check_set(told: _Set, words: int) -> None:
+    if told.items == told.too_short:
+        raise CorpusError(
+            f"evaluation set {told.name!r} has nothing to compare documents with: none of its {told.items} items "
+            f"has {words} words",
+            allowed=f"items of at least {words} words",
+            action="name another text_field of this set in corpus.overlap_with, or leave the set out",
+        )
+
+
+_NO_WORDS: Hashes = np.zeros(0, np.uint64)
+
+
+def _word_hashes(text: str) -> Iterator[Hashes]:
+    """Yield hashes of the words of a text, a chunk at a time; no word is cut (below a chunk's length)."""
+    start = 0
+    while start < len(text):
+        end = start + _CHUNK_CHARACTERS
+        if end < len(text):
+            gap = _BREAK.search(text, end, end + _CHUNK_CHARACTERS)
+            end = gap.end() if gap else end + _CHUNK_CHARACTERS
+        # The form of a lower-case sigma depends on what follows it, which a chunk may not have.
+        yield _chunk_hashes(text[start:end].lower().replace("ς", "σ"))  # noqa: RUF001  a sigma is meant
+        start = end
+
+
+def _chunk_hashes(text: str) -> Hashes:
+    """Hash of each word: sum of code point x base**place in the word, mixed."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    inside = _word_characters()[points]
+    starts = np.flatnonzero(inside & ~np.concatenate([[False], inside[:-1]]))
+    if not len(starts):
+        return _NO_WORDS
+    powers, inverses = _powers()
+    values = points * inside * powers[: len(points)]
+    return _mix(np.add.reduceat(values, starts) * inverses[starts])
+
+
+def _ngrams(words: Hashes, longest: int) -> Iterator[tuple[int, Hashes]]:
+    """Yield (n, hashes of all n words in a row) for n from 1 to `longest`, where there are as many words."""
+    sums = words
+    for length in range(1, min(longest, len(words)) + 1):
+        if length > 1:
+            sums = sums[:-1] + words[length - 1 :] * np.uint64(pow(_WORD_BASE, length - 1, 2**64))
+        yield length, sums
+
+
+def _mix(hashes: Hashes) -> Hashes:
+    """Spread every bit over all others (the finalizer of SplitMix64, Steele et al. 2014)."""
+    mixed = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+@cache
+def _word_characters() -> npt.NDArray[np.bool_]:
+    """Whether a code point is a letter or digit."""
+    return np.fromiter((chr(point).isalnum() for point in range(_CODE_POINTS)), np.bool_, _CODE_POINTS)
+
+
+@cache
+def _powers() -> tuple[Hashes, Hashes]:
+    """Powers of the base from 0 on, and their inverses, modulo 2**64."""
+    count = 4 * _CHUNK_CHARACTERS  # a chunk has up to two times as many, and lower() makes two of one at most
+    first = np.ones(1, np.uint64)
+    powers, inverses = (
+        np.concatenate([first, np.cumprod(np.full(count - 1, base, np.uint64), dtype=np.uint64)])
+        for base in (_BASE, _BASE_INVERSE)
+    )
+    return powers, inverses
