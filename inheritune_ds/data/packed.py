@@ -16,6 +16,8 @@ from inheritune_ds.errors import CorpusError
 SUFFIXES = (".gz", ".bz2", ".zst")
 
 _CHUNK_BYTES = 2**20
+# What is left of a part is copied whenever some of it was unpacked, so parts are small.
+_PART_BYTES = 2**17
 # zstandard cannot limit what it gives at once, and a block of 4 bytes may stand for 128 KiB: a hostile file
 # gets 128 MiB with this. An ordinary one is unpacked at the same speed as in larger pieces.
 _ZSTD_PIECE_BYTES = 2**12
@@ -147,7 +149,7 @@ class _Unpacked(io.RawIOBase):
         return size
 
     def _chunks(self) -> Iterator[bytes]:
-        while chunk := self._file.read(_CHUNK_BYTES):
+        while chunk := self._file.read(_PART_BYTES):
             self._on_bytes(len(chunk))
             yield chunk
 

@@ -1,6 +1,7 @@
 """Records of tables: parquet files, and Arrow files and streams as `datasets` writes them.
 
-Only the columns that are needed are decoded, about 16 MiB of text at a time.
+Only the columns that are needed are decoded, about 16 MiB of text at a time. What a writer of parquet puts into one
+page is unpacked as a whole, though: as a rule the text of 1,024 rows, which is little unless the rows are books.
 """
 
 import contextlib
