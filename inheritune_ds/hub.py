@@ -4,24 +4,22 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import responses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, TypeVar
 
 from inheritune_ds.errors import HubError, InherituneError, StorageError
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 RepoType = Literal["model", "dataset"]
+Answer = TypeVar("Answer")
 
 _TIMEOUT_S = 3.0
 """A machine without a network must hear so at once; the hub answers this question in well under 1 s."""
 
 _BUSY_WAITS_S = (1.0, 2.0)
-"""Pauses before a hub that answered that it is busy or broken (429, 5xx) is asked again which commit it is."""
+"""Pauses before a hub that answered that it is busy or broken (429, 5xx) is asked again: its client does not always."""
 _SECRET = re.compile(r"\bhf_\w{8,}|(?<=://)[^/@\s]+@|(?<=\?)[^\s'\">)]+")
 """A token; a password in an address; the query of an address, which on a CDN is a signature."""
 
@@ -60,7 +58,7 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
     api = HfApi()
     offline = ""
     try:
-        _ask_patiently(api, name, revision, repo_type)
+        _patiently(lambda: api.repo_info(name, repo_type=repo_type, revision=revision, timeout=_TIMEOUT_S))
     except HFValidationError:
         raise HubError(
             f"{name!r} is neither an existing local folder nor a possible name on the hub",
@@ -79,19 +77,16 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
     return Repository(name, repo_type, commit.resolved, offline)
 
 
-def _ask_patiently(api: "HfApi", name: str, revision: str, repo_type: RepoType) -> None:
-    """Ask the hub for a repository; again if it is busy, but not if there is no network."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for wait_s in (*_BUSY_WAITS_S, None):
+def _patiently(action: Callable[[], Answer]) -> Answer:
+    """Do something again if the hub is busy, but not if there is no network."""
+    for wait_s in _BUSY_WAITS_S:
         try:
-            api.repo_info(name, repo_type=repo_type, revision=revision, timeout=_TIMEOUT_S)
-        except HfHubHTTPError as error:
-            if wait_s is None or not (_status(error) == 429 or _status(error) >= 500):
+            return action()
+        except Exception as error:
+            if not any(_status(link) == 429 or _status(link) >= 500 for link in _links(error)):
                 raise
             time.sleep(wait_s)
-        else:
-            return
+    return action()
 
 
 def list_files(repository: Repository) -> list[str]:
@@ -133,8 +128,8 @@ def snapshot(repository: Repository, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
+        folder = _patiently(
+            lambda: snapshot_download(
                 repository.name,
                 repo_type=repository.repo_type,
                 revision=repository.commit,
@@ -142,6 +137,7 @@ def snapshot(repository: Repository, patterns: list[str]) -> Path:
                 local_files_only=bool(repository.offline),
             )
         )
+        return Path(folder)
     except Exception as error:  # noqa: BLE001  as in `resolve`
         raise failure(error, repository) from None
 
@@ -194,15 +190,12 @@ def _refusal(error: BaseException, name: str, revision: str, repo_type: RepoType
                 allowed="a commit, tag or branch of that repository",
                 action="correct revision in the recipe",
             )
-        if isinstance(link, RepositoryNotFoundError):
+        # To somebody whom it does not know the hub says 401 of a private repository, and of one that does not exist.
+        if isinstance(link, RepositoryNotFoundError) or _status(link) in {401, 403}:
             return HubError(
-                f"the hub has no {repo_type} {name!r}, or this machine may not see it",
-                action="correct the name in the recipe; for a private one, `hf auth login` (or set HF_TOKEN) first",
-            )
-        if _status(link) in {401, 403}:
-            return HubError(
-                f"the hub refuses {repo_type} {name!r} to this machine ({_answer(link)})",
-                action="see that the token of this machine is valid and may read it: `hf auth whoami`, `hf auth login`",
+                f"the hub has no {repo_type} {name!r}, or this machine may not see it ({_answer(link)})",
+                action="correct the name in the recipe; for a private one give this machine a token that may read it "
+                "(`hf auth login`, or set HF_TOKEN), and see that it is valid (`hf auth whoami`)",
             )
     return None
 

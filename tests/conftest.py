@@ -1,7 +1,44 @@
-"""Settings of the whole suite."""
+"""Settings of the whole suite, and the stand-in of the hub."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+from tests.hub_client import HubClient
+from tests.hub_server import HubServer
 
 # On a busy machine an example may take any time, and a failure must be found again by everybody.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[HubServer]:
+    """A stand-in of the hub; every test publishes under names of its own."""
+    server = HubServer()
+    server.start()
+    yield server
+    server.stop()
+    assert server.unknown == [], "the clients asked for something that the stand-in does not know"
+
+
+@pytest.fixture(scope="session")
+def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF_HOME of the clients."""
+    return tmp_path_factory.mktemp("hub-home")
+
+
+@pytest.fixture(scope="session")
+def client(hub_server: HubServer, hub_home: Path) -> Iterator[HubClient]:
+    """A process that reads from the hub; `token=` with a question gives it one."""
+    with HubClient(hub_server.endpoint, hub_home) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def offline_client(hub_server: HubServer, hub_home: Path) -> Iterator[HubClient]:
+    """A process that was told to stay off the network; its cache is that of the others."""
+    with HubClient(hub_server.endpoint, hub_home, HF_HUB_OFFLINE="1") as process:
+        yield process

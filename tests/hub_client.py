@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,17 +48,30 @@ class HubClient:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End it."""
         self._process.communicate(timeout=30)
 
 
-def _documents(source: dict[str, Any], start: tuple[int, int] = (0, 0)) -> list[Any]:
+def _documents(source: dict[str, Any], start: tuple[int, int] = (0, 0), *, keep: bool = False) -> Any:
+    """All documents; with `keep` an error comes with how many there were before it."""
     from inheritune_ds.corpus import HubSource
     from inheritune_ds.data import sources
     from inheritune_ds.data.records import Cursor
+    from inheritune_ds.errors import InherituneError
 
-    return list(sources.documents(HubSource.model_validate(source), Cursor(*start)))
+    found = []
+    try:
+        for document in sources.documents(HubSource.model_validate(source), Cursor(*start)):
+            found.append(document)  # noqa: PERF402 - those before an error count
+    except InherituneError as error:
+        if not keep:
+            raise
+        return {"documents": len(found), "message": str(error)}
+    return found
 
 
 def _identify(source: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +95,12 @@ def _snapshot(name: str, patterns: list[str], revision: str = "main") -> dict[st
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
+def _pin(folder: str, repo_type: Any, name: str, revision: str = "main") -> str:
+    from inheritune_ds.run_folder import RunFolder
+
+    return RunFolder(Path(folder)).pin(repo_type, name, revision)
+
+
 def _locate(model: str, revision: str = "main") -> list[Any]:
     from inheritune_ds.recipe import Reference
     from inheritune_ds.surgery.reference import locate
@@ -103,6 +122,7 @@ def _main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         asked = json.loads(line)
+        os.environ["HF_TOKEN"] = asked.pop("token", "")  # the client looks anew at every request
         try:
             answer = does[asked.pop("what")](**asked)
         except InherituneError as error:
@@ -110,7 +130,7 @@ def _main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-_WORDS = {"_documents", "_identify", "_resolve", "_snapshot", "_locate", "_tokens"}
+_WORDS = {"_documents", "_identify", "_resolve", "_snapshot", "_pin", "_locate", "_tokens"}
 
 if __name__ == "__main__":
     _main()
