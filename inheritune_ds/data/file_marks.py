@@ -1,5 +1,6 @@
 """Whether corpus files are still the ones that were found: by size and time of their last change."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,4 +91,5 @@ def cannot_read(path: Path | str, error: OSError) -> CorpusError:
 
 
 def _reason(error: OSError) -> str:
-    return (error.strerror or str(error) or "unreadable").lower()
+    # The system's own words: pyarrow puts a whole sentence, with the path, in their place.
+    return (os.strerror(error.errno) if error.errno else str(error) or "unreadable").lower()

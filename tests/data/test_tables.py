@@ -158,6 +158,21 @@ def test_documents_notice_what_is_no_table(tmp_path: Path, name: str, content: b
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_a_table_say_why_it_cannot_be_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, kind, {"text": ["a"]})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, f"Failed to open local file {path}. Detail: [errno 13] Permission denied")
+
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    monkeypatch.setattr(pa, "memory_map", refuse)
+    with pytest.raises(CorpusError, match=r"/a\.\w+: it cannot be read \(permission denied\)\n"):
+        read(path)
+
+
 def test_documents_of_parquet_notice_a_page_with_another_checksum(tmp_path: Path) -> None:
     path = write(tmp_path, "parquet", {"text": ["some text " * 100]}, compression="none", write_page_checksum=True)
     content = path.read_bytes()
