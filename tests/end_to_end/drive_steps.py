@@ -1,6 +1,7 @@
 """Launched by tests: the real loop on the golden tokens, for several ZeRO stages in one process group.
 
 `python drive_steps.py OUT.json STAGE[,STAGE...] STEPS [PRECISION]` under python, torchrun, deepspeed or srun.
+A stage with a `d` behind it keeps documents inside a window apart.
 Rank 0 writes {run label: {"losses": [...], "grad_norms": [...], "weights_sha256": str}} and the window ids.
 """
 
@@ -10,13 +11,18 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+from numpy.typing import NDArray
 
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import parse_yaml, validate
 from inheritune_ds.training.world import StopSignal, World, detect, export, prepare_environment
 
+END_OF_DOCUMENT = 25
+"""Stands every 29 tokens or so."""
+Ids = NDArray[np.int64]
 GOLDEN = Path(__file__).parent.parent / "golden"
 RECIPE = """
 name: golden
@@ -54,13 +60,13 @@ class Collector:
         """Nothing is noted."""
 
 
-def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: Path) -> dict[str, Any]:
+def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: Path) -> dict[str, Any]:
     """Train a freshly built model under one ZeRO stage."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from inheritune_ds.data.held_out import HeldOut
-    from inheritune_ds.data.shards import Windows
+    from inheritune_ds.data.shards import SourceTokens, Windows
     from inheritune_ds.data.stream import BatchStream
     from inheritune_ds.shapes import target_shape
     from inheritune_ds.surgery.reference import build_config
@@ -70,8 +76,10 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.loop import LoopParts, train
+    from inheritune_ds.training.packing import DocumentPacking
     from inheritune_ds.training.validation import Validator
 
+    stage, packing = int(named[0]), DocumentPacking(END_OF_DOCUMENT) if named.endswith("d") else None
     document = {
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": precision == "bf16"},
@@ -94,7 +102,7 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
         offload=False,
         run_flops=None,
     )
-    engine = Engine(model, resolved.config, world, kernels)
+    engine = Engine(model, resolved.config, world, kernels, packing)
     masters_exact = all(torch.equal(given[name], value) for name, value in engine.full_parameters())
     tokens = GOLDEN / "tokens.bin"
     windows = Windows.of_file(tokens, "uint16", recipe.training.seq_len, tokens.stat().st_size // 2)
@@ -104,7 +112,12 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
         engine=engine,
         stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
         validator=Validator(
-            HeldOut({"tokens": windows}), max_tokens=512, batch_size=3, rank=world.rank, size=world.size
+            HeldOut({"tokens": windows}),
+            max_tokens=512,
+            batch_size=3,
+            rank=world.rank,
+            size=world.size,
+            packing=packing,
         ),
         checkpoints=Checkpoints(
             folder / f"stage-{stage}",
@@ -122,15 +135,15 @@ def run_stage(world: World, recipe: Recipe, stage: int, precision: str, folder: 
         data_metrics=lambda _step: {},
     )
     seen: list[list[int]] = []
-    read = windows.read
+    read = SourceTokens.read
 
-    def recording(ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        seen.append(ids.tolist())
-        return read(ids)
+    def recording(tokens: SourceTokens, sources: Ids, starts: Ids) -> Ids:
+        seen.append((starts // recipe.training.seq_len).tolist())
+        return read(tokens, sources, starts)
 
-    object.__setattr__(windows, "read", recording)
     count, _ = recipe.training.duration_parts
-    train(parts, count, None)
+    with patch.object(SourceTokens, "read", recording):
+        train(parts, count, None)
     state = dict(engine.full_parameters())
     engine.close()
     rows = [row for row in collector.rows if "train/loss" in row]
@@ -167,9 +180,7 @@ def main() -> None:
         shared = Path(os.environ.get("DRIVE_SCRATCH", scratch))
         for number, stage in enumerate(args.stages.split(",")):
             (shared / str(number)).mkdir(parents=True, exist_ok=True)
-            results[f"{number}:zero{stage}"] = run_stage(
-                world, recipe, int(stage), args.precision, shared / str(number)
-            )
+            results[f"{number}:zero{stage}"] = run_stage(world, recipe, stage, args.precision, shared / str(number))
     args.out.with_suffix(f".rank{world.rank}.json").write_text(json.dumps(results), encoding="utf-8")
     leave_process_group()
 

@@ -42,8 +42,8 @@ def steps_of(ranks: list[dict[str, Any]], label: str, validation_calls: int) -> 
 
 @pytest.fixture
 def one_rank(launch: Launch, tmp_path: Path) -> dict[str, Any]:
-    """ZeRO-1 twice, 2 and 3 on one rank."""
-    return drive(launch, tmp_path, "1,1,2,3", 1)[0]
+    """ZeRO-1 twice, 2 and 3 on one rank, and ZeRO-1 with documents kept apart."""
+    return drive(launch, tmp_path, "1,1,2,3,1d", 1)[0]
 
 
 def relative_gap(left: list[float], right: list[float]) -> float:
@@ -68,13 +68,16 @@ def test_ranks_and_stages_agree_on_order_and_losses(launch: Launch, tmp_path: Pa
     assert all(run["masters_exact"] for run in one_rank.values())
     order = steps_of([one_rank], "0:zero1", 6)
     assert all(len(step) == 16 for step in order)
+    apart = one_rank["4:zero1d"]
+    assert relative_gap(base, apart["losses"]) > 1e-3, "documents kept apart have other losses"
     for ranks in (2, 4):
-        results = drive(launch, tmp_path, "1,2,3", ranks)
+        results = drive(launch, tmp_path, "1,2,3" if ranks == 4 else "1,2,3,1d,2d,3d", ranks)
         calls = {2: 3, 4: 2}[ranks]  # 16 validation windows over the ranks, 3 at a time
         for label, run in results[0].items():
-            assert relative_gap(base, run["losses"]) <= 1e-5, (ranks, label)
+            wanted = apart if label.endswith("d") else one_rank["0:zero1"]
+            assert relative_gap(wanted["losses"], run["losses"]) <= 1e-5, (ranks, label)
             assert steps_of(results, label, calls) == order, (ranks, label)
-            assert run["validation"] == pytest.approx(one_rank["0:zero1"]["validation"], rel=1e-5)
+            assert run["validation"] == pytest.approx(wanted["validation"], rel=1e-5)
     assert relative_gap(base, one_rank["2:zero2"]["losses"]) <= 1e-5
     assert relative_gap(base, one_rank["3:zero3"]["losses"]) <= 1e-5
 
