@@ -15,7 +15,7 @@ from inheritune_ds.data.token_files import token_files
 _BYTES_A_TOKEN = 4.0
 """English text under a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""
 _EMBEDDED_BYTES = 2_400_000
-_EXPANSION = {".gz": 3.0, ".zst": 3.0, ".parquet": 1.7}
+_EXPANSION = {".gz": 3.0, ".bz2": 3.5, ".zst": 3.0, ".parquet": 1.7}
 """Bytes of text a byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
 
 

@@ -71,8 +71,9 @@ def prepare_run(
     tokenizer, revision = tokenizer_of(recipe, reference.folder if reference is not None else None)
     tokens = prepare(recipe.corpus, tokenizer, cache_dir, revision=revision, damage_of=record.damage_of, say=say)
     record.settle(recipe, tokens, has_checkpoints=bool(newest_step(folder.checkpoints)))
-    counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} validation tokens"
+    counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} held-out tokens"
     say(f"tokens: {counts} in {tokens.folder}")
+    say(_validation_line(recipe, tokens))
     identity: dict[str, Any] = {
         "reference": reference.identity if reference else None,
         "target": recipe.target.model_dump(mode="json"),
@@ -104,6 +105,15 @@ def prepare_run(
     if reference is not None:
         _score_reference(reference, recipe, tokens, folder, say)
     return Prepared(tokens, target)
+
+
+def _validation_line(recipe: Recipe, tokens: TokenSet) -> str:
+    """Say what the validation reads: fewer windows than asked for, or none of a source, must not go unnoticed."""
+    held_out = RunData(recipe, tokens).held_out
+    count = min(len(held_out), recipe.validation.max_tokens // recipe.training.seq_len)
+    used = held_out.used(count)
+    by_source = f" ({', '.join(f'{name} {windows:,}' for name, windows in used.items())})" if len(used) > 1 else ""
+    return f"validation: {count:,} windows of {recipe.training.seq_len} tokens{by_source}"
 
 
 def _check_ids(tokens: TokenSet, vocabulary: int) -> None:

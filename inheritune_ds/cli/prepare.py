@@ -83,6 +83,9 @@ def _table(tokens: "TokenSet") -> str:
         if told:
             first = f" (the first bad one: {source['first_bad_record']})" if source["first_bad_record"] else ""
             lines.append(f"left out of {source['name']}: {told}{first}")
+        if source["left_out_files"]:
+            names = source["left_out_files"]
+            lines.append(f"{source['name']}: {len(names):,} files of other kinds were not read, such as {names[0]}")
         if source["forced_cuts"]:
             lines.append(f"{source['name']}: {source['forced_cuts']:,} cuts in very long runs without spaces")
     for name, found in (tokens.manifest["overlap"] or {}).items():

@@ -24,7 +24,7 @@ from inheritune_ds.data import sources, token_files
 from inheritune_ds.data.build import COUNTS, Build, TokenFormat
 from inheritune_ds.data.fidelity import Fidelity, check_fidelity
 from inheritune_ds.data.file_marks import Snapshot
-from inheritune_ds.data.journal import Journal
+from inheritune_ds.data.journal import JOURNAL_FILES, Journal, remove_journal
 from inheritune_ds.data.overlap import OverlapIndex
 from inheritune_ds.data.pieces import TextEncoder
 from inheritune_ds.data.progress import Meter
@@ -39,8 +39,8 @@ from inheritune_ds.data.vocabulary import (
     train_tokenizer,
 )
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.files import read_json, storage_errors, write_json
-from inheritune_ds.publish import describe_files, exclusive, has_files, publish
+from inheritune_ds.files import storage_errors, write_json
+from inheritune_ds.publish import describe_files, exclusive, publish, tidy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,9 +82,10 @@ def prepare(  # noqa: PLR0913 - one argument for each thing that decides
     plan = _Plan.of(corpus, tokenizer, revision, shard_tokens)
     folder = plan.folder(cache_dir)
     found = _usable(plan, folder, damage_of, say)
-    if found is not None:
-        return found
     partial = folder.with_name(f".{folder.name}.partial")
+    if found is not None:
+        tidy(partial)
+        return found
     with exclusive(partial, say):
         found = _usable(plan, folder, damage_of, say)  # another process may have made it meanwhile
         if found is None:
@@ -160,6 +161,11 @@ class _Plan:
     def folder(self, cache_dir: Path) -> Path:
         return cache_dir / "tokens" / self.fingerprint
 
+    def check_files(self) -> None:
+        """Raise if a corpus file is gone or has changed."""
+        for snapshot in self.snapshots:
+            snapshot.check()
+
 
 def _identify(source: Source, limit: int | None) -> dict[str, Any]:
     """Data and settings of a source; its weight decides only how often it is read, but its share of max_tokens."""
@@ -195,9 +201,9 @@ def _check_dtype(corpus: Corpus, id_space: int) -> None:
 
 def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) -> None:
     """Make the folder complete: tokenizer, shards, and the manifest last."""
-    written = read_json(partial / "manifest.json")
-    if isinstance(written, dict) and has_files(partial, written["files"]):
-        return  # killed between the manifest and the rename
+    if open_finished(partial, plan.fingerprint) is not None:  # killed between the manifest and the rename
+        remove_journal(partial)
+        return
     journal = Journal(partial)
     try:
         tokenizer = _tokenizer(plan, partial, is_new=journal.state() is None)
@@ -215,22 +221,21 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
             journal=journal,
             workers=workers,
             index=_overlap_index(plan.corpus),
+            check_files=plan.check_files,
         )
         counts = build.run()
-        for snapshot in plan.snapshots:
-            snapshot.check()
         _check_parts(plan.corpus, counts)
-    except BaseException:
+    finally:
         journal.close()
-        raise
-    journal.remove()
     with storage_errors(partial):
+        for path in partial.glob(".manifest.json.*.tmp"):  # of a killed process
+            path.unlink()
         manifest = {
             "fingerprint": plan.fingerprint,
             **plan.identity,
             "sources": [
-                {**count, "identity": identity}
-                for identity, count in zip(plan.identity["sources"], counts, strict=True)
+                {**count, "left_out_files": sources.left_out_files(source), "identity": identity}
+                for source, identity, count in zip(plan.corpus.sources, plan.identity["sources"], counts, strict=True)
             ],
             "tokenizer": {**plan.identity["tokenizer"], "sha256": tokenizer_sha256(tokenizer)},
             "document_form": _document_form(tokenizer),
@@ -241,10 +246,11 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
             "bos_id": tokenizer.bos_token_id,
             "fidelity": fidelity,
             "overlap": build.overlap.as_dict() if build.overlap is not None else None,
-            "files": describe_files(partial),
+            "files": describe_files(partial, left_out=JOURNAL_FILES),
             "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
         }
         write_json(partial / "manifest.json", manifest)
+    remove_journal(partial)  # last: whatever kills this process before, finished shards are not made again
 
 
 TOTALS = (
@@ -292,7 +298,7 @@ def _texts(source: Source) -> Iterator[str]:
 
 def _check_tokenizer(plan: _Plan, encoder: TextEncoder, say: Callable[[str], None]) -> dict[str, Any]:
     """Try the tokenizer on the first documents of every source; returns what the manifest says of it."""
-    sample = [text for source in plan.corpus.sources for text in itertools.islice(_texts(source), SAMPLE_DOCUMENTS)]
+    sample = (text for source in plan.corpus.sources for text in itertools.islice(_texts(source), SAMPLE_DOCUMENTS))
     found: Fidelity = check_fidelity(encoder, sample, plan.sentencepiece)
     if found.warning:
         say(f"WARNING: {found.warning}")
