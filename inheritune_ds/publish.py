@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def exclusive(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
         StorageError: The folder or its lock cannot be made.
     """
-    lock = folder.with_name(f"{folder.name}.lock")
+    lock = _lock_of(folder)
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent, socket.gethostname())
@@ -95,12 +95,40 @@ def _lock(path: Path, say: Callable[[str], None]) -> int:
         os.close(descriptor)  # the one who had it has removed the file: that lock is nobody's any more
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and sha256 of every file below a folder, by its path inside it."""
+def tidy(folder: Path) -> None:
+    """Remove what a process has left that was killed between publishing `folder` and the end of `exclusive`.
+
+    Args:
+        folder: That was to be filled.
+    """
+    lock = _lock_of(folder)
+    with suppress(OSError):  # there is none, or it is held
+        descriptor = os.open(lock, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError):
+                folder.rmdir()  # only if nothing was filled in
+            lock.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def describe_files(folder: Path, left_out: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every file below a folder, by its path inside it.
+
+    Args:
+        folder: Where they lie.
+        left_out: Such paths that are not wanted.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for name, path in paths.items()
+        if name not in left_out
     }
 
 

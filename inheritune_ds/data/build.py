@@ -8,7 +8,7 @@ often the preparation was killed.
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ from inheritune_ds.data.workers import EncoderPool
 
 JOB_CHARACTERS = 2**20
 JOB_PIECES = 512
+JOB_RECORDS = 2**13
+"""A job is handed in after so many records in any case, so that those which are left out do not pile up before it."""
 COMMIT_INTERVAL_S = 30.0
 """The journal is written after every shard, and so often in between."""
 
@@ -118,13 +120,19 @@ class _SourceState:
             "validation": self.validation.state(),
         }
 
+    def abandon(self) -> None:
+        """Leave the files as they are, to be gone on with from what was last kept."""
+        self.train.abandon()
+        self.validation.abandon()
+
     def close(self) -> dict[str, Any]:
         """Complete the files; returns what the manifest says of the source."""
         self.train.close()
         self.validation.close()
         told = self.as_dict()
         del told["cursor"]
-        return {**told, **told.pop("counts")}
+        counts = told.pop("counts")
+        return {**told, **counts}
 
 
 class Build:
@@ -138,6 +146,8 @@ class Build:
         journal: Of this folder.
         workers: Processes that encode.
         index: Evaluation sets to compare with; None if there are none.
+        check_files: Raises if a corpus file is not the one any more that the fingerprint was made of. It is called
+            before anything is kept: else what was read from a changed file would be gone on with.
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each thing that decides
@@ -150,10 +160,12 @@ class Build:
         journal: Journal,
         workers: int,
         index: OverlapIndex | None,
+        check_files: Callable[[], None],
     ) -> None:
         self._corpus, self._folder, self._form = corpus, folder, form
         self._definition, self._encoder = tokenizer, TextEncoder(*tokenizer)
         self._journal, self._workers, self._index = journal, workers, index
+        self._check_files = check_files
         kept = journal.state() or {}
         self._finished: list[dict[str, Any]] = kept.get("finished", [])
         self._kept: dict[str, Any] = kept.get("current", {})
@@ -179,12 +191,16 @@ class Build:
 
     def _write(self, source: Source, number: int) -> dict[str, Any]:
         self._now = _SourceState(source, self._folder, self._form, self._kept, self._limit(number))
-        if self._now.wants_more:
-            if isinstance(source, TokensSource):
-                self._copy(source)
-            else:
-                self._encode(source)
-        told = self._now.close()
+        try:
+            if self._now.wants_more:
+                if isinstance(source, TokensSource):
+                    self._copy(source)
+                else:
+                    self._encode(source)
+            told = self._now.close()
+        except BaseException:
+            self._now.abandon()
+            raise
         if isinstance(source, EmbeddedSource):
             told["unparsed_files"] = embedded.running().unparsed_files
         return told
@@ -227,17 +243,21 @@ class Build:
         waiting: deque[_Item] = deque()
         parts: deque[npt.NDArray[Any]] = deque()
         job: list[str] = []
-        characters = 0
+        characters = records = 0
         for document in sources.documents(source, self._now.cursor, self._read):
             forced_before = self._encoder.forced_cuts
             pieces = self._encoder.pieces(document.text) if document.text else []
             waiting.append(self._examine(document, len(pieces), self._encoder.forced_cuts - forced_before))
+            records += 1
             for piece in pieces:
                 job.append(piece)
                 characters += len(piece)
                 if characters >= JOB_CHARACTERS or len(job) == JOB_PIECES:
                     yield from self._collect(waiting, parts, self._pool.submit(job))
-                    job, characters = [], 0
+                    job, characters, records = [], 0, 0
+            if records == JOB_RECORDS:
+                yield from self._collect(waiting, parts, self._pool.submit(job))
+                job, characters, records = [], 0, 0
         yield from self._collect(waiting, parts, self._pool.submit(job))
         yield from self._collect(waiting, parts, self._pool.drain())
 
@@ -291,6 +311,7 @@ class Build:
             self._commit()
 
     def _commit(self) -> None:
+        self._check_files()
         overlap = self.overlap.state() if self.overlap is not None else None
         self._journal.commit({"finished": self._finished, "current": self._kept, "overlap": overlap})
         self._committed_s = time.monotonic()

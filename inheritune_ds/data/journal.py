@@ -13,6 +13,7 @@ from inheritune_ds.errors import StorageError
 from inheritune_ds.files import storage_errors
 
 NAME = "progress.sqlite"
+JOURNAL_FILES = (NAME, f"{NAME}-journal")
 _CACHE_KIB = 65_536
 
 
@@ -33,7 +34,7 @@ class Journal:
                 self._database = self._open()
                 self.state()
             except (sqlite3.DatabaseError, ValueError):  # torn by a power cut: begin anew
-                self._delete()
+                remove_journal(folder)
                 self._database = self._open()
 
     def _open(self) -> sqlite3.Connection:
@@ -73,15 +74,6 @@ class Journal:
             if self._database.in_transaction:
                 self._database.rollback()
 
-    def remove(self) -> None:
-        """Delete it: nothing has to be gone on with any more."""
-        self.close()
-        self._delete()
-
-    def _delete(self) -> None:
-        for name in (NAME, f"{NAME}-journal"):
-            self.path.with_name(name).unlink(missing_ok=True)
-
     def _refused(self, execute: Any, *arguments: Any) -> Any:
         """Run a statement; a full disk is told as every other one is."""
         try:
@@ -91,3 +83,14 @@ class Journal:
                 f"{self.path} cannot be written: {error}",
                 action="free some space, then give the same command again: it goes on where it stopped",
             ) from None
+
+
+def remove_journal(folder: Path) -> None:
+    """Delete the journal of a folder, closed: nothing has to be gone on with any more.
+
+    Raises:
+        StorageError: It cannot be deleted.
+    """
+    with storage_errors(folder):
+        for name in JOURNAL_FILES:
+            (folder / name).unlink(missing_ok=True)

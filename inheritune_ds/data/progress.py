@@ -73,7 +73,6 @@ class Meter:
             parts.append(f"{left_s:,.0f} s left")
         return ", ".join(part for part in parts if part)
 
-
     def _left_s(self, now_s: float, per_s: float) -> float | None:
         """Seconds left, by the share of the input that was read (if it is given) or by the total."""
         if self._share is not None and self._first_share is not None:

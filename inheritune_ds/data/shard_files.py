@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,6 +75,12 @@ class ShardWriter:
         """Flush everything to the disk and say what is there: file, tokens and documents of every shard."""
         self._sync()
         return [dict(shard) for shard in self._shards]
+
+    def abandon(self) -> None:
+        """Leave the file that is open as it is, even on a full disk: what was not kept is cut off next time."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
 
     def close(self) -> None:
         """Complete the file that is open."""

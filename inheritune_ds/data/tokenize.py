@@ -144,7 +144,7 @@ class _Plan:
             "sources": [
                 _identify(source, limit) for source, limit in zip(corpus.sources, corpus.token_limits, strict=True)
             ],
-            "overlap_with": [{"name": source.name, **sources.identify(source)} for source in corpus.overlap_with],
+            "overlap_with": [_identify(source, source.max_tokens) for source in corpus.overlap_with],
             "tokenizer": spoken,
             "corpus": corpus.model_dump(mode="json", include=settings),
         }

@@ -120,7 +120,8 @@ class EncoderPool:
                 action="look for an out-of-memory kill (dmesg), and give the same command again, with fewer --workers: "
                 "finished shards are kept",
             ) from None
-        self._free.put(worker)
+        finally:
+            self._free.put(worker)  # a dead one too: else a thread that waits for one would wait for ever
         return found
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from inheritune_ds.data.vocabulary import train_tokenizer
+from tests.data.prepared import make_texts
+
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -28,3 +31,11 @@ def tokenizer_folder(shared: Path, tmp_path: Path) -> Callable[..., str]:
         return str(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small byte-level BPE in a folder."""
+    folder = tmp_path_factory.mktemp("bpe")
+    train_tokenizer(make_texts(50), 300).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,104 @@
+"""Corpora, tokenizers and readers for the tests of `prepare`."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inheritune_ds.corpus import Corpus, FilesSource, TrainedTokenizer
+from inheritune_ds.data.token_set import TokenSet
+from inheritune_ds.files import sha256_file
+
+TRAINED = TrainedTokenizer(vocab_size=300)
+END = 0
+"""Id of the token that ends a text, for every tokenizer that is made here."""
+_WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "log", "and", "ran", "zebra", "hat", "12", "quick", "brown"]
+
+
+def make_texts(count: int, seed: int = 1, words: int = 20) -> list[str]:
+    """Different documents of some words."""
+    draw = random.Random(seed)
+    return [f"{number} {seed} " + " ".join(draw.choices(_WORDS, k=words)) for number in range(count)]
+
+
+def is_held(text: str, ratio: float = 0.2) -> bool:
+    """Whether a document is held out, from the definition."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < ratio
+
+
+def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
+    """A file with one document a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def files_source(path: Path, **settings: Any) -> FilesSource:
+    """A source of one path."""
+    return FilesSource(kind="files", paths=[str(path)], **settings)
+
+
+def make_corpus(folder: Path, texts: Iterable[str], **settings: Any) -> Corpus:
+    """A corpus of one file, `corpus.jsonl` in a folder."""
+    source = files_source(write_jsonl(folder / "corpus.jsonl", texts))
+    return Corpus(**{"sources": [source], "validation_ratio": 0.2, **settings})
+
+
+def tokens_of(tokens: TokenSet, part: str = "train", source: str = "corpus") -> list[int]:
+    """What the shards of a part hold, read as nanoGPT reads a file."""
+    (entry,) = (entry for entry in tokens.manifest["sources"] if entry["name"] == source)
+    folder = tokens.folder / source
+    return [
+        token for shard in entry[part] for token in np.fromfile(folder / shard["file"], tokens.token_dtype).tolist()
+    ]
+
+
+def files_below(folder: Path) -> dict[str, str]:
+    """sha256 of every file, by its path."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, hidden things too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def word_level(folder: Path, vocabulary: dict[str, int], *, ends_itself: bool = False, eos: bool = True) -> str:
+    """A tokenizer of whole words; unknown ones become `cat`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="cat"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if ends_itself:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", END)]
+        )
+    family: Any = PreTrainedTokenizerFast
+    family(tokenizer_object=backend, **({"eos_token": "<|endoftext|>"} if eos else {})).save_pretrained(folder)
+    return str(folder)
+
+
+def recipe_file(folder: Path, corpus: Corpus, tokenizer: str | TrainedTokenizer) -> Path:
+    """A recipe with a corpus, for the command line (JSON is YAML)."""
+    spoken = tokenizer if isinstance(tokenizer, str) else tokenizer.model_dump()
+    document = {
+        "name": "prepared",
+        "description": "a corpus",
+        "target": {"shape": {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}},
+        "corpus": {**corpus.model_dump(mode="json"), "tokenizer": spoken},
+        "training": {"seq_len": 16, "global_batch_tokens": 16, "duration": "1 steps"},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"kind": "constant"},
+        "validation": {"interval_steps": 1},
+        "checkpoint": {"interval_steps": 1},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
