@@ -46,16 +46,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
         CorpusError: The folder is missing, or holds no tokenizer that can be read.
         HubError: The hub cannot be reached or has no such repository.
     """
-    if is_local_path(name) or Path(name).is_dir():
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise CorpusError(
-                f"tokenizer {name!r} is written as a path, and there is no such folder",
-                allowed="a local folder, or a hub id such as openai-community/gpt2",
-                action="correct corpus.tokenizer (or reference.model, whose tokenizer is taken without it)",
-            )
-    else:
-        folder = hub.snapshot(hub.resolve(name, revision, "model"), _FILES + _SETTINGS)
+    folder = _find_folder(name, revision)
     try:
         tokenizer = _from_folder(folder, name)
     except CorpusError:
@@ -73,6 +64,31 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
             action="choose another tokenizer, or convert it to tokenizer.json",
         )
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def sentencepiece_model(name: str, revision: str = "main") -> bytes | None:
+    """Return the SentencePiece model of a tokenizer that `load_tokenizer` has loaded; None if it has none.
+
+    Args:
+        name: Hub id or local folder.
+        revision: Hub only.
+
+    Raises:
+        CorpusError: The folder is missing.
+        HubError: The hub cannot be reached.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    file = _find_folder(name, revision) / "tokenizer.model"
+    if not file.is_file():
+        return None
+    model = file.read_bytes()
+    processor: Any = SentencePieceProcessor
+    try:
+        processor(model_proto=model)
+    except RuntimeError:  # some families give this name to a file of another kind, such as tiktoken's
+        return None
+    return model or None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
@@ -111,6 +127,19 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash (hex) of all that decides the ids of a text: the serialised backend and the eos token."""
     canonical = json.dumps([json.loads(backend_of(tokenizer).to_str()), tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _find_folder(name: str, revision: str) -> Path:
+    if is_local_path(name) or Path(name).is_dir():
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise CorpusError(
+                f"tokenizer {name!r} is written as a path, and there is no such folder",
+                allowed="a local folder, or a hub id such as openai-community/gpt2",
+                action="correct corpus.tokenizer (or reference.model, whose tokenizer is taken without it)",
+            )
+        return folder
+    return hub.snapshot(hub.resolve(name, revision, "model"), _FILES + _SETTINGS)
 
 
 def _from_folder(folder: Path, name: str) -> Any:
@@ -240,14 +269,19 @@ def _check_ids(backend: Any, model: bytes, name: str) -> None:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, best score first, then by the ids of the two parts."""
+    """All pairs of pieces that make a piece, best score first, then by the length of the left part.
+
+    SentencePiece takes the leftmost pair of those with the same score. Merges have a rank each; with the longest
+    left part first a run of one character grows from its left end, as there: Mistral's model, whose runs of spaces
+    all have the same score, needs that (18 spaces are 16 + 1 and one in front of the word, not 14 + 3).
+    """
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     ranked = []
     for piece in proto.pieces:
         if piece.type == proto.SentencePiece.NORMAL:
             cuts = ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece)))
             ranked += [
-                (-piece.score, ids[left], ids[right], left, right)
+                (-piece.score, -len(left), ids[left], left, right)
                 for left, right in cuts
                 if left in ids and right in ids
             ]
