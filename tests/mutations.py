@@ -1,4 +1,4 @@
-"""Mistakes that `test_mutations.py` plants, and the tests that must catch each."""
+"""Mistakes that `test_mutations.py` plants in the surgery, and the tests that must catch each."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,6 @@ INHERIT, VALUES, GRAFTS = "surgery/inherit.py", "surgery/values.py", "surgery/gr
 BLOCKS, CONFIGS, SKELETON = "surgery/blocks.py", "surgery/configs.py", "surgery/skeleton.py"
 PROOF, REPORT, WIDTH = "surgery/proof.py", "surgery/report.py", "surgery/width.py"
 WEIGHTS, WRITING, REFERENCE = "surgery/weights.py", "surgery/writing.py", "surgery/reference.py"
-STREAM, SCHEDULE = "data/stream.py", "training/schedule.py"
 PRESETS, GROWTH = "tests/surgery/test_presets.py", "tests/surgery/test_growth.py"
 CUTS = ["tests/surgery/test_inherit.py", "tests/surgery/test_inherit_report.py"]
 TESTS = {
@@ -25,8 +24,6 @@ TESTS = {
     WEIGHTS: ["tests/surgery/test_weights.py"],
     WRITING: ["tests/surgery/test_writing.py"],
     REFERENCE: ["tests/surgery/test_reference.py"],
-    STREAM: ["tests/data/test_stream.py"],
-    SCHEDULE: ["tests/training/test_schedule.py"],
 }
 
 
@@ -341,59 +338,5 @@ MUTATIONS = [
         "_SHA256.fullmatch(str(known)) and known != found:",
         "_SHA256.fullmatch(str(known)) and known == name:",
         "blob or every_shard",
-    ),
-    Mutation(
-        "the last window would have no next token",
-        STREAM,
-        "return max(0, num_tokens - 1) // seq_len",
-        "return num_tokens // seq_len",
-    ),
-    Mutation(
-        "another number of ranks would see another order",
-        STREAM,
-        "for ids_B in ids_MRB[:, rank])",
-        "for ids_B in ids_MRB.reshape(world_size, -1, micro_batch_size)[rank])",
-    ),
-    Mutation(
-        "every epoch would have the same order",
-        STREAM,
-        "self._seed_state + epochs * _GOLDEN",
-        "self._seed_state + np.zeros_like(epochs)",
-    ),
-    Mutation(
-        "targets at the seams of windows would be left out",
-        STREAM,
-        "ids[:, None] * self.seq_len + self._columns",
-        "np.minimum(ids[:, None] * (self.seq_len + 1) + self._columns, len(self._tokens) - 1)",
-    ),
-    Mutation(
-        "neighbouring steps would share windows",
-        STREAM,
-        "first = step * self.batch_windows",
-        "first = step * (self.batch_windows - 1)",
-    ),
-    Mutation(
-        "the first update would not move",
-        SCHEDULE,
-        "return (step + 1) / (schedule.warmup_steps + 1)",
-        "return step / schedule.warmup_steps",
-    ),
-    Mutation(
-        "the last update would be above min_lr_ratio",
-        SCHEDULE,
-        "span = total_steps - 1 - start",
-        "span = total_steps - start",
-    ),
-    Mutation(
-        "the cosine would fall along a quarter of a period",
-        SCHEDULE,
-        "0.5 * (1.0 + math.cos(math.pi * progress))",
-        "math.cos(0.5 * math.pi * progress)",
-    ),
-    Mutation(
-        "the decay of wsd would be a share of the steps after the warm-up",
-        SCHEDULE,
-        "round(schedule.decay_ratio * total_steps)",
-        "round(schedule.decay_ratio * (total_steps - start))",
     ),
 ]

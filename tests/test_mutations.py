@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations import MUTATIONS, TESTS, Mutation
+from tests import data_mutations, mutations
+from tests.mutations import Mutation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parent.parent
+MUTATIONS = [*mutations.MUTATIONS, *data_mutations.MUTATIONS]
+TESTS = {**mutations.TESTS, **data_mutations.TESTS}
 TESTS_FAILED = 1
 """pytest's exit code; another one, such as 4 for a conftest that does not import, proves nothing."""
 CONFTEST = """
@@ -33,7 +36,8 @@ def copy_to(folder: Path) -> Path:
     shutil.copytree(ROOT / "inheritune_ds", folder / "inheritune_ds", ignore=hidden)
     for tests in ("surgery", "data", "training"):
         shutil.copytree(ROOT / "tests" / tests, folder / "tests" / tests, ignore=hidden)
-    for name in ("setup.cfg", "tests/conftest.py", "tests/test_selection.py", "tests/test_parts.py"):
+    helpers = ("tests/hub_client.py", "tests/hub_server.py")
+    for name in ("setup.cfg", "tests/conftest.py", *helpers, "tests/test_selection.py", "tests/test_parts.py"):
         shutil.copyfile(ROOT / name, folder / name)
     (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
     return folder
