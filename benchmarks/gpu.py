@@ -51,6 +51,7 @@ class Entry:
 
 PARTS = {
     "parity": Entry("parity:parity", "gradients and updates of every kernel that works here, against fp64"),
+    "packing": Entry("packing:packing", "documents kept apart: errors against each alone, and what it costs"),
     "mfu-1.8b": Entry("throughput:mfu_target", "MFU, tokens/s and memory of the 13-block target at 2048 tokens"),
     "mfu-gpt2": Entry("throughput:mfu_gpt2", "the same of GPT-2 medium-16 and large-18 at 1024 tokens"),
     "engine-tax": Entry("ratios:tax", "the step against a plain loop's, and Trainer with DeepSpeed"),

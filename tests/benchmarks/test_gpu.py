@@ -71,7 +71,7 @@ def test_watchdog_ends_what_a_process_leaves_running(tmp_path: Path) -> None:
 
 def test_names_come_in_the_order_of_value() -> None:
     assert gpu.names("loss,parity") == ["parity", "loss"]
-    with pytest.raises(argparse.ArgumentTypeError, match=r"no part: speed; there are parity, mfu-1\.8b"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no part: speed; there are parity, packing, mfu-1\.8b"):
         gpu.names("parity,speed")
 
 
@@ -230,6 +230,8 @@ def test_rehearsal_goes_through_every_part(tmp_path: Path, capsys: pytest.Captur
         "tensors twice as far off as eager, llama, bf16",
         "updates of the optimizers",
     }
+    assert set(found["packing"]["figures"]["packing"]) == {"llama, sdpa", "gpt2, sdpa"}
+    assert len(found["packing"]["bars"]) == 2 * 5
     assert found["resume"]["figures"]["final weights bit-equal"] is True
     assert set(found["loss"]["figures"]["losses"]) == {"chunked, compiled", "chunked", "plain"}
     assert list(found["engine-tax"]["figures"]["side by side"]["subjects"]) == list(ratios.TAX_SUBJECTS)

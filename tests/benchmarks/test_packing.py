@@ -1,0 +1,53 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import packing
+from benchmarks.packing import EOS, Setting
+
+SHAPE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 48,
+}
+TINY = Setting(SHAPE, 2, "cpu", torch.float32, "sdpa")
+
+
+def test_tokens_have_documents_of_the_length_asked_for() -> None:
+    many = Setting({**SHAPE, "max_position_embeddings": 4096}, 8, "cpu", torch.float32, "sdpa")
+    found = packing.tokens(many, 0, document_tokens=50)
+    assert found.shape == (8, 4097)
+    assert found.numel() / int((found == EOS).sum()) == pytest.approx(50.0, rel=0.1)
+    assert not torch.equal(found, packing.tokens(many, 1, document_tokens=50))
+
+
+def test_errors_are_those_of_rounding_and_show_a_mask_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = packing.errors(TINY, document_tokens=8)
+    assert found["loss"] < 1e-5
+    assert found["gradient"] < 1e-5
+    monkeypatch.setattr(
+        "inheritune_ds.training.packing.positions", lambda tokens, _: torch.arange(tokens.shape[1])[None]
+    )
+    assert packing.errors(TINY, document_tokens=8)["gradient"] > 1e-3
+
+
+def test_command_writes_times_and_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(packing, "cpu_settings", lambda: {"tiny": TINY})
+    monkeypatch.setattr(packing, "TURNS", 3)
+    monkeypatch.setattr(sys, "argv", ["packing", "--out", str(tmp_path / "packing.json")])
+    packing.main()
+    found = json.loads((tmp_path / "packing.json").read_text())["settings"]["tiny"]
+    assert found["ratio"]["min"] <= found["ratio"]["median"] <= found["ratio"]["max"]
+    assert found["windows"]["median"] > 0.0
+    assert (found["peak_gib"], found["compiled_again"]) == ({}, 0)
+    assert capsys.readouterr().out.startswith("tiny                 documents / windows ")
