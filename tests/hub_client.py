@@ -101,11 +101,11 @@ def _pin(folder: str, repo_type: Any, name: str, revision: str = "main") -> str:
     return RunFolder(Path(folder)).pin(repo_type, name, revision)
 
 
-def _locate(model: str, revision: str = "main") -> list[Any]:
+def _locate(model: str, **settings: Any) -> list[Any]:
     from inheritune_ds.recipe import Reference
     from inheritune_ds.surgery.reference import locate
 
-    found = locate(Reference(model=model, revision=revision), Path)
+    found = locate(Reference.model_validate({"model": model, **settings}), Path)
     return [str(found.folder), found.commit, found.weights_sha256]
 
 
@@ -116,8 +116,10 @@ def _tokens(name: str, text: str) -> list[int]:
 
 
 def _main() -> None:
+    from inheritune_ds import hub
     from inheritune_ds.errors import InherituneError
 
+    hub._BUSY_WAITS_S = (0.05, 0.05)  # of this program; the pauses of the clients stay
     does = {name.removeprefix("_"): function for name, function in globals().items() if name in _WORDS}
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:

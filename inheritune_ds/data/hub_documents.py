@@ -196,6 +196,7 @@ class _HubFile(io.RawIOBase):
         from datasets.download.streaming_download_manager import xopen
 
         self._repository = repository
+        self._file: Any = None
         address = f"hf://datasets/{repository.name}@{repository.commit}/{name}"
         self._file = self._try(lambda: xopen(address, "rb"))
 
@@ -223,6 +224,6 @@ class _HubFile(io.RawIOBase):
         return int(self._file.tell())
 
     def close(self) -> None:
-        if not self.closed:
+        if self._file is not None:
             self._file.close()
         super().close()

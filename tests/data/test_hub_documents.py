@@ -16,9 +16,8 @@ import zstandard
 
 from inheritune_ds import hub
 from inheritune_ds.corpus import FilesSource, HubSource
-from inheritune_ds.data import hub_documents, readers, sources
+from inheritune_ds.data import readers, sources
 from inheritune_ds.data.records import Cursor
-from inheritune_ds.errors import CorpusError
 from tests.hub_client import HubClient
 from tests.hub_server import SIGNATURE, TOKEN, HubServer
 
@@ -244,6 +243,18 @@ def test_a_refusal_in_the_middle_comes_after_the_documents_before_it(hub_server:
     assert TOKEN not in answer["message"]
 
 
+def test_a_table_that_the_hub_refuses_is_not_called_damaged(hub_server: HubServer, client: HubClient) -> None:
+    commit = hub_server.publish("datasets", "org/table", {"a.parquet": table(0, 60)})
+    wanted = source("org/table", "*.parquet")
+    with hub_server.fault("GET /lfs/", status=410):
+        answer = client.ask("documents", source=wanted)
+    assert answer["exit_code"] == 7
+    assert answer["message"].startswith(f"dataset 'org/table' at {commit}: the hub's answers break off (HTTP 410 Gone)")
+    with hub_server.fault("GET /lfs/", drop_after=1000, times=1) as fault:
+        assert texts(client.ask("documents", source=wanted)) == ALL[:60]
+    assert fault.hits == 1
+
+
 @STREAMING
 @pytest.mark.parametrize(
     ("access", "message"),
@@ -272,7 +283,14 @@ def test_a_branch_that_moves_does_not_change_a_pinned_run(
     old = hub_server.publish("datasets", "org/moves", {"a.jsonl": lines(0, 30)}, "main", "v1")
     wanted = source("org/moves", "a.jsonl")
     identity = client.ask("identify", source=wanted)
-    assert identity["commit"] == old
+    assert identity == {
+        "kind": "hub",
+        "dataset": "org/moves",
+        "commit": old,
+        "data_files": "a.jsonl",
+        "split": "train",
+        "text_field": "text",
+    }
     assert client.ask("pin", folder=str(tmp_path), repo_type="dataset", name="org/moves") == old
     new = hub_server.publish("datasets", "org/moves", {"a.jsonl": lines(30, 90)})
     assert client.ask("pin", folder=str(tmp_path), repo_type="dataset", name="org/moves") == old
@@ -322,21 +340,6 @@ def test_a_file_that_is_cut_off_on_the_hub_is_noticed(hub_server: HubServer, cli
         answer = client.ask("documents", source=source("org/cut", "*.zst", streaming=streaming))
         assert answer["exit_code"] == 6
         assert "x.jsonl.zst: it is cut off or damaged (its end is missing)" in answer["message"]
-
-
-def test_a_local_folder_takes_the_place_of_a_dataset(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for name in ("b", "a"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"text": name}))
-    wanted = HubSource(kind="hub", dataset=str(tmp_path), data_files="data/*.jsonl")
-    assert [document.text for document in hub_documents.documents(wanted, Cursor())] == ["a", "b"]
-    identity = sources.identify(wanted)
-    assert [file["name"] for file in identity["files"]] == ["a.jsonl", "b.jsonl"]
-    assert "commit" not in identity
-    with pytest.raises(CorpusError, match="is written as a path, and there is no such folder"):
-        hub_documents.folder_files(wanted.model_copy(update={"dataset": str(tmp_path / "gone")}))
-    with pytest.raises(CorpusError, match=r"'\*\.parquet' matches no file \(looked for in "):
-        list(hub_documents.documents(wanted.model_copy(update={"data_files": "*.parquet"})))
 
 
 def test_a_full_disk_is_no_fault_of_the_hub() -> None:

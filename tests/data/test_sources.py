@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 
-from inheritune_ds import hub
 from inheritune_ds.corpus import EmbeddedSource, FilesSource, HubSource, TokensSource
 from inheritune_ds.data import embedded, sources
 from inheritune_ds.data.records import Cursor
 from inheritune_ds.errors import CorpusError
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -140,15 +137,3 @@ def test_documents_of_a_local_dataset_name_what_is_wrong(dataset: Path) -> None:
         list(sources.documents(hub_source(dataset, split="test")))
     with pytest.raises(CorpusError, match="is written as a path, and there is no such folder"):
         list(sources.documents(hub_source(dataset / "gone")))
-
-
-def test_identify_a_hub_dataset_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "resolve", lambda name, _revision, kind: hub.Repository(name, kind, COMMIT, ""))
-    assert sources.identify(hub_source("some/set")) == {
-        "kind": "hub",
-        "dataset": "some/set",
-        "commit": COMMIT,
-        "data_files": "data/*.jsonl.gz",
-        "split": "train",
-        "text_field": "text",
-    }

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from inheritune_ds import hub
 from inheritune_ds.errors import HubError, RecipeError, SurgeryError
 from inheritune_ds.recipe import Reference, Shape
 from inheritune_ds.surgery.reference import (
@@ -24,7 +23,6 @@ from inheritune_ds.surgery.reference import (
 )
 from tests.surgery import tiny
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOWHERE = "nobody-at-all/no-such-model"
 LLAMA_40 = Shape(
     model_type="llama",
@@ -156,44 +154,6 @@ def test_an_unreachable_hub_is_told_quickly() -> None:
     assert caught.value.action.endswith("copy the folder here and give its path in place of the name")
 
 
-@pytest.fixture
-def snapshot(monkeypatch: pytest.MonkeyPatch, reference_folder: Callable[..., Path]) -> Path:
-    """What a hub that answers has given."""
-    folder = reference_folder("llama")
-
-    def resolve(name: str, revision: str, repo_type: hub.RepoType) -> hub.Repository:
-        assert (name, revision, repo_type) == (NOWHERE, "main", "model")
-        return hub.Repository(name, repo_type, COMMIT, "")
-
-    def download(repository: hub.Repository, patterns: list[str]) -> Path:
-        assert repository.commit == COMMIT
-        assert {"model.safetensors", "model-*.safetensors", "*.json"} <= set(patterns)
-        assert "*.safetensors" not in patterns  # adapters and copies in other types stay where they are
-        return folder
-
-    monkeypatch.setattr(hub, "resolve", resolve)
-    monkeypatch.setattr(hub, "snapshot", download)
-    return folder
-
-
-def test_a_hub_model_is_known_by_its_commit(snapshot: Path) -> None:
-    found = locate(Reference(model=NOWHERE, revision="main", shape=LLAMA_40), Path)
-    assert (found.commit, found.folder) == (COMMIT, snapshot)
-    assert found.identity["commit"] == COMMIT
-
-
-@pytest.mark.usefixtures("snapshot")
-def test_a_hub_model_must_have_the_recipe_s_shape() -> None:
-    wrong = LLAMA_40.model_copy(update={"hidden_size": 32, "rope_theta": 5e5})
-    with pytest.raises(RecipeError) as caught:
-        locate(Reference(model=NOWHERE, shape=wrong), Path)
-    assert caught.value.problem == (
-        f"reference.shape does not describe {NOWHERE}: hidden_size: recipe 32, model 16; "
-        "rope_theta: recipe 500000.0, model 10000.0"
-    )
-    assert caught.value.action == "correct or remove reference.shape"
-
-
 def test_a_file_of_the_hub_s_cache_is_known_by_its_blob(reference_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = reference_folder("llama")
     weights, blobs = folder / "model.safetensors", tmp_path / "blobs"
@@ -238,24 +198,6 @@ def test_a_manifest_tells_the_hash_of_every_shard(reference_folder: Callable[...
     second.write_bytes(first.read_bytes())
     with pytest.raises(SurgeryError, match=rf"{second.name} is damaged: its sha256 is "):
         locate(Reference(model=str(folder)), Path)
-
-
-def test_a_model_without_safetensors_brings_its_pickle_files(
-    reference_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = reference_folder("llama")
-    tiny.shard(folder, 2, pickled=True)
-    asked: list[list[str]] = []
-
-    def download(_: hub.Repository, patterns: list[str]) -> Path:
-        asked.append(patterns)
-        return folder
-
-    monkeypatch.setattr(hub, "resolve", lambda name, *_: hub.Repository(name, "model", COMMIT, ""))
-    monkeypatch.setattr(hub, "snapshot", download)
-    assert len(locate(Reference(model=NOWHERE), Path).weights_sha256) == 2
-    assert ["pytorch_model.bin" in patterns for patterns in asked] == [False, True]
-    assert ["model.safetensors" in patterns for patterns in asked] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""A reference of the hub, brought by the real client from a stand-in on the loopback interface, and cut."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.files import sha256_file
+from tests import hub_client
+from tests.hub_client import HubClient
+from tests.hub_server import TOKEN, HubServer
+from tests.surgery import tiny
+
+TOLD = {"inheritance.json", "manifest.json", "README.md"}
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Callable[..., Path]:
+    """A tiny model in two shards with its tokenizer."""
+
+    def make(seed: int, *, pickled: bool = False) -> Path:
+        folder = tmp_path / "tiny-llama"
+        tiny.make_model("llama", seed=seed).save_pretrained(folder)
+        tiny.make_tokenizer(40).save_pretrained(folder)
+        tiny.shard(folder, pickled=pickled)
+        return folder
+
+    return make
+
+
+VERB = """
+import json, sys
+from inheritune_ds.cli import main
+sys.exit(max(main(words) for words in json.loads(sys.argv[1])))
+"""
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Hashes of a target's files, apart from those that tell where it comes from."""
+    return {path.name: sha256_file(path) for path in folder.iterdir() if path.name not in TOLD}
+
+
+@pytest.mark.launch
+def test_the_target_of_a_hub_model_is_that_of_its_folder(
+    hub_server: HubServer, tmp_path: Path, sharded: Callable[..., Path]
+) -> None:
+    folder = sharded(11)
+    commit = hub_server.publish("models", "org/tiny-llama", folder)
+    calls = [
+        ["inherit", "--reference", name, "--select", "first:2", "--output", str(tmp_path / output)]
+        for name, output in (("org/tiny-llama", "of-hub"), (str(folder), "of-folder"))
+    ]
+    with hub_server.fault(f"GET /lfs/{sha256_file(folder / SHARDS[1])}", drop_after=4000, times=1) as fault:
+        process = subprocess.run(
+            [sys.executable, "-c", VERB, json.dumps(calls)],
+            env=hub_client.environment(hub_server.endpoint, tmp_path / "home"),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert process.returncode == 0, process.stderr
+    assert fault.hits == 1
+    built = weights(tmp_path / "of-hub")
+    assert built == weights(tmp_path / "of-folder")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= built.keys()
+    assert commit in (tmp_path / "of-hub" / "inheritance.json").read_text(encoding="utf-8")
+
+
+def test_a_hub_model_is_known_by_its_commit_and_the_hashes_of_its_folder(
+    hub_server: HubServer, client: HubClient, offline_client: HubClient, sharded: Callable[..., Path]
+) -> None:
+    folder = sharded(12)
+    extra = {"model.fp16.safetensors": b"a copy in another type" * 99, "onnx/model.onnx": b"yet another" * 200}
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    commit = hub_server.publish("models", "org/known", files | extra)
+    hashes = {name: sha256_file(folder / name) for name in SHARDS}
+    place, *found = client.ask("locate", model="org/known")
+    assert found == [commit, hashes]
+    assert not {"model.fp16.safetensors", "onnx"} & {path.name for path in Path(place).iterdir()}
+    assert client.ask("locate", model="org/known", revision=commit) == [place, *found]
+    assert offline_client.ask("locate", model="org/known") == [place, *found]
+
+
+def test_a_hub_model_without_safetensors_brings_its_pickle_files(
+    hub_server: HubServer, client: HubClient, sharded: Callable[..., Path]
+) -> None:
+    folder = sharded(13, pickled=True)
+    commit = hub_server.publish("models", "org/pickled", folder)
+    _, *found = client.ask("locate", model="org/pickled")
+    names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    assert found == [commit, {name: sha256_file(folder / name) for name in names}]
+
+
+def test_a_download_of_shards_that_breaks_off_is_not_taken_for_a_model(
+    hub_server: HubServer, client: HubClient, offline_client: HubClient, sharded: Callable[..., Path]
+) -> None:
+    folder = sharded(14)
+    hub_server.publish("models", "org/half", folder)
+    second = sha256_file(folder / SHARDS[1])
+    with hub_server.fault(f"GET /lfs/{second}", status=403):
+        answer = client.ask("locate", model="org/half")
+    assert answer["exit_code"] == 7
+    assert answer["message"].startswith("the hub has no model 'org/half', or this machine may not see it (HTTP 403 ")
+    half = offline_client.ask("locate", model="org/half")
+    assert half["exit_code"] == 7
+    assert "the local cache does not hold it" in half["message"]
+    before = len(hub_server.asked("GET /lfs/"))
+    assert client.ask("locate", model="org/half")[2][SHARDS[1]] == second
+    assert [request.line.split("?")[0] for request in hub_server.asked("GET /lfs/")[before:]] == [f"GET /lfs/{second}"]
+
+
+def test_a_gated_model_needs_a_token(hub_server: HubServer, client: HubClient, sharded: Callable[..., Path]) -> None:
+    hub_server.publish("models", "org/terms", sharded(15), access="gated")
+    answer = client.ask("locate", model="org/terms")
+    assert answer["exit_code"] == 7
+    assert answer["message"] == (
+        "the hub's model org/terms is gated: it is handed out only after its terms were accepted\n"
+        "  do: accept the terms on its page, then `hf auth login` (or set HF_TOKEN) on this machine, "
+        "or copy the folder here and give its path in place of the name"
+    )
+    assert client.ask("locate", model="org/terms", token=TOKEN)[2].keys() == set(SHARDS)
+    assert not any(request.cdn and request.authorized for request in hub_server.requests)
+
+
+def test_a_hub_model_must_have_the_recipe_s_shape(
+    hub_server: HubServer, client: HubClient, sharded: Callable[..., Path]
+) -> None:
+    hub_server.publish("models", "org/shaped", sharded(16))
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+        "intermediate_size": 24,
+        "rope_theta": 5e5,
+    }
+    answer = client.ask("locate", model="org/shaped", shape=shape)
+    assert answer["exit_code"] == 3
+    assert answer["message"] == (
+        "reference.shape does not describe org/shaped: hidden_size: recipe 32, model 16; "
+        "rope_theta: recipe 500000.0, model 10000.0\n  do: correct or remove reference.shape"
+    )
