@@ -205,7 +205,9 @@ def _mapped(path: Path, count: int, item: np.dtype[np.unsignedinteger]) -> NDArr
         return np.empty(0, item)  # an empty file cannot be mapped
     try:
         with pa.memory_map(str(path)) as file:
-            return np.frombuffer(file.read_buffer(), item)
+            # A buffer of the whole file would have megabytes of each shard read ahead; one byte keeps the map as well.
+            first = file.read_buffer(1)
+            return np.frombuffer(pa.foreign_buffer(first.address, file.size(), base=first), item)
     except OSError as error:
         raise CorpusError(
             f"{path}: the token file cannot be read ({error})",

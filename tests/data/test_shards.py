@@ -1,4 +1,5 @@
 import hashlib
+import os
 import struct
 from pathlib import Path
 
@@ -72,6 +73,41 @@ def test_a_shard_that_is_removed_later_can_still_be_read(tmp_path: Path) -> None
     shards, tokens = shards_of(tmp_path, [5, 5])
     (tmp_path / "train-00001.bin").unlink()
     assert shards.read(np.array([0]), 10).tolist() == [tokens]
+
+
+def drop_from_memory(path: Path) -> None:
+    """Ask the system to keep nothing of a file in memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def pages_in_memory(path: Path, offsets: range) -> int:
+    """How many pages of a file, of those at the offsets, are in memory; asking for them brings them there."""
+    found, page = 0, bytearray(1)
+    with path.open("rb") as file:
+        for offset in offsets:
+            try:
+                found += os.preadv(file.fileno(), [page], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pytest.skip(f"this file system does not tell what is in memory ({error.strerror})")
+    return found
+
+
+def test_opening_a_shard_does_not_read_it(tmp_path: Path) -> None:
+    path, num_tokens = tmp_path / "t.bin", 1 << 24
+    path.write_bytes(bytes(2 * num_tokens))
+    places = range(1 << 19, 1 << 22, 1 << 19)
+    drop_from_memory(path)
+    if pages_in_memory(path, places) > 1:
+        pytest.skip("this file system keeps in memory what it is asked to drop")
+    drop_from_memory(path)
+    shards = TokenShards([path], [num_tokens], "uint16")
+    assert shards.read(np.array([num_tokens - 3]), 3).tolist() == [[0, 0, 0]]
+    # Arrow's own buffer of the whole file has megabytes of it read ahead, all 7 of these pages among them.
+    assert pages_in_memory(path, places) < 4
 
 
 def test_shards_name_a_missing_or_cut_file(tmp_path: Path) -> None:
