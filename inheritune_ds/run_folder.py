@@ -6,7 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -224,13 +224,17 @@ def with_revisions(recipe: Recipe, revision_of: Callable[[RepoType, str, str], s
     if reference is not None and not (reference.recipe_name or _is_folder(reference.model)):
         revision = revision_of("model", reference.model, reference.revision)
         reference = reference.model_copy(update={"revision": revision})
-    sources = [
-        source.model_copy(update={"revision": revision_of("dataset", source.dataset, source.revision)})
-        if isinstance(source, HubSource) and not _is_folder(source.dataset)
-        else source
-        for source in corpus.sources
-    ]
-    return recipe.model_copy(update={"reference": reference, "corpus": corpus.model_copy(update={"sources": sources})})
+
+    def pinned(sources: Sequence[Any]) -> list[Any]:
+        return [
+            source.model_copy(update={"revision": revision_of("dataset", source.dataset, source.revision)})
+            if isinstance(source, HubSource) and not _is_folder(source.dataset)
+            else source
+            for source in sources
+        ]
+
+    told = {"sources": pinned(corpus.sources), "overlap_with": pinned(corpus.overlap_with)}
+    return recipe.model_copy(update={"reference": reference, "corpus": corpus.model_copy(update=told)})
 
 
 def _is_folder(name: str) -> bool:
