@@ -1,10 +1,14 @@
 """The data loader: tokens/s of one core against nanoGPT's `get_batch`, the time of a seek, the size of the order.
 
-`python -m benchmarks.loader` writes docs/results/loader.json. Both read the same file of random tokens (uint16), which
-lies in the page cache, in turns (A B B A), in one process with one thread. `get_batch` is written out after nanoGPT's
-train.py (subjects/nanogpt.py); this program's loader gives each window once an epoch and may begin at any step. A token
-is an input whose target is given with it. The seek is into a plan of 10 billion tokens: from nothing to the window ids
-of a step.
+`python -m benchmarks.loader` writes docs/results/loader.json. All read the same random tokens (uint16), which lie in
+the page cache, in turns (A B C D, D C B A), in one process with one thread: this program one file, 100 shards, and
+those shards as seven sources with RedPajama's weights; nanoGPT's `get_batch` the file, written out after its train.py
+(subjects/nanogpt.py). This program's loader gives each window once an epoch and may begin at any step. A token is an
+input whose target is given with it.
+
+The seek is into plans of 10 billion tokens (100 shards, as sparse files), of one source and of seven whose weights
+change three times and repeat after 10,000 windows only: from opening the shards to the windows of a step. The memory
+is what such a stream holds after it has been in every part of its plan.
 """
 
 import argparse
@@ -12,7 +16,8 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +25,92 @@ import numpy as np
 
 from benchmarks.comparison import SEED, in_turns, summary
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.data.stream import BatchStream, TokenWindows, WindowOrder
+from inheritune_ds.data.mixture import Weights, round_table
+from inheritune_ds.data.shards import TokenShards, Windows
+from inheritune_ds.data.stream import BatchStream
 
 VOCAB_SIZE = 50_304
 PLAN_TOKENS = 10_000_000_000
 SEEKS = 50
-LOADERS = ("project", "nanogpt")
+SHARDS = 100
+ACCUMULATION = 16
+LOADERS = ("project", "project_shards", "project_mixture", "nanogpt")
+WEIGHTS = (134, 30, 9, 9, 9, 5, 4)
+"""RedPajama's, as turns of a round (recipe preset redpajama-1t-sample)."""
+SHARDS_OF_SOURCES = (67, 15, 5, 4, 4, 3, 2)
+PLAN_WEIGHTS = ((6701, 1499, 450, 450, 450, 250, 200), (5001, 2999, 500, 500, 400, 400, 200), (1,) * 7, WEIGHTS)
+PLANS = ("one_source", "seven_sources")
 
 
-def readers(path: Path, seq_len: int, micro_batch: int) -> dict[str, Callable[[int], int]]:
+def write_shards(tokens: np.ndarray[Any, Any], folder: Path) -> list[tuple[Path, int]]:
+    """Write tokens as shards; their files and counts."""
+    found = []
+    for number, part in enumerate(np.array_split(tokens, SHARDS)):
+        path = folder / f"train-{number:05}.bin"
+        part.tofile(path)
+        found.append((path, len(part)))
+    return found
+
+
+def sparse_shards(folder: Path) -> list[tuple[Path, int]]:
+    """Shards of the plan: their size without their content."""
+    found = []
+    for number in range(SHARDS):
+        path = folder / f"plan-{number:05}.bin"
+        with path.open("wb") as file:
+            file.truncate(2 * PLAN_TOKENS // SHARDS)
+        found.append((path, PLAN_TOKENS // SHARDS))
+    return found
+
+
+def one_source(shards: Iterable[tuple[Path, int]], seq_len: int) -> dict[str, Windows]:
+    """All shards as one source."""
+    paths, counts = zip(*shards, strict=True)
+    return {"tokens": Windows(TokenShards(paths, counts, "uint16"), seq_len)}
+
+
+def seven_sources(shards: Sequence[tuple[Path, int]], seq_len: int) -> dict[str, Windows]:
+    """The shards dealt out to seven sources."""
+    ends = np.cumsum(SHARDS_OF_SOURCES).tolist()
+    parts = [shards[end - count : end] for end, count in zip(ends, SHARDS_OF_SOURCES, strict=True)]
+    return {f"source-{number}": one_source(part, seq_len)["tokens"] for number, part in enumerate(parts)}
+
+
+def readers(folder: Path, num_tokens: int, seq_len: int, micro_batch: int) -> dict[str, Callable[[int], int]]:
     """For every loader a function that reads so many micro-batches and returns their tokens."""
     from benchmarks.subjects.nanogpt import get_batch
 
-    accumulation = 16
-    windows = TokenWindows(path, "uint16", seq_len, path.stat().st_size // 2)
-    stream = BatchStream(windows, WindowOrder(len(windows), SEED), micro_batch * accumulation)
-    steps = iter(range(sys.maxsize))
-
-    def project(count: int) -> int:
-        tokens = 0
-        for _ in range(0, count, accumulation):
-            for batch in stream.micro_batches(next(steps), rank=0, world_size=1, micro_batch_size=micro_batch):
-                tokens += batch.shape[0] * (batch.shape[1] - 1)
-        return tokens
+    tokens = np.random.default_rng(SEED).integers(VOCAB_SIZE, size=num_tokens, dtype=np.uint16)
+    path = folder / "tokens.bin"
+    tokens.tofile(path)
+    shards = write_shards(tokens, folder)
+    batch_windows = micro_batch * ACCUMULATION
+    weights = [Weights(0, WEIGHTS)]
 
     def nanogpt(count: int) -> int:
         return sum(get_batch(str(path), micro_batch, seq_len, "cpu")[0].numel() for _ in range(count))
 
-    return {"project": project, "nanogpt": nanogpt}
+    streams = {
+        "project": BatchStream(one_source([(path, num_tokens)], seq_len), seed=SEED, batch_windows=batch_windows),
+        "project_shards": BatchStream(one_source(shards, seq_len), seed=SEED, batch_windows=batch_windows),
+        "project_mixture": BatchStream(
+            seven_sources(shards, seq_len), seed=SEED, batch_windows=batch_windows, weights=weights
+        ),
+    }
+    return {name: _reader(stream, micro_batch) for name, stream in streams.items()} | {"nanogpt": nanogpt}
+
+
+def _reader(stream: BatchStream, micro_batch: int) -> Callable[[int], int]:
+    steps = iter(range(sys.maxsize))
+
+    def read(count: int) -> int:
+        tokens = 0
+        for _ in range(0, count, ACCUMULATION):
+            for batch in stream.micro_batches(next(steps), rank=0, world_size=1, micro_batch_size=micro_batch):
+                tokens += batch.shape[0] * (batch.shape[1] - 1)
+        return tokens
+
+    return read
 
 
 def timed(read: Callable[[int], int], count: int) -> tuple[int, float]:
@@ -71,26 +134,39 @@ def throughput(reading: dict[str, Callable[[int], int]], rounds: int, block_s: f
     return found
 
 
-def seek_seconds(num_windows: int, batch_windows: int) -> list[float]:
-    """Seconds from nothing to the window ids of a step, at random steps of a plan of so many windows."""
-    steps = np.random.default_rng(SEED).integers(num_windows // batch_windows, size=SEEKS)
+def open_plan(name: str, shards: Sequence[tuple[Path, int]], seq_len: int, batch_windows: int) -> BatchStream:
+    """A stream of one of the plans, from nothing."""
+    round_table.cache_clear()
+    if name == "one_source":
+        return BatchStream(one_source(shards, seq_len), seed=SEED, batch_windows=batch_windows)
+    quarter = PLAN_TOKENS // seq_len // len(PLAN_WEIGHTS)
+    weights = [Weights(number * quarter, turns) for number, turns in enumerate(PLAN_WEIGHTS)]
+    return BatchStream(seven_sources(shards, seq_len), seed=SEED, batch_windows=batch_windows, weights=weights)
+
+
+def seek_seconds(open_stream: Callable[[], BatchStream]) -> list[float]:
+    """Seconds from nothing to the windows of a step, at random steps of the plan."""
+    stream = open_stream()
+    steps = np.random.default_rng(SEED).integers(stream.num_windows // stream.batch_windows, size=SEEKS)
     seconds = []
-    for step in steps:
+    for step in steps.tolist():
         start = time.perf_counter()
-        first = int(step) * batch_windows
-        WindowOrder(num_windows, SEED).at(np.arange(first, first + batch_windows, dtype=np.int64))
+        open_stream().draw(step)
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def order_bytes(num_windows: int) -> int:
-    """Memory that an order of so many windows holds."""
+def held_bytes(open_stream: Callable[[], BatchStream]) -> int:
+    """Memory that a stream holds, its memory maps aside, after it has been in all parts of its plan."""
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    order = WindowOrder(num_windows, SEED)
+    stream = open_stream()
+    total_steps = stream.num_windows // stream.batch_windows
+    for step in range(0, total_steps, total_steps // 20):
+        stream.draw(step)
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert order.num_windows == num_windows  # it is still there
+    assert stream.num_windows  # it is still there
     return held
 
 
@@ -123,42 +199,51 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "tokens.bin"
-            generator = np.random.default_rng(SEED)
-            generator.integers(VOCAB_SIZE, size=args.tokens, dtype=np.uint16).tofile(path)
-            found = throughput(readers(path, args.seq_len, args.micro_batch), args.rounds, args.seconds)
+            reading = readers(Path(folder), args.tokens, args.seq_len, args.micro_batch)
+            found = throughput(reading, args.rounds, args.seconds)
     finally:
         torch.set_num_threads(threads)
-    num_windows = PLAN_TOKENS // args.seq_len
-    seconds = seek_seconds(num_windows, 16 * args.micro_batch)
-    ratios = [own / other for own, other in zip(found["project"], found["nanogpt"], strict=True)]
+    seeks, memory = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        shards = sparse_shards(Path(folder))
+        for plan in PLANS:
+            opening = partial(open_plan, plan, shards, args.seq_len, ACCUMULATION * args.micro_batch)
+            seeks[plan] = summary([seek_seconds(opening)])
+            memory[plan] = held_bytes(opening)
     return {
         "seq_len": args.seq_len,
         "micro_batch": args.micro_batch,
         "file_tokens": args.tokens,
+        "shards": SHARDS,
         "tokens_per_s_per_core": {name: summary([rates]) for name, rates in found.items()},
-        "project_over_nanogpt": summary([ratios]),
+        "over_nanogpt": {name: summary([_ratios(found, name)]) for name in LOADERS if name != "nanogpt"},
         "plan_tokens": PLAN_TOKENS,
-        "seek_s": summary([seconds]),
-        "order_bytes": order_bytes(num_windows),
+        "seek_s": seeks,
+        "order_bytes": memory,
     }
+
+
+def _ratios(found: dict[str, list[float]], name: str) -> list[float]:
+    return [own / other for own, other in zip(found[name], found["nanogpt"], strict=True)]
 
 
 def lines_of(figures: dict[str, Any]) -> list[str]:
     """The figures as a table."""
-    rates, ratio, seek = figures["tokens_per_s_per_core"], figures["project_over_nanogpt"], figures["seek_s"]
-    row = "{:<34}{:>16}  {:>26}  {:>28}"
+    row = "{:<46}{:>16}  {:>26}  {:>28}"
     lines = [row.format("", "median", "95 % interval", "range")]
-    for name, found in rates.items():
+    for name, found in figures["tokens_per_s_per_core"].items():
         interval = "{:,.0f} to {:,.0f}".format(*found["interval_95"])
         span = f"{found['min']:,.0f} to {found['max']:,.0f}"
         lines.append(row.format(f"{name}: tokens/s of one core", f"{found['median']:,.0f}", interval, span))
-    for name, found, scale in (("project over nanogpt", ratio, 1.0), ("seek into 10 billion tokens, ms", seek, 1e3)):
+    compared = [(f"{name} over nanogpt", found, 1.0) for name, found in figures["over_nanogpt"].items()]
+    sought = [(f"{name}: seek into 10 billion tokens, ms", found, 1e3) for name, found in figures["seek_s"].items()]
+    for label, found, scale in (*compared, *sought):
         low, high = found["interval_95"]
         interval = f"{scale * low:.3f} to {scale * high:.3f}"
         span = f"{scale * found['min']:.3f} to {scale * found['max']:.3f}"
-        lines.append(row.format(name, f"{scale * found['median']:.3f}", interval, span))
-    lines.append(row.format("memory of the order, bytes", f"{figures['order_bytes']:,}", "", "").rstrip())
+        lines.append(row.format(label, f"{scale * found['median']:.3f}", interval, span))
+    for name, held in figures["order_bytes"].items():
+        lines.append(row.format(f"{name}: memory of the order, bytes", f"{held:,}", "", "").rstrip())
     return lines
 
 
