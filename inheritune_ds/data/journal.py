@@ -63,7 +63,7 @@ class Journal:
     def commit(self, state: dict[str, Any]) -> None:
         """Keep a state and every document noted so far."""
         self._refused(
-            self._database.execute, "INSERT OR REPLACE INTO state VALUES (0, ?)", (json.dumps(state, sort_keys=True),)
+            self._database.execute, "INSERT OR REPLACE INTO state VALUES (0, ?)", (json.dumps(state),)
         )
         self._refused(self._database.execute, "COMMIT")
         self._refused(self._database.execute, "BEGIN")

@@ -88,10 +88,19 @@ def word_level(folder: Path, vocabulary: dict[str, int], *, ends_itself: bool = 
 def recipe_file(folder: Path, corpus: Corpus, tokenizer: str | TrainedTokenizer) -> Path:
     """A recipe with a corpus, for the command line (JSON is YAML)."""
     spoken = tokenizer if isinstance(tokenizer, str) else tokenizer.model_dump()
+    shape = {
+        "model_type": "gpt2",
+        "vocab_size": 300,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "max_position_embeddings": 16,
+        "tie_word_embeddings": True,
+    }
     document = {
         "name": "prepared",
         "description": "a corpus",
-        "target": {"shape": {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}},
+        "target": {"shape": shape},
         "corpus": {**corpus.model_dump(mode="json"), "tokenizer": spoken},
         "training": {"seq_len": 16, "global_batch_tokens": 16, "duration": "1 steps"},
         "optimizer": {"lr": 1e-3},

@@ -1,0 +1,101 @@
+"""Runs `inheritune-ds prepare` in processes that can be killed at any moment, without importing everything each time.
+
+One JSON object a line comes in: `arguments` of the command line, `die_at` (the number of the step at which the process
+kills itself with SIGKILL; null: never), `log` (file of its output), `marks` (file of two int64: steps taken, tokens
+written). The process is the leader of a session of its own. A step is a change of a file (as Python's audit events
+tell it), a document written, or a commit of the journal, counted before and after. For every line two lines go out:
+`{"pid": ...}` when the process begins and `{"code": ...}` when it has ended (negative: by that signal).
+"""
+
+import functools
+import json
+import mmap
+import os
+import signal
+import struct
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+SHARD_TOKENS = 6000
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "sqlite3.connect"}
+
+
+class Marks:
+    """Counters in a file, which outlive the process."""
+
+    def __init__(self, path: str, die_at: int | None) -> None:
+        with Path(path).open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 16)
+        self._die_at, self._steps, self._tokens = die_at, 0, 0
+
+    def step(self, tokens: int = 0) -> None:
+        self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+        self._memory[:16] = struct.pack("<qq", self._steps, self._tokens)
+        if self._steps == self._die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """An audit hook."""
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in CHANGES or writes:
+            self.step()
+
+
+def run(order: dict[str, Any]) -> int:
+    """Be the command."""
+    from inheritune_ds.cli import main
+    from inheritune_ds.data import build, journal, shard_files, tokenize, workers
+
+    os.setsid()
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    marks = Marks(order["marks"], order["die_at"])
+    append, commit = shard_files.ShardWriter.append, journal.Journal.commit
+
+    def counted_append(self: shard_files.ShardWriter, ids: Any) -> bool:
+        closed = append(self, ids)
+        marks.step(len(ids))
+        return closed
+
+    def counted_commit(self: journal.Journal, state: dict[str, Any]) -> None:
+        marks.step()
+        commit(self, state)
+        marks.step()
+
+    shard_files.ShardWriter.append = counted_append  # type: ignore[method-assign]
+    journal.Journal.commit = counted_commit  # type: ignore[method-assign]
+    build.JOB_CHARACTERS, workers.JOBS_HERE = 20_000, 1
+    tokenize.prepare = functools.partial(tokenize.prepare, shard_tokens=SHARD_TOKENS)
+    sys.addaudithook(marks.watch)
+    return main(order["arguments"])
+
+
+def serve() -> None:
+    """Answer until the input ends."""
+    # What takes longest, once: the tokenizer classes, the models of a recipe.
+    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+    import inheritune_ds.data.tokenize
+    import inheritune_ds.recipe_file  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = run(json.loads(line))
+            except BaseException:  # noqa: BLE001  into the log; the test sees the code
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        print(json.dumps({"pid": child}), flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps({"code": code}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
