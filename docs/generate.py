@@ -63,7 +63,6 @@ MEANINGS = {
     "Shape.max_position_embeddings": "Longest sequence, in tokens.",
     "Shape.tie_word_embeddings": "Whether the head is the token embedding (always so for gpt2).",
     "HubSource.dataset": "Id of the dataset on the hub.",
-    "HubSource.split": "Name of the split that the files are read as.",
     "HubSource.text_field": "Field of a record that holds the document.",
     "EmbeddedSource.kind": "This source.",
     "FilesSource.kind": "This source.",

@@ -91,7 +91,8 @@ class HubSource(_AnySource):
     """Pattern inside the dataset repository, such as `data/*.parquet`."""
     revision: Text = "main"
     """A commit, tag or branch; resolved to a full commit and pinned in the token manifest."""
-    split: Text = "train"
+    split: Text | None = None
+    """Take only the files whose path tells of this split (`train`, `validation`, `test`); all if left out."""
     text_field: Text = "text"
     streaming: bool = True
     """Read while downloading, nothing kept; false downloads all of it into the hub's cache first."""

@@ -16,7 +16,7 @@ from inheritune_ds.budget import (
     steps_in,
     tokens_an_epoch,
 )
-from inheritune_ds.corpus import TrainedTokenizer
+from inheritune_ds.corpus import HubSource, TrainedTokenizer
 from inheritune_ds.corpus_size import Tokens
 from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
 from inheritune_ds.layout import Layout, read_layout
@@ -138,8 +138,10 @@ def _downloads(recipe: Recipe) -> dict[str, float | None]:
     if reference and reference.recipe_name is None and not _is_folder(reference.model):
         found[reference.model] = reference.download_gib
     for source in recipe.corpus.sources:
-        if source.kind == "hub":
-            found[source.dataset] = source.download_gib
+        if isinstance(source, HubSource) and not _is_folder(source.dataset):
+            others = found.get(source.dataset, 0.0)  # several sources may be files of one dataset
+            unknown = others is None or source.download_gib is None
+            found[source.dataset] = None if unknown else (others or 0.0) + (source.download_gib or 0.0)
     return found
 
 

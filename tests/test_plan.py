@@ -218,7 +218,7 @@ def test_plan_marks_counts_as_an_estimate_only_where_they_are(tmp_path: Path) ->
         "kind": "hub",
         "dataset": "Skylion007/openwebtext",
         "data_files": "plain_text/*.parquet",
-        "split": "train",
+        "split": None,
         "text_field": "text",
         "max_tokens": None,
     }

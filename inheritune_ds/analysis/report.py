@@ -231,7 +231,8 @@ def _validation_table(result: RunResult) -> list[str]:
 
 def _facts_table(result: RunResult) -> list[str]:
     summary = result.summary
-    unique = "not counted, windows were drawn at random" if summary.unique_tokens is None else f"{summary.unique_tokens:,}"
+    known = summary.unique_tokens is not None
+    unique = f"{summary.unique_tokens:,}" if known else "not counted, windows were drawn at random"
     facts = {
         "parameters": f"{summary.parameters:,}",
         "blocks": f"{summary.blocks} ({summary.block_parameters:,} parameters in them)",

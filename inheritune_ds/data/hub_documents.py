@@ -19,6 +19,7 @@ from inheritune_ds import hub
 from inheritune_ds.corpus import HubSource
 from inheritune_ds.data import packed, readers, tables, text_files
 from inheritune_ds.data.records import Cursor, Document, RecordRules
+from inheritune_ds.data.splits import files_of_split
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.recipe_base import is_local_path
 
@@ -46,7 +47,9 @@ def folder_files(source: HubSource) -> list[Path]:
             allowed="a local folder, or a hub id such as allenai/c4",
             action="correct dataset in corpus.sources",
         )
-    return readers.expand([source.data_files], folder)
+    files = {str(path.relative_to(folder)): path for path in readers.expand([source.data_files], folder)}
+    chosen = list(files) if source.split is None else files_of_split(list(files), source.split, f"dataset {folder}")
+    return [files[name] for name in chosen]
 
 
 def settings(source: HubSource) -> dict[str, Any]:
@@ -83,12 +86,6 @@ def documents(
         HubError: The hub cannot be reached, has no such dataset, or its answers break off.
         StorageError: The hub's cache cannot be written.
     """
-    if source.split != "train":
-        raise CorpusError(
-            f"dataset {source.dataset}: what data_files matches is the split train, not {source.split!r}",
-            allowed="split: train",
-            action="choose the files of the other split with data_files of this source",
-        )
     rules = RecordRules.of(source)
     if is_folder(source):
         yield from readers.read(folder_files(source), rules, LINE_END, start, on_bytes)
@@ -119,6 +116,8 @@ def _matching(source: HubSource, repository: hub.Repository, present: list[str])
             allowed=f"its files: {', '.join(corpora[:5])}{' ...' if len(corpora) > 5 else ''}" if corpora else "",
             action="correct data_files in corpus.sources: a pattern inside the dataset's repository",
         )
+    if source.split is not None:
+        names = files_of_split(names, source.split, where)
     for name in names:
         kind = readers.format_of(Path(name))
         if not kind or (kind == ".arrow" and source.streaming and not repository.offline):

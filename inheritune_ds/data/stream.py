@@ -41,8 +41,7 @@ class Seen(NamedTuple):
 
     Attributes:
         windows: Windows drawn.
-        unique_windows: Different ones among them; None with `random` sampling, where none is counted twice or never
-            by a rule.
+        unique_windows: Different ones among them; None with `random` sampling, where chance decides that.
         epochs: Windows drawn / windows of the source.
     """
 

@@ -152,7 +152,7 @@ def test_a_wrong_pattern_ending_or_split_is_refused(hub_server: HubServer, clien
     )
     assert f"at {commit}: x.csv: a file with this ending is not read\n  allowed: .txt" in refusal(data_files="*.csv")
     assert "t.arrow: a file with this ending is not streamed" in refusal(data_files="*.arrow")
-    assert "org/wrong: what data_files matches is the split train, not 'test'" in refusal(split="test")
+    assert "has no file of the split 'test' among the" in refusal(split="test")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_branch_that_moves_does_not_change_a_pinned_run(
         "dataset": "org/moves",
         "commit": old,
         "data_files": "a.jsonl",
-        "split": "train",
+        "split": None,
         "text_field": "text",
     }
     assert client.ask("pin", folder=str(tmp_path), repo_type="dataset", name="org/moves") == old
