@@ -95,8 +95,9 @@ def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
         (tree,) = ast.parse(inspect.getsource(ancestor)).body
         assert isinstance(tree, ast.ClassDef)
         for node, below in zip(tree.body, tree.body[1:], strict=False):
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            if isinstance(node, ast.AnnAssign) and documented:
+            if not isinstance(node, ast.AnnAssign) or not isinstance(below, ast.Expr):
+                continue
+            if isinstance(below.value, ast.Constant):
                 assert isinstance(node.target, ast.Name)
                 found[node.target.id] = " ".join(str(below.value.value).split())
     return found
