@@ -25,7 +25,7 @@ PIECE_CHARACTERS = 2**14
 MAX_PIECE_CHARACTERS = 2**20
 """No piece is longer, whatever the text: bounds the memory, most of it `tokenizers`' own."""
 
-_BATCH_CHARACTERS = 2**18
+_BATCH_CHARACTERS = 2**16
 _TRIES = 1000
 """Places to look at closely before a cut is forced."""
 _PROBE = "a text"
