@@ -122,6 +122,23 @@ def test_prepare_describes_the_result_in_its_manifest(tmp_path: Path, bpe: str) 
     assert (fidelity["documents"], fidelity["exact"]) == (tokenize.SAMPLE_DOCUMENTS, tokenize.SAMPLE_DOCUMENTS)
 
 
+def test_no_held_out_document_is_trained_on_whatever_the_order_of_the_files(tmp_path: Path, bpe: str) -> None:
+    texts = make_texts(80)
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", texts[start : start + 50]) for n, start in enumerate((0, 20, 30))]
+    found = []
+    for order in (files, files[::-1]):
+        sources: list[Any] = [files_source(path, name=path.stem) for path in order]
+        tokens = prepare(Corpus(sources=sources, validation_ratio=0.2), bpe, tmp_path / "cache")
+        parts = {}
+        for part in ("train", "validation"):
+            ids = [i for source in sources for i in tokens_of(tokens, part, source.name)]
+            parts[part] = {tuple(text) for text in np.split(ids, np.flatnonzero(np.array(ids) == END) + 1)}
+        assert parts["train"] & parts["validation"] == {()}
+        found.append(parts)
+    assert found[0] == found[1]
+    assert len(found[0]["validation"]) == 1 + sum(map(is_held, texts))
+
+
 def test_a_tokenizer_that_loses_text_is_told_and_noted(tmp_path: Path) -> None:
     folder = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1})
     lines: list[str] = []
