@@ -87,7 +87,7 @@ def _table(tokens: "TokenSet") -> str:
             names = source["left_out_files"]
             lines.append(f"{source['name']}: {len(names):,} files of other kinds were not read, such as {names[0]}")
         if source["forced_cuts"]:
-            lines.append(f"{source['name']}: {source['forced_cuts']:,} cuts in very long runs without spaces")
+            lines.append(f"{source['name']}: {source['forced_cuts']:,} cuts that may have changed a few tokens each")
     for name, found in (tokens.manifest["overlap"] or {}).items():
         lines.append(
             f"overlap with {name}: {found['items_hit']:,} of {found['items']:,} items stand in "
