@@ -31,7 +31,7 @@ EOS = 0
 PACKING = DocumentPacking(EOS)
 DOCUMENT_TOKENS = 400
 """Mean length of the documents that time is measured on; a web page of OpenWebText has about twice as many."""
-TURNS, WARM_UP = 11, 2
+TURNS, WARM_UP = 9, 2
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def cpu_settings() -> dict[str, Setting]:
     """What is measured on a CPU: the model of the quickstart's size, long and short windows."""
     settings = {}
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for seq_len, windows in ((256, 8), (1024, 2)):
+        for seq_len, windows in ((256, 4), (1024, 1)):
             shape = {
                 "model_type": "llama",
                 "vocab_size": 4096,

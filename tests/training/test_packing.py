@@ -211,6 +211,28 @@ def test_passes_do_not_wait_for_a_device() -> None:
     assert not waits & set(seen)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_mask_is_kept_once_for_all_blocks(family: str) -> None:
+    changes: dict[str, Any] = {"num_key_value_heads": 4} if family == "llama" else {}  # SDPA repeats shared ones beside a mask
+    kept: dict[bool, int] = {}
+    for packed_too in (False, True):
+        model, inputs = build(family, **changes), WindowInputs(PACKING if packed_too else None, "sdpa")
+        attach_loss(model, "chunked", compiled=False)
+        storages: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, into: dict[int, torch.Tensor] = storages) -> torch.Tensor:
+            into[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with inputs.apart(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(**inputs.with_targets(windows(), CPU))
+        kept[packed_too] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    mask = 3 * SEQ_LEN * SEQ_LEN * 4
+    # sines and cosines, or the position ids, of every window in place of one
+    positions_too = 2 * SEQ_LEN * (2 * 8 * 4 if family == "llama" else 8)
+    assert kept[True] - kept[False] == mask + positions_too
+
+
 def test_masks_are_transformers_own_again_afterwards() -> None:
     from transformers import masking_utils
 
