@@ -213,7 +213,8 @@ def test_passes_do_not_wait_for_a_device() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_mask_is_kept_once_for_all_blocks(family: str) -> None:
-    changes: dict[str, Any] = {"num_key_value_heads": 4} if family == "llama" else {}  # SDPA repeats shared ones beside a mask
+    # Beside a mask SDPA repeats keys and values that heads share.
+    changes: dict[str, Any] = {"num_key_value_heads": 4} if family == "llama" else {}
     kept: dict[bool, int] = {}
     for packed_too in (False, True):
         model, inputs = build(family, **changes), WindowInputs(PACKING if packed_too else None, "sdpa")
