@@ -120,11 +120,10 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(f"`{value}`" for value in parts)
     if origin in (Union, UnionType):
         return " or ".join(describe_type(part, metadata) for part in parts if part is not NoneType)
-    if origin in (list, tuple):
+    if origin in (list, tuple, dict):
+        inner = [describe_type(part, []) for part in parts]
         count = f"{len(parts)} x " if origin is tuple else ""
-        return f"list of {count}{describe_type(parts[0], [])}"
-    if origin is dict:
-        return f"mapping of {' to '.join(describe_type(part, []) for part in parts)}"
+        return f"mapping of {' to '.join(inner)}" if origin is dict else f"list of {count}{inner[0]}"
     if issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
     name = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}[annotation]

@@ -199,7 +199,7 @@ def _mapped(path: Path, count: int, item: np.dtype[np.unsignedinteger]) -> NDArr
         found = "is missing" if size is None else f"has {size} bytes"
         raise CorpusError(
             f"{path}: the token file {found}, its manifest says {expected}",
-            action=f"remove the folder {path.parent} and run the same command again: the tokens are made anew",
+            action="give the same command again: the tokens are made anew",
         )
     if not count:
         return np.empty(0, item)  # an empty file cannot be mapped

@@ -111,7 +111,7 @@ def test_opening_a_shard_does_not_read_it(tmp_path: Path) -> None:
 
 
 def test_shards_name_a_missing_or_cut_file(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)gone\.bin: the token file is missing, its manifest says 20.*remove"):
+    with pytest.raises(CorpusError, match=r"(?s)gone\.bin: the token file is missing, its manifest says 20.*made anew"):
         TokenShards([tmp_path / "gone.bin"], [10], "uint16")
     whole, cut = token_file(tmp_path / "whole.bin", 10), token_file(tmp_path / "cut.bin", 9)
     with pytest.raises(CorpusError, match=r"cut\.bin: the token file has 18 bytes, its manifest says 20"):
