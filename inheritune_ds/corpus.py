@@ -115,7 +115,7 @@ class TokensSource(_AnySource):
     train: Text
     """`train.bin`; its tokens must be those of `corpus.tokenizer`."""
     validation: Text | None = None
-    """`val.bin`; without it documents of `train` are held out by their hash."""
+    """`val.bin`, taken whole: limits are of `train`. Without it documents of `train` are held out by their hash."""
 
     @property
     def default_name(self) -> str:

@@ -192,11 +192,10 @@ class Build:
     def _write(self, source: Source, number: int) -> dict[str, Any]:
         self._now = _SourceState(source, self._folder, self._form, self._kept, self._limit(number))
         try:
-            if self._now.wants_more:
-                if isinstance(source, TokensSource):
-                    self._copy(source)
-                else:
-                    self._encode(source)
+            if isinstance(source, TokensSource):
+                self._copy(source)
+            elif self._now.wants_more:
+                self._encode(source)
             told = self._now.close()
         except BaseException:
             self._now.abandon()
@@ -224,12 +223,11 @@ class Build:
             eos_id=self._encoder.eos_id,
             id_space=self._form.id_space,
             ratio=self._corpus.validation_ratio,
+            wants_more=lambda: state.wants_more,
         ):
             state.cursor = document.cursor
             if self._is_wanted(document.digest):
                 self._put(document.ids, held_out=document.held_out)
-            if not state.wants_more:
-                return
 
     def _encode(self, source: TextSource) -> None:
         for item, ids in self._encoded(source):

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +37,14 @@ class TokenDocument(NamedTuple):
     cursor: Cursor
 
 
-def documents(
-    source: TokensSource, start: Cursor, *, eos_id: int, id_space: int, ratio: float
+def documents(  # noqa: PLR0913 - one argument for each thing that decides
+    source: TokensSource,
+    start: Cursor,
+    *,
+    eos_id: int,
+    id_space: int,
+    ratio: float,
+    wants_more: Callable[[], bool] = lambda: True,
 ) -> Iterator[TokenDocument]:
     """Yield the documents of a source in their order.
 
@@ -48,6 +54,7 @@ def documents(
         eos_id: The token that ends every document.
         id_space: One more than the tokenizer's largest id.
         ratio: Share of the documents that is held out, where the source has no validation file.
+        wants_more: Asked before every document of `train`; the validation file is taken whole.
 
     Raises:
         CorpusError: An id is not the tokenizer's, or the documents have no ends.
@@ -56,6 +63,8 @@ def documents(
     for number in range(start.file, len(paths)):
         at = start.record if number == start.file else 0
         for ids, end in _documents(paths[number], at, eos_id, id_space):
+            if number == 0 and not wants_more():
+                break
             digest = hashlib.sha256(ids.tobytes()).digest()
             held_out = is_held_out(digest, ratio) if len(paths) == 1 else number == 1
             yield TokenDocument(ids, digest, held_out, Cursor(number, end))
