@@ -63,7 +63,9 @@ class HeldOut:
         return dict(zip(self._windows, windows, strict=True))
 
     def sha256(self, count: int) -> str:
-        """Hash (hex) of the token ids of the first windows, source by source, whichever integer type the files have.
+        """Hash (hex) of the first windows: their token ids, whichever integer type the files have, and their order.
+
+        Two models are compared window by window, so the same windows in another order are not the same.
 
         Args:
             count: How many first windows.
@@ -71,6 +73,8 @@ class HeldOut:
         digest = hashlib.sha256()
         for name, windows in self.used(count).items():
             self._windows[name].hash_into(digest, windows)
+        if len(self._windows) > 1:  # a source keeps its own order, so what is left is whose turn it is
+            digest.update(self._sources[:count].astype("<u4").tobytes())
         return digest.hexdigest()
 
 

@@ -71,12 +71,21 @@ def test_when_a_source_is_used_up_the_others_go_on_and_weight_0_comes_last(tmp_p
     assert order[10:] == [(2, 0), (2, 1)]
 
 
-def test_the_hash_is_of_the_windows_used_source_by_source(tmp_path: Path) -> None:
+def test_the_hash_is_of_the_windows_used_source_by_source_and_of_their_order(tmp_path: Path) -> None:
     held = held_out(tmp_path, [6, 3], [2, 1])
-    assert held.used(4) == {"0": 3, "1": 1}
-    text = [*range(3 * SEQ_LEN + 1), *range(1000, 1000 + SEQ_LEN + 1)]
+    order = [source for source, _ in order_of(held)[:4]]
+    assert (held.used(4), sorted(order)) == ({"0": 3, "1": 1}, [0, 0, 0, 1])
+    text = [*range(3 * SEQ_LEN + 1), *range(1000, 1000 + SEQ_LEN + 1), *order]
     assert held.sha256(4) == hashlib.sha256(np.array(text, dtype="<u4").tobytes()).hexdigest()
-    assert held.sha256(1) == hashlib.sha256(np.arange(SEQ_LEN + 1, dtype="<u4").tobytes()).hexdigest()
+    assert held.sha256(1) == hashlib.sha256(np.array([*range(SEQ_LEN + 1), 0], dtype="<u4").tobytes()).hexdigest()
+
+
+def test_the_same_windows_in_another_order_have_another_hash(tmp_path: Path) -> None:
+    one, other = (held_out(tmp_path, [4, 4], shares) for shares in ([1, 1], [3, 1]))
+    assert sorted(order_of(one)) == sorted(order_of(other))
+    assert one.used(8) == other.used(8)
+    assert one.sha256(8) != other.sha256(8)
+    assert one.sha256(8) == held_out(tmp_path, [4, 4], [2, 2]).sha256(8)
 
 
 def test_no_window_at_all_is_a_held_out_part_of_none(tmp_path: Path) -> None:
