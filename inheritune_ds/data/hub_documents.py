@@ -57,6 +57,17 @@ def settings(source: HubSource) -> dict[str, Any]:
     return {"kind": "hub", "split": source.split, "text_field": source.text_field}
 
 
+def pinned(source: HubSource) -> HubSource:
+    """The source with a full commit for its revision.
+
+    Raises:
+        HubError: The hub cannot be reached, or has no such dataset.
+    """
+    if re.fullmatch("[0-9a-f]{40}", source.revision):
+        return source
+    return source.model_copy(update={"revision": hub.resolve(source.dataset, source.revision, "dataset").commit})
+
+
 def identify(source: HubSource) -> dict[str, Any]:
     """Say exactly which data a dataset of the hub means, with and without a network.
 

@@ -9,7 +9,19 @@ from inheritune_ds.data import embedded, hub_documents, readers
 from inheritune_ds.data.file_marks import FileMark, Snapshot, cannot_read
 from inheritune_ds.data.progress import Meter
 from inheritune_ds.data.records import Cursor, Document
+from inheritune_ds.errors import CorpusError
 from inheritune_ds.files import sha256_file
+
+
+def pinned(source: Source) -> Source:
+    """The source with the commit in place of the hub's branch or tag, which may move while it is read.
+
+    Raises:
+        HubError: The hub cannot be reached, or has no such dataset.
+    """
+    if isinstance(source, HubSource) and not hub_documents.is_folder(source):
+        return hub_documents.pinned(source)
+    return source
 
 
 def identify(source: Source) -> dict[str, Any]:
@@ -80,6 +92,26 @@ def snapshot(source: Source) -> Snapshot:
         CorpusError: A file is missing.
     """
     return Snapshot.of(_local_files(source))
+
+
+def check(source: Source, before: Snapshot) -> None:
+    """Look again at the local files of a source.
+
+    Args:
+        source: As it was.
+        before: What `snapshot` gave.
+
+    Raises:
+        CorpusError: A file is gone, was changed, or has come since.
+    """
+    before.check()
+    known = {mark.path for mark in before.marks}
+    for path in _local_files(source):
+        if path not in known:
+            raise CorpusError(
+                f"corpus file {path}: it came while the corpus was read",
+                action="let its writer finish, then give the same command again: it is read, too",
+            )
 
 
 def left_out_files(source: Source) -> list[str]:

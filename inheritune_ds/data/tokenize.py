@@ -87,7 +87,8 @@ def prepare(  # noqa: PLR0913 - one argument for each thing that decides
         tidy(partial)
         return found
     with exclusive(partial, say):
-        found = _usable(plan, folder, damage_of, say)  # another process may have made it meanwhile
+        # Another process may have made it meanwhile; what is damaged was told already.
+        found = _usable(plan, folder, damage_of, lambda _: None)
         if found is None:
             _fill(plan, partial, workers or len(os.sched_getaffinity(0)), say)
             with storage_errors(folder):
@@ -135,6 +136,12 @@ class _Plan:
             if isinstance(source, TokensSource):
                 token_files.token_files(source)
                 token_files.check_ids(source, _id_space(loaded) if loaded is not None else 0)
+        # What is identified here is read later: a branch may have moved by then.
+        pinned = {
+            "sources": [sources.pinned(source) for source in corpus.sources],
+            "overlap_with": [sources.pinned(source) for source in corpus.overlap_with],
+        }
+        corpus = corpus.model_copy(update=pinned)
         # Taken before the files are hashed: whatever changes after that is noticed.
         snapshots = tuple(sources.snapshot(source) for source in corpus.sources)
         settings = {"validation_ratio", "max_tokens", "token_dtype", "duplicates", "overlap_ngram"}
@@ -162,9 +169,9 @@ class _Plan:
         return cache_dir / "tokens" / self.fingerprint
 
     def check_files(self) -> None:
-        """Raise if a corpus file is gone or has changed."""
-        for snapshot in self.snapshots:
-            snapshot.check()
+        """Raise if a corpus file is gone, has changed or has come since."""
+        for source, snapshot in zip(self.corpus.sources, self.snapshots, strict=True):
+            sources.check(source, snapshot)
 
 
 def _identify(source: Source, limit: int | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from inheritune_ds import hub
 from inheritune_ds.corpus import EmbeddedSource, FilesSource, HubSource, TokensSource
 from inheritune_ds.data import embedded, sources
 from inheritune_ds.data.records import Cursor
@@ -69,6 +70,37 @@ def test_snapshot_notices_a_change_between_hashing_and_the_end_of_reading(tmp_pa
         snapshot.check()
 
 
+def test_check_notices_a_file_that_has_come(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("text")
+    source = FilesSource(kind="files", paths=[str(tmp_path)])
+    before = sources.snapshot(source)
+    (tmp_path / "README").write_text("no corpus file")
+    sources.check(source, before)
+    (tmp_path / "a.txt").write_text("other text")
+    with pytest.raises(CorpusError, match=r"(?s)a\.txt: it came while the corpus was read.*let its writer finish"):
+        sources.check(source, before)
+
+
+def test_a_branch_is_pinned_to_its_commit_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["a" * 40, "b" * 40])
+
+    def resolve(name: str, revision: str, repo_type: hub.RepoType) -> hub.Repository:
+        assert (name, revision) == ("org/name", "main")
+        return hub.Repository(name, repo_type, next(commits), "")
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    source = HubSource(kind="hub", dataset="org/name", data_files="*.jsonl", weight=2.0)
+    pinned = sources.pinned(source)
+    assert pinned == source.model_copy(update={"revision": "a" * 40})
+    assert sources.pinned(pinned) is pinned
+    for other in (
+        source.model_copy(update={"dataset": str(tmp_path)}),
+        FilesSource(kind="files", paths=["a"]),
+        EmbeddedSource(kind="embedded"),
+    ):
+        assert sources.pinned(other) is other
+
+
 def test_identify_nanogpt_files_by_size_and_hash(tmp_path: Path) -> None:
     files = []
     for name in ("train.bin", "val.bin"):
@@ -125,7 +157,7 @@ def test_identify_a_local_dataset_by_its_files(dataset: Path) -> None:
     identity = sources.identify(hub_source(dataset))
     assert [file["name"] for file in identity["files"]] == ["a.jsonl.gz", "b.jsonl.gz"]
     assert "commit" not in identity
-    assert identity["split"] == "train"
+    assert identity["split"] is None
 
 
 def test_documents_of_a_local_dataset_name_what_is_wrong(dataset: Path) -> None:
