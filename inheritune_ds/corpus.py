@@ -16,6 +16,8 @@ Scalar = str | int | float | bool | None
 
 MAX_ROUND_WINDOWS = 10_000
 """Longest pattern in which the sources of a mixture may take turns, in windows."""
+OTHER_NAMES = ("tokenizer", "manifest.json", "progress.sqlite", "progress.sqlite-journal")
+"""What lies beside the folders of the sources among token files."""
 
 
 class Filters(Part):
@@ -219,6 +221,9 @@ class Corpus(Part):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two sources have the name {twice[0]!r}: give each a name of its own")
+        taken = next((name for name in names if name in OTHER_NAMES), None)
+        if taken is not None:
+            raise ValueError(f"a source cannot have the name {taken!r}: something else in the token folder has it")
         weights = self.weights
         if weights is not None and len(weights) < len(names):
             missing = [source.name for source in self.sources if source.weight is None]
