@@ -39,7 +39,7 @@ class Journal:
 
     def _open(self) -> sqlite3.Connection:
         # Transactions are begun and ended by hand: every change since the last commit is undone by a kill.
-        database = sqlite3.connect(self.path, isolation_level=None)
+        database: sqlite3.Connection = self._refused(sqlite3.connect, self.path, isolation_level=None)
         self._refused(database.execute, f"PRAGMA cache_size = -{_CACHE_KIB}")
         self._refused(database.execute, "CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY, document TEXT)")
         self._refused(database.execute, "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
@@ -48,7 +48,7 @@ class Journal:
 
     def state(self) -> dict[str, Any] | None:
         """What was last committed; None in a new journal."""
-        row = self._database.execute("SELECT document FROM state WHERE id = 0").fetchone()
+        row = self._refused(self._database.execute, "SELECT document FROM state WHERE id = 0").fetchone()
         return json.loads(row[0]) if row else None
 
     def is_new(self, digest: bytes) -> bool:
@@ -62,9 +62,7 @@ class Journal:
 
     def commit(self, state: dict[str, Any]) -> None:
         """Keep a state and every document noted so far."""
-        self._refused(
-            self._database.execute, "INSERT OR REPLACE INTO state VALUES (0, ?)", (json.dumps(state),)
-        )
+        self._refused(self._database.execute, "INSERT OR REPLACE INTO state VALUES (0, ?)", (json.dumps(state),))
         self._refused(self._database.execute, "COMMIT")
         self._refused(self._database.execute, "BEGIN")
 
@@ -74,10 +72,10 @@ class Journal:
             if self._database.in_transaction:
                 self._database.rollback()
 
-    def _refused(self, execute: Any, *arguments: Any) -> Any:
+    def _refused(self, execute: Any, *arguments: Any, **settings: Any) -> Any:
         """Run a statement; a full disk is told as every other one is."""
         try:
-            return execute(*arguments)
+            return execute(*arguments, **settings)
         except sqlite3.OperationalError as error:
             raise StorageError(
                 f"{self.path} cannot be written: {error}",
