@@ -25,6 +25,7 @@ from inheritune_ds.data.records import Cursor, Document
 from inheritune_ds.data.shard_files import ShardWriter
 from inheritune_ds.data.split import is_held_out
 from inheritune_ds.data.workers import EncoderPool
+from inheritune_ds.errors import InherituneError
 
 JOB_CHARACTERS = 2**20
 JOB_PIECES = 512
@@ -226,23 +227,27 @@ class Build:
             wants_more=lambda: state.wants_more,
         ):
             state.cursor = document.cursor
-            if self._is_wanted(document.digest):
-                self._put(document.ids, held_out=document.held_out)
+            closed = self._is_wanted(document.digest) and self._put(document.ids, held_out=document.held_out)
+            self._keep(at_once=closed)
 
     def _encode(self, source: TextSource) -> None:
         for item, ids in self._encoded(source):
-            self._take(item, ids)
+            self._keep(at_once=self._take(item, ids))
             if not self._now.wants_more:
                 self._pool.forget()
                 return
 
     def _encoded(self, source: TextSource) -> Iterator[tuple[_Item, npt.NDArray[Any]]]:
-        """Yield documents with their ids, in order."""
+        """Yield documents with their ids, in order; an error of the reader comes after those that stand before it.
+
+        So a limit that is reached before a bad record is reached, however far several processes have it read ahead.
+        """
         waiting: deque[_Item] = deque()
         parts: deque[npt.NDArray[Any]] = deque()
         job: list[str] = []
         characters = records = 0
-        for document in sources.documents(source, self._now.cursor, self._read):
+        failed: list[InherituneError] = []
+        for document in _until_error(sources.documents(source, self._now.cursor, self._read), failed):
             forced_before = self._encoder.forced_cuts
             pieces = self._encoder.pieces(document.text) if document.text else []
             waiting.append(self._examine(document, len(pieces), self._encoder.forced_cuts - forced_before))
@@ -258,6 +263,8 @@ class Build:
                 job, characters, records = [], 0, 0
         yield from self._collect(waiting, parts, self._pool.submit(job))
         yield from self._collect(waiting, parts, self._pool.drain())
+        for error in failed:
+            raise error
 
     def _collect(
         self, waiting: deque[_Item], parts: deque[npt.NDArray[Any]], results: Iterable[list[npt.NDArray[Any]]]
@@ -276,8 +283,8 @@ class Build:
         hits = self._index.find(text) if self._index is not None and text and not held else None
         return _Item(document, digest, held, pieces, forced_cuts, hits)
 
-    def _take(self, item: _Item, ids: npt.NDArray[Any]) -> None:
-        """Count a document and write it, unless it is left out."""
+    def _take(self, item: _Item, ids: npt.NDArray[Any]) -> bool:
+        """Count a document and write it, unless it is left out; returns whether that has closed a shard."""
         state, document = self._now, item.document
         state.cursor = document.cursor
         if document.skipped:
@@ -287,7 +294,8 @@ class Build:
             state.counts["forced_cuts"] += item.forced_cuts
             if item.hits is not None and self.overlap is not None:
                 self.overlap.add(item.hits)
-            self._put(ids, held_out=item.held_out)
+            return self._put(ids, held_out=item.held_out)
+        return False
 
     def _is_wanted(self, digest: bytes) -> bool:
         if self._journal.is_new(digest):
@@ -295,17 +303,21 @@ class Build:
         self._now.counts["duplicate_documents"] += 1
         return self._corpus.duplicates == "keep"
 
-    def _put(self, ids: npt.NDArray[Any], *, held_out: bool) -> None:
+    def _put(self, ids: npt.NDArray[Any], *, held_out: bool) -> bool:
+        """Write a document; returns whether that has closed a shard."""
         state = self._now
         if held_out:
-            closed = state.validation.append(ids)
-        else:
-            taken = ids if state.limit is None else ids[: state.limit - state.train.tokens]
-            closed = state.train.append(taken)
-            share = self._bytes / self._total if self._total else None
-            self._meter.advance(len(taken), f"{state.documents:,} documents of {state.name}", share)
-        if closed or time.monotonic() - self._committed_s > COMMIT_INTERVAL_S:
-            self._kept = state.as_dict()
+            return state.validation.append(ids)
+        taken = ids if state.limit is None else ids[: state.limit - state.train.tokens]
+        closed = state.train.append(taken)
+        share = self._bytes / self._total if self._total else None
+        self._meter.advance(len(taken), f"{state.documents:,} documents of {state.name}", share)
+        return closed
+
+    def _keep(self, *, at_once: bool) -> None:
+        """Keep the place behind a document, if it is time; documents that are left out take time as well."""
+        if at_once or time.monotonic() - self._committed_s > COMMIT_INTERVAL_S:
+            self._kept = self._now.as_dict()
             self._commit()
 
     def _commit(self) -> None:
@@ -313,6 +325,14 @@ class Build:
         overlap = self.overlap.state() if self.overlap is not None else None
         self._journal.commit({"finished": self._finished, "current": self._kept, "overlap": overlap})
         self._committed_s = time.monotonic()
+
+
+def _until_error(documents: Iterator[Document], failed: list[InherituneError]) -> Iterator[Document]:
+    """Yield what can be read; what ends it comes into `failed`."""
+    try:
+        yield from documents
+    except InherituneError as error:
+        failed.append(error)
 
 
 def _total_bytes(source: Source) -> int | None:

@@ -1,4 +1,4 @@
-"""Where a source ends that has a limit, and what is held out of it then."""
+"""Where a source ends that has a limit or an error in it, and what is held out and kept of it then."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inheritune_ds.corpus import Corpus, TokensSource
+from inheritune_ds.corpus import Corpus, Filters, TokensSource
+from inheritune_ds.data import build
+from inheritune_ds.data.journal import Journal
 from inheritune_ds.data.tokenize import prepare
-from tests.data.prepared import END, tokens_of
+from inheritune_ds.errors import CorpusError
+from tests.data.prepared import END, files_source, make_texts, tokens_of, write_jsonl
 
 DOCUMENT_TOKENS = 10
 
@@ -58,3 +61,37 @@ def test_limits_of_token_files_end_the_held_out_documents_too_without_a_validati
     found = prepare(Corpus(sources=[source], validation_ratio=0.3), bpe, tmp_path / "cache")
     assert sorted(tokens_of(found) + tokens_of(found, "validation")) == sorted(ids[:200])
     assert found.train_documents + found.validation_documents == 20
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 512])
+def test_a_bad_record_behind_the_limit_is_none_however_far_is_read_ahead(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    monkeypatch.setattr(build, "JOB_PIECES", pieces)
+    path = write_jsonl(tmp_path / "corpus.jsonl", make_texts(60))
+    wanted = prepare(Corpus(sources=[files_source(path)], validation_ratio=0.2), bpe, tmp_path / "cache")
+    path.write_text(path.read_text() + "{no record\n")
+
+    def limited(count: int) -> Corpus:
+        return Corpus(sources=[files_source(path, max_documents=count)], validation_ratio=0.2)
+
+    found = prepare(limited(60), bpe, tmp_path / "cache")
+    assert tokens_of(found) == tokens_of(wanted)
+    with pytest.raises(CorpusError, match=r"corpus\.jsonl:61: not a JSON object"):
+        prepare(limited(61), bpe, tmp_path / "cache")
+
+
+def test_documents_that_are_left_out_are_not_read_again_after_an_end_either(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "COMMIT_INTERVAL_S", -1.0)
+    path = write_jsonl(tmp_path / "corpus.jsonl", [*make_texts(40), *["short"] * 20])
+    path.write_text(path.read_text() + "{no record\n")
+    source = files_source(path, filters=Filters(min_characters=20))
+    with pytest.raises(CorpusError, match=r"corpus\.jsonl:61: not a JSON object"):
+        prepare(Corpus(sources=[source], validation_ratio=0.2), bpe, tmp_path / "cache")
+    (partial,) = (tmp_path / "cache" / "tokens").iterdir()
+    state = Journal(partial).state()
+    assert state is not None
+    assert state["current"]["cursor"] == [0, 60]
+    assert (state["current"]["documents"], state["current"]["counts"]["filtered_documents"]) == (40, 20)
