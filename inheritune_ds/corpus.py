@@ -230,12 +230,20 @@ class Corpus(Part):
             raise ValueError(f"source {missing[0]!r} has no weight and others have: give all of them one, or none")
         if weights is not None:
             shares(weights)
+        if 0 in self.token_limits:
+            without = self.sources[self.token_limits.index(0)]
+            raise ValueError(
+                f"nothing of max_tokens is left to source {without.name!r}, whose weight at the start is "
+                f"{without.weight:g}: give every source a max_tokens of its own in its place, or take the source out"
+            )
         self._check_changes(set(names))
         evaluation_sets = [source.name for source in self.overlap_with]
         if len(set(evaluation_sets)) < len(evaluation_sets):
             raise ValueError("two sets of overlap_with have the same name: give each a name of its own")
         if any(source.weight is not None for source in self.overlap_with):
             raise ValueError("a set of overlap_with is not trained on: it has no weight")
+        if any(source.max_tokens is not None for source in self.overlap_with):
+            raise ValueError("a set of overlap_with is not made into tokens: limit it with max_documents")
         return self
 
     def _check_changes(self, names: set[str]) -> None:

@@ -161,7 +161,8 @@ class BatchStream:
                 raise CorpusError(
                     f"the training part of source {name!r} has {count} tokens, less than one window of "
                     f"training.seq_len = {self._tokens.seq_len}",
-                    action="give the source more documents, take it out of corpus.sources or lower training.seq_len",
+                    action="give the source more documents or a higher max_tokens, take it out of corpus.sources or "
+                    "lower training.seq_len",
                 )
 
 

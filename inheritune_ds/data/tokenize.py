@@ -227,7 +227,7 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
             tokenizer=definition,
             journal=journal,
             workers=workers,
-            index=_overlap_index(plan.corpus),
+            index=_overlap_index(plan.corpus, say),
             check_files=plan.check_files,
         )
         counts = build.run()
@@ -289,7 +289,10 @@ def _trained(plan: _Plan) -> "PreTrainedTokenizerBase":
 
 
 def _training_texts(corpus: Corpus, meter: Meter) -> Iterator[str]:
-    """Yield the documents that are not held out: a tokenizer must not know the validation part."""
+    """Yield the documents that are not held out: a tokenizer must not know the validation part.
+
+    Limits in documents hold, those in tokens do not: there are no tokens yet.
+    """
     for source in corpus.sources:
         for text in _texts(source):
             if not is_held_out(hashlib.sha256(text.encode()).digest(), corpus.validation_ratio):
@@ -300,7 +303,8 @@ def _training_texts(corpus: Corpus, meter: Meter) -> Iterator[str]:
 def _texts(source: Source) -> Iterator[str]:
     if isinstance(source, TokensSource):
         return iter(())
-    return (document.text for document in sources.documents(source) if document.text)
+    texts = (document.text for document in sources.documents(source) if document.text)
+    return itertools.islice(texts, source.max_documents)
 
 
 def _check_tokenizer(plan: _Plan, encoder: TextEncoder, say: Callable[[str], None]) -> dict[str, Any]:
@@ -312,9 +316,12 @@ def _check_tokenizer(plan: _Plan, encoder: TextEncoder, say: Callable[[str], Non
     return found.as_dict()
 
 
-def _overlap_index(corpus: Corpus) -> OverlapIndex | None:
+def _overlap_index(corpus: Corpus, say: Callable[[str], None]) -> OverlapIndex | None:
     if not corpus.overlap_with:
         return None
+    blind = [source.name for source in corpus.sources if isinstance(source, TokensSource)]
+    if blind:
+        say(f"WARNING: overlap is not looked for in {', '.join(blind)}: token files hold no text")
     return OverlapIndex.build({source.name: _texts(source) for source in corpus.overlap_with}, corpus.overlap_ngram)
 
 

@@ -11,7 +11,7 @@ from inheritune_ds.data import build
 from inheritune_ds.data.journal import Journal
 from inheritune_ds.data.tokenize import prepare
 from inheritune_ds.errors import CorpusError
-from tests.data.prepared import END, files_source, make_texts, tokens_of, write_jsonl
+from tests.data.prepared import END, TRAINED, files_source, is_held, make_texts, tokens_of, write_jsonl
 
 DOCUMENT_TOKENS = 10
 
@@ -95,3 +95,35 @@ def test_documents_that_are_left_out_are_not_read_again_after_an_end_either(
     assert state is not None
     assert state["current"]["cursor"] == [0, 60]
     assert (state["current"]["documents"], state["current"]["counts"]["filtered_documents"]) == (40, 20)
+
+
+def test_a_tokenizer_is_trained_on_the_documents_that_a_limit_leaves(tmp_path: Path) -> None:
+    texts = make_texts(80)
+    few, all_of_them = write_jsonl(tmp_path / "few.jsonl", texts[:30]), write_jsonl(tmp_path / "corpus.jsonl", texts)
+
+    def trained(path: Path, **limits: int) -> str:
+        source = files_source(path, name="corpus", **limits)
+        return str(
+            prepare(Corpus(sources=[source], validation_ratio=0.2), TRAINED, tmp_path / "cache").manifest["tokenizer"][
+                "sha256"
+            ]
+        )
+
+    assert trained(all_of_them, max_documents=30) == trained(few) != trained(all_of_them)
+
+
+def test_an_evaluation_set_is_as_long_as_its_limit_and_not_looked_for_in_token_files(tmp_path: Path, bpe: str) -> None:
+    write_tokens(tmp_path / "train.bin", 0, 50)
+    texts = make_texts(40)
+    items = files_source(write_jsonl(tmp_path / "items.jsonl", texts), max_documents=15)
+    sources: list[Any] = [
+        files_source(write_jsonl(tmp_path / "corpus.jsonl", texts)),
+        TokensSource(kind="nanogpt", name="imported", train=f"{tmp_path}/train.bin"),
+    ]
+    said: list[str] = []
+    found = prepare(
+        Corpus(sources=sources, validation_ratio=0.2, overlap_with=[items]), bpe, tmp_path / "cache", say=said.append
+    )
+    overlap = found.manifest["overlap"]["items"]
+    assert (overlap["items"], overlap["items_hit"]) == (15, sum(not is_held(text) for text in texts[:15]))
+    assert said == ["WARNING: overlap is not looked for in imported: token files hold no text"]

@@ -22,9 +22,9 @@ def test_a_file_that_comes_while_the_corpus_is_read_is_not_read_in_silence(
     wanted = prepare(corpus, bpe, tmp_path / "undisturbed")
     index = tokenize._overlap_index  # after the files were identified, before they are read
 
-    def index_late(corpus: Corpus) -> Any:
+    def index_late(*given: Any) -> Any:
         write_jsonl(late, make_texts(40, seed=2))
-        return index(corpus)
+        return index(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenize, "_overlap_index", index_late)
