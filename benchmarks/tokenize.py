@@ -116,23 +116,35 @@ def memory(paths: list[str], tokenizer: str, workers: int, scratch: Path) -> dic
         recipe = Path(cache) / "recipe.yaml"
         write_json(recipe, _recipe(paths, tokenizer))
         command = [sys.executable, "-m", "inheritune_ds", "prepare", "--recipe", str(recipe)]
-        command += ["--cache-dir", f"{cache}/tokens", "--workers", str(workers)]
-        start = time.perf_counter()
-        process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
-        peaks = {"rss": 0, "pss": 0}
-        processes = 0
-        while process.poll() is None:
-            members = _members(process.pid)
-            processes = max(processes, len(members))
-            for kind, held in _held(members).items():
-                peaks[kind] = max(peaks[kind], held)
-            time.sleep(SAMPLE_S)
-    if process.returncode:
-        raise SystemExit(f"prepare has ended with exit code {process.returncode}")
+        command += ["--cache-dir", f"{cache}/cache", "--workers", str(workers)]
+        watched = watch(command)
     size = sum(Path(path).stat().st_size for path in paths)
     return {
         "corpus_bytes": size,
         "workers": workers,
+        **watched,
+    }
+
+
+def watch(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command of this program and add up the memory of all its processes until it ends.
+
+    Raises:
+        SystemExit: It fails.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
+    peaks = {"rss": 0, "pss": 0}
+    processes = 0
+    while process.poll() is None:
+        members = _members(process.pid)
+        processes = max(processes, len(members))
+        for kind, held in _held(members).items():
+            peaks[kind] = max(peaks[kind], held)
+        time.sleep(SAMPLE_S)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} has ended with exit code {process.returncode}")
+    return {
         "processes": processes,
         "seconds": time.perf_counter() - start,
         "peak_rss_bytes": peaks["rss"],
