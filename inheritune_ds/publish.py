@@ -102,6 +102,8 @@ def tidy(folder: Path) -> None:
         folder: That was to be filled.
     """
     lock = _lock_of(folder)
+    with suppress(OSError):
+        _remove_leftovers(folder.parent, socket.gethostname())
     with suppress(OSError):  # there is none, or it is held
         descriptor = os.open(lock, os.O_RDWR)
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from inheritune_ds.errors import RunFolderError, StorageError
-from inheritune_ds.publish import damaged_files, describe_files, has_files, staged
+from inheritune_ds.publish import damaged_files, describe_files, exclusive, has_files, staged, tidy
 
 
 def complete(folder: Path) -> bool:
@@ -229,3 +229,43 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     assert damaged_files(tmp_path, described, hashes=True) == ["file"]
     assert damaged_files(tmp_path, {"file": 3}) == ["file"]
     assert damaged_files(tmp_path, None) == ["the list of files"]
+
+
+def test_exclusive_keeps_what_was_filled_in_and_leaves_nothing_else(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with exclusive(tmp_path / "empty", lines.append):
+        assert (tmp_path / "empty").is_dir()
+    with pytest.raises(RuntimeError), exclusive(tmp_path / "half", lines.append):  # noqa: PT012
+        (tmp_path / "half" / "file").touch()
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+    with exclusive(tmp_path / "half", lines.append):
+        assert (tmp_path / "half" / "file").exists()
+    assert lines == []
+
+
+def test_tidy_removes_what_a_killed_process_has_left_beside_the_published_folder(tmp_path: Path) -> None:
+    broken = tmp_path / f".final.{socket.gethostname()}.{2**22 + 1}.broken.tmp"
+    broken.mkdir()
+    (tmp_path / "partial.lock").touch()
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "final").mkdir()
+    tidy(tmp_path / "partial")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    tidy(tmp_path / "partial")
+    tidy(tmp_path / "none" / "partial")
+
+
+def test_tidy_leaves_a_lock_that_is_held_and_a_folder_with_something_in_it(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "partial", print):
+        tidy(tmp_path / "partial")
+        assert {path.name for path in tmp_path.iterdir()} == {"partial", "partial.lock"}
+        (tmp_path / "partial" / "file").touch()
+    tidy(tmp_path / "partial")
+    assert [path.name for path in tmp_path.iterdir()] == ["partial"]
+
+
+def test_files_that_are_left_out_are_not_described(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).touch()
+    assert list(describe_files(tmp_path, left_out=["two"])) == ["one"]
