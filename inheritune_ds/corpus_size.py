@@ -93,7 +93,9 @@ def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any])
 
 
 def estimate_tokens(corpus: Corpus) -> Tokens | None:
-    """Guess the training tokens of a corpus that is not tokenized yet: its cap, or its bytes / 4.
+    """Guess the training tokens of a corpus that is not tokenized yet: its cap, or those of its sources.
+
+    Of a source they are its own cap, or its bytes / 4.
 
     Raises:
         CorpusError: A corpus file is missing.
@@ -101,11 +103,13 @@ def estimate_tokens(corpus: Corpus) -> Tokens | None:
     sizes = [_text_bytes(source) for source in corpus.sources]
     if corpus.max_tokens is not None:
         return Tokens((corpus.max_tokens,), estimate=True)
-    known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes):
-        return None
-    found = int(sum(known) / _BYTES_A_TOKEN * (1.0 - corpus.validation_ratio))
-    return Tokens((found,), estimate=True)
+    a_byte = (1.0 - corpus.validation_ratio) / _BYTES_A_TOKEN
+    found = [
+        source.max_tokens or (None if size is None else size * a_byte)
+        for source, size in zip(corpus.sources, sizes, strict=True)
+    ]
+    known = [tokens for tokens in found if tokens is not None]
+    return Tokens((int(sum(known)),), estimate=True) if len(known) == len(found) else None
 
 
 def _text_bytes(source: Source) -> float | None:

@@ -36,7 +36,7 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
         ),
         (
             {"sources": [source("a", weight=0.12345), source("b", weight=1.0)]},
-            "weights 0.12345, 1.0 repeat only after 22,469 windows, and at most 10,000 are allowed: write them as small",
+            "weights 0.12345, 1.0 repeat only after 22,469 windows, and at most 10,000 are allowed: write them",
         ),
         (
             {"sources": [source("a")], "weight_changes": [change("1M tokens", a=1.0)]},
@@ -60,7 +60,7 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
         ),
         (
             {"sources": [source("a", weight=1.0), source("b", weight=0.0)], "max_tokens": 1000},
-            "nothing of max_tokens is left to source 'b', whose weight at the start is 0: give every source a max_tokens",
+            "nothing of max_tokens is left to source 'b', whose weight at the start is 0: give every source",
         ),
         (
             {"sources": WEIGHTED, "max_tokens": 3},

@@ -52,6 +52,14 @@ def test_estimate_takes_the_cap_before_any_size(tmp_path: Path) -> None:
     assert estimate_tokens(corpus({**hub, "download_gib": 1.0})) == Tokens((int(2**30 * 1.7 / 4 * 0.8),), estimate=True)
 
 
+def test_estimate_takes_the_caps_of_sources_before_their_sizes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * 4000)
+    text, hub = files(tmp_path / "a.txt"), {"kind": "hub", "dataset": "a/b", "data_files": "*.parquet"}
+    assert estimate_tokens(corpus({**text, "max_tokens": 300})) == Tokens((300,), estimate=True)
+    assert estimate_tokens(corpus(text, {**hub, "max_tokens": 70})) == Tokens((870,), estimate=True)
+    assert estimate_tokens(corpus({**text, "max_tokens": 300}, hub)) is None
+
+
 def test_estimate_of_the_embedded_corpus_is_within_a_fifth_of_its_tokens() -> None:
     estimated = estimate_tokens(corpus({"kind": "embedded"}, validation_ratio=0.1))
     assert estimated is not None
