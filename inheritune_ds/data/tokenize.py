@@ -219,7 +219,8 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
         dtype = plan.corpus.token_dtype
         if dtype == "auto":
             dtype = "uint16" if id_space <= 2**16 else "uint32"
-        fidelity = _check_tokenizer(plan, TextEncoder(*definition), say)
+        encoder = TextEncoder(*definition)
+        fidelity = _check_tokenizer(plan, encoder, say)
         build = Build(
             plan.corpus,
             partial,
@@ -245,7 +246,7 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
                 for source, identity, count in zip(plan.corpus.sources, plan.identity["sources"], counts, strict=True)
             ],
             "tokenizer": {**plan.identity["tokenizer"], "sha256": tokenizer_sha256(tokenizer)},
-            "document_form": _document_form(tokenizer),
+            "document_form": _document_form(tokenizer, encoder),
             **{key: sum(count[key] for count in counts) for key in TOTALS},
             "token_dtype": dtype,
             "vocab_size": id_space,
@@ -354,7 +355,8 @@ def _check_parts(corpus: Corpus, counts: list[dict[str, Any]]) -> None:
         )
 
 
-def _document_form(tokenizer: "PreTrainedTokenizerBase") -> str:
-    names = backend_of(tokenizer).encode("").tokens
-    front = [name for name in names if name != tokenizer.eos_token]
-    return " ".join([*front, "text", str(tokenizer.eos_token)])
+def _document_form(tokenizer: "PreTrainedTokenizerBase", encoder: TextEncoder) -> str:
+    front, back = (
+        [str(encoder.backend.id_to_token(number)) for number in ids] for ids in (encoder.front, encoder.back)
+    )
+    return " ".join([*front, "text", *back, str(tokenizer.eos_token)])

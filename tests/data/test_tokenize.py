@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
 
 from inheritune_ds.corpus import Corpus, EmbeddedSource, TrainedTokenizer
 from inheritune_ds.data import tokenize
@@ -248,6 +249,24 @@ def test_prepare_ends_each_document_once_when_the_tokenizer_ends_it_too(tmp_path
     assert tokens_of(first) == tokens_of(second)
     assert tokens_of(first).count(END) == first.train_documents
     assert second.manifest["document_form"] == "text <|endoftext|>"
+
+
+@pytest.mark.parametrize("template", ["<|endoftext|> $A", "<|endoftext|> $A dog", "$A dog <|endoftext|>", "dog $A"])
+def test_the_manifest_tells_what_stands_around_a_text(tmp_path: Path, template: str) -> None:
+    folder = Path(word_level(tmp_path / "tokenizer", {"<|endoftext|>": END, "cat": 1, "dog": 2}))
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["dog"])
+    backend.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<|endoftext|>", END), ("dog", 2)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    corpus = make_corpus(tmp_path, [f"{number} cat" for number in range(40)])
+    found = prepare(corpus, str(folder), tmp_path / "cache")
+    form = template.replace("$A", "text").removesuffix(" <|endoftext|>") + " <|endoftext|>"
+    assert found.manifest["document_form"] == form
+    ids = {"<|endoftext|>": END, "text": None, "dog": 2}
+    document = [number for word in form.split() for number in ([1, 1] if ids[word] is None else [ids[word]])]
+    assert tokens_of(found) == document * found.train_documents
 
 
 def test_a_document_cannot_spell_the_end_of_a_text(tmp_path: Path, bpe: str) -> None:
