@@ -24,6 +24,7 @@ from inheritune_ds.training.micro_batch import (
     measure_peak,
     smallest,
 )
+from inheritune_ds.training.packing import DocumentPacking
 from inheritune_ds.training.world import World
 
 RECORD = "micro_batch.json"
@@ -49,7 +50,14 @@ class Place(Protocol):
 
 
 def with_tried_micro_batch(  # noqa: PLR0913 - two of them by name
-    resolved: Resolved, recipe: Recipe, target: Path, run_dir: Path, *, kernels: Kernels, launch: Place
+    resolved: Resolved,
+    recipe: Recipe,
+    target: Path,
+    run_dir: Path,
+    *,
+    kernels: Kernels,
+    packing: DocumentPacking | None,
+    launch: Place,
 ) -> Resolved:
     """The config with the largest micro-batch that real steps say fits; all ranks call it together.
 
@@ -62,6 +70,7 @@ def with_tried_micro_batch(  # noqa: PLR0913 - two of them by name
         target: Folder of the target.
         run_dir: The run folder.
         kernels: What the run computes with.
+        packing: How it keeps documents apart, which takes memory as well.
         launch: Where it takes place.
 
     Raises:
@@ -83,7 +92,7 @@ def with_tried_micro_batch(  # noqa: PLR0913 - two of them by name
     def build(size: int, micro_steps: int) -> Engine:
         trial = dict(_with_size(resolved, size, micro_steps).config)
         trial["train_batch_size"] = size * micro_steps * world.size
-        return Engine(load_model(target, dtype="float32"), trial, world, kernels)
+        return Engine(load_model(target, dtype="float32"), trial, world, kernels, packing)
 
     def measure(size: int) -> float:
         return measure_peak(

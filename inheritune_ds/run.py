@@ -165,7 +165,13 @@ class _Run:
         kernels = self._choose_kernels(model.config, 6.0 * model.num_parameters() * run_tokens / self._world.size)
         if launch.auto_micro_batch:
             self._resolved = with_tried_micro_batch(
-                self._resolved, self._recipe, prepared.target.folder, folder.path, kernels=kernels, launch=launch
+                self._resolved,
+                self._recipe,
+                prepared.target.folder,
+                folder.path,
+                kernels=kernels,
+                packing=data.packing,
+                launch=launch,
             )
         groups = parameter_groups(model, self._recipe.optimizer.weight_decay)
         engine = Engine(model, self._resolved.config, self._world, kernels, data.packing)

@@ -2,13 +2,23 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from inheritune_ds import micro_batch_search
 from inheritune_ds.errors import MachineError
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.training.ds_config import Machine, Resolved
+from inheritune_ds.training.kernels import Kernels
+from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.micro_batch import divisors, largest_that_fits
+from inheritune_ds.training.packing import DocumentPacking
 from inheritune_ds.training.peak_memory import peak_memory_gib, reset_peak_memory
+from inheritune_ds.training.world import World
 
 
 def search(
@@ -61,3 +71,56 @@ def test_peak_starts_anew_after_a_reset() -> None:
     del block
     reset_peak_memory()
     assert peak_memory_gib() < raised
+
+
+@dataclass
+class Here:
+    """A place of one rank that says nothing aloud."""
+
+    machine: Machine
+    world: World
+
+    @property
+    def meeting(self) -> Meeting:
+        return Meeting(self.world)
+
+    def say(self, line: str) -> None:
+        assert line
+
+
+@pytest.mark.parametrize("packing", [None, DocumentPacking(0)])
+def test_a_trial_keeps_documents_apart_as_the_run_does(
+    tmp_path: Path,
+    recipe: Recipe,
+    resolved: Callable[..., Resolved],
+    monkeypatch: pytest.MonkeyPatch,
+    packing: DocumentPacking | None,
+) -> None:
+    built: list[tuple[int, Any]] = []
+
+    def engine(_model: Any, config: dict[str, Any], _world: World, _kernels: Kernels, packing: Any) -> None:
+        built.append((config["train_micro_batch_size_per_gpu"], packing))
+
+    def peak(build: Callable[[int, int], Any], size: int, **_: int) -> float:
+        build(size, 1)
+        return 0.1 * size
+
+    monkeypatch.setattr(micro_batch_search, "Engine", engine)
+    monkeypatch.setattr(micro_batch_search, "measure_peak", peak)
+    monkeypatch.setattr(micro_batch_search, "smallest", lambda gib: gib)  # over one rank, which needs no group
+    monkeypatch.setattr(micro_batch_search, "load_model", lambda *_, **__: None)
+    (tmp_path / "config.json").write_text('{"vocab_size": 9}')
+    machine = Machine(kind="cuda", memory_gib=1.0, bf16=True)
+    world = World(rank=0, size=1, local_rank=0, local_size=1, launcher="single")
+    found = micro_batch_search.with_tried_micro_batch(
+        resolved({"train_micro_batch_size_per_gpu": 1}),
+        recipe,
+        tmp_path,
+        tmp_path,
+        kernels=Kernels("sdpa", "torch", False, "plain", False, "none"),
+        packing=packing,
+        launch=Here(machine, world),
+    )
+    assert found.micro_batch_size == 8  # 0.8 of 0.95 GiB
+    assert [size for size, _ in built][:1] == [1]
+    assert {given for _, given in built} == {packing}
