@@ -12,7 +12,7 @@ from inheritune_ds.data.held_out import HeldOut
 from inheritune_ds.data.shards import TokenShards
 from inheritune_ds.data.stream import BatchStream, build_held_out, build_stream
 from inheritune_ds.data.token_set import Shard, TokenSet, find_damage
-from inheritune_ds.errors import RunFolderError
+from inheritune_ds.errors import RecipeError, RunFolderError
 from inheritune_ds.files import read_json, write_json
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import differences
@@ -64,8 +64,23 @@ class RunData:
 
     @property
     def packing(self) -> DocumentPacking | None:
-        """How documents inside a window are kept apart; None if they are not."""
-        return DocumentPacking(self._tokens.eos_id) if self._recipe.training.packing == "documents" else None
+        """How documents inside a window are kept apart; None if they are not.
+
+        Raises:
+            RecipeError: The tokenizer begins documents with the token that ends them, so that it tells of no boundary.
+        """
+        if self._recipe.training.packing != "documents":
+            return None
+        form = self._tokens.manifest["document_form"]
+        *others, end = form.split(" ")
+        if end in others:
+            raise RecipeError(
+                "training.packing: documents needs a token that stands at the ends of documents only, and the "
+                f"tokenizer makes {form!r} of one",
+                allowed=f"a tokenizer that puts another token than {end} in front of a text, or none",
+                action="set add_bos_token to false in its tokenizer_config.json, or take packing: windows",
+            )
+        return DocumentPacking(self._tokens.eos_id)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Of every source, after a number of steps: tokens seen, unique ones among them, and epochs."""

@@ -9,6 +9,7 @@ from inheritune_ds.data.token_set import TokenSet
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.run_data import RunData
+from inheritune_ds.training.packing import DocumentPacking
 
 
 def total_steps(folder: Path, *overrides: str, train_tokens: tuple[int, ...]) -> int:
@@ -33,3 +34,20 @@ def test_a_warm_up_that_only_the_tokens_show_to_be_too_long_ends_the_run_before_
 def test_an_epoch_has_the_windows_of_every_source(tmp_path: Path) -> None:
     """The 100 tokens that each source has over do not make a window together."""
     assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(11 * 2048 + 100, 11 * 2048 + 100)) == 22
+
+
+@pytest.mark.parametrize(
+    ("form", "refused"), [("<s> text </s>", False), ("text </s>", False), ("</s> text </s>", True)]
+)
+def test_documents_are_kept_apart_only_where_their_ends_tell_of_them(
+    tmp_path: Path, form: str, *, refused: bool
+) -> None:
+    recipe = load_recipe("quickstart", ["training.packing=documents"])
+    data = RunData(recipe, TokenSet(tmp_path, {"document_form": form, "eos_id": 2}))
+    if not refused:
+        assert data.packing == DocumentPacking(2)
+        return
+    with pytest.raises(
+        RecipeError, match=r"(?s)makes '</s> text </s>' of one.*another token than </s>.*packing: windows"
+    ):
+        _ = data.packing

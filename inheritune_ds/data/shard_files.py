@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from inheritune_ds.errors import CorpusError
 from inheritune_ds.files import storage_errors
 
 SHARD_TOKENS = 100_000_000
@@ -24,6 +25,10 @@ class ShardWriter:
         dtype: `uint16` or `uint32`.
         state: What `state` gave when it was last kept; what was written later is cut off.
         shard_tokens: When a shard is closed.
+
+    Raises:
+        CorpusError: A shard is shorter than was kept.
+        StorageError: The disk refuses.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class ShardWriter:
             for path in folder.glob(f"{part}-*.bin"):
                 if path.name not in kept:
                     path.unlink()
+            self._refuse_torn()
             if self._shards and self._shards[-1]["tokens"] < shard_tokens:
                 self._reopen()
 
@@ -97,6 +103,18 @@ class ShardWriter:
         self._shards.append({"file": f"{self._part}-{len(self._shards):05d}.bin", "tokens": 0, "documents": 0})
         with storage_errors(self._path):
             self._file = self._path.open("wb")
+
+    def _refuse_torn(self) -> None:
+        """Look whether the disk still holds what the journal tells of: a power cut may have taken its end."""
+        for shard in self._shards:
+            path = self._folder / str(shard["file"])
+            wanted = shard["tokens"] * self._dtype.itemsize
+            size = path.stat().st_size if path.is_file() else 0
+            if size < wanted:
+                raise CorpusError(
+                    f"{path} has {size:,} bytes, and {wanted:,} were written: it was cut while it was prepared",
+                    action=f"remove the folder {self._folder.parent} and give the same command again",
+                )
 
     def _reopen(self) -> None:
         self._file = self._path.open("r+b")

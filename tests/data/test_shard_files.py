@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inheritune_ds.data.shard_files import ShardWriter
-from inheritune_ds.errors import StorageError
+from inheritune_ds.errors import CorpusError, StorageError
 from tests.data.prepared import names_in
 
 
@@ -102,3 +102,25 @@ def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "books").rmdir()
     with pytest.raises(StorageError, match=r"train-00000\.bin cannot be written: No such file or directory"):
         writer.append(ids(1))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("left", [None, 2])
+def test_a_shard_that_is_shorter_than_was_kept_is_never_filled_up(
+    tmp_path: Path, number: int, left: int | None
+) -> None:
+    writer = ShardWriter(tmp_path / "books", "train", "uint16", (), shard_tokens=4)
+    for _ in range(3):
+        writer.append(ids(7, 8, 9))
+    kept = writer.state()
+    writer.close()
+    path = tmp_path / "books" / f"train-0000{number}.bin"
+    if left is None:
+        path.unlink()
+    else:
+        os.truncate(path, left)
+    with pytest.raises(
+        CorpusError, match=rf"{path.name} has {left or 0} bytes, and .* remove the folder {tmp_path} and"
+    ) as caught:
+        ShardWriter(tmp_path / "books", "train", "uint16", kept, shard_tokens=4)
+    assert caught.value.action.startswith(f"remove the folder {tmp_path} and")
