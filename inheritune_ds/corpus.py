@@ -32,6 +32,15 @@ class Filters(Part):
     max_characters: PositiveInt | None = None
     """Longer documents are left out."""
 
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Self:
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(
+                f"min_characters {self.min_characters} is more than max_characters {self.max_characters}: "
+                "no document would be taken"
+            )
+        return self
+
 
 class _AnySource(Part):
     """What every source has."""

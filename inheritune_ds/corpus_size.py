@@ -93,23 +93,23 @@ def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any])
 
 
 def estimate_tokens(corpus: Corpus) -> Tokens | None:
-    """Guess the training tokens of a corpus that is not tokenized yet: its cap, or those of its sources.
+    """Guess the training tokens of a corpus that is not tokenized yet: its bytes / 4, at most its limits.
 
-    Of a source they are its own cap, or its bytes / 4.
+    Limits stand in for sizes that are not known.
 
     Raises:
         CorpusError: A corpus file is missing.
     """
     sizes = [_text_bytes(source) for source in corpus.sources]
-    if corpus.max_tokens is not None:
-        return Tokens((corpus.max_tokens,), estimate=True)
     a_byte = (1.0 - corpus.validation_ratio) / _BYTES_A_TOKEN
     found = [
-        source.max_tokens or (None if size is None else size * a_byte)
-        for source, size in zip(corpus.sources, sizes, strict=True)
+        min((bound for bound in (limit, None if size is None else size * a_byte) if bound is not None), default=None)
+        for limit, size in zip(corpus.token_limits, sizes, strict=True)
     ]
     known = [tokens for tokens in found if tokens is not None]
-    return Tokens((int(sum(known)),), estimate=True) if len(known) == len(found) else None
+    if len(known) < len(found):
+        return None if corpus.max_tokens is None else Tokens((corpus.max_tokens,), estimate=True)
+    return Tokens((min(int(sum(known)), corpus.max_tokens or int(sum(known))),), estimate=True)
 
 
 def _text_bytes(source: Source) -> float | None:

@@ -73,7 +73,8 @@ def prepare_run(
     record.settle(recipe, tokens, has_checkpoints=bool(newest_step(folder.checkpoints)))
     counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} held-out tokens"
     say(f"tokens: {counts} in {tokens.folder}")
-    say(_validation_line(recipe, tokens))
+    for line in data_lines(recipe, tokens):
+        say(line)
     identity: dict[str, Any] = {
         "reference": reference.identity if reference else None,
         "target": recipe.target.model_dump(mode="json"),
@@ -107,13 +108,22 @@ def prepare_run(
     return Prepared(tokens, target)
 
 
-def _validation_line(recipe: Recipe, tokens: TokenSet) -> str:
-    """Say what the validation reads: fewer windows than asked for, or none of a source, must not go unnoticed."""
+def data_lines(recipe: Recipe, tokens: TokenSet) -> list[str]:
+    """Say what the validation reads, and what of the corpus has no part in the run: neither must go unnoticed."""
     held_out = RunData(recipe, tokens).held_out
     count = min(len(held_out), recipe.validation.max_tokens // recipe.training.seq_len)
     used = held_out.used(count)
     by_source = f" ({', '.join(f'{name} {windows:,}' for name, windows in used.items())})" if len(used) > 1 else ""
-    return f"validation: {count:,} windows of {recipe.training.seq_len} tokens{by_source}"
+    lines = [f"validation: {count:,} windows of {recipe.training.seq_len} tokens{by_source}"]
+    untrained = [source.name for source in tokens.sources if not source.train_tokens]
+    if untrained:
+        lines.append(
+            f"WARNING: no token of {', '.join(untrained)} is trained on: empty, held out, or behind max_tokens"
+        )
+    unseen = [name for name, windows in used.items() if not windows and name not in untrained]
+    if unseen:
+        lines.append(f"WARNING: no window of {', '.join(unseen)} is validated on: the loss tells nothing of it")
+    return lines
 
 
 def _check_ids(tokens: TokenSet, vocabulary: int) -> None:

@@ -252,9 +252,8 @@ def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
         return RecipeError(f"{where}: {context['error']}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         wrong = f"{context['tag']!r} is unknown" if "tag" in context else "required key is missing"
-        return RecipeError(
-            f"{where}.kind: {wrong}", allowed="embedded, files, hub or nanogpt", action=f"set {key}.kind"
-        )
+        kinds = "files or hub" if path[-2:-1] == ["overlap_with"] else "embedded, files, hub or nanogpt"
+        return RecipeError(f"{where}.kind: {wrong}", allowed=kinds, action=f"set {key}.kind")
     if kind == "string_pattern_mismatch":
         problem = f"{where}: {value!r} is not of the right form"
         return RecipeError(problem, allowed=_form(context["pattern"]), action=f"change {key}")
@@ -302,6 +301,7 @@ _ALLOWED = {
 
 _FORMS = {
     "steps": "a count and a unit: 8 epochs, 100_000 steps, 250M tokens",
+    " tokens$": "a count of tokens: 500M tokens",
     "A-Za": "letters, digits, '.', '_' and '-', starting with a letter or digit",
 }
 
@@ -372,9 +372,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{prefix}{key}.")
+        elif _numbered(before) and _numbered(after):
+            lines += differences(_numbered(before), _numbered(after), f"{prefix}{key}.")
         elif before != after and not (_is_nan(before) and _is_nan(after)):
             lines.append(f"{prefix}{key}: {_short(before)} -> {_short(after)}")
     return lines
+
+
+def _numbered(value: Any) -> dict[str, Any]:
+    """A list of mappings by position; empty for anything else."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        return {}
+    return {str(number): item for number, item in enumerate(value)}
 
 
 def _is_nan(value: Any) -> bool:

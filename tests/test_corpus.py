@@ -27,6 +27,10 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
             "two sources have the name 'x': give each a name of its own",
         ),
         (
+            {"sources": [source("a", filters={"min_characters": 10, "max_characters": 5})]},
+            "min_characters 10 is more than max_characters 5: no document would be taken",
+        ),
+        (
             {"sources": [source("a", weight=1.0), source("b")]},
             "source 'b' has no weight and others have: give all of them one, or none",
         ),

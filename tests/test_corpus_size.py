@@ -151,3 +151,13 @@ def test_estimate_counts_the_tokens_of_token_files(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"x" * 2000)
     source = {"kind": "nanogpt", "train": str(tmp_path / "train.bin")}
     assert estimate_tokens(corpus(source)) == Tokens((800,), estimate=True)
+
+
+def test_estimate_is_no_more_than_the_corpus_has(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"x" * 4000)
+    assert estimate_tokens(corpus(files(text), max_tokens=1_000_000)) == Tokens((800,), estimate=True)
+    assert estimate_tokens(corpus(files(text), max_tokens=5)) == Tokens((5,), estimate=True)
+    half = [{**files(text), "weight": 1.0}, {**files(text), "weight": 1.0}]
+    assert estimate_tokens(corpus(*half, max_tokens=1_000)) == Tokens((1_000,), estimate=True)
+    assert estimate_tokens(corpus(*half, max_tokens=10_000)) == Tokens((1_600,), estimate=True)

@@ -221,3 +221,14 @@ def test_differences_name_every_changed_key() -> None:
     assert lines[2].endswith("... -> None")
     assert len(lines) == 3
     assert differences(old, old) == []
+
+
+def test_differences_reach_into_lists_of_mappings() -> None:
+    old = {"sources": [{"name": "a", "weight": 1}, {"name": "b", "weight": 4.5}]}
+    new = {"sources": [{"name": "a", "weight": 1}, {"name": "b", "weight": 4.0}]}
+    assert differences(old, new) == ["sources.1.weight: 4.5 -> 4.0"]
+    assert differences(old, {"sources": [*new["sources"], {"name": "c"}]}) == [
+        "sources.1.weight: 4.5 -> 4.0",
+        "sources.2: None -> {'name': 'c'}",
+    ]
+    assert differences({"betas": [1, 2]}, {"betas": [1, 3]}) == ["betas: [1, 2] -> [1, 3]"]

@@ -118,7 +118,7 @@ def test_the_gpt2_target_trains_as_its_reference_did() -> None:
 def test_the_paper_s_texts_are_in_the_recipes() -> None:
     llama, medium = load_recipe("openllama-3b-13l"), load_recipe("gpt2-medium-24l")
     assert (llama.optimizer.lr, llama.optimizer.weight_decay, llama.schedule.warmup_steps) == (3e-4, 0.1, 1000)
-    assert (llama.schedule.kind, llama.training.duration, llama.corpus.max_tokens) == ("cosine", "8 epochs", 10**9)
+    assert (llama.schedule.kind, llama.training.duration, llama.corpus.max_tokens) == ("cosine", "8B tokens", 10**9)
     assert llama.published_claim is not None
     assert (llama.published_claim.hours, llama.published_claim.gpu) == (12, "a6000")
     assert medium.optimizer.lr * medium.schedule.min_lr_ratio == pytest.approx(1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inheritune_ds.data.token_set import TokenSet
-from inheritune_ds.errors import RecipeError
+from inheritune_ds.errors import CorpusError, RecipeError
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.run_data import RunData
 from inheritune_ds.training.packing import DocumentPacking
@@ -51,3 +51,9 @@ def test_documents_are_kept_apart_only_where_their_ends_tell_of_them(
         RecipeError, match=r"(?s)makes '</s> text </s>' of one.*another token than </s>.*packing: windows"
     ):
         _ = data.packing
+
+
+def test_a_source_without_a_token_has_no_part_in_a_run_without_weights(tmp_path: Path) -> None:
+    assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1, 0)) == 22
+    with pytest.raises(CorpusError, match="'source-1' has 100 tokens, less than one window"):
+        total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1, 100))

@@ -47,6 +47,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         say=lambda line: print(line, flush=True),
     )
     print(_table(tokens), flush=True)
+    if args.verify:
+        print("every file has the sha256 of the manifest", flush=True)
     return 0
 
 
@@ -88,6 +90,8 @@ def _table(tokens: "TokenSet") -> str:
             lines.append(f"{source['name']}: {len(names):,} files of other kinds were not read, such as {names[0]}")
         if source["forced_cuts"]:
             lines.append(f"{source['name']}: {source['forced_cuts']:,} cuts that may have changed a few tokens each")
+        if not source["train_tokens"]:
+            lines.append(f"WARNING: {source['name']} has no training token: empty, held out, or behind max_tokens")
     for name, found in (tokens.manifest["overlap"] or {}).items():
         lines.append(
             f"overlap with {name}: {found['items_hit']:,} of {found['items']:,} items stand in "

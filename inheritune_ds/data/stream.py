@@ -167,7 +167,7 @@ class BatchStream:
 
 
 def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStream:
-    """The batches of a recipe.
+    """The batches of a recipe; without weights, sources that have no token at all are left out.
 
     Args:
         recipe: What is asked for.
@@ -176,9 +176,11 @@ def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStre
     Raises:
         CorpusError: A source has no window.
     """
-    training = recipe.training
+    training, windows = recipe.training, _windows(recipe, shards)
+    if recipe.corpus.weights is None:
+        windows = {name: own for name, own in windows.items() if len(own.shards)} or windows
     return BatchStream(
-        _windows(recipe, shards),
+        windows,
         seed=recipe.seed,
         batch_windows=training.batch_windows,
         sampling=training.sampling,

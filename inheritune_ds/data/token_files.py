@@ -6,6 +6,7 @@ from inheritune_ds.corpus import TokensSource
 from inheritune_ds.errors import CorpusError
 
 ITEM_BYTES = 2
+_PROBE_BYTES = 512
 
 
 def token_files(source: TokensSource) -> list[Path]:
@@ -22,12 +23,29 @@ def token_files(source: TokensSource) -> list[Path]:
                 allowed="a header-free file of 16-bit token ids, as nanoGPT's prepare.py writes it",
                 action="correct train and validation of this source",
             )
+        if not path.stat().st_size:
+            raise CorpusError(
+                f"token file {path} is empty", action="make or copy it again, or take it out of this source"
+            )
         if path.stat().st_size % ITEM_BYTES:
             raise CorpusError(
                 f"token file {path} has {path.stat().st_size} bytes, which is no whole number of 16-bit tokens",
                 action="copy it again: it is cut off, or not a file of nanoGPT's",
             )
+        if _has_wide_ids(path):
+            raise CorpusError(
+                f"token file {path} looks like one of 32-bit ids: every second 16-bit number at its beginning is 0",
+                allowed="16-bit token ids, as nanoGPT's prepare.py writes them",
+                action="write its ids as uint16, or name the documents themselves in corpus.sources",
+            )
     return paths
+
+
+def _has_wide_ids(path: Path) -> bool:
+    """Whether a file holds wider numbers than it is read as; small ids leave their upper halves 0."""
+    with path.open("rb") as stream:
+        head = stream.read(_PROBE_BYTES)
+    return len(head) == _PROBE_BYTES and not any(head[2::4]) and not any(head[3::4])
 
 
 def check_ids(source: TokensSource, id_space: int) -> None:

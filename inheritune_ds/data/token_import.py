@@ -72,7 +72,7 @@ def documents(  # noqa: PLR0913 - one argument for each thing that decides
 
 def _documents(path: Path, start: int, eos_id: int, id_space: int) -> Iterator[tuple[npt.NDArray[np.uint16], int]]:
     """Yield documents and the places where they end."""
-    tokens = np.memmap(path, dtype=_ITEM, mode="r") if path.stat().st_size else np.empty(0, _ITEM)
+    tokens = np.memmap(path, dtype=_ITEM, mode="r")
     reach = _CHUNK_TOKENS
     while start < len(tokens):
         part = np.array(tokens[start : start + reach])

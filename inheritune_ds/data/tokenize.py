@@ -102,7 +102,7 @@ def _usable(
     plan: "_Plan", folder: Path, damage_of: Callable[[TokenSet], str | None], say: Callable[[str], None]
 ) -> TokenSet | None:
     found = open_finished(folder, plan.fingerprint)
-    damage = damage_of(found) if found else None
+    damage = damage_of(found) if found else "a file is missing or has another size" if folder.exists() else None
     if damage:
         say(f"WARNING: the tokens in {folder} are damaged and are made anew from the corpus: {damage}")
     return None if damage else found

@@ -106,9 +106,7 @@ def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("left", [None, 2])
-def test_a_shard_that_is_shorter_than_was_kept_is_never_filled_up(
-    tmp_path: Path, number: int, left: int | None
-) -> None:
+def test_a_shard_shorter_than_was_kept_is_never_filled_up(tmp_path: Path, number: int, left: int | None) -> None:
     writer = ShardWriter(tmp_path / "books", "train", "uint16", (), shard_tokens=4)
     for _ in range(3):
         writer.append(ids(7, 8, 9))
@@ -119,8 +117,6 @@ def test_a_shard_that_is_shorter_than_was_kept_is_never_filled_up(
         path.unlink()
     else:
         os.truncate(path, left)
-    with pytest.raises(
-        CorpusError, match=rf"{path.name} has {left or 0} bytes, and .* remove the folder {tmp_path} and"
-    ) as caught:
+    with pytest.raises(CorpusError, match=rf"{path.name} has {left or 0} bytes, and .*it was cut while") as caught:
         ShardWriter(tmp_path / "books", "train", "uint16", kept, shard_tokens=4)
     assert caught.value.action.startswith(f"remove the folder {tmp_path} and")

@@ -95,11 +95,6 @@ def test_reading_goes_on_from_every_document_whatever_the_chunk(
         assert rest == [later.ids.tolist() for later in whole[number:]]
 
 
-def test_an_empty_file_has_no_documents(tmp_path: Path) -> None:
-    (tmp_path / "train.bin").touch()
-    assert list(read(source_of(str(tmp_path / "train.bin")))) == []
-
-
 def test_a_missing_file_is_named(tmp_path: Path, bpe: str) -> None:
     message = r"token file .*none\.bin does not exist\n  allowed: a header-free .*\n  do: correct train and validation"
     with pytest.raises(CorpusError, match=message):
@@ -153,3 +148,13 @@ def test_a_file_without_ends_is_refused(tmp_path: Path, bpe: str, monkeypatch: p
     )
     with pytest.raises(CorpusError, match=message):
         prepare(corpus_of(source_of(path)), bpe, tmp_path / "cache")
+
+
+def test_an_empty_file_and_one_of_wider_ids_are_refused(tmp_path: Path, bpe: str) -> None:
+    path = tmp_path / "train.bin"
+    path.touch()
+    with pytest.raises(CorpusError, match=r"token file .*train\.bin is empty"):
+        prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")
+    np.concatenate(make_documents(80)).astype("<u4").tofile(path)
+    with pytest.raises(CorpusError, match=r"train\.bin looks like one of 32-bit ids: every second 16-bit number"):
+        prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")
