@@ -158,3 +158,32 @@ def test_a_reference_without_a_finite_loss_is_refused_by_name(
     assert "allowed: weights that are finite numbers" in str(caught.value)
     assert f"do: look for NaN or infinite values in the weights in {folder.path / 'broken'}" in str(caught.value)
     assert not (folder.eval / "reference.json").exists()
+
+
+def token_set(folder: Path, **held_out: int) -> TokenSet:
+    """Sources by name with so many held-out tokens; the first has tokens to train on, the others none."""
+    entries = []
+    for number, (name, tokens) in enumerate(held_out.items()):
+        (folder / name).mkdir()
+        np.zeros(tokens, "<u2").tofile(folder / name / "validation-00000.bin")
+        validation = [{"file": "validation-00000.bin", "tokens": tokens}] if tokens else []
+        train = [] if number else [{"file": "train-00000.bin", "tokens": 1000}]
+        entries.append({"name": name, "train": train, "validation": validation})
+    return TokenSet(folder, {"token_dtype": "uint16", "sources": entries})
+
+
+def test_data_lines_tell_how_much_is_validated_on_and_of_what(folder: RunFolder) -> None:
+    names = "corpus.sources=[{kind: embedded, name: a}, {kind: embedded, name: b}, {kind: embedded, name: c}]"
+    recipe = load_recipe("quickstart", [names, "training.seq_len=128", "validation.max_tokens=512"])
+    lines = preparation.data_lines(recipe, token_set(folder.path, a=0, b=2 * 128 + 1, c=2 * 128 + 1))
+    assert lines == [
+        "validation: 4 windows of 128 tokens (a 0, b 2, c 2)",
+        "WARNING: no token of b, c is trained on: empty, held out, or behind max_tokens",
+        "WARNING: no window of a is validated on: the loss tells nothing of it",
+    ]
+
+
+def test_data_lines_are_one_where_nothing_is_amiss(folder: RunFolder) -> None:
+    recipe = load_recipe("quickstart", ["training.seq_len=128", "validation.max_tokens=512"])
+    lines = preparation.data_lines(recipe, token_set(folder.path, embedded=3 * 128 + 1))
+    assert lines == ["validation: 3 windows of 128 tokens"]
