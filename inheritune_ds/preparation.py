@@ -110,7 +110,8 @@ def prepare_run(
 
 def data_lines(recipe: Recipe, tokens: TokenSet) -> list[str]:
     """Say what the validation reads, and what of the corpus has no part in the run: neither must go unnoticed."""
-    held_out = RunData(recipe, tokens).held_out
+    data = RunData(recipe, tokens)
+    held_out = data.held_out
     count = min(len(held_out), recipe.validation.max_tokens // recipe.training.seq_len)
     used = held_out.used(count)
     by_source = f" ({', '.join(f'{name} {windows:,}' for name, windows in used.items())})" if len(used) > 1 else ""
@@ -123,6 +124,10 @@ def data_lines(recipe: Recipe, tokens: TokenSet) -> list[str]:
     unseen = [name for name, windows in used.items() if not windows and name not in untrained]
     if unseen:
         lines.append(f"WARNING: no window of {', '.join(unseen)} is validated on: the loss tells nothing of it")
+    for change in recipe.corpus.weight_changes:
+        end = data.total_steps * recipe.training.global_batch_tokens
+        if change.tokens >= end:
+            lines.append(f"WARNING: weight_changes at {change.at} never come: the run ends at {end:,} tokens")
     return lines
 
 

@@ -187,3 +187,17 @@ def test_data_lines_are_one_where_nothing_is_amiss(folder: RunFolder) -> None:
     recipe = load_recipe("quickstart", ["training.seq_len=128", "validation.max_tokens=512"])
     lines = preparation.data_lines(recipe, token_set(folder.path, embedded=3 * 128 + 1))
     assert lines == ["validation: 3 windows of 128 tokens"]
+
+
+def test_data_lines_tell_of_weights_that_never_come(folder: RunFolder) -> None:
+    sources = "corpus.sources=[{kind: embedded, name: a, weight: 1}, {kind: embedded, name: b, weight: 1}]"
+    changes = "corpus.weight_changes=[{at: 1K tokens, weights: {a: 2, b: 1}}, {at: 10M tokens, weights: {a: 1, b: 0}}]"
+    recipe = load_recipe("quickstart", [sources, changes, "training.seq_len=128", "training.duration=30 steps"])
+    tokens = token_set(folder.path, a=300, b=300)
+    for entry in tokens.manifest["sources"]:
+        np.zeros(1000, "<u2").tofile(folder.path / entry["name"] / "train-00000.bin")
+        entry["train"] = [{"file": "train-00000.bin", "tokens": 1000}]
+    assert preparation.data_lines(recipe, tokens) == [
+        "validation: 4 windows of 128 tokens (a 2, b 2)",
+        "WARNING: weight_changes at 10M tokens never come: the run ends at 61,440 tokens",
+    ]
