@@ -112,7 +112,7 @@ def test_claim_of_the_paper_cannot_fit() -> None:
     recipe = load_recipe("openllama-3b-13l")
     text = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION)
     assert text is not None
-    assert text.startswith('8 epochs of 1B tokens cannot fit the "under 12 hours on one A6000" of the paper')
+    assert text.startswith('8B tokens cannot fit the "under 12 hours on one A6000" of the paper')
     assert "the floor is 162.2 hours at 100 % of the peak of 1 x RTX A6000 (154.8 TFLOP/s)" in text
     assert "324.5 hours at 50 % MFU; 12 hours would need an MFU of 1352 %" in text
 
@@ -125,7 +125,7 @@ def test_claim_verdict_follows_the_mfu_it_needs(hours: float, verdict: str) -> N
     recipe = load_recipe("openllama-3b-13l", [f"published_claim.hours={hours}"])
     text = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION)
     assert text is not None
-    assert text.startswith(f"8 epochs of 1B tokens {verdict} the")
+    assert text.startswith(f"8B tokens {verdict} the")
 
 
 def test_claim_counts_its_gpus() -> None:
@@ -149,7 +149,7 @@ def test_claim_on_an_unknown_gpu_is_refused() -> None:
 
 
 def test_amount_says_the_duration_in_words() -> None:
-    recipe = load_recipe("openllama-3b-13l")
+    recipe = load_recipe("openllama-3b-13l", ["training.duration=8 epochs"])
     assert amount(recipe, ONE_BILLION) == "8 epochs of 1B tokens"
     assert amount(recipe, None) == "8 epochs"
     assert amount(load_recipe("openllama-3b-13l-250m"), ONE_BILLION) == "250M tokens"
