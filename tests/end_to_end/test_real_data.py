@@ -104,7 +104,7 @@ def test_books_with_the_gpt2_tokenizer_train_and_count_their_tokens(launch: Call
         "corpus": {
             "sources": [{"kind": "files", "paths": [str(SHARED / "corpora/books/books-0[23]*.jsonl.gz")]}],
             "tokenizer": str(tokenizer),
-            "validation_ratio": 0.1,
+            "validation_ratio": 0.2,
         },
         "training": {"seq_len": 256, "global_batch_tokens": 2048, "duration": "10 steps"},
         "optimizer": {"lr": 3e-3},
