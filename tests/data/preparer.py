@@ -20,8 +20,6 @@ from tests.data.prepared import END, files_below, files_source, make_texts, name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("drive_prepare.py")
-GONE_S = 30.0
-"""A worker takes a second to start, and many on a busy machine; none waits for anything else."""
 
 
 class Attempt(NamedTuple):
@@ -104,8 +102,8 @@ class Preparer:
 
 
 def _wait_until_gone(session: int) -> None:
-    """Fail unless every process of a session ends by itself; a worker that is starting looks at its pipe after that."""
-    deadline_s = time.monotonic() + GONE_S
+    """Fail unless every process of a session ends within two seconds."""
+    deadline_s = time.monotonic() + 2.0
     while left := [pid for pid in _processes() if _session_of(pid) == session]:
         assert time.monotonic() < deadline_s, f"still alive after a kill: {left}"
         time.sleep(0.02)
