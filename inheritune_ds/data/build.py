@@ -143,7 +143,8 @@ class Build:
         corpus: What to read.
         folder: Where the shards go.
         form: Of the token files.
-        tokenizer: Arguments of a `TextEncoder`.
+        encoder: Text to ids.
+        tokenizer: Arguments with which workers build the same encoder.
         journal: Of this folder.
         workers: Processes that encode.
         index: Evaluation sets to compare with; None if there are none.
@@ -157,6 +158,7 @@ class Build:
         folder: Path,
         *,
         form: TokenFormat,
+        encoder: TextEncoder,
         tokenizer: tuple[str, int],
         journal: Journal,
         workers: int,
@@ -164,7 +166,7 @@ class Build:
         check_files: Callable[[], None],
     ) -> None:
         self._corpus, self._folder, self._form = corpus, folder, form
-        self._definition, self._encoder = tokenizer, TextEncoder(*tokenizer)
+        self._definition, self._encoder = tokenizer, encoder
         self._journal, self._workers, self._index = journal, workers, index
         self._check_files = check_files
         kept = journal.state() or {}

@@ -225,6 +225,7 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
             plan.corpus,
             partial,
             form=TokenFormat(dtype, id_space, plan.shard_tokens),
+            encoder=encoder,
             tokenizer=definition,
             journal=journal,
             workers=workers,
