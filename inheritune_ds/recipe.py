@@ -240,6 +240,28 @@ class Checkpointing(Part):
     interval_steps: PositiveInt
     keep: PositiveInt = 3
     """The newest checkpoints kept; older ones are deleted after a newer one is verified."""
+    keep_every: PositiveInt | None = None
+    """Of the older ones every so manieth stays for good: those at multiples of keep_every x interval_steps."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: the same command goes on from the newest verified checkpoint; `never`: a folder that holds checkpoints
+    is refused."""
+
+
+class Faults(Part):
+    """What happens when the numbers of a step go wrong: its update is left out, and told."""
+
+    spikes: Literal["off", "warn", "skip"] = "warn"
+    """A loss or gradient norm far above those before it: said, or its update left out like that of a value that is not
+    finite."""
+    sigma: PositiveFloat = 6.0
+    """How many standard deviations above the mean of the last steps a spike is."""
+    window_steps: Annotated[int, Field(ge=16)] = 128
+    """The accepted steps that mean and deviation are taken of."""
+    rollback_after: PositiveInt = 3
+    """After so many updates left out in a row the run goes back to its newest verified checkpoint and skips their
+    batches."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 2
+    """When these are used up, the run ends instead."""
 
 
 class Logging(Part):
@@ -279,6 +301,7 @@ class Recipe(Part):
     schedule: Schedule
     validation: Validation
     checkpoint: Checkpointing
+    faults: Faults = Faults()
     logging: Logging = Logging()
     export: Export = Export()
     published_claim: PublishedClaim | None = None
@@ -301,8 +324,11 @@ class Recipe(Part):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers of a run: the recipe without names, logging and claims."""
-        left_out = {"name", "description", "logging", "checkpoint", "published_claim"}
+        """What decides the numbers of a run: the recipe without names, logging, claims and what guards it.
+
+        A run whose faults have ended it may go on with another policy; run.json counts what was left out.
+        """
+        left_out = {"name", "description", "logging", "checkpoint", "faults", "published_claim"}
         return self.model_dump(mode="json", exclude=left_out)
 
     @property

@@ -15,6 +15,7 @@ from inheritune_ds.training import ds_document
 from inheritune_ds.training.ds_document import DEFAULT_STAGE, block, is_off, offload_device
 from inheritune_ds.training.ds_keys import AUTO, KERNEL_KEYS, OPTIMIZER_TYPE, PASSED_ON, RECIPE_OWNED, REFUSED, STAGES
 from inheritune_ds.training.kernel_words import OPTIMIZERS, KernelRequest
+from inheritune_ds.training.reliability_words import Reliability
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 
@@ -78,6 +79,11 @@ class Resolved:
     def kernels(self) -> KernelRequest:
         """Which implementations are asked for."""
         return KernelRequest.of(self.config["kernels"])
+
+    @property
+    def reliability(self) -> Reliability:
+        """How this machine saves, and how long it waits."""
+        return Reliability.of(self.config["reliability"])
 
 
 @dataclass
@@ -318,4 +324,5 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
         raise RecipeError.of(resolver.problems)
     config = resolver.without_auto(resolver.config)
     config["kernels"] = resolver.request  # its auto stays: what works is known only where torch is
+    config["reliability"] = asdict(Reliability.of(block(document, "reliability")))
     return Resolved(dict(sorted(config.items())), tuple(resolver.notes))

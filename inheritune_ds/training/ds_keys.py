@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.training.kernel_words import ACTIVATION_CHECKPOINTING, ATTENTIONS, LOSSES, OPTIMIZERS
+from inheritune_ds.training.reliability_words import SAVE_ERROR_POLICIES, WATCHDOG_S
 
 AUTO = "auto"
 STAGES = (1, 2, 3)
@@ -182,7 +183,14 @@ KERNEL_KEYS: Kinds = {
     "activation_checkpointing": one_of(*ACTIVATION_CHECKPOINTING),
 }
 
-OURS: Kinds = {"kernels": KERNEL_KEYS}
+RELIABILITY_KEYS: Kinds = {
+    "async_save": SWITCH,
+    "on_save_error": one_of(*SAVE_ERROR_POLICIES),
+    "watchdog": SWITCH,
+    "watchdog_s": dict.fromkeys(WATCHDOG_S, FACTOR),
+}
+
+OURS: Kinds = {"kernels": KERNEL_KEYS, "reliability": RELIABILITY_KEYS}
 """Blocks of this program; DeepSpeed's tools read past them."""
 
 REFUSED = {

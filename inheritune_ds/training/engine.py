@@ -25,6 +25,7 @@ import torch.distributed as dist
 from inheritune_ds.errors import MachineError, StorageError, TrainingError
 from inheritune_ds.surgery.document_masks import skip_packing_check
 from inheritune_ds.training.block_wrapping import wrap_blocks
+from inheritune_ds.training.ds_keys import OURS
 from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
 from inheritune_ds.training.meeting import cannot_meet
@@ -170,7 +171,7 @@ class Engine:
         with contextlib.redirect_stdout(sys.stdout if ds_config.get("memory_breakdown") else io.StringIO()):
             engine, *_ = deepspeed.initialize(
                 model=model,
-                config={key: value for key, value in ds_config.items() if key != "kernels"},
+                config={key: value for key, value in ds_config.items() if key not in OURS},
                 **_optimizer(model, ds_config, kernels),
             )
         _quiet()

@@ -1,0 +1,44 @@
+"""The `reliability` block of a DeepSpeed config: how this machine saves and how long it waits.
+
+Torch is not imported here. DeepSpeed does not read this block; the engine takes it out before DeepSpeed sees the config.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SAVE_ERROR_POLICIES = ("continue", "stop")
+WATCHDOG_S: Mapping[str, float] = {
+    "start": 1800.0,
+    "first_step": 1800.0,
+    "step": 600.0,
+    "validation": 3600.0,
+    "save": 1800.0,
+    "finish": 3600.0,
+}
+"""Seconds that a phase may take before it counts as hung: building the engine and resuming, the first step (which
+compiles), any other step with its data and its logging, a whole validation, a save, the export."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What the config asks for.
+
+    Attributes:
+        async_save: Whether training waits only for the copy of its state to host memory.
+        on_save_error: Whether a run goes on when a checkpoint cannot be written.
+        watchdog: Whether a hung phase ends the run.
+        watchdog_s: Seconds of every phase.
+    """
+
+    async_save: bool = False
+    on_save_error: Literal["continue", "stop"] = "continue"
+    watchdog: bool = True
+    watchdog_s: Mapping[str, float] = field(default_factory=lambda: dict(WATCHDOG_S))
+
+    @classmethod
+    def of(cls, block: Mapping[str, Any]) -> "Reliability":
+        """Read a checked `reliability` block; what it leaves out, or leaves to `auto`, has its default."""
+        given = {key: value for key, value in block.items() if value not in ("auto", None)}
+        seconds = {key: value for key, value in given.pop("watchdog_s", {}).items() if value not in ("auto", None)}
+        return cls(**given, watchdog_s={**WATCHDOG_S, **seconds})
