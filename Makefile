@@ -2,6 +2,7 @@
 #   make quickstart     install into .venv, then run the main job on the embedded corpus
 #   make test           the tests, with branch coverage
 #   make rehearse       every benchmark at toy size, the GPU check among them
+#   make campaign       prove the promises of docs/reliability.md (ARGS='kills flips': these parts only)
 # For work on the code: make check, make format, make clean.
 
 PYTHON ?= python3
@@ -15,11 +16,11 @@ INSTALL := DS_BUILD_OPS=0 $(BIN)/python -m pip -qq --disable-pip-version-check i
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test rehearse check format clean constraints
+.PHONY: help quickstart test rehearse campaign check format clean constraints
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/.installed
 	$(BIN)/inheritune-ds study quickstart --deepspeed_config ds_configs/cpu.json
@@ -29,6 +30,9 @@ test: $(VENV)/.installed-dev
 
 rehearse: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m rehearsal tests/benchmarks $(ARGS)
+
+campaign: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.campaign $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

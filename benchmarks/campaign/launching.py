@@ -1,0 +1,286 @@
+"""Tiny runs for the campaign: a recipe that trains in seconds, its launch, its processes, what it leaves."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.record import REPOSITORY
+from inheritune_ds.files import read_json, sha256_file
+
+SCRIPTS = Path(sys.executable).parent
+MARK = "INHERITUNE_CAMPAIGN"
+"""A variable that every process of a launch inherits, whatever session or group it moves to."""
+POLL_S = 0.002
+START_TIMEOUT_S = 300.0
+"""The first start of all compiles an operator of DeepSpeed."""
+Launcher = Literal["python", "deepspeed", "torchrun"]
+
+SHAPE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+_WORDS = ("the", "a", "small", "old", "red", "cat", "dog", "bird", "tree", "river", "runs", "sees", "eats", "often")
+
+
+def write_recipe(folder: Path, name: str = "tiny", **sections: Any) -> Path:
+    """Write a recipe and its corpus; keyword arguments replace whole sections.
+
+    12 steps of 512 tokens, a checkpoint every 4, every step logged, dropout on. Returns the path of the recipe.
+    """
+    corpus = folder / "corpus.jsonl"
+    if not corpus.exists():
+        draw = random.Random(5)  # noqa: S311 (text, no secret)
+        lines = [" ".join(draw.choice(_WORDS) for _ in range(draw.randint(50, 150))) for _ in range(400)]
+        corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    recipe = {
+        "name": name,
+        "description": "a trial of the campaign",
+        "target": {"shape": SHAPE, "dropout": 0.1},
+        "corpus": {
+            "sources": [{"kind": "files", "paths": [str(corpus)]}],
+            "tokenizer": {"vocab_size": 300},
+            "validation_ratio": 0.1,
+        },
+        "training": {"seq_len": 32, "global_batch_tokens": 512, "duration": "12 steps"},
+        "optimizer": {"lr": 0.003},
+        "schedule": {"kind": "cosine", "warmup_steps": 2},
+        "validation": {"interval_steps": 6, "max_tokens": 1024},
+        "checkpoint": {"interval_steps": 4},
+        "logging": {"interval_steps": 1},
+        **sections,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def write_ds_config(
+    folder: Path, *, stage: int = 1, precision: Literal["fp32", "bf16"] = "fp32", micro_batch: int = 2, **keys: Any
+) -> Path:
+    """Write a DeepSpeed config; other keys replace whole blocks. Returns its path."""
+    document = {
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": precision == "bf16"},
+        "train_micro_batch_size_per_gpu": micro_batch,
+        **keys,
+    }
+    path = folder / "ds.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+def arguments(recipe: Path, ds_config: Path, folder: Path, *more: str, runs: str = "runs") -> list[str]:
+    """Arguments of train.py; token files below `folder/cache`, the run folder below `folder/<runs>`."""
+    folders = ["--runs-dir", str(folder / runs), "--cache-dir", str(folder / "cache")]
+    return ["--deepspeed_config", str(ds_config), "--recipe", str(recipe), *folders, *more]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread a rank, no tracker, nothing of an outer launcher."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
+    return {
+        **kept,
+        "PATH": os.pathsep.join([str(SCRIPTS), os.environ.get("PATH", "")]),
+        "DS_ACCELERATOR": "cpu",
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": str(REPOSITORY),
+        **extra,
+    }
+
+
+def launcher_line(launcher: Launcher, ranks: int) -> list[str]:
+    """The words before the script, with a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    if launcher == "deepspeed":
+        return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, "--num_gpus", str(ranks)]
+    if launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--master_port", port, "--nproc_per_node", str(ranks)]
+    if ranks != 1:
+        raise ValueError("python alone starts one rank")
+    return [sys.executable]
+
+
+@dataclass
+class Launched:
+    """A started run.
+
+    Attributes:
+        process: The launcher, in a session of its own; `process.pid` is its group, too.
+        log: Everything it and its ranks print.
+        mark: What all its processes carry in their environment under MARK.
+    """
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    mark: str
+
+    def output(self) -> str:
+        """What was printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout_s: float = START_TIMEOUT_S) -> int:
+        """Wait for the end; the exit code.
+
+        Raises:
+            AssertionError: If it does not end, with the end of its output.
+        """
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not ended after {timeout_s:.0f} s\n{self.output()[-6000:]}") from None
+
+    def wait_for(self, happened: Callable[[], bool], timeout_s: float = START_TIMEOUT_S) -> None:
+        """Poll until something happened.
+
+        Raises:
+            AssertionError: If the run ends before that, or the time passes, with the end of its output.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while not happened():
+            ended = self.process.poll()
+            if ended is not None and not happened():
+                raise AssertionError(f"ended with {ended} before it happened\n{self.output()[-6000:]}")
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"has not happened within {timeout_s:.0f} s\n{self.output()[-6000:]}")
+            time.sleep(POLL_S)
+
+    def processes(self) -> list[int]:
+        """Ids of all living processes of this launch, also of those in other sessions."""
+        return processes_with(self.mark)
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process id of the training processes that run now."""
+        found: dict[int, int] = {}
+        for pid in self.processes():
+            words = _words(pid, "environ")
+            rank = next((word.partition("=")[2] for word in words if word.startswith("RANK=")), None)
+            if rank is not None and any(word.endswith("train.py") for word in _words(pid, "cmdline")):
+                found.setdefault(int(rank), pid)
+        return found
+
+    def kill_group(self) -> None:
+        """SIGKILL the launcher and all that is in its group, as the kernel or SLURM would."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def orphans(self, patience_s: float = 5.0) -> list[str]:
+        """Command lines of processes that are still there `patience_s` after the end of the launcher."""
+        deadline_s = time.monotonic() + patience_s
+        while (left := self.processes()) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        return [" ".join(_words(pid, "cmdline")) for pid in left]
+
+    def end(self) -> None:
+        """Kill whatever is left."""
+        self.kill_group()
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def processes_with(mark: str) -> list[int]:
+    """Ids of living processes whose environment has MARK with this value."""
+    wanted = f"{MARK}={mark}"
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if wanted in _words(int(path.name), "environ")]
+
+
+def _words(pid: int, kind: str) -> list[str]:
+    """The parts of /proc/PID/environ or cmdline; empty for a process that has ended or is another user's."""
+    try:
+        return Path(f"/proc/{pid}/{kind}").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+@contextmanager
+def started(
+    folder: Path, *words: str, launcher: Launcher = "python", ranks: int = 1, script: str = "train.py", **extra: str
+) -> Iterator[Launched]:
+    """Start a script under a launcher, output to a new log below `folder`; whatever still runs is killed at the end.
+
+    Args:
+        folder: Scratch folder, the working directory.
+        words: Arguments of the script.
+        launcher: What starts it.
+        ranks: Number of training processes.
+        script: A path; relative ones start at the repository.
+        extra: Variables of the environment.
+    """
+    number = len(list(folder.glob("log-*.txt"))) + 1
+    log, mark = folder / f"log-{number:03d}.txt", f"{folder}#{number}"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*launcher_line(launcher, ranks), str(REPOSITORY / script), *words],
+            cwd=folder,
+            env=environment(**{MARK: mark, **extra}),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    launched = Launched(process, log, mark)
+    try:
+        yield launched
+    finally:
+        launched.end()
+
+
+def run_to_end(folder: Path, *words: str, expect: int = 0, **how: Any) -> str:
+    """Start as `started` does and wait for the end; what it printed.
+
+    Raises:
+        AssertionError: For another exit code, with the end of the output, and for processes that stay.
+    """
+    with started(folder, *words, **how) as launched:
+        code, output = launched.wait(), launched.output()
+        assert code == expect, f"exit code {code}, not {expect}\n{output[-6000:]}"
+        assert (left := launched.orphans()) == [], f"processes stay: {left}"
+    return output
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The complete rows of a run's metrics.jsonl; empty before there is one."""
+    path = run / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def numerics(run: Path) -> list[dict[str, Any]]:
+    """The rows without what a clock or an allocator decides."""
+    return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows(run)]
+
+
+def last_step(run: Path) -> int:
+    """Step of the last complete row; -1 before there is one."""
+    return max((int(row["step"]) for row in rows(run)), default=-1)
+
+
+def status(run: Path) -> dict[str, Any]:
+    """The run's status.json; empty before there is one."""
+    return dict(read_json(run / "status.json") or {})
+
+
+def weights_sha256(run: Path) -> str:
+    """sha256 (hex) of the exported weights."""
+    return sha256_file(run / "export" / "model.safetensors")
