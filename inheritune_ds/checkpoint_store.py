@@ -1,0 +1,325 @@
+"""A run's checkpoints on the disk: published by one rename, verified before use, deleted by a rule.
+
+checkpoints/  step-00000100/  step-00000200/   each with manifest.json: sizes and hashes of all its files
+              latest                           name of the newest one; for people and tools, never needed
+              generation                       which launch may publish here
+              .step-00000300.tmp/              being written; a killed launch's is removed by the next one
+"""
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inheritune_ds.checkpoint_manifest import (
+    MANIFEST,
+    NAME,
+    WORLD_WRITABLE,
+    distrust,
+    find_fault,
+    listing_fault,
+    manifest_text,
+    newest_step,
+    published,
+    read_manifest,
+    step_of,
+)
+from inheritune_ds.errors import CheckpointError
+from inheritune_ds.files import read_json, storage_errors, sync_folder, sync_path, write_text
+
+if TYPE_CHECKING:
+    from inheritune_ds.recipe import Checkpointing
+
+__all__ = [
+    "GENERATION",
+    "MANIFEST",
+    "POINTER",
+    "CheckpointStore",
+    "find_fault",
+    "newest_step",
+    "published",
+    "read_manifest",
+    "step_of",
+]
+
+POINTER = "latest"
+GENERATION = "generation"
+_REPLACED = ".replaced.tmp"
+_PICKLE = "DeepSpeed's files are pickle, which can run code when it is loaded"
+
+
+class CheckpointStore:
+    """The folder of a run's checkpoints; one process, rank 0 of the launch that has the run folder, changes it.
+
+    Args:
+        folder: `checkpoints/` of the run folder.
+        keep: How many of the newest stay.
+        keep_every: Checkpoints whose step is a multiple of this many steps stay for good; None: only the newest.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None) -> None:
+        self.folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._generation = 0
+        self._claim = ""
+
+    @classmethod
+    def of(cls, folder: Path, rule: "Checkpointing") -> "CheckpointStore":
+        """The store of a recipe: its `keep_every` counts checkpoints, so it stands for that many intervals of steps."""
+        every = rule.keep_every
+        return cls(folder, keep=rule.keep, keep_every=None if every is None else every * rule.interval_steps)
+
+    def claim_generation(self) -> int:
+        """Take the right to publish from every earlier launch, and remove what killed ones have left.
+
+        Returns:
+            The number of this launch, from 1.
+
+        Raises:
+            CheckpointError: The folder belongs to somebody else, or everybody can write to it.
+            StorageError: The folder cannot be written.
+        """
+        with storage_errors(self.folder):
+            if not self.folder.is_dir():
+                self.folder.mkdir(mode=0o775, parents=True)
+            self._refuse_untrusted()
+            self._remove_leftovers()
+        newest = next((found for path in published(self.folder) if (found := read_manifest(path))), {})
+        self._generation = max(_number_of(self._claimed()), int(newest.get("generation", 0))) + 1
+        # The random part tells apart two launches that have claimed at once where locks do not work.
+        self._claim = f"{self._generation} {secrets.token_hex(8)}"
+        write_text(self.folder / GENERATION, f"{self._claim}\n")
+        return self._generation
+
+    def newest_verified(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is intact; None if this run has never saved one.
+
+        Args:
+            say: Told every damaged one that is passed over, and what is wrong with the pointer.
+
+        Raises:
+            CheckpointError: Checkpoints exist, or have existed, and none can be used.
+        """
+        try:
+            return self._newest_verified(say)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoints in {self.folder} cannot be read: {error.strerror}: {error.filename}",
+                action="make the folder readable (is its disk there?), then give the same command again",
+            ) from None
+
+    def _newest_verified(self, say: Callable[[str], None]) -> Path | None:
+        found = list(published(self.folder))
+        if found:
+            self._refuse_untrusted()
+            if (fault := self._pointer_fault()) is not None:
+                say(f"WARNING: {self.folder / POINTER} {fault}; the newest intact checkpoint is used without it")
+        bad: list[str] = []
+        for checkpoint in found:
+            if (fault := find_fault(checkpoint)) is None:
+                return checkpoint
+            bad.append(f"{checkpoint.name}: {fault}")
+            say(f"WARNING: checkpoint {checkpoint} is damaged and is passed over: {fault}")
+        if bad:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be used: {'; '.join(bad)}",
+                allowed=f"files as they were written, and your own: {_PICKLE}",
+                action=self._advice("bring intact copies back"),
+            )
+        if (trace := self._trace_of_saves()) is not None:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint any more, but {trace}",
+                action=self._advice("bring the checkpoints back"),
+            )
+        return None
+
+    def _advice(self, first: str) -> str:
+        return (
+            f"{first} (copy them as yourself if you trust them) and look with `inheritune-ds checkpoints "
+            f"{self.folder.parent} verify`; or start over with --fresh, which sets the old run aside"
+        )
+
+    def _trace_of_saves(self) -> str | None:
+        """What tells that checkpoints were here once; None if nothing does."""
+        if os.path.lexists(self.folder / POINTER):
+            return f"{POINTER} is there, so this run has saved before"
+        status = read_json(self.folder.parent / "status.json")
+        step = max(status.get("saved_step", 0), status.get("step", 0)) if isinstance(status, dict) else 0
+        return f"status.json tells that step {step} was saved" if step else None
+
+    def _pointer_fault(self) -> str | None:
+        try:
+            name = (self.folder / POINTER).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        except UnicodeDecodeError:
+            return "is no text"
+        if not name:
+            return "is empty"
+        if not NAME.fullmatch(name):
+            return f"holds {name[:40]!r}, which is no checkpoint's name"
+        return None if (self.folder / name).is_dir() else f"names {name}, which is not there"
+
+    def _refuse_untrusted(self) -> None:
+        if (reason := distrust(self.folder.stat())) is not None:
+            raise CheckpointError(
+                f"{self.folder} {reason}; {_PICKLE}",
+                allowed="a folder of your own that others cannot write to",
+                action=f"copy it as yourself if you trust what lies there, or `chmod o-w {self.folder}` if it is yours",
+            )
+
+    def temporary(self, step: int) -> Path:
+        """Where the checkpoint of a step is written before it is published."""
+        return self.folder / f".step-{step:08d}.tmp"
+
+    def begin(self, step: int) -> Path:
+        """Make the empty folder that all ranks write a checkpoint into.
+
+        Raises:
+            CheckpointError: Another launch has taken over.
+            StorageError: The disk refuses.
+        """
+        if not self._claim:
+            self.claim_generation()
+        self._refuse_if_superseded()
+        temporary = self.temporary(step)
+        with storage_errors(self.folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        return temporary
+
+    def discard(self, temporary: Path) -> None:
+        """Remove a checkpoint that will not be published."""
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    def publish(
+        self, temporary: Path, step: int, fields: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+    ) -> Path:
+        """Bring a written checkpoint to the disk and let it appear, whole, under its name; the pointer follows.
+
+        A kill at any moment leaves either this checkpoint or what was there before.
+
+        Args:
+            temporary: From `begin`, filled by all ranks.
+            step: Whose it is.
+            fields: What else the manifest tells; JSON.
+            files: {path inside the folder: {"bytes": size, "sha256": hex}} of everything that was written.
+
+        Raises:
+            CheckpointError: Another launch has taken over, or what lies there is not what `files` tells.
+            StorageError: The disk refuses.
+        """
+        final = self.folder / f"step-{step:08d}"
+        with storage_errors(self.folder):
+            _close_to_others(temporary)  # whatever the umask: it would be refused when it is loaded
+            if (fault := listing_fault(temporary, files)) is not None:
+                raise CheckpointError(
+                    f"the checkpoint of step {step} was not written as its ranks have told: {fault}",
+                    action=f"look for another process that writes to {self.folder}, and at the disk",
+                )
+            manifest = {"step": step, "generation": self._generation, **fields, "files": dict(files)}
+            sync_folder(temporary)
+            write_text(temporary / MANIFEST, manifest_text(manifest))
+            _close_to_others(temporary)
+            sync_path(temporary)
+            self._refuse_if_superseded()
+            self._let_appear(temporary, final)
+            write_text(self.folder / POINTER, f"{final.name}\n")
+        return final
+
+    def _let_appear(self, temporary: Path, final: Path) -> None:
+        replaced = self.folder / f".{final.name}{_REPLACED}"
+        again = os.path.lexists(final)  # this step was saved before
+        if again:
+            _remove(replaced)
+            final.rename(replaced)  # a kill here: the next launch renames it back
+        temporary.rename(final)
+        sync_path(self.folder)
+        if again:
+            _remove(replaced)
+
+    def _refuse_if_superseded(self) -> None:
+        found = self._claimed()
+        if _number_of(found) == 0:  # removed or damaged: nobody has claimed after us
+            write_text(self.folder / GENERATION, f"{self._claim}\n")
+        elif found != self._claim:
+            raise CheckpointError(
+                f"another launch (number {_number_of(found)}, this is {self._generation}) has taken over {self.folder}",
+                allowed="one launch at a time to save here",
+                action="let that one go on; this one ends without saving",
+            )
+
+    def _claimed(self) -> str:
+        try:
+            return (self.folder / GENERATION).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed launch has left half done; nobody else saves here now."""
+        for path in self.folder.glob(f".step-*{_REPLACED}"):
+            final = self.folder / path.name.removeprefix(".").removesuffix(_REPLACED)
+            if not final.exists():  # killed between the two renames of `_let_appear`
+                path.rename(final)
+        for path in self.folder.glob(".*.tmp"):
+            _remove(path)
+
+    def staying(self) -> dict[Path, str]:
+        """The published checkpoints that the rule keeps, the newest first, and why."""
+        reasons: dict[Path, str] = {}
+        for number, checkpoint in enumerate(published(self.folder), 1):
+            if number <= self._keep:
+                reasons[checkpoint] = f"newest {self._keep}"
+            elif self._keep_every is not None and step_of(checkpoint) % self._keep_every == 0:
+                reasons[checkpoint] = f"every {self._keep_every} steps"
+        return reasons
+
+    def prune(self, say: Callable[[str], None]) -> None:
+        """Delete what the rule does not keep, once the newest has been read back and is intact.
+
+        Args:
+            say: Told why nothing is deleted, or what cannot be.
+        """
+        staying = self.staying()
+        leaving = [checkpoint for checkpoint in published(self.folder) if checkpoint not in staying]
+        if not leaving:
+            return
+        newest = next(iter(staying))
+        if (fault := find_fault(newest)) is not None:
+            say(f"WARNING: checkpoint {newest} is damaged: {fault}; the older ones stay, however many there are")
+            return
+        for checkpoint in leaving:
+            self.remove(checkpoint, say)
+
+    def remove(self, checkpoint: Path, say: Callable[[str], None]) -> None:
+        """Delete a checkpoint; one that cannot be deleted is told and left to the next launch."""
+        hidden = self.folder / f".{checkpoint.name}.deleted.tmp"
+        try:
+            _remove(hidden)
+            checkpoint.rename(hidden)  # never half deleted under its own name
+            shutil.rmtree(hidden)
+        except OSError as error:
+            say(f"checkpoint {checkpoint} cannot be deleted: {error.strerror}: {error.filename}; training goes on")
+
+
+def _number_of(claim: str) -> int:
+    number = claim.partition(" ")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+def _close_to_others(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        mode = path.lstat().st_mode
+        if mode & WORLD_WRITABLE and not stat.S_ISLNK(mode):
+            path.chmod(stat.S_IMODE(mode) & ~WORLD_WRITABLE)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
