@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from inheritune_ds import __version__, hub
 from inheritune_ds.corpus import HubSource
 from inheritune_ds.errors import RunFolderError
-from inheritune_ds.files import read_json, storage_errors, write_json, write_text
+from inheritune_ds.files import read_json, storage_errors, sync_path, write_json, write_text
 from inheritune_ds.hub import RepoType
 from inheritune_ds.publish import has_files
 from inheritune_ds.recipe import Recipe
@@ -70,23 +71,60 @@ class RunFolder:
             RunFolderError: If it belongs to another recipe; FolderBusyError if another process has it.
             StorageError: If it cannot be written.
         """
-        with storage_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise FolderBusyError(
-                f"another process is writing to {self.path}",
-                action="wait for it or stop it; or train elsewhere with --runs-dir DIR or name=OTHER",
-            ) from None
-        self._lock = lock  # held until the process ends or `release`
+        self.lock()
         self._check_owner(recipe)
         self.write_resolved(with_revisions(recipe, self.pin_of))
         for folder in (self.eval, self.checkpoints):
             with storage_errors(folder):
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(mode=0o775, exist_ok=True)  # whatever the umask: nothing is loaded that all can write to
+
+    def lock(self) -> None:
+        """Make the folder this process's own until it ends or calls `release`.
+
+        Raises:
+            FolderBusyError: If another process has it.
+            StorageError: If it cannot be written.
+        """
+        while self._lock is None:
+            with storage_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise FolderBusyError(
+                    f"another process is writing to {self.path}",
+                    action="wait for it or stop it; or train elsewhere with --runs-dir DIR or name=OTHER",
+                ) from None
+            if _is_at(lock, self.path / ".lock"):
+                self._lock = lock
+            else:  # the folder was set aside between the opening and the locking
+                os.close(lock)
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder, so that a run starts over under the old name; nothing is deleted.
+
+        Returns:
+            Where the old run stands now, beside it; None if there was none.
+
+        Raises:
+            FolderBusyError: If another process has it.
+            StorageError: If it cannot be renamed.
+        """
+        if not self.path.exists():
+            return None
+        self.lock()
+        try:
+            moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+            named = (f"{self.path.name}.before-{moment}{suffix}" for suffix in ("", *(f"-{n}" for n in count(2))))
+            aside = next(path for path in map(self.path.with_name, named) if not path.exists())
+            with storage_errors(self.path):
+                self.path.rename(aside)
+                sync_path(aside.parent)
+        finally:
+            self.release()
+        return aside
 
     def write_resolved(self, recipe: Recipe) -> None:
         """Write recipe.resolved.yaml, unless it says the same already."""
@@ -163,7 +201,8 @@ class RunFolder:
 
         Args:
             state: `requeue` means: the same command goes on.
-            step: Optimizer updates done.
+            step: Of the newest checkpoint. The latest ever told here stays as `saved_step`: a run whose checkpoints
+                have gone must not start over unnoticed.
             reason: Why the run is in this state, in words.
             exit_code: Of this process, where it has ended.
         """
@@ -172,6 +211,7 @@ class RunFolder:
             {
                 "state": state,
                 "step": step,
+                "saved_step": max(step, self.status().get("saved_step", 0)),
                 "reason": reason,
                 "exit_code": exit_code,
                 "pid": os.getpid(),
@@ -197,6 +237,13 @@ class RunFolder:
                 **extra,
             },
         )
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -1,8 +1,11 @@
+import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -102,21 +105,28 @@ def test_a_damaged_resolved_recipe_is_named(folder: RunFolder, recipe: Recipe) -
         folder.claim(recipe)
 
 
-def test_a_folder_that_another_process_has_is_refused(folder: RunFolder, recipe: Recipe) -> None:
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Another process has the folder; it is killed at the end."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "claimed\n"
+        yield
+    finally:
+        holder.kill()  # a killed process lets go as well
+        holder.communicate()
+
+
+def test_a_folder_that_another_process_has_is_refused(folder: RunFolder, recipe: Recipe) -> None:
+    with held(folder.path):
         with pytest.raises(FolderBusyError) as caught:
             folder.claim(recipe)
         assert not folder.is_claimed
         assert caught.value.problem == f"another process is writing to {folder.path}"
         assert "name=OTHER" in caught.value.action
-    finally:
-        holder.kill()  # a killed process lets go as well
-        holder.communicate()
     folder.claim(recipe)
 
 
@@ -225,3 +235,73 @@ def test_git_state_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.
     assert run_folder._git_state() == {"commit": commit, "changed": False}
     (package / "run_folder.py").write_text("two\n", encoding="utf-8")
     assert run_folder._git_state() == {"commit": commit, "changed": True}
+
+
+def test_set_aside_renames_the_whole_folder_and_lets_it_go(folder: RunFolder, recipe: Recipe) -> None:
+    assert folder.set_aside() is None
+    folder.claim(recipe)
+    (folder.checkpoints / "step-00000004").mkdir()
+    folder.release()
+    aside = folder.set_aside()
+    assert aside is not None
+    assert re.fullmatch(r"quickstart\.before-\d{8}T\d{6}Z", aside.name)
+    assert (aside / "checkpoints" / "step-00000004").is_dir()
+    assert not folder.path.exists()
+    assert not folder.is_claimed
+    folder.claim(load_recipe("quickstart", ["seed=7"]))  # nobody's any more
+
+
+def test_two_runs_set_aside_in_one_second_both_stay(folder: RunFolder, recipe: Recipe) -> None:
+    kept: set[str] = set()
+    for _ in range(3):
+        folder.claim(recipe)
+        folder.release()
+        aside = folder.set_aside()
+        assert aside is not None
+        kept.add(aside.name)
+    assert {path.name for path in folder.path.parent.iterdir()} == kept
+    assert len(kept) == 3
+
+
+def test_set_aside_refuses_a_folder_that_another_process_has(folder: RunFolder) -> None:
+    with held(folder.path):
+        with pytest.raises(FolderBusyError, match="another process is writing to"):
+            folder.set_aside()
+        assert folder.path.is_dir()
+    assert [path.name for path in folder.path.parent.iterdir()] == ["quickstart"]
+
+
+def test_a_lock_on_a_folder_that_was_set_aside_meanwhile_is_taken_again(
+    folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.claim(recipe)
+    folder.release()
+    real = fcntl.flock
+    moved = folder.path.with_name("moved")
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not moved.exists():
+            folder.path.rename(moved)  # between the opening and the locking
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder.lock()
+    with pytest.raises(FolderBusyError):
+        RunFolder(folder.path).lock()
+    RunFolder(moved).lock()  # nobody holds the old one
+
+
+def test_the_latest_step_ever_saved_stays_in_the_status(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.write_status("running", step=8)
+    folder.write_status("failed", step=0, reason="its checkpoints have gone", exit_code=4)
+    assert (folder.status()["step"], folder.status()["saved_step"]) == (0, 8)
+
+
+def test_a_claimed_folder_is_closed_to_others_whatever_the_umask(folder: RunFolder, recipe: Recipe) -> None:
+    before = os.umask(0)
+    try:
+        folder.claim(recipe)
+    finally:
+        os.umask(before)
+    assert folder.checkpoints.stat().st_mode & 0o002 == 0

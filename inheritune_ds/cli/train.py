@@ -1,9 +1,14 @@
 """`inheritune-ds train`, and train.py."""
 
 import argparse
+import math
 import os
+from typing import TYPE_CHECKING
 
 from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment, resolve_for
+
+if TYPE_CHECKING:
+    from inheritune_ds.run_folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +20,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="find the largest micro-batch that fits by real steps; the global batch stays the recipe's",
     )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over: the run folder is set aside under another name, nothing is deleted",
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=_minutes,
+        metavar="M",
+        help="stop early enough that a last save fits into this time; the same command goes on",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; LOCAL_RANK decides")
+
+
+def _minutes(text: str) -> float:
+    """A time limit: a number above 0."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0.0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time limit (allowed: minutes, a number above 0)")
+    return minutes
+
+
+def _starts_over(args: argparse.Namespace, *, tells: bool) -> bool:
+    """Whether --fresh counts: not where a scheduler or launcher has given the same command again by itself."""
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        count = os.environ.get(name, "")
+        if args.fresh and count.isdecimal() and int(count) > 0:
+            if tells:
+                print(f"--fresh is not followed: this is restart {count} ({name}), which goes on with the run")
+            return False
+    return bool(args.fresh)
+
+
+def _set_aside(folder: "RunFolder") -> None:
+    """Rename the folder of a run that is to start over."""
+    aside = folder.set_aside()
+    if aside is not None:
+        print(f"--fresh: the old run stands in {aside} now", flush=True)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -35,7 +80,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     machine = machine_for(gpu, world.local_size)
     resolved = resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
     folder = RunFolder(args.runs_dir / recipe.name)
-    if not args.dry_run and folder.has_finished(recipe):  # neither corpus nor reference need be there for that
+    fresh = _starts_over(args, tells=world.is_main)
+    keeps = not args.dry_run and not fresh
+    if keeps and folder.has_finished(recipe):  # neither corpus nor reference need be there for that
         if world.is_main:
             print(folder.finished_before)
         return 0
@@ -51,14 +98,27 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     stop = StopSignal()
     stop.install()
+    stop.leave_from_anywhere()
     export(world, os.environ)
     prepare_environment(os.environ, kind=machine.kind)
     from inheritune_ds.run import Launch, execute
     from inheritune_ds.training.engine import check_device, leave_process_group
 
     check_device(machine.kind, world, offload=resolved.offloads)
-    launch = Launch(document, origin, machine, world, stop, args.runs_dir, args.cache_dir, args.auto_micro_batch)
+    launch = Launch(
+        document,
+        origin,
+        machine,
+        world,
+        stop,
+        args.runs_dir,
+        args.cache_dir,
+        auto_micro_batch=args.auto_micro_batch,
+        max_minutes=args.max_minutes,
+    )
     try:
+        if fresh:
+            launch.meeting.by_main(lambda: _set_aside(folder))
         execute(recipe, launch)
     finally:
         leave_process_group()
