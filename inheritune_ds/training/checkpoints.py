@@ -1,232 +1,374 @@
-"""Checkpoints: written beside, verified, then published by one rename; the newest good one is resumed."""
+"""Saving and loading with all ranks: each writes its own files, all agree, one publishes.
 
-import hashlib
-import json
-import re
-import shutil
-from collections.abc import Callable, Iterator
+A save has three parts. Taking the state needs all ranks and the training's process group; it ends before anything is
+written. Writing is each rank's own. Publishing is rank 0's, once every rank has said that its files are on the disk.
+The ranks speak of the last two over a group of their own, so a thread may do both while the training goes on.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from inheritune_ds.errors import CheckpointError
-from inheritune_ds.files import read_json, sha256_file, storage_errors, sync_folder, sync_path, write_json
-from inheritune_ds.publish import describe_files
+from inheritune_ds.checkpoint_store import MANIFEST, CheckpointStore, read_manifest
+from inheritune_ds.errors import CheckpointError, InherituneError, StorageError, TrainingError
+from inheritune_ds.files import sha256_file, storage_errors
+from inheritune_ds.training.captured_state import CapturedState, HostCopies
+from inheritune_ds.training.reliability_words import Reliability
+from inheritune_ds.training.run_state import Layout, RunState
+from inheritune_ds.training.shard_writer import require_space, write_shard
 from inheritune_ds.training.world import World
 
-MANIFEST = "manifest.json"
-NAME = re.compile(r"step-(\d{8})")
+Value = TypeVar("Value")
 
 
 class Stateful(Protocol):
     """What is saved: the engine."""
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share below a folder."""
+    def capture(self, copies: HostCopies | None) -> CapturedState:
+        """Take this rank's share, or a copy of it; all ranks together."""
 
     def load(self, folder: Path) -> None:
         """Restore this rank's share."""
 
 
-@dataclass(frozen=True)
-class RunState:
-    """Where a run stands; everything else (order of data, learning rate, randomness) follows from the step.
+class Circle(Protocol):
+    """How ranks speak of a save. Each raises RuntimeError when a rank has gone."""
 
-    Attributes:
-        step: Optimizer updates done.
-        tokens: Tokens seen.
-        skipped_steps: Updates that the engine left out.
-        train_seconds: Time spent in optimizer steps, over all launches that count.
-    """
+    def gather(self, value: Value) -> Sequence[Value]:
+        """Every rank's value, on every rank."""
 
-    step: int
-    tokens: int
-    skipped_steps: int
-    train_seconds: float
+    def tell(self, value: Value) -> Value:
+        """Rank 0's value, on every rank."""
+
+    def close(self) -> None:
+        """Nothing more will be said."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a DeepSpeed state depends on; it loads only into the same layout.
+class _Report:
+    """How one rank's part went: what it wrote, or why it could not."""
 
-    Attributes:
-        world_size: Number of ranks.
-        zero_stage: ZeRO stage.
-        precision: fp32, bf16 or fp16.
-    """
-
-    world_size: int
-    zero_stage: int
-    precision: str
+    bytes: int = 0
+    files: Mapping[str, dict[str, Any]] | None = None
+    error: InherituneError | None = None
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, on one rank; all ranks make one together and call its methods together.
 
     Args:
-        folder: `checkpoints/` of the run folder.
+        store: Where they are published; rank 0 alone asks it for anything.
         layout: Of this launch.
         world: This rank among all.
-        keep: How many of the newest stay.
-        say: Prints one line for the user.
+        reliability: Whether training waits for the disk, and what happens when the disk refuses.
+        fingerprints: Of recipe, data and code versions, for the manifest.
+        say: Prints one line for the user, on rank 0; also called from a thread.
+        circle: Instead of a process group of its own.
     """
 
-    def __init__(self, folder: Path, *, layout: Layout, world: World, keep: int, say: Callable[[str], None]) -> None:
-        self._folder, self._layout, self._world, self._keep, self._say = folder, layout, world, keep, say
+    def __init__(  # noqa: PLR0913 - each is a part of its own
+        self,
+        store: CheckpointStore,
+        *,
+        layout: Layout,
+        world: World,
+        reliability: Reliability,
+        fingerprints: Mapping[str, Any],
+        say: Callable[[str], None],
+        circle: Circle | None = None,
+    ) -> None:
+        self._store, self._layout, self._world, self._say = store, layout, world, say
+        self._stops, self._fingerprints = reliability.on_save_error == "stop", dict(fingerprints)
+        self._copies = HostCopies() if reliability.async_save else None
+        self._circle = circle or _make_circle(world, reliability.watchdog_s["save"])
+        self._writing: _Background[Path | InherituneError] | None = None
+        self._pruning: _Background[None] | None = None
+        self.published_step: int | None = None
+        """Of the newest checkpoint that this launch has published; in async mode `save` returns before."""
+        self.last_save_s = 0.0
+        """Seconds of the last save, from its beginning to its publishing."""
 
-    def save(self, engine: Stateful, state: RunState) -> None:
-        """Publish a checkpoint; all ranks must call it together.
+    def save(self, engine: Stateful, state: RunState) -> bool:
+        """Save a checkpoint; in async mode, come back as soon as the state is copied.
 
-        Raises:
-            StorageError: If the disk refuses; the older checkpoints stay as they are.
-        """
-        final = self._folder / f"step-{state.step:08d}"
-        temporary = self._folder / f".{final.name}.tmp"
-        with storage_errors(self._folder):
-            if self._world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            dist.barrier()
-            try:
-                engine.save(temporary)
-                dist.barrier()  # DeepSpeed returns on each rank when that rank's own files are written
-                if self._world.is_main:
-                    self._publish(temporary, final, state)
-                dist.barrier()
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+        A save that is still under way is waited for first.
 
-    def _publish(self, temporary: Path, final: Path, state: RunState) -> None:
-        files = describe_files(temporary)
-        sync_folder(temporary)
-        manifest = {"state": asdict(state), "layout": asdict(self._layout), "files": files}
-        write_json(temporary / MANIFEST, {**manifest, "sha256": _digest(manifest)})
-        shutil.rmtree(final, ignore_errors=True)  # left by a launch that saved the same step
-        temporary.rename(final)
-        sync_path(self._folder)
-        for old in list(published(self._folder))[self._keep :]:
-            shutil.rmtree(old)
-
-    def resume(self, engine: Stateful) -> RunState | None:
-        """Restore the newest checkpoint whose files are all intact; None if there is none at all.
+        Returns:
+            Whether it is published, or on its way; False if the disk refuses and the run may go on without it.
 
         Raises:
-            CheckpointError: On all ranks, if checkpoints exist and none is intact, or if the newest intact
-                one was saved with another number of ranks, ZeRO stage or precision.
+            StorageError: On all ranks, if the disk refuses this save, or the one before, and the config says stop.
+            CheckpointError: On all ranks, if another launch has taken the run over.
+            TrainingError: If a rank has gone, or could not save for another reason.
         """
-        choice: list[Path | CheckpointError | None] = [None]
-        if self._world.is_main:
-            self._remove_leftovers()
-            try:
-                choice = [self._newest_intact()]
-            except CheckpointError as error:
-                choice = [error]
-        dist.broadcast_object_list(choice)
-        chosen = choice[0]
-        if isinstance(chosen, CheckpointError):
-            raise chosen
-        if chosen is None:
-            return None
-        state = RunState(**read_json(chosen / MANIFEST)["state"])
-        engine.load(chosen)
-        self._say(f"resumed from {chosen} (step {state.step}, {state.tokens:,} tokens)")
-        return state
+        self.settle()
+        start_s = time.perf_counter()
+        captured = engine.capture(self._copies)
+        begun = self._together(state.step, lambda: self._begin(state.step, captured))
+        if isinstance(begun, InherituneError):
+            return self._accept(begun)
+        work = _Work(state, *begun, captured, start_s)
+        if self._copies is None:
+            return self._accept(self._finish(work))
+        self._writing = _Background(lambda: self._finish(work), f"save-{state.step}")
+        return True
 
-    def _newest_intact(self) -> Path | None:
-        bad: list[str] = []
-        for folder in published(self._folder):
-            fault = find_fault(folder)
-            if fault is None:
-                _check_layout(folder, self._layout)
-                return folder
-            bad.append(f"{folder.name}: {fault}")
-            self._say(f"WARNING: checkpoint {folder} is damaged and is passed over: {fault}")
-        if bad:
-            raise CheckpointError(
-                f"no checkpoint in {self._folder} can be used: {'; '.join(bad)}",
-                action="bring an intact copy back, or start over in another folder (--runs-dir or name=...)",
+    def _begin(self, step: int, captured: CapturedState) -> "tuple[Path, int] | InherituneError":
+        """Make the folder to write to if there is room: its path, and the bytes of the whole checkpoint."""
+        error = None
+        if captured.failure is not None:
+            error = TrainingError(
+                f"rank {self._world.rank} could not copy its state to host memory: {captured.failure}",
+                action='set "async_save": false in the reliability block of the DeepSpeed config',
             )
-        return None
+        reports = self._circle.gather(_Report(captured.bytes, error=error))
+        failed = _first_error(reports)
+        total_bytes = sum(report.bytes for report in reports)
+        made: Path | InherituneError | None = failed
+        if self._world.is_main and failed is None:
+            made = self._attempt(lambda: self._make_folder(step, total_bytes))
+        answer = self._circle.tell(made)
+        assert answer is not None  # rank 0 has made a folder, or says why not
+        if isinstance(answer, InherituneError):
+            self._tell_user(step, answer)
+            return answer
+        return answer, total_bytes
 
-    def _remove_leftovers(self) -> None:
-        """Remove what a launch that was killed while saving has left; nobody else saves here."""
-        for folder in self._folder.glob(".step-*.tmp"):
-            shutil.rmtree(folder, ignore_errors=True)
+    def _make_folder(self, step: int, total_bytes: int) -> Path:
+        require_space(self._store.folder, total_bytes)
+        return self._store.begin(step)
+
+    def _finish(self, work: "_Work") -> Path | InherituneError:
+        """Write this rank's files, meet the others, let rank 0 publish; what came of it, the same on all ranks."""
+        outcome = self._together(work.state.step, lambda: self._write_and_publish(work))
+        if isinstance(outcome, InherituneError):
+            self._tell_user(work.state.step, outcome)
+            if self._world.is_main:
+                self._store.discard(work.temporary)
+            return outcome
+        self.published_step, self.last_save_s = work.state.step, time.perf_counter() - work.start_s
+        if self._world.is_main:
+            self._pruning = _Background(lambda: self._store.prune(self._say), f"prune-{work.state.step}")
+        return outcome
+
+    def _write_and_publish(self, work: "_Work") -> Path | InherituneError:
+        reports = self._circle.gather(self._write(work))
+        outcome: Path | InherituneError | None = _first_error(reports)
+        if self._world.is_main and outcome is None:
+            files = {name: entry for report in reports for name, entry in (report.files or {}).items()}
+            fields = {
+                "state": work.state.as_dict(),
+                "layout": asdict(self._layout),
+                "fingerprints": self._fingerprints,
+            }
+            outcome = self._attempt(
+                lambda: self._store.publish(work.temporary, work.state.step, fields, dict(sorted(files.items())))
+            )
+        answer = self._circle.tell(outcome)
+        assert answer is not None  # rank 0 has published, or says why not
+        return answer
+
+    def _write(self, work: "_Work") -> _Report:
+        """Write this rank's files, each let go of when it is written."""
+        files, shards = {}, work.captured.shards
+        try:
+            for name in sorted(shards):
+                path = work.temporary / name
+                with storage_errors(path.parent):
+                    path.parent.mkdir(mode=0o755, exist_ok=True)
+                files[name] = write_shard(shards.pop(name), path, needed_bytes=work.total_bytes)
+        except InherituneError as error:
+            return _Report(error=error)
+        except Exception as error:  # noqa: BLE001 - the others wait for this rank's word
+            return _Report(error=_defect(self._world, error))
+        return _Report(files=files)
+
+    def _attempt(self, work: Callable[[], Path]) -> Path | InherituneError:
+        """Let rank 0 do something that the other ranks wait for; an error is told to them first."""
+        try:
+            with storage_errors(self._store.folder):
+                return work()
+        except InherituneError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - the others wait for rank 0's word
+            return _defect(self._world, error)
+
+    def _together(self, step: int, work: Callable[[], Value]) -> Value | InherituneError:
+        try:
+            return work()
+        except RuntimeError as error:
+            return TrainingError(
+                f"the ranks have lost each other while they saved step {step}: {str(error).splitlines()[0]}",
+                action="see how the missing rank has ended, then give the same command again: it goes on from the "
+                "newest published checkpoint",
+            )
+
+    def _accept(self, outcome: Path | InherituneError) -> bool:
+        """True for a published checkpoint; False for a refusal of the disk that the run may live with."""
+        if isinstance(outcome, Path):
+            return True
+        if self._stops or not isinstance(outcome, StorageError):
+            raise outcome
+        return False
+
+    def _tell_user(self, step: int, error: InherituneError) -> None:
+        if isinstance(error, StorageError) and not self._stops:
+            self._say(
+                f"WARNING: step {step} is NOT saved, the run goes on, and older checkpoints are kept: {error.problem}"
+            )
+
+    @property
+    def wants_save(self) -> bool:
+        """Whether an asynchronous save has failed for good on this rank: the next `save` raises it on all ranks."""
+        ended = self._writing.result if self._writing is not None else None
+        return isinstance(ended, InherituneError) and (self._stops or not isinstance(ended, StorageError))
+
+    def settle(self) -> bool:
+        """Wait for what is under way.
+
+        Returns:
+            False if the disk has refused it and the run may go on without it.
+
+        Raises:
+            InherituneError: As `save` does.
+        """
+        writing, self._writing = self._writing, None
+        outcome = writing.wait() if writing is not None else None
+        pruning, self._pruning = self._pruning, None
+        if pruning is not None:
+            pruning.wait()
+        return outcome is None or self._accept(outcome)
+
+    def close(self) -> None:
+        """Wait for what is under way; nothing is saved after that.
+
+        Raises:
+            InherituneError: As `save` does.
+        """
+        try:
+            self.settle()
+        finally:
+            self._circle.close()
+
+    def load(self, engine: Stateful, folder: Path) -> RunState:
+        """Restore a verified checkpoint that was saved under the same layout.
+
+        Args:
+            engine: All ranks' shares of it.
+            folder: The same on all ranks.
+
+        Raises:
+            CheckpointError: On all ranks, if one of them does not see what rank 0 sees.
+        """
+        self._check_same(folder)
+        engine.load(folder)
+        return self.state_of(folder)
+
+    def _check_same(self, folder: Path) -> None:
+        path = folder / MANIFEST
+        seen = self._circle.gather(sha256_file(path) if path.is_file() else None)
+        others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0] or digest is None]
+        if others:
+            raise CheckpointError(
+                f"rank {', '.join(others)} does not see the {path} that rank 0 sees",
+                allowed="one run folder that all machines share",
+                action="put --runs-dir on a file system that every node mounts",
+            )
+
+    @staticmethod
+    def state_of(folder: Path) -> RunState:
+        """The state in the manifest of a checkpoint."""
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise CheckpointError(
+                f"{folder / MANIFEST} is missing or not as it was written",
+                action="give the same command again: it takes the newest checkpoint that is whole",
+            )
+        return RunState.of(manifest["state"])
 
 
-def refuse_other_layout(folder: Path, layout: Layout) -> None:
-    """Compare a layout with that of the newest checkpoint with an intact manifest, before anything is prepared.
-
-    Args:
-        folder: `checkpoints/` of a run folder.
-        layout: Of this launch.
-
-    Raises:
-        CheckpointError: Naming what differs.
-    """
-    newest = next((path for path in published(folder) if _manifest(path) is not None), None)
-    if newest is not None:
-        _check_layout(newest, layout)
+@dataclass(frozen=True)
+class _Work:
+    state: RunState
+    temporary: Path
+    total_bytes: int
+    captured: CapturedState
+    start_s: float
 
 
-def _check_layout(folder: Path, layout: Layout) -> None:
-    saved = read_json(folder / MANIFEST)["layout"]
-    current = asdict(layout)
-    differing = [f"{key} {saved[key]} there, {current[key]} now" for key in current if saved[key] != current[key]]
-    if differing:
-        raise CheckpointError(
-            f"{folder} was saved under another layout: {', '.join(differing)}",
-            allowed="the same number of ranks, ZeRO stage and precision as when it was saved",
-            action="start with the same launcher line and DeepSpeed config as before",
-        )
+class _Background(Generic[Value]):
+    """One call in a thread, which does not keep a process alive that ends for another reason."""
+
+    def __init__(self, call: Callable[[], Value], name: str) -> None:
+        self.result: Value | None = None
+        self._error: BaseException | None = None
+        self._call = call
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._call()
+        except BaseException as error:  # noqa: BLE001 - raised in `wait`, by the thread that has asked for it
+            self._error = error
+
+    def wait(self) -> Value | None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.result
 
 
-def published(folder: Path) -> Iterator[Path]:
-    """Published checkpoints, the newest first."""
-    if folder.is_dir():
-        yield from sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+class _Alone:
+    """The circle of one rank."""
+
+    def gather(self, value: Value) -> Sequence[Value]:
+        return [value]
+
+    def tell(self, value: Value) -> Value:
+        return value
+
+    def close(self) -> None:
+        """Nobody was told anything."""
 
 
-def newest_step(folder: Path) -> int:
-    """Step of the newest published checkpoint; 0 if there is none."""
-    newest = next(published(folder), None)
-    return int(newest.name.removeprefix("step-")) if newest else 0
+class _GlooCircle:
+    """The circle of several: a process group beside the training's, so that a thread may wait in it."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self._size = size
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def gather(self, value: Value) -> Sequence[Value]:
+        values: list[Any] = [None] * self._size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def tell(self, value: Value) -> Value:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def close(self) -> None:
+        dist.destroy_process_group(self._group)
 
 
-def find_fault(folder: Path) -> str | None:
-    """What is wrong with a published checkpoint: a missing, changed or resized file; None if intact."""
-    manifest = _manifest(folder)
-    if manifest is None:
-        return f"{MANIFEST} is missing or not as it was written"
-    faults = (_file_fault(folder, name, expected) for name, expected in manifest["files"].items())
-    return next((fault for fault in faults if fault is not None), None)
+def _make_circle(world: World, timeout_s: float) -> Circle:
+    return _Alone() if world.size == 1 else _GlooCircle(world.size, timeout_s)
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint; None if it is missing or not as it was written."""
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
-        return None
-    return manifest
+def _first_error(reports: Sequence[_Report]) -> InherituneError | None:
+    return next((report.error for report in reports if report.error is not None), None)
 
 
-def _file_fault(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-        return f"{name} lies outside the checkpoint"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-    found = sha256_file(path)
-    return (
-        None if found == expected["sha256"] else f"{name} has sha256 {found[:12]}... not {expected['sha256'][:12]}..."
+def _defect(world: World, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"rank {world.rank} could not save: {type(error).__name__}: {error}",
+        action="older checkpoints are kept; this is a defect, please report it",
     )
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """sha256 (hex) of a manifest: a flipped bit must not change the step or the hash of a file."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

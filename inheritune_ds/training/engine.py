@@ -8,7 +8,6 @@ import io
 import logging
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -22,9 +21,10 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from inheritune_ds.errors import MachineError, StorageError, TrainingError
+from inheritune_ds.errors import MachineError, TrainingError
 from inheritune_ds.surgery.document_masks import skip_packing_check
 from inheritune_ds.training.block_wrapping import wrap_blocks
+from inheritune_ds.training.captured_state import CapturedState, HostCopies, capture
 from inheritune_ds.training.ds_keys import OURS
 from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
@@ -41,7 +41,6 @@ Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
 """Where the fp32 master weights got the target's exact values: set after DeepSpeed had made them of half-precision
 weights, or taken over from a model that is fp32 itself."""
-_WRITER_FAILED = re.compile(r"inline_container|PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -293,21 +292,17 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             yield name, safe_get_full_fp32_param(parameter).float().cpu()
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of the state below `folder`; all ranks must call it.
+    def capture(self, copies: HostCopies | None = None) -> CapturedState:
+        """Take this rank's share of the state, to be written to files; all ranks must call it.
 
-        Raises:
-            StorageError: If torch could not complete a file; its writer tells a full disk as a RuntimeError.
+        Args:
+            copies: Where to copy the tensors to; None: they must be written before the next step.
         """
-        try:
-            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
-        except RuntimeError as error:
-            if not _WRITER_FAILED.search(str(error)):
-                raise
-            raise StorageError(
-                f"{folder} cannot be written: torch could not complete a file",
-                action="free some space, then give the same command again: older checkpoints are kept",
-            ) from None
+        from deepspeed.checkpoint import constants
+
+        # What its conversion to the universal format asks for; it leaves this to its client.
+        universal = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        return capture(self._engine, {constants.UNIVERSAL_CHECKPOINT_INFO: universal}, copies)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, with the same number of ranks and the same ZeRO stage."""

@@ -1,0 +1,165 @@
+"""Files of a checkpoint: each written once, from its first byte to its last, and hashed while it is written.
+
+torch's zip writer only ever appends. What it hands over goes to the file and to sha256 at the same time, in two threads
+that both leave Python's lock; a third asks the disk to begin before the file is complete, so that the last fsync has
+little left to wait for. The hash is that of the bytes in memory: it does not come from the file that it is to prove.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+from inheritune_ds.errors import StorageError
+
+_PIECE_BYTES = 1 << 23
+_FLUSH_BYTES = 1 << 26
+"""So many new bytes are worth a flush of their own."""
+_INLINE_BYTES = 1 << 16
+"""Less than this is hashed at once: handing it to a thread takes longer."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_shard(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+    """Write one file as `torch.save` does, without its CRC32, and flush it to the disk.
+
+    The CRC32 would be a third pass over the bytes, over each record of the file by itself; `torch.load` does not ask
+    for it, and sha256 takes its place.
+
+    Args:
+        state: What the file is to hold.
+        path: A file that does not exist yet, in a folder that does.
+        needed_bytes: Of the whole checkpoint, for the message.
+
+    Returns:
+        `bytes` and `sha256` (hex), as a manifest lists them.
+
+    Raises:
+        StorageError: If the disk refuses any of it, with the path and the bytes needed.
+    """
+    with ThreadPoolExecutor(2, thread_name_prefix="shard") as helpers, _refusals(path, needed_bytes):
+        file = _HashedFile(path, helpers)
+        try:
+            with _without_crc32():
+                torch.save(state, cast("IO[bytes]", file))
+            return file.finish()
+        finally:
+            file.close()
+
+
+def require_space(folder: Path, checkpoint_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold: there must be room for the next checkpoint twice over.
+
+    Args:
+        folder: Where checkpoints go; the nearest folder above it that exists is asked.
+        checkpoint_bytes: Of one checkpoint, all ranks together.
+
+    Raises:
+        StorageError: Naming the folder, the bytes needed and the bytes free.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(there).free
+    if free_bytes < 2 * checkpoint_bytes:
+        raise StorageError(
+            f"{folder} has {free_bytes:,} bytes free, and a checkpoint of {checkpoint_bytes:,} bytes is to be written",
+            allowed=f"{2 * checkpoint_bytes:,} bytes free, twice its size",
+            action="free some space, or keep fewer checkpoints (checkpoint.keep)",
+        )
+
+
+@contextmanager
+def _refusals(path: Path, needed_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        action = "free some space" if error.errno in _FULL else "see to the disk, or choose another folder"
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}; the checkpoint takes {needed_bytes:,} bytes",
+            action=f"{action}, then give the same command again: older checkpoints are kept",
+        ) from None
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class _HashedFile:
+    """What `torch.save` writes to.
+
+    A refusal of the disk is kept for `finish`, and what follows it is dropped: an exception out of `write` would pass
+    through torch's C++ writer, whose destructor writes once more.
+    """
+
+    def __init__(self, path: Path, helpers: ThreadPoolExecutor) -> None:
+        # Not for others to write to, whatever the umask: such a file would not be loaded again.
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._helpers = helpers
+        self._digest = hashlib.sha256()
+        self._bytes = self._flushed_bytes = 0
+        self._flush: Future[None] | None = None
+        self._refusal: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take the next bytes; their memory may change as soon as this returns."""
+        view = memoryview(data).cast("B")
+        if self._refusal is None:
+            hashing = None
+            if len(view) < _INLINE_BYTES:
+                self._digest.update(view)
+            else:
+                hashing = self._helpers.submit(self._digest.update, view)
+            try:
+                self._append(view)
+            except OSError as error:
+                self._refusal = error
+            finally:
+                if hashing is not None:
+                    hashing.result()
+        return len(view)
+
+    def flush(self) -> None:
+        """Asked for by `torch.save` at its end; `finish` does it."""
+
+    def _append(self, view: memoryview) -> None:
+        while len(view):
+            written = os.write(self._descriptor, view[:_PIECE_BYTES])
+            view = view[written:]
+            self._bytes += written
+            idle = self._flush is None or self._flush.done()
+            if idle and self._bytes - self._flushed_bytes >= _FLUSH_BYTES:
+                self._end_flush()
+                self._flushed_bytes = self._bytes
+                self._flush = self._helpers.submit(os.fdatasync, self._descriptor)
+
+    def _end_flush(self) -> None:
+        """Wait for the flush under way: Linux tells of an error once, so this one must not be lost."""
+        flush, self._flush = self._flush, None
+        if flush is not None:
+            flush.result()
+
+    def finish(self) -> dict[str, Any]:
+        """Flush the whole file; say what it holds."""
+        if self._refusal is not None:
+            raise self._refusal
+        self._end_flush()
+        os.fsync(self._descriptor)
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        """Give the file back, complete or not."""
+        if self._flush is not None:
+            self._flush.exception()
+        os.close(self._descriptor)
