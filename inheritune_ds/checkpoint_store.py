@@ -84,7 +84,7 @@ class CheckpointStore:
         with storage_errors(self.folder):
             if not self.folder.is_dir():
                 self.folder.mkdir(mode=0o775, parents=True)
-            self._refuse_untrusted()
+            self.refuse_untrusted()
             self._remove_leftovers()
         newest = next((found for path in published(self.folder) if (found := read_manifest(path))), {})
         self._generation = max(_number_of(self._claimed()), int(newest.get("generation", 0))) + 1
@@ -113,8 +113,8 @@ class CheckpointStore:
     def _newest_verified(self, say: Callable[[str], None]) -> Path | None:
         found = list(published(self.folder))
         if found:
-            self._refuse_untrusted()
-            if (fault := self._pointer_fault()) is not None:
+            self.refuse_untrusted()
+            if (fault := self.pointer_fault()) is not None:
                 say(f"WARNING: {self.folder / POINTER} {fault}; the newest intact checkpoint is used without it")
         bad: list[str] = []
         for checkpoint in found:
@@ -149,7 +149,8 @@ class CheckpointStore:
         step = max(status.get("saved_step", 0), status.get("step", 0)) if isinstance(status, dict) else 0
         return f"status.json tells that step {step} was saved" if step else None
 
-    def _pointer_fault(self) -> str | None:
+    def pointer_fault(self) -> str | None:
+        """Why the pointer is of no use; None if it names a checkpoint that is there."""
         try:
             name = (self.folder / POINTER).read_text(encoding="utf-8").strip()
         except FileNotFoundError:
@@ -164,7 +165,12 @@ class CheckpointStore:
             return f"holds {name[:40]!r}, which is no checkpoint's name"
         return None if (self.folder / name).is_dir() else f"names {name}, which is not there"
 
-    def _refuse_untrusted(self) -> None:
+    def refuse_untrusted(self) -> None:
+        """Refuse a folder in which somebody else may have put what lies there.
+
+        Raises:
+            CheckpointError: It belongs to somebody else, or everybody can write to it.
+        """
         if (reason := distrust(self.folder.stat())) is not None:
             raise CheckpointError(
                 f"{self.folder} {reason}; {_PICKLE}",
@@ -278,32 +284,69 @@ class CheckpointStore:
                 reasons[checkpoint] = f"every {self._keep_every} steps"
         return reasons
 
-    def prune(self, say: Callable[[str], None]) -> None:
+    def leaving(self) -> list[Path]:
+        """The published checkpoints that the rule does not keep, the newest first."""
+        staying = self.staying()
+        return [checkpoint for checkpoint in published(self.folder) if checkpoint not in staying]
+
+    def later_than(self, step: int) -> list[Path]:
+        """The published checkpoints of later steps, the newest first."""
+        return [checkpoint for checkpoint in published(self.folder) if step_of(checkpoint) > step]
+
+    def prune(self, say: Callable[[str], None]) -> list[Path]:
         """Delete what the rule does not keep, once the newest has been read back and is intact.
 
         Args:
             say: Told why nothing is deleted, or what cannot be.
+
+        Returns:
+            What was deleted.
         """
-        staying = self.staying()
-        leaving = [checkpoint for checkpoint in published(self.folder) if checkpoint not in staying]
+        leaving = self.leaving()
         if not leaving:
-            return
-        newest = next(iter(staying))
+            return []
+        newest = next(published(self.folder))
         if (fault := find_fault(newest)) is not None:
             say(f"WARNING: checkpoint {newest} is damaged: {fault}; the older ones stay, however many there are")
-            return
-        for checkpoint in leaving:
-            self.remove(checkpoint, say)
+            return []
+        return [checkpoint for checkpoint in leaving if self._remove(checkpoint, say)]
 
-    def remove(self, checkpoint: Path, say: Callable[[str], None]) -> None:
-        """Delete a checkpoint; one that cannot be deleted is told and left to the next launch."""
+    def go_back(self, step: int, say: Callable[[str], None]) -> list[Path]:
+        """Delete the checkpoints later than a step, so that the run goes on from the newest of the others.
+
+        Args:
+            step: The latest that may stay.
+            say: Told what cannot be deleted.
+
+        Returns:
+            What was deleted.
+
+        Raises:
+            CheckpointError: Nothing intact would be left.
+            StorageError: The pointer cannot be written.
+        """
+        later = self.later_than(step)
+        newest = next((checkpoint for checkpoint in published(self.folder) if checkpoint not in later), None)
+        fault = "no checkpoint is as early" if newest is None else find_fault(newest)
+        if newest is None or fault is not None:
+            raise CheckpointError(
+                f"the run cannot go back to step {step}: {f'{newest.name}: ' if newest else ''}{fault}",
+                allowed="a step at or after that of an intact checkpoint",
+                action=f"`inheritune-ds checkpoints {self.folder.parent} verify` tells which are intact",
+            )
+        write_text(self.folder / POINTER, f"{newest.name}\n")
+        return [checkpoint for checkpoint in later if self._remove(checkpoint, say)]
+
+    def _remove(self, checkpoint: Path, say: Callable[[str], None]) -> bool:
         hidden = self.folder / f".{checkpoint.name}.deleted.tmp"
         try:
             _remove(hidden)
             checkpoint.rename(hidden)  # never half deleted under its own name
             shutil.rmtree(hidden)
-        except OSError as error:
+        except OSError as error:  # such as a shared file system on which somebody still reads it
             say(f"checkpoint {checkpoint} cannot be deleted: {error.strerror}: {error.filename}; training goes on")
+            return False
+        return True
 
 
 def _number_of(claim: str) -> int:

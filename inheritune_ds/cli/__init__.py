@@ -12,6 +12,7 @@ VERBS = {
     "prepare": "make the token files of a recipe: read, tokenize, split, count",
     "plan": "print the resolved recipe and DeepSpeed config and the whole budget",
     "inherit": "cut a model: keep some of its blocks, prove the result, write a Hugging Face folder",
+    "checkpoints": "list, verify or prune the checkpoints of a run",
     "study": "train a reference, its target and a baseline, and compare them",
     "recipes": "list the shipped recipes",
 }
@@ -22,6 +23,9 @@ SIBLING_GRACE_S = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; return the exit code (docs/exit_codes.md)."""
     try:
+        from inheritune_ds.redaction import redact_output
+
+        redact_output()
         return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))
     except KeyboardInterrupt:
         _complain("interrupted; finished stages are kept, the same command goes on")
