@@ -24,8 +24,9 @@ import torch.distributed as dist
 from inheritune_ds.errors import MachineError, TrainingError
 from inheritune_ds.surgery.document_masks import skip_packing_check
 from inheritune_ds.training.block_wrapping import wrap_blocks
-from inheritune_ds.training.captured_state import CapturedState, HostCopies, capture
+from inheritune_ds.training.captured_state import TAG, CapturedState, HostCopies, capture
 from inheritune_ds.training.ds_keys import OURS
+from inheritune_ds.training.elastic import load_by_name
 from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
 from inheritune_ds.training.meeting import cannot_meet
@@ -304,15 +305,19 @@ class Engine:
         universal = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         return capture(self._engine, {constants.UNIVERSAL_CHECKPOINT_INFO: universal}, copies)
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, with the same number of ranks and the same ZeRO stage."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine")
-        if loaded is None:
-            raise TrainingError(
-                f"DeepSpeed found no state in {folder}",
-                allowed="a checkpoint that this program has published",
-                action="remove this checkpoint; the same command takes the one before it",
-            )
+    def load(self, folder: Path) -> tuple[str, ...]:
+        """Restore a saved state, of any number of ranks and any ZeRO stage; all ranks must call it.
+
+        Args:
+            folder: A verified checkpoint.
+
+        Returns:
+            A line on every setting that rounds otherwise than when it was saved.
+
+        Raises:
+            CheckpointError: If it is not a state of this model.
+        """
+        return load_by_name(self._engine, folder / TAG)
 
     def close(self) -> None:
         """Give the memory of the engine back, so that another can follow in this process."""
