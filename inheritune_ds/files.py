@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inheritune_ds.errors import InherituneError, StorageError
+from inheritune_ds.redaction import redact, redact_document
 
 CHUNK_BYTES = 1 << 22
 _RUST_REFUSAL = re.compile(r"\(os error (\d+)\)")
@@ -57,7 +58,18 @@ def _refusal(path: Path | str, number: int | None, reason: str) -> StorageError:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by new text, atomically and durably.
+    """Replace a file by new text, atomically and durably; secrets in it are masked.
+
+    Raises:
+        StorageError: If the folder cannot be written.
+    """
+    write_exact(path, redact(text))
+
+
+def write_exact(path: Path, text: str) -> None:
+    """Replace a file by text that has no room for free words, as `write_text` does but without a look for secrets.
+
+    Numbers must not change because a password is a number, too.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -75,8 +87,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replace a file by a JSON document, atomically; NaN is refused (ValueError)."""
-    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    """Replace a file by a JSON document, atomically; NaN is refused (ValueError). Secrets in its texts are masked."""
+    write_exact(path, json.dumps(redact_document(document), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

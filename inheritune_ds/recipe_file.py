@@ -16,6 +16,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.recipe import Recipe
+from inheritune_ds.redaction import override_problems, secret_problems
 
 DEFAULT_RECIPE = "openllama-3b-13l"
 Model = TypeVar("Model", bound=BaseModel)
@@ -36,10 +37,12 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None
         beside: Folder that relative recipe paths start from; the current one when left out.
 
     Raises:
-        RecipeError: With every problem found.
+        RecipeError: With every problem found; with the secrets alone if it holds any, since other messages show values.
     """
     text, origin = read_document(name, "recipes", beside=beside)
     document = parse_yaml(text, origin)
+    if secrets := [*secret_problems(document, origin), *override_problems(overrides)]:
+        raise RecipeError.of(secrets)
     _expand_preset(document, origin)
     problems: list[RecipeError] = []
     for override in overrides:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from inheritune_ds.data.pieces import TextEncoder
 from inheritune_ds.errors import MachineError
+from inheritune_ds.redaction import redact_output
 
 Ids = npt.NDArray[np.uint32]
 JOBS_HERE = 8
@@ -128,6 +129,7 @@ class EncoderPool:
 def _work(pipe: Connection, definition: tuple[str, int]) -> None:
     """Encode what comes through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one
+    redact_output()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder = TextEncoder(*definition)
     while True:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inheritune_ds.errors import InherituneError, RecipeError
+from inheritune_ds.redaction import secret_problems
 from inheritune_ds.training.ds_keys import (
     AUTO,
     DERIVED,
@@ -51,6 +52,8 @@ def read(path: Path | None) -> dict[str, Any]:
             allowed='{"train_micro_batch_size_per_gpu": "auto", ...}',
             action="start from ds_configs/zero1.json",
         )
+    if secrets := secret_problems(document, f"DeepSpeed config {path}"):
+        raise RecipeError.of(secrets)
     return document
 
 
