@@ -11,10 +11,11 @@
     |- MachineError            10   a compiler, device or package is missing, or does not work
     |- TrainingError           11   the run itself went wrong (non-finite loss)
     |- ExportError             12   the exported model is not the trained one
+    |- HangError               13   a phase of training took longer than its limit
 
 0 is success *or* an agreed early stop; `status.json` in the run folder tells which. 2 is a
-mistyped command line (argparse). 130 is a Ctrl-C, SIGTERM or SIGUSR1 outside the training loop,
-where nothing has to be saved, or a second Ctrl-C within 5 s. A traceback (exit code 1) is a
+mistyped command line (argparse). 130 is a Ctrl-C, SIGTERM or SIGUSR1 while a run is prepared,
+when nothing has to be saved, or a second Ctrl-C within 5 s. A traceback (exit code 1) is a
 defect of this program.
 """
 
@@ -111,3 +112,9 @@ class ExportError(InherituneError):
     """The exported model is not, bit for bit, the trained one."""
 
     exit_code = 12
+
+
+class HangError(InherituneError):
+    """A phase of training took longer than its limit, so the watchdog ended every rank."""
+
+    exit_code = 13

@@ -12,7 +12,7 @@ from inheritune_ds.layout import read_layout
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.surgery.reference import load_model
-from inheritune_ds.training.checkpoints import newest_step
+from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.training.ds_config import MICRO_BATCH, Machine, Resolved
 from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import Kernels

@@ -1,9 +1,12 @@
 """Who hears what the training loop reports: rank 0 everything, the other ranks nothing."""
 
+from contextlib import suppress
+
+from inheritune_ds.errors import StorageError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.run_folder import RunFolder
 from inheritune_ds.tracking import Progress, Tracker
-from inheritune_ds.training.checkpoints import RunState
+from inheritune_ds.training.run_state import RunState
 
 
 class RunRecorder:
@@ -28,8 +31,13 @@ class RunRecorder:
         self._progress.say(line)
 
     def saved(self, step: int) -> None:
-        """Note that the run can go on from a step."""
-        self._folder.write_status("running", step=step)
+        """Note that the run can go on from a step; a disk that refuses it ends nothing."""
+        with suppress(StorageError):
+            self._folder.write_status("running", step=step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after a step."""
+        self._tracker.rewind(step)
 
     def close(self) -> None:
         """Finish the line and the logs."""
@@ -51,6 +59,9 @@ class SilentRecorder:
 
     def saved(self, step: int) -> None:
         """Rank 0 writes."""
+
+    def rewind(self, step: int) -> None:
+        """Rank 0 forgets."""
 
     def close(self) -> None:
         """Nothing is open."""

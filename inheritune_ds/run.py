@@ -1,7 +1,5 @@
 """The flow of one run: claim the folder, prepare, train, export, report. The same command again goes on."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from inheritune_ds import __version__
-from inheritune_ds.analysis.report import write_run_report
 from inheritune_ds.budget import flops_per_token
+from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.errors import InherituneError, RunFolderError, StorageError
-from inheritune_ds.export import PROBE_TOKENS, check_logits, export_model, model_card, write_probe
-from inheritune_ds.files import write_json
+from inheritune_ds.export import PROBE_TOKENS
+from inheritune_ds.files import read_json, write_json
 from inheritune_ds.gpus import identify, mfu
 from inheritune_ds.kept_kernels import keep, kept_request, refuse_replaced_loss
 from inheritune_ds.machine import detect_gpus
@@ -27,18 +23,23 @@ from inheritune_ds.preparation import Prepared, open_prepared, prepare_run, vali
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.recorder import RunRecorder, SilentRecorder
+from inheritune_ds.resumption import Resumption
 from inheritune_ds.run_data import RunData
 from inheritune_ds.run_folder import FolderBusyError, RunFolder, State
+from inheritune_ds.run_results import RunResults
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.surgery.reference import load_model
 from inheritune_ds.training.allocator import keep_freed_memory
-from inheritune_ds.training.checkpoints import Checkpoints, Layout, RunState, newest_step, refuse_other_layout
+from inheritune_ds.training.checkpoints import Checkpoints
+from inheritune_ds.training.controls import Controls
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
 from inheritune_ds.training.engine import Engine, start_process_group
 from inheritune_ds.training.kernels import Kernels, choose_kernels
-from inheritune_ds.training.loop import LoopParts, LoopResult, train
+from inheritune_ds.training.loop import LoopParts, train
 from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.optimizer import parameter_groups
+from inheritune_ds.training.run_state import Layout, RunState
+from inheritune_ds.training.watchdog import Watchdog
 from inheritune_ds.training.world import EXIT_INTERRUPTED, StopSignal, World
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Launch:
         runs_dir: Run folders stand below it.
         cache_dir: Token files stand below it.
         auto_micro_batch: Whether the micro-batch is found by trying.
+        max_minutes: How long this launch may take, from its start; None: as long as it needs.
     """
 
     ds_document: dict[str, Any]
@@ -70,11 +72,12 @@ class Launch:
     runs_dir: Path
     cache_dir: Path
     auto_micro_batch: bool = False
+    max_minutes: float | None = None
 
     @cached_property
     def meeting(self) -> Meeting:
         """Where the ranks wait for rank 0."""
-        return Meeting(self.world)
+        return Meeting(self.world, self.stop)
 
     def resolve(self, recipe: Recipe) -> Resolved:
         """The DeepSpeed config of a recipe on this machine."""
@@ -93,8 +96,13 @@ class Launch:
             print(line, flush=True)
 
 
-def execute(recipe: Recipe, launch: Launch) -> bool:
+def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False) -> bool:
     """Bring a recipe to its end, its reference first if that is a recipe of its own.
+
+    Args:
+        recipe: The experiment.
+        launch: How this process was started.
+        fresh: Whether the run starts over; what is there is set aside.
 
     Returns:
         Whether it is finished; False if a signal stopped it (status.json then says `requeue`).
@@ -104,13 +112,13 @@ def execute(recipe: Recipe, launch: Launch) -> bool:
     """
     resolved = launch.resolve(recipe)  # every recipe of the chain is checked before any of them trains
     folder = RunFolder(launch.runs_dir / recipe.name)
-    if launch.meeting.by_main(lambda: folder.has_finished(recipe)):
+    if not fresh and launch.meeting.by_main(lambda: folder.has_finished(recipe)):
         launch.say(folder.finished_before)
         return True
     if not _reference_ready(recipe, launch):
         return False
     try:
-        return _Run(recipe, resolved, folder, launch).run()
+        return _Run(recipe, resolved, folder, launch, fresh=fresh).run()
     except InherituneError as error:
         _mark(folder, "failed", error.problem, exit_code=error.exit_code)
         raise
@@ -125,7 +133,7 @@ def execute(recipe: Recipe, launch: Launch) -> bool:
 
 
 def _mark(folder: RunFolder, state: State, reason: str, *, exit_code: int = 0) -> None:
-    """Write how the run ended, with the step of its newest checkpoint; on the rank that has the folder."""
+    """Write how the run stands, with the step of its newest checkpoint; on the rank that has the folder."""
     if folder.is_claimed:
         with suppress(StorageError):  # a full disk: what ended the run matters more, and is told on the console
             folder.write_status(state, step=newest_step(folder.checkpoints), reason=reason, exit_code=exit_code)
@@ -148,19 +156,60 @@ def _reference_ready(recipe: Recipe, launch: Launch) -> bool:
 class _Run:
     """The stages of one run whose folder is claimed."""
 
-    def __init__(self, recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch) -> None:
+    def __init__(self, recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch, *, fresh: bool) -> None:
         self._recipe, self._resolved, self._folder, self._launch = recipe, resolved, folder, launch
-        self._world = launch.world
+        self._fresh, self._world = fresh, launch.world
         self._layout = Layout(launch.world.size, resolved.zero_stage, resolved.precision)
+        self._resumption = Resumption(folder, recipe, self._layout, launch.say)
 
     def run(self) -> bool:
-        launch, folder = self._launch, self._folder
-        prepared = open_prepared(launch.meeting.by_main(self._prepare), folder)
+        launch = self._launch
+        found = launch.meeting.by_main(self._prepare)
+        prepared = open_prepared(found["prepared"], self._folder)
         if launch.machine.kind == "cpu":
             launch.say("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
         start_process_group(self._world)
+        watch = Watchdog(self._resolved.reliability, self._world, self._folder.path, on_hang=self._hung)
+        try:
+            with watch.phase("start", newest_step(self._folder.checkpoints)):
+                data = RunData(self._recipe, prepared.tokens)
+                engine = self._build(prepared, data)
+            try:
+                return self._train(engine, data, prepared, found["checkpoint"], watch)
+            finally:
+                engine.close()
+        finally:
+            watch.close()
+
+    def _hung(self, reason: str, exit_code: int) -> None:
+        """Write down why the watchdog ends this launch; called on a thread of its own."""
+        _mark(self._folder, "failed", reason, exit_code=exit_code)
+
+    def _prepare(self) -> dict[str, Any]:
+        """Claim the folder, choose where to go on and make everything that training starts from; on rank 0."""
+        launch, folder = self._launch, self._folder
+        with launch.stop.interruptible():
+            if self._fresh and (aside := folder.set_aside()) is not None:
+                launch.say(f"--fresh: the run that was there is set aside as {aside}")
+            folder.claim(self._recipe)
+            self._resumption.begin()
+            chosen = self._resumption.choose()
+            folder.write_status("preparing", step=newest_step(folder.checkpoints))
+            folder.write_provenance({"world_size": self._world.size, "launcher": self._world.launcher})
+            self._write_ds_config()
+            prepared = prepare_run(
+                self._recipe,
+                folder,
+                cache_dir=launch.cache_dir,
+                export_of=lambda name: launch.runs_dir / load_recipe(name).name / "export",
+                say=launch.say,
+            )
+        return {"prepared": prepared.note, "checkpoint": chosen}
+
+    def _build(self, prepared: Prepared, data: RunData) -> Engine:
+        """The target under DeepSpeed, as the recipe and this machine want it."""
+        launch, folder = self._launch, self._folder
         model = load_model(prepared.target.folder, dtype="float32")
-        data = RunData(self._recipe, prepared.tokens)
         run_tokens = data.total_steps * self._recipe.training.global_batch_tokens
         kernels = self._choose_kernels(model.config, 6.0 * model.num_parameters() * run_tokens / self._world.size)
         if launch.auto_micro_batch:
@@ -181,34 +230,7 @@ class _Run:
         if self._world.is_main:
             keep(folder.path, engine.kernels)
             self._write_ds_config(engine.kernels, groups)
-        try:
-            result = self._train(engine, data)
-            if not result.finished:
-                reason = f"{launch.stop.requested or 'another rank'}: saved at step {result.state.step}"
-                _mark(folder, "requeue", reason)
-                launch.say(f"stopped and saved at step {result.state.step}; the same command goes on from there")
-                return False
-            self._finish(engine, prepared, data, result.state)
-        finally:
-            engine.close()
-        return True
-
-    def _prepare(self) -> dict[str, str]:
-        """Claim the folder and make everything that training starts from; on rank 0."""
-        launch, folder = self._launch, self._folder
-        folder.claim(self._recipe)
-        refuse_other_layout(folder.checkpoints, self._layout)
-        folder.write_status("preparing", step=newest_step(folder.checkpoints))
-        folder.write_provenance({"world_size": self._world.size, "launcher": self._world.launcher})
-        self._write_ds_config()
-        prepared = prepare_run(
-            self._recipe,
-            folder,
-            cache_dir=launch.cache_dir,
-            export_of=lambda name: launch.runs_dir / load_recipe(name).name / "export",
-            say=launch.say,
-        )
-        return prepared.note
+        return engine
 
     def _write_ds_config(self, kernels: Kernels | None = None, groups: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write ds_config.resolved.json, with kernels and parameter groups once the model is known."""
@@ -244,16 +266,21 @@ class _Run:
             launch.say(f"allocator: {keep_freed_memory()}")
         return kernels
 
-    def _train(self, engine: Engine, data: RunData) -> LoopResult:
+    def _train(self, engine: Engine, data: RunData, prepared: Prepared, chosen: str | None, watch: Watchdog) -> bool:
+        """Go on from the chosen checkpoint to the end, and export; False if the run was stopped before."""
         recipe, world, launch = self._recipe, self._world, self._launch
         checkpoints = Checkpoints(
-            self._folder.checkpoints,
+            self._resumption.store,
             layout=self._layout,
             world=world,
-            keep=recipe.checkpoint.keep,
+            reliability=self._resolved.reliability,
+            fingerprints=self._fingerprints(),
             say=launch.say,
         )
-        state = checkpoints.resume(engine)
+        resumption = self._resumption
+        controls = Controls(self._folder.path, launch.stop, world, max_minutes=launch.max_minutes, say=launch.say)
+        with watch.phase("start", newest_step(self._folder.checkpoints)):
+            state = resumption.restore(engine, checkpoints, chosen)
         recorder = RunRecorder(self._folder, recipe, data.total_steps, state) if world.is_main else SilentRecorder()
         parts = LoopParts(
             recipe=recipe,
@@ -267,22 +294,40 @@ class _Run:
                 size=world.size,
             ),
             checkpoints=checkpoints,
+            restore=lambda: resumption.restore(engine, checkpoints, launch.meeting.by_main(resumption.choose)),
             recorder=recorder,
-            stop=launch.stop,
+            controls=controls,
+            watch=watch,
             world=world,
             eval_dir=self._folder.eval,
             micro_batch_size=self._resolved.micro_batch_size,
             utilisation=self._utilisation(),
             data_metrics=data.metrics,
         )
-        if world.is_main:
-            self._folder.write_status("running", step=state.step if state else 0)
-        launch.stop.deferred = True
+        _mark(self._folder, "running", "")
         try:
-            return train(parts, data.total_steps, state)
+            result = train(parts, data.total_steps, state)
         finally:
-            launch.stop.deferred = False
+            checkpoints.close()
             recorder.close()
+        if not result.finished:
+            reached = result.state.step
+            _mark(self._folder, "requeue", f"{controls.reason}: saved at step {reached}")
+            launch.say(f"stopped and saved at step {reached}; the same command goes on from there")
+            return False
+        with watch.phase("finish", result.state.step):
+            self._finish(engine, prepared, data, result.state)
+        return True
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """What a checkpoint is of: recipe, data and code."""
+        record = read_json(self._folder.path / "data.json") or {}
+        provenance = read_json(self._folder.path / "provenance.json") or {}
+        return {
+            "recipe": self._recipe.fingerprint,
+            "data": record.get("fingerprint"),
+            "code": {key: provenance.get(key) for key in ("inheritune_ds", "git", "packages")},
+        }
 
     def _utilisation(self) -> Any:
         """tokens/s -> MFU, on a GPU whose peak is known."""
@@ -300,78 +345,9 @@ class _Run:
         logits = engine.probe_logits(probe)
         # All ranks take part in gathering each tensor; rank 0 keeps it.
         parameters = {name: value for name, value in engine.full_parameters() if self._world.is_main}
+        results = RunResults(self._folder, self._recipe, self._resolved, prepared)
         self._launch.meeting.by_main(
-            lambda: self._write_results(
-                prepared, self._result(prepared, data, state, engine), parameters, probe, logits
+            lambda: results.write(
+                results.figures(data, state, engine), parameters, torch.from_numpy(probe), logits, say=self._launch.say
             )
         )
-
-    def _write_results(
-        self,
-        prepared: Prepared,
-        result: dict[str, Any],
-        parameters: Mapping[str, torch.Tensor],
-        probe: npt.NDArray[np.int64],
-        logits: torch.Tensor,
-    ) -> None:
-        """Export, check the export against the engine's last state, and write the report; on rank 0."""
-        launch, folder = self._launch, self._folder
-        export_model(
-            folder.export,
-            target_folder=prepared.target.folder,
-            tokenizer_folder=prepared.tokens.tokenizer_dir,
-            parameters=parameters,
-            dtype=self._recipe.export.dtype,
-            card=model_card(self._recipe.model_dump(mode="json"), prepared.target.report, result),
-            recipe_fingerprint=self._recipe.fingerprint,
-        )
-        if self._resolved.precision == "fp32" and self._recipe.export.dtype == "float32":
-            # In half precision the engine computes with rounded weights, so only the weights are compared.
-            check_logits(folder.export, torch.from_numpy(probe), logits)
-        write_probe(folder.eval / "probe.safetensors", torch.from_numpy(probe), logits)
-        write_json(folder.path / "run.json", result)
-        report = write_run_report(folder.path)
-        folder.write_status("finished", step=result["steps"])
-        launch.say(_where(folder, report))
-
-    def _result(self, prepared: Prepared, data: RunData, state: RunState, engine: Engine) -> dict[str, Any]:
-        """The figures of run.json."""
-        final = json.loads((self._folder.eval / f"validation-step-{state.step:08d}.json").read_text(encoding="utf-8"))
-        return {
-            "name": self._recipe.name,
-            "version": __version__,
-            "recipe_fingerprint": self._recipe.fingerprint,
-            "parameters": prepared.target.report["parameters"],
-            "block_parameters": prepared.target.report["block_parameters"],
-            "blocks": prepared.target.report["blocks"],
-            "steps": state.step,
-            "skipped_steps": state.skipped_steps,
-            "tokens_seen": state.tokens,
-            "unique_tokens": data.unique_tokens(state.step),
-            "corpus_tokens": prepared.tokens.train_tokens,
-            "epochs": state.tokens / (data.stream.num_windows * self._recipe.training.seq_len),
-            "sources": data.by_source(state.step),
-            "train_seconds": state.train_seconds,
-            "world_size": self._world.size,
-            "zero_stage": self._resolved.zero_stage,
-            "precision": self._resolved.precision,
-            "master_weights": engine.master_weights,
-            "kernels": engine.kernels.as_dict(),
-            "kind": "inherited" if prepared.target.report["reference"] else "scratch",
-            "export": "export",
-            "val_loss": final["loss"],
-            "val_stderr": final["stderr"],
-        }
-
-
-def _where(folder: RunFolder, report: Path) -> str:
-    """Tell where everything of a finished run is."""
-    places: Mapping[str, Path] = {
-        "report": report,
-        "metrics": folder.path / "metrics.jsonl",
-        "inheritance": folder.path / "inheritance.json",
-        "checkpoints": folder.checkpoints,
-        "model": folder.export,
-    }
-    lines = [f"  {name:<12} {os.path.relpath(path)}" for name, path in places.items()]
-    return "\n".join([f"finished: {folder.path.name}", *lines])

@@ -18,6 +18,7 @@ from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import differences
 from inheritune_ds.training.lengths import check_lengths
 from inheritune_ds.training.packing import DocumentPacking
+from inheritune_ds.training.run_state import RunState
 
 RECORD = "data.json"
 """In the run folder: which data the run is made from."""
@@ -82,15 +83,15 @@ class RunData:
             )
         return DocumentPacking(self._tokens.eos_id)
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """Of every source, after a number of steps: tokens seen, unique ones among them, and epochs."""
+    def metrics(self, state: RunState) -> dict[str, float]:
+        """Of every source, where a run stands: tokens seen, unique ones among them, and epochs."""
         told: dict[str, float] = {}
-        for name, figures in self.by_source(step).items():
+        for name, figures in self.by_source(state).items():
             told |= {f"data/{name}/{key}": value for key, value in figures.items() if value is not None}
         return told
 
-    def by_source(self, step: int) -> dict[str, dict[str, float | None]]:
-        """The same by source; `unique_tokens` is None under random sampling, where it is not a matter of counting."""
+    def by_source(self, state: RunState) -> dict[str, dict[str, float | None]]:
+        """The same by source; `unique_tokens` is None where it is not a matter of counting (`stream.Seen`)."""
         length = self._recipe.training.seq_len
         return {
             name: {
@@ -98,12 +99,12 @@ class RunData:
                 "unique_tokens": None if seen.unique_windows is None else seen.unique_windows * length,
                 "epochs": seen.epochs,
             }
-            for name, seen in self.stream.seen(step).items()
+            for name, seen in self.stream.seen(state.batch_number, state.left_out).items()
         }
 
-    def unique_tokens(self, step: int) -> int | None:
-        """Different tokens seen after a number of steps; None under random sampling."""
-        seen = [figures["unique_tokens"] for figures in self.by_source(step).values()]
+    def unique_tokens(self, state: RunState) -> int | None:
+        """Different tokens seen; None where that is not a matter of counting."""
+        seen = [figures["unique_tokens"] for figures in self.by_source(state).values()]
         return None if None in seen else int(sum(count or 0 for count in seen))
 
     def _open(self, parts: Mapping[str, tuple[Shard, ...]]) -> dict[str, TokenShards]:

@@ -39,7 +39,10 @@ METRICS: Mapping[str, Metric] = {
     "train/loss": Metric("nats/token", "mean loss over all target tokens of the global batch"),
     "train/lr": Metric("1", "learning rate used in the step"),
     "train/grad_norm": Metric("1", "L2 norm of the gradient of all parameters, before clipping"),
-    "train/skipped_steps": Metric("steps", "steps since step 0 whose update was left out for a non-finite gradient"),
+    "train/skipped_steps": Metric(
+        "steps", "steps since step 0 whose update was left out: a loss or gradient not finite, or a spike"
+    ),
+    "train/rollbacks": Metric("1", "how often the run has gone back to a checkpoint after faults in a row"),
     "val/loss": Metric("nats/token", "mean loss over the fixed validation windows"),
     "val/stderr": Metric("nats/token", "standard error of val/loss, s / sqrt(n) over the windows"),
     "val/ppl": Metric("1", "perplexity, exp(val/loss)"),
@@ -79,12 +82,20 @@ class Tracker:
 
     def __init__(self, run_dir: Path, recipe: Recipe, *, resume_step: int | None) -> None:
         self._path = run_dir / METRICS_FILE
-        rows = read_metrics(run_dir) if resume_step is not None else []
-        kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        with storage_errors(self._path):
-            self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._open(-1 if resume_step is None else resume_step)
         self._wandb = _start_wandb(run_dir, recipe)
+
+    def _open(self, step: int) -> IO[str]:
+        """Open metrics.jsonl behind the rows up to a step; later ones are dropped."""
+        rows = read_metrics(self._path.parent) if step >= 0 else []
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        with storage_errors(self._path):
+            return self._path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after a step, which the run does again; W&B keeps them, and takes no new ones for them."""
+        self._file.close()
+        self._file = self._open(step)
 
     def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         """Append a row.

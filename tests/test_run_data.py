@@ -15,6 +15,7 @@ from inheritune_ds.errors import RunFolderError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.run_data import DataRecord, RunData
+from inheritune_ds.training.run_state import RunState
 from tests.data.prepared import files_source, make_texts, recipe_file, write_jsonl
 
 ACTION = "\n  do: bring the old data and settings back, or give this run a name of its own: name=OTHER"
@@ -145,8 +146,8 @@ def test_the_batches_come_from_the_shards_by_weight(run: Run) -> None:
     data = RunData(recipe, tokens)
     (batch,) = data.stream.micro_batches(3, rank=0, world_size=1, micro_batch_size=4)
     assert np.asarray(batch).shape == (4, 17)
-    seen = data.by_source(8)
+    seen = data.by_source(RunState(8))
     assert {name: figures["tokens_seen"] for name, figures in seen.items()} == {"books": 24 * 16, "web": 8 * 16}
-    metrics = data.metrics(8)
+    metrics = data.metrics(RunState(8))
     assert metrics["data/books/tokens_seen"] == 24 * 16
-    assert data.unique_tokens(8) == 32 * 16
+    assert data.unique_tokens(RunState(8)) == 32 * 16

@@ -25,17 +25,22 @@ from benchmarks.subjects.project import recipe_of
 from benchmarks.subjects.turns import Order
 from benchmarks.subjects.windows import build_model
 from inheritune_ds.budget import GIB, flops_per_token
+from inheritune_ds.checkpoint_store import CheckpointStore
 from inheritune_ds.data.shards import Windows
 from inheritune_ds.data.stream import BatchStream
 from inheritune_ds.gpus import identify, mfu
 from inheritune_ds.machine import host_memory_gib
 from inheritune_ds.recipe import Recipe, Shape
 from inheritune_ds.training import ds_document
-from inheritune_ds.training.checkpoints import RunState
+from inheritune_ds.training.checkpoints import Checkpoints
+from inheritune_ds.training.controls import Controls
 from inheritune_ds.training.ds_config import MICRO_BATCH, Machine, Resolved, resolve
 from inheritune_ds.training.engine import Engine, start_process_group
 from inheritune_ds.training.kernels import choose_kernels
 from inheritune_ds.training.loop import LoopParts, train
+from inheritune_ds.training.reliability_words import Reliability
+from inheritune_ds.training.run_state import Layout, RunState
+from inheritune_ds.training.watchdog import Watchdog
 from inheritune_ds.training.world import StopSignal, World, detect, export, prepare_environment
 
 SYNC_STEPS = 2
@@ -159,7 +164,7 @@ def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
     del model
     meter = _Meter(case, resolved.gradient_accumulation_steps, start_s)
     try:
-        train(_loop_parts(order, recipe, resolved, engine, meter), TOTAL_STEPS, RunState(0, 0, 0, 0.0))
+        train(_loop_parts(order, recipe, resolved, engine, meter), TOTAL_STEPS, RunState())
     except _DoneError:
         engine.close()  # after anything else, memory running out above all, it might raise again and hide that
     finally:
@@ -170,20 +175,29 @@ def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
 def _loop_parts(order: Order, recipe: Recipe, resolved: Resolved, engine: Engine, meter: "_Meter") -> LoopParts:
     file = Path(order.tokens)
     windows = Windows.of_file(file, "uint16", order.seq_len, file.stat().st_size // 2)
-    never: Any = None  # the case ends before a validation or a checkpoint is due
+    never: Any = None  # the case ends before a validation is due
     return LoopParts(
         recipe=recipe,
         engine=engine,
         stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
         validator=never,
-        checkpoints=never,
+        checkpoints=Checkpoints(
+            CheckpointStore(Path(order.folder) / "checkpoints", keep=1),
+            layout=Layout(engine.world.size, resolved.zero_stage, resolved.precision),
+            world=engine.world,
+            reliability=Reliability(),
+            fingerprints={},
+            say=print,
+        ),
         recorder=meter,
-        stop=StopSignal(),
+        restore=lambda: None,
+        controls=Controls(Path(order.folder), StopSignal(), engine.world),
+        watch=Watchdog(Reliability(watchdog=False), engine.world, Path(order.folder), on_hang=print),
         world=engine.world,
         eval_dir=Path(order.folder),
         micro_batch_size=resolved.micro_batch_size,
         utilisation=None,
-        data_metrics=lambda _step: {},
+        data_metrics=lambda _state: {},
     )
 
 
@@ -240,6 +254,9 @@ class _Meter:
 
     def saved(self, step: int) -> None:
         """Nothing is saved."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing is gone back to."""
 
     def close(self) -> None:
         """Put torch's and Python's warnings back."""

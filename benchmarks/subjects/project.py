@@ -101,14 +101,19 @@ def run(order: Order, turns: Turns) -> None:
 
 def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engine: Any) -> Any:
     """What the loop works with, on windows of the token file, pausing after every step."""
+    from inheritune_ds.checkpoint_store import CheckpointStore
     from inheritune_ds.data.held_out import HeldOut
     from inheritune_ds.data.shards import Windows
     from inheritune_ds.data.stream import BatchStream
     from inheritune_ds.recorder import RunRecorder
     from inheritune_ds.run_folder import RunFolder
-    from inheritune_ds.training.checkpoints import Checkpoints, Layout
+    from inheritune_ds.training.checkpoints import Checkpoints
+    from inheritune_ds.training.controls import Controls
     from inheritune_ds.training.loop import LoopParts
+    from inheritune_ds.training.reliability_words import Reliability
+    from inheritune_ds.training.run_state import Layout
     from inheritune_ds.training.validation import Validator
+    from inheritune_ds.training.watchdog import Watchdog
 
     class PausingRecorder(RunRecorder):
         """The program's own, which the loop tells of every step."""
@@ -131,17 +136,20 @@ def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engin
             HeldOut({"tokens": windows}), max_tokens=recipe.validation.max_tokens, batch_size=2, rank=0, size=1
         ),
         checkpoints=Checkpoints(
-            folder.checkpoints,
+            CheckpointStore(folder.checkpoints, keep=1),
             layout=Layout(world.size, resolved.zero_stage, resolved.precision),
             world=world,
-            keep=1,
+            reliability=Reliability(),
+            fingerprints={},
             say=print,
         ),
         recorder=PausingRecorder(folder, recipe, order.total_steps, None),
-        stop=StopSignal(),
+        restore=lambda: None,
+        controls=Controls(folder.path, StopSignal(), world),
+        watch=Watchdog(Reliability(watchdog=False), world, folder.path, on_hang=print),
         world=world,
         eval_dir=folder.eval,
         micro_batch_size=resolved.micro_batch_size,
         utilisation=None,
-        data_metrics=lambda _step: {},
+        data_metrics=lambda _state: {},
     )

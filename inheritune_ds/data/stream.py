@@ -41,7 +41,8 @@ class Seen(NamedTuple):
 
     Attributes:
         windows: Windows drawn.
-        unique_windows: Different ones among them; None with `random` sampling, where chance decides that.
+        unique_windows: Different ones among them; None where that is not a matter of counting: with `random` sampling,
+            and after the first epoch of a source of which windows were left out.
         epochs: Windows drawn / windows of the source.
     """
 
@@ -133,17 +134,34 @@ class BatchStream:
             for first in range(0, len(starts), micro_batch_size)
         )
 
-    def seen(self, step: int) -> dict[str, Seen]:
-        """Say what has been read of every source before a step.
+    def seen(self, end: int, left_out: Sequence[tuple[int, int]] = ()) -> dict[str, Seen]:
+        """Say what has been read of every source.
 
         Args:
-            step: From 0; the number of steps done.
+            end: Batches from 0 up to this one, without it.
+            left_out: Ranges of batches among them that were not read, first to end, apart from each other.
         """
-        drawn = self._mixture.turns_before(step * self.batch_windows)
+        drawn = np.array(self._drawn_before(end))
+        skipped = sum(
+            (
+                np.array(self._drawn_before(min(stop, end))) - self._drawn_before(min(first, end))
+                for first, stop in left_out
+            ),
+            start=np.zeros_like(drawn),
+        )
         return {
-            name: Seen(windows, None if self._random else min(windows, size), windows / size)
-            for name, windows, size in zip(self._tokens.names, drawn, self._tokens.sizes, strict=True)
+            name: self._seen(int(windows), int(missed), size)
+            for name, windows, missed, size in zip(self._tokens.names, drawn, skipped, self._tokens.sizes, strict=True)
         }
+
+    def _drawn_before(self, number: int) -> Sequence[int]:
+        return self._mixture.turns_before(number * self.batch_windows)
+
+    def _seen(self, drawn: int, skipped: int, size: int) -> Seen:
+        """After an epoch a window that was skipped may have come again, or not: counting does not tell."""
+        windows = drawn - skipped
+        countable = not self._random and (drawn <= size or not skipped)
+        return Seen(windows, min(windows, size) if countable else None, windows / size)
 
     def _positions(self, step: int) -> NDArray[np.int64]:
         if step < 0:

@@ -33,8 +33,8 @@ class Stateful(Protocol):
     def capture(self, copies: HostCopies | None) -> CapturedState:
         """Take this rank's share, or a copy of it; all ranks together."""
 
-    def load(self, folder: Path) -> None:
-        """Restore this rank's share."""
+    def load(self, folder: Path) -> Sequence[str]:
+        """Restore this rank's share; returns lines for the user."""
 
 
 class Circle(Protocol):
@@ -88,7 +88,7 @@ class Checkpoints:
         self._copies = HostCopies() if reliability.async_save else None
         self._circle = circle or _make_circle(world, reliability.watchdog_s["save"])
         self._writing: _Background[Path | InherituneError] | None = None
-        self._pruning: _Background[None] | None = None
+        self._pruning: _Background[list[Path]] | None = None
         self.published_step: int | None = None
         """Of the newest checkpoint that this launch has published; in async mode `save` returns before."""
         self.last_save_s = 0.0
@@ -267,7 +267,8 @@ class Checkpoints:
             CheckpointError: On all ranks, if one of them does not see what rank 0 sees.
         """
         self._check_same(folder)
-        engine.load(folder)
+        for note in engine.load(folder):
+            self._say(note)
         return self.state_of(folder)
 
     def _check_same(self, folder: Path) -> None:

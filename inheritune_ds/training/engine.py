@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,18 +20,21 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from inheritune_ds.errors import MachineError, TrainingError
+from inheritune_ds.errors import MachineError
 from inheritune_ds.surgery.document_masks import skip_packing_check
 from inheritune_ds.training.block_wrapping import wrap_blocks
 from inheritune_ds.training.captured_state import TAG, CapturedState, HostCopies, capture
 from inheritune_ds.training.ds_keys import OURS
 from inheritune_ds.training.elastic import load_by_name
+from inheritune_ds.training.faults import not_finite
 from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
 from inheritune_ds.training.meeting import cannot_meet
 from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
-from inheritune_ds.training.packing import DocumentPacking, WindowInputs, counted_targets, mean_losses, prove_apart
+from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses, prove_apart
+from inheritune_ds.training.run_state import Wishes
 from inheritune_ds.training.toolchain import check_toolchain
+from inheritune_ds.training.update import Judge, PassClock, UpdateGate, agreed, count_targets, totals
 from inheritune_ds.training.world import World
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
 """Where the fp32 master weights got the target's exact values: set after DeepSpeed had made them of half-precision
 weights, or taken over from a model that is fp32 itself."""
+_NO_WISHES = Wishes()
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,18 @@ class StepResult:
 
     Attributes:
         loss: Mean over all target tokens of the global batch, in nats.
-        grad_norm: Norm of the whole gradient before clipping.
-        applied: False if the engine left the update out (a non-finite gradient in half precision).
-        stop: Whether any rank was asked to stop.
+        grad_norm: Norm of the whole gradient before clipping; infinite if an element is not finite.
+        applied: False if the update was left out; weights and moments are then what they were, bit for bit.
+        fault: Why it was left out; None if it was applied, or if only fp16's loss scale was too large for it.
+        wishes: What any rank was asked for.
         passes_s: Seconds in forward and backward passes on this rank; DeepSpeed reduces the gradients in the last one.
     """
 
     loss: float
     grad_norm: float
     applied: bool
-    stop: bool
+    fault: str | None
+    wishes: Wishes
     passes_s: float
 
 
@@ -176,7 +181,10 @@ class Engine:
             )
         _quiet()
         self._engine = engine
+        self._gate = UpdateGate(engine.optimizer, world.size)
         self.module: torch.nn.Module = engine.module
+        embedding: Any = model.get_input_embeddings()
+        self._vocabulary: int = embedding.num_embeddings
         self._refill(masters)
         self.master_weights: MasterWeights = "refilled" if low_precision else "fp32 model"
         if packing is not None:
@@ -204,55 +212,62 @@ class Engine:
         """Where this rank computes."""
         return torch.device(self._engine.device)
 
-    def train_step(self, micro_batches: Sequence[torch.Tensor], *, lr: float, stop: bool) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: Sequence[torch.Tensor],
+        *,
+        lr: float,
+        wishes: Wishes = _NO_WISHES,
+        judge: Judge = not_finite,
+    ) -> StepResult:
         """One optimizer update over the micro-batches of this rank.
 
         Args:
             micro_batches: Host tensors (micro_batch_size, T + 1) of token ids (int64); where a negative id stands, no
                 loss is counted for it.
             lr: Learning rate of this update.
-            stop: Whether this rank was asked to stop; any rank's wish becomes everybody's.
+            wishes: What this rank was asked for; any rank's wish becomes everybody's.
+            judge: Asked before the update with the loss and the gradient norm of the global batch; a text leaves the
+                update out on all ranks.
 
         Raises:
-            TrainingError: On all ranks together, before the update, if the loss is not finite; after it,
-                if the gradient was not and the engine applied it all the same.
+            CorpusError: On all ranks together, before the passes, if a token id is not in the vocabulary.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        global_tokens = self._count_targets(micro_batches)
+        global_tokens = count_targets(
+            micro_batches,
+            self._windows.packing,
+            vocabulary=self._vocabulary,
+            step=self._engine.global_steps + 1,
+            ranks=self.world.size,
+            device=self.device,
+        )
         # The engine averages over the ranks; undo it, so that every token of the global batch weighs the same.
         factor = self.world.size / global_tokens
-        # [sum of the token losses, ranks that want to stop]; in fp64, so that summing adds no error.
-        totals = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=self.device)
-        clock = _PassClock(self.device)
+        sums = totals(wishes, self.device)
+        clock = PassClock(self.device)
         loss = math.nan
         for number, batch in enumerate(micro_batches, 1):
             inputs = self._windows.with_targets(batch, self.device)
             with clock, self._windows.apart():
                 scaled, loss_sum = self._engine(**inputs, factor=factor)
-                totals[0] += loss_sum
+                sums[0] += loss_sum
                 # A new node: the engine must mark the graph as scaled before its hook on the output looks at it.
                 self._engine.backward(scaled.view_as(scaled), scale_wrt_gas=False)
             if number == len(micro_batches):
-                dist.all_reduce(totals)
-                loss = float(totals[0]) / global_tokens
-                if not math.isfinite(loss):
-                    raise _non_finite("loss", loss, self._engine.global_steps + 1)
+                total, wishes = agreed(sums)
+                loss = total / global_tokens
+                self._gate.expect(loss, judge)
             self._engine.step()
-        applied = bool(self._engine.was_step_applied())
-        grad_norm = float(self._engine.get_global_grad_norm())
-        if applied and not math.isfinite(grad_norm):
-            raise _non_finite("gradient norm", grad_norm, self._engine.global_steps)
-        return StepResult(loss, grad_norm, applied, stop=float(totals[1]) > 0, passes_s=clock.seconds())
-
-    def _count_targets(self, micro_batches: Sequence[torch.Tensor]) -> int:
-        """Target tokens of the global batch that a loss is counted for."""
-        packing = self._windows.packing
-        own = sum(int(counted_targets(batch, packing).sum()) for batch in micro_batches)
-        count = torch.tensor(own, device=self.device)
-        if self.world.size > 1:
-            dist.all_reduce(count)
-        return max(int(count), 1)
+        return StepResult(
+            loss,
+            self._gate.grad_norm,
+            applied=bool(self._engine.was_step_applied()),
+            fault=self._gate.fault,
+            wishes=wishes,
+            passes_s=clock.seconds(),
+        )
 
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
         """Forward pass: fp32 logits of shape (B, T, V)."""
@@ -348,41 +363,3 @@ def _optimizer(model: "PreTrainedModel", ds_config: Mapping[str, Any], kernels: 
         kernels.optimizer, groups, lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
     )
     return {"model_parameters": groups} if optimizer is None else {"optimizer": optimizer}
-
-
-class _PassClock:
-    """Adds up the time of the passes: wall clock on a CPU, events on a GPU, whose passes end after their call."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spans: list[tuple[Any, Any]] = []
-
-    def __enter__(self) -> None:
-        self._start = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self._spans.append((self._start, self._now()))
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        """The sum; on a GPU it waits for the last pass."""
-        if not self._cuda:
-            return float(sum(end - start for start, end in self._spans))
-        if self._spans:
-            self._spans[-1][1].synchronize()
-        return float(sum(start.elapsed_time(end) for start, end in self._spans)) / 1000.0
-
-
-def _non_finite(what: str, value: float, step: int) -> TrainingError:
-    return TrainingError(
-        f"the {what} of step {step} is {value}: nothing after it would be worth having",
-        allowed="a finite number",
-        action="look at the last lines of metrics.jsonl; lower optimizer.lr or lengthen schedule.warmup_steps, "
-        "or start again from the last checkpoint with the same command",
-    )

@@ -12,15 +12,20 @@ from typing import Protocol
 import torch
 
 from inheritune_ds.data.stream import BatchStream
-from inheritune_ds.errors import TrainingError
+from inheritune_ds.errors import StorageError, TrainingError
 from inheritune_ds.recipe import Recipe
-from inheritune_ds.training.checkpoints import Checkpoints, RunState
+from inheritune_ds.training.agreement import agree
+from inheritune_ds.training.checkpoints import Checkpoints
+from inheritune_ds.training.controls import Controls
 from inheritune_ds.training.engine import Engine, StepResult
+from inheritune_ds.training.faults import FaultGuard
 from inheritune_ds.training.peak_memory import peak_memory_gib
 from inheritune_ds.training.read_ahead import ReadAhead
+from inheritune_ds.training.run_state import RunState, Wishes, batch_of, with_range
 from inheritune_ds.training.schedule import lr_ratio
-from inheritune_ds.training.validation import ValidationResult, Validator
-from inheritune_ds.training.world import StopSignal, World
+from inheritune_ds.training.validation import Validator
+from inheritune_ds.training.watchdog import Watchdog
+from inheritune_ds.training.world import World
 
 
 class Recorder(Protocol):
@@ -38,6 +43,9 @@ class Recorder(Protocol):
     def saved(self, step: int) -> None:
         """Note that the run can go on from a step."""
 
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after a step: the run goes on from there again."""
+
 
 @dataclass(frozen=True)
 class LoopParts:
@@ -46,16 +54,18 @@ class LoopParts:
     Attributes:
         recipe: The experiment.
         engine: The target under DeepSpeed.
-        stream: Batches by step.
+        stream: Batches by number.
         validator: Held-out windows.
         checkpoints: Where the state goes.
+        restore: Brings the engine back to the newest verified checkpoint; all ranks call it. None if there is none.
         recorder: Metrics and progress line.
-        stop: Signals of this rank.
+        controls: What this rank is asked for.
+        watch: Ends the run when a phase hangs.
         world: This rank among all.
         eval_dir: Where validation results are written.
         micro_batch_size: Sequences per rank per micro-step.
         utilisation: Turns tokens/s into model FLOPs utilisation; None when the GPU or the shape is unknown.
-        data_metrics: What has been read of every source after a number of steps.
+        data_metrics: What has been read of every source in a state.
     """
 
     recipe: Recipe
@@ -63,18 +73,20 @@ class LoopParts:
     stream: BatchStream
     validator: Validator
     checkpoints: Checkpoints
+    restore: Callable[[], RunState | None]
     recorder: Recorder
-    stop: StopSignal
+    controls: Controls
+    watch: Watchdog
     world: World
     eval_dir: Path
     micro_batch_size: int
     utilisation: Callable[[float], float] | None
-    data_metrics: Callable[[int], dict[str, float]]
+    data_metrics: Callable[[RunState], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class LoopResult:
-    """How the loop ended: at the last step, or stopped before."""
+    """How the loop ended: at the last step, or stopped before; every rank has saved by then."""
 
     state: RunState
     finished: bool
@@ -90,93 +102,206 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def train(parts: LoopParts, total_steps: int, state: RunState | None) -> LoopResult:
-    """Run from `state` (None: from the start) to `total_steps`, or until a signal stops all ranks."""
+    """Run from `state` (None: from the start) to `total_steps`, or until all ranks agree to stop.
+
+    Raises:
+        TrainingError: On all ranks: a validation loss is not finite, or faults have used up all rollbacks.
+        StorageError: On all ranks: the state cannot be saved, and the run is about to end or must not go on.
+    """
     batches = ReadAhead(
-        lambda step: parts.stream.micro_batches(
-            step, rank=parts.world.rank, world_size=parts.world.size, micro_batch_size=parts.micro_batch_size
+        lambda number: parts.stream.micro_batches(
+            number, rank=parts.world.rank, world_size=parts.world.size, micro_batch_size=parts.micro_batch_size
         ),
-        end=total_steps,
         pin=parts.engine.device.type == "cuda",
     )
     try:
-        return _train(parts, total_steps, state, batches)
+        return _Loop(parts, total_steps, batches, state or RunState(validation_due=True)).run()
     finally:
         batches.close()
 
 
-def _train(parts: LoopParts, total_steps: int, state: RunState | None, batches: ReadAhead) -> LoopResult:
-    recipe = parts.recipe
-    if state is None:
-        state = RunState(step=0, tokens=0, skipped_steps=0, train_seconds=0.0)
-        _validate(parts, state)
-    clock = _Clock(recipe.training.global_batch_tokens)
-    while state.step < total_steps:
-        step = state.step
-        seed_step(recipe.seed, step, parts.world.rank)
-        lr = recipe.optimizer.lr * lr_ratio(recipe.schedule, step, total_steps)
-        result = parts.engine.train_step(batches.take(step), lr=lr, stop=parts.stop.requested is not None)
-        clock.lap(result.passes_s, batches.waited_s)
-        state = replace(
-            state,
-            step=step + 1,
-            tokens=state.tokens + recipe.training.global_batch_tokens,
-            skipped_steps=state.skipped_steps + (not result.applied),
-            train_seconds=state.train_seconds + clock.last_s,
+class _Loop:
+    """One launch's way through the steps."""
+
+    def __init__(self, parts: LoopParts, total_steps: int, batches: ReadAhead, state: RunState) -> None:
+        self._parts, self._total_steps, self._batches, self._state = parts, total_steps, batches, state
+        self._guard = FaultGuard(parts.recipe.faults, state.faults)
+        self._clock = _Clock(parts.recipe.training.global_batch_tokens)
+        self._first = True
+        self._told_saved = parts.checkpoints.published_step
+
+    def run(self) -> LoopResult:
+        if self._stop_asked():  # while the engine was built; the state that the run was brought to is saved already
+            return LoopResult(self._state, finished=False)
+        if self._state.validation_due and not self._validate():
+            if self._state.step:
+                self._save(leaving=True)
+            return LoopResult(self._state, finished=False)
+        while self._state.step < self._total_steps:
+            wishes = self._advance()
+            if self._guard.must_roll_back:
+                self._roll_back()
+                continue
+            last, step = self._state.step == self._total_steps, self._state.step
+            validated = True
+            if last or wishes.evaluate or step % self._parts.recipe.validation.interval_steps == 0:
+                validated = self._validate()
+            leaving = wishes.stop or not validated
+            if last or leaving or wishes.save or step % self._parts.recipe.checkpoint.interval_steps == 0:
+                self._save(leaving=last or leaving)
+            self._parts.controls.honoured(replace(wishes, stop=leaving))
+            if leaving and not (last and validated):
+                return LoopResult(self._state, finished=False)
+        return LoopResult(self._state, finished=True)
+
+    def _advance(self) -> Wishes:
+        """One optimizer step, logged; what the ranks have agreed on at its end."""
+        parts, step = self._parts, self._state.step
+        with parts.watch.phase("first_step" if self._first else "step", step + 1):
+            seed_step(parts.recipe.seed, step, parts.world.rank)
+            lr = parts.recipe.optimizer.lr * lr_ratio(parts.recipe.schedule, step, self._total_steps)
+            result = parts.engine.train_step(self._take(), lr=lr, wishes=self._wishes(), judge=self._guard.judge)
+            self._first = False
+            self._clock.lap(result.passes_s, self._batches.waited_s)
+            line = self._guard.note(result.loss, result.grad_norm, result.fault)
+            self._state = replace(
+                self._state,
+                step=step + 1,
+                tokens=self._state.tokens + parts.recipe.training.global_batch_tokens,
+                skipped_steps=self._state.skipped_steps + (not result.applied),
+                train_seconds=self._state.train_seconds + self._clock.last_s,
+                faults=self._guard.state,
+            )
+            if line is not None:
+                parts.recorder.say(f"step {step + 1}: {line}")
+            parts.recorder.update(step + 1, result.loss, self._clock.tokens_per_s)
+            if step + 1 == self._total_steps or (step + 1) % parts.recipe.logging.interval_steps == 0:
+                self._log(result, lr)
+        parts.controls.stepped(self._clock.last_s)
+        self._tell_saved()
+        return result.wishes
+
+    def _wishes(self) -> Wishes:
+        """Of this rank; a save in the background that has failed for good is told by the next one, on all ranks."""
+        wishes = self._parts.controls.wishes()
+        return replace(wishes, save=True) if self._parts.checkpoints.wants_save else wishes
+
+    def _tell_saved(self) -> None:
+        """Tell of a checkpoint that is published by now; one in the background is some steps later."""
+        published = self._parts.checkpoints.published_step
+        if published is not None and published != self._told_saved:
+            self._told_saved = published
+            self._parts.recorder.saved(published)
+
+    def _take(self) -> list[torch.Tensor]:
+        """The micro-batches of this step; those of the next are read from now on."""
+        state = self._state
+        following = batch_of(state.step + 1, state.left_out) if state.step + 1 < self._total_steps else None
+        with self._parts.watch.phase("data", state.step + 1):
+            return self._batches.take(state.batch_number, following)
+
+    def _stop_asked(self) -> bool:
+        """Whether any rank was asked to stop; all ranks ask together."""
+        return agree(self._parts.controls.wishes(), self._parts.engine.device).stop
+
+    def _validate(self) -> bool:
+        """Validate; False if a wish to stop came before the end, and `validation_due` then says so in the state."""
+        parts, state = self._parts, self._state
+        with self._clock.stopped(), parts.watch.phase("validation", state.step):
+            result = parts.validator.validate_unless(self._stop_asked, parts.engine)
+            self._state = state = replace(state, validation_due=result is None)
+            if result is None:
+                return False
+            if not math.isfinite(result.loss):  # all ranks have the same losses, so they leave together
+                raise TrainingError(
+                    f"step {state.step}: the validation loss is {result.loss}",
+                    allowed="a finite number",
+                    action="lower optimizer.lr or lengthen schedule.warmup_steps; look for NaN in the weights if it is "
+                    "step 0",
+                )
+            if parts.world.is_main:
+                result.write(parts.eval_dir / f"validation-step-{state.step:08d}.json", step=state.step)
+                parts.recorder.log(
+                    state.step,
+                    state.tokens,
+                    {"val/loss": result.loss, "val/stderr": result.stderr, "val/ppl": result.perplexity},
+                )
+                parts.recorder.say(f"step {state.step}: val loss {result.loss:.4f} +- {result.stderr:.4f}")
+        return True
+
+    def _save(self, *, leaving: bool) -> None:
+        """Save; when leaving, the state must be on the disk before this returns."""
+        parts, checkpoints = self._parts, self._parts.checkpoints
+        with self._clock.stopped(), parts.watch.phase("save", self._state.step):
+            saved = checkpoints.save(parts.engine, self._state)
+            if leaving:
+                saved = checkpoints.settle() and saved
+        parts.controls.saved(checkpoints.last_save_s)
+        self._tell_saved()
+        if leaving and not saved:
+            raise StorageError(
+                f"step {self._state.step} could not be saved before leaving; the line above says why",
+                action="free some space, then give the same command again: it goes on from the checkpoint before",
+            )
+
+    def _roll_back(self) -> None:
+        """Go back to the newest verified checkpoint, and skip the batches whose updates were left out."""
+        parts, state, policy = self._parts, self._state, self._parts.recipe.faults
+        bad = batch_of(state.step - state.faults.in_a_row, state.left_out), batch_of(state.step - 1, state.left_out) + 1
+        told = (
+            f"step {state.step}: {state.faults.in_a_row} updates in a row were left out "
+            f"(batches {bad[0]} to {bad[1] - 1})"
         )
-        if not result.applied:
-            parts.recorder.say(f"step {state.step}: update left out, the gradient was not finite")
-        parts.recorder.update(state.step, result.loss, clock.tokens_per_s)
-        last = state.step == total_steps
-        if last or state.step % recipe.logging.interval_steps == 0:
-            _log(parts, state, result, lr, clock)
-        if last or state.step % recipe.validation.interval_steps == 0:
-            with clock.stopped():
-                _validate(parts, state)
-        if last or result.stop or state.step % recipe.checkpoint.interval_steps == 0:
-            with clock.stopped():
-                parts.checkpoints.save(parts.engine, state)
-            parts.recorder.saved(state.step)
-        if result.stop and not last:
-            return LoopResult(state, finished=False)
-    return LoopResult(state, finished=True)
-
-
-def _validate(parts: LoopParts, state: RunState) -> ValidationResult:
-    result = parts.validator.validate(parts.engine)
-    if not math.isfinite(result.loss):  # all ranks have the same losses, so they leave together
-        raise TrainingError(
-            f"step {state.step}: the validation loss is {result.loss}",
-            allowed="a finite number",
-            action="lower optimizer.lr or lengthen schedule.warmup_steps; look for NaN in the weights if it is step 0",
+        if state.faults.rollbacks >= policy.max_rollbacks:
+            raise TrainingError(
+                f"{told}, after {state.faults.rollbacks} rollbacks",
+                allowed=f"faults.max_rollbacks: {policy.max_rollbacks}",
+                action="look at these batches and at metrics.jsonl; lower optimizer.lr or lengthen "
+                "schedule.warmup_steps in a new run; the same command tries again from the newest checkpoint",
+            )
+        with self._clock.stopped(), parts.watch.phase("save", state.step):
+            parts.checkpoints.settle()
+            restored = parts.restore()
+        if restored is None:
+            raise TrainingError(
+                f"{told}, and there is no checkpoint yet to go back to",
+                allowed="a checkpoint before the first fault (checkpoint.interval_steps)",
+                action="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data",
+            )
+        # A checkpoint may have been saved between the faults: what it has read already cannot be skipped any more.
+        skipped = max(bad[0], batch_of(restored.step, state.left_out)), bad[1]
+        left_out = with_range(state.left_out, skipped) if skipped[0] < bad[1] else state.left_out
+        faults = replace(restored.faults, in_a_row=0, rollbacks=state.faults.rollbacks + 1)
+        self._state = replace(restored, left_out=left_out, faults=faults)
+        self._guard = FaultGuard(policy, faults)
+        parts.recorder.rewind(restored.step)
+        parts.recorder.say(
+            f"WARNING: {told}; the run goes back to step {restored.step} and skips these batches "
+            f"(rollback {faults.rollbacks} of {policy.max_rollbacks})"
         )
-    if parts.world.is_main:
-        result.write(parts.eval_dir / f"validation-step-{state.step:08d}.json", step=state.step)
-        parts.recorder.log(
-            state.step,
-            state.tokens,
-            {"val/loss": result.loss, "val/stderr": result.stderr, "val/ppl": result.perplexity},
-        )
-        parts.recorder.say(f"step {state.step}: val loss {result.loss:.4f} +- {result.stderr:.4f}")
-    return result
 
-
-def _log(parts: LoopParts, state: RunState, result: StepResult, lr: float, clock: "_Clock") -> None:
-    values = {
-        "train/loss": result.loss,
-        "train/lr": lr,
-        "train/grad_norm": result.grad_norm,
-        "train/skipped_steps": state.skipped_steps,
-        "perf/tokens_per_s": clock.tokens_per_s,
-        "perf/step_ms": 1000.0 * clock.mean_s,
-        "perf/outside_ratio": clock.outside_ratio,
-        "perf/data_wait_ratio": clock.data_wait_ratio,
-        "mem/peak_gib": peak_memory_gib(),
-        **parts.data_metrics(state.step),
-    }
-    if parts.utilisation is not None:
-        values["perf/mfu"] = parts.utilisation(clock.tokens_per_s)
-    parts.recorder.log(state.step, state.tokens, values)
-    clock.restart()
+    def _log(self, result: StepResult, lr: float) -> None:
+        parts, state, clock = self._parts, self._state, self._clock
+        values = {
+            "train/loss": result.loss,
+            "train/lr": lr,
+            "train/grad_norm": result.grad_norm,
+            "train/skipped_steps": state.skipped_steps,
+            "train/rollbacks": state.faults.rollbacks,
+            "perf/tokens_per_s": clock.tokens_per_s,
+            "perf/step_ms": 1000.0 * clock.mean_s,
+            "perf/outside_ratio": clock.outside_ratio,
+            "perf/data_wait_ratio": clock.data_wait_ratio,
+            "mem/peak_gib": peak_memory_gib(),
+            **parts.data_metrics(state),
+        }
+        if parts.utilisation is not None:
+            values["perf/mfu"] = parts.utilisation(clock.tokens_per_s)
+        # A step whose update was left out may have none; the line above has told its value.
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        with parts.watch.phase("log", state.step):
+            parts.recorder.log(state.step, state.tokens, finite)
+        clock.restart()
 
 
 class _Clock:

@@ -3,12 +3,17 @@
 Rank 0 leaves a note in the launcher's store, a small key-value server in its own process (under torchrun
 in the agent's), and the others look for it at intervals. A collective would give up after ten minutes; a
 file in the run folder may be an earlier launch's, and says nothing when rank 0 is killed.
+
+A rank that is asked to stop while it waits does not leave, for a launcher would take that for a failure and kill
+rank 0: it leaves a note, too, and rank 0 ends its work for both.
 """
 
 import json
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -16,13 +21,15 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from inheritune_ds.errors import InherituneError, MachineError, TrainingError
-from inheritune_ds.training.world import EXIT_INTERRUPTED, World
+from inheritune_ds.training.world import EXIT_INTERRUPTED, StopSignal, World
 
 POLL_S = 0.2
 ATTENTION_S = 10.0
 """How long rank 0 waits until all have read its note; one that has died must not hold it."""
 _MEETING_TIMEOUT = timedelta(minutes=10)
 """How long the first rank waits for the last one to start."""
+_ASKED = "inheritune_ds/asked"
+"""Note of a rank that was asked to stop while rank 0 works."""
 Answer = TypeVar("Answer")
 
 
@@ -60,15 +67,17 @@ class Meeting:
 
     Args:
         world: This rank among all. With several, making a Meeting waits until each of them makes one.
+        stop: Signals of this rank.
 
     Raises:
         MachineError: If the ranks cannot meet.
+        KeyboardInterrupt: If this rank was asked to stop, and the others do not come.
     """
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, world: World, stop: StopSignal) -> None:
+        self._world, self._stop = world, stop
         self._notes = 0
-        self._store = open_store() if world.size > 1 else None
+        self._store = _wait_for_all(stop) if world.size > 1 else None
 
     def by_main(self, work: Callable[[], Answer]) -> Answer:
         """Let rank 0 do something; all ranks must call it together.
@@ -94,7 +103,8 @@ class Meeting:
 
     def _do(self, store: Store, key: str, work: Callable[[], Answer]) -> Answer:
         try:
-            answer = work()
+            with self._hearing(store):
+                answer = work()
         except BaseException as error:
             self._tell(store, key, {"left": _last_words(error)})
             raise
@@ -108,9 +118,34 @@ class Meeting:
         while store.add(f"{key}/read", 0) < self._world.size - 1 and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
 
+    @contextmanager
+    def _hearing(self, store: Store) -> Iterator[None]:
+        """Take over another rank's wish to stop, on a thread: this one works."""
+        done = threading.Event()
+
+        def listen() -> None:
+            try:
+                while not store.check([_ASKED]):
+                    if done.wait(POLL_S):
+                        return
+                self._stop.pass_on(store.get(_ASKED).decode())
+            except dist.DistError:
+                return  # the launcher has gone: whoever ended it ends this process, too
+
+        listener = threading.Thread(target=listen, name="wishes of other ranks", daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            done.set()
+
     def _wait(self, store: Store, key: str) -> Any:
+        asked = False
         try:
             while not store.check([key]):
+                if self._stop.requested is not None and not asked:
+                    asked = True
+                    store.set(_ASKED, f"{self._stop.requested} on rank {self._world.rank}")
                 time.sleep(POLL_S)
             note = json.loads(store.get(key))
             store.add(f"{key}/read", 1)
@@ -127,6 +162,31 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted", EXIT_INTERRUPTED
     return f"{type(error).__name__}: {error}", 1
+
+
+def _wait_for_all(stop: StopSignal) -> Store:
+    """Open the store on a thread: its constructor waits in C++ code, where no signal is heard."""
+    opened: list[Store] = []
+    failed: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            opened.append(open_store())
+        except Exception as error:  # noqa: BLE001 (raised again where it can be heard)
+            failed.append(error)
+
+    thread = threading.Thread(target=meet, name="meeting", daemon=True)
+    thread.start()
+    asked_s: float | None = None
+    while thread.is_alive():
+        thread.join(POLL_S)
+        if stop.requested is not None:
+            asked_s = time.monotonic() if asked_s is None else asked_s
+            if time.monotonic() - asked_s > ATTENTION_S:  # ranks that are on their way leave together with this one
+                raise KeyboardInterrupt
+    if failed:
+        raise failed[0]
+    return opened[0]
 
 
 def open_store() -> Store:

@@ -39,6 +39,7 @@ class RunState:
         train_seconds: Time spent in optimizer steps, over all launches that count.
         faults: What is remembered of faults.
         left_out: Batches that a rollback has skipped, ascending and apart.
+        validation_due: Whether the validation of this step is still to be done.
     """
 
     step: int = 0
@@ -47,6 +48,7 @@ class RunState:
     train_seconds: float = 0.0
     faults: FaultState = FaultState()
     left_out: tuple[BatchRange, ...] = ()
+    validation_due: bool = False
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "RunState":
@@ -108,3 +110,14 @@ def batch_of(step: int, left_out: Sequence[BatchRange]) -> int:
         if number >= first:
             number += end - first
     return number
+
+
+def with_range(left_out: Sequence[BatchRange], more: BatchRange) -> tuple[BatchRange, ...]:
+    """Leave out another range, too; ranges that touch become one."""
+    joined: list[BatchRange] = []
+    for first, end in sorted([*left_out, more]):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((first, end))
+    return tuple(joined)

@@ -1,6 +1,7 @@
 """Held-out loss on fixed windows, with its standard error."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,9 @@ from inheritune_ds.data.window_mean import window_mean
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.files import write_json
 from inheritune_ds.training.packing import DocumentPacking, counted_targets
+
+BATCHES_BETWEEN = 8
+"""A wish to stop is looked for every so many forward passes."""
 
 
 class WindowScorer(Protocol):
@@ -104,12 +108,28 @@ class Validator:
 
     def validate(self, scorer: WindowScorer) -> ValidationResult:
         """Score the windows; all ranks of the process group must call it together."""
+        result = self.validate_unless(lambda: False, scorer)
+        assert result is not None
+        return result
+
+    def validate_unless(self, stop: Callable[[], bool], scorer: WindowScorer) -> ValidationResult | None:
+        """Score the windows like `validate`; None if it was stopped.
+
+        Args:
+            stop: Asked on all ranks together from time to time; the same answer on all.
+            scorer: Gives the losses.
+        """
         own = np.arange(self._rank, self.count, self._size)
         # Every rank must run as many forward passes (ZeRO-3 gathers weights in each): the short ones repeat.
         longest = math.ceil(self.count / self._size)
         padded = np.resize(own, longest) if len(own) else np.zeros(longest, dtype=np.int64)
         batches = [self._windows.read(padded[i : i + self._batch_size]) for i in range(0, longest, self._batch_size)]
-        losses = np.concatenate(scorer.window_losses(batches))[: len(own)]
+        scored: list[npt.NDArray[np.float64]] = []
+        for first in range(0, len(batches), BATCHES_BETWEEN):
+            if stop():
+                return None
+            scored += scorer.window_losses(batches[first : first + BATCHES_BETWEEN])
+        losses = np.concatenate(scored)[: len(own)]
         everyone = torch.zeros(self.count, dtype=torch.float64)
         everyone[torch.from_numpy(own)] = torch.from_numpy(losses)
         if self._size > 1:

@@ -205,6 +205,36 @@ def test_what_was_seen_of_a_source_is_what_was_drawn(
             assert all(Counter(own)[row] == 1 for row in own)
 
 
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    batches=st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(1, 8)),
+    batch_windows=st.integers(1, 12),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_a_rollback_has_left_out_does_not_count_as_seen(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    batches: tuple[int, int, int],
+    batch_windows: int,
+    data: st.DataObject,
+) -> None:
+    more = settings_of(data, sizes)
+    stream = make_stream(tmp_path_factory.mktemp("stream"), sizes, batch_windows, **more)
+    end, first, count = batches
+    left_out = range(first, first + count)
+    drawn = [row for number in range(end) if number not in left_out for row in rows_of(stream, number)]
+    for number, (found, size) in enumerate(
+        zip(stream.seen(end, [(first, first + count)]).values(), sizes, strict=True)
+    ):
+        own = [place for source, _, place in drawn if source == number]
+        assert (found.windows, found.epochs) == (len(own), len(own) / size)
+        assert found.unique_windows in (None, len(set(own)))
+        if more["sampling"] != "random" and not any(epoch for source, epoch, _ in drawn if source == number):
+            early = [epoch for step in range(end) for source, epoch, _ in rows_of(stream, step) if source == number]
+            assert found.unique_windows is not None or any(early), "inside the first epoch it is a matter of counting"
+
+
 def test_a_source_that_is_added_does_not_reorder_the_others(tmp_path: Path) -> None:
     def places(sizes: list[int], shares: tuple[int, ...]) -> list[int]:
         stream = make_stream(tmp_path, sizes, 60, weights=[Weights(0, shares)])

@@ -59,25 +59,33 @@ class Collector:
     def saved(self, step: int) -> None:
         """Nothing is noted."""
 
+    def rewind(self, step: int) -> None:
+        """Nothing is gone back to."""
+
 
 def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: Path) -> dict[str, Any]:
     """Train a freshly built model under one ZeRO stage."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from inheritune_ds.checkpoint_store import CheckpointStore
     from inheritune_ds.data.held_out import HeldOut
     from inheritune_ds.data.shards import SourceTokens, Windows
     from inheritune_ds.data.stream import BatchStream
     from inheritune_ds.shapes import target_shape
     from inheritune_ds.surgery.reference import build_config
     from inheritune_ds.surgery.report import weights_sha256
-    from inheritune_ds.training.checkpoints import Checkpoints, Layout
+    from inheritune_ds.training.checkpoints import Checkpoints
+    from inheritune_ds.training.controls import Controls
     from inheritune_ds.training.ds_config import Machine, resolve
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.loop import LoopParts, train
     from inheritune_ds.training.packing import DocumentPacking
+    from inheritune_ds.training.reliability_words import Reliability
+    from inheritune_ds.training.run_state import Layout
     from inheritune_ds.training.validation import Validator
+    from inheritune_ds.training.watchdog import Watchdog
 
     stage, packing = int(named[0]), DocumentPacking(END_OF_DOCUMENT) if named.endswith("d") else None
     document = {
@@ -120,19 +128,22 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
             packing=packing,
         ),
         checkpoints=Checkpoints(
-            folder / f"stage-{stage}",
+            CheckpointStore(folder / f"stage-{stage}", keep=1),
             layout=Layout(world.size, stage, precision),
             world=world,
-            keep=1,
+            reliability=Reliability(),
+            fingerprints={},
             say=collector.say,
         ),
         recorder=collector,
-        stop=StopSignal(),
+        restore=lambda: None,
+        controls=Controls(folder, StopSignal(), world),
+        watch=Watchdog(Reliability(watchdog=False), world, folder, on_hang=print),
         world=world,
         eval_dir=folder,
         micro_batch_size=resolved.micro_batch_size,
         utilisation=None,
-        data_metrics=lambda _step: {},
+        data_metrics=lambda _state: {},
     )
     seen: list[list[int]] = []
     read = SourceTokens.read

@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from inheritune_ds.data.stream import BatchStream
 from inheritune_ds.errors import TrainingError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
-from inheritune_ds.training.checkpoints import RunState
+from inheritune_ds.training.controls import Controls
 from inheritune_ds.training.engine import StepResult
 from inheritune_ds.training.loop import LoopParts, train
+from inheritune_ds.training.reliability_words import Reliability
+from inheritune_ds.training.run_state import RunState, Wishes
 from inheritune_ds.training.validation import Validator
+from inheritune_ds.training.watchdog import Watchdog
 from inheritune_ds.training.world import StopSignal, World
 
 SEQ_LEN, BATCH = 4, 2
@@ -28,13 +32,27 @@ class Model:
 
     def __init__(self, *validation: float) -> None:
         self.validation = iter([*validation, *[2.0] * 100])
+        self.losses: dict[int, float] = {}
+        """Loss of every so manieth step that is computed, from 1, where it is another than 3."""
+        self.read: list[int] = []
+        """First token of the batch of every one of them."""
 
     device = torch.device("cpu")
 
-    def train_step(self, micro_batches: list[torch.Tensor], *, lr: float, stop: bool) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: list[torch.Tensor],
+        *,
+        lr: float,
+        wishes: Wishes,
+        judge: Callable[[float, float], str | None],
+    ) -> StepResult:
         assert lr > 0
         assert len(micro_batches) == 1
-        return StepResult(loss=3.0, grad_norm=1.0, applied=True, stop=stop, passes_s=0.0)
+        self.read.append(int(micro_batches[0][0, 0]))
+        loss = self.losses.get(len(self.read), 3.0)
+        fault = judge(loss, 1.0)
+        return StepResult(loss, 1.0, applied=fault is None, fault=fault, wishes=wishes, passes_s=0.0)
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
         loss = next(self.validation)
@@ -44,8 +62,25 @@ class Model:
 class Saved:
     """Stands in for the checkpoints."""
 
-    def save(self, _engine: object, state: RunState) -> None:
-        self.state = state
+    last_save_s = 0.1
+    published_step: int | None = None
+    wants_save = False
+    refuses = False
+
+    def __init__(self) -> None:
+        self.states: list[RunState] = []
+
+    def save(self, _engine: object, state: RunState) -> bool:
+        if not self.refuses:
+            self.states.append(state)
+            self.published_step = state.step
+        return not self.refuses
+
+    def settle(self) -> bool:
+        return True
+
+    def restore(self) -> RunState | None:
+        return self.states[-1] if self.states else None
 
 
 class Told:
@@ -53,6 +88,7 @@ class Told:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self.lines: list[str] = []
         self.saved_steps: list[int] = []
 
     def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
@@ -62,10 +98,13 @@ class Told:
         """Nothing is shown."""
 
     def say(self, line: str) -> None:
-        """Nothing is said."""
+        self.lines.append(line)
 
     def saved(self, step: int) -> None:
         self.saved_steps.append(step)
+
+    def rewind(self, step: int) -> None:
+        self.rows = [row for row in self.rows if row["step"] <= step]
 
 
 @pytest.fixture
@@ -78,18 +117,21 @@ def parts(recipe: Recipe, model: Model, folder: Path, told: Told, *, rank: int =
     np.arange(10 * SEQ_LEN + 1, dtype="<u2").tofile(folder / "tokens.bin")
     windows = Windows.of_file(folder / "tokens.bin", "uint16", SEQ_LEN, 10 * SEQ_LEN + 1)
     (folder / "eval").mkdir()
-    given: dict[str, Any] = {"engine": model, "checkpoints": Saved()}
+    saved, world = Saved(), World(rank, 1 + rank, rank, 1 + rank, "env")
+    given: dict[str, Any] = {"engine": model, "checkpoints": saved}
     return LoopParts(
         recipe=recipe,
         stream=BatchStream({"tokens": windows}, seed=7, batch_windows=BATCH),
         validator=Validator(HeldOut({"tokens": windows}), max_tokens=1000, batch_size=4, rank=0, size=1),
         recorder=told,
-        stop=StopSignal(),
-        world=World(rank, 1 + rank, rank, 1 + rank, "env"),
+        restore=saved.restore,
+        controls=Controls(folder, StopSignal(), world),
+        watch=Watchdog(Reliability(watchdog=False), world, folder, on_hang=print),
+        world=world,
         eval_dir=folder / "eval",
         micro_batch_size=BATCH // (1 + rank),
         utilisation=None,
-        data_metrics=lambda _step: {},
+        data_metrics=lambda _state: {},
         **given,
     )
 

@@ -37,7 +37,7 @@ class Scorer:
         return 1.0 + math.sin(1.7 * window) + 0.01 * window
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> Losses:
-        self.shapes = [batch.shape for batch in batches]
+        self.shapes += [batch.shape for batch in batches]
         return [np.array([self.loss_of(int(row[0]) // SEQ_LEN) for row in batch]) for batch in batches]
 
 

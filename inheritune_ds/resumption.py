@@ -1,0 +1,64 @@
+"""How a run goes on: from which checkpoint, and what is refused before anything is prepared."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from inheritune_ds.checkpoint_store import CheckpointStore, published, read_manifest
+from inheritune_ds.errors import CheckpointError
+from inheritune_ds.recipe import Recipe
+from inheritune_ds.run_folder import RunFolder
+from inheritune_ds.training import elastic
+from inheritune_ds.training.checkpoints import Checkpoints
+from inheritune_ds.training.engine import Engine
+from inheritune_ds.training.run_state import Layout, RunState
+
+
+class Resumption:
+    """The way back of one run.
+
+    Args:
+        folder: The run folder.
+        recipe: Its recipe.
+        layout: Of this launch.
+        say: Prints one line for the user.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, layout: Layout, say: Callable[[str], None]) -> None:
+        self._recipe, self._layout, self._say = recipe, layout, say
+        self.store = CheckpointStore.of(folder.checkpoints, recipe.checkpoint)
+
+    def begin(self) -> None:
+        """Take the checkpoints over from every earlier launch; on rank 0, which has the run folder.
+
+        Raises:
+            CheckpointError: If the recipe says `checkpoint.resume: never` and there are some.
+        """
+        newest = next(published(self.store.folder), None)
+        if newest is not None and self._recipe.checkpoint.resume == "never":
+            raise CheckpointError(
+                f"{newest} is there, and the recipe says checkpoint.resume: never",
+                allowed="a run folder without checkpoints",
+                action="leave out checkpoint.resume to go on from it, or start over with --fresh, which sets the old "
+                "run aside",
+            )
+        self.store.claim_generation()
+
+    def choose(self) -> str | None:
+        """Find the newest verified checkpoint, on rank 0; None if nothing was ever saved.
+
+        Raises:
+            CheckpointError: If there are checkpoints and none is intact, or it cannot go on under this layout.
+        """
+        checkpoint = self.store.newest_verified(self._say)
+        if checkpoint is None:
+            return None
+        elastic.check_convertible(Layout(**(read_manifest(checkpoint) or {})["layout"]), self._layout)
+        return str(checkpoint)
+
+    def restore(self, engine: Engine, checkpoints: Checkpoints, chosen: str | None) -> RunState | None:
+        """Bring the engine to the chosen checkpoint; all ranks must call it together."""
+        if chosen is None:
+            return None
+        state = checkpoints.load(engine, Path(chosen))
+        self._say(f"resumed from {chosen} (step {state.step}, {state.tokens:,} tokens)")
+        return state
