@@ -116,7 +116,7 @@ def _told(checkpoint: Path) -> tuple[str, str, str, str]:
     if manifest is None:
         return "?", "?", age, "DAMAGED: no manifest as it was written"
     layout = manifest["layout"]
-    saved_under = f"{layout['world_size']} ranks, ZeRO-{layout['zero_stage']}, {layout['precision']}"
+    saved_under = f"{_count(layout['world_size'], 'rank')}, ZeRO-{layout['zero_stage']}, {layout['precision']}"
     return f"{manifest['state']['tokens']:,}", _size(manifest), age, saved_under
 
 
@@ -126,6 +126,10 @@ def _size(manifest: dict[str, Any]) -> str:
 
 def _bytes(manifest: dict[str, Any]) -> int:
     return sum(entry["bytes"] for entry in manifest["files"].values())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _age(seconds: float) -> str:
@@ -142,7 +146,11 @@ def _verify(store: "CheckpointStore") -> None:
     for checkpoint in found:
         manifest = read_manifest(checkpoint) or {"files": {}}
         fault = _read_back(checkpoint, _bytes(manifest))
-        told = f"intact ({len(manifest['files'])} files, {_size(manifest)})" if fault is None else f"DAMAGED: {fault}"
+        told = (
+            f"intact ({_count(len(manifest['files']), 'file')}, {_size(manifest)})"
+            if fault is None
+            else f"DAMAGED: {fault}"
+        )
         print(f"{checkpoint.name}  {told}", flush=True)
         bad += fault is not None
     if not found:
