@@ -128,11 +128,13 @@ def _stoppable() -> Iterator[None]:
     before = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     }
-    StopSignal().install()
+    stop = StopSignal()
+    stop.install()
     if before[signal.SIGHUP] != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     try:
-        yield
+        with stop.interruptible():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)

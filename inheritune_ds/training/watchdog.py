@@ -164,9 +164,9 @@ class Watchdog:
         return Hang(phase.name, phase.step, self._world.rank, socket.gethostname(), phase.limit_s, stamp)
 
     def _listen(self) -> None:
-        """Wait for another rank's note (torch tells of a lost store by RuntimeErrors), on a thread of its own: a store that has lost its network may not answer."""
+        """Wait for another rank's note, on a thread of its own: a store without its network may not answer."""
         assert self._store is not None
-        with suppress(RuntimeError):  # the store has ended with rank 0: limits of this rank's own are left
+        with suppress(RuntimeError):  # torch's: the store has ended with rank 0: limits of this rank's own are left
             while not self._closed.wait(2 * TICK_S):
                 if self._store.check([_NOTE]):
                     self._told = Hang(**json.loads(self._store.get(_NOTE)))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from inheritune_ds.errors import ExportError, MachineError
 from inheritune_ds.training import meeting
 from inheritune_ds.training.meeting import MainRankLeftError, Meeting, open_store
-from inheritune_ds.training.world import World
+from inheritune_ds.training.world import StopSignal, World
 from tests.end_to_end.launching import environment, free_port
 
 MAIN, SECOND = World(0, 2, 0, 2, "env"), World(1, 2, 1, 2, "env")
@@ -20,9 +20,9 @@ MAIN, SECOND = World(0, 2, 0, 2, "env"), World(1, 2, 1, 2, "env")
 RANK = """
 import os, sys, time
 from inheritune_ds.training.meeting import MainRankLeftError, Meeting
-from inheritune_ds.training.world import detect
+from inheritune_ds.training.world import StopSignal, detect
 world = detect(os.environ)
-meeting = Meeting(world)
+meeting = Meeting(world, StopSignal())
 print(meeting.by_main(lambda: {"from": world.rank}), flush=True)
 try:
     meeting.by_main(lambda: os._exit(9))
@@ -69,12 +69,12 @@ def never() -> None:
 
 def test_one_rank_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "open_store", never)
-    alone = Meeting(World(0, 1, 0, 1, "single"))
+    alone = Meeting(World(0, 1, 0, 1, "single"), StopSignal())
     assert alone.by_main(lambda: {"a": 1}) == {"a": 1}
 
 
 def test_every_rank_gets_what_rank_0_found(notes: Notes) -> None:
-    main, second = Meeting(MAIN), Meeting(SECOND)
+    main, second = Meeting(MAIN, StopSignal()), Meeting(SECOND, StopSignal())
     found: list[object] = []
     waiting = threading.Thread(target=lambda: found.extend([second.by_main(never), second.by_main(never)]))
     waiting.start()
@@ -89,16 +89,16 @@ def test_every_rank_gets_what_rank_0_found(notes: Notes) -> None:
 def test_rank_0_leaves_only_when_its_note_is_read_and_does_not_wait_for_the_dead(
     notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main = threading.Thread(target=lambda: Meeting(MAIN).by_main(lambda: 5))
+    main = threading.Thread(target=lambda: Meeting(MAIN, StopSignal()).by_main(lambda: 5))
     main.start()
     time.sleep(0.2)
     assert main.is_alive()
-    assert Meeting(SECOND).by_main(int) == 5
+    assert Meeting(SECOND, StopSignal()).by_main(int) == 5
     main.join(timeout=10)
     assert not main.is_alive()
     monkeypatch.setattr(meeting, "ATTENTION_S", 0.1)
     notes.counts.clear()
-    assert Meeting(MAIN).by_main(lambda: 6) == 6
+    assert Meeting(MAIN, StopSignal()).by_main(lambda: 6) == 6
 
 
 def fail(error: BaseException) -> Callable[[], None]:
@@ -121,9 +121,9 @@ def test_every_rank_leaves_when_rank_0_leaves(
 ) -> None:
     monkeypatch.setattr(meeting, "ATTENTION_S", 0.1)
     with pytest.raises(type(error)):
-        Meeting(MAIN).by_main(fail(error))
+        Meeting(MAIN, StopSignal()).by_main(fail(error))
     with pytest.raises(MainRankLeftError) as caught:
-        Meeting(SECOND).by_main(never)
+        Meeting(SECOND, StopSignal()).by_main(never)
     assert str(caught.value) == f"rank 0 has ended the run: {words}"
     assert caught.value.exit_code == exit_code
 
@@ -131,8 +131,50 @@ def test_every_rank_leaves_when_rank_0_leaves(
 def test_a_rank_leaves_when_rank_0_has_vanished(notes: Notes) -> None:
     notes.gone = True
     with pytest.raises(MainRankLeftError, match=r"^rank 0 has ended the run: it has left without a word") as caught:
-        Meeting(SECOND).by_main(never)
+        Meeting(SECOND, StopSignal()).by_main(never)
     assert caught.value.exit_code == 11
+
+
+def test_a_rank_that_is_asked_to_stop_tells_rank_0_and_waits_for_its_word(notes: Notes) -> None:
+    asked, working = StopSignal(), StopSignal()
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            Meeting(SECOND, asked).by_main(never)
+        except MainRankLeftError as error:
+            caught.append(error)
+
+    def work() -> None:
+        deadline_s = time.monotonic() + 10
+        while working.requested is None and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert waiting.is_alive()
+        raise KeyboardInterrupt
+
+    asked.pass_on("SIGUSR1")
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    with pytest.raises(KeyboardInterrupt):
+        Meeting(MAIN, working).by_main(work)
+    waiting.join(timeout=10)
+    assert working.requested == "SIGUSR1 on rank 1"
+    assert [(str(error), error.exit_code) for error in caught if isinstance(error, MainRankLeftError)] == [
+        ("rank 0 has ended the run: it was interrupted", 130)
+    ]
+
+
+def test_a_rank_that_is_asked_to_stop_waits_shortly_for_the_others(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "ATTENTION_S", 0.2)
+    monkeypatch.setattr(meeting, "open_store", lambda: time.sleep(60))
+    stop = StopSignal()
+    stop.pass_on("SIGTERM")
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Meeting(MAIN, stop)
+    assert 0.2 < time.monotonic() - begun < 5.0
 
 
 @pytest.mark.launch

@@ -18,7 +18,7 @@ from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.micro_batch import divisors, largest_that_fits
 from inheritune_ds.training.packing import DocumentPacking
 from inheritune_ds.training.peak_memory import peak_memory_gib, reset_peak_memory
-from inheritune_ds.training.world import World
+from inheritune_ds.training.world import StopSignal, World
 
 
 def search(
@@ -82,7 +82,7 @@ class Here:
 
     @property
     def meeting(self) -> Meeting:
-        return Meeting(self.world)
+        return Meeting(self.world, StopSignal())
 
     def say(self, line: str) -> None:
         assert line
