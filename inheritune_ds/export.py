@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inheritune_ds.errors import ExportError
-from inheritune_ds.files import storage_errors, write_json
+from inheritune_ds.files import storage_errors, write_json, write_text
 from inheritune_ds.publish import describe_files, staged
 from inheritune_ds.run_folder import EXPORT_MANIFEST
 from inheritune_ds.surgery.reference import load_model
@@ -59,8 +59,8 @@ def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
     expected = weights_sha256(model.state_dict())
     with staged(folder) as temporary, storage_errors(folder):
         model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False).save_pretrained(temporary)
+        write_text(temporary / "README.md", card)
         found = weights_sha256(load_model(temporary).state_dict())
         if found != expected:
             raise ExportError(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from inheritune_ds import __version__, hub
 from inheritune_ds.corpus import HubSource
 from inheritune_ds.errors import RunFolderError
-from inheritune_ds.files import read_json, storage_errors, sync_path, write_json, write_text
+from inheritune_ds.files import read_json, storage_errors, sync_path, write_exact, write_json
 from inheritune_ds.hub import RepoType
 from inheritune_ds.publish import has_files
 from inheritune_ds.recipe import Recipe
@@ -130,7 +130,7 @@ class RunFolder:
         """Write recipe.resolved.yaml, unless it says the same already."""
         resolved = self.path / "recipe.resolved.yaml"
         if not resolved.exists() or resolved.read_text(encoding="utf-8") != dump_recipe(recipe):
-            write_text(resolved, dump_recipe(recipe))
+            write_exact(resolved, dump_recipe(recipe))  # a recipe that holds a secret has been refused
 
     def pin_of(self, kind: RepoType, name: str, revision: str) -> str:
         """The full commit that an earlier launch found for a revision on the hub; the revision itself if none did."""
