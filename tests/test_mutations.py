@@ -6,14 +6,14 @@ the copy and must fail, while in an unchanged copy they pass.
 
 import os
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import data_mutations, mutations
+from tests.forked_tests import Outcome, run_all
 from tests.mutations import Mutation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 MUTATIONS = [*mutations.MUTATIONS, *data_mutations.MUTATIONS]
 TESTS = {**mutations.TESTS, **data_mutations.TESTS}
+WHOLE = "whole"
+CRASHES = {"aborts": "os.abort()", "leaves": "os._exit(1)", "passes": "pass", "fails": "assert False"}
 TESTS_FAILED = 1
 """pytest's exit code; another one, such as 4 for a conftest that does not import, proves nothing."""
 CONFTEST = """
@@ -43,52 +45,63 @@ def copy_to(folder: Path) -> Path:
     return folder
 
 
-def run_tests(folder: Path, files: list[str], only: str = "") -> subprocess.CompletedProcess[str]:
-    """Run tests in a copy, without measuring its coverage: that is the package's own business."""
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTEST_"))}
-    environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+def arguments(files: list[str], only: str = "") -> list[str]:
+    """Run without measuring coverage: that is the package's own business."""
     options = ["-x", "-q", "--no-cov", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--tb=line"]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files, *(["-k", only] if only else [])],
-        cwd=folder,
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    return [*options, *files, *(["-k", only] if only else [])]
 
 
-def mutate_and_test(mutation: Mutation, folder: Path) -> subprocess.CompletedProcess[str]:
+def plant(mutation: Mutation, folder: Path) -> None:
     path = copy_to(folder) / "inheritune_ds" / mutation.file
     source = path.read_text(encoding="utf-8")
     assert source.count(mutation.old) == 1, f"{mutation.file} has {mutation.old!r} {source.count(mutation.old)} times"
     path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-    done = run_tests(folder, TESTS[mutation.file], mutation.only)
-    shutil.rmtree(folder)
-    return done
+
+
+def jobs(base: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Make one folder after the other: of what a crash must look like, of the package as it is, of every mistake."""
+    for name, body in CRASHES.items():
+        (base / name).mkdir()
+        (base / name / "test_crash.py").write_text(f"import os\n\ndef test_crash():\n    {body}\n", encoding="utf-8")
+        yield base / name, arguments(["test_crash.py"])
+    yield copy_to(base / WHOLE), arguments(sorted({file for group in TESTS.values() for file in group}))
+    for number, mutation in enumerate(MUTATIONS):
+        plant(mutation, base / str(number))
+        yield base / str(number), arguments(TESTS[mutation.file], mutation.only)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What the tests said to every mutation, and to the package as it is (""); two run at a time."""
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """How the tests ended, by the name of the folder (of a mistake: its number)."""
     base = tmp_path_factory.mktemp("mutations")
-    files = sorted({file for group in TESTS.values() for file in group})
-    with ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(lambda: run_tests(copy_to(base / "whole"), files))
-        futures = {
-            mutation.why: pool.submit(mutate_and_test, mutation, base / str(number))
-            for number, mutation in enumerate(MUTATIONS)
-        }
-        return {"": whole.result(), **{why: future.result() for why, future in futures.items()}}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTEST_"))}
+    found = {}
+    for outcome in run_all(jobs(base), environ | {"PYTHONDONTWRITEBYTECODE": "1"}):
+        found[outcome.folder.name] = outcome
+        shutil.rmtree(outcome.folder)
+    return found
 
 
-def test_the_package_as_it_is_passes(outcomes: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    assert outcomes[""].returncode == 0, outcomes[""].stdout + outcomes[""].stderr
+def is_caught(outcome: Outcome) -> bool:
+    """Whether a test has failed: a child that ends otherwise proves nothing, whatever its code."""
+    return outcome.code == TESTS_FAILED and "1 failed" in outcome.output
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.why)
-def test_a_planted_mistake_is_caught(mutation: Mutation, outcomes: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    done = outcomes[mutation.why]
-    assert done.returncode == TESTS_FAILED, f"{mutation} was not caught:\n{done.stdout}{done.stderr}"
-    assert "1 failed" in done.stdout
+@pytest.mark.parametrize(("name", "code"), [("aborts", -signal.SIGABRT), ("leaves", TESTS_FAILED), ("passes", 0)])
+def test_a_child_that_ends_otherwise_has_caught_nothing(name: str, code: int, outcomes: dict[str, Outcome]) -> None:
+    assert outcomes[name].code == code, outcomes[name].output
+    assert not is_caught(outcomes[name])
+
+
+def test_a_failing_test_in_a_child_is_caught(outcomes: dict[str, Outcome]) -> None:
+    assert is_caught(outcomes["fails"]), outcomes["fails"].output
+
+
+def test_the_package_as_it_is_passes(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes[WHOLE].code == 0, outcomes[WHOLE].output
+
+
+@pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=[mutation.why for mutation in MUTATIONS])
+def test_a_planted_mistake_is_caught(number: int, outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes[str(number)]
+    assert is_caught(outcome), f"{MUTATIONS[number]} was not caught (code {outcome.code}):\n{outcome.output}"
