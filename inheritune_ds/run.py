@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from inheritune_ds.budget import flops_per_token
+from inheritune_ds.budget import checkpoint_bytes, flops_per_token
 from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.errors import InherituneError, RunFolderError, StorageError
 from inheritune_ds.export import PROBE_TOKENS
@@ -39,6 +39,7 @@ from inheritune_ds.training.loop import LoopParts, train
 from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.optimizer import parameter_groups
 from inheritune_ds.training.run_state import Layout, RunState
+from inheritune_ds.training.shard_writer import require_space
 from inheritune_ds.training.watchdog import Watchdog
 from inheritune_ds.training.world import EXIT_INTERRUPTED, StopSignal, World
 
@@ -168,10 +169,10 @@ class _Run:
         prepared = open_prepared(found["prepared"], self._folder)
         if launch.machine.kind == "cpu":
             launch.say("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
-        start_process_group(self._world)
         watch = Watchdog(self._resolved.reliability, self._world, self._folder.path, on_hang=self._hung)
         try:
             with watch.phase("start", newest_step(self._folder.checkpoints)):
+                start_process_group(self._world)
                 data = RunData(self._recipe, prepared.tokens)
                 engine = self._build(prepared, data)
             try:
@@ -188,10 +189,10 @@ class _Run:
     def _prepare(self) -> dict[str, Any]:
         """Claim the folder, choose where to go on and make everything that training starts from; on rank 0."""
         launch, folder = self._launch, self._folder
-        with launch.stop.interruptible():
-            if self._fresh and (aside := folder.set_aside()) is not None:
-                launch.say(f"--fresh: the run that was there is set aside as {aside}")
-            folder.claim(self._recipe)
+        if self._fresh and (aside := folder.set_aside()) is not None:
+            launch.say(f"--fresh: the run that was there is set aside as {aside}")
+        folder.claim(self._recipe)
+        with launch.stop.interruptible():  # once the folder is claimed, status.json can tell of a signal
             self._resumption.begin()
             chosen = self._resumption.choose()
             folder.write_status("preparing", step=newest_step(folder.checkpoints))
@@ -204,6 +205,8 @@ class _Run:
                 export_of=lambda name: launch.runs_dir / load_recipe(name).name / "export",
                 say=launch.say,
             )
+            parameters = prepared.target.report["parameters"]
+            require_space(folder.checkpoints, checkpoint_bytes(parameters, self._resolved.precision))
         return {"prepared": prepared.note, "checkpoint": chosen}
 
     def _build(self, prepared: Prepared, data: RunData) -> Engine:
@@ -308,8 +311,9 @@ class _Run:
         try:
             result = train(parts, data.total_steps, state)
         finally:
-            checkpoints.close()
-            recorder.close()
+            with watch.phase("finish", newest_step(self._folder.checkpoints)):
+                checkpoints.close()
+                recorder.close()
         if not result.finished:
             reached = result.state.step
             _mark(self._folder, "requeue", f"{controls.reason}: saved at step {reached}")

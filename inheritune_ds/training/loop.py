@@ -127,15 +127,17 @@ class _Loop:
         self._parts, self._total_steps, self._batches, self._state = parts, total_steps, batches, state
         self._guard = FaultGuard(parts.recipe.faults, state.faults)
         self._clock = _Clock(parts.recipe.training.global_batch_tokens)
-        self._first = True
+        self._first, self._save_due = True, False
         self._told_saved = parts.checkpoints.published_step
 
     def run(self) -> LoopResult:
         if self._stop_asked():  # while the engine was built; the state that the run was brought to is saved already
+            self._parts.controls.honoured(Wishes(stop=True))
             return LoopResult(self._state, finished=False)
         if self._state.validation_due and not self._validate():
             if self._state.step:
                 self._save(leaving=True)
+            self._parts.controls.honoured(Wishes(stop=True))
             return LoopResult(self._state, finished=False)
         while self._state.step < self._total_steps:
             wishes = self._advance()
@@ -147,7 +149,9 @@ class _Loop:
             if last or wishes.evaluate or step % self._parts.recipe.validation.interval_steps == 0:
                 validated = self._validate()
             leaving = wishes.stop or not validated
-            if last or leaving or wishes.save or step % self._parts.recipe.checkpoint.interval_steps == 0:
+            self._save_due |= step % self._parts.recipe.checkpoint.interval_steps == 0
+            # Between faults a checkpoint would be what a rollback goes back to, with hardly other weights than now.
+            if last or leaving or wishes.save or (self._save_due and not self._state.faults.in_a_row):
                 self._save(leaving=last or leaving)
             self._parts.controls.honoured(replace(wishes, stop=leaving))
             if leaving and not (last and validated):
@@ -233,7 +237,7 @@ class _Loop:
         """Save; when leaving, the state must be on the disk before this returns."""
         parts, checkpoints = self._parts, self._parts.checkpoints
         with self._clock.stopped(), parts.watch.phase("save", self._state.step):
-            saved = checkpoints.save(parts.engine, self._state)
+            saved, self._save_due = checkpoints.save(parts.engine, self._state), False
             if leaving:
                 saved = checkpoints.settle() and saved
         parts.controls.saved(checkpoints.last_save_s)

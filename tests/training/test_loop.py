@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from inheritune_ds.data.held_out import HeldOut
 from inheritune_ds.data.shards import Windows
 from inheritune_ds.data.stream import BatchStream
-from inheritune_ds.errors import TrainingError
+from inheritune_ds.errors import StorageError, TrainingError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.training.controls import Controls
@@ -110,7 +111,9 @@ class Told:
 @pytest.fixture
 def recipe() -> Recipe:
     sizes = [f"training.seq_len={SEQ_LEN}", f"training.global_batch_tokens={SEQ_LEN * BATCH}"]
-    return load_recipe("quickstart", [*sizes, "validation.interval_steps=2", "checkpoint.interval_steps=3"])
+    return load_recipe(
+        "quickstart", [*sizes, "validation.interval_steps=2", "checkpoint.interval_steps=3", "logging.interval_steps=1"]
+    )
 
 
 def parts(recipe: Recipe, model: Model, folder: Path, told: Told, *, rank: int = 0) -> LoopParts:
@@ -156,3 +159,85 @@ def test_train_validates_logs_and_saves_at_its_steps(recipe: Recipe, tmp_path: P
     assert validations == [(0, 5.0), (2, 2.0), (4, 2.0), (5, 2.0)]
     assert told.saved_steps == [3, 5]
     assert json.loads((tmp_path / "eval/validation-step-00000000.json").read_text())["loss"] == 5.0
+
+
+def test_faults_in_a_row_bring_the_run_back_and_their_batches_are_skipped(recipe: Recipe, tmp_path: Path) -> None:
+    straight = Model()
+    (tmp_path / "straight").mkdir()
+    train(parts(recipe, straight, tmp_path / "straight", Told()), 12, None)
+    told, model = Told(), Model()
+    model.losses = dict.fromkeys((5, 6, 7), math.nan)  # steps 5 to 7; the checkpoint before them is that of step 3
+    result = train(parts(recipe, model, tmp_path, told), 9, None)
+    assert model.read == [*straight.read[:7], straight.read[3], *straight.read[7:12]]
+    assert (result.state.step, result.state.skipped_steps, result.state.left_out) == (9, 0, ((4, 7),))
+    assert result.state.faults.rollbacks == 1
+    (line,) = (line for line in told.lines if "rollback" in line)
+    assert "step 7: 3 updates in a row were left out (batches 4 to 6); the run goes back to step 3 and skips" in line
+    assert [line[:6] for line in told.lines if "the loss is nan" in line] == ["step 5", "step 6", "step 7"]
+    steps = [row["step"] for row in told.rows if "train/lr" in row]
+    assert steps == list(range(1, 10)), "what was undone is not in the metrics"
+
+
+def test_single_faults_are_left_out_and_counted(recipe: Recipe, tmp_path: Path) -> None:
+    told, model = Told(), Model()
+    model.losses = {2: math.inf, 5: math.nan}
+    result = train(parts(recipe, model, tmp_path, told), 6, None)
+    assert (result.finished, result.state.skipped_steps, result.state.left_out) == (True, 2, ())
+    rows = {row["step"]: row for row in told.rows if "train/lr" in row}
+    assert [rows[step]["train/skipped_steps"] for step in range(1, 7)] == [0, 1, 1, 1, 2, 2]
+    assert [step for step in rows if "train/loss" not in rows[step]] == [2, 5], "no number stands for one that is none"
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [(1, "there is no checkpoint yet to go back to"), (4, r"step \d+: 3 updates .* after 2 rollbacks")],
+)
+def test_a_run_ends_when_going_back_does_not_help(first: int, words: str, recipe: Recipe, tmp_path: Path) -> None:
+    model = Model()
+    model.losses = dict.fromkeys(range(first, 100), math.nan)
+    with pytest.raises(TrainingError, match=words):
+        train(parts(recipe, model, tmp_path, Told()), 50, None)
+
+
+def test_a_run_that_cannot_save_before_it_leaves_says_so(recipe: Recipe, tmp_path: Path) -> None:
+    work = parts(recipe, Model(), tmp_path, Told())
+    given: Any = work.checkpoints
+    given.refuses = True
+    with pytest.raises(StorageError, match="step 5 could not be saved before leaving"):
+        train(work, 5, None)
+
+
+def test_files_in_the_run_folder_ask_for_a_save_a_validation_and_a_stop(recipe: Recipe, tmp_path: Path) -> None:
+    told, model = Told(), Model()
+    work = parts(recipe, model, tmp_path, told)
+    for name in ("SAVE", "EVAL", "STOP"):
+        (tmp_path / name).touch()
+    result = train(work, 20, RunState(step=4))
+    assert (result.finished, result.state.step, told.saved_steps) == (False, 4, []), (
+        "nothing was done, nothing is saved"
+    )
+    assert not (tmp_path / "STOP").exists()
+    result = train(replace(work, controls=Controls(tmp_path, StopSignal(), work.world)), 6, RunState(step=4))
+    assert [row["step"] for row in told.rows if "val/loss" in row] == [5, 6]
+    assert told.saved_steps == [5, 6]
+    assert not [name for name in ("SAVE", "EVAL", "STOP") if (tmp_path / name).exists()]
+
+
+def test_a_validation_that_a_stop_cuts_short_is_done_by_the_next_launch(recipe: Recipe, tmp_path: Path) -> None:
+    told, model, asked = Told(), Model(), StopSignal()
+    work = parts(recipe, model, tmp_path, told)
+    validate = work.validator.validate_unless
+
+    def stopped(stop: Callable[[], bool], scorer: Any) -> Any:
+        if told.rows and told.rows[-1]["step"] == 2:
+            asked.requested = "SIGTERM"
+        return validate(stop, scorer)
+
+    given: Any = work.validator
+    given.validate_unless = stopped
+    result = train(replace(work, controls=Controls(tmp_path, asked, work.world)), 6, None)
+    assert (result.finished, result.state.step, result.state.validation_due) == (False, 2, True)
+    given.validate_unless = validate
+    end = train(replace(work, controls=Controls(tmp_path, StopSignal(), work.world)), 6, result.state)
+    assert end.finished
+    assert [row["step"] for row in told.rows if "val/loss" in row] == [0, 2, 4, 6]
