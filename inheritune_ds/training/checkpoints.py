@@ -87,6 +87,7 @@ class Checkpoints:
         self._stops, self._fingerprints = reliability.on_save_error == "stop", dict(fingerprints)
         self._copies = HostCopies() if reliability.async_save else None
         self._circle = circle or _make_circle(world, reliability.watchdog_s["save"])
+        self._temporary: Path | None = None
         self._writing: _Background[Path | InherituneError] | None = None
         self._pruning: _Background[list[Path]] | None = None
         self.published_step: int | None = None
@@ -112,6 +113,7 @@ class Checkpoints:
         captured = engine.capture(self._copies)
         begun = self._together(state.step, lambda: self._begin(state.step, captured))
         if isinstance(begun, InherituneError):
+            self._drop(begun)
             return self._accept(begun)
         work = _Work(state, *begun, captured, start_s)
         if self._copies is None:
@@ -142,16 +144,23 @@ class Checkpoints:
 
     def _make_folder(self, step: int, total_bytes: int) -> Path:
         require_space(self._store.folder, total_bytes)
-        return self._store.begin(step)
+        self._temporary = self._store.begin(step)
+        return self._temporary
+
+    def _drop(self, error: InherituneError) -> None:
+        """Remove what will not be published; not where another launch may write by now."""
+        temporary, self._temporary = self._temporary, None
+        if temporary is not None and not isinstance(error, CheckpointError):
+            self._store.discard(temporary)
 
     def _finish(self, work: "_Work") -> Path | InherituneError:
         """Write this rank's files, meet the others, let rank 0 publish; what came of it, the same on all ranks."""
         outcome = self._together(work.state.step, lambda: self._write_and_publish(work))
         if isinstance(outcome, InherituneError):
             self._tell_user(work.state.step, outcome)
-            if self._world.is_main:
-                self._store.discard(work.temporary)
+            self._drop(outcome)
             return outcome
+        self._temporary = None
         self.published_step, self.last_save_s = work.state.step, time.perf_counter() - work.start_s
         if self._world.is_main:
             self._pruning = _Background(lambda: self._store.prune(self._say), f"prune-{work.state.step}")
@@ -203,8 +212,9 @@ class Checkpoints:
         try:
             return work()
         except RuntimeError as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             return TrainingError(
-                f"the ranks have lost each other while they saved step {step}: {str(error).splitlines()[0]}",
+                f"the ranks have lost each other while they saved step {step}: {reason}",
                 action="see how the missing rank has ended, then give the same command again: it goes on from the "
                 "newest published checkpoint",
             )

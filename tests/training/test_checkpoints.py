@@ -1,362 +1,399 @@
+"""Several ranks as threads of one process, whose circle is a barrier; real process groups meet in tests/campaign."""
+
 import json
-import os
 import pickle
-import re
 import shutil
-import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
+import torch
 
-from inheritune_ds.errors import CheckpointError, StorageError
-from inheritune_ds.training import checkpoints
-from inheritune_ds.training.checkpoints import (
-    Checkpoints,
-    Layout,
-    RunState,
-    find_fault,
-    newest_step,
-    published,
-    refuse_other_layout,
-)
+from inheritune_ds.checkpoint_store import CheckpointStore, find_fault
+from inheritune_ds.errors import CheckpointError, InherituneError, StorageError, TrainingError
+from inheritune_ds.training import checkpoints as module
+from inheritune_ds.training.captured_state import CapturedState, HostCopies
+from inheritune_ds.training.checkpoints import Checkpoints, Value
+from inheritune_ds.training.reliability_words import Reliability
+from inheritune_ds.training.run_state import Layout, RunState
+from inheritune_ds.training.shard_writer import write_shard as write
 from inheritune_ds.training.world import World
 
-LAYOUT = Layout(world_size=1, zero_stage=1, precision="fp32")
-MAIN, SECOND = World(0, 1, 0, 1, "single"), World(1, 2, 1, 2, "env")
+RANKS = 2
+UNSAVED = "WARNING: step {} is NOT saved, the run goes on, and older checkpoints are kept: "
+FILES = [(0, "engine/model.pt"), (0, "engine/rank0.pt"), (1, "engine/rank1.pt")]
+
+
+class Barrier:
+    """What the circles of all ranks share; values travel as pickle, as they do between processes."""
+
+    def __init__(self, size: int) -> None:
+        self.values: list[bytes] = [b""] * size
+        self.meeting = threading.Barrier(size, timeout=20.0)
+
+
+class ThreadCircle:
+    def __init__(self, barrier: Barrier, rank: int) -> None:
+        self._barrier, self._rank = barrier, rank
+        self.closed = False
+
+    def gather(self, value: Value) -> Sequence[Value]:
+        self._barrier.values[self._rank] = pickle.dumps(value)
+        self._barrier.meeting.wait()
+        values = [pickle.loads(value) for value in self._barrier.values]
+        self._barrier.meeting.wait()
+        return values
+
+    def tell(self, value: Value) -> Value:
+        return self.gather(value)[0]
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class State:
-    """Stands in for the engine: a rank's share is one file in a folder of its own."""
+    """Stands in for the engine."""
 
-    def __init__(self, content: str = "") -> None:
-        self.content = content
+    def __init__(self, rank: int) -> None:
+        self.rank, self.weights = rank, torch.zeros(300)
+        self.loaded: Path | None = None
 
-    def save(self, folder: Path) -> None:
-        (folder / "engine").mkdir(exist_ok=True)
-        (folder / "engine" / "rank0.pt").write_text(self.content, encoding="utf-8")
-        (folder / "engine" / "model.pt").write_bytes(bytes(range(256)))
+    def capture(self, copies: HostCopies | None) -> CapturedState:
+        names = [f"engine/rank{self.rank}.pt"] + ["engine/model.pt"] * (self.rank == 0)
+        return CapturedState({name: self.weights if copies is None else copies.copy(self.weights) for name in names})
 
-    def load(self, folder: Path) -> None:
-        self.content = (folder / "engine" / "rank0.pt").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def meetings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The collectives called, in order; they do nothing in one process."""
-    calls: list[str] = []
-    monkeypatch.setattr(dist, "barrier", lambda: calls.append("barrier"))
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda _: calls.append("broadcast"))
-    return calls
+    def load(self, folder: Path) -> Sequence[str]:
+        self.loaded = folder
+        return [f"rank {self.rank} has loaded"]
 
 
-@pytest.fixture
-def lines() -> list[str]:
-    return []
+class Ranks:
+    """Two ranks of one run; `each` lets them do something together."""
 
+    def __init__(self, folder: Path, **reliability: Any) -> None:
+        self.folder = folder
+        self.lines: list[list[str]] = [[] for _ in range(RANKS)]
+        self.barrier = Barrier(RANKS)
+        self.circles = [ThreadCircle(self.barrier, rank) for rank in range(RANKS)]
+        self.engines = [State(rank) for rank in range(RANKS)]
+        self.store = CheckpointStore(folder, keep=2)
+        self.checkpoints = [
+            Checkpoints(
+                self.store if rank == 0 else CheckpointStore(folder / "not for this rank", keep=1),
+                layout=Layout(RANKS, 1, "fp32"),
+                world=World(rank, RANKS, rank, RANKS, "env"),
+                reliability=Reliability(**reliability),
+                fingerprints={"recipe": "abc"},
+                say=self.lines[rank].append,
+                circle=self.circles[rank],
+            )
+            for rank in range(RANKS)
+        ]
 
-@pytest.fixture
-def make(tmp_path: Path, meetings: list[str], lines: list[str]) -> Callable[..., Checkpoints]:
-    def build(layout: Layout = LAYOUT, *, world: World = MAIN, keep: int = 3) -> Checkpoints:
-        return Checkpoints(tmp_path, layout=layout, world=world, keep=keep, say=lines.append)
+    def each(self, work: Callable[[Checkpoints, State], Any]) -> list[Any]:
+        """What every rank returns, or raises."""
 
-    return build
+        def attempt(rank: int) -> Any:
+            try:
+                return work(self.checkpoints[rank], self.engines[rank])
+            except InherituneError as error:
+                return error
+
+        with ThreadPoolExecutor(RANKS) as pool:
+            return list(pool.map(attempt, range(RANKS)))
+
+    def save(self, step: int) -> list[Any]:
+        for engine in self.engines:
+            engine.weights.fill_(step)
+        return self.each(lambda checkpoints, engine: checkpoints.save(engine, state_at(step)))
+
+    def settle(self) -> list[Any]:
+        return self.each(lambda checkpoints, _: checkpoints.settle())
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
 
 
 def state_at(step: int) -> RunState:
     return RunState(step=step, tokens=step * 64, skipped_steps=1, train_seconds=step * 0.1)
 
 
-def save(store: Checkpoints, *steps: int) -> None:
-    for step in steps:
-        store.save(State(f"state of {step}"), state_at(step))
+def weights_of(folder: Path, name: str) -> float:
+    values = torch.load(folder / name, weights_only=True)
+    assert values.unique().numel() == 1
+    return float(values[0])
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_checkpoint_is_resumed_as_it_was_saved(
-    make: Callable[..., Checkpoints], tmp_path: Path, lines: list[str], meetings: list[str]
-) -> None:
-    save(make(), 7)
-    assert names(tmp_path) == ["step-00000007"]
-    assert names(tmp_path / "step-00000007") == ["engine", "manifest.json"]
-    assert meetings == ["barrier"] * 3
-    engine = State()
-    assert make().resume(engine) == state_at(7)
-    assert engine.content == "state of 7"
-    assert meetings[3:] == ["broadcast"]
-    assert lines == [f"resumed from {tmp_path / 'step-00000007'} (step 7, 448 tokens)"]
-
-
-def test_nothing_is_resumed_where_nothing_is(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
-    assert make().resume(State()) is None
-    (tmp_path / "step-3").mkdir()
-    assert make().resume(State()) is None
-    assert newest_step(tmp_path) == 0
-    assert newest_step(tmp_path / "nowhere") == 0
-
-
-def test_what_a_killed_launch_left_is_removed_by_rank_0(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
-    save(make(), 2)
-    left = tmp_path / ".step-00000003.tmp"
-    (left / "engine").mkdir(parents=True)
-    (left / "engine" / "half.pt").touch()
-    make(world=SECOND).resume(State())
-    assert left.is_dir()
-    assert make().resume(State()) == state_at(2)
-    assert names(tmp_path) == ["step-00000002"]
-
-
-def test_the_newest_ones_stay(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
-    save(make(keep=2), 90, 100, 1000, 1010)
-    assert names(tmp_path) == ["step-00001000", "step-00001010"]
-    assert [path.name for path in published(tmp_path)] == ["step-00001010", "step-00001000"]
-    assert newest_step(tmp_path) == 1010
-
-
-def test_older_ones_go_only_after_the_newer_one_is_there(
-    make: Callable[..., Checkpoints], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(make(keep=1), 10)
-    seen: list[list[str]] = []
-    remove = shutil.rmtree
-
-    def watched(path: Path, **options: Any) -> None:
-        if path == tmp_path / "step-00000010":
-            seen.append(names(tmp_path))
-        remove(path, **options)
-
-    monkeypatch.setattr(shutil, "rmtree", watched)
-    save(make(keep=1), 20)
-    assert seen == [["step-00000010", "step-00000020"]]
-    assert names(tmp_path) == ["step-00000020"]
-
-
-def test_a_step_saved_again_replaces_the_first(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
-    save(make(), 5)
-    make().save(State("again"), state_at(5))
-    engine = State()
-    assert make().resume(engine) == state_at(5)
-    assert engine.content == "again"
-    assert names(tmp_path) == ["step-00000005"]
-
-
-def test_a_failed_save_publishes_nothing_and_keeps_the_older(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
-    class Full(State):
-        def save(self, folder: Path) -> None:
-            super().save(folder)
-            raise OSError(28, "No space left on device", str(folder / "engine" / "model.pt"))
-
-    save(make(keep=1), 5)
-    with pytest.raises(StorageError) as caught:
-        make(keep=1).save(Full("half"), state_at(6))
-    assert caught.value.problem.endswith("model.pt cannot be written: No space left on device")
-    assert caught.value.action.startswith("free some space")
-    assert [path.name for path in published(tmp_path)] == ["step-00000005"]
-    engine = State()
-    assert make().resume(engine) == state_at(5)
-    save(make(), 6)  # what the failed one left is not in the way
-    assert find_fault(tmp_path / "step-00000006") is None
-    assert names(tmp_path) == ["step-00000005", "step-00000006"]
-
-
-def test_another_rank_writes_its_share_and_publishes_nothing(
-    make: Callable[..., Checkpoints], tmp_path: Path, meetings: list[str]
-) -> None:
-    (tmp_path / ".step-00000004.tmp").mkdir()
-    make(world=SECOND).save(State("second"), state_at(4))
-    assert names(tmp_path) == [".step-00000004.tmp"]
-    assert names(tmp_path / ".step-00000004.tmp") == ["engine"]
-    assert meetings == ["barrier"] * 3  # as many as rank 0, or the ranks would wait for each other
-
-
-def test_other_ranks_take_rank_0_s_choice(
-    make: Callable[..., Checkpoints], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(make(keep=5), 1, 2)
-
-    def choose(choice: list[Any]) -> None:
-        choice[0] = tmp_path / "step-00000001"
-
-    monkeypatch.setattr(dist, "broadcast_object_list", choose)
-    engine = State()
-    assert make(world=SECOND).resume(engine) == state_at(1)
-    assert engine.content == "state of 1"
-
-    def fail(choice: list[Any]) -> None:
-        choice[0] = pickle.loads(pickle.dumps(CheckpointError("all bad", action="start over")))
-
-    monkeypatch.setattr(dist, "broadcast_object_list", fail)
-    with pytest.raises(CheckpointError, match=r"^all bad\n  do: start over$") as caught:
-        make(world=SECOND).resume(engine)
-    assert (caught.value.problem, caught.value.action) == ("all bad", "start over")
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-
-
-def shorten(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def link(path: Path) -> None:
-    path.rename(path.parent.parent.parent / "elsewhere")
-    path.symlink_to(path.parent.parent.parent / "elsewhere")
-
-
-HARMS: list[tuple[Callable[[Path], None], str]] = [
-    (Path.unlink, "is missing"),
-    (shorten, "has 255 bytes instead of 256"),
-    (flip, r"has sha256 [0-9a-f]{12}\.\.\. not [0-9a-f]{12}\.\.\."),
-    (link, "lies outside the checkpoint"),
-]
-
-
-@pytest.mark.parametrize(("harm", "fault"), HARMS, ids=["missing", "short", "flipped", "link"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    harm: Callable[[Path], None],
-    fault: str,
-    make: Callable[..., Checkpoints],
-    tmp_path: Path,
-    lines: list[str],
-) -> None:
-    save(make(), 1, 2)
-    harm(tmp_path / "step-00000002" / "engine" / "model.pt")
-    engine = State()
-    assert make().resume(engine) == state_at(1)
-    assert engine.content == "state of 1"
-    warning, told = lines
-    assert told.startswith("resumed from ")
-    expected = f"WARNING: checkpoint {tmp_path / 'step-00000002'} is damaged and is passed over: engine/model.pt "
-    assert warning.startswith(expected)
-    assert re.fullmatch(fault, warning.removeprefix(expected))
-
-
-def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / "manifest.json"
-    document = json.loads(path.read_text(encoding="utf-8"))
-    change(document)
-    path.write_text(json.dumps(document), encoding="utf-8")
-
-
-def test_find_fault_trusts_no_manifest_that_was_changed(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
-    save(make(), 2)
-    folder = tmp_path / "step-00000002"
-    manifest = folder / "manifest.json"
-    whole = manifest.read_bytes()
+def all_weights(folder: Path) -> set[float]:
     assert find_fault(folder) is None
-    for number in range(0, len(whole) * 8, 37):  # single flipped bits, all over the file
-        content = bytearray(whole)
-        content[number // 8] ^= 1 << (number % 8)
-        manifest.write_bytes(bytes(content))
-        harmless = content.isascii() and _same_json(content, whole)
-        assert (find_fault(folder) is None) == harmless, number
-    manifest.write_text("[1, 2]", encoding="utf-8")
-    assert find_fault(folder) == "manifest.json is missing or not as it was written"
-    manifest.unlink()
-    assert find_fault(folder) == "manifest.json is missing or not as it was written"
+    return {weights_of(folder, name) for _, name in FILES}
 
 
-def _same_json(one: bytes | bytearray, other: bytes) -> bool:
-    try:
-        return bool(json.loads(one) == json.loads(other))
-    except ValueError:
-        return False
+def refuse_at(monkeypatch: pytest.MonkeyPatch, bad: str, error: Callable[[Path], Exception]) -> None:
+    def refuse(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+        if path.as_posix().endswith(bad):
+            path.write_bytes(b"half of it")
+            raise error(path)
+        return write(state, path, needed_bytes=needed_bytes)
+
+    monkeypatch.setattr(module, "write_shard", refuse)
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "engine/../../outside"])
-def test_find_fault_follows_no_name_out_of_the_folder(
-    name: str, make: Callable[..., Checkpoints], tmp_path: Path
+def full_disk(path: Path) -> Exception:
+    return StorageError(f"{path.name} does not fit", action="free some space")
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_holds_the_files_of_all_ranks(tmp_path: Path, *, background: bool) -> None:
+    ranks = Ranks(tmp_path, async_save=background)
+    assert ranks.save(7) == [True, True]
+    assert ranks.settle() == [True, True]
+    folder = tmp_path / "step-00000007"
+    assert all_weights(folder) == {7.0}
+    document = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert document["files"].keys() == {name for _, name in FILES}
+    assert RunState.of(document["state"]) == state_at(7)
+    assert document["layout"] == asdict(Layout(RANKS, 1, "fp32"))
+    assert document["fingerprints"] == {"recipe": "abc"}
+    assert ranks.names() == ["generation", "latest", "step-00000007"]
+    assert (tmp_path / "latest").read_text(encoding="utf-8") == "step-00000007\n"
+    for checkpoints in ranks.checkpoints:
+        assert checkpoints.published_step == 7
+        assert checkpoints.last_save_s > 0.0
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = threading.Event()
+
+    def slow(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+        assert disk.wait(20.0)
+        return write(state, path, needed_bytes=needed_bytes)
+
+    monkeypatch.setattr(module, "write_shard", slow)
+    ranks = Ranks(tmp_path, async_save=True)
+    assert ranks.save(3) == [True, True]
+    assert not (tmp_path / "step-00000003").exists()
+    assert [checkpoints.published_step for checkpoints in ranks.checkpoints] == [None, None]
+    for engine in ranks.engines:
+        engine.weights.fill_(4.0)
+    disk.set()
+    assert ranks.settle() == [True, True]
+    assert all_weights(tmp_path / "step-00000003") == {3.0}
+
+
+def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, async_save=True)
+    for step in range(1, 6):
+        assert ranks.save(step) == [True, True]
+    assert ranks.settle() == [True, True]
+    assert ranks.names() == ["generation", "latest", "step-00000004", "step-00000005"]
+    assert all_weights(tmp_path / "step-00000004") == {4.0}
+    assert all_weights(tmp_path / "step-00000005") == {5.0}
+
+
+@pytest.mark.parametrize(("rank", "name"), FILES)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_refusal_of_any_file_is_told_and_survived(
+    rank: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, background: bool
 ) -> None:
-    save(make(), 2)
-    folder = tmp_path / "step-00000002"
+    ranks = Ranks(tmp_path, async_save=background)
+    ranks.save(1)
+    ranks.settle()
+    refuse_at(monkeypatch, name, full_disk)
+    saved = ranks.save(2)
+    ended = ranks.settle()
+    assert [saved, ended] == ([[True] * 2, [False] * 2] if background else [[False] * 2, [True] * 2])
+    assert ranks.names() == ["generation", "latest", "step-00000001"]
+    assert ranks.lines[0] == [UNSAVED.format(2) + f"{name.removeprefix('engine/')} does not fit"]
+    assert [checkpoints.published_step for checkpoints in ranks.checkpoints] == [1, 1], rank
+    monkeypatch.setattr(module, "write_shard", write)
+    assert ranks.save(3) == [True, True]
+    assert ranks.settle() == [True, True]
+    assert all_weights(tmp_path / "step-00000003") == {3.0}
 
-    def rename(document: dict[str, Any]) -> None:
-        document["files"][name] = document["files"].pop("engine/model.pt")
-        del document["sha256"]
-        document["sha256"] = checkpoints._digest(document)
 
-    edit_manifest(folder, rename)
-    assert find_fault(folder) == f"{name} lies outside the checkpoint"
+def test_a_refusal_stops_all_ranks_if_the_config_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tmp_path, on_save_error="stop")
+    ranks.save(1)
+    refuse_at(monkeypatch, "rank1.pt", full_disk)
+    raised = ranks.save(2)
+    assert [(type(error), error.problem) for error in raised] == [(StorageError, "rank1.pt does not fit")] * 2
+    assert ranks.names() == ["generation", "latest", "step-00000001"]
+    assert ranks.lines[0] == []
 
 
-def test_no_checkpoint_left_is_an_error_that_names_each(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
-    save(make(), 1, 2)
-    (tmp_path / "step-00000001" / "engine" / "rank0.pt").unlink()
-    (tmp_path / "step-00000002" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError) as caught:
-        make().resume(State())
-    assert caught.value.problem == (
-        f"no checkpoint in {tmp_path} can be used: step-00000002: manifest.json is missing or not as it was written; "
-        "step-00000001: engine/rank0.pt is missing"
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20.0
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_refusal_behind_the_training_is_wished_for_and_raised_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(tmp_path, async_save=True, on_save_error="stop")
+    assert not any(checkpoints.wants_save for checkpoints in ranks.checkpoints)
+    refuse_at(monkeypatch, "rank1.pt", full_disk)
+    assert ranks.save(2) == [True, True]
+    wait_for(lambda: all(checkpoints.wants_save for checkpoints in ranks.checkpoints))
+    assert [error.problem for error in ranks.save(3)] == ["rank1.pt does not fit"] * 2
+    assert ranks.names() == ["generation"]
+
+
+def test_a_run_that_goes_on_wishes_for_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tmp_path, async_save=True)
+    refuse_at(monkeypatch, "rank1.pt", full_disk)
+    ranks.save(2)
+    wait_for(lambda: bool(ranks.lines[0]))
+    assert not any(checkpoints.wants_save for checkpoints in ranks.checkpoints)
+    assert ranks.settle() == [False, False]
+
+
+@pytest.mark.parametrize(("bad", "rank"), [("rank1.pt", 1), ("model.pt", 0)])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_defect_of_one_rank_ends_all(
+    bad: str, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, background: bool
+) -> None:
+    refuse_at(monkeypatch, bad, lambda _: ValueError("no such thing"))
+    ranks = Ranks(tmp_path, async_save=background)
+    raised = ranks.save(2)
+    if background:
+        raised = ranks.settle()
+    assert [type(error) for error in raised] == [TrainingError] * 2
+    assert {error.problem for error in raised} == {f"rank {rank} could not save: ValueError: no such thing"}
+    assert ranks.names() == ["generation"]
+
+
+def test_a_defect_in_publishing_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tmp_path)
+    monkeypatch.setattr(ranks.store, "publish", lambda *_: [].pop())
+    raised = ranks.save(2)
+    assert {error.problem for error in raised} == {"rank 0 could not save: IndexError: pop from empty list"}
+    assert ranks.names() == ["generation"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_rank_that_goes_leaves_nothing_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, background: bool
+) -> None:
+    ranks = Ranks(tmp_path, async_save=background)
+    ranks.save(1)
+    ranks.settle()
+
+    other_writes = threading.Event()
+
+    def go(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+        if path.name != "rank1.pt":
+            other_writes.set()
+            return write(state, path, needed_bytes=needed_bytes)
+        other_writes.wait(20.0)
+        ranks.barrier.meeting.abort()  # what the others see of a killed one: RuntimeError
+        raise SystemExit(str(path))
+
+    monkeypatch.setattr(module, "write_shard", go)
+    with ThreadPoolExecutor(RANKS) as pool:
+        saves = [
+            pool.submit(checkpoints.save, engine, state_at(2))
+            for checkpoints, engine in zip(ranks.checkpoints, ranks.engines, strict=True)
+        ]
+        if background:
+            saves = [pool.submit(checkpoints.settle) for save, checkpoints in _done(saves, ranks.checkpoints)]
+        left, gone = (save.exception() for save in saves)
+    assert isinstance(gone, SystemExit)
+    assert isinstance(left, TrainingError)
+    assert left.problem.startswith("the ranks have lost each other while they saved step 2: ")
+    assert "give the same command again" in left.action
+    assert ranks.names() == ["generation", "latest", "step-00000001"]
+
+
+def _done(saves: list[Any], checkpoints: list[Checkpoints]) -> list[tuple[Any, Checkpoints]]:
+    return [(save.result(), each) for save, each in zip(saves, checkpoints, strict=True)]
+
+
+def test_nothing_is_written_without_room_for_it_twice_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 2801, 7199))
+    monkeypatch.setattr(module, "write_shard", None)
+    ranks = Ranks(tmp_path)
+    assert ranks.save(1) == [False, False]  # the ranks have 3 x 300 fp32 values
+    reason = f"{tmp_path} has 7,199 bytes free, and a checkpoint of 3,600 bytes is to be written"
+    assert ranks.lines[0] == [UNSAVED.format(1) + reason]
+    assert ranks.names() == []
+
+
+def test_a_copy_that_host_memory_does_not_hold_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tmp_path, async_save=True)
+    monkeypatch.setattr(ranks.engines[1], "capture", lambda _: CapturedState(failure=MemoryError("600 GB")))
+    raised = ranks.save(1)
+    assert {error.problem for error in raised} == {"rank 1 could not copy its state to host memory: 600 GB"}
+    assert raised[0].action == 'set "async_save": false in the reliability block of the DeepSpeed config'
+
+
+def test_a_launch_that_was_taken_over_ends_on_all_ranks(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    ranks.save(1)
+    CheckpointStore(tmp_path, keep=2).claim_generation()
+    assert [type(error) for error in ranks.save(2)] == [CheckpointError] * 2
+    assert ranks.names() == ["generation", "latest", "step-00000001"]
+
+
+def test_ranks_load_what_they_see_alike(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    ranks.save(7)
+    folder = tmp_path / "step-00000007"
+    assert ranks.each(lambda checkpoints, engine: checkpoints.load(engine, folder)) == [state_at(7)] * 2
+    assert [engine.loaded for engine in ranks.engines] == [folder, folder]
+    assert ranks.lines == [["rank 0 has loaded"], ["rank 1 has loaded"]]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_rank_without_the_shared_folder_is_named(tmp_path: Path, *, there: bool) -> None:
+    ranks = Ranks(tmp_path / "shared")
+    ranks.save(7)
+    folder, other = tmp_path / "shared" / "step-00000007", tmp_path / "own" / "step-00000007"
+    if there:
+        other.mkdir(parents=True)
+        (other / "manifest.json").write_text("{}", encoding="utf-8")
+    raised = ranks.each(lambda checkpoints, engine: checkpoints.load(engine, other if engine.rank else folder))
+    assert [type(error) for error in raised] == [CheckpointError] * 2
+    assert raised[0].problem == f"rank 1 does not see the {folder / 'manifest.json'} that rank 0 sees"
+    assert raised[0].action == "put --runs-dir on a file system that every node mounts"
+    assert [engine.loaded for engine in ranks.engines] == [None, None]
+
+
+def test_the_state_of_a_damaged_manifest_is_not_believed(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    ranks.save(7)
+    manifest = tmp_path / "step-00000007" / "manifest.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace('"tokens": 448', '"tokens": 449'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing or not as it was written"):
+        Checkpoints.state_of(tmp_path / "step-00000007")
+
+
+def test_closing_waits_for_what_is_under_way(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, async_save=True)
+    ranks.save(9)
+    assert ranks.each(lambda checkpoints, _: checkpoints.close()) == [None, None]
+    assert all_weights(tmp_path / "step-00000009") == {9.0}
+    assert all(circle.closed for circle in ranks.circles)
+
+
+def test_one_rank_needs_no_process_group(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(
+        CheckpointStore(tmp_path, keep=1),
+        layout=Layout(1, 1, "fp32"),
+        world=World(0, 1, 0, 1, "single"),
+        reliability=Reliability(),
+        fingerprints={},
+        say=print,
     )
-    assert "start over in another folder" in caught.value.action
-
-
-@pytest.mark.parametrize(
-    ("now", "differing"),
-    [
-        (Layout(2, 1, "fp32"), "world_size 1 there, 2 now"),
-        (Layout(1, 3, "fp32"), "zero_stage 1 there, 3 now"),
-        (Layout(1, 2, "bf16"), "zero_stage 1 there, 2 now, precision fp32 there, bf16 now"),
-    ],
-)
-def test_another_layout_is_refused(
-    now: Layout, differing: str, make: Callable[..., Checkpoints], tmp_path: Path
-) -> None:
-    save(make(), 1)
-    with pytest.raises(CheckpointError) as caught:
-        make(now).resume(State())
-    assert caught.value.problem == f"{tmp_path / 'step-00000001'} was saved under another layout: {differing}"
-    assert caught.value.allowed == "the same number of ranks, ZeRO stage and precision as when it was saved"
-    with pytest.raises(CheckpointError) as early:
-        refuse_other_layout(tmp_path, now)
-    assert str(early.value) == str(caught.value)
-
-
-def test_another_layout_is_looked_for_in_the_newest_manifest_that_is_whole(
-    make: Callable[..., Checkpoints], tmp_path: Path
-) -> None:
-    other = Layout(2, 1, "fp32")
-    refuse_other_layout(tmp_path, other)
-    save(make(), 1, 2)
-    refuse_other_layout(tmp_path, LAYOUT)
-    edit_manifest(tmp_path / "step-00000002", lambda document: document["layout"].update(world_size=2))
-    with pytest.raises(
-        CheckpointError, match="step-00000001 was saved under another layout: world_size 1 there, 2 now"
-    ):
-        refuse_other_layout(tmp_path, other)
-
-
-def test_the_manifest_says_state_layout_and_files(make: Callable[..., Checkpoints], tmp_path: Path) -> None:
-    save(make(), 3)
-    document = json.loads((tmp_path / "step-00000003" / "manifest.json").read_text(encoding="utf-8"))
-    assert document["state"] == asdict(state_at(3))
-    assert document["layout"] == {"world_size": 1, "zero_stage": 1, "precision": "fp32"}
-    assert document["files"].keys() == {"engine/rank0.pt", "engine/model.pt"}
-    assert document["files"]["engine/model.pt"]["bytes"] == 256
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the open files")
-def test_everything_is_on_the_disk_before_it_is_published(
-    make: Callable[..., Checkpoints], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[str] = []
-    real = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    save(make(), 3)
-    assert {"rank0.pt", "model.pt", "engine", tmp_path.name} <= set(synced)
-    assert synced[-1] == tmp_path.name  # the rename itself, last
+    engine = State(0)
+    assert checkpoints.save(engine, state_at(1))
+    assert checkpoints.load(engine, tmp_path / "step-00000001") == state_at(1)
+    checkpoints.close()
+    assert find_fault(tmp_path / "step-00000001") is None
