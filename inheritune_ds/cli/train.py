@@ -3,12 +3,8 @@
 import argparse
 import math
 import os
-from typing import TYPE_CHECKING
 
 from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment, resolve_for
-
-if TYPE_CHECKING:
-    from inheritune_ds.run_folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,13 +50,6 @@ def _starts_over(args: argparse.Namespace, *, tells: bool) -> bool:
                 print(f"--fresh is not followed: this is restart {count} ({name}), which goes on with the run")
             return False
     return bool(args.fresh)
-
-
-def _set_aside(folder: "RunFolder") -> None:
-    """Rename the folder of a run that is to start over."""
-    aside = folder.set_aside()
-    if aside is not None:
-        print(f"--fresh: the old run stands in {aside} now", flush=True)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -117,9 +106,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         max_minutes=args.max_minutes,
     )
     try:
-        if fresh:
-            launch.meeting.by_main(lambda: _set_aside(folder))
-        execute(recipe, launch)
+        execute(recipe, launch, fresh=fresh)
     finally:
         leave_process_group()
     return 0
