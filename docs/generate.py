@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 from inheritune_ds import errors, recipe, recipe_base, tracking
 from inheritune_ds.training import ds_keys
 from inheritune_ds.training.kernel_words import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU
+from inheritune_ds.training.reliability_words import WATCHDOG_S, Reliability
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))  # for the lists that the tests hold
@@ -86,6 +87,21 @@ AUTO_KERNELS = {
     "products and attention) for memory",
 }
 """What the ladders of inheritune_ds/training/kernels.py do, in a line each."""
+
+RELIABILITY = {
+    "async_save": "training waits only until its state is copied to host memory; a thread writes, meets the other "
+    "ranks and publishes. Takes as much host memory as this rank's share of a checkpoint",
+    "on_save_error": "what happens when the disk refuses a checkpoint (full, read-only, broken): train on with a loud "
+    "line, or end with exit code 5. The older checkpoints stay either way",
+    "watchdog": "whether a phase that takes longer than its limit ends the run",
+    "start": "building the engine, restoring a checkpoint",
+    "first_step": "the first step of a launch, which compiles",
+    "step": "any other step, with its tokens and its line in metrics.jsonl",
+    "validation": "a whole validation",
+    "save": "a save until training goes on; in the background, what a rank waits for another",
+    "finish": "export, checks and report",
+}
+"""What the keys of the `reliability` block mean."""
 
 
 def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
@@ -194,7 +210,7 @@ def exit_codes() -> str:
     errors_by_code = sorted((kind for kind in kinds if issubclass(kind, errors.InherituneError)), key=_exit_code)
     rows += [f"| {_exit_code(kind)} | `{kind.__name__}` | {_first_line(kind)} |" for kind in errors_by_code[1:]]
     rows.append(
-        "| 130 | | Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) outside the training loop: finished stages are "
+        "| 130 | | Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) while a run is prepared: finished stages are "
         "kept; or a second Ctrl-C within 5 s |"
     )
     return "\n".join(rows) + "\n"
@@ -225,6 +241,19 @@ def ds_kernels() -> str:
     for key, kind in ds_keys.KERNEL_KEYS.items():
         assert isinstance(kind, ds_keys.Kind)
         rows.append(f"| `{key}` | {kind.allowed}, or `auto` | {AUTO_KERNELS[key]} |")
+    return "\n".join(rows) + "\n"
+
+
+def ds_reliability() -> str:
+    """Keys of the `reliability` block: values, defaults and meanings."""
+    given = Reliability()
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for key, kind in ds_keys.RELIABILITY_KEYS.items():
+        if isinstance(kind, ds_keys.Kind):
+            default = str(getattr(given, key)).lower()
+            rows.append(f"| `{key}` | {kind.allowed} | `{default}` | {RELIABILITY[key]} |")
+    for key, seconds in WATCHDOG_S.items():
+        rows.append(f"| `watchdog_s.{key}` | seconds | `{seconds:g}` | {RELIABILITY[key]} |")
     return "\n".join(rows) + "\n"
 
 
@@ -275,6 +304,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ds_owned": ds_owned,
     "ds_passed_on": ds_passed_on,
     "ds_kernels": ds_kernels,
+    "ds_reliability": ds_reliability,
     "ds_refused": ds_refused,
     "metrics": metrics,
     "families": families,
