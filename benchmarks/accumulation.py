@@ -145,7 +145,7 @@ def accumulated(case: Case, seed: int, world: World, device: str) -> Gradients:
         run_flops=None,
     )
     engine = Engine(model, resolved.config, world, kernels)
-    engine.train_step(list(tokens_of(seed, case.accumulation)), lr=0.0, stop=False)
+    engine.train_step(list(tokens_of(seed, case.accumulation)), lr=0.0)
     _link_moments(engine)
     found = {
         name: safe_get_full_optimizer_state(parameter, "exp_avg").double() / (1.0 - BETA_1)

@@ -62,11 +62,11 @@ def count(case: Case, world: Any) -> dict[str, Any]:
     engine, layout = build_engine(case, world)
     batches = micro_batches(case, world.rank)
     for _ in range(WARM_UP_STEPS):
-        engine.train_step(batches, lr=1e-3, stop=False)
+        engine.train_step(batches, lr=1e-3)
     before = _loopback_bytes()
     with Counter():  # type: ignore[no-untyped-call]
         for _ in range(STEPS):
-            engine.train_step(batches, lr=1e-3, stop=False)
+            engine.train_step(batches, lr=1e-3)
     sent = (_loopback_bytes() - before) / RANKS / STEPS
     engine.close()
     planned = transfers(tensors(case.shape, case.blocks), layout, accumulation=case.accumulation)

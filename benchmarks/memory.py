@@ -66,14 +66,14 @@ def measure(case: Case, world: "World") -> dict[str, Any]:
     engine, layout = build_engine(case, world)
     batches = micro_batches(case, world.rank)
     for _ in range(WARM_UP_STEPS):
-        engine.train_step(batches, lr=1e-3, stop=False)
+        engine.train_step(batches, lr=1e-3)
 
     def own() -> Iterable["torch.Tensor"]:
         return [tensor for tensor in live_tensors() if id(tensor.untyped_storage()) not in foreign]
 
     live = LiveBytes(own())
     with live:
-        engine.train_step(batches, lr=1e-3, stop=False)
+        engine.train_step(batches, lr=1e-3)
     tracked = _tracked(engine, batches, own()) if case.accumulation == 1 else None
     engine.close()
     sizes = {"micro_batch_size": case.micro_batch_size, "accumulation": case.accumulation}
@@ -99,7 +99,7 @@ def _tracked(engine: "Engine", batches: "list[torch.Tensor]", own: "Iterable[tor
     tracker = MemTracker()
     tracker.track_external(*own)
     with tracker:
-        engine.train_step(batches, lr=1e-3, stop=False)
+        engine.train_step(batches, lr=1e-3)
     return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 

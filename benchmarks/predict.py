@@ -123,8 +123,8 @@ def measure(size: Size, world: "World") -> dict[str, Any]:
     engine, layout = build_engine(case, world)
     batches = micro_batches(case, world.rank)
     for _ in range(WARM_UP_STEPS - 1):
-        engine.train_step(batches, lr=1e-3, stop=False)
-    found = fastest_s(lambda: engine.train_step(batches, lr=1e-3, stop=False), size.repeats)
+        engine.train_step(batches, lr=1e-3)
+    found = fastest_s(lambda: engine.train_step(batches, lr=1e-3), size.repeats)
     engine.close()
     return {"step_s": found, "layout": layout}
 

@@ -32,8 +32,8 @@ Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 Backend = Literal["nccl", "gloo"]
 LATENCY_S = 10e-6
 """Of one message between two ranks; assumed, for NCCL within a node and over InfiniBand alike."""
-_OWN_CALLS = 2
-"""Of the trainer: the tokens of the batch, and loss and stop wish."""
+_OWN_BYTES = (2 * 8, 4 * 8)
+"""Of the trainer: the tokens of the batch and whether an id is none of the model's; the loss and three wishes."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def transfers(tensors: Tensors, layout: Layout, *, accumulation: int) -> tuple[T
     gradients = float(communication_bytes(layout) * total)
     if uses_bf16_optimizer(layout):
         calls = _whole_calls(tensors)
-        return Transfer("gradients", "all_reduce", calls, gradients), weights, _counts(0)
+        # One more number: the ranks compare their norms.
+        return Transfer("gradients", "all_reduce", calls, gradients), weights, _counts(1)
     # Norms of both groups, and in half precision the check for overflows.
     counts = _counts(2 if layout["precision"] == "fp32" else 3)
     if layout["zero_stage"] == 1:
@@ -91,9 +92,9 @@ def transfers(tensors: Tensors, layout: Layout, *, accumulation: int) -> tuple[T
     return reduced, weights, counts
 
 
-def _counts(of_deepspeed: int) -> Transfer:
+def _counts(others: int) -> Transfer:
     """Numbers of a few bytes: token counts, losses, norms, overflows."""
-    return Transfer("counts", "all_reduce", _OWN_CALLS + of_deepspeed, 8.0 * (_OWN_CALLS + of_deepspeed))
+    return Transfer("counts", "all_reduce", len(_OWN_BYTES) + others, sum(_OWN_BYTES) + 4.0 * others)
 
 
 def _whole_calls(tensors: Tensors) -> int:

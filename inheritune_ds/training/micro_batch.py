@@ -102,7 +102,7 @@ def measure_peak(
     try:
         for _ in range(_STEPS):
             batches = [torch.randint(vocab_size, (size, seq_len + 1), generator=generator) for _ in range(micro_steps)]
-            engine.train_step(batches, lr=0.0, stop=False)
+            engine.train_step(batches, lr=0.0)
         own = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else peak_memory_gib()
     except torch.OutOfMemoryError:
         if dist.get_world_size() > 1:

@@ -85,6 +85,10 @@ class UpdateGate:
         optimizer.overflow = overflow or self.fault is not None
         if self.fault is None:  # a step that was left out leaves the scale as it was
             self._update_scale(overflow)
+        if optimizer.overflow and getattr(optimizer, "cpu_offload", False):
+            # DeepSpeed 0.19.8 forgets the sums of half-precision gradients here: the next step's would be added to
+            # them, and one that is not finite would stay for good.
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
     def _enter_bf16_optimizer(self) -> None:
         """The optimizer that DeepSpeed takes for ZeRO-1 in bf16 with fp32 sums (runtime/bf16_optimizer.py, `step`).

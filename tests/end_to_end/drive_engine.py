@@ -98,7 +98,7 @@ def windows(kind: str) -> Any:
 def one_step(size: int, kind: str) -> dict[str, Any]:
     """Loss and gradient of a step; the gradient is Adam's first moment over 1 - beta1, in DeepSpeed's flat order."""
     engine = build(size, 16 // size, documents=kind == "documents")
-    result = engine.train_step(list(windows(kind).split(size)), lr=1e-3, stop=False)
+    result = engine.train_step(list(windows(kind).split(size)), lr=1e-3)
     states = engine._engine.optimizer.optimizer.state.values()
     engine_gradient = [2.0 * value for state in states for value in state["exp_avg"].flatten().tolist()]
     engine.close()
@@ -155,12 +155,12 @@ def counts(*, compiled: bool, documents: bool) -> dict[str, Any]:
     inner = engine._engine
     batches = list(windows("documents").split(4))
     for _ in range(WARM_UP_STEPS):
-        engine.train_step(batches, lr=1e-3, stop=False)
+        engine.train_step(batches, lr=1e-3)
     graphs = counters["stats"]["unique_graphs"]
     counted = Counted(inner, watch)
     engine._engine = inner if compiled else counted
     for _ in range(STEPS):
-        engine.train_step(batches, lr=1e-3, stop=False)
+        engine.train_step(batches, lr=1e-3)
     engine._engine = inner
     engine.close()
     syncs = sum(seen[name] for name in SYNCS)
