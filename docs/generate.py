@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from inheritune_ds import errors, recipe, recipe_base, tracking
+from inheritune_ds.files import read_json
 from inheritune_ds.training import ds_keys
 from inheritune_ds.training.kernel_words import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU
 from inheritune_ds.training.reliability_words import WATCHDOG_S, Reliability
@@ -271,6 +272,24 @@ def metrics() -> str:
     return "\n".join(rows) + "\n"
 
 
+def campaign() -> str:
+    """A row a part of the campaign: what it proves and what came of it."""
+    results = read_json(DOCS / "results" / "reliability.json") or {}
+    rows = ["| | part | promise | cases passed | figures |", "|---|---|---|---|---|"]
+    for name, part in sorted(results.items(), key=lambda item: (item[1]["point"], item[0])):
+        told = "; ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in part["figures"].items())
+        rows.append(
+            f"| {part['point']} | `{name}` | {part['promise']} | {part['passed']} of {part['cases']} | {told} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_figure, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def families() -> str:
     """Model types by what a surgery can do with them."""
     from tests.surgery.families import NOT_TINY, TINY
@@ -308,6 +327,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ds_refused": ds_refused,
     "metrics": metrics,
     "families": families,
+    "campaign": campaign,
 }
 
 
