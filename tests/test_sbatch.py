@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from inheritune_ds.training.controls import Controls
+from inheritune_ds.training.world import StopSignal, World
+
 REPOSITORY = Path(__file__).parents[1]
 SRUN = """#!{python}
 import json, os, pathlib, signal, sys, time
@@ -27,7 +30,7 @@ if state == "until USR1":
         time.sleep(0.01)
     state = "requeue"
 if state:
-    (run / "status.json").write_text(json.dumps({{"state": state, "step": 3, "reason": ""}}))
+    (run / "status.json").write_text(json.dumps({{"state": state, "step": 3, "reason": os.environ.get("REASON", "")}}))
 sys.exit(int(os.environ.get("CODE", "0")))
 """
 SCONTROL = """#!/bin/sh
@@ -107,6 +110,16 @@ def test_sbatch_leaves_a_run_that_does_not_ask_for_it(batch: dict[str, str], tmp
     process = start(batch, STATE=state, CODE="11")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 11, output
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_sbatch_does_not_requeue_what_a_file_has_stopped(batch: dict[str, str], tmp_path: Path) -> None:
+    asked = Controls(tmp_path, StopSignal(), World(0, 1, 0, 1, "single"))
+    (tmp_path / "STOP").touch()
+    assert asked.wishes().stop
+    process = start(batch, STATE="requeue", REASON=f"{asked.reason}: saved at step 3")
+    output, _ = process.communicate(timeout=60)
+    assert "runs/quickstart/status.json: stopped by hand, srun ended with 0" in output
     assert not (tmp_path / "requeued").exists()
 
 
