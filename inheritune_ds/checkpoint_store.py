@@ -234,8 +234,13 @@ class CheckpointStore:
             sync_path(temporary)
             self._refuse_if_superseded()
             self._let_appear(temporary, final)
-            write_text(self.folder / POINTER, f"{final.name}\n")
+            self._point_at(final)
         return final
+
+    def _point_at(self, checkpoint: Path) -> None:
+        pointer = self.folder / POINTER
+        if pointer.is_symlink() or not pointer.is_dir():  # a folder of that name is somebody's; nothing needs a pointer
+            write_text(pointer, f"{checkpoint.name}\n")
 
     def _let_appear(self, temporary: Path, final: Path) -> None:
         replaced = self.folder / f".{final.name}{_REPLACED}"
@@ -334,7 +339,7 @@ class CheckpointStore:
                 allowed="a step at or after that of an intact checkpoint",
                 action=f"`inheritune-ds checkpoints {self.folder.parent} verify` tells which are intact",
             )
-        write_text(self.folder / POINTER, f"{newest.name}\n")
+        self._point_at(newest)
         return [checkpoint for checkpoint in later if self._remove(checkpoint, say)]
 
     def _remove(self, checkpoint: Path, say: Callable[[str], None]) -> bool:

@@ -352,6 +352,13 @@ def test_the_pointer_is_not_needed(name: str, store: CheckpointStore, folder: Pa
     assert lines == [f"WARNING: {folder / POINTER} {told}; the newest intact checkpoint is used without it"]
 
 
+def test_a_folder_in_the_pointer_s_place_is_left_there(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
+    (folder / POINTER / "mine").mkdir(parents=True)
+    saved = save(store, 1, 2)
+    assert store.newest_verified(lines.append) == saved
+    assert (folder / POINTER / "mine").is_dir()
+
+
 def test_an_unreadable_folder_is_an_error(
     store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
