@@ -128,11 +128,13 @@ class Launched:
         process: The launcher, in a session of its own; `process.pid` is its group, too.
         log: Everything it and its ranks print.
         mark: What all its processes carry in their environment under MARK.
+        begun_s: When it was started, as files tell time.
     """
 
     process: subprocess.Popen[bytes]
     log: Path
     mark: str
+    begun_s: float
 
     def output(self) -> str:
         """What was printed so far."""
@@ -228,7 +230,7 @@ def started(
         extra: Variables of the environment.
     """
     number = len(list(folder.glob("log-*.txt"))) + 1
-    log, mark = folder / f"log-{number:03d}.txt", f"{folder}#{number}"
+    log, mark, begun_s = folder / f"log-{number:03d}.txt", f"{folder}#{number}", time.time()
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [*launcher_line(launcher, ranks), str(REPOSITORY / script), *words],
@@ -239,7 +241,7 @@ def started(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    launched = Launched(process, log, mark)
+    launched = Launched(process, log, mark, begun_s)
     try:
         yield launched
     finally:

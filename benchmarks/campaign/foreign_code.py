@@ -1,0 +1,231 @@
+"""Files from elsewhere that run code when they are read without care: here they are refused or read as data.
+
+What they would run makes a folder, the canary. It is never made.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.campaign.cases import Case, Figures
+from benchmarks.campaign.launching import SHAPE, arguments, run_to_end, started, write_ds_config, write_recipe
+from inheritune_ds.checkpoint_manifest import MANIFEST, manifest_text, published, read_manifest
+from inheritune_ds.files import sha256_file
+
+SHORT = ("pickle-model", "pickle-tokenizer", "code-of-a-repository", "switches")
+SWITCHES = ("TRUST_REMOTE_CODE", "HF_TRUST_REMOTE_CODE", "HF_HUB_TRUST_REMOTE_CODE", "HF_DATASETS_TRUST_REMOTE_CODE")
+"""Variables that some libraries read, or once read."""
+_MODULE = "import os\nos.mkdir({canary!r})\n"
+
+
+class Evil:
+    """Makes a folder when it is unpickled without care."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.canary),)
+
+
+def evil_zip(path: Path, canary: Path) -> None:
+    """A file of torch.save with code in it."""
+    import torch
+
+    torch.save({"model.norm.weight": torch.ones(32), "module": {}, "more": Evil(canary)}, path)
+
+
+def evil_pickle(path: Path, canary: Path) -> None:
+    """A plain pickle with code in it, as long as the file that it takes the place of."""
+    size = path.stat().st_size if path.exists() else 0
+    path.write_bytes(pickle.dumps(Evil(canary)).ljust(size, b"\0"))
+
+
+def command(*words: str) -> tuple[int, str]:
+    """Run `inheritune-ds` in this process, every switch for remote code on; exit code and output."""
+    from inheritune_ds.cli import main
+
+    told = io.StringIO()
+    with patch.dict(os.environ, dict.fromkeys(SWITCHES, "1")), redirect_stdout(told), redirect_stderr(told):
+        try:
+            code = main(list(words))
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, told.getvalue()
+
+
+def write_model(folder: Path) -> Path:
+    """A tiny model as `save_pretrained` writes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    values = {key: value for key, value in SHAPE.items() if key != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**values)).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def _trial(canary: Path, code: int, words: list[str]) -> Iterator[None]:
+    """A command on the folder that is made inside; it must end with `code` and leave no canary."""
+    yield
+    ended, output = command(*words)
+    assert not canary.exists(), f"code was run by {words}\n{output}"
+    assert ended == code, f"exit code {ended}, not {code}\n{output}"
+
+
+def pickled_models(folder: Path) -> Figures:
+    """Weights that are pickle with code in it, under every name that could be read."""
+    canary, model = folder / "canary", write_model(folder / "model")
+    index = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "pytorch_model-00001-of-00001.bin"}})
+    trials: list[tuple[str, int, Callable[[Path, Path], None]]] = [
+        ("pytorch_model.bin", 9, evil_zip),
+        ("pytorch_model.bin", 9, evil_pickle),
+        ("pytorch_model-00001-of-00001.bin", 9, evil_zip),
+        ("model.safetensors", 9, evil_zip),
+        ("model.safetensors", 9, evil_pickle),
+        ("training_args.bin", 0, evil_zip),
+        ("optimizer.pt", 0, evil_zip),
+    ]
+    for number, (name, code, write) in enumerate(trials):
+        trial = Path(shutil.copytree(model, folder / f"model-{number}"))
+        words = ["inherit", "--reference", str(trial), "--select", "first:1", "--output", str(folder / f"out-{number}")]
+        with _trial(canary, code, words):
+            if code:
+                (trial / "model.safetensors").unlink()
+            if "-of-" in name:
+                (trial / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
+            write(trial / name, canary)
+    return {"foreign_files": len(trials), "canaries_made": 0}
+
+
+def pickled_tokenizers(folder: Path) -> Figures:
+    """Tokenizer files that are pickle with code in it."""
+    canary = folder / "canary"
+    trials = (["tokenizer.json"], ["tokenizer.model"], ["vocab.json", "merges.txt"], ["vocab.pkl", "vocab.bin"])
+    for number, names in enumerate(trials):
+        tokenizer = folder / f"tokenizer-{number}"
+        tokenizer.mkdir()
+        place = folder / f"trial-{number}"
+        place.mkdir()
+        with _trial(canary, 6, _prepare(place, tokenizer)):
+            for name in names:
+                evil_pickle(tokenizer / name, canary)
+    return {"foreign_files": sum(map(len, trials)), "canaries_made": 0}
+
+
+def _prepare(folder: Path, tokenizer: Path) -> list[str]:
+    """The arguments that tokenize a corpus by somebody's tokenizer."""
+    plain = json.loads(write_recipe(folder).read_text(encoding="utf-8"))
+    recipe = write_recipe(folder, corpus={**plain["corpus"], "tokenizer": str(tokenizer)})
+    return ["prepare", "--recipe", str(recipe), "--cache-dir", str(folder / "cache"), "--workers", "1"]
+
+
+def repository_code(folder: Path) -> Figures:
+    """Models and tokenizers that bring code of their own: known kinds are loaded by the library's, others refused."""
+    canary, model = folder / "canary", write_model(folder / "model")
+    module = _MODULE.format(canary=str(canary))
+    auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    for number, (kind, code) in enumerate([("llama", 0), ("own", 9)]):
+        trial = Path(shutil.copytree(model, folder / f"model-{number}"))
+        words = ["inherit", "--reference", str(trial), "--select", "first:1", "--output", str(folder / f"out-{number}")]
+        with _trial(canary, code, words):
+            described = json.loads((trial / "config.json").read_text(encoding="utf-8"))
+            changed = {**described, "model_type": kind, "auto_map": auto}
+            (trial / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+            (trial / "own.py").write_text(module, encoding="utf-8")
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    with _trial(canary, 6, _prepare(folder, tokenizer)):
+        named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+        for name, content in (("tokenizer_config.json", json.dumps(named)), ("own.py", module), ("vocab.json", "{}")):
+            (tokenizer / name).write_text(content, encoding="utf-8")
+        (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return {"foreign_files": 3, "canaries_made": 0}
+
+
+def switches(folder: Path) -> Figures:
+    """`trust_remote_code` can be asked for nowhere."""
+    key = "trust_remote_code"
+    recipe, plain = write_recipe(folder), write_ds_config(folder)
+    config = folder / "trusting.json"
+    config.write_text(json.dumps({key: True}), encoding="utf-8")
+    sections = ("reference", "target", "corpus", "training", "export")
+    trials = [
+        *((3, "unknown key", arguments(recipe, plain, folder, f"{section}.{key}=true")) for section in sections),
+        (3, "unknown key", arguments(recipe, plain, folder, f"{key}=true")),
+        (3, "unknown key", arguments(recipe, config, folder)),
+        (2, "unrecognized arguments", arguments(recipe, plain, folder, f"--{key}")),
+    ]
+    for code, message, words in trials:
+        ended, output = command("train", *words)
+        assert (ended, message in output, key in output) == (code, True, True), f"{words}: {ended}\n{output}"
+    return {"switches_refused": len(trials)}
+
+
+def pickled_token_shard(folder: Path) -> Figures:
+    """A token file in whose place a pickle of the same size stands."""
+    canary, recipe = folder / "canary", write_recipe(folder)
+    words = ["--recipe", str(recipe), "--cache-dir", str(folder / "cache")]
+    code, output = command("prepare", *words)
+    assert code == 0, output
+    shards = sorted((folder / "cache").rglob("*.bin"))
+    for shard in shards:
+        evil_pickle(shard, canary)
+    code, output = command("prepare", "--verify", *words)
+    assert code == 0, output
+    assert "are damaged and are made anew" in output, output
+    for shard in shards:
+        evil_pickle(shard, canary)
+    with started(folder, *arguments(recipe, write_ds_config(folder), folder)) as launched:
+        code, output = launched.wait(), launched.output()
+    assert not canary.exists(), output[-3000:]
+    assert code == 6, f"exit code {code}, not 6\n{output[-3000:]}"
+    return {"foreign_files": len(shards), "canaries_made": 0}
+
+
+def pickled_checkpoint(folder: Path) -> Figures:
+    """ZeRO shards with code in them, under their manifest and under a forged one, at the same stage and another."""
+    canary = folder / "canary"
+    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
+    run_to_end(folder, *words)
+    run = folder / "runs" / "tiny"
+    shutil.rmtree(run / "export")  # so that the run is not finished
+    shards = [path for checkpoint in published(run / "checkpoints") for path in checkpoint.rglob("*.pt")]
+    for shard in shards:
+        evil_zip(shard, canary)
+    outputs = [run_to_end(folder, *words, expect=4)]
+    for checkpoint in published(run / "checkpoints"):
+        _forge(checkpoint)
+    outputs.append(run_to_end(folder, *words, expect=4))
+    write_ds_config(folder, stage=2)
+    outputs.append(run_to_end(folder, *words, expect=4))
+    assert not canary.exists(), "\n".join(outputs)[-6000:]
+    return {"foreign_files": len(shards) * len(outputs), "canaries_made": 0}
+
+
+def _forge(checkpoint: Path) -> None:
+    """Make the manifest fit the files."""
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    for name in manifest["files"]:
+        path = checkpoint / name
+        manifest["files"][name] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    (checkpoint / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+
+
+def cases() -> list[Case]:
+    """All trials with foreign code."""
+    return [
+        Case("pickle-model", pickled_models),
+        Case("pickle-tokenizer", pickled_tokenizers),
+        Case("code-of-a-repository", repository_code),
+        Case("switches", switches),
+        Case("pickle-token-shard", pickled_token_shard),
+        Case("pickle-checkpoint", pickled_checkpoint),
+    ]

@@ -1,0 +1,269 @@
+"""SIGKILL at seeded random instants: the same command goes on, and ends as if nothing had been.
+
+A case is a chain: one run of two ranks is killed again and again, each time at an instant of one of three kinds, and is
+started by the same command each time; the last launch ends it. Killed is the launcher's whole group, as by a node that
+fails, or one rank alone, as by the kernel when memory runs out. All chains end on the numbers of one run that was left
+in peace.
+"""
+
+import os
+import random
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.launching import (
+    Launched,
+    arguments,
+    last_step,
+    numerics,
+    run_to_end,
+    started,
+    status,
+    weights_sha256,
+    write_ds_config,
+    write_recipe,
+)
+from inheritune_ds.checkpoint_store import find_fault, published, step_of
+
+INTERVAL = 4
+"""Steps between checkpoints."""
+STEPS = 96
+"""Enough for ten launches; each reaches at least one checkpoint more."""
+STEPS_OF_TWO = 24
+CHAINS = 10
+IN_SAVE_AT_LEAST = 4
+"""So many of the kills of a chain must have hit a save."""
+Kind = Literal["save", "step", "start"]
+LEAVE_S = 60.0
+"""Seconds in which the launcher must have ended when one of its ranks was killed."""
+_KINDS: tuple[Kind, ...] = ("save", "save", "save", "save", "save", "save", "step", "step", "step", "start")
+"""What the kills of a chain aim at."""
+_FILES = 4
+"""A save of two ranks writes a folder, three files in it, and the manifest last."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """An instant and a victim.
+
+    Attributes:
+        kind: `save`: while a save has so many files; `step`: so many steps after the launch went on; `start`: so many
+            seconds after the launch.
+        count: Files, steps or nothing.
+        wait_s: Seconds after that.
+        rank: The rank that is killed; None for the launcher's whole group.
+    """
+
+    kind: Kind
+    count: int
+    wait_s: float
+    rank: int | None
+
+
+def draw_kills(seed: int, kinds: Sequence[Kind]) -> list[Kill]:
+    """The kills of a chain, a function of the seed."""
+    draw = random.Random(seed)  # noqa: S311 (repeatable on purpose)
+    order = list(kinds)
+    draw.shuffle(order)
+    limits = {"save": (_FILES, 0.01), "step": (INTERVAL + 2, 0.05), "start": (0, 8.0)}
+    return [
+        Kill(
+            kind, draw.randint(0, limits[kind][0]), draw.uniform(0.0, limits[kind][1]), draw.choice((None, None, 0, 1))
+        )
+        for kind in order
+    ]
+
+
+def words_of(folder: Path, steps: int, *, asynchronous: bool) -> list[str]:
+    """The command of a chain, the same at every launch."""
+    recipe = write_recipe(
+        folder,
+        training={"seq_len": 32, "global_batch_tokens": 512, "duration": f"{steps} steps"},
+        validation={"interval_steps": steps // 2, "max_tokens": 512},
+        checkpoint={"interval_steps": INTERVAL},
+    )
+    config = write_ds_config(folder, reliability={"async_save": asynchronous})
+    return arguments(recipe, config, folder)
+
+
+@cache
+def undisturbed(steps: int) -> tuple[str, list[dict[str, Any]]]:
+    """sha256 of the weights and numbers of the run that was left in peace; both ways of saving give the same."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_to_end(folder, *words_of(folder, steps, asynchronous=False), launcher="deepspeed", ranks=2)
+        run = folder / "runs" / "tiny"
+        return weights_sha256(run), numerics(run)
+
+
+@dataclass
+class Blow:
+    """What a kill found.
+
+    Attributes:
+        kind: What it aimed at.
+        rank: Its victim, None for all.
+        in_save: Whether the temporary folder of a save was there right after it.
+        saving: The step of that save.
+        logged: Last step in metrics.jsonl.
+        kept: Step of the newest verified checkpoint; 0 for none.
+        leave_s: Seconds until the launcher had ended.
+    """
+
+    kind: Kind
+    rank: int | None
+    in_save: bool
+    saving: int | None
+    logged: int
+    kept: int
+    leave_s: float
+
+    @property
+    def lost(self) -> int:
+        """Steps that the next launch repeats."""
+        return max(self.logged, 0) - self.kept
+
+
+def strike(launched: Launched, run: Path, kill: Kill) -> Blow | None:
+    """Wait for the instant and kill; None if the run ended before."""
+    if not _wait(launched, run, kill):
+        return None
+    victim = None if kill.rank is None else launched.ranks().get(kill.rank)
+    saving_before = _saving(run, launched)
+    begun_s = time.monotonic()
+    if victim is None:
+        launched.kill_group()
+    else:
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+    saving = _saving(run, launched) if victim is None else saving_before
+    code = launched.wait(LEAVE_S)
+    leave_s = time.monotonic() - begun_s
+    if victim is not None and code == 0:
+        return None  # the rank had ended by itself
+    assert (left := launched.orphans()) == [], f"after {kill}: processes stay: {left}"
+    kept = next((step_of(folder) for folder in published(run / "checkpoints") if find_fault(folder) is None), 0)
+    rank = kill.rank if victim is not None else None
+    blow = Blow(kill.kind, rank, saving is not None, saving, last_step(run), kept, round(leave_s, 2))
+    # A save in the background begins at a boundary and goes on beside the next steps: what counts is where it began.
+    reached = blow.logged if saving is None else saving
+    assert reached - kept <= INTERVAL, f"after {kill}: {blow} has lost more than {INTERVAL} steps"
+    return blow
+
+
+def _saving(run: Path, launched: Launched, files: int = 0) -> int | None:
+    """Step of the save that this launch has under way, once it has so many files; not what an earlier one has left."""
+    for folder in (run / "checkpoints").glob(".step-*.tmp"):
+        with suppress(FileNotFoundError):  # published at this moment
+            if folder.stat().st_mtime >= launched.begun_s and len(list(folder.rglob("*"))) >= files:
+                return int(folder.name.removeprefix(".step-").removesuffix(".tmp"))
+    return None
+
+
+def _wait(launched: Launched, run: Path, kill: Kill) -> bool:
+    """Whether the instant came before the run ended."""
+    first: int | None = None
+
+    def goes_on() -> bool:
+        return "resumed from" in launched.output() or "step 0: val loss" in launched.output()
+
+    def has_come() -> bool:
+        nonlocal first
+        if launched.process.poll() is not None or kill.kind == "start":
+            return True
+        if kill.kind == "save":
+            return _saving(run, launched, kill.count) is not None
+        if first is None:
+            first = last_step(run) if goes_on() else None
+        return first is not None and last_step(run) >= first + kill.count
+
+    launched.wait_for(has_come)
+    time.sleep(kill.wait_s)
+    return launched.process.poll() is None
+
+
+def chain(folder: Path, *, seed: int, kinds: Sequence[Kind], steps: int, asynchronous: bool) -> Figures:
+    """Kill one run again and again, then let it end."""
+    words, run = words_of(folder, steps, asynchronous=asynchronous), folder / "runs" / "tiny"
+    blows: list[Blow] = []
+    kept = 0
+    for kill in draw_kills(seed, kinds):
+        with started(folder, *words, launcher="deepspeed", ranks=2) as launched:
+            blow = strike(launched, run, kill)
+            output = launched.output()
+        assert blow is not None, f"{kill} came too late: the run ended before\n{output[-3000:]}"
+        check_start(output, kept)
+        kept = blow.kept
+        blows.append(blow)
+    check_start(run_to_end(folder, *words, launcher="deepspeed", ranks=2), kept)
+    check_end(folder, run, steps)
+    in_save = sum(blow.in_save for blow in blows)
+    assert in_save >= min(IN_SAVE_AT_LEAST, kinds.count("save")), f"only {in_save} kills have hit a save: {blows}"
+    return {"kills": [asdict(blow) | {"lost": blow.lost} for blow in blows], "seed": seed, "async": asynchronous}
+
+
+def check_start(output: str, kept: int) -> None:
+    """A launch goes on from the newest verified checkpoint, if it came so far, and never begins anew over one."""
+    found = re.search(r"resumed from \S+ \(step (\d+)", output)
+    if found is not None:
+        assert int(found.group(1)) == kept, f"resumed from step {found.group(1)}, not {kept}\n{output[-3000:]}"
+    assert kept == 0 or "step 0: val loss" not in output, f"began anew over step {kept}\n{output[-3000:]}"
+
+
+def check_end(folder: Path, run: Path, steps: int) -> None:
+    """The run ended with the numbers of the undisturbed one, and left nothing that it would not have left."""
+    sha256, rows = undisturbed(steps)
+    assert status(run)["state"] == "finished", status(run)
+    assert weights_sha256(run) == sha256, "the weights are not those of the undisturbed run"
+    found = numerics(run)
+    differing = [(one, other) for one, other in zip(found, rows, strict=False) if one != other]
+    assert found == rows, f"{len(found)} rows and {len(rows)}; the first that differ: {differing[:1]}"
+    strays = [path for path in (*run.rglob("*"), *(folder / "cache").rglob("*")) if "tmp" in path.name]
+    assert strays == [], f"stray files: {strays}"
+
+
+def _cases() -> list[Case]:
+    def case(seed: int) -> Case:
+        asynchronous = bool(seed % 2)
+        run = partial(chain, seed=seed, kinds=_KINDS, steps=STEPS, asynchronous=asynchronous)
+        return Case(f"{'async' if asynchronous else 'sync'}-{seed}", run)
+
+    short = partial(chain, seed=100, kinds=("save", "step"), steps=STEPS_OF_TWO, asynchronous=False)
+    return [*map(case, range(CHAINS)), Case("short", short)]
+
+
+def _summary(figures: list[Figures]) -> dict[str, Any]:
+    kills = [kill for found in figures for kill in found["kills"]]
+    lost = {
+        name: max((kill["lost"] for found in figures if found["async"] == way for kill in found["kills"]), default=0)
+        for name, way in (("sync", False), ("async", True))
+    }
+    in_save = sum(kill["in_save"] for kill in kills)
+    return {
+        "kills": len(kills),
+        "in_save": in_save,
+        "of_one_rank": sum(kill["rank"] is not None for kill in kills),
+        "by_aim": {kind: sum(kill["kind"] == kind for kill in kills) for kind in ("save", "step", "start")},
+        "steps_between_checkpoints": INTERVAL,
+        "most_steps_repeated": lost,
+        "longest_end_s": max((kill["leave_s"] for kill in kills), default=0.0),
+    }
+
+
+PART = Part(
+    "kills",
+    2,
+    "A run that is killed at any instant goes on by the same command, repeats at most one interval, and ends the same.",
+    _cases,
+    ("short",),
+    _summary,
+)

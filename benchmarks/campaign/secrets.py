@@ -1,0 +1,188 @@
+"""Canary secrets in the environment, on the command line and in documents: nothing that is written holds one.
+
+Also here: code in foreign files is never run (`foreign_code.py`).
+"""
+
+import gzip
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.campaign import foreign_code
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.launching import (
+    Launcher,
+    arguments,
+    run_to_end,
+    started,
+    status,
+    write_ds_config,
+    write_recipe,
+)
+from inheritune_ds.files import read_json
+
+MARKER = "c4n4ry"
+"""Part of every secret here, and of nothing else."""
+SECRETS = {
+    "HF_TOKEN": f"hf_{MARKER}AbCdEfGhIjKlMnOpQrStUvWx",
+    "HUGGING_FACE_HUB_TOKEN": f"hf_{MARKER}ZyXwVuTsRqPoNmLkJiHgFe",
+    "WANDB_API_KEY": f"{MARKER}0123456789abcdef0123456789abcdef01"[:40],
+    "STORE_SECRET": f"{MARKER}/with+signs=and 'quotes'",
+    "OUR_PASSWORD": f"{MARKER}-pass-word",
+    "HTTPS_PROXY": f"http://somebody:{MARKER}-of-the-proxy@127.0.0.1:9",
+    "WANDB_BASE_URL": f"http://somebody:{MARKER}-of-the-tracker@127.0.0.1:9",
+}
+BROKEN = """
+import os, sys
+from inheritune_ds import run
+
+def broken(*_args, **_more):
+    raise RuntimeError("cannot log in with " + os.environ["HF_TOKEN"] + " at " + os.environ["HTTPS_PROXY"])
+
+run.train = broken
+from inheritune_ds.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+"""train.py with a defect that shows secrets in its traceback."""
+
+
+def holders(folder: Path, inputs: Iterable[Path] = ()) -> list[str]:
+    """Files below a folder that hold the marker, packed or not; `inputs` are left out."""
+    left_out = set(inputs)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in left_out)
+    found = []
+    for path in files:
+        content = path.read_bytes()
+        if any(MARKER.encode() in part for part in (str(path.relative_to(folder)).encode(), content, *_unpacked(path))):
+            found.append(str(path.relative_to(folder)))
+    return found
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    """What a packed file holds."""
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        yield gzip.decompress(content)
+    elif content[:1] == b"\x78":
+        try:
+            yield zlib.decompress(content)
+        except zlib.error:
+            return
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # what is only stored stands in the content as it is
+            yield from (archive.read(item) for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED)
+
+
+def secret_environment(folder: Path) -> dict[str, Any]:
+    """The secrets, W&B offline, and a home of its own, so that all that is written lies below `folder`."""
+    home = folder / "home"
+    (home / ".cache").mkdir(parents=True)
+    (folder / "tmp").mkdir()
+    compiled = Path.home() / ".cache" / "torch_extensions"
+    if compiled.is_dir():  # a link, so that the operator of DeepSpeed is not compiled again
+        (home / ".cache" / "torch_extensions").symlink_to(compiled)
+    return {
+        **SECRETS,
+        "HOME": str(home),
+        "TMPDIR": str(folder / "tmp"),
+        "XDG_CACHE_HOME": str(home / ".cache"),
+        "WANDB_MODE": "offline",
+    }
+
+
+def a_finished_run(folder: Path, *, launcher: Launcher, ranks: int) -> Figures:
+    """A run from corpus to export, with W&B."""
+    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
+    run_to_end(folder, *words, launcher=launcher, ranks=ranks, **secret_environment(folder))
+    run = folder / "runs" / "tiny"
+    assert status(run)["state"] == "finished", status(run)
+    assert list(run.glob("wandb/offline-run-*/*.wandb")), "W&B has written nothing, so nothing was proven of it"
+    return _clean(folder)
+
+
+def a_traceback(folder: Path, *, launcher: Launcher, ranks: int) -> Figures:
+    """A defect whose message holds secrets: in the log and in status.json they are masked."""
+    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
+    script = folder / "broken.py"
+    script.write_text(BROKEN, encoding="utf-8")
+    how = {"launcher": launcher, "ranks": ranks, "script": str(script)}
+    output = run_to_end(folder, *words, expect=1, **how, **secret_environment(folder))
+    masked = "cannot log in with *** at http://***@127.0.0.1:9"
+    assert f"RuntimeError: {masked}" in output, output[-3000:]
+    assert masked in status(folder / "runs" / "tiny")["reason"], status(folder / "runs" / "tiny")
+    return _clean(folder)
+
+
+def refused_documents(folder: Path) -> Figures:
+    """Secrets in a recipe, an override, a DeepSpeed config and among the arguments: refused, told and not repeated."""
+    plain, config = write_recipe(folder), write_ds_config(folder)
+    secret, word, url = SECRETS["STORE_SECRET"], SECRETS["OUR_PASSWORD"], f"https://me:{MARKER}@host/data"
+    recipe = folder / "secret.yaml"
+    recipe.write_text(json.dumps({**(read_json(plain) or {}), "description": f"key {secret}"}), encoding="utf-8")
+    document = folder / "secret.json"
+    document.write_text(json.dumps({**(read_json(config) or {}), "wandb": {"team": url}}), encoding="utf-8")
+    environment = secret_environment(folder)
+    trials: list[tuple[int, str, list[str]]] = [
+        (3, "description holds the secret of the environment variable", arguments(recipe, config, folder)),
+        (3, "wandb.team holds a URL with user name", arguments(plain, document, folder)),
+        (3, "override name holds", arguments(plain, config, folder, f"name={secret}")),
+        (3, "override reference.model holds a URL", arguments(plain, config, folder, f"reference.model={url}")),
+        (2, "unrecognized arguments: --hub_token ***", arguments(plain, config, folder, "--hub_token", word)),
+        (3, "cannot be read", arguments(Path(secret), config, folder)),
+    ]
+    for code, message, words in trials:
+        with started(folder, *words, **environment) as launched:
+            ended, output = launched.wait(), launched.output()
+        assert ended == code, f"{message!r}: exit code {ended}, not {code}\n{output}"
+        assert message in output, output
+    assert not (folder / "runs").exists(), "a refused document has made a run folder"
+    return _clean(folder, (recipe, document))
+
+
+def _clean(folder: Path, inputs: Iterable[Path] = ()) -> Figures:
+    found = holders(folder, inputs)
+    assert found == [], f"secrets in {found}"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "hits": 0}
+
+
+def _cases() -> list[Case]:
+    launched: list[tuple[str, Callable[..., Figures], Launcher, int]] = [
+        ("finished-python", a_finished_run, "python", 1),
+        ("finished-deepspeed", a_finished_run, "deepspeed", 2),
+        ("finished-torchrun", a_finished_run, "torchrun", 2),
+        ("traceback-python", a_traceback, "python", 1),
+        ("traceback-deepspeed", a_traceback, "deepspeed", 2),
+        ("traceback-torchrun", a_traceback, "torchrun", 2),
+    ]
+    return [
+        *(Case(name, partial(run, launcher=launcher, ranks=ranks)) for name, run, launcher, ranks in launched),
+        Case("refused", refused_documents),
+        *foreign_code.cases(),
+    ]
+
+
+def _summary(figures: list[Figures]) -> Figures:
+    searched = [found for found in figures if "hits" in found]
+    return {
+        "secrets": sorted(SECRETS),
+        "files_searched": sum(found["files"] for found in searched),
+        "bytes_searched": sum(found["bytes"] for found in searched),
+        "hits": sum(found["hits"] for found in searched),
+        "foreign_files": sum(found.get("foreign_files", 0) for found in figures),
+        "canaries_made": sum(found.get("canaries_made", 0) for found in figures),
+    }
+
+
+PART = Part(
+    "secrets",
+    11,
+    "No secret stands in anything that is written or printed, and code in foreign files is never run.",
+    _cases,
+    ("refused", "traceback-python", *foreign_code.SHORT),
+    _summary,
+)

@@ -1,0 +1,52 @@
+"""SIGKILL: one run, killed in a save and between two, and what the campaign's checks find."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.campaign.cases import Case
+from benchmarks.campaign.kills import IN_SAVE_AT_LEAST, PART, Kind, check_start, draw_kills
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", PART.chosen(short=True), ids=lambda case: case.name)
+def test_killed_run_goes_on_by_the_same_command_and_ends_the_same(case: Case, tmp_path: Path) -> None:
+    found = case.run(tmp_path)
+    assert len(found["kills"]) == 2
+    assert any(kill["in_save"] for kill in found["kills"])
+
+
+def test_the_full_form_has_a_hundred_kills_of_which_forty_must_hit_a_save() -> None:
+    chains = [case.run for case in PART.cases() if case.name not in PART.short]
+    kinds = [kind for chain in chains for kind in chain.keywords["kinds"]]  # type: ignore[attr-defined]
+    assert len(kinds) == 100
+    assert len(chains) * IN_SAVE_AT_LEAST >= 40
+    assert Counter(chain.keywords["asynchronous"] for chain in chains) == {True: 5, False: 5}  # type: ignore[attr-defined]
+
+
+def test_instants_are_a_function_of_the_seed() -> None:
+    kinds: tuple[Kind, ...] = ("save", "step", "start")
+    assert draw_kills(3, kinds) == draw_kills(3, kinds)
+    assert draw_kills(3, kinds) != draw_kills(4, kinds)
+    assert {kill.rank for seed in range(20) for kill in draw_kills(seed, kinds)} == {None, 0, 1}
+
+
+@pytest.mark.parametrize(
+    ("output", "kept", "problem"),
+    [
+        ("resumed from runs/tiny/checkpoints/step-00000004 (step 4, 2,048 tokens)", 8, "resumed from step 4, not 8"),
+        ("step 0: val loss 5.7", 8, "began anew over step 8"),
+    ],
+)
+def test_going_on_from_elsewhere_is_found(output: str, kept: int, problem: str) -> None:
+    with pytest.raises(AssertionError, match=problem):
+        check_start(output, kept)
+
+
+def test_going_on_from_the_newest_checkpoint_is_right() -> None:
+    check_start("resumed from runs/tiny/checkpoints/step-00000004 (step 4, 2,048 tokens)", 4)
+    check_start("step 0: val loss 5.7", 0)
+    check_start("killed before it came so far", 8)
