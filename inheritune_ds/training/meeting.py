@@ -28,6 +28,8 @@ ATTENTION_S = 10.0
 """How long rank 0 waits until all have read its note; one that has died must not hold it."""
 _MEETING_TIMEOUT = timedelta(minutes=10)
 """How long the first rank waits for the last one to start."""
+_LATECOMERS_S = 5.0
+"""How long a rank that is asked to stop waits for the last one to start, so that all leave together."""
 _ASKED = "inheritune_ds/asked"
 """Note of a rank that was asked to stop while rank 0 works."""
 Answer = TypeVar("Answer")
@@ -182,7 +184,7 @@ def _wait_for_all(stop: StopSignal) -> Store:
         thread.join(POLL_S)
         if stop.requested is not None:
             asked_s = time.monotonic() if asked_s is None else asked_s
-            if time.monotonic() - asked_s > ATTENTION_S:  # ranks that are on their way leave together with this one
+            if time.monotonic() - asked_s > _LATECOMERS_S:
                 raise KeyboardInterrupt
     if failed:
         raise failed[0]

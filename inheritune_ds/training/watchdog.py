@@ -9,6 +9,7 @@ interpreter's own (faulthandler) waits a little longer, then prints the stacks a
 import faulthandler
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from inheritune_ds.errors import HangError
@@ -70,6 +72,12 @@ def _own_connection() -> "Store":
     return open_store()
 
 
+def _suspend(_number: int, _frame: FrameType | None) -> None:
+    """Stop, as without a handler; the next tick after it sets faulthandler's clock again."""
+    faulthandler.cancel_dump_traceback_later()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 @dataclass
 class _Phase:
     name: str
@@ -81,8 +89,10 @@ class _Phase:
 class Watchdog:
     """Watches the phases of one rank.
 
-    Time counts while the process runs: a suspended one (SIGSTOP, a sleeping laptop) comes back with its thread as
-    late as its work, and a tick that came late counts as two at most.
+    Time counts while the process runs: a suspended one comes back with its thread as late as its work, and a tick that
+    came late counts as two at most. Faulthandler knows only the clock, which goes on while a process is stopped (not
+    while a laptop sleeps), so a stop that announces itself (Ctrl-Z, `scontrol suspend`) calls it off before; after a
+    bare SIGSTOP of longer than a phase's limit it ends the process.
 
     Args:
         reliability: The limit of every phase, and whether there is a watch at all.
@@ -103,6 +113,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         if self._limits_s is not None:
+            if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+                signal.signal(signal.SIGTSTP, _suspend)
             self._start("watchdog", self._watch)
             if self._store is not None:
                 self._start("watchdog-store", self._listen)
@@ -135,12 +147,14 @@ class Watchdog:
                 self._phases[-1].ends_s += self._awake_s - begun_s
 
     def close(self) -> None:
-        """Watch no more; before the ranks part."""
+        """Watch no more, before the ranks part; from the main thread."""
         self._closed.set()
         for thread in self._threads:
             thread.join(TICK_S + LAST_WORDS_S)
         if self._threads:
             faulthandler.cancel_dump_traceback_later()
+            if signal.getsignal(signal.SIGTSTP) == _suspend:
+                signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
     def _watch(self) -> None:
         before_s = time.monotonic()

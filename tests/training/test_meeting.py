@@ -167,7 +167,7 @@ def test_a_rank_that_is_asked_to_stop_tells_rank_0_and_waits_for_its_word(notes:
 def test_a_rank_that_is_asked_to_stop_waits_shortly_for_the_others(
     notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meeting, "ATTENTION_S", 0.2)
+    monkeypatch.setattr(meeting, "_LATECOMERS_S", 0.2)
     monkeypatch.setattr(meeting, "open_store", lambda: time.sleep(60))
     stop = StopSignal()
     stop.pass_on("SIGTERM")

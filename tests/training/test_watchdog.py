@@ -157,13 +157,21 @@ time.sleep(3.0)
 
 
 @pytest.mark.launch
-def test_a_suspended_process_is_not_a_hung_one(start: Start, tmp_path: Path) -> None:
-    process = start("with watch.phase('step', 7):\n    for _ in range(20):\n        time.sleep(0.02)", {"step": 2.0})
+@pytest.mark.parametrize(("number", "grace_s"), [(signal.SIGSTOP, GRACE_S), (signal.SIGTSTP, 0.5)])
+def test_a_suspended_process_is_not_a_hung_one(
+    number: signal.Signals, grace_s: float, start: Start, tmp_path: Path
+) -> None:
+    # A stop that is announced may be as long as it likes: here it is longer than limit and grace.
+    limit_s = 2.0
+    grace = f"import inheritune_ds.training.watchdog as module\nmodule.GRACE_S = {grace_s}\n"
+    body = f"{grace}with watch.phase('step', 7):\n    for _ in range(20):\n        time.sleep(0.05)"
+    process = start(body, {"step": limit_s})
     deadline_s = time.monotonic() + 60
     while not (tmp_path / "began-0").exists() and time.monotonic() < deadline_s:
         time.sleep(0.002)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(4.0)
+    time.sleep(0.6)  # faulthandler is waiting, too
+    process.send_signal(number)
+    time.sleep(limit_s + 2.0)
     assert not (tmp_path / "done-0").exists(), "it was not stopped in time"
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)

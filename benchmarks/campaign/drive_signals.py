@@ -1,0 +1,79 @@
+"""Launched by the campaign: train.py's own main, which stays a while in one phase, so that a signal finds it there.
+
+`PAUSE=PHASE:STEP:SECONDS drive_signals.py ARGUMENTS`, with the arguments of train.py. Every rank writes its process id
+to `paused-RANK` in its folder when it is there. `preparing` is rank 0's work before training; other ranks wait then.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+
+def pause(seconds: float) -> None:
+    """Tell who is here, and stay."""
+    path = Path(f"paused-{os.environ.get('RANK', '0')}")
+    if not path.exists():
+        path.with_suffix(".tmp").write_text(str(os.getpid()), encoding="utf-8")
+        path.with_suffix(".tmp").rename(path)
+        time.sleep(seconds)
+
+
+def pause_in(phase: str, step: int, seconds: float) -> None:
+    """Stay in a phase from some step on, once."""
+    from inheritune_ds.training.watchdog import Watchdog
+
+    own = Watchdog.phase
+
+    @contextmanager
+    def pausing(watch: Watchdog, name: str, at: int) -> Iterator[None]:
+        with own(watch, name, at):
+            if name == phase and at >= step:
+                pause(seconds)
+            yield
+
+    patch.object(Watchdog, "phase", pausing).start()
+
+
+def pause_preparing(seconds: float) -> None:
+    """Stay in rank 0's preparation, while the others wait for its word."""
+    from inheritune_ds.training.world import prepare_environment
+
+    prepare_environment(os.environ, kind="cpu")
+    from inheritune_ds.preparation import prepare_run
+    from inheritune_ds.training.meeting import Meeting
+
+    by_main, calls = Meeting.by_main, count(1)
+
+    def preparing(*words: Any, **how: Any) -> Any:
+        pause(seconds)
+        return prepare_run(*words, **how)
+
+    def meeting_rank_0(meeting: Meeting, work: Callable[[], Any]) -> Any:
+        if next(calls) == 2 and os.environ.get("RANK", "0") != "0":  # the first asks whether the run has finished
+            pause(0.0)
+        return by_main(meeting, work)
+
+    patch("inheritune_ds.run.prepare_run", preparing).start()
+    patch.object(Meeting, "by_main", meeting_rank_0).start()
+
+
+def main() -> int:
+    """Be train.py."""
+    phase, step, seconds = os.environ["PAUSE"].split(":")
+    if phase == "preparing":
+        pause_preparing(float(seconds))
+    else:
+        pause_in(phase, int(step), float(seconds))
+    from inheritune_ds.cli import main as train
+
+    return train(["train", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""A rank that sleeps for ever ends the whole job in time, with every rank's stacks; the same command goes on."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.launching import (
+    Launcher,
+    arguments,
+    rows,
+    run_to_end,
+    started,
+    status,
+    write_ds_config,
+    write_recipe,
+)
+from inheritune_ds.errors import HangError
+
+LIMIT_S = 6.0
+MARGIN_S = 10.0
+DRIVER = "benchmarks/campaign/drive_hangs.py"
+STEPS, INTERVAL = 12, 4
+"""Of the tiny recipe: steps, and those from one checkpoint to the next."""
+EXPECTED = {
+    "start": ("start", "start", 0),
+    "first_step": ("first_step", "first_step", 1),
+    "forward": ("step", "step", 6),
+    "interpreter": ("step", "step", 6),
+    "data": ("data", "step", 7),
+    "collective": ("step", "step", 6),
+    "wandb": ("log", "step", 6),
+    "wandb_finish": ("finish", "finish", STEPS),
+    "validation": ("validation", "validation", 6),
+    "save": ("save", "save", 8),
+    "finish": ("finish", "finish", STEPS),
+}
+"""Place of the sleep -> the phase that is told, the limit that counts, the step."""
+
+
+@dataclass(frozen=True)
+class Hang:
+    """One trial: where, on which rank of how many, under which launcher."""
+
+    place: str
+    launcher: Launcher
+    rank: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """One under python alone, else two."""
+        return 1 if self.launcher == "python" else 2
+
+    @property
+    def name(self) -> str:
+        """Name of the case."""
+        return f"{self.place}_{self.launcher}" + (f"_rank{self.rank}" if self.ranks > 1 else "")
+
+
+HANGS = (
+    Hang("forward", "python"),
+    Hang("forward", "deepspeed", 1),
+    Hang("forward", "torchrun", 0),
+    Hang("data", "python"),
+    Hang("data", "deepspeed", 0),
+    Hang("data", "torchrun", 1),
+    Hang("collective", "deepspeed", 0),
+    Hang("collective", "deepspeed", 1),
+    Hang("collective", "torchrun", 1),
+    Hang("wandb", "python"),
+    Hang("wandb", "deepspeed"),
+    Hang("wandb", "torchrun"),
+    Hang("wandb_finish", "deepspeed"),
+    Hang("start", "torchrun", 1),
+    Hang("first_step", "deepspeed", 1),
+    Hang("validation", "deepspeed", 1),
+    Hang("save", "torchrun", 1),
+    Hang("finish", "deepspeed"),
+    Hang("interpreter", "python"),
+)
+
+
+def case(hang: Hang) -> Case:
+    """The trial of a hang."""
+    return Case(hang.name, partial(run, hang))
+
+
+def run(hang: Hang, folder: Path) -> Figures:
+    """Launch, wait for the sleep and for the end; look at what is left; give the same command again."""
+    _, limit, step = EXPECTED[hang.place]
+    recipe = write_recipe(folder)
+    ds_config = write_ds_config(folder, reliability={"watchdog_s": {limit: LIMIT_S}})
+    words = arguments(recipe, ds_config, folder)
+    # The driver's folder has modules with the names of Python's own.
+    how: dict[str, Any] = {"launcher": hang.launcher, "ranks": hang.ranks, "PYTHONSAFEPATH": "1"}
+    if hang.place.startswith("wandb"):
+        how["WANDB_MODE"] = "offline"
+    with started(folder, *words, script=DRIVER, HANG=f"{hang.place}:{hang.rank}", **how) as launched:
+        launched.wait_for((folder / "hung").exists)
+        code = launched.wait(LIMIT_S + 60.0)
+        seconds = time.time() - float((folder / "hung").read_text(encoding="utf-8"))
+        assert (left := launched.orphans()) == [], f"processes stay: {left}"
+        _check_end(hang, launched.output()[-6000:], folder / "runs/tiny", code)
+    assert seconds < LIMIT_S + MARGIN_S, f"it took {seconds:.1f} s to end"
+    resumed = run_to_end(folder, *words, **how)
+    assert status(folder / "runs/tiny")["state"] == "finished"
+    steps = [row["step"] for row in rows(folder / "runs/tiny") if "train/loss" in row]
+    assert steps == list(range(1, STEPS + 1)), f"steps of metrics.jsonl: {steps}"
+    saved = STEPS if limit == "finish" else (step - 1) // INTERVAL * INTERVAL
+    told = f"(step {saved}," in resumed if saved else "resumed from" not in resumed
+    assert told, f"the run should go on from step {saved}\n{resumed[-3000:]}"
+    return {"seconds_after_limit": round(seconds - LIMIT_S, 2), "exit_code": code}
+
+
+def _check_end(hang: Hang, output: str, run_folder: Path, code: int) -> None:
+    """Exit code, status and stacks of a job that has ended."""
+    phase, _, step = EXPECTED[hang.place]
+    if hang.place == "interpreter":  # no code of ours can run: faulthandler ends it
+        assert code == 1, output
+        assert "Timeout (" in output, output
+        assert "hold_the_interpreter" in output, output
+        return
+    assert code == (1 if hang.launcher == "torchrun" else HangError.exit_code), f"exit code {code}\n{output}"
+    told = status(run_folder)
+    assert (told["state"], told["exit_code"]) == ("failed", HangError.exit_code), f"{told}\n{output}"
+    # Who waits for the rank that sleeps overruns at the same time, and may be the first to tell.
+    assert told["reason"].startswith("hang in "), told
+    for rank in range(hang.ranks):
+        (path,) = (run_folder / "logs").glob(f"hang-*-rank-{rank:05d}.txt")
+        stacks = path.read_text(encoding="utf-8")
+        assert "most recent call first" in stacks, stacks
+        if rank == hang.rank:
+            assert f"is in {phase} at step {step}\n" in stacks, stacks
+            assert "in sleep_for_ever" in stacks, stacks
+
+
+def cases() -> list[Case]:
+    """One for each place, and the main ones under each launcher."""
+    return [case(hang) for hang in HANGS]
+
+
+def summary(figures: list[Figures]) -> Figures:
+    """How late a job ended."""
+    late = [one["seconds_after_limit"] for one in figures]
+    return {"limit_s": LIMIT_S, "latest_end_after_limit_s": max(late), "allowed_s": MARGIN_S}
+
+
+PART = Part(
+    name="hangs",
+    point=9,
+    promise="a rank that hangs ends the job within its limit + 10 s, with the stacks of every rank and no process left",
+    cases=cases,
+    short=("forward_python",),
+    summary=summary,
+)

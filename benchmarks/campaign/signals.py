@@ -1,0 +1,198 @@
+"""SIGTERM, SIGUSR1 and SIGINT to one rank, to all, twice, wherever a run is: it saves, and all ranks leave together."""
+
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.launching import (
+    Launched,
+    Launcher,
+    arguments,
+    numerics,
+    run_to_end,
+    started,
+    status,
+    weights_sha256,
+    write_ds_config,
+    write_recipe,
+)
+from inheritune_ds.checkpoint_store import CheckpointStore
+from inheritune_ds.training.world import EXIT_INTERRUPTED
+
+Who = Literal["one", "all", "twice", "group"]
+"""One rank; every rank; every rank, and again a second later; the launcher and all ranks, as Ctrl-C does."""
+ALLOWED_S = 30.0
+PAUSE_S = 3.0
+LONG_PAUSE_S = 60.0
+"""A preparation is not waited for."""
+AGAIN_S = 1.0
+DRIVER = "benchmarks/campaign/drive_signals.py"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+WHERE: dict[str, tuple[str, int, int | None]] = {
+    "preparing": ("preparing", 0, None),
+    "before_step_1": ("start", 0, None),
+    "first_step": ("first_step", 1, 1),
+    "steady": ("step", 3, 3),
+    "save": ("save", 4, 5),
+    "eval": ("validation", 6, 6),
+}
+"""Where the signal comes: the phase, the step from which on it is waited for, and the step that is saved then."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One signal.
+
+    Attributes:
+        launcher: What starts the ranks.
+        where: Key of WHERE.
+        number: The signal.
+        who: Who gets it.
+        resumed: Whether the run is brought to its end afterwards and compared with one that was never stopped.
+    """
+
+    launcher: Launcher
+    where: str
+    number: signal.Signals
+    who: Who
+    resumed: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """One under python alone, else two."""
+        return 1 if self.launcher == "python" else 2
+
+    @property
+    def name(self) -> str:
+        """Name of the case."""
+        return f"{self.where}_{self.number.name}_{self.who}" + ("_resumed" if self.resumed else "")
+
+    @property
+    def leaves_at_once(self) -> bool:
+        """A second Ctrl-C."""
+        return self.number == signal.SIGINT and self.who == "twice"
+
+
+def run(trial: Trial, folder: Path) -> Figures:
+    """Launch, signal, wait; look at what is left."""
+    phase, at, saved = WHERE[trial.where]
+    seconds = LONG_PAUSE_S if trial.where == "preparing" else PAUSE_S
+    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
+    # The driver's folder has modules with the names of Python's own.
+    how: dict[str, Any] = {"launcher": trial.launcher, "ranks": trial.ranks, "PYTHONSAFEPATH": "1"}
+    with started(folder, *words, script=DRIVER, PAUSE=f"{phase}:{at}:{seconds}", **how) as launched:
+        marks = [folder / f"paused-{rank}" for rank in range(trial.ranks)]
+        launched.wait_for(lambda: all(mark.exists() for mark in marks))
+        begun = time.monotonic()
+        _send(trial, launched, [int(mark.read_text(encoding="utf-8")) for mark in marks])
+        code = launched.wait(ALLOWED_S + 60.0)
+        left_s = time.monotonic() - begun
+        assert (orphans := launched.orphans()) == [], f"processes stay: {orphans}"
+        output = launched.output()
+    assert left_s < ALLOWED_S, f"it took {left_s:.1f} s to leave\n{output[-6000:]}"
+    _check_end(trial, code, output[-6000:], folder / "runs/tiny", saved)
+    if trial.resumed:
+        _check_resumed(folder, words, how)
+    return {"seconds_to_leave": round(left_s, 2), "exit_code": code}
+
+
+def _send(trial: Trial, launched: Launched, ranks: list[int]) -> None:
+    if trial.who == "group":
+        os.killpg(launched.process.pid, trial.number)
+        return
+    # The rank that leads and the one that follows take turns in being the only one.
+    chosen = ranks if trial.who != "one" else [ranks[sum(map(ord, trial.where + trial.number.name)) % len(ranks)]]
+    for pid in chosen:
+        os.kill(pid, trial.number)
+    if trial.who == "twice":
+        time.sleep(AGAIN_S)
+        for pid in chosen:
+            try:
+                os.kill(pid, trial.number)
+            except ProcessLookupError:  # it has left already
+                continue
+
+
+def _check_end(trial: Trial, code: int, output: str, run_folder: Path, saved: int | None) -> None:
+    """Exit code, status and checkpoints."""
+    told = status(run_folder)
+    changes = trial.launcher == "torchrun"  # which makes every code but 0 a 1
+    if trial.leaves_at_once:
+        assert code == (1 if changes else EXIT_INTERRUPTED), f"exit code {code}\n{output}"
+        return
+    assert told["state"] == "requeue", f"{told}\n{output}"
+    if trial.where == "preparing":
+        assert told["exit_code"] == EXIT_INTERRUPTED, told
+        # A launcher that gets the signal itself ends with a code of its own.
+        assert trial.who == "group" or code == (1 if changes else EXIT_INTERRUPTED), f"exit code {code}\n{output}"
+        return
+    assert trial.who == "group" or code == 0, f"exit code {code}\n{output}"
+    assert "Traceback" not in output, output
+    assert told["exit_code"] == 0, told
+    newest = CheckpointStore(run_folder / "checkpoints", keep=3, keep_every=None).newest_verified(print)
+    if saved is None:
+        assert newest is None, f"{newest}: nothing was to be saved"
+        assert told["step"] == 0, told
+    else:
+        assert newest is not None, output
+        assert newest.name == f"step-{saved:08d}", f"{newest}\n{output}"
+        assert told["step"] == saved, told
+
+
+def _check_resumed(folder: Path, words: list[str], how: dict[str, Any]) -> None:
+    """Bring the run to its end; compare with one that was never stopped."""
+    run_to_end(folder, *words, **how)
+    stopped = folder / "stopped"
+    shutil.move(folder / "runs/tiny", stopped)
+    run_to_end(folder, *words, **how)
+    straight = folder / "runs/tiny"
+    assert numerics(stopped) == numerics(straight), "metrics differ from those of a run that was never stopped"
+    assert weights_sha256(stopped) == weights_sha256(straight), "weights differ from those of a run never stopped"
+
+
+def trials(launcher: Launcher) -> list[Trial]:
+    """Everywhere, every signal, to everybody; a few brought to their end."""
+    everybody: tuple[Who, ...] = ("all", "twice") if launcher == "python" else ("one", "all", "twice")
+    found = [Trial(launcher, *words) for words in product(WHERE, SIGNALS, everybody)]
+    found.append(Trial(launcher, "steady", signal.SIGINT, "group"))
+    someone: Who = "all" if launcher == "python" else "one"
+    for where, number in (
+        ("preparing", signal.SIGTERM),
+        ("before_step_1", signal.SIGUSR1),
+        ("save", signal.SIGTERM),
+        ("eval", signal.SIGUSR1),
+    ):
+        found.append(Trial(launcher, where, number, someone, resumed=True))
+    return found
+
+
+def cases(launcher: Launcher) -> list[Case]:
+    """A case a trial."""
+    return [Case(trial.name, partial(run, trial)) for trial in trials(launcher)]
+
+
+def summary(figures: list[Figures]) -> Figures:
+    """How long leaving took."""
+    return {"longest_seconds_to_leave": max(one["seconds_to_leave"] for one in figures), "allowed_s": ALLOWED_S}
+
+
+def _part(launcher: Launcher) -> Part:
+    return Part(
+        name=f"signals_{launcher}",
+        point=10,
+        promise="SIGTERM, SIGUSR1 or SIGINT to any rank, at any time: saved, every rank gone within 30 s, "
+        f"status.json says requeue; under {launcher}",
+        cases=partial(cases, launcher),
+        short=("steady_SIGTERM_all",) if launcher == "python" else ("steady_SIGTERM_one",),
+        summary=summary,
+    )
+
+
+PARTS = tuple(_part(launcher) for launcher in ("python", "deepspeed", "torchrun"))
