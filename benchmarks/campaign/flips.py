@@ -1,0 +1,246 @@
+"""Point 4: a changed file is found before anything of it is loaded, named, and the checkpoint before it is used."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.launching import (
+    arguments,
+    environment,
+    numerics,
+    run_to_end,
+    weights_sha256,
+    write_ds_config,
+    write_recipe,
+)
+from benchmarks.campaign.resumes import stopped_after
+from inheritune_ds.checkpoint_store import MANIFEST, CheckpointStore, published
+from inheritune_ds.publish import describe_files
+
+FLIPS = 250
+"""In the newest checkpoint of each of the two runs."""
+FALLBACK_S = 5.0
+RANKS = 2
+_FIRST, _SECOND = "zero_pp_rank_0", "zero_pp_rank_1"
+_PLAIN = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+warnings.simplefilter("ignore")
+loaded = []
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        torch.load(path, map_location="cpu", weights_only=False)
+    except Exception:
+        continue
+    loaded.append(path.name)
+print(json.dumps(loaded))
+"""
+"""What DeepSpeed does with a file that it finds."""
+
+
+def _shards(checkpoint: Path) -> list[Path]:
+    return sorted(checkpoint.glob("*/*.pt"))
+
+
+class Trial:
+    """The newest checkpoint of a run, harmed in one way after the other; the files stand again after each.
+
+    Args:
+        checkpoints: `checkpoints/` of a run with two or more, each of several .pt files.
+        plain: Folder for harmed .pt files, to be loaded without any check.
+    """
+
+    def __init__(self, checkpoints: Path, plain: Path) -> None:
+        self.newest, self.before = list(published(checkpoints))[:2]
+        self._store = CheckpointStore(checkpoints, keep=9)
+        self._kept = checkpoints.with_name("kept")
+        shutil.copytree(self.newest, self._kept)
+        self._plain = plain
+        plain.mkdir()
+        self.found = 0
+        self.slowest_s = 0.0
+
+    def harmed(self, name: str, path: Path, told: str) -> None:
+        """Check that a harm is found; put back what was there.
+
+        Args:
+            name: What was done, for the evidence.
+            path: The harmed file.
+            told: What the line says of it.
+        """
+        if path.suffix == ".pt" and path.is_file():
+            shutil.copyfile(path, self._plain / f"{self.found:04d}.pt")
+        lines: list[str] = []
+        start_s = time.monotonic()
+        chosen = self._store.newest_verified(lines.append)
+        took_s = time.monotonic() - start_s
+        assert chosen == self.before, f"{name}: {chosen} was chosen, not {self.before}"
+        wanted = f"WARNING: checkpoint {self.newest} is damaged and is passed over: "
+        assert [line[: len(wanted)] for line in lines] == [wanted], f"{name}: {lines}"
+        assert path.name in lines[0], f"{name}: {path.name} is not named: {lines[0]}"
+        assert told in lines[0], f"{name}: not told {told!r}: {lines[0]}"
+        assert took_s < FALLBACK_S, f"{name}: {took_s:.1f} s until {chosen.name} was chosen"
+        self.found += 1
+        self.slowest_s = max(self.slowest_s, took_s)
+        shutil.rmtree(self.newest)
+        shutil.copytree(self._kept, self.newest)
+
+    def flip(self, draw: random.Random, path: Path) -> None:
+        """Flip one bit of a file."""
+        content = bytearray(path.read_bytes())
+        bit = draw.randrange(len(content) * 8)
+        content[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(content)
+        told = "not as it was written" if path.name == MANIFEST else "instead of"
+        self.harmed(f"bit {bit} of {path.name}", path, told)
+
+    def tamper(self) -> int:
+        """Do what leaves every single file whole, and what leaves a part of it; how many such harms."""
+        done = self.found
+        shards = _shards(self.newest)
+        for path in shards:
+            older = self.before / path.relative_to(self.newest)
+            assert older.stat().st_size == path.stat().st_size, f"{older} has another size"
+            for name, harm, told in (
+                ("stale file of the right size", partial(shutil.copy2, older, path), "instead of"),
+                ("cut in half", partial(os.truncate, path, path.stat().st_size // 2), "bytes instead of"),
+                ("emptied", partial(os.truncate, path, 0), "has 0 bytes instead of"),
+                ("deleted", path.unlink, "is missing"),
+                ("made a link", partial(_link, path, older), "is a symbolic link"),
+            ):
+                harm()
+                self.harmed(f"{path.name} {name}", path, told)
+        for path in shards:
+            other = path.with_name(path.name.replace(_FIRST, _SECOND))
+            if _FIRST in path.name and path.read_bytes() != other.read_bytes():
+                self._swap(path, other)
+        extra = shards[-1].with_name(shards[-1].name.replace(_SECOND, "zero_pp_rank_2"))
+        shutil.copyfile(shards[-1], extra)
+        self.harmed("a shard too many", extra, f"is not in {MANIFEST}")
+        manifest = self.newest / MANIFEST
+        manifest.unlink()
+        self.harmed("no manifest", manifest, "is missing")
+        shutil.copyfile(self.before / MANIFEST, manifest)
+        self.harmed("manifest of another step", manifest, f"{MANIFEST} is that of step")
+        shutil.rmtree(self.newest)
+        shutil.copytree(self.before, self.newest)
+        self.harmed("another step under this name", manifest, f"{MANIFEST} is that of step")
+        return self.found - done
+
+    def _swap(self, one: Path, other: Path) -> None:
+        aside = one.with_name("aside")
+        one.rename(aside)
+        other.rename(one)
+        aside.rename(other)
+        self.harmed("two ranks' shards swapped", one, "instead of")
+
+    def loaded_in_silence(self) -> tuple[int, int]:
+        """How many of the harmed .pt files a plain `torch.load` takes without a word, and how many there were."""
+        done = subprocess.run(
+            [sys.executable, "-c", _PLAIN, str(self._plain)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"the plain load ended with {done.returncode}\n{done.stderr[-3000:]}"
+        return len(json.loads(done.stdout.splitlines()[-1])), len(list(self._plain.iterdir()))
+
+
+def _link(path: Path, target: Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def _try(checkpoints: Path, plain: Path, flips: int, seed: int) -> Figures:
+    trial = Trial(checkpoints, plain)
+    draw = random.Random(seed)  # noqa: S311 - which bits, no secret
+    files = [*_shards(trial.newest), trial.newest / MANIFEST]
+    for number in range(flips):
+        trial.flip(draw, files[number % len(files)])
+    silent, loads = trial.loaded_in_silence()
+    assert silent > loads // 2, f"a plain load refuses {loads - silent} of {loads}: the trial proves nothing"
+    return {
+        "flips": flips,
+        "tampered": trial.tamper(),
+        "plain_loads": loads,
+        "plain_loads_in_silence": silent,
+        "slowest_fallback_s": round(trial.slowest_s, 3),
+    }
+
+
+def _launched(folder: Path, *, stage: int) -> Figures:
+    """Harm the checkpoints of a launched run; then let a launch meet a flipped bit."""
+    recipe, ds_config = write_recipe(folder), write_ds_config(folder, stage=stage)
+    words = arguments(recipe, ds_config, folder)
+    run_to_end(folder, *words, launcher="torchrun", ranks=RANKS)
+    run = folder / "runs" / "tiny"
+    straight = folder / "straight"
+    run.rename(straight)
+    shutil.copytree(straight, folder / "trial")
+    figures = _try(folder / "trial" / "checkpoints", folder / "plain", FLIPS, seed=stage)
+    stopped_after(straight, run, 8)
+    shard = _shards(run / "checkpoints" / "step-00000008")[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 16
+    shard.unlink()  # a link: the other run's file must stay as it is
+    shard.write_bytes(content)
+    output = run_to_end(folder, *words, launcher="torchrun", ranks=RANKS)
+    told = [output.find(line) for line in (shard.name, f"resumed from {run / 'checkpoints' / 'step-00000004'} ")]
+    assert 0 <= told[0] < told[1], f"not told in this order\n{output[-6000:]}"
+    assert weights_sha256(run) == weights_sha256(straight), "the run that fell back ended with other weights"
+    assert numerics(run) == numerics(straight), "the run that fell back logged other values"
+    return figures
+
+
+def make_checkpoints(folder: Path) -> Path:
+    """Publish two checkpoints that no run has made; their folder."""
+    import torch
+
+    store = CheckpointStore(folder / "checkpoints", keep=9)
+    for step in (4, 8):
+        temporary = store.begin(step)
+        (temporary / "engine").mkdir()
+        for number, name in enumerate(("model", _FIRST, _SECOND), 1):
+            torch.save({"weights": torch.arange(2000.0) * number / step}, temporary / "engine" / f"{name}.pt")
+        store.publish(temporary, step, {}, describe_files(temporary))
+    return store.folder
+
+
+def _made(folder: Path) -> Figures:
+    return _try(make_checkpoints(folder), folder / "plain", 40, seed=0)
+
+
+def _cases() -> list[Case]:
+    return [
+        Case("zero1", partial(_launched, stage=1)),
+        Case("zero3", partial(_launched, stage=3)),
+        Case("made", _made),
+    ]
+
+
+def _summary(figures: list[Figures]) -> Mapping[str, Any]:
+    """All that was done was found, or the case had failed."""
+    counted = ("flips", "tampered", "plain_loads", "plain_loads_in_silence")
+    slowest_s = max(case["slowest_fallback_s"] for case in figures)
+    return {**{key: sum(case[key] for case in figures) for key in counted}, "slowest_fallback_s": slowest_s}
+
+
+PART = Part(
+    name="flips",
+    point=4,
+    promise="A changed file is found before anything of it is loaded, and the checkpoint before it is used within 5 s",
+    cases=_cases,
+    short=("made",),
+    summary=_summary,
+)

@@ -1,0 +1,235 @@
+"""Point 5: the pointer is never needed, and a run whose checkpoints are lost or damaged never starts over by itself."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.launching import (
+    Launcher,
+    arguments,
+    numerics,
+    run_to_end,
+    status,
+    weights_sha256,
+    write_ds_config,
+    write_recipe,
+)
+from benchmarks.campaign.resumes import stopped_after
+from inheritune_ds.checkpoint_store import MANIFEST, POINTER, CheckpointStore, published
+from inheritune_ds.errors import CheckpointError
+from inheritune_ds.publish import describe_files
+
+FALLBACK_S = 5.0
+_STEPS = (4, 8, 12)
+
+
+def _to_folder(pointer: Path) -> None:
+    pointer.unlink()
+    pointer.mkdir()
+
+
+def _to_loop(pointer: Path) -> None:
+    pointer.unlink()
+    pointer.symlink_to(pointer.name)
+
+
+POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "is missing"),
+    "empty": (partial(os.truncate, length=0), "is empty"),
+    "garbage": (lambda path: path.write_bytes(bytes(range(256))), "is no text"),
+    "zeros": (lambda path: path.write_bytes(bytes(14)), "which is no checkpoint's name"),
+    "other_name": (lambda path: path.write_text("global_step8", encoding="utf-8"), "which is no checkpoint's name"),
+    "outside": (lambda path: path.write_text("../../step-00000012", encoding="utf-8"), "which is no checkpoint's name"),
+    "absent_tag": (lambda path: path.write_text("step-00000099", encoding="utf-8"), "which is not there"),
+    "unreadable": (_to_folder, "cannot be read"),
+    "loop": (_to_loop, "cannot be read"),
+}
+"""What is done to the pointer, and what is said of it."""
+
+
+def _made(folder: Path) -> CheckpointStore:
+    store = CheckpointStore(folder / "run" / "checkpoints", keep=9)
+    for step in _STEPS:
+        temporary = store.begin(step)
+        for rank in range(2):
+            (temporary / f"rank{rank}.pt").write_bytes(f"{step} {rank}".encode() * 1000)
+        store.publish(temporary, step, {}, describe_files(temporary))
+    return store
+
+
+def _pointer(folder: Path, *, harm: str) -> Figures:
+    """The newest intact checkpoint is chosen, whatever the pointer says, also if the newest of all is damaged."""
+    store = _made(folder)
+    do, told = POINTERS[harm]
+    do(store.folder / POINTER)
+    newest, before, *_ = published(store.folder)
+    slowest_s = 0.0
+    for expected in (newest, before):
+        lines: list[str] = []
+        start_s = time.monotonic()
+        chosen = store.newest_verified(lines.append)
+        slowest_s = max(slowest_s, time.monotonic() - start_s)
+        assert chosen == expected, f"{chosen} was chosen, not {expected}"
+        assert told in lines[0], f"not told {told!r}: {lines}"
+        (newest / "rank1.pt").write_bytes(b"")
+    assert slowest_s < FALLBACK_S, f"it took {slowest_s:.1f} s"
+    return {"pointers": 2, "refusals": 0, "slowest_s": round(slowest_s, 3)}
+
+
+def _short_of_a_file(checkpoints: Path) -> None:
+    for checkpoint in published(checkpoints):
+        next(path for path in checkpoint.rglob("*.pt")).unlink()
+
+
+def _without_manifests(checkpoints: Path) -> None:
+    for checkpoint in published(checkpoints):
+        manifest = checkpoint / MANIFEST
+        manifest.unlink()  # it may be a link: the other run's file must stay as it is
+        manifest.write_text("{}", encoding="utf-8")
+
+
+def _emptied(checkpoints: Path) -> None:
+    for checkpoint in published(checkpoints):
+        shutil.rmtree(checkpoint)
+
+
+def _gone(checkpoints: Path) -> None:
+    shutil.rmtree(checkpoints)
+
+
+LOSSES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "all_short_of_a_file": (_short_of_a_file, "can be used: "),
+    "all_without_manifest": (_without_manifests, "can be used: "),
+    "emptied": (_emptied, "holds no checkpoint any more"),
+    "gone": (_gone, "holds no checkpoint any more"),
+}
+"""What is done to all checkpoints, and what the refusal says."""
+
+
+def _loss(folder: Path, *, harm: str) -> Figures:
+    """A run whose checkpoints are lost is refused; one that has never saved is not."""
+    store = _made(folder)
+    assert CheckpointStore(folder / "other" / "checkpoints", keep=9).newest_verified(print) is None
+    (folder / "run" / "status.json").write_text('{"state": "running", "step": 12}', encoding="utf-8")
+    do, told = LOSSES[harm]
+    do(store.folder)
+    refusal: CheckpointError | None = None
+    try:
+        chosen = store.newest_verified(lambda _: None)
+    except CheckpointError as error:
+        refusal = error
+    assert refusal is not None, f"not refused: {chosen} was chosen"
+    assert told in refusal.problem, refusal.problem
+    assert "--fresh" in refusal.action, refusal.action
+    return {"pointers": 0, "refusals": 1, "slowest_s": 0.0}
+
+
+class Trial:
+    """One uninterrupted run, and what the same command makes of it after its second checkpoint.
+
+    Args:
+        folder: Scratch folder.
+        launcher: What starts every launch.
+        ranks: How many there are in each.
+    """
+
+    def __init__(self, folder: Path, launcher: Launcher, ranks: int) -> None:
+        self._folder, self._how = folder, {"launcher": launcher, "ranks": ranks}
+        self._words = arguments(write_recipe(folder), write_ds_config(folder), folder)
+        self.run = folder / "runs" / "tiny"
+        self._launch()
+        self._straight = folder / "straight"
+        self.run.rename(self._straight)
+
+    def _launch(self, *more: str, expect: int = 0) -> str:
+        return run_to_end(self._folder, *self._words, *more, expect=expect, **self._how)
+
+    def _stop(self) -> Path:
+        """The run as it stood after step 8; its checkpoints."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        stopped_after(self._straight, self.run, 8)
+        (self.run / "status.json").write_text('{"state": "running", "step": 8, "saved_step": 8}', encoding="utf-8")
+        return self.run / "checkpoints"
+
+    def goes_on(self, harm: str) -> None:
+        """The same command goes on from the newest checkpoint and ends as the straight run did."""
+        checkpoints = self._stop()
+        do, told = POINTERS[harm]
+        do(checkpoints / POINTER)
+        output = self._launch()
+        assert told in output, f"{harm}: not told {told!r}\n{output[-6000:]}"
+        assert f"resumed from {checkpoints / 'step-00000008'} " in output, f"{harm}\n{output[-6000:]}"
+        self._ended_the_same(harm)
+        assert (checkpoints / POINTER).read_text(encoding="utf-8") == "step-00000012\n", harm
+
+    def is_refused(self, harm: str) -> None:
+        """The same command ends with the code of lost checkpoints, at every try; --fresh starts over."""
+        do, told = LOSSES[harm]
+        do(self._stop())
+        for number in (1, 2):  # what the first refusal writes must not let the second pass
+            output = self._launch(expect=CheckpointError.exit_code)
+            assert told in output, f"{harm}, try {number}: not told {told!r}\n{output[-6000:]}"
+            left = status(self.run)
+            assert (left["state"], left["exit_code"]) == ("failed", CheckpointError.exit_code), f"{harm}: {left}"
+            assert not (self.run / "export").exists(), f"{harm}: trained again"
+
+    def starts_over(self) -> None:
+        """--fresh sets the lost run aside, whole, and ends as the straight run did."""
+        before = sorted(path.name for path in self.run.iterdir())
+        self._launch("--fresh")
+        (aside,) = self.run.parent.glob("tiny.before-*")
+        assert sorted(path.name for path in aside.iterdir()) == before, "something of the old run is lost"
+        self._ended_the_same("--fresh")
+
+    def _ended_the_same(self, what: str) -> None:
+        assert weights_sha256(self.run) == weights_sha256(self._straight), f"{what}: other weights"
+        assert numerics(self.run) == numerics(self._straight), f"{what}: other values were logged"
+
+
+def _launched_pointers(folder: Path, *, launcher: Launcher, ranks: int, harms: tuple[str, ...]) -> Figures:
+    trial = Trial(folder, launcher, ranks)
+    for harm in harms:
+        trial.goes_on(harm)
+    return {"pointers": len(harms), "refusals": 0, "slowest_s": 0.0}
+
+
+def _launched_losses(folder: Path) -> Figures:
+    trial = Trial(folder, "python", 1)
+    for harm in LOSSES:
+        trial.is_refused(harm)
+    trial.starts_over()
+    return {"pointers": 0, "refusals": 2 * len(LOSSES), "slowest_s": 0.0}
+
+
+def _cases() -> list[Case]:
+    python = ("missing", "empty", "garbage", "loop")
+    return [
+        *(Case(f"pointer_{name}", partial(_pointer, harm=name)) for name in POINTERS),
+        *(Case(name, partial(_loss, harm=name)) for name in LOSSES),
+        Case("launched_python", partial(_launched_pointers, launcher="python", ranks=1, harms=python)),
+        Case("launched_torchrun", partial(_launched_pointers, launcher="torchrun", ranks=2, harms=("absent_tag",))),
+        Case("launched_losses", _launched_losses),
+    ]
+
+
+def _summary(figures: list[Figures]) -> Mapping[str, Any]:
+    return {
+        "right_checkpoint_used": sum(case["pointers"] for case in figures),
+        "refused": sum(case["refusals"] for case in figures),
+        "slowest_fallback_s": max(case["slowest_s"] for case in figures),
+    }
+
+
+PART = Part(
+    name="pointer",
+    point=5,
+    promise="Whatever the pointer says, the newest intact checkpoint is used; with none left, the run is refused",
+    cases=_cases,
+    short=(*(f"pointer_{name}" for name in POINTERS), *LOSSES),
+    summary=_summary,
+)
