@@ -1,0 +1,155 @@
+"""Launched by the part `publish`: one rank that saves again and again, and whose writer is slow, is refused or dies.
+
+`python drive_saves.py FOLDER PLAN.json` once a rank. The plan holds the ZeRO stage, whether saves are asynchronous,
+whether DeepSpeed's own save follows, and for every save, from step 2 on, what happens to which file of which rank in
+the middle of it. Rank R writes result-R.json: what each save has answered.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from benchmarks.ranks import Case, build_engine, join_ranks
+from inheritune_ds import checkpoint_store
+from inheritune_ds.checkpoint_store import CheckpointStore
+from inheritune_ds.errors import InherituneError
+from inheritune_ds.files import write_text
+from inheritune_ds.training.run_state import Layout, RunState
+
+if TYPE_CHECKING:
+    from inheritune_ds.training.engine import Engine
+
+SLOW_S = 0.3
+NATIVE_SLOW_S = 1.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens in the middle of a file.
+
+    Attributes:
+        rank: Whose file it is.
+        file: How its path ends.
+        action: `delay`, `refuse` or `kill`.
+    """
+
+    rank: int
+    file: str
+    action: str
+
+    def happen(self) -> None:
+        """Let it happen, here and now."""
+        if self.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.action == "refuse":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        time.sleep(SLOW_S)
+
+
+class Writers:
+    """This rank's writers of shards, manifest and pointer, with a fault in one of them."""
+
+    def __init__(self, rank: int) -> None:
+        from inheritune_ds.training import checkpoints, shard_writer
+
+        self._rank = rank
+        self._fault: Fault | None = None
+        self._half: Fault | None = None
+        self._write_shard: Callable[..., dict[str, Any]] = shard_writer.write_shard
+        file = shard_writer._HashedFile  # noqa: SLF001 - a fault comes when half of a file is written
+        self._append = file._append  # noqa: SLF001
+        patch.object(checkpoints, "write_shard", self._shard).start()
+        patch.object(checkpoint_store, "write_text", self._text).start()
+        patch.object(file, "_append", self._half_way()).start()
+
+    def arm(self, fault: Fault | None) -> None:
+        """Name the fault of the next save."""
+        self._fault = fault if fault is not None and fault.rank == self._rank else None
+
+    def _hit(self, path: Path) -> Fault | None:
+        fault = self._fault
+        return fault if fault is not None and path.as_posix().endswith(fault.file) else None
+
+    def _shard(self, state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+        self._half = self._hit(path)
+        return self._write_shard(state, path, needed_bytes=needed_bytes)
+
+    def _half_way(self) -> Callable[..., None]:
+        def append(file: Any, view: memoryview) -> None:
+            fault, self._half = self._half, None
+            if fault is not None:
+                self._append(file, view[: len(view) // 2])
+                view = view[len(view) // 2 :]
+                fault.happen()
+            self._append(file, view)
+
+        return append
+
+    def _text(self, path: Path, text: str) -> None:
+        fault = self._hit(path)
+        if fault is not None:
+            half = path.with_name(f".{path.name}.half.tmp")
+            try:
+                half.write_text(text[: len(text) // 2], encoding="utf-8")
+                fault.happen()
+            finally:
+                half.unlink()
+        write_text(path, text)
+
+
+def native_save(engine: "Engine", folder: Path, rank: int) -> None:
+    """DeepSpeed's own save, pointer and all, while rank 1's writer is slow."""
+    import torch
+
+    own: Callable[..., None] = torch.save
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        time.sleep(NATIVE_SLOW_S if rank == 1 else 0.0)
+        own(*arguments, **options)
+
+    with patch.object(torch, "save", slow):
+        engine._engine.save_checkpoint(str(folder), tag="step-00000001")  # noqa: SLF001 - what users call
+
+
+def main(folder: Path, plan: dict[str, Any]) -> int:
+    """Save as planned; the exit code."""
+    world = join_ranks()
+    from inheritune_ds.training.checkpoints import Checkpoints
+    from inheritune_ds.training.reliability_words import Reliability
+
+    engine, _ = build_engine(Case(stage=plan["stage"], hidden_size=32, blocks=2, vocab_size=300, seq_len=16), world)
+    checkpoints = Checkpoints(
+        CheckpointStore(folder / "checkpoints", keep=1000),
+        layout=Layout(world.size, plan["stage"], "bf16"),
+        world=world,
+        reliability=Reliability(async_save=plan["async"]),
+        fingerprints={},
+        say=lambda line: print(line, flush=True),
+    )
+    writers = Writers(world.rank)
+    answers = []
+    try:
+        for step, fault in enumerate([None, *plan["faults"]], 1):
+            writers.arm(None if fault is None else Fault(**fault))
+            saved = checkpoints.save(engine, RunState(step=step))
+            answers.append(saved and checkpoints.settle())
+        checkpoints.close()
+    except InherituneError as error:
+        print(error, flush=True)
+        return error.exit_code
+    if plan["native"]:
+        native_save(engine, folder / "native", world.rank)
+    (folder / f"result-{world.rank}.json").write_text(json.dumps(answers), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))))

@@ -1,0 +1,208 @@
+"""Point 3: the pointer never names a checkpoint that is not complete, whichever writer is slow, refused or killed."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.launching import Launched, started
+from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, find_fault
+from inheritune_ds.errors import TrainingError
+
+RANKS = 2
+POLL_S = 0.01
+_TEXTS = [(0, "manifest.json"), (0, POINTER)]
+Listing = dict[str, int]
+
+
+def _shards(stage: int) -> list[tuple[int, str]]:
+    """Ranks and the files that they write; below ZeRO-3 the model's is rank 0's alone."""
+    model = "mp_rank_00_model_states.pt"
+    models = [(rank, f"zero_pp_rank_{rank}_{model}") for rank in range(RANKS)] if stage == 3 else [(0, model)]
+    return models + [(rank, f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(RANKS)]
+
+
+class Poller:
+    """Looks every 10 ms at what the pointer names."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: list[tuple[str, Listing]] = []
+        self._ended = threading.Event()
+        self.longest_gap_s = 0.0
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        last_s = time.monotonic()
+        while not self._ended.wait(POLL_S):
+            self._look()
+            now_s = time.monotonic()
+            self.longest_gap_s, last_s = max(self.longest_gap_s, now_s - last_s), now_s
+        self._look()
+
+    def _look(self) -> None:
+        try:
+            name = (self._folder / POINTER).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return
+        self._seen.append((name, _listing(self._folder / name)))
+
+    @property
+    def looks(self) -> int:
+        """How often there was a pointer."""
+        return len(self._seen)
+
+    @property
+    def names(self) -> set[str]:
+        """What it has named."""
+        return {name for name, _ in self._seen}
+
+    def incomplete(self) -> list[str]:
+        """Looks at which a file was missing, or shorter than it is now that all writers have ended."""
+        found = []
+        for number, (name, listing) in enumerate(self._seen):
+            whole = _listing(self._folder / name)
+            wrong = [file for file, size in whole.items() if listing.get(file) != size]
+            if wrong or not whole:
+                found.append(f"look {number}: {POINTER} names {name}, but {', '.join(wrong) or 'it'} is not complete")
+        return found
+
+
+def _listing(folder: Path) -> Listing:
+    """Files below a folder and their sizes."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _launch(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Launched], list[int], Poller, Poller]:
+    """Let two ranks save as planned while both folders are watched; the ranks, their exit codes, the watchers."""
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = (str(folder), str(path))
+    script = "benchmarks/campaign/drive_saves.py"
+    with ExitStack() as stack:
+        watch = stack.enter_context(Poller(folder / "checkpoints"))
+        native = stack.enter_context(Poller(folder / "native"))
+        ranks = []
+        for rank in range(RANKS):
+            # not under a launcher: it would end the other rank before that can say what it has seen
+            run = started(
+                folder,
+                *words,
+                script=script,
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(RANKS),
+                LOCAL_WORLD_SIZE=str(RANKS),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                PYTHONSAFEPATH="1",  # the driver's folder has a module of the name of one of Python's
+            )
+            ranks.append(stack.enter_context(run))
+        codes = [launched.wait() for launched in ranks]
+    return ranks, codes, watch, native
+
+
+def _check(folder: Path, watch: Poller) -> None:
+    incomplete = watch.incomplete()
+    assert not incomplete, f"{len(incomplete)} of {watch.looks} looks\n" + "\n".join(incomplete[:20])
+    assert watch.looks, "there was nothing to look at"
+    faults = {name: find_fault(folder / "checkpoints" / name) for name in watch.names}
+    assert not any(faults.values()), faults
+
+
+def _slow_and_refused(folder: Path, *, stage: int, background: bool) -> Figures:
+    """Delay, then refuse every file in turn, a good save after each; at last DeepSpeed's own save, with a delay."""
+    files = _shards(stage) + _TEXTS
+    faults = [{"rank": rank, "file": file, "action": action} for rank, file in files for action in ("delay", "refuse")]
+    after = [entry for fault in faults for entry in (fault, None)]
+    plan = {"stage": stage, "async": background, "faults": after, "native": True}
+    ranks, codes, watch, native = _launch(folder, plan)
+    output = "\n".join(launched.output()[-3000:] for launched in ranks)
+    assert codes == [0, 0], f"exit codes {codes}\n{output}"
+    _check(folder, watch)
+    answers = [json.loads((folder / f"result-{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    wanted = [True] + [fault is None or fault["action"] == "delay" for fault in after]
+    assert answers == [wanted, wanted], f"saves have answered {answers}\n{output}"
+    assert not list((folder / "checkpoints").glob(".step-*")), "what was not published is still there"
+    missed = native.incomplete()
+    assert missed, f"DeepSpeed's own save was never seen incomplete in {native.looks} looks: the check would miss it"
+    return {
+        "faults": len(faults),
+        "looks": watch.looks,
+        "incomplete": 0,
+        "deepspeed_looks": native.looks,
+        "deepspeed_incomplete": len(missed),
+        "longest_gap_s": watch.longest_gap_s,
+    }
+
+
+def _killed(folder: Path, *, stage: int, background: bool, rank: int, file: str) -> Figures:
+    """Kill a rank in the middle of a file; the other one ends by itself, and the checkpoint before is still good."""
+    fault = {"rank": rank, "file": file, "action": "kill"}
+    plan = {"stage": stage, "async": background, "faults": [fault], "native": False}
+    ranks, codes, watch, _ = _launch(folder, plan)
+    other = 1 - rank
+    output = ranks[other].output()[-3000:]
+    assert codes[rank] == -9, f"rank {rank} was not killed but ended with {codes[rank]}\n{ranks[rank].output()[-3000:]}"
+    assert codes[other] == TrainingError.exit_code, f"rank {other} ended with {codes[other]}\n{output}"
+    assert "the ranks have lost each other while they saved step 2" in output, output
+    _check(folder, watch)
+    lines: list[str] = []
+    store = CheckpointStore(folder / "checkpoints", keep=3)
+    store.claim_generation()
+    newest = store.newest_verified(lines.append)
+    # The pointer is written after the rename, so step 2 is published by then.
+    assert newest is not None
+    assert newest.name == ("step-00000002" if file == POINTER else "step-00000001")
+    left = [path.name for path in (folder / "checkpoints").glob(".*")]
+    assert not left, f"the next launch leaves {left}"
+    return {"faults": 1, "looks": watch.looks, "incomplete": 0, "longest_gap_s": watch.longest_gap_s}
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for stage in (1, 3):
+        for background in (False, True):
+            kind = f"zero{stage}-{'async' if background else 'sync'}"
+            run = partial(_slow_and_refused, stage=stage, background=background)
+            cases.append(Case(f"{kind}-slow-and-refused", run))
+            for rank, file in _shards(stage) + _TEXTS:
+                kill = partial(_killed, stage=stage, background=background, rank=rank, file=file)
+                cases.append(Case(f"{kind}-killed-{rank}-{file}", kill))
+    return cases
+
+
+def _summary(figures: list[Figures]) -> Mapping[str, Any]:
+    totals = ("faults", "looks", "incomplete", "deepspeed_looks", "deepspeed_incomplete")
+    return {
+        **{key: sum(found.get(key, 0) for found in figures) for key in totals},
+        "longest_gap_s": max((found["longest_gap_s"] for found in figures), default=None),
+    }
+
+
+PART = Part(
+    name="publish",
+    point=3,
+    promise="The pointer never names a checkpoint that is not complete, whichever rank's writer is slow, refused or "
+    "killed at whichever file; the same check catches DeepSpeed's own save.",
+    cases=_cases,
+    short=("zero1-sync-slow-and-refused",),
+    summary=_summary,
+)
