@@ -26,8 +26,8 @@ class Controls:
         folder: The run folder; rank 0 looks for files there. A STOP that is older than this command is removed.
         stop: Signals of this rank.
         world: This rank among all.
-        max_minutes: The command should be over this long after its start; None for no limit. Only rank 0's clock
-            counts.
+        max_minutes: The command should be over this long after its start, but for its first step; None for no limit.
+            Only rank 0's clock counts.
         say: Prints a line.
     """
 
@@ -93,14 +93,16 @@ class Controls:
             return self._stop.requested
         if STOP in self._found:
             return f"the file {STOP} in the run folder"
-        if self._limit_s is not None and self._stop.age_s + self._needed_s(self._limit_s) >= self._limit_s:
-            return f"--max-minutes {self._limit_s / 60.0:g}"
+        # Not before the first step: a limit that is shorter than the start would otherwise lead nowhere, ever again.
+        limit_s = self._limit_s if self._steps_s else None
+        if limit_s is not None and self._stop.age_s + self._needed_s(limit_s) >= limit_s:
+            return f"--max-minutes {limit_s / 60.0:g}"
         return None
 
     def _needed_s(self, limit_s: float) -> float:
         """Time that must be left for one more step and the save after it."""
         save_s = min(UNMEASURED_RATIO * limit_s, UNMEASURED_MAX_S) if self._save_s is None else SAFETY * self._save_s
-        return save_s + SAFETY * max(self._steps_s, default=0.0)
+        return save_s + SAFETY * max(self._steps_s)
 
     def _look(self) -> None:
         now_s = time.monotonic()

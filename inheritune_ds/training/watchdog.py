@@ -200,9 +200,6 @@ class Watchdog:
             with suppress(RuntimeError):
                 if self._store.add(_FIRST, 1) == 1:  # those that overrun at the same moment have one note
                     self._store.set(_NOTE, json.dumps(asdict(hang)))
-        with suppress(OSError):
-            self._write_stacks(hang)
-        self._on_hang(hang.reason, HangError.exit_code)
         if own:
             error = HangError(
                 hang.reason,
@@ -211,6 +208,9 @@ class Watchdog:
                 "checkpoint; raise the limit in the DeepSpeed config if the phase only takes that long",
             )
             os.write(_STDERR, f"inheritune-ds: error: {error}\n".encode())  # the stream's lock may be taken
+        with suppress(OSError):
+            self._write_stacks(hang)
+        self._on_hang(hang.reason, HangError.exit_code)
         self._wait_for_the_others()
 
     def _write_stacks(self, hang: Hang) -> None:

@@ -116,10 +116,12 @@ def test_a_file_that_cannot_be_removed_is_honoured_once(
 
 
 def test_the_time_limit_leaves_room_for_a_step_and_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    age = [0.0]
+    age = [601.0]
     monkeypatch.setattr(StopSignal, "age_s", property(lambda _: age[0]))
     asked = Controls(tmp_path, StopSignal(), MAIN, max_minutes=10.0)
-    assert not asked.wishes().stop
+    assert not asked.wishes().stop, "every launch does a step"
+    asked.stepped(0.0)
+    assert asked.wishes().stop
     age[0] = 539.0  # a save that was never measured may take a tenth of the limit
     assert not asked.wishes().stop
     age[0] = 541.0
@@ -142,6 +144,7 @@ def test_the_first_save_of_a_long_run_is_given_five_minutes(tmp_path: Path, monk
     age = [24 * 3600.0 - 301.0]
     monkeypatch.setattr(StopSignal, "age_s", property(lambda _: age[0]))
     asked = Controls(tmp_path, StopSignal(), MAIN, max_minutes=24 * 60.0)
+    asked.stepped(0.0)
     assert not asked.wishes().stop
     age[0] += 2.0
     assert asked.wishes().stop
