@@ -28,7 +28,7 @@ from inheritune_ds.checkpoint_manifest import (
     step_of,
 )
 from inheritune_ds.errors import CheckpointError
-from inheritune_ds.files import read_json, storage_errors, sync_folder, sync_path, write_text
+from inheritune_ds.files import read_json, storage_errors, sync_folder, sync_path, write_exact
 
 if TYPE_CHECKING:
     from inheritune_ds.recipe import Checkpointing
@@ -90,7 +90,7 @@ class CheckpointStore:
         self._generation = max(_number_of(self._claimed()), int(newest.get("generation", 0))) + 1
         # The random part tells apart two launches that have claimed at once where locks do not work.
         self._claim = f"{self._generation} {secrets.token_hex(8)}"
-        write_text(self.folder / GENERATION, f"{self._claim}\n")
+        write_exact(self.folder / GENERATION, f"{self._claim}\n")
         return self._generation
 
     def newest_verified(self, say: Callable[[str], None]) -> Path | None:
@@ -229,7 +229,7 @@ class CheckpointStore:
                 )
             manifest = {"step": step, "generation": self._generation, **fields, "files": dict(files)}
             sync_folder(temporary)
-            write_text(temporary / MANIFEST, manifest_text(manifest))
+            write_exact(temporary / MANIFEST, manifest_text(manifest))
             _close_to_others(temporary)
             sync_path(temporary)
             self._refuse_if_superseded()
@@ -240,7 +240,7 @@ class CheckpointStore:
     def _point_at(self, checkpoint: Path) -> None:
         pointer = self.folder / POINTER
         if pointer.is_symlink() or not pointer.is_dir():  # a folder of that name is somebody's; nothing needs a pointer
-            write_text(pointer, f"{checkpoint.name}\n")
+            write_exact(pointer, f"{checkpoint.name}\n")
 
     def _let_appear(self, temporary: Path, final: Path) -> None:
         replaced = self.folder / f".{final.name}{_REPLACED}"
@@ -256,7 +256,7 @@ class CheckpointStore:
     def _refuse_if_superseded(self) -> None:
         found = self._claimed()
         if _number_of(found) == 0:  # removed or damaged: nobody has claimed after us
-            write_text(self.folder / GENERATION, f"{self._claim}\n")
+            write_exact(self.folder / GENERATION, f"{self._claim}\n")
         elif found != self._claim:
             raise CheckpointError(
                 f"another launch (number {_number_of(found)}, this is {self._generation}) has taken over {self.folder}",

@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from inheritune_ds.analysis.results import METRICS_FILE, read_metrics
 from inheritune_ds.errors import TrainingError
-from inheritune_ds.files import storage_errors, write_text
+from inheritune_ds.files import storage_errors, write_exact, write_text
 from inheritune_ds.recipe import Recipe
 
 TOKENS = "train/tokens"
@@ -88,7 +88,7 @@ class Tracker:
     def _open(self, step: int) -> IO[str]:
         """Open metrics.jsonl behind the rows up to a step; later ones are dropped."""
         rows = read_metrics(self._path.parent) if step >= 0 else []
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        write_exact(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         with storage_errors(self._path):
             return self._path.open("a", encoding="utf-8")
 

@@ -21,7 +21,7 @@ from benchmarks.ranks import Case, build_engine, join_ranks
 from inheritune_ds import checkpoint_store
 from inheritune_ds.checkpoint_store import CheckpointStore
 from inheritune_ds.errors import InherituneError
-from inheritune_ds.files import write_text
+from inheritune_ds.files import write_exact
 from inheritune_ds.training.run_state import Layout, RunState
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Writers:
         file = shard_writer._HashedFile  # noqa: SLF001 - a fault comes when half of a file is written
         self._append = file._append  # noqa: SLF001
         patch.object(checkpoints, "write_shard", self._shard).start()
-        patch.object(checkpoint_store, "write_text", self._text).start()
+        patch.object(checkpoint_store, "write_exact", self._text).start()
         patch.object(file, "_append", self._half_way()).start()
 
     def arm(self, fault: Fault | None) -> None:
@@ -102,7 +102,7 @@ class Writers:
                 fault.happen()
             finally:
                 half.unlink()
-        write_text(path, text)
+        write_exact(path, text)
 
 
 def native_save(engine: "Engine", folder: Path, rank: int) -> None:
