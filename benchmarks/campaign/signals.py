@@ -93,8 +93,10 @@ def run(trial: Trial, folder: Path) -> Figures:
         begun = time.monotonic()
         _send(trial, launched, [int(mark.read_text(encoding="utf-8")) for mark in marks])
         code = launched.wait(ALLOWED_S + 60.0)
+        # The runner of deepspeed dies of a Ctrl-C at once, while the ranks still save.
+        orphans = launched.orphans(max(ALLOWED_S - (time.monotonic() - begun), 0.0))
         left_s = time.monotonic() - begun
-        assert (orphans := launched.orphans()) == [], f"processes stay: {orphans}"
+        assert orphans == [], f"processes stay: {orphans}"
         output = launched.output()
     assert left_s < ALLOWED_S, f"it took {left_s:.1f} s to leave\n{output[-6000:]}"
     _check_end(trial, code, output[-6000:], folder / "runs/tiny", saved)
@@ -134,7 +136,7 @@ def _check_end(trial: Trial, code: int, output: str, run_folder: Path, saved: in
         assert trial.who == "group" or code == (1 if changes else EXIT_INTERRUPTED), f"exit code {code}\n{output}"
         return
     assert trial.who == "group" or code == 0, f"exit code {code}\n{output}"
-    assert "Traceback" not in output, output
+    assert trial.who == "group" or "Traceback" not in output, output
     assert told["exit_code"] == 0, told
     newest = CheckpointStore(run_folder / "checkpoints", keep=3, keep_every=None).newest_verified(print)
     if saved is None:
