@@ -52,11 +52,6 @@ class Piece:
     numel: int
 
 
-def needs_conversion(saved: Layout, now: Layout) -> bool:
-    """Whether a state is dealt out anew when it is loaded; otherwise every rank gets its own bits back."""
-    return (saved.world_size, saved.zero_stage) != (now.world_size, now.zero_stage)
-
-
 def check_convertible(saved: Layout, now: Layout) -> None:
     """Refuse a state that cannot go on as the same experiment.
 
@@ -84,13 +79,13 @@ def load_by_name(engine: Any, folder: Path) -> tuple[str, ...]:
         folder: DeepSpeed's files, verified.
 
     Returns:
-        A line on every setting that rounds otherwise than when the state was saved.
+        A line if the state was dealt out anew, and one on every setting that rounds otherwise than when it was saved.
 
     Raises:
         CheckpointError: If the files are not a state of this model.
     """
     files = SavedFiles(folder)
-    saved = _SavedState(files)
+    saved = SavedState(files)
     optimizer = engine.optimizer
     is_stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
     if is_stage_3:
@@ -106,7 +101,8 @@ def load_by_name(engine: Any, folder: Path) -> tuple[str, ...]:
         optimizer.update_lp_params()
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, files.model[counter])
-    return tuple(_other_rounding(files.model["ds_config"], engine.config))
+    before, now = files.model["ds_config"], engine.config
+    return (*_other_layout(files, before, now), *_other_rounding(before, now))
 
 
 def _hand_over(optimizer: Any, state: dict[str, Any]) -> None:
@@ -114,6 +110,16 @@ def _hand_over(optimizer: Any, state: dict[str, Any]) -> None:
         # It takes the entry of its own rank only.
         optimizer.load_state_dict(
             [state] * dist.get_world_size(), load_optimizer_states=True, load_from_fp32_weights=True
+        )
+
+
+def _other_layout(files: SavedFiles, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    ranks = len(files.optimizer), dist.get_world_size()
+    stages = [_at(config, ("zero_optimization", "stage")) for config in (saved, now)]
+    if ranks[0] != ranks[1] or stages[0] != stages[1]:
+        yield (
+            f"the state was saved on {ranks[0]} ranks in ZeRO stage {stages[0]}, and is dealt out anew to {ranks[1]} "
+            f"in stage {stages[1]}: losses may differ in their last digits from here on"
         )
 
 
@@ -137,8 +143,16 @@ def _word(value: Any) -> str:
     return "DeepSpeed's default" if value is None else str(value)
 
 
-class _SavedState:
-    """What all ranks have saved, by parameter."""
+class SavedState:
+    """What all ranks have saved, by parameter.
+
+    Args:
+        files: DeepSpeed's.
+
+    Attributes:
+        step: Adam's count of updates; None before the first.
+        loss_scaling: What fp16 goes on with; empty where there is no loss scale.
+    """
 
     def __init__(self, files: SavedFiles) -> None:
         self._folder = files.folder
@@ -242,7 +256,7 @@ def stage_3_pieces(shapes: Sequence[Mapping[str, torch.Size]], rank: int, ranks:
             at += share
 
 
-def _stage_1_state(optimizer: Any, saved: _SavedState) -> dict[str, Any]:
+def _stage_1_state(optimizer: Any, saved: SavedState) -> dict[str, Any]:
     """This rank's state_dict in stages 1 and 2; the masters are filled in place."""
     parameters = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
     saved.check_names({optimizer.param_names[p] for group in parameters for p in group})
@@ -262,7 +276,7 @@ def _stage_1_state(optimizer: Any, saved: _SavedState) -> dict[str, Any]:
     return {**state, **scaling, "base_optimizer_state": base}
 
 
-def _stage_3_state(engine: Any, saved: _SavedState) -> dict[str, Any]:
+def _stage_3_state(engine: Any, saved: SavedState) -> dict[str, Any]:
     """This rank's state_dict in stage 3; the masters are filled in place."""
     optimizer, shapes = engine.optimizer, engine._get_zero_param_shapes()  # noqa: SLF001
     saved.check_names({name for group in shapes for name in group})
@@ -274,7 +288,7 @@ def _stage_3_state(engine: Any, saved: _SavedState) -> dict[str, Any]:
 
 
 def _fill(
-    partitions: Sequence[torch.Tensor], pieces: Sequence[Piece], inner: torch.optim.Optimizer, saved: _SavedState
+    partitions: Sequence[torch.Tensor], pieces: Sequence[Piece], inner: torch.optim.Optimizer, saved: SavedState
 ) -> list[dict[str, torch.Tensor]]:
     """Fill masters and moments; a moment that is there already, in an engine in use, takes no second place in memory.
 
@@ -295,7 +309,7 @@ def _fill(
 
 
 def _with_moments(
-    base: Mapping[str, Any], moments: Sequence[dict[str, torch.Tensor]], inner: Any, saved: _SavedState
+    base: Mapping[str, Any], moments: Sequence[dict[str, torch.Tensor]], inner: Any, saved: SavedState
 ) -> dict[str, Any]:
     """The wrapped optimizer's state_dict with these moments, and the count of updates where this Adam keeps it."""
     if saved.step is None:
@@ -305,5 +319,6 @@ def _with_moments(
         return {"state": dict(enumerate(moments)), "param_groups": groups}
     # torch's AdamW counts in a tensor, DeepSpeed's in an int that goes to C++; neither takes the other's.
     counts_in_tensor = isinstance(inner, torch.optim.AdamW)
-    entries = ({**own, "step": torch.tensor(float(saved.step)) if counts_in_tensor else saved.step} for own in moments)
+    # The count comes first, as they put it there, so that the next checkpoint is the same file to the last bit.
+    entries = [{"step": torch.tensor(float(saved.step)) if counts_in_tensor else saved.step, **own} for own in moments]
     return {**base, "state": dict(enumerate(entries))}

@@ -327,7 +327,7 @@ class Engine:
             folder: A verified checkpoint.
 
         Returns:
-            A line on every setting that rounds otherwise than when it was saved.
+            Lines on what is not as it was when it was saved: ranks and stage, and settings that round otherwise.
 
         Raises:
             CheckpointError: If it is not a state of this model.
