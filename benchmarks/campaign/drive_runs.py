@@ -1,0 +1,96 @@
+"""Launched by the campaign: real runs, one after the other, in one process group.
+
+`drive_runs.py RECIPE DS_CONFIG FOLDER OUT STEP [STEP ...] [--from NAME] [--then DS_CONFIG]`, under torchrun. For each
+step it makes the run folder FOLDER/runs/OUT-STEP as FOLDER/runs/NAME stood after that step (0: there is none yet), goes
+on from it to the end, under the other config if there is one, and each rank writes what it has seen to
+FOLDER/OUT.rankN.json.
+"""
+
+import argparse
+import gc
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.campaign.resumes import Seen, stopped_after
+from inheritune_ds.cli.options import machine_for
+from inheritune_ds.data.stream import BatchStream
+from inheritune_ds.files import write_json
+from inheritune_ds.recipe_file import load_recipe
+from inheritune_ds.training import ds_document
+from inheritune_ds.training.world import StopSignal, detect, export, prepare_environment
+
+Windows = dict[int, list[list[str]]]
+
+
+@contextmanager
+def recorded_windows() -> Iterator[Windows]:
+    """Note which windows this rank reads: by step, its micro-batches, each window as a sha256 of its tokens."""
+    read: Windows = {}
+    own = BatchStream.micro_batches
+
+    def recording(stream: BatchStream, step: int, **how: Any) -> Iterator[NDArray[np.int64]]:
+        batches = list(own(stream, step, **how))
+        read[step] = [[hashlib.sha256(window.tobytes()).hexdigest() for window in batch] for batch in batches]
+        return iter(batches)
+
+    with patch.object(BatchStream, "micro_batches", recording):
+        yield read
+
+
+def main() -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser()
+    for word in ("recipe", "ds_config", "folder", "out"):
+        parser.add_argument(word, type=Path)
+    parser.add_argument("steps", nargs="+", type=int)
+    parser.add_argument("--from", dest="first")
+    parser.add_argument("--then", type=Path)
+    args = parser.parse_args()
+    world = detect(os.environ)
+    export(world, os.environ)
+    prepare_environment(os.environ, kind="cpu")
+    import torch
+
+    from inheritune_ds.run import Launch, execute
+    from inheritune_ds.training.engine import leave_process_group
+    from inheritune_ds.training.meeting import Meeting
+
+    runs = args.folder / "runs"
+    machine, stop = machine_for(None, world.local_size), StopSignal()
+    meeting = Meeting(world, stop)
+
+    def launched(ds_config: Path) -> Launch:
+        document = ds_document.read(ds_config)
+        launch = Launch(document, str(ds_config), machine, world, stop, runs, args.folder / "cache")
+        # A launch makes its own once; two of one process would take each other's notes for theirs.
+        vars(launch)["meeting"] = meeting
+        return launch
+
+    recipe = load_recipe(str(args.recipe))
+    seen: dict[int, Seen] = {}
+    for step in args.steps:
+        name = f"{args.out}-{step}"
+        if step:
+            meeting.by_main(partial(stopped_after, runs / args.first, runs / name, step))
+        # DeepSpeed collects garbage a few times while it builds an engine, and what was imported is most of it.
+        gc.freeze()
+        # The figures take longer than the training, and are drawn of the rows that are compared.
+        with recorded_windows() as windows, patch("inheritune_ds.run_results.write_run_report", lambda run: run):
+            ds_config = args.then if step and args.then else args.ds_config
+            assert execute(recipe.model_copy(update={"name": name}), launched(ds_config))
+        seen[step] = {"rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), "windows": windows}
+    write_json(args.folder / f"{args.out}.rank{world.rank}.json", seen)
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

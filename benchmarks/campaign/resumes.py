@@ -1,0 +1,123 @@
+"""What the parts `exact` and `elastic` share: a run as it stood after some step, going on from there, comparing.
+
+A launch stopped right after a checkpoint leaves its run folder as it stood then. `stopped_after` makes that folder out
+of the one that an uninterrupted run has left, which kept all its checkpoints; so one run gives every stop point.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.campaign.launching import numerics, rows, run_to_end
+from inheritune_ds.checkpoint_store import POINTER, published, read_manifest, step_of
+from inheritune_ds.files import read_json
+
+STEPS = 12
+NAME = "tiny"
+DRIVER = "benchmarks/campaign/drive_runs.py"
+KEEPS_ALL = {"interval_steps": 1, "keep": STEPS + 1}
+Precision = Literal["fp32", "bf16"]
+Seen = dict[str, Any]
+"""What a rank has seen in a launch: `rng`, a sha256 of its random numbers' state at the end, and `windows`, by step the
+micro-batches that it read, each window as a sha256 of its tokens."""
+
+
+def stopped_after(finished: Path, run: Path, step: int) -> None:
+    """Make a run folder as it stood right after the checkpoint of a step.
+
+    Args:
+        finished: Folder of a run that has kept all its checkpoints.
+        run: To be made.
+        step: The newest checkpoint that it has.
+    """
+    after = {path.name for path in published(finished / "checkpoints") if step_of(path) > step}
+    after |= {path.name for path in (finished / "eval").iterdir() if _step_in(path) > step}
+    # A probe, a status, an export and a report are of the end.
+    gone = {*after, "probe.safetensors", "status.json", "run.json", "export", "report", POINTER, ".lock"}
+    shutil.copytree(finished, run, ignore=lambda _folder, names: gone.intersection(names), copy_function=os.link)
+    (run / "checkpoints" / POINTER).write_text(f"step-{step:08d}\n", encoding="utf-8")
+    metrics = run / "metrics.jsonl"
+    kept = [json.dumps(row) + "\n" for row in rows(run) if row["step"] <= step]
+    metrics.unlink()  # a link: the other run's file must stay as it is
+    metrics.write_text("".join(kept), encoding="utf-8")
+
+
+def _step_in(path: Path) -> int:
+    number = path.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def launch(  # noqa: PLR0913 - each is one word of the driver
+    folder: Path,
+    recipe: Path,
+    ds_config: Path,
+    *,
+    ranks: int,
+    out: str,
+    first: str | None = None,
+    steps: tuple[int, ...],
+    then: Path | None = None,
+) -> list[dict[str, Seen]]:
+    """Run to the end from several stop points, one after the other, in one launched process group.
+
+    Args:
+        folder: Scratch folder; runs stand below `runs`.
+        recipe: Named NAME.
+        ds_config: Its DeepSpeed config.
+        ranks: Number of processes.
+        out: Run folders get this name and the step behind it.
+        first: The run folder that the stop points are taken from.
+        steps: Stop points; 0 starts a run of its own, and needs no `first`.
+        then: DeepSpeed config for going on; None: the same.
+
+    Returns:
+        What every rank has seen, by stop point.
+    """
+    words = [str(recipe), str(ds_config), str(folder), out, *map(str, steps)]
+    words += ["--from", first] if first else []
+    words += ["--then", str(then)] if then else []
+    run_to_end(
+        folder,
+        *words,
+        launcher="torchrun",
+        ranks=ranks,
+        script=DRIVER,
+        PYTHONSAFEPATH="1",  # modules beside the driver have names of the standard library
+    )
+    return [read_json(folder / f"{out}.rank{rank}.json") for rank in range(ranks)]
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    """sha256 of every file of a run's last checkpoint, which holds weights, moments and counters, and of its export."""
+    checkpoint = next(published(run / "checkpoints"))
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None, f"{checkpoint} has no manifest"
+    assert manifest["state"]["step"] == STEPS, f"{checkpoint} is not the last one"
+    state = {key: value for key, value in manifest["state"].items() if key != "train_seconds"}
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    exported = read_json(run / "export" / "manifest.json")["files"]
+    return {"state": state, "files": files, "weights": exported["model.safetensors"]["sha256"]}
+
+
+def differences(run: Path, straight: Path) -> list[str]:
+    """What is not bit for bit the same in two finished runs: logged values, state, weights."""
+    found = []
+    own, other = numerics(run), numerics(straight)
+    for mine, theirs in zip(own, other, strict=False):
+        if mine != theirs:
+            found.append(f"{run.name}: logged {mine}, not {theirs}")
+    if len(own) != len(other):
+        found.append(f"{run.name}: {len(own)} rows logged, not {len(other)}")
+    state, wanted = final_state(run), final_state(straight)
+    found += [
+        f"{run.name}: another {key}: {state[key]}, not {wanted[key]}" for key in state if state[key] != wanted[key]
+    ]
+    return found
+
+
+def windows_of(seen: list[dict[str, Seen]], point: int, step: int) -> list[str]:
+    """The windows of a step in the order of the global batch, from what each rank has read of it."""
+    shares = [rank[str(point)]["windows"][str(step)] for rank in seen]
+    return [window for micro_batches in zip(*shares, strict=True) for share in micro_batches for window in share]
