@@ -1,16 +1,17 @@
 """Files of a checkpoint: each written once, from its first byte to its last, and hashed while it is written.
 
 torch's zip writer only ever appends. What it hands over goes to the file and to sha256 at the same time, in two threads
-that both leave Python's lock; a third asks the disk to begin before the file is complete, so that the last fsync has
-little left to wait for. The hash is that of the bytes in memory: it does not come from the file that it is to prove.
+that both leave Python's lock. The disk is asked to begin at once, so that the last fsync has little left to wait for.
+The hash is that of the bytes in memory: it does not come from the file that it is to prove.
 """
 
+import ctypes
 import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,10 +21,9 @@ import torch
 from inheritune_ds.errors import StorageError
 
 _PIECE_BYTES = 1 << 23
-_FLUSH_BYTES = 1 << 26
-"""So many new bytes are worth a flush of their own."""
 _INLINE_BYTES = 1 << 16
 """Less than this is hashed at once: handing it to a thread takes longer."""
+_SYNC_FILE_RANGE_WRITE = 2  # fcntl.h of Linux
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,8 +44,8 @@ def write_shard(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
     Raises:
         StorageError: If the disk refuses any of it, with the path and the bytes needed.
     """
-    with ThreadPoolExecutor(2, thread_name_prefix="shard") as helpers, _refusals(path, needed_bytes):
-        file = _HashedFile(path, helpers)
+    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher, _refusals(path, needed_bytes):
+        file = _HashedFile(path, hasher)
         try:
             with _without_crc32():
                 torch.save(state, cast("IO[bytes]", file))
@@ -96,6 +96,18 @@ def _without_crc32() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
+def _find_begin_writing() -> Callable[[int, int, int], object]:
+    """sync_file_range(2) where there is one: a hint that waits for nothing and tells no error; the fsync will."""
+    call: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is None:
+        return lambda _descriptor, _offset, _count: None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return lambda descriptor, offset, count: call(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
+
+
+_begin_writing = _find_begin_writing()
+
+
 class _HashedFile:
     """What `torch.save` writes to.
 
@@ -103,13 +115,12 @@ class _HashedFile:
     through torch's C++ writer, whose destructor writes once more.
     """
 
-    def __init__(self, path: Path, helpers: ThreadPoolExecutor) -> None:
+    def __init__(self, path: Path, hasher: ThreadPoolExecutor) -> None:
         # Not for others to write to, whatever the umask: such a file would not be loaded again.
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._helpers = helpers
+        self._hasher = hasher
         self._digest = hashlib.sha256()
-        self._bytes = self._flushed_bytes = 0
-        self._flush: Future[None] | None = None
+        self._bytes = 0
         self._refusal: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
@@ -120,7 +131,7 @@ class _HashedFile:
             if len(view) < _INLINE_BYTES:
                 self._digest.update(view)
             else:
-                hashing = self._helpers.submit(self._digest.update, view)
+                hashing = self._hasher.submit(self._digest.update, view)
             try:
                 self._append(view)
             except OSError as error:
@@ -136,30 +147,18 @@ class _HashedFile:
     def _append(self, view: memoryview) -> None:
         while len(view):
             written = os.write(self._descriptor, view[:_PIECE_BYTES])
-            view = view[written:]
+            if written >= _INLINE_BYTES:
+                _begin_writing(self._descriptor, self._bytes, written)
             self._bytes += written
-            idle = self._flush is None or self._flush.done()
-            if idle and self._bytes - self._flushed_bytes >= _FLUSH_BYTES:
-                self._end_flush()
-                self._flushed_bytes = self._bytes
-                self._flush = self._helpers.submit(os.fdatasync, self._descriptor)
-
-    def _end_flush(self) -> None:
-        """Wait for the flush under way: Linux tells of an error once, so this one must not be lost."""
-        flush, self._flush = self._flush, None
-        if flush is not None:
-            flush.result()
+            view = view[written:]
 
     def finish(self) -> dict[str, Any]:
         """Flush the whole file; say what it holds."""
         if self._refusal is not None:
             raise self._refusal
-        self._end_flush()
         os.fsync(self._descriptor)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         """Give the file back, complete or not."""
-        if self._flush is not None:
-            self._flush.exception()
         os.close(self._descriptor)

@@ -1,6 +1,9 @@
+import ctypes
 import errno
+import itertools
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ STATE = {"weights": WEIGHTS, "step": 7, "moments": [torch.ones(500), torch.zeros
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few kilobytes go through everything that gigabytes go through."""
-    for name, size in (("_PIECE_BYTES", 512), ("_FLUSH_BYTES", 2048), ("_INLINE_BYTES", 100)):
+    for name, size in (("_PIECE_BYTES", 512), ("_INLINE_BYTES", 100)):
         monkeypatch.setattr(shard_writer, name, size)
 
 
@@ -37,17 +40,34 @@ def test_a_shard_is_what_torch_loads_and_the_hash_is_that_of_the_file(tmp_path: 
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_pieces_threads_and_early_flushes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushes: list[int] = []
-    real = os.fdatasync
+def test_pieces_and_threads_change_nothing_and_the_disk_begins_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, int]] = []
+    real = shard_writer._begin_writing
 
-    def counted(number: int) -> None:
-        flushes.append(number)
-        real(number)
+    def noted(descriptor: int, offset: int, count: int) -> object:
+        begun.append((offset, count))
+        return real(descriptor, offset, count)
 
-    monkeypatch.setattr(os, "fdatasync", counted)
-    check(tmp_path / "one.pt", write_shard(STATE, tmp_path / "one.pt", needed_bytes=0))
-    assert flushes
+    monkeypatch.setattr(shard_writer, "_begin_writing", noted)
+    entry = write_shard(STATE, tmp_path / "one.pt", needed_bytes=0)
+    check(tmp_path / "one.pt", entry)
+    assert sum(count for _, count in begun) > 0.8 * entry["bytes"]
+    assert all(one + count <= other for (one, count), (other, _) in itertools.pairwise(begun))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_the_disk_is_asked_to_begin(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.write(bytes(10_000))
+        file.flush()
+        assert shard_writer._begin_writing(file.fileno(), 0, 10_000) == 0
+
+
+def test_a_c_library_without_the_call_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert shard_writer._find_begin_writing()(0, 0, 1) is None
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -101,7 +121,7 @@ def test_a_refusal_at_any_write_is_told_with_path_and_bytes(tmp_path: Path, monk
         assert found == (problem, action)
 
 
-@pytest.mark.parametrize("call", ["write", "fdatasync", "fsync", "open"])
+@pytest.mark.parametrize("call", ["write", "fsync", "open"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EFBIG])
 @pytest.mark.usefixtures("small_pieces")
 def test_every_call_s_refusal_is_told(call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,50 @@
+"""Point 12: a verified checkpoint costs little more than its bytes; an asynchronous one hardly holds training up."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.launching import environment
+from benchmarks.record import REPOSITORY
+from inheritune_ds.files import read_json
+
+
+def _measure(folder: Path, *, ranks: int) -> Figures:
+    """Run `benchmarks/checkpoint.py` for a number of ranks; its bars must be met."""
+    out = folder / "checkpoint.json"
+    words = ["--ranks", str(ranks), "--scratch", str(folder), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.checkpoint", *words],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    found = read_json(out)["ranks"][str(ranks)]
+    missed = [name for name, ratio in found["ratios"].items() if ratio["verdict"] == "missed"]
+    assert not missed, f"missed: {', '.join(missed)}\n{done.stdout[-6000:]}"
+    return {"ranks": ranks, "bytes": found["bytes"], "ratios": found["ratios"], "plain": found["plain_mib_per_s"]}
+
+
+def _cases() -> list[Case]:
+    return [Case(f"{ranks}-ranks", partial(_measure, ranks=ranks)) for ranks in (1, 2)]
+
+
+def _summary(figures: list[Figures]) -> Mapping[str, Figures]:
+    return {f"{found['ranks']} ranks": found for found in figures}
+
+
+PART = Part(
+    name="saving",
+    point=12,
+    promise="Saving takes at most 1.25 times as long as writing and fsyncing the same bytes plainly; an asynchronous "
+    "save holds training up for less than 15 % of that.",
+    cases=_cases,
+    short=(),  # a measurement of seconds is nothing for a test: tests/benchmarks rehearses it
+    summary=_summary,
+)
