@@ -7,7 +7,8 @@ The ranks speak of the last two over a group of their own, so a thread may do bo
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -144,7 +145,8 @@ class Checkpoints:
 
     def _make_folder(self, step: int, total_bytes: int) -> Path:
         require_space(self._store.folder, total_bytes)
-        self._temporary = self._store.begin(step)
+        with _telling_bytes(total_bytes):
+            self._temporary = self._store.begin(step)
         return self._temporary
 
     def _drop(self, error: InherituneError) -> None:
@@ -176,12 +178,14 @@ class Checkpoints:
                 "layout": asdict(self._layout),
                 "fingerprints": self._fingerprints,
             }
-            outcome = self._attempt(
-                lambda: self._store.publish(work.temporary, work.state.step, fields, dict(sorted(files.items())))
-            )
+            outcome = self._attempt(lambda: self._publish(work, fields, dict(sorted(files.items()))))
         answer = self._circle.tell(outcome)
         assert answer is not None  # rank 0 has published, or says why not
         return answer
+
+    def _publish(self, work: "_Work", fields: Mapping[str, Any], files: Mapping[str, dict[str, Any]]) -> Path:
+        with _telling_bytes(work.total_bytes):
+            return self._store.publish(work.temporary, work.state.step, fields, files)
 
     def _write(self, work: "_Work") -> _Report:
         """Write this rank's files, each let go of when it is written."""
@@ -376,6 +380,17 @@ def _make_circle(world: World, timeout_s: float) -> Circle:
 
 def _first_error(reports: Sequence[_Report]) -> InherituneError | None:
     return next((report.error for report in reports if report.error is not None), None)
+
+
+@contextmanager
+def _telling_bytes(total_bytes: int) -> Iterator[None]:
+    """Add to a refusal of the disk how many bytes the checkpoint takes."""
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(
+            f"{error.problem}; the checkpoint takes {total_bytes:,} bytes", allowed=error.allowed, action=error.action
+        ) from None
 
 
 def _defect(world: World, error: Exception) -> TrainingError:
