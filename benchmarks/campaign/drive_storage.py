@@ -1,0 +1,286 @@
+"""Started by the part `storage`: saves of two ranks, each refused by the disk at another operation.
+
+`python drive_storage.py OUT.json FOLDER KIND[,KIND...] RANK STRIDE [--async]` under torchrun. A save of one rank is a
+row of operations: folders and files that are made, writes, flushes, renames. In trial N the disk refuses from the N-th
+of RANK on, or only there (EIO); every STRIDE-th is tried, the first and the last always. Trials take turns between the
+policies `continue` and `stop`. Rank 0 writes figures; a broken promise is in `broken`, in words.
+"""
+
+import argparse
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.campaign.drive_faults import batches, build, state_sha256
+from inheritune_ds.checkpoint_store import CheckpointStore, find_fault, published, step_of
+from inheritune_ds.errors import StorageError
+from inheritune_ds.training.world import World, detect, export, prepare_environment
+
+CASE = "zero1-fp32-1"
+AUDITED = {"os.mkdir": 0, "os.rename": 1}
+"""Events of Python's audit hooks that are operations, and which of their arguments is the path that is made."""
+
+
+class Disk:
+    """The disk below a folder, as this process sees it: counts its operations, and refuses one of them.
+
+    Args:
+        folder: Where operations count; for ENOSPC and EROFS a file system of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ballast = folder / "ballast"
+        self._counting = False
+        self._kind, self._refused = "", 0
+        self.count = 0
+        self.busy = False
+        sys.addaudithook(self._hear)
+        for name in ("write", "fsync", "fdatasync"):
+            setattr(os, name, self._counted(name, getattr(os, name)))
+
+    @contextmanager
+    def refusing(self, kind: str, number: int) -> Iterator[None]:
+        """Refuse the operation of a number (from 1; 0: none) that a save does inside, then be well again."""
+        self._kind, self._refused, self.count, self.busy = kind, number, 0, False
+        self._counting = True
+        try:
+            yield
+        finally:
+            self._counting = False
+            self._mend()
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self._counting:
+            return
+        if event == "open" and isinstance(arguments[0], str) and _writes(arguments[1], arguments[2]):
+            self._operation(arguments[0])
+        elif event in AUDITED:
+            self._operation(os.fspath(arguments[AUDITED[event]]))
+
+    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(descriptor: int, *rest: Any) -> Any:
+            if self._counting:
+                self._operation(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+            return call(descriptor, *rest)
+
+        counted.__name__ = name
+        return counted
+
+    def _operation(self, path: str) -> None:
+        ours = Path(path).is_relative_to(self._folder) and not threading.current_thread().name.startswith("prune")
+        if not ours:
+            return
+        self.count += 1
+        if self.count != self._refused:
+            return
+        self._counting = False
+        if self._kind == "EIO":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        if self._kind == "ENOSPC":
+            fill(self._ballast)
+        elif self._kind == "EFBIG":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        elif self._kind == "EROFS":
+            # The kernel refuses this while any file is open for writing, as it would refuse an administrator.
+            self.busy = _remount(self._folder.parent, "ro") != 0
+
+    def _mend(self) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        if self._kind == "EROFS" and self._refused and not self.busy:
+            assert _remount(self._folder.parent, "rw") == 0
+        self._ballast.unlink(missing_ok=True)
+
+
+def _writes(mode: str | None, flags: int) -> bool:
+    return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) or any(letter in (mode or "") for letter in "wax+")
+
+
+def _remount(folder: Path, mode: str) -> int:
+    return subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=False, capture_output=True).returncode
+
+
+def fill(path: Path) -> None:
+    """Write a file until the file system has no byte left."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    size = 1 << 20
+    while size:
+        try:
+            os.write(descriptor, bytes(size))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            size //= 2
+    os.close(descriptor)
+
+
+class Trials:
+    """Saves of one engine, refused one after the other."""
+
+    def __init__(self, world: World, folder: Path, where: int, *, async_save: bool) -> None:
+        from inheritune_ds.training.checkpoints import Checkpoints
+        from inheritune_ds.training.reliability_words import Reliability
+        from inheritune_ds.training.run_state import Layout
+
+        self._world, self._where, self._kind = world, where, ""
+        self._store = CheckpointStore(folder / "checkpoints", keep=1)
+        self._store.folder.mkdir(parents=True, exist_ok=True)
+        self._said: list[str] = []
+        self._by_policy = {
+            policy: Checkpoints(
+                self._store,
+                layout=Layout(world.size, 1, "fp32"),
+                world=world,
+                reliability=Reliability(async_save=async_save, on_save_error=policy),
+                fingerprints={},
+                say=self._said.append,
+            )
+            for policy in ("continue", "stop")
+        }
+        self._engine = build(CASE, world)
+        self._disk = Disk(folder)
+        self._step = 0
+        self._states: dict[int, str] = {}
+        self.figures: dict[str, Any] = {"trials": 0, "refused": 0, "published": 0, "busy": 0, "operations": 0}
+        self.figures["by_kind"] = {}
+        self.broken: list[str] = []
+
+    def run(self, kinds: list[str], stride: int) -> None:
+        """Every `stride`-th operation of a save, refused in every way."""
+        self._save("continue", 0)  # the first save makes what later ones find
+        _, operations = self._save("continue", 0)
+        operations = self._gathered(operations)[self._where]
+        self.figures["operations"] = operations
+        for self._kind in kinds:
+            before = self.figures["trials"]
+            for number in sorted({*range(1, operations + 1, stride), operations}):
+                self._trial(number)
+            self.figures["by_kind"][self._kind] = self.figures["trials"] - before
+        for checkpoints in self._by_policy.values():
+            checkpoints.close()
+        self._engine.close()
+
+    def _gathered(self, value: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self._world.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def _save(self, policy: str, refused: int) -> tuple[bool, int]:
+        """Train a step and save it: whether it was published, and this rank's operations."""
+        from inheritune_ds.training.run_state import RunState
+
+        self._step += 1
+        self._engine.train_step(batches(self._step, 1, self._world.rank), lr=1e-3)
+        self._states[self._step] = state_sha256(self._engine)
+        checkpoints = self._by_policy[policy]
+        with self._disk.refusing(self._kind, refused if self._world.rank == self._where else 0):
+            try:
+                saved = checkpoints.save(self._engine, RunState(step=self._step, tokens=0))
+                saved = checkpoints.settle() and saved
+            except StorageError as error:
+                self._said.append(error.problem)
+                saved = False
+                if policy == "continue":
+                    self.broken.append(
+                        f"{self._kind} at operation {refused}: the policy was continue, and the run ended"
+                    )
+            else:
+                if not saved and policy == "stop":
+                    self.broken.append(f"{self._kind} at operation {refused}: the policy was stop, and the run went on")
+            self._gathered(saved)  # the disk is mended when every rank has met the refusal
+        return saved, self._disk.count
+
+    def _trial(self, number: int) -> None:
+        before = self._step
+        self._said.clear()
+        policy = "stop" if number % 2 else "continue"
+        saved, _ = self._save(policy, number)
+        answers = self._gathered(saved)
+        self.figures["trials"] += 1
+        self.figures["busy"] += any(self._gathered(self._disk.busy))
+        self.figures["published" if saved else "refused"] += 1
+        if len(set(answers)) != 1:
+            self.broken.append(
+                f"{self._kind} at operation {number}: the ranks disagree whether it was saved: {answers}"
+            )
+        newest = self._gathered(self._look(number, before, saved=saved))[0]
+        self._load(number, newest)
+        again, _ = self._save("continue", 0)
+        if not again:
+            self.broken.append(f"{self._kind} at operation {number}: the next save has failed: {self._said}")
+        if self._world.is_main and [step_of(path) for path in published(self._store.folder)] != [self._step]:
+            self.broken.append(
+                f"{self._kind} at operation {number}: the next save did not take the place of the older ones"
+            )
+
+    def _look(self, number: int, before: int, *, saved: bool) -> int:
+        """What lies in the folder after a refusal, on rank 0; the step of the newest verified checkpoint."""
+        if not self._world.is_main:
+            return 0
+        newest = self._store.newest_verified(lambda _: None)
+        assert newest is not None
+        # Once it stands under its name it counts, even if the pointer could not follow.
+        steps = {self._step} if saved else {before, self._step}
+        if step_of(newest) not in steps:
+            self.broken.append(
+                f"{self._kind} at operation {number}: {newest.name} is the newest, not one of {sorted(steps)}"
+            )
+        if faults := [fault for path in published(self._store.folder) if (fault := find_fault(path)) is not None]:
+            self.broken.append(f"{self._kind} at operation {number}: damaged ones are published: {faults}")
+        if left := [path.name for path in self._store.folder.glob(".*.tmp")]:
+            self.broken.append(f"{self._kind} at operation {number}: left behind: {left}")
+        if not saved:
+            line = " ".join(self._said)
+            if str(self._store.folder) not in line:
+                self.broken.append(f"{self._kind} at operation {number}: no path in {line!r}")
+            if self._kind in ("ENOSPC", "EFBIG") and " bytes" not in line:
+                self.broken.append(f"{self._kind} at operation {number}: the bytes needed are not in {line!r}")
+        return step_of(newest)
+
+    def _load(self, number: int, step: int) -> None:
+        self._by_policy["continue"].load(self._engine, self._store.folder / f"step-{step:08d}")
+        if state_sha256(self._engine) != self._states[step]:
+            self.broken.append(f"{self._kind} at operation {number}: step {step} does not load as it was saved")
+
+
+def main() -> None:
+    """Run the trials and write the result."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kinds", help="of ENOSPC, EFBIG, EIO and EROFS")
+    parser.add_argument("rank", type=int)
+    parser.add_argument("stride", type=int)
+    parser.add_argument("--async", action="store_true", dest="async_save")
+    args = parser.parse_args()
+    world = detect(os.environ)
+    export(world, os.environ)
+    prepare_environment(os.environ, kind="cpu")
+    import torch.distributed as dist
+
+    from inheritune_ds.training.engine import leave_process_group, start_process_group
+
+    start_process_group(world)
+    trials = Trials(world, args.folder, args.rank, async_save=args.async_save)
+    trials.run(args.kinds.split(","), args.stride)
+    broken: list[Any] = [None] * world.size
+    dist.all_gather_object(broken, trials.broken)
+    if world.is_main:
+        named = [f"rank {rank}: {line}" for rank, lines in enumerate(broken) for line in lines]
+        args.out.write_text(json.dumps({**trials.figures, "broken": named}), encoding="utf-8")
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

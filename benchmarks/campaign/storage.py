@@ -1,0 +1,298 @@
+"""Point 6: a disk that is full, limited, read-only or broken costs the save under way, and nothing else.
+
+The cases of one rank's operations run in `drive_storage.py`; the others are runs of two ranks on a small tmpfs, which
+needs root. Without it, those and the ways ENOSPC and EROFS are left out, and the result says so.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.campaign.cases import Case, Figures, Part
+from benchmarks.campaign.drive_storage import fill
+from benchmarks.campaign.launching import (
+    Launched,
+    arguments,
+    rows,
+    run_to_end,
+    started,
+    status,
+    weights_sha256,
+    write_ds_config,
+    write_recipe,
+)
+from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, find_fault, published, read_manifest, step_of
+from inheritune_ds.errors import StorageError
+from inheritune_ds.publish import describe_files
+
+EXIT_STORAGE = StorageError.exit_code
+STEPS, INTERVAL = 100, 10
+LAUNCH: dict[str, Any] = {"launcher": "deepspeed", "ranks": 2}
+
+
+@cache
+def can_mount() -> bool:
+    """Whether this process may mount a tmpfs."""
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = _mount(Path(folder), 1 << 20)
+        if mounted:
+            subprocess.run(["umount", folder], check=True)
+    return mounted
+
+
+def _mount(folder: Path, size: int) -> bool:
+    line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    return os.geteuid() == 0 and subprocess.run(line, check=False, capture_output=True).returncode == 0
+
+
+@contextmanager
+def disk(folder: Path, size: int = 1 << 25) -> Iterator[Path]:
+    """A file system of so many bytes below a folder; a plain folder where this process may not mount."""
+    place = folder / "disk"
+    place.mkdir()
+    mounted = can_mount() and _mount(place, size)
+    try:
+        yield place
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def free_bytes(place: Path) -> int:
+    """Bytes that an ordinary user could still write."""
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize
+
+
+def leave(place: Path, free: int) -> Path:
+    """Take all but so many bytes of a file system; the file that takes them."""
+    ballast = place / "ballast"
+    with ballast.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, free_bytes(place) - free)
+    return ballast
+
+
+def operations(scratch: Path, *, rank: int, stride: int, kinds: Sequence[str], async_save: bool = False) -> Figures:
+    """Refuse the operations of a rank's saves, one trial each."""
+    with disk(scratch) as place:
+        (place / "run").mkdir()
+        out = scratch / "out.json"
+        words = [str(out), str(place / "run"), ",".join(kinds), str(rank), str(stride)]
+        how: dict[str, Any] = {
+            "launcher": "torchrun",
+            "ranks": 2,
+            "script": "benchmarks/campaign/drive_storage.py",
+            "PYTHONSAFEPATH": "1",  # modules beside the driver have names of the standard library
+        }
+        run_to_end(scratch, *words, *(["--async"] if async_save else []), **how)
+        figures: Figures = json.loads(out.read_text(encoding="utf-8"))
+    broken = figures.pop("broken")
+    assert not broken, "\n".join(broken)
+    return figures
+
+
+class Trial:
+    """A recipe that saves often, its straight run on another disk, and how a launch on the small disk begins."""
+
+    def __init__(self, scratch: Path, place: Path, policy: str) -> None:
+        self.scratch, self.place = scratch, place
+        sections: dict[str, Any] = {
+            "training": {"seq_len": 32, "global_batch_tokens": 512, "duration": f"{STEPS} steps"},
+            "checkpoint": {"interval_steps": INTERVAL, "keep": 1},
+            "validation": {"interval_steps": STEPS, "max_tokens": 1024},
+        }
+        recipe = write_recipe(scratch, **sections)
+        ds_config = write_ds_config(scratch, reliability={"on_save_error": policy})
+        self.words = arguments(recipe, ds_config, scratch, runs=f"{place.name}/runs")
+        self.run = place / "runs" / "tiny"
+        self.store = CheckpointStore(self.run / "checkpoints", keep=1)
+        run_to_end(scratch, *arguments(recipe, ds_config, scratch), **LAUNCH)
+        self.straight = weights_sha256(scratch / "runs" / "tiny")
+        newest = next(published(scratch / "runs" / "tiny" / "checkpoints"))
+        manifest = read_manifest(newest)
+        assert manifest is not None
+        self.bytes = sum(entry["bytes"] for entry in manifest["files"].values())
+
+    @contextmanager
+    def launched(self) -> Iterator[Launched]:
+        """A launch on the small disk that has saved its first checkpoint."""
+        with started(self.scratch, *self.words, **LAUNCH) as launch:
+            launch.wait_for((self.run / "checkpoints" / POINTER).is_file)
+            yield launch
+
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, which is whole; nothing half written lies beside it."""
+        newest = self.store.newest_verified(lambda _: None)
+        assert newest is not None
+        left = [path.name for path in self.store.folder.glob(".*.tmp")]
+        assert left == [], f"left behind: {left}"
+        return step_of(newest)
+
+    def go_on(self) -> None:
+        """The same command, with space again: it ends as if nothing had happened."""
+        run_to_end(self.scratch, *self.words, **LAUNCH)
+        assert weights_sha256(self.run) == self.straight, "the weights differ from those of the straight run"
+
+    def told(self, output: str) -> str:
+        """The line of a launch that tells of the refusal: with the folder and the bytes."""
+        line = next((line for line in output.splitlines() if str(self.run) in line and " bytes" in line), "")
+        assert line, f"no line names the path and the bytes\n{output[-4000:]}"
+        return line
+
+
+def full_and_continue(scratch: Path) -> Figures:
+    """Too little space for a while: the run trains on, says so, and saves again when there is space."""
+    with disk(scratch) as place:
+        trial = Trial(scratch, place, "continue")
+        with trial.launched() as launch:
+            ballast = leave(place, int(1.5 * trial.bytes))
+            launch.wait_for(lambda: launch.output().count("NOT saved") >= 2)
+            held = trial.newest_step()
+            ballast.unlink()
+            assert launch.wait() == 0, launch.output()[-4000:]
+            output = launch.output()
+        line = trial.told(output)
+        assert "WARNING" in line, line
+        assert trial.newest_step() == STEPS
+        assert weights_sha256(trial.run) == trial.straight
+        return {"refused_saves": output.count("NOT saved"), "held_step": held}
+
+
+def full_and_stop(scratch: Path) -> Figures:
+    """Too little space under the policy `stop`: exit code, status, message; the same command goes on."""
+    with disk(scratch) as place:
+        trial = Trial(scratch, place, "stop")
+        with trial.launched() as launch:
+            ballast = leave(place, int(1.5 * trial.bytes))
+            code, output = launch.wait(), launch.output()
+            assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
+            assert (left := launch.orphans()) == [], left
+        trial.told(output)
+        found = status(trial.run)
+        assert (found["state"], found["exit_code"]) == ("failed", EXIT_STORAGE), found
+        step = trial.newest_step()
+        assert found["saved_step"] == step, found
+        ballast.unlink()
+        trial.go_on()
+        return {"stopped_after_step": step}
+
+
+def not_a_byte_left(scratch: Path) -> Figures:
+    """A disk without a byte, metrics.jsonl on it: the run ends with the code of storage, and loses no checkpoint."""
+    with disk(scratch) as place:
+        trial = Trial(scratch, place, "continue")
+        with trial.launched() as launch:
+            fill(place / "ballast")
+            code, output = launch.wait(), launch.output()
+            assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
+            assert (left := launch.orphans()) == [], left
+        assert "No space left on device" in output, output[-4000:]
+        step = trial.newest_step()
+        state = status(trial.run)
+        (place / "ballast").unlink()
+        trial.go_on()
+        return {"newest_step": step, "status": state["state"]}
+
+
+def told_before_training(scratch: Path) -> Figures:
+    """Less than twice a checkpoint free, or a read-only disk: told before the first step."""
+    with disk(scratch) as place:
+        trial = Trial(scratch, place, "continue")
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, **LAUNCH)
+        assert "Read-only file system" in output, output[-4000:]
+        assert str(place) in output, output[-4000:]
+        subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+        ballast = leave(place, int(1.5 * trial.bytes))
+        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, **LAUNCH)
+        trial.told(output)
+        assert rows(trial.run) == []
+        assert list(published(trial.store.folder)) == []
+        ballast.unlink()
+        trial.go_on()
+        return {"checkpoint_bytes": trial.bytes}
+
+
+def retention_on_a_full_disk(scratch: Path) -> Figures:
+    """Pruning never deletes the only verified checkpoint: the newest is read before any older one goes."""
+    with disk(scratch) as place:
+        store = CheckpointStore(place / "checkpoints", keep=3)
+        for step in (1, 2, 3):
+            temporary = store.begin(step)
+            (temporary / "state").write_bytes(bytes([step]) * 5000)
+            store.publish(temporary, step, {}, describe_files(temporary))
+        (store.folder / "step-00000003" / "state").write_bytes(b"")  # what a lost write leaves
+        if can_mount():
+            fill(place / "ballast")
+        said: list[str] = []
+        strict = CheckpointStore(store.folder, keep=1)
+        assert strict.prune(said.append) == []
+        assert len(said) == 1, said
+        assert "step-00000003 is damaged" in said[0], said
+        newest = strict.newest_verified(said.append)
+        assert newest is not None
+        assert step_of(newest) == 2
+        (place / "ballast").unlink(missing_ok=True)
+        temporary = strict.begin(4)
+        (temporary / "state").write_bytes(b"4" * 5000)
+        strict.publish(temporary, 4, {}, describe_files(temporary))
+        if can_mount():
+            fill(place / "ballast")
+        assert len(strict.prune(said.append)) == 3, said
+        assert [find_fault(path) for path in published(store.folder)] == [None]
+        return {"kept_while_damaged": 3}
+
+
+def cases() -> list[Case]:
+    """All of them that this process may run."""
+    kinds = [*(["ENOSPC"] if can_mount() else []), "EFBIG", "EIO"]
+    listed = [
+        Case("retention", retention_on_a_full_disk),
+        Case("some operations", partial(operations, rank=0, stride=70, kinds=kinds)),
+    ]
+    for rank in (0, 1):
+        listed += [
+            Case(f"rank {rank}, {kind}", partial(operations, rank=rank, stride=1, kinds=[kind])) for kind in kinds
+        ]
+        background = partial(operations, rank=rank, stride=7, kinds=kinds, async_save=True)
+        listed.append(Case(f"rank {rank}, in the background", background))
+    if can_mount():
+        listed += [
+            Case("rank 0, EROFS", partial(operations, rank=0, stride=1, kinds=["EROFS"])),
+            Case("full and continue", full_and_continue),
+            Case("full and stop", full_and_stop),
+            Case("not a byte left", not_a_byte_left),
+            Case("told before training", told_before_training),
+        ]
+    return listed
+
+
+def summary(found: list[Figures]) -> dict[str, Any]:
+    """Trials by the way the disk refused."""
+    by_kind: dict[str, int] = {}
+    for figures in found:
+        for kind, trials in figures.get("by_kind", {}).items():
+            by_kind[kind] = by_kind.get(kind, 0) + trials
+    return {
+        "refused_operations": by_kind,
+        "saves_refused": sum(figures.get("refused", 0) for figures in found),
+        "not_refused_while_files_were_open": sum(figures.get("busy", 0) for figures in found),
+        "left_out": "" if can_mount() else "ENOSPC, EROFS and whole runs on a full disk: mounting needs root",
+    }
+
+
+PART = Part(
+    name="storage",
+    point=6,
+    promise="A disk that refuses any operation of a save costs that save: the last good checkpoint loads, the partial "
+    "one is removed, the message names the path and the bytes, and the run goes on or stops as it was told.",
+    cases=cases,
+    short=("retention", "some operations"),
+    summary=summary,
+)
