@@ -35,6 +35,7 @@ class Poller:
         self._folder = folder
         self._seen: list[tuple[str, Listing]] = []
         self._ended = threading.Event()
+        self._error: Exception | None = None
         self.longest_gap_s = 0.0
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -48,11 +49,14 @@ class Poller:
 
     def _poll(self) -> None:
         last_s = time.monotonic()
-        while not self._ended.wait(POLL_S):
+        try:
+            while not self._ended.wait(POLL_S):
+                self._look()
+                now_s = time.monotonic()
+                self.longest_gap_s, last_s = max(self.longest_gap_s, now_s - last_s), now_s
             self._look()
-            now_s = time.monotonic()
-            self.longest_gap_s, last_s = max(self.longest_gap_s, now_s - last_s), now_s
-        self._look()
+        except Exception as error:  # noqa: BLE001 - who does not look sees nothing wrong: told by `incomplete`
+            self._error = error
 
     def _look(self) -> None:
         try:
@@ -73,6 +77,8 @@ class Poller:
 
     def incomplete(self) -> list[str]:
         """Looks at which a file was missing, or shorter than it is now that all writers have ended."""
+        if self._error is not None:
+            raise AssertionError(f"the watch has ended early: {self._error!r}") from self._error
         found = []
         for number, (name, listing) in enumerate(self._seen):
             whole = _listing(self._folder / name)
