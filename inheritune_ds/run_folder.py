@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,8 +117,9 @@ class RunFolder:
         self.lock()
         try:
             moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-            named = (f"{self.path.name}.before-{moment}{suffix}" for suffix in ("", *(f"-{n}" for n in count(2))))
-            aside = next(path for path in map(self.path.with_name, named) if not path.exists())
+            named = self.path.with_name(f"{self.path.name}.before-{moment}")
+            candidates = chain([named], (named.with_name(f"{named.name}-{number}") for number in count(2)))
+            aside = next(path for path in candidates if not path.exists())
             with storage_errors(self.path):
                 self.path.rename(aside)
                 sync_path(aside.parent)
