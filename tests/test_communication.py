@@ -93,4 +93,4 @@ def test_seconds_add_latency_of_a_tree_or_a_ring_and_bandwidth() -> None:
 def test_seconds_of_a_published_example() -> None:
     """GPT-2 medium with 16 blocks over 8 A100 at 235 GB/s: 3.8 ms for two passes of 508 MB, here three."""
     found = transfers(tensors(GPT2_MEDIUM, 16), layout(world_size=8), accumulation=1)
-    assert Link(235e9).seconds(found, 8) * 1e3 == pytest.approx(3.78 * 1.5 + 0.2, abs=0.15)
+    assert Link(235e9).seconds(found, 8) * 1e3 == pytest.approx(3.78 * 1.5 + 0.26, abs=0.15)

@@ -66,7 +66,7 @@ class FaultGuard:
         """
         fault = not_finite(loss, grad_norm)
         if fault is None and self._policy.spikes == "skip":
-            fault = self._spike(loss, grad_norm)
+            fault = self._spike(loss, grad_norm, self._limits())
         return fault
 
     def note(self, loss: float, grad_norm: float, fault: str | None) -> str | None:
@@ -80,30 +80,35 @@ class FaultGuard:
         if fault is not None:
             self.state = replace(self.state, in_a_row=self.state.in_a_row + 1)
             return f"update left out: {fault}"
+        limits = self._limits() if self._policy.spikes == "warn" else (math.inf, math.inf)
         if not_finite(loss, grad_norm) is not None:
             line: str | None = "update left out: the loss scale was too large for fp16, and is lowered"
         else:
-            line = self._spike(loss, grad_norm) if self._policy.spikes == "warn" else None
+            line = self._spike(loss, grad_norm, limits)
         self.state = replace(
             self.state,
             in_a_row=0,
-            losses=self._with(self.state.losses, loss, "loss"),
-            grad_norms=self._with(self.state.grad_norms, grad_norm, "gradient norm"),
+            losses=self._with(self.state.losses, min(loss, limits[0])),
+            grad_norms=self._with(self.state.grad_norms, min(grad_norm, limits[1])),
         )
         return line
 
-    def _spike(self, loss: float, grad_norm: float) -> str | None:
-        found = []
-        for what, value, window in (
-            ("loss", loss, self.state.losses),
-            ("gradient norm", grad_norm, self.state.grad_norms),
-        ):
-            limit = self._limit(window, what)
-            if value > limit:
-                found.append(f"the {what} is {value:.4g}, more than {limit:.4g}")
+    def _spike(self, loss: float, grad_norm: float, limits: tuple[float, float]) -> str | None:
+        """What is above its limit, in words."""
+        found = [
+            f"the {what} is {value:.4g}, more than {limit:.4g}"
+            for what, value, limit in zip(LEAST_NOISE, (loss, grad_norm), limits, strict=True)
+            if value > limit
+        ]
         return f"{' and '.join(found)} ({self._policy.sigma:g} sigma above the steps before)" if found else None
 
-    def _limit(self, window: Sequence[float], what: str) -> float:
+    def _limits(self) -> tuple[float, float]:
+        """Loss and gradient norm at which a spike begins."""
+        least = LEAST_NOISE.values()
+        loss, grad_norm = map(self._limit, (self.state.losses, self.state.grad_norms), least)
+        return loss, grad_norm
+
+    def _limit(self, window: Sequence[float], least_noise: float) -> float:
         """The value at which a spike begins; infinite while too few steps are remembered."""
         count = len(window)
         if count < max(FILLED_SHARE * self._policy.window_steps, 3):  # a line through two has no residuals
@@ -112,14 +117,10 @@ class FaultGuard:
         mean, half = math.fsum(logs) / count, (count - 1) / 2
         slope = 12 * math.fsum((x - half) * y for x, y in enumerate(logs)) / (count * (count * count - 1))
         residuals = math.fsum((y - mean - slope * (x - half)) ** 2 for x, y in enumerate(logs))
-        noise = max(math.sqrt(residuals / (count - 2)), LEAST_NOISE[what])
+        noise = max(math.sqrt(residuals / (count - 2)), least_noise)
         centre = mean + max(slope, 0.0) * (count - half)
         return math.exp(min(centre + self._policy.sigma * noise, 700.0))  # e^700 is still a float
 
-    def _with(self, window: tuple[float, ...], value: float, what: str) -> tuple[float, ...]:
+    def _with(self, window: tuple[float, ...], value: float) -> tuple[float, ...]:
         """The window with a step more; one without a logarithm says nothing of noise."""
-        if not 0.0 < value < math.inf:
-            return window
-        if self._policy.spikes == "warn":
-            value = min(value, self._limit(window, what))
-        return (*window, value)[-self._policy.window_steps :]
+        return (*window, value)[-self._policy.window_steps :] if 0.0 < value < math.inf else window
