@@ -36,7 +36,7 @@ from inheritune_ds.checkpoint_store import find_fault, published, step_of
 
 INTERVAL = 4
 """Steps between checkpoints."""
-STEPS = 96
+STEPS = 120
 """Enough for ten launches; each reaches at least one checkpoint more."""
 STEPS_OF_TWO = 24
 CHAINS = 10
@@ -59,12 +59,14 @@ class Kill:
         kind: `save`: while a save has so many files; `step`: so many steps after the launch went on; `start`: so many
             seconds after the launch.
         count: Files, steps or nothing.
+        later: Saves of the launch that are let pass.
         wait_s: Seconds after that.
         rank: The rank that is killed; None for the launcher's whole group.
     """
 
     kind: Kind
     count: int
+    later: int
     wait_s: float
     rank: int | None
 
@@ -75,12 +77,11 @@ def draw_kills(seed: int, kinds: Sequence[Kind]) -> list[Kill]:
     order = list(kinds)
     draw.shuffle(order)
     limits = {"save": (_FILES, 0.01), "step": (INTERVAL + 2, 0.05), "start": (0, 8.0)}
-    return [
-        Kill(
-            kind, draw.randint(0, limits[kind][0]), draw.uniform(0.0, limits[kind][1]), draw.choice((None, None, 0, 1))
-        )
-        for kind in order
-    ]
+    kills = []
+    for kind in order:
+        count, wait_s = draw.randint(0, limits[kind][0]), draw.uniform(0.0, limits[kind][1])
+        kills.append(Kill(kind, count, draw.randint(0, 2), wait_s, draw.choice((None, None, 0, 1))))
+    return kills
 
 
 def words_of(folder: Path, steps: int, *, asynchronous: bool) -> list[str]:
@@ -133,19 +134,18 @@ class Blow:
         return max(self.logged, 0) - self.kept
 
 
-def strike(launched: Launched, run: Path, kill: Kill) -> Blow | None:
-    """Wait for the instant and kill; None if the run ended before."""
-    if not _wait(launched, run, kill):
+def strike(launched: Launched, run: Path, kill: Kill, kept: int) -> Blow | None:
+    """Wait for the instant and kill; None if the run ended before. `kept` is the checkpoint that it went on from."""
+    if not _wait(launched, run, kill, kept):
         return None
     victim = None if kill.rank is None else launched.ranks().get(kill.rank)
-    saving_before = _saving(run, launched)
     begun_s = time.monotonic()
     if victim is None:
         launched.kill_group()
     else:
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-    saving = _saving(run, launched) if victim is None else saving_before
+    saving = _saving(run, launched)
     code = launched.wait(LEAVE_S)
     leave_s = time.monotonic() - begun_s
     if victim is not None and code == 0:
@@ -169,7 +169,7 @@ def _saving(run: Path, launched: Launched, files: int = 0) -> int | None:
     return None
 
 
-def _wait(launched: Launched, run: Path, kill: Kill) -> bool:
+def _wait(launched: Launched, run: Path, kill: Kill, kept: int) -> bool:
     """Whether the instant came before the run ended."""
     first: int | None = None
 
@@ -181,7 +181,7 @@ def _wait(launched: Launched, run: Path, kill: Kill) -> bool:
         if launched.process.poll() is not None or kill.kind == "start":
             return True
         if kill.kind == "save":
-            return _saving(run, launched, kill.count) is not None
+            return (_saving(run, launched, kill.count) or 0) > kept + kill.later * INTERVAL
         if first is None:
             first = last_step(run) if goes_on() else None
         return first is not None and last_step(run) >= first + kill.count
@@ -198,7 +198,7 @@ def chain(folder: Path, *, seed: int, kinds: Sequence[Kind], steps: int, asynchr
     kept = 0
     for kill in draw_kills(seed, kinds):
         with started(folder, *words, launcher="deepspeed", ranks=2) as launched:
-            blow = strike(launched, run, kill)
+            blow = strike(launched, run, kill, kept)
             output = launched.output()
         assert blow is not None, f"{kill} came too late: the run ended before\n{output[-3000:]}"
         check_start(output, kept)

@@ -21,8 +21,8 @@ SCRIPTS = Path(sys.executable).parent
 MARK = "INHERITUNE_CAMPAIGN"
 """A variable that every process of a launch inherits, whatever session or group it moves to."""
 POLL_S = 0.002
-START_TIMEOUT_S = 300.0
-"""The first start of all compiles an operator of DeepSpeed."""
+START_TIMEOUT_S = 600.0
+"""For a machine that is very busy; the first start of all compiles an operator of DeepSpeed, too."""
 Launcher = Literal["python", "deepspeed", "torchrun"]
 
 SHAPE: dict[str, Any] = {
