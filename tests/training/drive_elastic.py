@@ -9,6 +9,7 @@ A layout is a ZeRO stage, a precision and letters: `2bf16o` offloads the optimiz
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -135,6 +136,7 @@ def main() -> None:
     from inheritune_ds.training.engine import leave_process_group, start_process_group
 
     start_process_group(world)
+    gc.freeze()  # DeepSpeed collects garbage while it builds an engine, and what was imported is most of it
     told: dict[str, Any] = {}
     for layout in filter(None, args.saved.split(",")):
         engine = build(layout, world, seed=1)

@@ -23,8 +23,8 @@ from inheritune_ds.training.shard_reader import SavedFiles, read_shard
 
 DRIVER = Path(__file__).with_name("drive_elastic.py")
 ROOT = DRIVER.parents[2]
-SAVED = ("1fp32", "2fp32", "3fp32", "1bf16", "1bf16a", "2bf16o", "3bf16")
-LOADED = ("1fp32", "2fp32", "3fp32s", "1bf16", "2bf16", "3bf16o")
+SAVED = ("1fp32", "2fp32", "3fp32", "1bf16a", "2bf16o", "3bf16")
+LOADED = ("1fp32", "2fp32", "3fp32s", "1bf16", "2bf16o", "3bf16")
 
 
 def drive(folder: Path, saved: tuple[str, ...], loaded: tuple[str, ...], *, ranks: int) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def drive(folder: Path, saved: tuple[str, ...], loaded: tuple[str, ...], *, rank
     }
     before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     words = [sys.executable, *before, str(DRIVER), str(folder), ",".join(saved), ",".join(loaded)]
-    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     told: dict[str, Any] = json.loads((folder / f"loaded-{ranks}.json").read_text())
     return told
@@ -82,8 +82,9 @@ def test_every_stage_takes_the_state_of_every_stage_to_the_last_bit(on_two: dict
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_rank_takes_the_state_of_two_to_the_last_bit(on_two: dict[str, Any], folder: Path) -> None:
-    on_one = drive(folder, ("3bf16",), ("1fp32", "2bf16o", "3fp32", "3bf16"), ranks=1)
-    check(on_one, states_of(on_two) | states_of(on_one), ("1fp32", "2bf16o", "3fp32", "3bf16"))
+    layouts = ("1fp32", "3fp32", "1bf16", "3bf16")
+    on_one = drive(folder, ("3bf16",), layouts, ranks=1)
+    check(on_one, states_of(on_two) | states_of(on_one), layouts)
 
 
 @pytest.mark.launch
@@ -122,7 +123,8 @@ def test_deepspeeds_own_converter_finds_the_same_values(
     assert len(found) == 21
     for path in found:
         for key in (MASTER, *MOMENTS):
-            wanted = torch.load(path.with_name(f"{key}.pt"), weights_only=True)["param"].flatten()
+            written = torch.load(path.with_name(f"{key}.pt"), weights_only=True)
+            wanted = (written["param"] if isinstance(written, dict) else written).flatten()  # stage 3: the bare tensor
             own = torch.zeros_like(wanted)
             saved.fill(own, [Piece(path.parent.name, 0, 0, 0, own.numel())], key)
             assert torch.equal(own, wanted), (path.parent.name, key)
