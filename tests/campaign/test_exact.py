@@ -71,5 +71,5 @@ def test_run_folder_is_made_as_it_stood(tmp_path: Path) -> None:
     ]
     assert sorted(path.name for path in stopped.iterdir()) == ["checkpoints", "eval", "metrics.jsonl"]
     assert [path.name for path in (stopped / "eval").iterdir()] == ["validation-step-00000006.json"]
-    assert [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").open()] == list(range(8))
+    assert [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()] == list(range(8))
     assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS + 1
