@@ -56,7 +56,8 @@ class Disk:
             yield
         finally:
             self._counting = False
-            self._mend()
+            if number:  # the rank that has refused mends
+                self._mend()
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._counting:
@@ -96,7 +97,7 @@ class Disk:
     def _mend(self) -> None:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        if self._kind == "EROFS" and self._refused and not self.busy:
+        if self._kind == "EROFS" and self.count >= self._refused and not self.busy:
             assert _remount(self._folder.parent, "rw") == 0
         self._ballast.unlink(missing_ok=True)
 
@@ -167,6 +168,9 @@ class Trials:
             self.figures["by_kind"][self._kind] = self.figures["trials"] - before
         for checkpoints in self._by_policy.values():
             checkpoints.close()
+        if self._world.is_main:
+            self._store.claim_generation()
+            self._look_for_leftovers("the next launch")
         self._engine.close()
 
     def _gathered(self, value: Any) -> list[Any]:
@@ -238,8 +242,8 @@ class Trials:
             )
         if faults := [fault for path in published(self._store.folder) if (fault := find_fault(path)) is not None]:
             self.broken.append(f"{self._kind} at operation {number}: damaged ones are published: {faults}")
-        if left := [path.name for path in self._store.folder.glob(".*.tmp")]:
-            self.broken.append(f"{self._kind} at operation {number}: left behind: {left}")
+        if self._kind != "EROFS":  # from a read-only disk nothing can be removed before the next launch
+            self._look_for_leftovers(f"{self._kind} at operation {number}")
         if not saved:
             line = " ".join(self._said)
             if str(self._store.folder) not in line:
@@ -247,6 +251,10 @@ class Trials:
             if self._kind in ("ENOSPC", "EFBIG") and " bytes" not in line:
                 self.broken.append(f"{self._kind} at operation {number}: the bytes needed are not in {line!r}")
         return step_of(newest)
+
+    def _look_for_leftovers(self, when: str) -> None:
+        if left := [path.name for path in self._store.folder.glob(".*.tmp")]:
+            self.broken.append(f"{when}: left behind: {left}")
 
     def _load(self, number: int, step: int) -> None:
         self._by_policy["continue"].load(self._engine, self._store.folder / f"step-{step:08d}")
