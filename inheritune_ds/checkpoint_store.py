@@ -248,7 +248,12 @@ class CheckpointStore:
         if again:
             _remove(replaced)
             final.rename(replaced)  # a kill here: the next launch renames it back
-        temporary.rename(final)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if again:
+                replaced.rename(final)
+            raise
         sync_path(self.folder)
         if again:
             _remove(replaced)

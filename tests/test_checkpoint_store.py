@@ -420,6 +420,29 @@ def test_a_step_saved_again_replaces_the_first(store: CheckpointStore, folder: P
     assert names(folder) == ["generation", "latest", "step-00000005"]
 
 
+def test_a_refused_rename_leaves_the_one_of_the_same_step(
+    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = save(store, 5, text="older")
+    begun = store.begin(5)
+    files = written(begun, "newer")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path == begun:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(StorageError, match="Input/output error"):
+            store.publish(begun, 5, {}, files)
+    store.discard(begun)
+    assert store.newest_verified(lines.append) == older
+    assert (older / "engine" / "rank0.pt").read_text() == "older of 5"
+    assert names(folder) == ["generation", "latest", "step-00000005"]
+
+
 class KilledError(BaseException):
     """Stands for SIGKILL: nothing that would tidy up afterwards works either."""
 
