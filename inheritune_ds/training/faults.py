@@ -41,7 +41,7 @@ class FaultGuard:
     Under `skip` only accepted steps enter the window, so a lasting shift of the loss is a row of spikes: it ends in a
     rollback that skips the data, and where that does not help, the recipe's `max_rollbacks` ends the run. Under `warn`
     a spike enters the window as if it had just reached the limit: one alone hardly widens it, and a lasting shift is
-    the new normal within some steps. Steps that were left out never enter it.
+    the new normal within some steps. Steps that were left out for a fault never enter it.
 
     Args:
         policy: The recipe's.
@@ -88,8 +88,8 @@ class FaultGuard:
         self.state = replace(
             self.state,
             in_a_row=0,
-            losses=self._with(self.state.losses, min(loss, limits[0])),
-            grad_norms=self._with(self.state.grad_norms, min(grad_norm, limits[1])),
+            losses=self._with(self.state.losses, loss, limits[0]),
+            grad_norms=self._with(self.state.grad_norms, grad_norm, limits[1]),
         )
         return line
 
@@ -121,6 +121,6 @@ class FaultGuard:
         centre = mean + max(slope, 0.0) * (count - half)
         return math.exp(min(centre + self._policy.sigma * noise, 700.0))  # e^700 is still a float
 
-    def _with(self, window: tuple[float, ...], value: float) -> tuple[float, ...]:
-        """The window with a step more; one without a logarithm says nothing of noise."""
-        return (*window, value)[-self._policy.window_steps :] if 0.0 < value < math.inf else window
+    def _with(self, window: tuple[float, ...], value: float, limit: float) -> tuple[float, ...]:
+        """The window with a step more, its value at most the limit; one without a logarithm says nothing of noise."""
+        return (*window, min(value, limit))[-self._policy.window_steps :] if 0.0 < value < math.inf else window

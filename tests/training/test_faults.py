@@ -138,6 +138,14 @@ def test_a_loss_scale_that_was_too_large_is_told_and_is_no_fault() -> None:
     assert judge.state == FaultState(losses=(3.0,))
 
 
+def test_a_norm_that_is_none_does_not_enter_the_window_as_its_limit() -> None:
+    judge = filled(spikes="warn")
+    before = judge.state
+    judge.note(3.0, INF, None)
+    assert judge.state.grad_norms == before.grad_norms
+    assert judge.state.losses[-1] == 3.0
+
+
 def test_the_run_goes_back_after_faults_in_a_row_only() -> None:
     judge = guard(rollback_after=2)
     seen = []
