@@ -163,7 +163,7 @@ class Checkpoints:
             self._drop(outcome)
             return outcome
         self._temporary = None
-        self.published_step, self.last_save_s = work.state.step, time.perf_counter() - work.start_s
+        self.last_save_s, self.published_step = time.perf_counter() - work.start_s, work.state.step
         if self._world.is_main:
             self._pruning = _Background(lambda: self._store.prune(self._say), f"prune-{work.state.step}")
         return outcome

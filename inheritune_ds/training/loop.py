@@ -195,6 +195,7 @@ class _Loop:
         published = self._parts.checkpoints.published_step
         if published is not None and published != self._told_saved:
             self._told_saved = published
+            self._parts.controls.saved(self._parts.checkpoints.last_save_s)
             self._parts.recorder.saved(published)
 
     def _take(self) -> list[torch.Tensor]:
@@ -240,7 +241,6 @@ class _Loop:
             saved, self._save_due = checkpoints.save(parts.engine, self._state), False
             if leaving:
                 saved = checkpoints.settle() and saved
-        parts.controls.saved(checkpoints.last_save_s)
         self._tell_saved()
         if leaving and not saved:
             raise StorageError(
@@ -276,7 +276,8 @@ class _Loop:
         skipped = max(bad[0], batch_of(restored.step, state.left_out)), bad[1]
         left_out = with_range(state.left_out, skipped) if skipped[0] < bad[1] else state.left_out
         faults = replace(restored.faults, in_a_row=0, rollbacks=state.faults.rollbacks + 1)
-        self._state = replace(restored, left_out=left_out, faults=faults)
+        # A validation that was still due there has been done since, and its row is kept.
+        self._state = replace(restored, left_out=left_out, faults=faults, validation_due=False)
         self._guard = FaultGuard(policy, faults)
         parts.recorder.rewind(restored.step)
         parts.recorder.say(

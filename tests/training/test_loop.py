@@ -178,6 +178,45 @@ def test_faults_in_a_row_bring_the_run_back_and_their_batches_are_skipped(recipe
     assert steps == list(range(1, 10)), "what was undone is not in the metrics"
 
 
+def test_a_validation_that_was_due_is_not_due_again_after_going_back(recipe: Recipe, tmp_path: Path) -> None:
+    told, model = Told(), Model()
+    model.losses = dict.fromkeys((1, 2, 3), math.nan)
+    work = parts(recipe, model, tmp_path, told)
+    given: Any = work.checkpoints
+    stopped = RunState(step=4, tokens=4 * SEQ_LEN * BATCH, validation_due=True)
+    given.states.append(stopped)
+    result = train(work, 9, stopped)
+    assert result.state.faults.rollbacks == 1
+    assert not any(state.validation_due for state in given.states[1:])
+    assert [row["step"] for row in told.rows if "val/loss" in row] == [4, 6, 8, 9]
+
+
+def test_a_save_counts_for_the_time_limit_once_it_is_published(recipe: Recipe, tmp_path: Path) -> None:
+    class InBackground(Saved):
+        last_save_s = 0.0
+
+        def save(self, _engine: object, state: RunState) -> bool:
+            self.states.append(state)
+            return True
+
+    class Measured(Controls):
+        def saved(self, seconds: float) -> None:
+            seen.append(seconds)
+
+        def stepped(self, seconds: float) -> None:
+            super().stepped(seconds)
+            if len(model.read) == 4:  # the save of step 3 has ended by now
+                saved.published_step, saved.last_save_s = 3, 7.0
+
+    seen: list[float] = []
+    saved: Any = InBackground()
+    model = Model()
+    work = replace(parts(recipe, model, tmp_path, Told()), checkpoints=saved)
+    work = replace(work, controls=Measured(tmp_path, StopSignal(), work.world))
+    train(work, 5, None)
+    assert seen == [7.0], "not the 0.0 of a save that is still under way"
+
+
 def test_single_faults_are_left_out_and_counted(recipe: Recipe, tmp_path: Path) -> None:
     told, model = Told(), Model()
     model.losses = {2: math.inf, 5: math.nan}
