@@ -1,5 +1,6 @@
 """What a run is asked for while it trains: to stop, to save, to validate; by signal, file or clock."""
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -108,7 +109,9 @@ class Controls:
         now_s = time.monotonic()
         if now_s - self._looked_s >= LOOK_S:
             self._looked_s = now_s
-            self._found = {name for name in (STOP, SAVE, EVAL) if (self._folder / name).exists()} - self._stuck
+            # Path.exists would end the run when a shared disk does not answer for a moment (ESTALE, EIO).
+            found = {name for name in (STOP, SAVE, EVAL) if os.path.exists(self._folder / name)}  # noqa: PTH110
+            self._found = found - self._stuck
 
     def _remove(self, name: str) -> None:
         self._found.discard(name)

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import time
@@ -76,6 +77,19 @@ def test_files_are_looked_for_once_a_second(tmp_path: Path, monkeypatch: pytest.
     now[0] += 0.9
     assert asked.wishes() == Wishes()
     now[0] += 0.2
+    assert asked.wishes() == Wishes(save=True)
+
+
+def test_a_disk_that_does_not_answer_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Controls(tmp_path, StopSignal(), MAIN)
+    (tmp_path / "SAVE").touch()
+
+    def stale(*_given: object, **_named: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stale)
+        assert asked.wishes() == Wishes()
     assert asked.wishes() == Wishes(save=True)
 
 
