@@ -53,13 +53,13 @@ def run_rank(start: Start, rank: int, log: Path) -> None:
         lambda step: stream.micro_batches(
             step, rank=rank, world_size=start.world_size, micro_batch_size=start.micro_batch_size
         ),
-        end=start.steps.stop,
         pin=False,
     )
     numbers = np.arange(BATCH).reshape(-1, start.world_size, start.micro_batch_size)[:, rank].ravel()
     with log.open("w", encoding="utf-8") as file:
         for step in start.steps:
-            rows = [row for batch in ahead.take(step) for row in batch.numpy()]
+            following = step + 1 if step + 1 in start.steps else None
+            rows = [row for batch in ahead.take(step, following) for row in batch.numpy()]
             drawn = [column[numbers].tolist() for column in stream.draw(step)]
             hashes = [hashlib.sha256(row.tobytes()).hexdigest() for row in rows]
             file.write(json.dumps([step, list(zip(numbers.tolist(), *drawn, hashes, strict=True))]) + "\n")
