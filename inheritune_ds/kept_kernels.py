@@ -4,9 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.errors import RecipeError, RunFolderError
 from inheritune_ds.files import read_json, write_json
-from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.training.kernel_words import OFFLOADED_OPTIMIZER, KernelRequest
 from inheritune_ds.training.kernels import Kernels
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inheritune_ds.budget import memory
+from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.files import read_json, write_json
 from inheritune_ds.layout import read_layout
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.surgery.reference import load_model
-from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.training.ds_config import MICRO_BATCH, Machine, Resolved
 from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import Kernels

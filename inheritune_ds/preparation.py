@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.data.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokenize import prepare
 from inheritune_ds.data.tokenizer_choice import tokenizer_of
@@ -23,7 +24,6 @@ from inheritune_ds.run_folder import RunFolder, with_revisions
 from inheritune_ds.scores import read_scores
 from inheritune_ds.surgery.inherit import MANIFEST, TargetModel, build_target, find_target, make_config
 from inheritune_ds.surgery.reference import ReferenceModel, load_config, load_model, locate
-from inheritune_ds.checkpoint_store import newest_step
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses
 from inheritune_ds.training.validation import ValidationResult, Validator
 

@@ -11,15 +11,15 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any, Literal, NamedTuple
 
 from inheritune_ds.analysis.results import METRICS_FILE, read_metrics
-from inheritune_ds.errors import TrainingError
-from inheritune_ds.files import storage_errors, write_exact, write_text
+from inheritune_ds.errors import StorageError, TrainingError
+from inheritune_ds.files import write_exact, write_text
 from inheritune_ds.recipe import Recipe
+from inheritune_ds.row_log import RowLog
 
 TOKENS = "train/tokens"
 PLAIN_INTERVAL_S = 10.0
@@ -82,20 +82,31 @@ class Tracker:
 
     def __init__(self, run_dir: Path, recipe: Recipe, *, resume_step: int | None) -> None:
         self._path = run_dir / METRICS_FILE
-        self._file = self._open(-1 if resume_step is None else resume_step)
+        self._rows = self._open(-1 if resume_step is None else resume_step)
         self._wandb = _start_wandb(run_dir, recipe)
 
-    def _open(self, step: int) -> IO[str]:
+    def _open(self, step: int) -> RowLog:
         """Open metrics.jsonl behind the rows up to a step; later ones are dropped."""
         rows = read_metrics(self._path.parent) if step >= 0 else []
         write_exact(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        with storage_errors(self._path):
-            return self._path.open("a", encoding="utf-8")
+        return RowLog(self._path)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after a step, which the run does again; W&B keeps them, and takes no new ones for them."""
-        self._file.close()
-        self._file = self._open(step)
+        """Drop the rows after a step, which the run does again; W&B keeps them, and takes no new ones for them.
+
+        Raises:
+            StorageError: When the file cannot be rewritten.
+        """
+        refusal = self._rows.close()
+        if refusal is not None:
+            raise self._lost(refusal)
+        self._rows = self._open(step)
+
+    def _lost(self, refusal: OSError) -> StorageError:
+        return StorageError(
+            f"{self._path} cannot be written: {refusal.strerror}; {self._rows.waiting} rows are missing",
+            action="free some space, then give the same command again: it goes on from the newest checkpoint",
+        )
 
     def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         """Append a row.
@@ -108,7 +119,6 @@ class Tracker:
         Raises:
             ValueError: For a name that METRICS does not list.
             TrainingError: For a value that is not a finite number; nothing is written.
-            StorageError: When the row cannot be written.
         """
         unknown = sorted(name for name in values if name == TOKENS or _listed(name) not in METRICS)
         if unknown:
@@ -122,27 +132,30 @@ class Tracker:
                     action="lower optimizer.lr, or look at the data of that step",
                 )
             row[name] = value if isinstance(value, int) else float(value)
-        with storage_errors(self._path):
-            try:
-                # One write and a flush: a killed process leaves at most one incomplete line.
-                self._file.write(json.dumps(row) + "\n")
-                self._file.flush()
-            except OSError:
-                with suppress(OSError):
-                    self._file.close()
-                raise
+        refusal = self._rows.append(json.dumps(row))
+        if refusal is not None and self._rows.waiting == 1:
+            print(
+                f"WARNING: {self._path} cannot be written: {refusal.strerror}. The run goes on; its rows are kept in "
+                "memory until there is room",
+                flush=True,
+            )
         self._send(row)
 
     def close(self) -> None:
-        """Finish both logs; a second call does nothing."""
-        if not self._file.closed:
-            self._file.close()
+        """Finish both logs; a second call does nothing.
+
+        Raises:
+            StorageError: When rows are still missing in metrics.jsonl.
+        """
+        refusal = self._rows.close()
         run, self._wandb = self._wandb, None
         if run is not None:
             try:
                 run.finish()
             except Exception as error:  # noqa: BLE001 (the run itself is well: W&B never stops it)
                 _say_lost("did not finish", error)
+        if refusal is not None:
+            raise self._lost(refusal)
 
     def _send(self, row: Mapping[str, float]) -> None:
         if self._wandb is None:

@@ -163,12 +163,34 @@ def test_tracker_keeps_the_old_file_when_the_rewrite_fails(tmp_path: Path, monke
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_tracker_says_when_a_row_cannot_be_written(tmp_path: Path) -> None:
+def test_tracker_keeps_rows_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracker = Tracker(tmp_path, RECIPE, resume_step=None)
-    tracker._file.close()
-    tracker._file = Path("/dev/full").open("a")  # noqa: SIM115 (closed by the write that fails)
-    with pytest.raises(StorageError, match=r"metrics.jsonl cannot be written: No space left on device"):
-        tracker.log(1, 10, {"train/loss": 2.0})
+    tracker.log(1, 10, {"train/loss": 3.0})
+    write = os.write
+
+    def full(descriptor: int, data: memoryview) -> int:
+        if len(data) > 10:
+            return write(descriptor, data[:10])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        tracker.log(2, 20, {"train/loss": 2.0})
+        tracker.log(3, 30, {"train/loss": 1.0})
+    assert capsys.readouterr().out.count("cannot be written: No space left on device. The run goes on") == 1
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1], "no half row"
+    tracker.log(4, 40, {"train/loss": 0.5})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        tracker.log(5, 50, {"train/loss": 0.4})
+        with pytest.raises(
+            StorageError, match=r"metrics.jsonl cannot be written: No space left .*; 1 rows are missing"
+        ):
+            tracker.close()
+    tracker.close()
 
 
 def test_tracker_refuses_a_damaged_line_inside_the_file(tmp_path: Path) -> None:

@@ -164,6 +164,10 @@ class _Resolver:
             if zero.get(key) == AUTO and hidden_size is not None:
                 zero[key] = formula(hidden_size)
                 self.notes.append(f"zero_optimization.{key}: {zero[key]} (auto: from hidden_size {hidden_size})")
+        if zero.get("round_robin_gradients") is True:
+            # 0.19.8 links masters to other weights than their own on several ranks: the export would be scrambled.
+            zero["round_robin_gradients"] = False
+            self.notes.append("zero_optimization.round_robin_gradients: off; DeepSpeed mixes up master weights with it")
         zero.setdefault("overlap_comm", zero["stage"] == 3)
         self.config["zero_optimization"] = zero
 

@@ -198,9 +198,6 @@ class _Checker:
         device = offload_device(zero, "offload_param")
         if device != "none":
             self._needs_stage_3("offload_param.device", device, f"ignores it with stage {stage}")
-        ratio = block(zero, "offload_optimizer").get("ratio", AUTO)
-        if ratio not in (1, AUTO):
-            self._needs_stage_3("offload_optimizer.ratio", ratio, f"stops at it with stage {stage}")
 
     def _needs_stage_3(self, key: str, value: Any, what: str) -> None:
         self.refuse(

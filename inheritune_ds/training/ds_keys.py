@@ -65,7 +65,6 @@ COUNT = Kind("a whole number, 0 or more", lambda value: _whole(value) and value 
 POSITIVE = Kind("a whole number, 1 or more", lambda value: _whole(value) and value >= 1)
 DEPTH = Kind("a whole number, -1 or more", lambda value: _whole(value) and value >= -1)
 NUMBER = Kind("a number, 0 or more", lambda value: _number(value) and value >= 0)
-SHARE = Kind("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
 FACTOR = Kind("a number above 0", lambda value: _number(value) and value > 0)
 NAMES = Kind(
     'a list of names, such as ["all_reduce"]',
@@ -103,7 +102,10 @@ ZERO_KEYS: Kinds = {
         "pipeline_read": SWITCH,
         "pipeline_write": SWITCH,
         "fast_init": SWITCH,
-        "ratio": SHARE,
+        "ratio": Kind(
+            "1; with less DeepSpeed does not save the moments that stay on the GPU",
+            lambda value: _number(value) and value == 1,
+        ),
     },
     "sub_group_size": COUNT,
     "stage3_prefetch_bucket_size": COUNT,

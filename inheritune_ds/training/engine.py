@@ -118,8 +118,8 @@ def start_process_group(world: World) -> None:
 def _hide_shared_buffer(world: World) -> None:
     """Take the name from the memory that DeepSpeed's ranks on a CPU share, once all have opened it.
 
-    DeepSpeed removes these 64 MiB a rank (csrc/cpu/comm/shm.cpp) at a clean end only: every killed rank would leave them
-    in memory until the machine starts anew.
+    DeepSpeed removes these 64 MiB a rank (csrc/cpu/comm/shm.cpp) at a clean end only: every killed rank would leave
+    them in memory until the machine starts anew.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}")  # noqa: S108

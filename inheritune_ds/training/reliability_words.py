@@ -1,6 +1,6 @@
 """The `reliability` block of a DeepSpeed config: how this machine saves and how long it waits.
 
-Torch is not imported here. DeepSpeed does not read this block; the engine takes it out before DeepSpeed sees the config.
+Torch is not imported here. DeepSpeed does not read this block: the engine takes it out of the config first.
 """
 
 from collections.abc import Mapping

@@ -129,7 +129,7 @@ def test_stages_are_kept_and_overlap_is_written_out(stage: int, overlap: bool, r
         ({"stage": 1}, False),
         ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, True),
         ({"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}, True),
-        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, True),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, True),
         ({"stage": 1, "offload_param": {"device": "none"}, "offload_optimizer": None}, False),
     ],
 )

@@ -75,7 +75,6 @@ SAMPLES: dict[ds_keys.Kind, tuple[Any, Any]] = {
     ds_keys.COUNT: (500_000_000.0, -3.5),
     ds_keys.POSITIVE: (5e8, "half"),
     ds_keys.PATH: ("/tmp/nvme", 3),
-    ds_keys.SHARE: (1, 1.5),
     ds_keys.NUMBER: (0.5, "much"),
     ds_keys.OFFLOAD_DEVICE: ("cpu", "gpu"),
     ds_keys.ZERO_KEYS["stage"]: (3, 4),  # type: ignore[dict-item]
@@ -350,9 +349,12 @@ def test_a_config_of_hugging_face_s_documentation_works(
     found = resolved(document, world_size=world_size)
     assert '"auto"' not in json.dumps({key: value for key, value in found.config.items() if key != "kernels"})
     parsed = accepted(dict(found.config), world_size)
+    assert not parsed.zero_config.round_robin_gradients, "it mixes up master weights on several ranks"
     assert parsed.zero_optimization_stage == document["zero_optimization"]["stage"]
     assert parsed.zero_config.offload_optimizer.device == "cpu"
     assert parsed.scheduler_name is None
     assert found.precision == "bf16"
-    given = {key: value for key, value in document["zero_optimization"].items() if value != "auto"}
+    kept = {**document["zero_optimization"]}
+    kept.pop("round_robin_gradients", None)
+    given = {key: value for key, value in kept.items() if value != "auto"}
     assert found.config["zero_optimization"].items() >= given.items()

@@ -110,8 +110,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         "ds.json: zero_optimization.offload_param.device: 'cpu' needs stage 3: DeepSpeed ignores it with stage 2",
     ),
     (
-        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-        "ds.json: zero_optimization.offload_optimizer.ratio: 0.5 needs stage 3: DeepSpeed stops at it with stage 2",
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "ds.json: zero_optimization.offload_optimizer.ratio: 0.5 is not accepted",
     ),
     ({"kernels": "fast"}, "ds.json: kernels: 'fast' is not an object"),
     ({"kernels": {"atention": "sdpa"}}, "ds.json: kernels.atention: unknown key"),
