@@ -272,19 +272,19 @@ class _Run:
     def _train(self, engine: Engine, data: RunData, prepared: Prepared, chosen: str | None, watch: Watchdog) -> bool:
         """Go on from the chosen checkpoint to the end, and export; False if the run was stopped before."""
         recipe, world, launch = self._recipe, self._world, self._launch
-        checkpoints = Checkpoints(
-            self._resumption.store,
-            layout=self._layout,
-            world=world,
-            reliability=self._resolved.reliability,
-            fingerprints=self._fingerprints(),
-            say=launch.say,
-        )
         resumption = self._resumption
         controls = Controls(self._folder.path, launch.stop, world, max_minutes=launch.max_minutes, say=launch.say)
         with watch.phase("start", newest_step(self._folder.checkpoints)):
+            checkpoints = Checkpoints(
+                resumption.store,
+                layout=self._layout,
+                world=world,
+                reliability=self._resolved.reliability,
+                fingerprints=self._fingerprints(),
+                say=launch.say,
+            )
             state = resumption.restore(engine, checkpoints, chosen)
-        recorder = RunRecorder(self._folder, recipe, data.total_steps, state) if world.is_main else SilentRecorder()
+            recorder = RunRecorder(self._folder, recipe, data.total_steps, state) if world.is_main else SilentRecorder()
         parts = LoopParts(
             recipe=recipe,
             engine=engine,

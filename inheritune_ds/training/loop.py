@@ -131,7 +131,9 @@ class _Loop:
         self._told_saved = parts.checkpoints.published_step
 
     def run(self) -> LoopResult:
-        if self._stop_asked():  # while the engine was built; the state that the run was brought to is saved already
+        with self._parts.watch.phase("start", self._state.step):
+            stop = self._stop_asked()
+        if stop:  # while the engine was built; the state that the run was brought to is saved already
             self._parts.controls.honoured(Wishes(stop=True))
             return LoopResult(self._state, finished=False)
         if self._state.validation_due and not self._validate():

@@ -1,6 +1,7 @@
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,30 @@ def test_a_run_that_cannot_save_before_it_leaves_says_so(recipe: Recipe, tmp_pat
     given.refuses = True
     with pytest.raises(StorageError, match="step 5 could not be saved before leaving"):
         train(work, 5, None)
+
+
+def test_ranks_ask_each_other_only_where_they_are_watched(recipe: Recipe, tmp_path: Path) -> None:
+    inside: list[str] = []
+    asked: list[str] = []
+
+    @contextmanager
+    def phase(name: str, _step: int) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.pop()
+
+    work = parts(recipe, Model(), tmp_path, Told())
+    watch: Any = work.watch
+    watch.phase = phase
+
+    class Asked(Controls):
+        def wishes(self) -> Wishes:
+            asked.append(" ".join(inside))
+            return super().wishes()
+
+    train(replace(work, controls=Asked(tmp_path, StopSignal(), work.world)), 3, None)
+    # A validation of few batches asks once, before its first.
+    assert asked == ["start", "validation", "first_step", "step", "validation", "step", "validation"]
 
 
 def test_files_in_the_run_folder_ask_for_a_save_a_validation_and_a_stop(recipe: Recipe, tmp_path: Path) -> None:
