@@ -171,7 +171,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: It belongs to somebody else, or everybody can write to it.
         """
-        if (reason := distrust(self.folder.stat())) is not None:
+        if self.folder.exists() and (reason := distrust(self.folder.stat())) is not None:
             raise CheckpointError(
                 f"{self.folder} {reason}; {_PICKLE}",
                 allowed="a folder of your own that others cannot write to",

@@ -100,6 +100,18 @@ def test_verify_of_nothing_tells_whether_there_was_something(run: Path, capsys: 
     assert call(capsys, run, "list")[:2] == (0, [f"no checkpoint in {run / 'checkpoints'}"])
 
 
+def test_a_lost_folder_is_told_and_not_a_defect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "checkpoints").rename(run / "elsewhere")
+    (run / "status.json").write_text('{"step": 16, "saved_step": 16}')
+    code, _, error = call(capsys, run, "verify")
+    assert code == 4
+    assert "holds no checkpoint any more, but status.json tells that step 16 was saved" in error
+    assert call(capsys, run, "prune")[:2] == (0, ["0 deleted"])
+    code, _, error = call(capsys, run, "prune", "--after", "8")
+    assert code == 4
+    assert "the run cannot go back to step 8: no checkpoint is as early" in error
+
+
 def test_prune_follows_the_recipe(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, run, "prune", "--dry-run")[1] == ["step-00000004  would be deleted"]
     assert steps(run) == [16, 12, 8, 4]

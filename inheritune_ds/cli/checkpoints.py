@@ -196,6 +196,7 @@ def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespa
                 folder.write_status("requeue", step=step, reason=f"brought back to step {step} by `checkpoints prune`")
         for checkpoint in deleted:
             print(f"{checkpoint.name}  deleted")
-        print(f"{len(deleted)} deleted; the run goes on from step {newest_step(store.folder)}")
+        step = newest_step(store.folder)
+        print(f"{len(deleted)} deleted{f'; the run goes on from step {step}' if step else ''}")
     finally:
         folder.release()
