@@ -10,7 +10,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ class CheckpointStore:
             The number of this launch, from 1.
 
         Raises:
-            CheckpointError: The folder belongs to somebody else, or everybody can write to it.
+            CheckpointError: The folder belongs to somebody else, or everybody can write to it; or it cannot be read.
             StorageError: The folder cannot be written.
         """
         with storage_errors(self.folder):
@@ -86,7 +87,8 @@ class CheckpointStore:
                 self.folder.mkdir(mode=0o775, parents=True)
             self.refuse_untrusted()
             self._remove_leftovers()
-        newest = next((found for path in published(self.folder) if (found := read_manifest(path))), {})
+        with self._reading():
+            newest = next((found for path in published(self.folder) if (found := read_manifest(path))), {})
         self._generation = max(_number_of(self._claimed()), int(newest.get("generation", 0))) + 1
         # The random part tells apart two launches that have claimed at once where locks do not work.
         self._claim = f"{self._generation} {secrets.token_hex(8)}"
@@ -102,8 +104,22 @@ class CheckpointStore:
         Raises:
             CheckpointError: Checkpoints exist, or have existed, and none can be used.
         """
-        try:
+        with self._reading():
             return self._newest_verified(say)
+
+    def newest(self) -> Path | None:
+        """The newest published checkpoint, intact or not; None if there is none.
+
+        Raises:
+            CheckpointError: The folder cannot be read.
+        """
+        with self._reading():
+            return next(published(self.folder), None)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoints in {self.folder} cannot be read: {error.strerror}: {error.filename}",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from inheritune_ds.checkpoint_store import CheckpointStore, published, read_manifest
+from inheritune_ds.checkpoint_store import CheckpointStore, read_manifest
 from inheritune_ds.errors import CheckpointError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.run_folder import RunFolder
@@ -31,9 +31,9 @@ class Resumption:
         """Take the checkpoints over from every earlier launch; on rank 0, which has the run folder.
 
         Raises:
-            CheckpointError: If the recipe says `checkpoint.resume: never` and there are some.
+            CheckpointError: If the recipe says `checkpoint.resume: never` and there are some; as the store's methods.
         """
-        newest = next(published(self.store.folder), None)
+        newest = self.store.newest()
         if newest is not None and self._recipe.checkpoint.resume == "never":
             raise CheckpointError(
                 f"{newest} is there, and the recipe says checkpoint.resume: never",

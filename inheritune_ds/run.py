@@ -137,7 +137,15 @@ def _mark(folder: RunFolder, state: State, reason: str, *, exit_code: int = 0) -
     """Write how the run stands, with the step of its newest checkpoint; on the rank that has the folder."""
     if folder.is_claimed:
         with suppress(StorageError):  # a full disk: what ended the run matters more, and is told on the console
-            folder.write_status(state, step=newest_step(folder.checkpoints), reason=reason, exit_code=exit_code)
+            folder.write_status(state, step=_newest_step(folder), reason=reason, exit_code=exit_code)
+
+
+def _newest_step(folder: RunFolder) -> int:
+    """Step of the newest checkpoint, for status.json and the watchdog; the last that was told if no disk answers."""
+    try:
+        return newest_step(folder.checkpoints)
+    except OSError:
+        return int(folder.status().get("step", 0))
 
 
 def _reference_ready(recipe: Recipe, launch: Launch) -> bool:
@@ -171,7 +179,7 @@ class _Run:
             launch.say("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
         watch = Watchdog(self._resolved.reliability, self._world, self._folder.path, on_hang=self._hung)
         try:
-            with watch.phase("start", newest_step(self._folder.checkpoints)):
+            with watch.phase("start", _newest_step(self._folder)):
                 start_process_group(self._world)
                 data = RunData(self._recipe, prepared.tokens)
                 engine = self._build(prepared, data)
@@ -195,7 +203,7 @@ class _Run:
         with launch.stop.interruptible():  # once the folder is claimed, status.json can tell of a signal
             self._resumption.begin()
             chosen = self._resumption.choose()
-            folder.write_status("preparing", step=newest_step(folder.checkpoints))
+            folder.write_status("preparing", step=_newest_step(folder))
             folder.write_provenance({"world_size": self._world.size, "launcher": self._world.launcher})
             self._write_ds_config()
             prepared = prepare_run(
@@ -274,7 +282,7 @@ class _Run:
         recipe, world, launch = self._recipe, self._world, self._launch
         resumption = self._resumption
         controls = Controls(self._folder.path, launch.stop, world, max_minutes=launch.max_minutes, say=launch.say)
-        with watch.phase("start", newest_step(self._folder.checkpoints)):
+        with watch.phase("start", _newest_step(self._folder)):
             checkpoints = Checkpoints(
                 resumption.store,
                 layout=self._layout,
@@ -311,7 +319,7 @@ class _Run:
         try:
             result = train(parts, data.total_steps, state)
         finally:
-            with watch.phase("finish", newest_step(self._folder.checkpoints)):
+            with watch.phase("finish", _newest_step(self._folder)):
                 checkpoints.close()
                 recorder.close()
         if not result.finished:

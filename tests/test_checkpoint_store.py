@@ -368,9 +368,10 @@ def test_an_unreadable_folder_is_an_error(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(CheckpointError) as caught:
-        store.newest_verified(lines.append)
-    assert caught.value.problem == f"the checkpoints in {folder} cannot be read: Permission denied: {folder}"
+    for call in (store.newest, store.claim_generation, lambda: store.newest_verified(lines.append)):
+        with pytest.raises(CheckpointError) as caught:
+            call()
+        assert caught.value.problem == f"the checkpoints in {folder} cannot be read: Permission denied: {folder}"
 
 
 def test_only_the_newest_launch_publishes(store: CheckpointStore, folder: Path) -> None:

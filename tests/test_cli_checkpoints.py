@@ -100,6 +100,19 @@ def test_verify_of_nothing_tells_whether_there_was_something(run: Path, capsys: 
     assert call(capsys, run, "list")[:2] == (0, [f"no checkpoint in {run / 'checkpoints'}"])
 
 
+@pytest.mark.parametrize("action", ["list", "verify", "prune"])
+def test_a_folder_that_cannot_be_read_is_told(
+    action: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    code, _, error = call(capsys, run, action)
+    assert code == 4
+    assert f"the checkpoints in {run / 'checkpoints'} cannot be read: Permission denied" in error
+
+
 def test_a_lost_folder_is_told_and_not_a_defect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints").rename(run / "elsewhere")
     (run / "status.json").write_text('{"step": 16, "saved_step": 16}')

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.keep is not None:
         rule = rule.model_copy(update={"keep": args.keep})
     store = CheckpointStore.of(folder.checkpoints, rule)
+    store.newest()  # tells that the folder cannot be read
     if args.action == "prune":
         _prune(folder, store, args)
     elif args.action == "verify":
