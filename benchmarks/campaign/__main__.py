@@ -30,7 +30,7 @@ MODULES = {
     "signals_python": "signals",
     "signals_deepspeed": "signals",
     "signals_torchrun": "signals",
-    "secrets": "secrets",
+    "secrets": "secrecy",
     "saving": "saving",
 }
 """Name of every part, in the order of the promises, and its module, which has it as PART or among its PARTS."""

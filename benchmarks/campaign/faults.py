@@ -31,7 +31,6 @@ DRIVE, ROLLBACK = "benchmarks/campaign/drive_faults.py", "benchmarks/campaign/dr
 LAUNCH: dict[str, Any] = {
     "launcher": "torchrun",
     "ranks": RANKS,
-    "PYTHONSAFEPATH": "1",  # the drivers' folder has a module of the name of one of Python's
 }
 POLICY = {"rollback_after": 3, "max_rollbacks": 2}
 

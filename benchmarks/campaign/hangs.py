@@ -93,8 +93,7 @@ def run(hang: Hang, folder: Path) -> Figures:
     recipe = write_recipe(folder)
     ds_config = write_ds_config(folder, reliability={"watchdog_s": {limit: LIMIT_S}})
     words = arguments(recipe, ds_config, folder)
-    # The driver's folder has modules with the names of Python's own.
-    how: dict[str, Any] = {"launcher": hang.launcher, "ranks": hang.ranks, "PYTHONSAFEPATH": "1"}
+    how: dict[str, Any] = {"launcher": hang.launcher, "ranks": hang.ranks}
     if hang.place.startswith("wandb"):
         how["WANDB_MODE"] = "offline"
     with started(folder, *words, script=DRIVER, HANG=f"{hang.place}:{hang.rank}", **how) as launched:

@@ -118,7 +118,6 @@ def _launch(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Launched], list
                 LOCAL_WORLD_SIZE=str(RANKS),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
-                PYTHONSAFEPATH="1",  # the driver's folder has a module of the name of one of Python's
             )
             ranks.append(stack.enter_context(run))
         codes = [launched.wait() for launched in ranks]

@@ -84,7 +84,6 @@ def launch(  # noqa: PLR0913 - each is one word of the driver
         launcher="torchrun",
         ranks=ranks,
         script=DRIVER,
-        PYTHONSAFEPATH="1",  # modules beside the driver have names of the standard library
     )
     return [read_json(folder / f"{out}.rank{rank}.json") for rank in range(ranks)]
 

@@ -85,8 +85,7 @@ def run(trial: Trial, folder: Path) -> Figures:
     phase, at, saved = WHERE[trial.where]
     seconds = LONG_PAUSE_S if trial.where == "preparing" else PAUSE_S
     words = arguments(write_recipe(folder), write_ds_config(folder), folder)
-    # The driver's folder has modules with the names of Python's own.
-    how: dict[str, Any] = {"launcher": trial.launcher, "ranks": trial.ranks, "PYTHONSAFEPATH": "1"}
+    how: dict[str, Any] = {"launcher": trial.launcher, "ranks": trial.ranks}
     with started(folder, *words, script=DRIVER, PAUSE=f"{phase}:{at}:{seconds}", **how) as launched:
         marks = [folder / f"paused-{rank}" for rank in range(trial.ranks)]
         launched.wait_for(lambda: all(mark.exists() for mark in marks))

@@ -88,7 +88,6 @@ def operations(scratch: Path, *, rank: int, stride: int, kinds: Sequence[str], a
             "launcher": "torchrun",
             "ranks": 2,
             "script": "benchmarks/campaign/drive_storage.py",
-            "PYTHONSAFEPATH": "1",  # modules beside the driver have names of the standard library
         }
         run_to_end(scratch, *words, *(["--async"] if async_save else []), **how)
         figures: Figures = json.loads(out.read_text(encoding="utf-8"))

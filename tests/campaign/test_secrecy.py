@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.campaign.cases import Case
 from benchmarks.campaign.foreign_code import Evil, evil_pickle, evil_zip
-from benchmarks.campaign.secrets import MARKER, PART, SECRETS, holders
+from benchmarks.campaign.secrecy import MARKER, PART, SECRETS, holders
 from benchmarks.record import REPOSITORY
 from inheritune_ds.redaction import find_secret
 
