@@ -328,10 +328,13 @@ class CheckpointStore:
         Returns:
             What was deleted.
         """
-        leaving = self.leaving()
-        if not leaving:
+        try:
+            leaving, newest = self.leaving(), next(published(self.folder), None)
+        except OSError as error:
+            say(f"WARNING: {self.folder} cannot be read: {error.strerror}; the older checkpoints stay")
             return []
-        newest = next(published(self.folder))
+        if newest is None or not leaving:
+            return []
         if (fault := find_fault(newest)) is not None:
             say(f"WARNING: checkpoint {newest} is damaged: {fault}; the older ones stay, however many there are")
             return []

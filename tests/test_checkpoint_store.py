@@ -588,6 +588,21 @@ def test_nothing_is_deleted_while_the_newest_is_damaged(folder: Path, lines: lis
     assert [path.name for path in store.prune(lines.append)] == ["step-00000003", "step-00000002", "step-00000001"]
 
 
+def test_a_folder_that_cannot_be_read_is_told_and_pruning_ends_nothing(
+    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, 1, 2, 3, 4)
+
+    def refuse(_path: Path) -> Any:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        assert store.prune(lines.append) == []
+    assert lines == [f"WARNING: {folder} cannot be read: Input/output error; the older checkpoints stay"]
+    assert [path.name for path in store.prune(lines.append)] == ["step-00000001"]
+
+
 @pytest.mark.parametrize("call", ["rename", "rmdir"])
 def test_what_cannot_be_deleted_is_told_and_left_to_the_next_launch(
     call: str, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
