@@ -93,21 +93,25 @@ def test_all_ranks_leave_when_the_export_fails(ranks: Ranks, tiny_recipe: Recipe
     assert status(tmp_path / "runs" / "tiny")["exit_code"] == 12
 
 
-def test_another_number_of_ranks_is_refused_and_changes_nothing(
+def test_another_precision_is_refused_and_changes_nothing(
     launch: Launch, ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe()
     run = tmp_path / "runs" / "tiny"
-    launch("train.py", *arguments(recipe, tmp_path))
+    config = tmp_path / "fp32.json"
+    config.write_text(json.dumps({"bf16": {"enabled": False}}))
+    launch("train.py", *arguments(recipe, tmp_path, "runs", "--deepspeed_config", str(config)))
     document = json.loads((run / "status.json").read_text())
     (run / "status.json").write_text(json.dumps({**document, "state": "running"}))  # as if killed at the very end
     kept = {name: (run / name).read_bytes() for name in ("ds_config.resolved.json", "provenance.json", "run.json")}
+    config.write_text(json.dumps({"bf16": {"enabled": True}}))
+    words = arguments(recipe, tmp_path, "runs", "--deepspeed_config", str(config))
     began = time.time()
-    codes = [process.wait(timeout=110) for process in ranks("train.py", arguments(recipe, tmp_path))]
+    codes = [process.wait(timeout=110) for process in ranks("train.py", words)]
     assert codes == [4, 4]
-    assert "was saved under another layout: world_size 1 there, 2 now" in log(tmp_path, 0)
+    assert "was saved in fp32, and this launch computes in bf16" in log(tmp_path, 0)
     assert {name: (run / name).read_bytes() for name in kept} == kept
-    assert all(path.stat().st_mtime < began for path in (run / "checkpoints").rglob("*"))
+    assert all(path.stat().st_mtime < began for path in (run / "checkpoints").glob("step-*/**/*"))
     assert status(run)["state"] == "failed"
 
 
