@@ -24,6 +24,7 @@ from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.recorder import RunRecorder, SilentRecorder
 from inheritune_ds.resumption import Resumption
+from inheritune_ds.run_data import RECORD as DATA_RECORD
 from inheritune_ds.run_data import RunData
 from inheritune_ds.run_folder import FolderBusyError, RunFolder, State
 from inheritune_ds.run_results import RunResults
@@ -324,8 +325,9 @@ class _Run:
                 recorder.close()
         if not result.finished:
             reached = result.state.step
-            _mark(self._folder, "requeue", f"{controls.reason}: saved at step {reached}")
-            launch.say(f"stopped and saved at step {reached}; the same command goes on from there")
+            done = f"saved at step {reached}" if reached else "before the first step"
+            _mark(self._folder, "requeue", f"{controls.reason}: {done}")
+            launch.say(f"stopped {'and ' if reached else ''}{done}; the same command goes on from there")
             return False
         with watch.phase("finish", result.state.step):
             self._finish(engine, prepared, data, result.state)
@@ -333,7 +335,7 @@ class _Run:
 
     def _fingerprints(self) -> dict[str, Any]:
         """What a checkpoint is of: recipe, data and code."""
-        record = read_json(self._folder.path / "data.json") or {}
+        record = read_json(self._folder.path / DATA_RECORD) or {}
         provenance = read_json(self._folder.path / "provenance.json") or {}
         return {
             "recipe": self._recipe.fingerprint,

@@ -280,7 +280,7 @@ class _Loop:
         faults = replace(restored.faults, in_a_row=0, rollbacks=state.faults.rollbacks + 1)
         # A validation that was still due there has been done since, and its row is kept.
         self._state = replace(restored, left_out=left_out, faults=faults, validation_due=False)
-        self._guard = FaultGuard(policy, faults)
+        self._guard, self._save_due = FaultGuard(policy, faults), False
         parts.recorder.rewind(restored.step)
         parts.recorder.say(
             f"WARNING: {told}; the run goes back to step {restored.step} and skips these batches "
