@@ -96,7 +96,7 @@ def test_plan_lists_the_common_gpus_or_the_one_asked_for() -> None:
 
 def test_plan_divides_hours_by_the_ranks() -> None:
     text = section(plan_of("openllama-3b-13l-250m", world_size=4, gpu="h200"), "hours")
-    assert "4 x H200 SXM 169,916 0.4 0.2" in text
+    assert "4 x H200 SXM 169,907 0.4 0.2" in text
 
 
 def test_plan_calls_hours_of_a_tiny_run_under_a_tenth() -> None:

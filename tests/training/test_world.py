@@ -316,9 +316,8 @@ def test_a_second_interrupt_leaves_also_from_c_code(start: Start) -> None:
 
 
 def test_a_forked_child_that_hears_a_ctrl_c_too_is_not_a_second_one(start: Start) -> None:
-    fork = "stop.leave_from_anywhere(); import os; child = os.fork()"
-    # Both stand in the loop; the child says nothing.
-    program = start(before=fork, work="child or time.sleep(60)")
+    fork = "stop.leave_from_anywhere(); import os; child = os.fork(); child or os.close(1)"
+    program = start(before=f"{fork}; child or time.sleep(60)", work="pass")
     time.sleep(0.2)
     (child,) = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children").read_text().split()
     os.kill(int(child), signal.SIGINT)
