@@ -5,10 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.campaign.cases import Case
 from benchmarks.campaign.exact import PART
-from benchmarks.campaign.resumes import STEPS, differences, stopped_after
+from benchmarks.campaign.resumes import STEPS, content_sha256, differences, stopped_after
+from inheritune_ds.checkpoint_store import published
+from inheritune_ds.training.shard_reader import read_shard
 
 
 @pytest.mark.launch
@@ -20,7 +23,7 @@ def test_run_that_was_stopped_ends_bit_for_bit_as_the_one_that_was_not(case: Cas
     finished, other = tmp_path / "runs" / "run-0", tmp_path / "runs" / "run-7"
     assert differences(other, finished) == []
     spoil_row(other, step=9)
-    spoil_manifest(other)
+    spoil_state(other)
     found = differences(other, finished)
     assert len(found) == 2
     assert "run-7: logged {'step': 9" in found[0]
@@ -35,17 +38,17 @@ def spoil_row(run: Path, step: int) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def spoil_manifest(run: Path) -> None:
-    """Tell of another optimizer state, in a manifest that is whole."""
-    from inheritune_ds.checkpoint_manifest import manifest_text, published, read_manifest
-
+def spoil_state(run: Path) -> None:
+    """Change the last bit of one master weight."""
     newest = next(published(run / "checkpoints"))
-    manifest = read_manifest(newest)
-    assert manifest is not None
-    name = next(name for name in manifest["files"] if name.endswith("optim_states.pt"))
-    manifest["files"][name]["sha256"] = "0" * 64
-    (newest / "manifest.json").unlink()
-    (newest / "manifest.json").write_text(manifest_text(manifest), encoding="utf-8")
+    path = next(newest.rglob("*optim_states.pt"))
+    shard = read_shard(path)
+    master = shard["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
+    content = content_sha256(path)
+    path.unlink()  # the tensors are mapped from it
+    master.view(torch.int32)[0] ^= 1
+    torch.save(shard, path)
+    assert content_sha256(path) != content
 
 
 def test_full_form_is_every_stage_precision_and_accumulation() -> None:
