@@ -134,3 +134,11 @@ def distrust(found: os.stat_result) -> str | None:
     if found.st_mode & WORLD_WRITABLE:
         return f"can be written by everybody (mode {stat.S_IMODE(found.st_mode):o})"
     return None
+
+
+def close_to_others(folder: Path) -> None:
+    """Take everybody's write access from a folder and all below it; links are left alone."""
+    for path in [folder, *folder.rglob("*")]:
+        mode = path.lstat().st_mode
+        if mode & WORLD_WRITABLE and not stat.S_ISLNK(mode):
+            path.chmod(stat.S_IMODE(mode) & ~WORLD_WRITABLE)

@@ -9,7 +9,6 @@ checkpoints/  step-00000100/  step-00000200/   each with manifest.json: sizes an
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from inheritune_ds.checkpoint_manifest import (
     MANIFEST,
     NAME,
-    WORLD_WRITABLE,
+    close_to_others,
     distrust,
     find_fault,
     listing_fault,
@@ -34,17 +33,7 @@ from inheritune_ds.files import read_json, storage_errors, sync_folder, sync_pat
 if TYPE_CHECKING:
     from inheritune_ds.recipe import Checkpointing
 
-__all__ = [
-    "GENERATION",
-    "MANIFEST",
-    "POINTER",
-    "CheckpointStore",
-    "find_fault",
-    "newest_step",
-    "published",
-    "read_manifest",
-    "step_of",
-]
+__all__ = ["MANIFEST", "find_fault", "newest_step", "published", "read_manifest", "step_of"]
 
 POINTER = "latest"
 GENERATION = "generation"
@@ -137,7 +126,7 @@ class CheckpointStore:
             if (fault := find_fault(checkpoint)) is None:
                 return checkpoint
             bad.append(f"{checkpoint.name}: {fault}")
-            say(f"WARNING: checkpoint {checkpoint} is damaged and is passed over: {fault}")
+            say(f"WARNING: checkpoint {checkpoint} is passed over: {fault}")
         if bad:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} can be used: {'; '.join(bad)}",
@@ -163,7 +152,10 @@ class CheckpointStore:
             return f"{POINTER} is there, so this run has saved before"
         status = read_json(self.folder.parent / "status.json")
         step = max(status.get("saved_step", 0), status.get("step", 0)) if isinstance(status, dict) else 0
-        return f"status.json tells that step {step} was saved" if step else None
+        if step:
+            return f"status.json tells that step {step} was saved"
+        ended = (self.folder.parent / "export").exists()
+        return "export is there, so this run has come to its end before" if ended else None
 
     def pointer_fault(self) -> str | None:
         """Why the pointer is of no use; None if it names a checkpoint that is there."""
@@ -237,7 +229,7 @@ class CheckpointStore:
         """
         final = self.folder / f"step-{step:08d}"
         with storage_errors(self.folder):
-            _close_to_others(temporary)  # whatever the umask: it would be refused when it is loaded
+            close_to_others(temporary)  # whatever the umask: it would be refused when it is loaded
             if (fault := listing_fault(temporary, files)) is not None:
                 raise CheckpointError(
                     f"the checkpoint of step {step} was not written as its ranks have told: {fault}",
@@ -246,7 +238,7 @@ class CheckpointStore:
             manifest = {"step": step, "generation": self._generation, **fields, "files": dict(files)}
             sync_folder(temporary)
             write_exact(temporary / MANIFEST, manifest_text(manifest))
-            _close_to_others(temporary)
+            close_to_others(temporary)
             sync_path(temporary)
             self._refuse_if_superseded()
             self._let_appear(temporary, final)
@@ -354,6 +346,16 @@ class CheckpointStore:
             CheckpointError: Nothing intact would be left.
             StorageError: The pointer cannot be written.
         """
+        later = self.gone_back(step)
+        self._point_at(next(checkpoint for checkpoint in published(self.folder) if checkpoint not in later))
+        return [checkpoint for checkpoint in later if self._remove(checkpoint, say)]
+
+    def gone_back(self, step: int) -> list[Path]:
+        """What `go_back` would delete.
+
+        Raises:
+            CheckpointError: Nothing intact would be left.
+        """
         later = self.later_than(step)
         newest = next((checkpoint for checkpoint in published(self.folder) if checkpoint not in later), None)
         fault = "no checkpoint is as early" if newest is None else find_fault(newest)
@@ -363,8 +365,7 @@ class CheckpointStore:
                 allowed="a step at or after that of an intact checkpoint",
                 action=f"`inheritune-ds checkpoints {self.folder.parent} verify` tells which are intact",
             )
-        self._point_at(newest)
-        return [checkpoint for checkpoint in later if self._remove(checkpoint, say)]
+        return later
 
     def _remove(self, checkpoint: Path, say: Callable[[str], None]) -> bool:
         hidden = self.folder / f".{checkpoint.name}.deleted.tmp"
@@ -381,13 +382,6 @@ class CheckpointStore:
 def _number_of(claim: str) -> int:
     number = claim.partition(" ")[0]
     return int(number) if number.isdecimal() else 0
-
-
-def _close_to_others(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
-        mode = path.lstat().st_mode
-        if mode & WORLD_WRITABLE and not stat.S_ISLNK(mode):
-            path.chmod(stat.S_IMODE(mode) & ~WORLD_WRITABLE)
 
 
 def _remove(path: Path) -> None:

@@ -152,12 +152,10 @@ def _is_folder(model: str) -> bool:
 def _disk(
     recipe: Recipe, count: Parameters | None, saved: int | None, unique: Tokens | None, shape: tuple[Shape, int] | None
 ) -> dict[str, float]:
-    """GiB that a run writes. One checkpoint more than is kept: an old one goes when a newer one is verified."""
+    """GiB that a run writes; two checkpoints more than are kept, for an old one goes when a newer one is verified."""
     parts: dict[str, float] = {}
     if count and saved:
-        parts[f"checkpoints ({recipe.checkpoint.keep} kept, 1 being written)"] = (
-            (recipe.checkpoint.keep + 1) * saved / GIB
-        )
+        parts[f"checkpoints ({recipe.checkpoint.keep} kept, 2 in hand)"] = (recipe.checkpoint.keep + 2) * saved / GIB
         parts["target before training (fp32; less in the reference's own type)"] = count.total * 4 / GIB
         parts["export"] = count.total * _EXPORT_BYTES[recipe.export.dtype] / GIB
     if unique:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from inheritune_ds.budget import checkpoint_bytes, flops_per_token
-from inheritune_ds.checkpoint_store import newest_step
-from inheritune_ds.errors import InherituneError, RunFolderError, StorageError
+from inheritune_ds.checkpoint_store import newest_step, published
+from inheritune_ds.errors import InherituneError, RunFolderError, StorageError, TrainingError
 from inheritune_ds.export import PROBE_TOKENS
 from inheritune_ds.files import read_json, write_json
 from inheritune_ds.gpus import identify, mfu
@@ -34,7 +34,7 @@ from inheritune_ds.training.allocator import keep_freed_memory
 from inheritune_ds.training.checkpoints import Checkpoints
 from inheritune_ds.training.controls import Controls
 from inheritune_ds.training.ds_config import Machine, Resolved, resolve
-from inheritune_ds.training.engine import Engine, start_process_group
+from inheritune_ds.training.engine import Engine, rank_is_gone, start_process_group
 from inheritune_ds.training.kernels import Kernels, choose_kernels
 from inheritune_ds.training.loop import LoopParts, train
 from inheritune_ds.training.meeting import Meeting
@@ -128,6 +128,14 @@ def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False) -> bool:
         _mark(folder, "requeue", f"{launch.stop.requested}: stopped between stages", exit_code=EXIT_INTERRUPTED)
         raise
     except Exception as error:
+        if rank_is_gone(error):
+            lost = TrainingError(
+                f"another rank has gone: {str(error).strip().splitlines()[-1]}",
+                action="see how it has ended (memory, its machine, the network), then give the same command again: it "
+                "goes on from the newest checkpoint",
+            )
+            _mark(folder, "failed", lost.problem, exit_code=lost.exit_code)
+            raise lost from None
         _mark(folder, "failed", f"{type(error).__name__}: {error}", exit_code=1)
         raise
     finally:
@@ -215,7 +223,10 @@ class _Run:
                 say=launch.say,
             )
             parameters = prepared.target.report["parameters"]
-            require_space(folder.checkpoints, checkpoint_bytes(parameters, self._resolved.precision))
+            # Those that stay, the one being written, and one more: an old one goes when a newer one is verified.
+            missing = max(2, self._recipe.checkpoint.keep + 2 - sum(1 for _ in published(folder.checkpoints)))
+            size = checkpoint_bytes(parameters, self._resolved.precision)
+            require_space(folder.checkpoints, size, count=missing)
         return {"prepared": prepared.note, "checkpoint": chosen}
 
     def _build(self, prepared: Prepared, data: RunData) -> Engine:

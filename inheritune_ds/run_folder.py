@@ -1,6 +1,7 @@
 """The run folder: who owns it, what stands where, and its status."""
 
 import fcntl
+import json
 import os
 import platform
 import socket
@@ -22,6 +23,7 @@ from inheritune_ds.publish import has_files
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_base import is_local_path
 from inheritune_ds.recipe_file import differences, dump_recipe, parse_yaml, validate
+from inheritune_ds.redaction import redact
 
 EXPORT_MANIFEST = "manifest.json"
 """In an export: whose it is, and its files."""
@@ -207,19 +209,18 @@ class RunFolder:
             reason: Why the run is in this state, in words.
             exit_code: Of this process, where it has ended.
         """
-        write_json(
-            self.path / "status.json",
-            {
-                "state": state,
-                "step": step,
-                "saved_step": max(step, self.status().get("saved_step", 0)),
-                "reason": reason,
-                "exit_code": exit_code,
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        )
+        document = {
+            "state": state,
+            "step": step,
+            "saved_step": max(step, self.status().get("saved_step", 0)),
+            "reason": redact(reason),
+            "exit_code": exit_code,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        # Exact but for the reason: scripts read the state, even where a secret happens to be that word.
+        write_exact(self.path / "status.json", json.dumps(document, indent=2) + "\n")
 
     def write_provenance(self, extra: Mapping[str, Any]) -> None:
         """Write provenance.json: code, versions, machine and command of this launch; nothing of the environment."""

@@ -126,7 +126,7 @@ def test_a_lost_folder_is_told_and_not_a_defect(run: Path, capsys: pytest.Captur
 
 
 def test_prune_follows_the_recipe(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, run, "prune", "--dry-run")[1] == ["step-00000004  would be deleted"]
+    assert call(capsys, run, "prune", "--dry-run")[1] == ["step-00000004  would be deleted", "1 would be deleted"]
     assert steps(run) == [16, 12, 8, 4]
     code, lines, _ = call(capsys, run, "prune")
     assert (code, lines) == (0, ["step-00000004  deleted", "1 deleted; the run goes on from step 16"])
@@ -141,7 +141,7 @@ def test_prune_keeps_as_many_as_it_is_told(run: Path, capsys: pytest.CaptureFixt
 
 def test_prune_after_a_step_brings_the_run_back(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = call(capsys, run, "prune", "--after", "9", "--dry-run")[1]
-    assert told == ["step-00000016  would be deleted", "step-00000012  would be deleted"]
+    assert told == ["step-00000016  would be deleted", "step-00000012  would be deleted", "2 would be deleted"]
     code, lines, _ = call(capsys, run, "prune", "--after", "9")
     assert (code, lines[-1]) == (0, "2 deleted; the run goes on from step 8")
     assert steps(run) == [8, 4]
@@ -198,3 +198,9 @@ def test_checkpoints_needs_no_torch(run: Path) -> None:
         f"main(['checkpoints', {str(run)!r}, 'verify']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_prune_refuses_to_leave_nothing_also_when_it_only_tells(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--dry-run"], []):
+        code, *_ = call(capsys, run, "prune", "--after", "1", *words)
+        assert code == 4

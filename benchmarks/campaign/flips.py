@@ -85,7 +85,7 @@ class Trial:
         chosen = self._store.newest_verified(lines.append)
         took_s = time.monotonic() - start_s
         assert chosen == self.before, f"{name}: {chosen} was chosen, not {self.before}"
-        wanted = f"WARNING: checkpoint {self.newest} is damaged and is passed over: "
+        wanted = f"WARNING: checkpoint {self.newest} is passed over: "
         assert [line[: len(wanted)] for line in lines] == [wanted], f"{name}: {lines}"
         assert path.name in lines[0], f"{name}: {path.name} is not named: {lines[0]}"
         assert told in lines[0], f"{name}: not told {told!r}: {lines[0]}"

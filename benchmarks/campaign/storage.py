@@ -150,7 +150,7 @@ def full_and_continue(scratch: Path) -> Figures:
     with disk(scratch) as place:
         trial = Trial(scratch, place, "continue")
         with trial.launched() as launch:
-            ballast = leave(place, int(1.5 * trial.bytes))
+            ballast = leave(place, trial.bytes // 2)
             launch.wait_for(lambda: launch.output().count("NOT saved") >= 2)
             held = trial.newest_step()
             ballast.unlink()
@@ -168,7 +168,7 @@ def full_and_stop(scratch: Path) -> Figures:
     with disk(scratch) as place:
         trial = Trial(scratch, place, "stop")
         with trial.launched() as launch:
-            ballast = leave(place, int(1.5 * trial.bytes))
+            ballast = leave(place, trial.bytes // 2)
             code, output = launch.wait(), launch.output()
             assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
             assert (left := launch.orphans()) == [], left

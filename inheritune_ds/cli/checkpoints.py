@@ -179,14 +179,16 @@ def _read_back(checkpoint: Path, total: int) -> str | None:
 
 
 def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespace) -> None:
-    from inheritune_ds.checkpoint_store import newest_step
+    from inheritune_ds.checkpoint_store import find_fault, newest_step, step_of
 
     folder.lock()
     try:
         store.refuse_untrusted()
         if args.dry_run:
-            for checkpoint in store.leaving() if args.after is None else store.later_than(args.after):
+            leaving = store.leaving() if args.after is None else store.gone_back(args.after)
+            for checkpoint in leaving:
                 print(f"{checkpoint.name}  would be deleted")
+            print(f"{len(leaving)} would be deleted")
             return
         if args.after is None:
             deleted = store.prune(print)
@@ -197,7 +199,8 @@ def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespa
                 folder.write_status("requeue", step=step, reason=f"brought back to step {step} by `checkpoints prune`")
         for checkpoint in deleted:
             print(f"{checkpoint.name}  deleted")
-        step = newest_step(store.folder)
-        print(f"{len(deleted)} deleted{f'; the run goes on from step {step}' if step else ''}")
+        newest = store.newest()
+        intact = newest is not None and find_fault(newest) is None
+        print(f"{len(deleted)} deleted{f'; the run goes on from step {step_of(newest)}' if newest and intact else ''}")
     finally:
         folder.release()

@@ -10,16 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
-
-import torch.distributed as dist
 
 from inheritune_ds.checkpoint_store import MANIFEST, CheckpointStore, read_manifest
 from inheritune_ds.errors import CheckpointError, InherituneError, StorageError, TrainingError
 from inheritune_ds.files import sha256_file, storage_errors
 from inheritune_ds.training.captured_state import CapturedState, HostCopies
+from inheritune_ds.training.circle import Circle, make_circle
 from inheritune_ds.training.reliability_words import Reliability
 from inheritune_ds.training.run_state import Layout, RunState
 from inheritune_ds.training.shard_writer import require_space, write_shard
@@ -36,19 +34,6 @@ class Stateful(Protocol):
 
     def load(self, folder: Path) -> Sequence[str]:
         """Restore this rank's share; returns lines for the user."""
-
-
-class Circle(Protocol):
-    """How ranks speak of a save. Each raises RuntimeError when a rank has gone."""
-
-    def gather(self, value: Value) -> Sequence[Value]:
-        """Every rank's value, on every rank."""
-
-    def tell(self, value: Value) -> Value:
-        """Rank 0's value, on every rank."""
-
-    def close(self) -> None:
-        """Nothing more will be said."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +72,14 @@ class Checkpoints:
         self._store, self._layout, self._world, self._say = store, layout, world, say
         self._stops, self._fingerprints = reliability.on_save_error == "stop", dict(fingerprints)
         self._copies = HostCopies() if reliability.async_save else None
-        self._circle = circle or _make_circle(world, reliability.watchdog_s["save"])
+        self._circle = circle or make_circle(world, reliability.watchdog_s["save"])
         self._temporary: Path | None = None
         self._writing: _Background[Path | InherituneError] | None = None
         self._pruning: _Background[list[Path]] | None = None
         self.published_step: int | None = None
         """Of the newest checkpoint that this launch has published; in async mode `save` returns before."""
+        self.refusal = ""
+        """Why the disk has refused the last save that it refused."""
         self.last_save_s = 0.0
         """Seconds of the last save, from its beginning to its publishing."""
 
@@ -144,7 +131,7 @@ class Checkpoints:
         return answer, total_bytes
 
     def _make_folder(self, step: int, total_bytes: int) -> Path:
-        require_space(self._store.folder, total_bytes)
+        require_space(self._store.folder, total_bytes, count=1)
         with _telling_bytes(total_bytes):
             self._temporary = self._store.begin(step)
         return self._temporary
@@ -233,6 +220,7 @@ class Checkpoints:
 
     def _tell_user(self, step: int, error: InherituneError) -> None:
         if isinstance(error, StorageError) and not self._stops:
+            self.refusal = error.problem
             self._say(
                 f"WARNING: step {step} is NOT saved, the run goes on, and older checkpoints are kept: {error.problem}"
             )
@@ -338,44 +326,6 @@ class _Background(Generic[Value]):
         if self._error is not None:
             raise self._error
         return self.result
-
-
-class _Alone:
-    """The circle of one rank."""
-
-    def gather(self, value: Value) -> Sequence[Value]:
-        return [value]
-
-    def tell(self, value: Value) -> Value:
-        return value
-
-    def close(self) -> None:
-        """Nobody was told anything."""
-
-
-class _GlooCircle:
-    """The circle of several: a process group beside the training's, so that a thread may wait in it."""
-
-    def __init__(self, size: int, timeout_s: float) -> None:
-        self._size = size
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-
-    def gather(self, value: Value) -> Sequence[Value]:
-        values: list[Any] = [None] * self._size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def tell(self, value: Value) -> Value:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
-    def close(self) -> None:
-        dist.destroy_process_group(self._group)
-
-
-def _make_circle(world: World, timeout_s: float) -> Circle:
-    return _Alone() if world.size == 1 else _GlooCircle(world.size, timeout_s)
 
 
 def _first_error(reports: Sequence[_Report]) -> InherituneError | None:

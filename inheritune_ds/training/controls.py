@@ -47,6 +47,7 @@ class Controls:
         self._stuck: set[str] = set()
         self._looked_s = time.monotonic() - LOOK_S
         self._save_s: float | None = None
+        self._told: str | None = None  # the file STOP is gone when the run has ended
         self._steps_s: deque[float] = deque(maxlen=_STEPS)
         if world.is_main:
             self._forget_old_stop()
@@ -67,12 +68,14 @@ class Controls:
         if not self._world.is_main:
             return Wishes(stop=self._stop.requested is not None)
         self._look()
-        return Wishes(stop=self._stop_reason() is not None, save=SAVE in self._found, evaluate=EVAL in self._found)
+        reason = self._stop_reason()
+        self._told = reason or self._told
+        return Wishes(stop=reason is not None, save=SAVE in self._found, evaluate=EVAL in self._found)
 
     @property
     def reason(self) -> str:
         """Why this rank stops, in words."""
-        return self._stop_reason() or "another rank was asked to stop"
+        return self._stop_reason() or self._told or "another rank was asked to stop"
 
     def honoured(self, wishes: Wishes) -> None:
         """Remove the files of wishes that are done; rank 0."""

@@ -119,7 +119,8 @@ def _other_layout(files: SavedFiles, saved: Mapping[str, Any], now: Mapping[str,
     if ranks[0] != ranks[1] or stages[0] != stages[1]:
         yield (
             f"the state was saved on {ranks[0]} ranks in ZeRO stage {stages[0]}, and is dealt out anew to {ranks[1]} "
-            f"in stage {stages[1]}: losses may differ in their last digits from here on"
+            f"in stage {stages[1]}: losses may differ in their last digits from here on, "
+            "with dropout by its other masks"
         )
 
 

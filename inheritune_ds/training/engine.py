@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -139,6 +140,14 @@ def _make_group(world: World) -> None:
         deepspeed.init_distributed(dist_init_required=True, verbose=False)
     except dist.DistNetworkError as error:
         raise cannot_meet(error) from None
+
+
+_GONE = re.compile(r"Connection (closed|reset)|Broken pipe|Socket|NCCL|gloo|heartbeat", re.IGNORECASE)
+
+
+def rank_is_gone(error: Exception) -> bool:
+    """Whether a collective has failed because another rank, its machine or the network between has gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
 
 
 def leave_process_group() -> None:

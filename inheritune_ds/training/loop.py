@@ -246,7 +246,7 @@ class _Loop:
         self._tell_saved()
         if leaving and not saved:
             raise StorageError(
-                f"step {self._state.step} could not be saved before leaving; the line above says why",
+                f"step {self._state.step} could not be saved before leaving: {checkpoints.refusal}",
                 action="free some space, then give the same command again: it goes on from the checkpoint before",
             )
 

@@ -54,22 +54,23 @@ def write_shard(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
             file.close()
 
 
-def require_space(folder: Path, checkpoint_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold: there must be room for the next checkpoint twice over.
+def require_space(folder: Path, checkpoint_bytes: int, *, count: int) -> None:
+    """Refuse to begin what the disk cannot hold.
 
     Args:
         folder: Where checkpoints go; the nearest folder above it that exists is asked.
         checkpoint_bytes: Of one checkpoint, all ranks together.
+        count: For so many there must be room.
 
     Raises:
         StorageError: Naming the folder, the bytes needed and the bytes free.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free_bytes = shutil.disk_usage(there).free
-    if free_bytes < 2 * checkpoint_bytes:
+    free_bytes, needed_bytes = shutil.disk_usage(there).free, int(count * checkpoint_bytes)
+    if free_bytes < needed_bytes:
+        several = f"{count} checkpoints of {checkpoint_bytes:,} bytes take" if count > 1 else "a checkpoint takes"
         raise StorageError(
-            f"{folder} has {free_bytes:,} bytes free, and a checkpoint of {checkpoint_bytes:,} bytes is to be written",
-            allowed=f"{2 * checkpoint_bytes:,} bytes free, twice its size",
+            f"{folder} has {free_bytes:,} bytes free, and {several} {needed_bytes:,}",
             action="free some space, or keep fewer checkpoints (checkpoint.keep)",
         )
 

@@ -57,6 +57,8 @@ def test_the_reason_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
     asked.wishes()
     assert asked.reason == "the file STOP in the run folder"
+    asked.honoured(Wishes(stop=True))
+    assert asked.reason == "the file STOP in the run folder", "it is gone when the reason is written down"
 
 
 def test_only_rank_0_looks_for_files_and_removes_them(tmp_path: Path) -> None:

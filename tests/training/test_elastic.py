@@ -95,7 +95,7 @@ def test_what_is_not_as_it_was_is_told(on_two: dict[str, Any]) -> None:
     [dealt_out] = on_two["1fp32-2 -> 2fp32"]["notes"]
     assert dealt_out == (
         "the state was saved on 2 ranks in ZeRO stage 1, and is dealt out anew to 2 in stage 2: losses may differ in "
-        "their last digits from here on"
+        "their last digits from here on, with dropout by its other masks"
     )
     [rounds] = on_two["1bf16a-2 -> 1bf16"]["notes"]
     assert rounds == (

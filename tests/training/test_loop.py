@@ -68,6 +68,7 @@ class Saved:
     published_step: int | None = None
     wants_save = False
     refuses = False
+    refusal = "the disk is full"
 
     def __init__(self) -> None:
         self.states: list[RunState] = []
@@ -243,7 +244,7 @@ def test_a_run_that_cannot_save_before_it_leaves_says_so(recipe: Recipe, tmp_pat
     work = parts(recipe, Model(), tmp_path, Told())
     given: Any = work.checkpoints
     given.refuses = True
-    with pytest.raises(StorageError, match="step 5 could not be saved before leaving"):
+    with pytest.raises(StorageError, match="step 5 could not be saved before leaving: the disk is full"):
         train(work, 5, None)
 
 

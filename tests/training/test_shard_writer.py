@@ -139,7 +139,7 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
         write_shard(STATE, tmp_path / "one.pt", needed_bytes=0)
 
 
-def test_there_must_be_room_for_the_next_checkpoint_twice_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_must_be_room_for_so_many_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
     def usage(path: Path) -> Any:
@@ -148,12 +148,12 @@ def test_there_must_be_room_for_the_next_checkpoint_twice_over(tmp_path: Path, m
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     folder = tmp_path / "run" / "checkpoints"
-    require_space(folder, 999)
+    require_space(folder, 999, count=2)
+    require_space(folder, 1999, count=1)
     with pytest.raises(StorageError) as caught:
-        require_space(folder, 1000)
-    assert asked == [tmp_path, tmp_path]
+        require_space(folder, 1000, count=2)
+    assert asked == [tmp_path] * 3
     assert str(caught.value) == (
-        f"{folder} has 1,999 bytes free, and a checkpoint of 1,000 bytes is to be written\n"
-        "  allowed: 2,000 bytes free, twice its size\n"
+        f"{folder} has 1,999 bytes free, and 2 checkpoints of 1,000 bytes take 2,000\n"
         "  do: free some space, or keep fewer checkpoints (checkpoint.keep)"
     )
