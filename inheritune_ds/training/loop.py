@@ -23,7 +23,7 @@ from inheritune_ds.training.peak_memory import peak_memory_gib
 from inheritune_ds.training.read_ahead import ReadAhead
 from inheritune_ds.training.run_state import RunState, Wishes, batch_of, with_range
 from inheritune_ds.training.schedule import lr_ratio
-from inheritune_ds.training.validation import Validator
+from inheritune_ds.training.validation import ValidationResult, Validator
 from inheritune_ds.training.watchdog import Watchdog
 from inheritune_ds.training.world import World
 
@@ -227,7 +227,7 @@ class _Loop:
                     "step 0",
                 )
             if parts.world.is_main:
-                result.write(parts.eval_dir / f"validation-step-{state.step:08d}.json", step=state.step)
+                self._write(result)
                 parts.recorder.log(
                     state.step,
                     state.tokens,
@@ -235,6 +235,16 @@ class _Loop:
                 )
                 parts.recorder.say(f"step {state.step}: val loss {result.loss:.4f} +- {result.stderr:.4f}")
         return True
+
+    def _write(self, result: ValidationResult) -> None:
+        """Write the losses of all windows; before the last step a disk that refuses them ends nothing."""
+        step = self._state.step
+        try:
+            result.write(self._parts.eval_dir / f"validation-step-{step:08d}.json", step=step)
+        except StorageError as error:
+            if step == self._total_steps:
+                raise
+            self._parts.recorder.say(f"WARNING: {error.problem}; the run goes on, and metrics.jsonl has the mean")
 
     def _save(self, *, leaving: bool) -> None:
         """Save; when leaving, the state must be on the disk before this returns."""

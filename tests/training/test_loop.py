@@ -306,3 +306,14 @@ def test_a_validation_that_a_stop_cuts_short_is_done_by_the_next_launch(recipe: 
     end = train(replace(work, controls=Controls(tmp_path, StopSignal(), work.world)), 6, result.state)
     assert end.finished
     assert [row["step"] for row in told.rows if "val/loss" in row] == [0, 2, 4, 6]
+
+
+def test_a_disk_that_refuses_the_losses_of_windows_ends_nothing_before_the_last_step(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    told = Told()
+    work = replace(parts(recipe, Model(), tmp_path, told), eval_dir=tmp_path / "missing")
+    with pytest.raises(StorageError, match=r"validation-step-00000005\.json\S* cannot be written"):
+        train(work, 5, RunState(step=3))
+    assert [line[:7] for line in told.lines if "has the mean" in line] == ["WARNING"]
+    assert [row["step"] for row in told.rows if "val/loss" in row] == [4]
