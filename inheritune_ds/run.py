@@ -130,7 +130,7 @@ def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False) -> bool:
     except Exception as error:
         if rank_is_gone(error):
             lost = TrainingError(
-                f"another rank has gone: {str(error).strip().splitlines()[-1]}",
+                f"another rank has gone: {str(error).strip().splitlines()[-1].partition('. ')[0]}",
                 action="see how it has ended (memory, its machine, the network), then give the same command again: it "
                 "goes on from the newest checkpoint",
             )
