@@ -142,7 +142,7 @@ def _make_group(world: World) -> None:
         raise cannot_meet(error) from None
 
 
-_GONE = re.compile(r"Connection (closed|reset)|Broken pipe|Socket|NCCL|gloo|heartbeat", re.IGNORECASE)
+_GONE = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting")
 
 
 def rank_is_gone(error: Exception) -> bool:
