@@ -277,7 +277,11 @@ def campaign() -> str:
     results = read_json(DOCS / "results" / "reliability.json") or {}
     rows = ["| | part | promise | cases passed | figures |", "|---|---|---|---|---|"]
     for name, part in sorted(results.items(), key=lambda item: (item[1]["point"], item[0])):
-        told = "; ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in part["figures"].items())
+        told = "; ".join(
+            f"{key.replace('_', ' ')} {_figure(value)}"
+            for key, value in part["figures"].items()
+            if not isinstance(value, dict)
+        )
         rows.append(
             f"| {part['point']} | `{name}` | {part['promise']} | {part['passed']} of {part['cases']} | {told} |"
         )
