@@ -291,7 +291,7 @@ def campaign() -> str:
 def _figure(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_figure, value))
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def families() -> str:
