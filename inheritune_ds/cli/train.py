@@ -109,4 +109,5 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         execute(recipe, launch, fresh=fresh)
     finally:
         leave_process_group()
+        stop.retire()
     return 0

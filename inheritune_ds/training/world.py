@@ -20,6 +20,7 @@ from inheritune_ds.errors import MachineError
 IMPATIENT_S = 5.0
 """A second Ctrl-C within this time leaves at once."""
 EXIT_INTERRUPTED = 130
+_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _START = "start with deepspeed, torchrun, srun or python; unset RANK (or SLURM_PROCID) to run a single process"
 _PORTS = range(1, 2**16)
 _SPINS = "2000"
@@ -221,8 +222,14 @@ class StopSignal:
 
     def install(self) -> None:
         """Take over the three signals; only possible in the main thread."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in _HEARD:
             signal.signal(number, self._handle)
+
+    @staticmethod
+    def retire() -> None:
+        """Hear nothing more: everything is done, and the interpreter's end would let a late signal kill the process."""
+        for number in _HEARD:
+            signal.signal(number, signal.SIG_IGN)
 
     def leave_from_anywhere(self) -> None:
         """Let the second SIGINT end the process also while the main thread is in C code; from the main thread.

@@ -392,3 +392,12 @@ def test_a_late_second_interrupt_is_a_new_request(monkeypatch: pytest.MonkeyPatc
 def test_ranks_outside_the_world_are_refused(rank: str, size: str) -> None:
     with pytest.raises(MachineError, match=f"rank {rank} of {size}, local rank 0 of {size}"):
         detect({"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": "0"})
+
+
+def test_a_signal_while_the_interpreter_ends_does_not_change_the_exit_code(start: Start) -> None:
+    slow = "import atexit; atexit.register(lambda: (print('ending', flush=True), time.sleep(1)))"
+    program = start(before=slow, work="stop.retire(); sys.exit(7)")
+    assert program.line() == "ending"
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        program.send(number)
+    assert program.process.wait(20) == 7
