@@ -179,7 +179,7 @@ def _read_back(checkpoint: Path, total: int) -> str | None:
 
 
 def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespace) -> None:
-    from inheritune_ds.checkpoint_store import find_fault, newest_step, step_of
+    from inheritune_ds.checkpoint_store import newest_step
 
     folder.lock()
     try:
@@ -199,8 +199,7 @@ def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespa
                 folder.write_status("requeue", step=step, reason=f"brought back to step {step} by `checkpoints prune`")
         for checkpoint in deleted:
             print(f"{checkpoint.name}  deleted")
-        newest = store.newest()
-        intact = newest is not None and find_fault(newest) is None
-        print(f"{len(deleted)} deleted{f'; the run goes on from step {step_of(newest)}' if newest and intact else ''}")
+        # Whatever was deleted, the newest of the others was read back first.
+        print(f"{len(deleted)} deleted{f'; the run goes on from step {newest_step(store.folder)}' if deleted else ''}")
     finally:
         folder.release()

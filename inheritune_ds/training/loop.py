@@ -86,7 +86,7 @@ class LoopParts:
 
 @dataclass(frozen=True)
 class LoopResult:
-    """How the loop ended: at the last step, or stopped before; every rank has saved by then."""
+    """How the loop ended: at the last step, or stopped before; what was trained is saved by then."""
 
     state: RunState
     finished: bool
