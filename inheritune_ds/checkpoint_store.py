@@ -27,7 +27,7 @@ from inheritune_ds.checkpoint_manifest import (
     read_manifest,
     step_of,
 )
-from inheritune_ds.errors import CheckpointError
+from inheritune_ds.errors import CheckpointError, StorageError
 from inheritune_ds.files import read_json, storage_errors, sync_folder, sync_path, write_exact
 
 if TYPE_CHECKING:
@@ -211,7 +211,12 @@ class CheckpointStore:
         shutil.rmtree(temporary, ignore_errors=True)
 
     def publish(
-        self, temporary: Path, step: int, fields: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+        self,
+        temporary: Path,
+        step: int,
+        fields: Mapping[str, Any],
+        files: Mapping[str, Mapping[str, Any]],
+        say: Callable[[str], None],
     ) -> Path:
         """Bring a written checkpoint to the disk and let it appear, whole, under its name; the pointer follows.
 
@@ -222,6 +227,7 @@ class CheckpointStore:
             step: Whose it is.
             fields: What else the manifest tells; JSON.
             files: {path inside the folder: {"bytes": size, "sha256": hex}} of everything that was written.
+            say: Told if the pointer cannot follow: the checkpoint is there all the same, and is used.
 
         Raises:
             CheckpointError: Another launch has taken over, or what lies there is not what `files` tells.
@@ -242,13 +248,17 @@ class CheckpointStore:
             sync_path(temporary)
             self._refuse_if_superseded()
             self._let_appear(temporary, final)
+        try:
             self._point_at(final)
+        except StorageError as error:
+            say(f"WARNING: step {step} is saved, but {POINTER} does not name it: {error.problem}")
         return final
 
     def _point_at(self, checkpoint: Path) -> None:
         pointer = self.folder / POINTER
-        if pointer.is_symlink() or not pointer.is_dir():  # a folder of that name is somebody's; nothing needs a pointer
-            write_exact(pointer, f"{checkpoint.name}\n")
+        with storage_errors(self.folder):
+            if pointer.is_symlink() or not pointer.is_dir():  # a folder of that name is somebody's; nothing needs it
+                write_exact(pointer, f"{checkpoint.name}\n")
 
     def _let_appear(self, temporary: Path, final: Path) -> None:
         replaced = self.folder / f".{final.name}{_REPLACED}"

@@ -59,7 +59,7 @@ def save(store: CheckpointStore, *steps: int, text: str = "state") -> Path:
     for step in steps:
         temporary = store.begin(step)
         fields = {"state": {"step": step, "seconds": 0.1 + step}}
-        last = store.publish(temporary, step, fields, written(temporary, f"{text} of {step}"))
+        last = store.publish(temporary, step, fields, written(temporary, f"{text} of {step}"), print)
     return last
 
 
@@ -386,7 +386,7 @@ def test_only_the_newest_launch_publishes(store: CheckpointStore, folder: Path) 
     assert caught.value.problem == f"another launch (number 2, this is 1) has taken over {folder}"
     begun.mkdir()
     with pytest.raises(CheckpointError, match="has taken over"):
-        store.publish(begun, 8, {}, written(begun, "late"))
+        store.publish(begun, 8, {}, written(begun, "late"), print)
     assert [path.name for path in published(folder)] == ["step-00000004"]
     assert (folder / POINTER).read_text() == "step-00000004\n"
     save(later, 8)
@@ -437,7 +437,7 @@ def test_a_refused_rename_leaves_the_one_of_the_same_step(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refuse)
         with pytest.raises(StorageError, match="Input/output error"):
-            store.publish(begun, 5, {}, files)
+            store.publish(begun, 5, {}, files, print)
     store.discard(begun)
     assert store.newest_verified(lines.append) == older
     assert (older / "engine" / "rank0.pt").read_text() == "older of 5"
@@ -518,10 +518,35 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError, match="cannot be written: No space left on device"):
-            store.publish(begun, 8, {}, files)
+            store.publish(begun, 8, {}, files, print)
     store.discard(begun)
     assert store.newest_verified(lines.append) == older
     assert names(folder) == ["generation", "latest", "step-00000004"]
+
+
+def test_a_pointer_that_cannot_follow_is_told_and_the_checkpoint_counts(
+    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, 4)
+    begun = store.begin(8)
+    files = written(begun, "state of 8")
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if (folder / "step-00000008").exists() and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        saved = store.publish(begun, 8, {}, files, lines.append)
+    told = "WARNING: step 8 is saved, but latest does not name it: "
+    assert lines == [f"{told}{folder / 'latest'} cannot be written: No space left on device"]
+    lines.clear()
+    assert store.newest_verified(lines.append) == saved
+    assert lines == []  # it names a checkpoint that is there
+    assert (folder / "latest").read_text() == "step-00000004\n"
+    assert names(folder) == ["generation", "latest", "step-00000004", "step-00000008"]
 
 
 def test_what_is_not_as_the_ranks_have_told_is_not_published(store: CheckpointStore, folder: Path) -> None:
@@ -529,7 +554,7 @@ def test_what_is_not_as_the_ranks_have_told_is_not_published(store: CheckpointSt
     files = written(begun, "state")
     (begun / "engine" / "rank0.pt").write_text("stat")
     with pytest.raises(CheckpointError) as caught:
-        store.publish(begun, 4, {}, files)
+        store.publish(begun, 4, {}, files, print)
     assert caught.value.problem == (
         "the checkpoint of step 4 was not written as its ranks have told: engine/rank0.pt has 4 bytes instead of 5"
     )

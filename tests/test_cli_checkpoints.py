@@ -27,7 +27,9 @@ def run(tmp_path: Path) -> Path:
         (temporary / "model.pt").write_bytes(content)
         files = {"model.pt": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         layout = {"world_size": 2, "zero_stage": 1, "precision": "bf16"}
-        saved = store.publish(temporary, step, {"state": {"step": step, "tokens": step * 512}, "layout": layout}, files)
+        saved = store.publish(
+            temporary, step, {"state": {"step": step, "tokens": step * 512}, "layout": layout}, files, print
+        )
         os.utime(saved, (time.time() - 1800 * step,) * 2)
     folder.write_status("finished", step=16)
     folder.release()

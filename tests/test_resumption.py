@@ -26,7 +26,7 @@ def saved(run: Path, *, data: str | None = "d" * 64, precision: str = "bf16") ->
         "layout": {"world_size": 4, "zero_stage": 3, "precision": precision},
         "fingerprints": {"recipe": "r", "data": data, "code": {}},
     }
-    return store.publish(temporary, 4, fields, files)
+    return store.publish(temporary, 4, fields, files, print)
 
 
 def resumption(run: Path, *overrides: str) -> Resumption:

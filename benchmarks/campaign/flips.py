@@ -213,7 +213,7 @@ def make_checkpoints(folder: Path) -> Path:
         (temporary / "engine").mkdir()
         for number, name in enumerate(("model", _FIRST, _SECOND), 1):
             torch.save({"weights": torch.arange(2000.0) * number / step}, temporary / "engine" / f"{name}.pt")
-        store.publish(temporary, step, {}, describe_files(temporary))
+        store.publish(temporary, step, {}, describe_files(temporary), print)
     return store.folder
 
 

@@ -58,7 +58,7 @@ def _made(folder: Path) -> CheckpointStore:
         temporary = store.begin(step)
         for rank in range(2):
             (temporary / f"rank{rank}.pt").write_bytes(f"{step} {rank}".encode() * 1000)
-        store.publish(temporary, step, {}, describe_files(temporary))
+        store.publish(temporary, step, {}, describe_files(temporary), print)
     return store
 
 

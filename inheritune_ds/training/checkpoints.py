@@ -172,7 +172,7 @@ class Checkpoints:
 
     def _publish(self, work: "_Work", fields: Mapping[str, Any], files: Mapping[str, dict[str, Any]]) -> Path:
         with _telling_bytes(work.total_bytes):
-            return self._store.publish(work.temporary, work.state.step, fields, files)
+            return self._store.publish(work.temporary, work.state.step, fields, files, self._say)
 
     def _write(self, work: "_Work") -> _Report:
         """Write this rank's files, each let go of when it is written."""
