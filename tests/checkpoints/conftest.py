@@ -1,0 +1,22 @@
+"""A store, its folder, and the lines that it says."""
+
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.checkpoint_store import CheckpointStore
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def store(folder: Path) -> CheckpointStore:
+    return CheckpointStore(folder, keep=3)

@@ -1,0 +1,156 @@
+"""The manifest, and every way in which files may differ from it."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds import checkpoint_manifest
+from inheritune_ds.checkpoint_manifest import manifest_text
+from inheritune_ds.checkpoint_store import MANIFEST, CheckpointStore, find_fault, newest_step, published, read_manifest
+from tests.checkpoints.saved import MODEL, flip, save
+
+
+def test_steps_are_listed_from_the_newest(store: CheckpointStore, folder: Path) -> None:
+    assert (list(published(folder)), newest_step(folder)) == ([], 0)
+    save(store, 90, 1000, 100)
+    (folder / "step-3").mkdir()
+    assert [path.name for path in published(folder)] == ["step-00001000", "step-00000100", "step-00000090"]
+    assert newest_step(folder) == 1000
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def link(path: Path) -> None:
+    path.rename(path.parents[3] / "elsewhere")
+    path.symlink_to(path.parents[3] / "elsewhere")
+
+
+def link_folder(path: Path) -> None:
+    path.parent.rename(path.parents[3] / "elsewhere")
+    path.parent.symlink_to(path.parents[3] / "elsewhere")
+
+
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def add_shard(path: Path) -> None:
+    shutil.copy(path, path.with_name("rank1.pt"))
+
+
+def lose_manifest(path: Path) -> None:
+    (path.parents[1] / MANIFEST).unlink()
+
+
+def open_to_all(path: Path) -> None:
+    path.chmod(0o666)
+
+
+HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (Path.unlink, "engine/model.pt is missing"),
+    "short": (shorten, "engine/model.pt has 255 bytes instead of 256"),
+    "flipped": (flip, "engine/model.pt has sha256 {found}... instead of {expected}..."),
+    "link": (link, "engine/model.pt is a symbolic link and may lie outside the checkpoint"),
+    "folder link": (link_folder, "engine is a symbolic link and may lie outside the checkpoint"),
+    "pipe": (replace_by_fifo, "engine/model.pt has -1 bytes instead of 256"),
+    "extra shard": (add_shard, "engine/rank1.pt is not in manifest.json"),
+    "no manifest": (lose_manifest, "manifest.json is missing or not as it was written"),
+    "open to all": (open_to_all, "engine/model.pt can be written by everybody (mode 666)"),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    name: str, store: CheckpointStore, folder: Path, lines: list[str]
+) -> None:
+    save(store, 1, 2)
+    harm, fault = HARMS[name]
+    harm(folder / "step-00000002" / "engine" / "model.pt")
+    assert store.newest_verified(lines.append) == folder / "step-00000001"
+    changed = bytearray(MODEL)
+    changed[128] ^= 1
+    told = fault.format(found=hashlib.sha256(changed).hexdigest()[:12], expected=hashlib.sha256(MODEL).hexdigest()[:12])
+    assert lines == [f"WARNING: checkpoint {folder / 'step-00000002'} is passed over: {told}"]
+
+
+def test_flipped_bits_of_a_manifest_are_found(store: CheckpointStore) -> None:
+    saved = save(store, 2)
+    manifest = saved / MANIFEST
+    whole = manifest.read_bytes()
+    for number in range(0, len(whole) * 8, 11):  # every bit of a byte in turn, all over the file
+        content = bytearray(whole)
+        content[number // 8] ^= 1 << (number % 8)
+        manifest.write_bytes(content)
+        assert read_manifest(saved) is None, number
+    manifest.write_bytes(whole)
+    assert find_fault(saved) is None
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"files": 3}', '{"files": {}}', "NaN", "\N{SNOWMAN}"])
+def test_what_is_no_manifest_is_not_believed(text: str, store: CheckpointStore) -> None:
+    saved = save(store, 2)
+    (saved / MANIFEST).write_text(text, encoding="utf-8")
+    assert find_fault(saved) == "manifest.json is missing or not as it was written"
+
+
+def test_a_float_that_means_the_same_is_a_changed_manifest(store: CheckpointStore) -> None:
+    manifest = save(store, 2) / MANIFEST
+    text = manifest.read_text()
+    changed = text.replace("2.1", "2.10")
+    assert changed != text
+    assert json.loads(changed) == json.loads(text)
+    manifest.write_text(changed)
+    assert read_manifest(manifest.parent) is None
+
+
+def test_a_manifest_that_is_a_link_is_not_believed(store: CheckpointStore, tmp_path: Path) -> None:
+    manifest = save(store, 2) / MANIFEST
+    manifest.rename(tmp_path / "manifest")
+    manifest.symlink_to(tmp_path / "manifest")
+    assert find_fault(manifest.parent) == "manifest.json is missing or not as it was written"
+
+
+def test_a_checkpoint_that_is_a_link_is_not_believed(store: CheckpointStore, tmp_path: Path) -> None:
+    saved = save(store, 2)
+    saved.rename(tmp_path / "step-00000002")
+    saved.symlink_to(tmp_path / "step-00000002")
+    assert find_fault(saved) == "it is a symbolic link"
+
+
+def test_a_checkpoint_under_another_step_s_name_is_found(store: CheckpointStore, folder: Path) -> None:
+    save(store, 2).rename(folder / "step-00000009")
+    assert find_fault(folder / "step-00000009") == "manifest.json is that of step 2"
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "engine/../../outside"])
+def test_no_name_leads_out_of_the_folder(name: str, store: CheckpointStore) -> None:
+    saved = save(store, 2)
+    manifest = read_manifest(saved)
+    assert manifest is not None
+    manifest["files"][name] = manifest["files"].pop("engine/model.pt")
+    (saved / MANIFEST).write_text(manifest_text(manifest))
+    assert find_fault(saved) == f"{name} lies outside the checkpoint"
+
+
+def test_a_file_that_cannot_be_read_is_a_fault(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save(store, 2)
+
+    def broken(path: Path, _advance: object) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint_manifest, "sha256_file", broken)
+    assert find_fault(saved) == f"{saved / 'engine' / 'rank0.pt'} cannot be read: Input/output error"
+
+
+def test_every_byte_that_is_read_is_told(store: CheckpointStore) -> None:
+    told: list[int] = []
+    assert find_fault(save(store, 2), told.append) is None
+    assert sum(told) == len(MODEL) + len("state of 2")

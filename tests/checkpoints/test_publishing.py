@@ -1,0 +1,247 @@
+"""How a checkpoint appears, and what a kill or a refusal of the disk leaves."""
+
+import hashlib
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inheritune_ds.checkpoint_store import GENERATION, MANIFEST, POINTER, CheckpointStore, published, read_manifest
+from inheritune_ds.errors import CheckpointError, StorageError
+from tests.checkpoints.saved import MODEL, names, save, written
+
+
+def test_a_published_checkpoint_is_whole_and_pointed_at(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
+    assert store.newest_verified(lines.append) is None
+    assert store.claim_generation() == 1
+    saved = save(store, 7)
+    assert names(folder) == ["generation", "latest", "step-00000007"]
+    assert (folder / POINTER).read_text() == "step-00000007\n"
+    assert store.newest_verified(lines.append) == saved
+    assert lines == []
+    manifest = read_manifest(saved)
+    assert manifest is not None
+    assert (manifest["step"], manifest["generation"], manifest["state"]) == (7, 1, {"step": 7, "seconds": 7.1})
+    assert manifest["files"]["engine/model.pt"] == {"bytes": 256, "sha256": hashlib.sha256(MODEL).hexdigest()}
+
+
+def test_only_the_newest_launch_publishes(store: CheckpointStore, folder: Path) -> None:
+    assert store.claim_generation() == 1
+    save(store, 4)
+    begun = store.begin(8)
+    later = CheckpointStore(folder, keep=3)
+    assert later.claim_generation() == 2
+    assert not begun.exists()  # nobody publishes what the earlier launch was writing
+    with pytest.raises(CheckpointError) as caught:
+        store.begin(8)
+    assert caught.value.problem == f"another launch (number 2, this is 1) has taken over {folder}"
+    begun.mkdir()
+    with pytest.raises(CheckpointError, match="has taken over"):
+        store.publish(begun, 8, {}, written(begun, "late"), print)
+    assert [path.name for path in published(folder)] == ["step-00000004"]
+    assert (folder / POINTER).read_text() == "step-00000004\n"
+    save(later, 8)
+
+
+def test_of_two_launches_with_one_number_the_last_publishes(store: CheckpointStore, folder: Path) -> None:
+    store.claim_generation()
+    (folder / GENERATION).write_text("1 of another launch")  # claimed at the same moment, where no lock works
+    with pytest.raises(CheckpointError, match=r"another launch \(number 1, this is 1\) has taken over"):
+        store.begin(4)
+
+
+@pytest.mark.parametrize("text", ["", "garbage", None])
+def test_a_lost_generation_is_counted_on_from_the_manifests(
+    text: str | None, store: CheckpointStore, folder: Path
+) -> None:
+    save(store, 4)
+    if text is None:
+        (folder / GENERATION).unlink()
+    else:
+        (folder / GENERATION).write_text(text)
+    save(store, 8)  # nobody has claimed after it
+    (folder / GENERATION).unlink()
+    assert CheckpointStore(folder, keep=3).claim_generation() == 2
+
+
+def test_a_step_saved_again_replaces_the_first(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
+    save(store, 5)
+    saved = save(store, 5, text="another state")
+    assert (saved / "engine" / "rank0.pt").read_text() == "another state of 5"
+    assert store.newest_verified(lines.append) == saved
+    assert names(folder) == ["generation", "latest", "step-00000005"]
+
+
+def test_a_refused_rename_leaves_the_one_of_the_same_step(
+    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = save(store, 5, text="older")
+    begun = store.begin(5)
+    files = written(begun, "newer")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path == begun:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(StorageError, match="Input/output error"):
+            store.publish(begun, 5, {}, files, print)
+    store.discard(begun)
+    assert store.newest_verified(lines.append) == older
+    assert (older / "engine" / "rank0.pt").read_text() == "older of 5"
+    assert names(folder) == ["generation", "latest", "step-00000005"]
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing that would tidy up afterwards works either."""
+
+
+CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "open", "chmod")
+
+
+def die_after(limit: int, patch: pytest.MonkeyPatch) -> None:
+    """Let every file operation from the `limit`-th on end the process."""
+    done = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal done
+            if done == limit:
+                raise KilledError
+            done += 1
+            return real(*arguments, **named)
+
+        return call
+
+    for name in CALLS:
+        patch.setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.parametrize("step", [5, 8], ids=["replacing", "new"])
+def test_a_kill_between_any_two_calls_leaves_the_old_or_the_new(
+    step: int, store: CheckpointStore, folder: Path, lines: list[str], tmp_path: Path
+) -> None:
+    save(store, 5, text="old state")
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    seen: list[str] = []
+    for limit in range(100):
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+        killed = CheckpointStore(folder, keep=3)
+        killed.claim_generation()
+        with pytest.MonkeyPatch.context() as patch:
+            die_after(limit, patch)
+            try:
+                save(killed, step, text="new state")
+            except KilledError:
+                ended = False
+            else:
+                ended = True
+        after = CheckpointStore(folder, keep=3)
+        after.claim_generation()
+        found = after.newest_verified(lines.append)
+        assert found is not None, limit
+        assert not any(name.startswith(".") for name in names(folder)), limit
+        seen.append((found / "engine" / "rank0.pt").read_text())
+        if ended:
+            break
+    assert ended, "100 calls are not enough"
+    assert len(seen) > 15
+    assert seen == sorted(seen, reverse=True), "the old one up to a moment, the new one from then on"
+    assert set(seen) == {"old state of 5", f"new state of {step}"}
+    assert lines == []
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(
+    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = save(store, 4)
+    begun = store.begin(8)
+    files = written(begun, "state of 8")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+            store.publish(begun, 8, {}, files, print)
+    store.discard(begun)
+    assert store.newest_verified(lines.append) == older
+    assert names(folder) == ["generation", "latest", "step-00000004"]
+
+
+def test_a_pointer_that_cannot_follow_is_told_and_the_checkpoint_counts(
+    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, 4)
+    begun = store.begin(8)
+    files = written(begun, "state of 8")
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if (folder / "step-00000008").exists() and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        saved = store.publish(begun, 8, {}, files, lines.append)
+    told = "WARNING: step 8 is saved, but latest does not name it: "
+    assert lines == [f"{told}{folder / 'latest'} cannot be written: No space left on device"]
+    lines.clear()
+    assert store.newest_verified(lines.append) == saved
+    assert lines == []  # it names a checkpoint that is there
+    assert (folder / "latest").read_text() == "step-00000004\n"
+    assert names(folder) == ["generation", "latest", "step-00000004", "step-00000008"]
+
+
+def test_what_is_not_as_the_ranks_have_told_is_not_published(store: CheckpointStore, folder: Path) -> None:
+    begun = store.begin(4)
+    files = written(begun, "state")
+    (begun / "engine" / "rank0.pt").write_text("stat")
+    with pytest.raises(CheckpointError) as caught:
+        store.publish(begun, 4, {}, files, print)
+    assert caught.value.problem == (
+        "the checkpoint of step 4 was not written as its ranks have told: engine/rank0.pt has 4 bytes instead of 5"
+    )
+    assert list(published(folder)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the open files")
+def test_everything_is_on_the_disk_before_the_pointer_names_it(
+    store: CheckpointStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"rename to {Path(target).name}")
+        rename(source, target)
+
+    store.claim_generation()
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    save(store, 3)
+    assert {"rank0.pt", "model.pt", "engine"} <= set(done[: done.index("rename to step-00000003")])
+    pid = os.getpid()
+    assert done[-5:] == [
+        f".{MANIFEST}.{pid}.tmp",
+        ".step-00000003.tmp",
+        "rename to step-00000003",
+        folder.name,
+        f".{POINTER}.{pid}.tmp",
+    ]

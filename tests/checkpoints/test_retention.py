@@ -1,0 +1,97 @@
+"""Which checkpoints stay, and the way back."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, published
+from inheritune_ds.errors import CheckpointError
+from inheritune_ds.recipe import Checkpointing
+from tests.checkpoints.saved import flip, names, save
+
+
+def test_the_newest_and_every_so_manieth_stay(folder: Path, lines: list[str]) -> None:
+    store = CheckpointStore.of(folder, Checkpointing(interval_steps=10, keep=2, keep_every=3))
+    for step in range(10, 101, 10):
+        save(store, step)
+        store.prune(lines.append)
+    assert [path.name[-3:] for path in published(folder)] == ["100", "090", "060", "030"]
+    assert list(store.staying().values()) == ["newest 2", "newest 2", "every 30 steps", "every 30 steps"]
+    assert lines == []
+
+
+def test_nothing_is_deleted_while_the_newest_is_damaged(folder: Path, lines: list[str]) -> None:
+    store = CheckpointStore(folder, keep=1)
+    save(store, 1, 2, 3)
+    flip(folder / "step-00000003" / "engine" / "model.pt")
+    assert store.prune(lines.append) == []
+    assert len(list(published(folder))) == 3
+    assert lines[0].startswith(f"WARNING: checkpoint {folder / 'step-00000003'} is damaged: engine/model.pt has sha256")
+    assert lines[0].endswith("the older ones stay, however many there are")
+    save(store, 4)
+    assert [path.name for path in store.prune(lines.append)] == ["step-00000003", "step-00000002", "step-00000001"]
+
+
+def test_a_folder_that_cannot_be_read_is_told_and_pruning_ends_nothing(
+    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, 1, 2, 3, 4)
+
+    def refuse(_path: Path) -> Any:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        assert store.prune(lines.append) == []
+    assert lines == [f"WARNING: {folder} cannot be read: Input/output error; the older checkpoints stay"]
+    assert [path.name for path in store.prune(lines.append)] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("call", ["rename", "rmdir"])
+def test_what_cannot_be_deleted_is_told_and_left_to_the_next_launch(
+    call: str, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(folder, keep=1)
+    save(store, 1, 2)
+
+    def busy(path: Any, *_: Any, **__: Any) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, busy)
+        assert store.prune(lines.append) == []
+    (line,) = lines
+    assert line.startswith(f"checkpoint {folder / 'step-00000001'} cannot be deleted: Device or resource busy: ")
+    assert line.endswith("; training goes on")
+    store.claim_generation()
+    store.prune(lines.append)
+    assert names(folder) == ["generation", "latest", "step-00000002"]
+
+
+def test_going_back_deletes_the_later_ones(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
+    save(store, 1, 2, 3, 4)
+    assert [path.name for path in store.go_back(2, lines.append)] == ["step-00000004", "step-00000003"]
+    assert (folder / POINTER).read_text() == "step-00000002\n"
+    assert store.newest_verified(lines.append) == folder / "step-00000002"
+    assert lines == []
+
+
+def test_there_is_no_way_back_to_nothing(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
+    save(store, 2, 3)
+    with pytest.raises(CheckpointError) as caught:
+        store.go_back(1, lines.append)
+    assert caught.value.problem == "the run cannot go back to step 1: no checkpoint is as early"
+    flip(folder / "step-00000002" / "engine" / "model.pt")
+    with pytest.raises(CheckpointError) as caught:
+        store.go_back(2, lines.append)
+    assert caught.value.problem.startswith("the run cannot go back to step 2: step-00000002: engine/model.pt has sha")
+    assert len(list(published(folder))) == 2
+
+
+def test_the_store_needs_no_torch() -> None:
+    code = "import sys, inheritune_ds.checkpoint_store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
