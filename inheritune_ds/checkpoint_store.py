@@ -313,16 +313,21 @@ class CheckpointStore:
         return reasons
 
     def leaving(self) -> list[Path]:
-        """The published checkpoints that the rule does not keep, the newest first."""
-        staying = self.staying()
-        return [checkpoint for checkpoint in published(self.folder) if checkpoint not in staying]
+        """What the rule does not keep, the newest first, once the newest of all has been read back and is intact.
 
-    def later_than(self, step: int) -> list[Path]:
-        """The published checkpoints of later steps, the newest first."""
-        return [checkpoint for checkpoint in published(self.folder) if step_of(checkpoint) > step]
+        Raises:
+            CheckpointError: It is damaged, so that nothing may be deleted; or the folder cannot be read.
+        """
+        with self._reading():
+            found, staying = list(published(self.folder)), self.staying()  # one that appears meanwhile is not `found`
+        leaving = [checkpoint for checkpoint in found if checkpoint not in staying]
+        if leaving and (fault := find_fault(found[0])) is not None:
+            action = "bring an intact copy of it back, or remove it: until then nothing is deleted"
+            raise CheckpointError(f"checkpoint {found[0]} is damaged: {fault}", action=action)
+        return leaving
 
     def prune(self, say: Callable[[str], None]) -> list[Path]:
-        """Delete what the rule does not keep, once the newest has been read back and is intact.
+        """Delete what is `leaving`, while a run trains: a damaged checkpoint does not end it.
 
         Args:
             say: Told why nothing is deleted, or what cannot be.
@@ -331,16 +336,10 @@ class CheckpointStore:
             What was deleted.
         """
         try:
-            leaving, newest = self.leaving(), next(published(self.folder), None)
-        except OSError as error:
-            say(f"WARNING: {self.folder} cannot be read: {error.strerror}; the older checkpoints stay")
+            return [checkpoint for checkpoint in self.leaving() if self.remove(checkpoint, say)]
+        except CheckpointError as error:
+            say(f"WARNING: {error.problem}; the older ones stay, however many there are")
             return []
-        if newest is None or not leaving:
-            return []
-        if (fault := find_fault(newest)) is not None:
-            say(f"WARNING: checkpoint {newest} is damaged: {fault}; the older ones stay, however many there are")
-            return []
-        return [checkpoint for checkpoint in leaving if self._remove(checkpoint, say)]
 
     def go_back(self, step: int, say: Callable[[str], None]) -> list[Path]:
         """Delete the checkpoints later than a step, so that the run goes on from the newest of the others.
@@ -358,7 +357,7 @@ class CheckpointStore:
         """
         later = self.gone_back(step)
         self._point_at(next(checkpoint for checkpoint in published(self.folder) if checkpoint not in later))
-        return [checkpoint for checkpoint in later if self._remove(checkpoint, say)]
+        return [checkpoint for checkpoint in later if self.remove(checkpoint, say)]
 
     def gone_back(self, step: int) -> list[Path]:
         """What `go_back` would delete.
@@ -366,7 +365,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: Nothing intact would be left.
         """
-        later = self.later_than(step)
+        later = [checkpoint for checkpoint in published(self.folder) if step_of(checkpoint) > step]
         newest = next((checkpoint for checkpoint in published(self.folder) if checkpoint not in later), None)
         fault = "no checkpoint is as early" if newest is None else find_fault(newest)
         if newest is None or fault is not None:
@@ -377,12 +376,13 @@ class CheckpointStore:
             )
         return later
 
-    def _remove(self, checkpoint: Path, say: Callable[[str], None]) -> bool:
+    def remove(self, checkpoint: Path, say: Callable[[str], None]) -> bool:
+        """Delete a checkpoint that `leaving` or `gone_back` has told; False if it cannot be, which is said."""
         hidden = self.folder / f".{checkpoint.name}.deleted.tmp"
         try:
             _remove(hidden)
             checkpoint.rename(hidden)  # never half deleted under its own name
-            shutil.rmtree(hidden)
+            _remove(hidden, ignore_errors=False)
         except OSError as error:  # such as a shared file system on which somebody still reads it
             say(f"checkpoint {checkpoint} cannot be deleted: {error.strerror}: {error.filename}; training goes on")
             return False
@@ -394,8 +394,8 @@ def _number_of(claim: str) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, *, ignore_errors: bool = True) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)

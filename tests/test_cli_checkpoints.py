@@ -206,3 +206,39 @@ def test_prune_refuses_to_leave_nothing_also_when_it_only_tells(run: Path, capsy
     for words in (["--dry-run"], []):
         code, *_ = call(capsys, run, "prune", "--after", "1", *words)
         assert code == 4
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], []], ids=["told", "done"])
+def test_prune_deletes_nothing_while_the_newest_is_damaged(
+    words: list[str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints" / "step-00000016" / "model.pt").write_bytes(b"")
+    code, lines, error = call(capsys, run, "prune", *words)
+    assert (code, lines) == (4, [])
+    assert "step-00000016 is damaged: model.pt has 0 bytes instead of 1500000" in error
+    assert "until then nothing is deleted" in error
+    assert steps(run) == [16, 12, 8, 4]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "elsewhere"])
+def test_a_link_among_the_checkpoints_is_told_and_no_traceback(
+    target: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = run / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "theirs").touch()
+    link = run / "checkpoints" / "step-00000099"
+    link.symlink_to(run / target)
+    code, lines, _ = call(capsys, run)
+    assert code == 0
+    told = "DAMAGED: a symbolic link" + (" to what is not there" if target == "nowhere" else "")
+    assert re.split(r"  +", lines[1])[4] == told
+    code, lines, _ = call(capsys, run, "verify")
+    assert (code, lines[0]) == (4, "step-00000099  DAMAGED: it is a symbolic link")
+    code, _, error = call(capsys, run, "prune")
+    assert code == 4
+    assert "step-00000099 is damaged: it is a symbolic link" in error
+    link.rename(run / "checkpoints" / "step-00000002")
+    assert call(capsys, run, "prune")[1][:2] == ["step-00000004  deleted", "step-00000002  deleted"]
+    assert sorted(path.name for path in run.glob("checkpoints/.*")) == []
+    assert (elsewhere / "theirs").exists()

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--after", type=int, metavar="STEP", help="prune: delete those later than STEP instead: the run goes back"
     )
     parser.add_argument("--dry-run", action="store_true", help="prune: tell what would be deleted, delete nothing")
-    parser.epilog = "Exit code 4 if a checkpoint is damaged (verify), or no intact one would be left (prune)."
+    parser.epilog = "Exit code 4 if a checkpoint is damaged (verify), or the newest that prune would leave."
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -112,8 +112,10 @@ def _told(checkpoint: Path) -> tuple[str, str, str, str]:
     """Tokens, size, age and layout of a checkpoint, as its manifest tells them; no file of it is read."""
     from inheritune_ds.checkpoint_store import read_manifest
 
+    age = _age(time.time() - checkpoint.lstat().st_mtime)
+    if checkpoint.is_symlink():
+        return "?", "?", age, f"DAMAGED: a symbolic link{'' if checkpoint.exists() else ' to what is not there'}"
     manifest = read_manifest(checkpoint)
-    age = _age(time.time() - checkpoint.stat().st_mtime)
     if manifest is None:
         return "?", "?", age, "DAMAGED: no manifest as it was written"
     layout = manifest["layout"]
@@ -191,7 +193,7 @@ def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespa
             print(f"{len(leaving)} would be deleted")
             return
         if args.after is None:
-            deleted = store.prune(print)
+            deleted = [checkpoint for checkpoint in store.leaving() if store.remove(checkpoint, print)]
         else:
             deleted = store.go_back(args.after, print)
             if deleted:  # a run that had finished would not go on otherwise
