@@ -1,5 +1,6 @@
 """What a recipe costs on given ranks: batch, steps, tokens, FLOPs, memory, disk, download, and a claim checked."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from inheritune_ds.corpus import HubSource, TrainedTokenizer
 from inheritune_ds.corpus_size import Tokens
 from inheritune_ds.gpus import PLANNING_MFU, gpu, hours
 from inheritune_ds.layout import Layout, read_layout
-from inheritune_ds.recipe import Recipe, Shape
+from inheritune_ds.recipe import Checkpointing, Recipe, Shape
 from inheritune_ds.recipe_base import is_local_path
 from inheritune_ds.speed import Job
 
 _EXPORT_BYTES = {"float32": 4, "bfloat16": 2}
+CHECKPOINTS_IN_HAND = 2
+"""The one being written, and one more: an old one goes when a newer one is verified."""
 BEST_PUBLISHED_MFU = 0.64
 """llm.c, GPT-2 774M on A100 (its scripts/run_gpt2_774M.sh: 38.6 thousand tokens/s a GPU)."""
 
@@ -117,7 +120,11 @@ def build_budget(
         flops_a_token=a_token,
         flops=a_token * seen if a_token and seen else None,
         checkpoint_bytes=saved,
-        disk_gib={**_disk(recipe, count, saved, unique, shape), "download": fetched},
+        disk_gib={
+            **(_checkpoints(recipe.checkpoint, steps, saved) if saved else {}),
+            **_disk(recipe, count, unique, shape),
+            "download": fetched,
+        },
         download_gib=download,
         memory=memory(*shape, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
         if shape
@@ -149,13 +156,35 @@ def _is_folder(model: str) -> bool:
     return is_local_path(model) or Path(model).is_dir()
 
 
+def checkpoints_staying(rule: Checkpointing, steps: int | None) -> int:
+    """How many checkpoints the rule lets stay at once, at most.
+
+    Args:
+        rule: When they are saved and which stay.
+        steps: Of the whole run; None while they are not known: those that `keep_every` keeps are not counted then.
+    """
+    if steps is None:
+        return rule.keep
+    saves = math.ceil(steps / rule.interval_steps)  # one is at the end, wherever that is
+    # A run that is often stopped saves between the intervals: then none of the newest is one that stays for good.
+    for_good = steps // (rule.keep_every * rule.interval_steps) if rule.keep_every else 0
+    return min(saves, rule.keep + for_good)
+
+
+def _checkpoints(rule: Checkpointing, steps: int | None, saved: int) -> dict[str, float]:
+    """GiB of all checkpoints that lie there at once."""
+    staying = checkpoints_staying(rule, steps)
+    at_least = "at least " if steps is None and rule.keep_every else ""
+    name = f"checkpoints ({at_least}{staying} kept, {CHECKPOINTS_IN_HAND} in hand)"
+    return {name: (staying + CHECKPOINTS_IN_HAND) * saved / GIB}
+
+
 def _disk(
-    recipe: Recipe, count: Parameters | None, saved: int | None, unique: Tokens | None, shape: tuple[Shape, int] | None
+    recipe: Recipe, count: Parameters | None, unique: Tokens | None, shape: tuple[Shape, int] | None
 ) -> dict[str, float]:
-    """GiB that a run writes; two checkpoints more than are kept, for an old one goes when a newer one is verified."""
+    """GiB of what else a run writes."""
     parts: dict[str, float] = {}
-    if count and saved:
-        parts[f"checkpoints ({recipe.checkpoint.keep} kept, 2 in hand)"] = (recipe.checkpoint.keep + 2) * saved / GIB
+    if count:
         parts["target before training (fp32; less in the reference's own type)"] = count.total * 4 / GIB
         parts["export"] = count.total * _EXPORT_BYTES[recipe.export.dtype] / GIB
     if unique:

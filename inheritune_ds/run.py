@@ -12,6 +12,7 @@ import torch
 
 from inheritune_ds.budget import checkpoint_bytes, flops_per_token
 from inheritune_ds.checkpoint_store import newest_step, published
+from inheritune_ds.cost import CHECKPOINTS_IN_HAND, checkpoints_staying
 from inheritune_ds.errors import InherituneError, RunFolderError, StorageError, TrainingError
 from inheritune_ds.export import PROBE_TOKENS
 from inheritune_ds.files import read_json, write_json
@@ -223,10 +224,10 @@ class _Run:
                 say=launch.say,
             )
             parameters = prepared.target.report["parameters"]
-            # Those that stay, the one being written, and one more: an old one goes when a newer one is verified.
-            missing = max(2, self._recipe.checkpoint.keep + 2 - sum(1 for _ in published(folder.checkpoints)))
+            rule, there = self._recipe.checkpoint, sum(1 for _ in published(folder.checkpoints))
+            missing = max(0, checkpoints_staying(rule, RunData(self._recipe, prepared.tokens).total_steps) - there)
             size = checkpoint_bytes(parameters, self._resolved.precision)
-            require_space(folder.checkpoints, size, count=missing)
+            require_space(folder.checkpoints, size, count=missing + CHECKPOINTS_IN_HAND)
         return {"prepared": prepared.note, "checkpoint": chosen}
 
     def _build(self, prepared: Prepared, data: RunData) -> Engine:

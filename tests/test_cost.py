@@ -6,9 +6,17 @@ import pytest
 
 from inheritune_ds.budget import GIB
 from inheritune_ds.corpus_size import Tokens
-from inheritune_ds.cost import Budget, amount, build_budget, check_claim, layout_of, short_count
+from inheritune_ds.cost import (
+    Budget,
+    amount,
+    build_budget,
+    check_claim,
+    checkpoints_staying,
+    layout_of,
+    short_count,
+)
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.recipe import Recipe
+from inheritune_ds.recipe import Checkpointing, Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.shapes import target_shape
 
@@ -49,6 +57,42 @@ def test_budget_of_the_paper() -> None:
     assert disk.pop("export") == pytest.approx(4 * 1_815_638_400 / GIB)
     assert disk.pop("token files") == pytest.approx(1e9 / 0.99 * 2 / GIB)
     assert disk == {"download": pytest.approx(11.1)}
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "steps", "staying"),
+    [
+        (3, None, 100, 3),
+        (100_000, None, 30, 3),
+        (100_000, None, 31, 4),  # the last one is saved at the end, between two intervals
+        (1, 1, 100, 10),
+        (2, 3, 100, 5),  # 30, 60, 90 for good, and two more whatever step they are of
+        (2, 3, 25, 2),
+        (2, 3, None, 2),
+    ],
+)
+def test_the_most_checkpoints_that_stay_at_once(
+    keep: int, keep_every: int | None, steps: int | None, staying: int
+) -> None:
+    rule = Checkpointing(interval_steps=10, keep=keep, keep_every=keep_every)
+    assert checkpoints_staying(rule, steps) == staying
+
+
+@pytest.mark.parametrize(
+    ("duration", "rule", "told"),
+    [
+        ("240 steps", ["keep=1", "keep_every=1", "interval_steps=40"], "checkpoints (6 kept, 2 in hand)"),
+        ("240 steps", ["keep=100000"], "checkpoints (2 kept, 2 in hand)"),
+        ("2 epochs", ["keep=5"], "checkpoints (5 kept, 2 in hand)"),
+        ("2 epochs", ["keep=5", "keep_every=2"], "checkpoints (at least 5 kept, 2 in hand)"),
+    ],
+)
+def test_budget_has_room_for_the_checkpoints_that_stay(duration: str, rule: list[str], told: str) -> None:
+    changes = [f"training.duration={duration}", *(f"checkpoint.{change}" for change in rule)]
+    budget = budget_of(load_recipe("quickstart", changes), unique=None)
+    kept = int(told.partition(" kept")[0].split("(")[1].removeprefix("at least "))
+    assert budget.checkpoint_bytes is not None
+    assert budget.disk_gib[told] == pytest.approx((kept + 2) * budget.checkpoint_bytes / GIB)
 
 
 def test_budget_knows_what_it_does_not_know() -> None:
