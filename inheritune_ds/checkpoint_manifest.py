@@ -1,4 +1,4 @@
-"""What a checkpoint folder must hold: its manifest, and every way in which the files may differ from it."""
+"""What a checkpoint folder must hold, and every way in which the files may differ from it; names and pointer."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from typing import Any
 from inheritune_ds.files import sha256_file
 
 MANIFEST = "manifest.json"
+POINTER = "latest"
 NAME = re.compile(r"step-(\d{8})")
 WORLD_WRITABLE = stat.S_IWOTH
 _CHANGED_MANIFEST = f"{MANIFEST} is missing or not as it was written"
@@ -41,11 +42,29 @@ def newest_step(folder: Path) -> int:
     return step_of(newest) if newest else 0
 
 
+def pointer_fault(folder: Path) -> str | None:
+    """Why the pointer in `checkpoints/` is of no use; None if it names a checkpoint that is there."""
+    try:
+        name = (folder / POINTER).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return "is no text"
+    if not name:
+        return "is empty"
+    if not NAME.fullmatch(name):
+        return f"holds {name[:40]!r}, which is no checkpoint's name"
+    return None if (folder / name).is_dir() else f"names {name}, which is not there"
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None if it is missing or any byte of it differs from what was written.
 
     Returns:
-        `step`, `generation`, `files` ({path: {bytes, sha256}}) and the fields given to `CheckpointStore.publish`.
+        `step`, `generation`, `for_good` (whether retention never takes it), `files` ({path: {bytes, sha256}}) and the
+        fields given to `CheckpointStore.publish`.
     """
     path = checkpoint / MANIFEST
     try:

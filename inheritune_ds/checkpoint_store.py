@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from inheritune_ds.checkpoint_manifest import (
     MANIFEST,
-    NAME,
+    POINTER,
     close_to_others,
     distrust,
     find_fault,
     listing_fault,
     manifest_text,
     newest_step,
+    pointer_fault,
     published,
     read_manifest,
     step_of,
@@ -33,9 +34,8 @@ from inheritune_ds.files import read_json, storage_errors, sync_folder, sync_pat
 if TYPE_CHECKING:
     from inheritune_ds.recipe import Checkpointing
 
-__all__ = ["MANIFEST", "find_fault", "newest_step", "published", "read_manifest", "step_of"]
+__all__ = ["MANIFEST", "POINTER", "find_fault", "newest_step", "published", "read_manifest", "step_of"]
 
-POINTER = "latest"
 GENERATION = "generation"
 _REPLACED = ".replaced.tmp"
 _PICKLE = "DeepSpeed's files are pickle, which can run code when it is loaded"
@@ -119,7 +119,7 @@ class CheckpointStore:
         found = list(published(self.folder))
         if found:
             self.refuse_untrusted()
-            if (fault := self.pointer_fault()) is not None:
+            if (fault := pointer_fault(self.folder)) is not None:
                 say(f"WARNING: {self.folder / POINTER} {fault}; the newest intact checkpoint is used without it")
         bad: list[str] = []
         for checkpoint in found:
@@ -156,22 +156,6 @@ class CheckpointStore:
             return f"status.json tells that step {step} was saved"
         ended = (self.folder.parent / "export").exists()
         return "export is there, so this run has come to its end before" if ended else None
-
-    def pointer_fault(self) -> str | None:
-        """Why the pointer is of no use; None if it names a checkpoint that is there."""
-        try:
-            name = (self.folder / POINTER).read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return "is missing"
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        except UnicodeDecodeError:
-            return "is no text"
-        if not name:
-            return "is empty"
-        if not NAME.fullmatch(name):
-            return f"holds {name[:40]!r}, which is no checkpoint's name"
-        return None if (self.folder / name).is_dir() else f"names {name}, which is not there"
 
     def refuse_untrusted(self) -> None:
         """Refuse a folder in which somebody else may have put what lies there.
@@ -241,7 +225,8 @@ class CheckpointStore:
                     f"the checkpoint of step {step} was not written as its ranks have told: {fault}",
                     action=f"look for another process that writes to {self.folder}, and at the disk",
                 )
-            manifest = {"step": step, "generation": self._generation, **fields, "files": dict(files)}
+            told = {"step": step, "generation": self._generation, "for_good": self._stays_for_good(step)}
+            manifest = {**told, **fields, "files": dict(files)}
             sync_folder(temporary)
             write_exact(temporary / MANIFEST, manifest_text(manifest))
             close_to_others(temporary)
@@ -303,14 +288,19 @@ class CheckpointStore:
             _remove(path)
 
     def staying(self) -> dict[Path, str]:
-        """The published checkpoints that the rule keeps, the newest first, and why."""
+        """The published checkpoints that stay, the newest first, and why; no change of the rule takes one for good."""
         reasons: dict[Path, str] = {}
         for number, checkpoint in enumerate(published(self.folder), 1):
             if number <= self._keep:
                 reasons[checkpoint] = f"newest {self._keep}"
-            elif self._keep_every is not None and step_of(checkpoint) % self._keep_every == 0:
+            elif self._stays_for_good(step_of(checkpoint)):
                 reasons[checkpoint] = f"every {self._keep_every} steps"
+            elif (read_manifest(checkpoint) or {}).get("for_good"):
+                reasons[checkpoint] = "for good, by the rule of then"
         return reasons
+
+    def _stays_for_good(self, step: int) -> bool:
+        return self._keep_every is not None and step % self._keep_every == 0
 
     def leaving(self) -> list[Path]:
         """What the rule does not keep, the newest first, once the newest of all has been read back and is intact.

@@ -1,5 +1,6 @@
 """The kernels of a run that has begun: later launches keep to them, on whatever machine they are."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from inheritune_ds.training.kernels import Kernels
 RECORD = "kernels.json"
 
 
-def kept_request(run_dir: Path, request: KernelRequest) -> KernelRequest:
+def kept_request(run_dir: Path, request: KernelRequest, say: Callable[[str], None]) -> KernelRequest:
     """What a launch asks for: `auto` is what the first one took, once there are checkpoints.
 
     A named kernel replaces it, for whoever wants that; but the optimizer's state is the optimizer's own.
@@ -21,6 +22,7 @@ def kept_request(run_dir: Path, request: KernelRequest) -> KernelRequest:
     Args:
         run_dir: The run folder.
         request: The `kernels` block of this launch.
+        say: Told every kernel that is replaced, on rank 0.
 
     Raises:
         RunFolderError: If another optimizer is named than the one whose state the checkpoints hold.
@@ -37,6 +39,12 @@ def kept_request(run_dir: Path, request: KernelRequest) -> KernelRequest:
             action=f'write "optimizer": "{taken["optimizer"]}" under kernels, or give the run another name',
         )
     kept = {key: taken.get(key, value) if value == "auto" else value for key, value in wanted.items()}
+    for key, value in kept.items():
+        if key in taken and value != taken[key]:
+            say(
+                f"WARNING: kernels.{key} is {value}, and was {taken[key]} before: later steps round otherwise than an "
+                "uninterrupted run"
+            )
     if kept["optimizer"] == OFFLOADED_OPTIMIZER:  # it cannot be named: offload_optimizer asks for it
         kept["optimizer"] = "auto"
     return KernelRequest(**kept)

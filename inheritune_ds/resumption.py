@@ -9,7 +9,7 @@ from inheritune_ds.errors import CheckpointError
 from inheritune_ds.files import read_json
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.run_data import RECORD as DATA_RECORD
-from inheritune_ds.run_folder import RunFolder
+from inheritune_ds.run_folder import RESOLVED_RECIPE, RunFolder, with_revisions
 from inheritune_ds.training import elastic
 from inheritune_ds.training.checkpoints import Checkpoints
 from inheritune_ds.training.engine import Engine
@@ -27,8 +27,7 @@ class Resumption:
     """
 
     def __init__(self, folder: RunFolder, recipe: Recipe, layout: Layout, say: Callable[[str], None]) -> None:
-        self._recipe, self._layout, self._say = recipe, layout, say
-        self._record = folder.path / DATA_RECORD
+        self._folder, self._recipe, self._layout, self._say = folder, recipe, layout, say
         self.store = CheckpointStore.of(folder.checkpoints, recipe.checkpoint)
 
     def begin(self) -> None:
@@ -58,19 +57,17 @@ class Resumption:
             return None
         manifest = read_manifest(checkpoint) or {}
         elastic.check_convertible(Layout(**manifest["layout"]), self._layout)
-        self._refuse_other_data(checkpoint, manifest["fingerprints"])
+        self._refuse_other_run(checkpoint, manifest["fingerprints"])
         return str(checkpoint)
 
-    def _refuse_other_data(self, checkpoint: Path, saved: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint that was brought here from a run on other data: with the same shapes it would load."""
-        here = (read_json(self._record) or {}).get("fingerprint")
-        if here is not None and saved["data"] is not None and here != saved["data"]:
-            raise CheckpointError(
-                f"{checkpoint} was made from other data than this run: fingerprint {saved['data'][:12]}... there, "
-                f"{here[:12]}... in {self._record}",
-                allowed="checkpoints of this run",
-                action="take it away again, and give the same command",
-            )
+    def _refuse_other_run(self, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that was brought here from another run: with the same shapes it would load."""
+        recipes = (self._recipe.fingerprint, with_revisions(self._recipe, self._folder.pin_of).fingerprint)
+        if saved["recipe"] not in recipes:
+            raise _of_another_run(checkpoint, "by another recipe", saved["recipe"], recipes[1], RESOLVED_RECIPE)
+        data = (read_json(self._folder.path / DATA_RECORD) or {}).get("fingerprint")
+        if data is not None and saved["data"] not in (None, data):
+            raise _of_another_run(checkpoint, "from other data", saved["data"], data, DATA_RECORD)
 
     def restore(self, engine: Engine, checkpoints: Checkpoints, chosen: str | None) -> RunState | None:
         """Bring the engine to the chosen checkpoint; all ranks must call it together."""
@@ -79,3 +76,11 @@ class Resumption:
         state = checkpoints.load(engine, Path(chosen))
         self._say(f"resumed from {chosen} (step {state.step}, {state.tokens:,} tokens)")
         return state
+
+
+def _of_another_run(checkpoint: Path, how: str, there: str, here: str, record: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} was made {how} than this run: fingerprint {there[:12]}... there, {here[:12]}... in {record}",
+        allowed="checkpoints of this run",
+        action="take it away again, and give the same command",
+    )

@@ -1,10 +1,7 @@
 """The flow of one run: claim the folder, prepare, train, export, report. The same command again goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from inheritune_ds.export import PROBE_TOKENS
 from inheritune_ds.files import read_json, write_json
 from inheritune_ds.gpus import identify, mfu
 from inheritune_ds.kept_kernels import keep, kept_request, refuse_replaced_loss
+from inheritune_ds.launch import Launch
 from inheritune_ds.machine import detect_gpus
 from inheritune_ds.micro_batch_search import with_tried_micro_batch
 from inheritune_ds.preparation import Prepared, open_prepared, prepare_run, validator_for
@@ -27,23 +25,22 @@ from inheritune_ds.recorder import RunRecorder, SilentRecorder
 from inheritune_ds.resumption import Resumption
 from inheritune_ds.run_data import RECORD as DATA_RECORD
 from inheritune_ds.run_data import RunData
-from inheritune_ds.run_folder import FolderBusyError, RunFolder, State
+from inheritune_ds.run_folder import FolderBusyError, RunFolder, State, with_revisions
 from inheritune_ds.run_results import RunResults
 from inheritune_ds.shapes import target_shape
 from inheritune_ds.surgery.reference import load_model
 from inheritune_ds.training.allocator import keep_freed_memory
 from inheritune_ds.training.checkpoints import Checkpoints
 from inheritune_ds.training.controls import Controls
-from inheritune_ds.training.ds_config import Machine, Resolved, resolve
+from inheritune_ds.training.ds_config import Resolved
 from inheritune_ds.training.engine import Engine, rank_is_gone, start_process_group
 from inheritune_ds.training.kernels import Kernels, choose_kernels
 from inheritune_ds.training.loop import LoopParts, train
-from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.optimizer import parameter_groups
 from inheritune_ds.training.run_state import Layout, RunState
 from inheritune_ds.training.shard_writer import require_space
 from inheritune_ds.training.watchdog import Watchdog
-from inheritune_ds.training.world import EXIT_INTERRUPTED, StopSignal, World
+from inheritune_ds.training.world import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,61 +48,14 @@ if TYPE_CHECKING:
 _TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How this process was started: everything that is not the experiment.
-
-    Attributes:
-        ds_document: The user's DeepSpeed JSON.
-        ds_origin: How to call it in messages.
-        machine: What one rank has.
-        world: This rank among all.
-        stop: Its signals.
-        runs_dir: Run folders stand below it.
-        cache_dir: Token files stand below it.
-        auto_micro_batch: Whether the micro-batch is found by trying.
-        max_minutes: How long this launch may take, from its start; None: as long as it needs.
-    """
-
-    ds_document: dict[str, Any]
-    ds_origin: str
-    machine: Machine
-    world: World
-    stop: StopSignal
-    runs_dir: Path
-    cache_dir: Path
-    auto_micro_batch: bool = False
-    max_minutes: float | None = None
-
-    @cached_property
-    def meeting(self) -> Meeting:
-        """Where the ranks wait for rank 0."""
-        return Meeting(self.world, self.stop)
-
-    def resolve(self, recipe: Recipe) -> Resolved:
-        """The DeepSpeed config of a recipe on this machine."""
-        return resolve(
-            self.ds_document,
-            recipe,
-            origin=self.ds_origin,
-            shape=target_shape(recipe),
-            world_size=self.world.size,
-            machine=self.machine,
-        )
-
-    def say(self, line: str) -> None:
-        """Print a line, on rank 0."""
-        if self.world.is_main:
-            print(line, flush=True)
-
-
-def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False) -> bool:
+def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False, waiting: Sequence[RunFolder] = ()) -> bool:
     """Bring a recipe to its end, its reference first if that is a recipe of its own.
 
     Args:
         recipe: The experiment.
         launch: How this process was started.
         fresh: Whether the run starts over; what is there is set aside.
+        waiting: Folders of the runs that this one is the reference of; their status tells how it ends.
 
     Returns:
         Whether it is finished; False if a signal stopped it (status.json then says `requeue`).
@@ -118,10 +68,13 @@ def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False) -> bool:
     if not fresh and launch.meeting.by_main(lambda: folder.has_finished(recipe)):
         launch.say(folder.finished_before)
         return True
-    if not _reference_ready(recipe, launch):
-        return False
     try:
-        return _Run(recipe, resolved, folder, launch, fresh=fresh).run()
+        # Before the reference, which may take days: a folder that is another recipe's is told at once, and whoever
+        # reads this run's status.json learns how the reference has ended.
+        launch.meeting.by_main(lambda: _claim(recipe, folder, launch, fresh=fresh))
+        if not _reference_ready(recipe, launch, [folder, *waiting]):
+            return False
+        return _Run(recipe, resolved, folder, launch, waiting).run()
     except InherituneError as error:
         _mark(folder, "failed", error.problem, exit_code=error.exit_code)
         raise
@@ -143,6 +96,13 @@ def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False) -> bool:
         folder.release()
 
 
+def _claim(recipe: Recipe, folder: RunFolder, launch: Launch, *, fresh: bool) -> None:
+    """Make the run folder this launch's own; on rank 0."""
+    if fresh and (aside := folder.set_aside()) is not None:
+        launch.say(f"--fresh: the run that was there is set aside as {aside}")
+    folder.claim(recipe)
+
+
 def _mark(folder: RunFolder, state: State, reason: str, *, exit_code: int = 0) -> None:
     """Write how the run stands, with the step of its newest checkpoint; on the rank that has the folder."""
     if folder.is_claimed:
@@ -158,26 +118,33 @@ def _newest_step(folder: RunFolder) -> int:
         return int(folder.status().get("step", 0))
 
 
-def _reference_ready(recipe: Recipe, launch: Launch) -> bool:
-    """Train a `recipe:NAME` reference first; False if that was stopped."""
+def _reference_ready(recipe: Recipe, launch: Launch, waiting: Sequence[RunFolder]) -> bool:
+    """Train a `recipe:NAME` reference first; False if that was stopped, and the folders that wait for it say so."""
     if recipe.reference is None or recipe.reference.recipe_name is None or recipe.target.inherits_nothing:
         return True
     reference = load_recipe(recipe.reference.recipe_name)
+    folder = waiting[0]
+    _mark(folder, "preparing", f"waits for its reference {reference.name}")
     try:
-        return execute(reference, launch)
+        if execute(reference, launch, waiting=waiting):
+            return True
     except FolderBusyError as error:
         raise RunFolderError(
             f"{recipe.name} needs its reference {reference.name}, which another process is training: {error.problem}",
             action="give the same command again when that process has finished",
         ) from None
+    _mark(folder, "requeue", f"its reference {reference.name} was stopped")
+    return False
 
 
 class _Run:
     """The stages of one run whose folder is claimed."""
 
-    def __init__(self, recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch, *, fresh: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch, waiting: Sequence[RunFolder]
+    ) -> None:
         self._recipe, self._resolved, self._folder, self._launch = recipe, resolved, folder, launch
-        self._fresh, self._world = fresh, launch.world
+        self._waiting, self._world = waiting, launch.world
         self._layout = Layout(launch.world.size, resolved.zero_stage, resolved.precision)
         self._resumption = Resumption(folder, recipe, self._layout, launch.say)
 
@@ -202,14 +169,12 @@ class _Run:
 
     def _hung(self, reason: str, exit_code: int) -> None:
         """Write down why the watchdog ends this launch; called on a thread of its own."""
-        _mark(self._folder, "failed", reason, exit_code=exit_code)
+        for folder in (self._folder, *self._waiting):
+            _mark(folder, "failed", reason, exit_code=exit_code)
 
     def _prepare(self) -> dict[str, Any]:
-        """Claim the folder, choose where to go on and make everything that training starts from; on rank 0."""
+        """Choose where to go on and make everything that training starts from; on rank 0."""
         launch, folder = self._launch, self._folder
-        if self._fresh and (aside := folder.set_aside()) is not None:
-            launch.say(f"--fresh: the run that was there is set aside as {aside}")
-        folder.claim(self._recipe)
         with launch.stop.interruptible():  # once the folder is claimed, status.json can tell of a signal
             self._resumption.begin()
             chosen = self._resumption.choose()
@@ -273,7 +238,7 @@ class _Run:
 
         def choose() -> dict[str, Any]:
             kernels, notes = choose_kernels(
-                kept_request(self._folder.path, resolved.kernels),
+                kept_request(self._folder.path, resolved.kernels, launch.say),
                 config=config,
                 device=torch.device(launch.machine.kind),
                 dtype=_TORCH_TYPES[resolved.precision],
@@ -329,12 +294,15 @@ class _Run:
             data_metrics=data.metrics,
         )
         _mark(self._folder, "running", "")
+        failure: BaseException | None = None
         try:
             result = train(parts, data.total_steps, state)
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             with watch.phase("finish", _newest_step(self._folder)):
-                checkpoints.close()
-                recorder.close()
+                self._close((checkpoints.close, recorder.close), failure)
         if not result.finished:
             reached = result.state.step
             done = f"saved at step {reached}" if reached else "before the first step"
@@ -345,12 +313,25 @@ class _Run:
             self._finish(engine, prepared, data, result.state)
         return True
 
+    def _close(self, ways: Sequence[Callable[[], None]], failure: BaseException | None) -> None:
+        """Close everything; what has failed first ends the run, and what fails after it is a line."""
+        for close in ways:
+            try:
+                close()
+            except InherituneError as error:
+                if failure is not None:
+                    self._launch.say(f"WARNING: {error.problem}")
+                else:
+                    failure = error
+        if isinstance(failure, InherituneError):
+            raise failure
+
     def _fingerprints(self) -> dict[str, Any]:
         """What a checkpoint is of: recipe, data and code."""
         record = read_json(self._folder.path / DATA_RECORD) or {}
         provenance = read_json(self._folder.path / "provenance.json") or {}
         return {
-            "recipe": self._recipe.fingerprint,
+            "recipe": with_revisions(self._recipe, self._folder.pin_of).fingerprint,
             "data": record.get("fingerprint"),
             "code": {key: provenance.get(key) for key in ("inheritune_ds", "git", "packages")},
         }

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from inheritune_ds import __version__, hub
 from inheritune_ds.corpus import HubSource
-from inheritune_ds.errors import RunFolderError
+from inheritune_ds.errors import RecipeError, RunFolderError
 from inheritune_ds.files import read_json, storage_errors, sync_path, write_exact, write_json
 from inheritune_ds.hub import RepoType
 from inheritune_ds.publish import has_files
@@ -25,6 +25,8 @@ from inheritune_ds.recipe_base import is_local_path
 from inheritune_ds.recipe_file import differences, dump_recipe, parse_yaml, validate
 from inheritune_ds.redaction import redact
 
+RESOLVED_RECIPE = "recipe.resolved.yaml"
+"""In a run folder: the recipe that it belongs to, with everything written out."""
 EXPORT_MANIFEST = "manifest.json"
 """In an export: whose it is, and its files."""
 State = Literal["preparing", "running", "finished", "requeue", "failed"]
@@ -74,7 +76,11 @@ class RunFolder:
             StorageError: If it cannot be written.
         """
         self.lock()
-        self._check_owner(recipe)
+        try:
+            self._check_owner(recipe)
+        except RunFolderError:
+            self.release()  # it is not ours, and neither is its status
+            raise
         self.write_resolved(with_revisions(recipe, self.pin_of))
         for folder in (self.eval, self.checkpoints):
             with storage_errors(folder):
@@ -131,9 +137,25 @@ class RunFolder:
 
     def write_resolved(self, recipe: Recipe) -> None:
         """Write recipe.resolved.yaml, unless it says the same already."""
-        resolved = self.path / "recipe.resolved.yaml"
-        if not resolved.exists() or resolved.read_text(encoding="utf-8") != dump_recipe(recipe):
-            write_exact(resolved, dump_recipe(recipe))  # a recipe that holds a secret has been refused
+        resolved, text = self.path / RESOLVED_RECIPE, dump_recipe(recipe)
+        if not resolved.exists() or resolved.read_bytes() != text.encode():
+            write_exact(resolved, text)  # a recipe that holds a secret has been refused
+
+    def resolved_recipe(self) -> Recipe:
+        """The recipe that this folder belongs to.
+
+        Raises:
+            RunFolderError: If it cannot be read any more.
+        """
+        path = self.path / RESOLVED_RECIPE
+        try:
+            return validate(Recipe, parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+        except (OSError, UnicodeDecodeError, RecipeError) as error:
+            reason = error.problem if isinstance(error, RecipeError) else f"{path}: {error}"
+            raise RunFolderError(
+                f"the recipe of this run is not as it was written: {reason}",
+                action=f"bring {path} back, or start over with --fresh, which sets the old run aside",
+            ) from None
 
     def pin_of(self, kind: RepoType, name: str, revision: str) -> str:
         """The full commit that an earlier launch found for a revision on the hub; the revision itself if none did."""
@@ -157,11 +179,11 @@ class RunFolder:
         return pins[key]
 
     def _check_owner(self, recipe: Recipe) -> None:
-        resolved = self.path / "recipe.resolved.yaml"
+        resolved = self.path / RESOLVED_RECIPE
         trained = (self.path / "metrics.jsonl").exists() or any(self.checkpoints.glob("step-*"))
         if not resolved.exists() or not trained:
             return  # a recipe that failed before its first step leaves nothing that a corrected one could spoil
-        owner = validate(Recipe, parse_yaml(resolved.read_text(encoding="utf-8"), str(resolved)), str(resolved))
+        owner = self.resolved_recipe()
         pinned = with_revisions(recipe, self.pin_of)
         if owner.fingerprint not in (recipe.fingerprint, pinned.fingerprint):
             lines = "\n".join(f"    {line}" for line in differences(owner.identity, pinned.identity))
@@ -197,7 +219,8 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """The last status written; empty if there is none."""
-        return dict(read_json(self.path / "status.json") or {})
+        found = read_json(self.path / "status.json")
+        return found if isinstance(found, dict) else {}
 
     def write_status(self, state: State, *, step: int = 0, reason: str = "", exit_code: int = 0) -> None:
         """Write status.json: what scripts read to decide what comes next.

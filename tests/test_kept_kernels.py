@@ -21,23 +21,29 @@ def begun(folder: Path) -> Path:
 
 
 def test_auto_is_what_the_first_launch_took(tmp_path: Path) -> None:
-    assert kept_request(begun(tmp_path), KernelRequest()) == KernelRequest(**TAKEN.as_dict())
+    assert kept_request(begun(tmp_path), KernelRequest(), pytest.fail) == KernelRequest(**TAKEN.as_dict())
 
 
 def test_before_the_first_checkpoint_auto_stays_auto(tmp_path: Path) -> None:
     keep(tmp_path, TAKEN)
-    assert kept_request(tmp_path, KernelRequest()) == KernelRequest()
-    assert kept_request(tmp_path / "new", KernelRequest()) == KernelRequest()
+    assert kept_request(tmp_path, KernelRequest(), pytest.fail) == KernelRequest()
+    assert kept_request(tmp_path / "new", KernelRequest(), pytest.fail) == KernelRequest()
 
 
 def test_a_named_kernel_replaces_a_kept_one(tmp_path: Path) -> None:
-    kept = kept_request(begun(tmp_path), KernelRequest(attention="eager", compile=False))
+    lines: list[str] = []
+    kept = kept_request(begun(tmp_path), KernelRequest(attention="eager", compile=False, loss="chunked"), lines.append)
     assert (kept.attention, kept.compile, kept.loss) == ("eager", False, "chunked")
+    rounds = "later steps round otherwise than an uninterrupted run"
+    assert lines == [
+        f"WARNING: kernels.attention is eager, and was sdpa before: {rounds}",
+        f"WARNING: kernels.compile is False, and was True before: {rounds}",
+    ]
 
 
 def test_another_optimizer_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError) as caught:
-        kept_request(begun(tmp_path), KernelRequest(optimizer="apex"))
+        kept_request(begun(tmp_path), KernelRequest(optimizer="apex"), pytest.fail)
     assert "kernels.optimizer is apex, and the checkpoints hold the state of torch_fused" in caught.value.problem
     assert '"optimizer": "torch_fused"' in caught.value.action
 
@@ -48,7 +54,7 @@ def test_an_offloaded_optimizer_is_asked_for_by_offload_alone(tmp_path: Path) ->
         folder,
         Kernels("sdpa", "deepspeed_cpu", liger=False, loss="chunked", compile=False, activation_checkpointing="none"),
     )
-    assert kept_request(folder, KernelRequest()).optimizer == "auto"
+    assert kept_request(folder, KernelRequest(), pytest.fail).optimizer == "auto"
 
 
 def test_a_named_loss_that_the_model_cannot_have_is_refused() -> None:

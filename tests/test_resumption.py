@@ -15,7 +15,7 @@ from inheritune_ds.training.run_state import Layout, RunState
 LAYOUT = Layout(2, 1, "bf16")
 
 
-def saved(run: Path, *, data: str | None = "d" * 64, precision: str = "bf16") -> Path:
+def saved(run: Path, *overrides: str, data: str | None = "d" * 64, precision: str = "bf16") -> Path:
     """A run folder with one checkpoint, that of step 4."""
     store = CheckpointStore(run / "checkpoints", keep=3)
     temporary = store.begin(4)
@@ -24,7 +24,7 @@ def saved(run: Path, *, data: str | None = "d" * 64, precision: str = "bf16") ->
     fields: dict[str, Any] = {
         "state": RunState(4).as_dict(),
         "layout": {"world_size": 4, "zero_stage": 3, "precision": precision},
-        "fingerprints": {"recipe": "r", "data": data, "code": {}},
+        "fingerprints": {"recipe": load_recipe("quickstart", list(overrides)).fingerprint, "data": data, "code": {}},
     }
     return store.publish(temporary, 4, fields, files, print)
 
@@ -46,6 +46,13 @@ def test_a_checkpoint_of_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps({"fingerprint": "e" * 64}))
     with pytest.raises(CheckpointError, match=r"step-00000004 was made from other data than this run: .* dddddddddddd"):
         resumption(tmp_path).choose()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "optimizer.lr=5e-3")
+    with pytest.raises(CheckpointError, match="step-00000004 was made by another recipe than this run: fingerprint "):
+        resumption(tmp_path).choose()
+    assert resumption(tmp_path, "optimizer.lr=5e-3", "checkpoint.keep=1").choose() is not None
 
 
 def test_a_checkpoint_in_another_precision_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from inheritune_ds import run_folder
-from inheritune_ds.errors import RecipeError, RunFolderError, StorageError
+from inheritune_ds.errors import RunFolderError, StorageError
 from inheritune_ds.recipe import Recipe
 from inheritune_ds.recipe_file import load_recipe
 from inheritune_ds.run_folder import PACKAGES, FolderBusyError, RunFolder
@@ -93,6 +93,7 @@ def test_a_folder_of_another_recipe_is_refused_by_key(folder: RunFolder, recipe:
     ]
     assert "--runs-dir DIR" in caught.value.action
     assert (folder.path / "recipe.resolved.yaml").read_bytes() == before
+    assert not folder.is_claimed, "its status is not this launch's to write"
 
 
 def test_a_damaged_resolved_recipe_is_named(folder: RunFolder, recipe: Recipe) -> None:
@@ -100,9 +101,12 @@ def test_a_damaged_resolved_recipe_is_named(folder: RunFolder, recipe: Recipe) -
     (folder.path / "metrics.jsonl").touch()
     folder.release()
     path = folder.path / "recipe.resolved.yaml"
-    path.write_text("name: [", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"recipe\.resolved\.yaml, line 1"):
-        folder.claim(recipe)
+    for content, told in ((b"name: [", "line 1"), (b"\xff", "can't decode byte"), (b"", "not a mapping")):
+        path.write_bytes(content)
+        with pytest.raises(RunFolderError, match=rf"not as it was written: .*recipe\.resolved\.yaml.*{told}") as caught:
+            folder.claim(recipe)
+        assert "--fresh" in caught.value.action
+        assert not folder.is_claimed
 
 
 @contextmanager
@@ -289,6 +293,15 @@ def test_a_lock_on_a_folder_that_was_set_aside_meanwhile_is_taken_again(
     with pytest.raises(FolderBusyError):
         RunFolder(folder.path).lock()
     RunFolder(moved).lock()  # nobody holds the old one
+
+
+@pytest.mark.parametrize("content", ["3", '"x"', "[1]", "\x00\x00", '{"state'])
+def test_a_status_that_is_no_object_is_none(content: str, folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    (folder.path / "status.json").write_text(content)
+    assert folder.status() == {}
+    folder.write_status("running", step=8)
+    assert folder.status()["step"] == 8
 
 
 def test_the_latest_step_ever_saved_stays_in_the_status(folder: RunFolder, recipe: Recipe) -> None:

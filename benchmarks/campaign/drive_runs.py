@@ -60,7 +60,8 @@ def main() -> None:
     prepare_environment(os.environ, kind="cpu")
     import torch
 
-    from inheritune_ds.run import Launch, execute
+    from inheritune_ds.launch import Launch
+    from inheritune_ds.run import execute
     from inheritune_ds.training.engine import leave_process_group
     from inheritune_ds.training.meeting import Meeting
 

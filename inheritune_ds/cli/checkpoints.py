@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inheritune_ds.checkpoint_store import CheckpointStore
-    from inheritune_ds.recipe import Checkpointing
     from inheritune_ds.run_folder import RunFolder
 
 _MB = 1e6
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.keep is not None and args.keep < 1:
         raise RecipeError(f"--keep {args.keep} would leave no checkpoint", allowed="1 or more")
     folder = _run_folder(args.run, args.runs_dir)
-    rule = _rule(folder)
+    rule = folder.resolved_recipe().checkpoint
     if args.keep is not None:
         rule = rule.model_copy(update={"keep": args.keep})
     store = CheckpointStore.of(folder.checkpoints, rule)
@@ -84,16 +83,8 @@ def _run_folder(named: str, runs_dir: Path) -> "RunFolder":
     )
 
 
-def _rule(folder: "RunFolder") -> "Checkpointing":
-    from inheritune_ds.recipe import Recipe
-    from inheritune_ds.recipe_file import parse_yaml, validate
-
-    path = folder.path / "recipe.resolved.yaml"
-    return validate(Recipe, parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)).checkpoint
-
-
 def _list(store: "CheckpointStore") -> None:
-    from inheritune_ds.checkpoint_store import POINTER, published
+    from inheritune_ds.checkpoint_manifest import POINTER, pointer_fault, published
 
     staying, found = store.staying(), list(published(store.folder))
     if not found:
@@ -103,7 +94,7 @@ def _list(store: "CheckpointStore") -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    fault = store.pointer_fault()
+    fault = pointer_fault(store.folder)
     pointer = store.folder / POINTER
     print(f"{pointer} {fault or 'names ' + pointer.read_text(encoding='utf-8').strip()}")
 

@@ -90,7 +90,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     stop.leave_from_anywhere()
     export(world, os.environ)
     prepare_environment(os.environ, kind=machine.kind)
-    from inheritune_ds.run import Launch, execute
+    from inheritune_ds.launch import Launch
+    from inheritune_ds.run import execute
     from inheritune_ds.training.engine import check_device, leave_process_group
 
     check_device(machine.kind, world, offload=resolved.offloads)

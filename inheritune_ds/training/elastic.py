@@ -24,6 +24,7 @@ from inheritune_ds.training.shard_reader import SavedFiles
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _ROUNDING = (
+    ("train_micro_batch_size_per_gpu",),
     ("data_types", "grad_accum_dtype"),
     ("bf16", "immediate_grad_update"),
     ("communication_data_type",),

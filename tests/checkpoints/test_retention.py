@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, published
+from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, published, step_of
 from inheritune_ds.errors import CheckpointError
 from inheritune_ds.recipe import Checkpointing
 from tests.checkpoints.saved import flip, names, save
@@ -21,6 +21,19 @@ def test_the_newest_and_every_so_manieth_stay(folder: Path, lines: list[str]) ->
         store.prune(lines.append)
     assert [path.name[-3:] for path in published(folder)] == ["100", "090", "060", "030"]
     assert list(store.staying().values()) == ["newest 2", "newest 2", "every 30 steps", "every 30 steps"]
+    assert lines == []
+
+
+def test_what_was_saved_for_good_stays_under_another_rule(folder: Path, lines: list[str]) -> None:
+    save(CheckpointStore(folder, keep=1, keep_every=4), 2, 4, 6, 8, 9)
+    store = CheckpointStore(folder, keep=1, keep_every=3)
+    assert {step_of(path): why for path, why in store.staying().items()} == {
+        9: "newest 1",
+        8: "for good, by the rule of then",
+        6: "every 3 steps",
+        4: "for good, by the rule of then",
+    }
+    assert [step_of(path) for path in CheckpointStore(folder, keep=2).prune(lines.append)] == [6, 2]
     assert lines == []
 
 

@@ -78,8 +78,10 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     exact = tmp_path / "fp32.json"  # cpu.json takes bf16 where the CPU has it; the export is compared bit for bit
     exact.write_text(json.dumps({**json.loads(Path(CPU).read_text()), "bf16": {"enabled": False}}))
     fp32 = ("--deepspeed_config", str(exact))
-    first = launch("train.py", *arguments(recipe, tmp_path, "runs", *fp32), launcher="torchrun", ranks=2)
     parent, child = tmp_path / "runs" / "parent", tmp_path / "runs" / "child"
+    launch("train.py", *arguments(recipe, tmp_path, "runs", *fp32, "--max-minutes", "0.001"))
+    assert (status(child)["state"], status(child)["reason"]) == ("requeue", "its reference parent was stopped")
+    first = launch("train.py", *arguments(recipe, tmp_path, "runs", *fp32), launcher="torchrun", ranks=2)
     assert status(parent)["state"] == status(child)["state"] == "finished"
     assert first.index("finished: parent") < first.index("finished: child")
 
@@ -124,6 +126,7 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     assert "belongs to another recipe" in other
     assert "optimizer.lr: 0.003 -> 0.001" in other
     assert "Traceback" not in other
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "it is another recipe's, status and all"
 
 
 @pytest.mark.timeout(300)
