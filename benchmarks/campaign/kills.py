@@ -47,6 +47,7 @@ LEAVE_S = 60.0
 """Seconds in which the launcher must have ended when one of its ranks was killed."""
 _KINDS: tuple[Kind, ...] = ("save", "save", "save", "save", "save", "save", "step", "step", "step", "start")
 """What the kills of a chain aim at."""
+_SAVING = re.compile(r"\.step-(\d{8})\.tmp")
 _FILES = 4
 """A save of two ranks writes a folder, three files in it, and the manifest last."""
 
@@ -163,9 +164,10 @@ def strike(launched: Launched, run: Path, kill: Kill, kept: int) -> Blow | None:
 def _saving(run: Path, launched: Launched, files: int = 0) -> int | None:
     """Step of the save that this launch has under way, once it has so many files; not what an earlier one has left."""
     for folder in (run / "checkpoints").glob(".step-*.tmp"):
+        name = _SAVING.fullmatch(folder.name)  # others of that pattern are being deleted
         with suppress(FileNotFoundError):  # published at this moment
-            if folder.stat().st_mtime >= launched.begun_s and len(list(folder.rglob("*"))) >= files:
-                return int(folder.name.removeprefix(".step-").removesuffix(".tmp"))
+            if name and folder.stat().st_mtime >= launched.begun_s and len(list(folder.rglob("*"))) >= files:
+                return int(name.group(1))
     return None
 
 
