@@ -25,8 +25,9 @@ help:
 quickstart: $(VENV)/.installed
 	$(BIN)/inheritune-ds study quickstart --deepspeed_config ds_configs/cpu.json
 
+# Two workers: half of the time a test waits for a launch. One thread each, so that they do not wait for each other.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(ARGS)
 
 rehearse: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m rehearsal tests/benchmarks $(ARGS)
