@@ -280,7 +280,7 @@ def campaign() -> str:
         told = "; ".join(
             f"{key.replace('_', ' ')} {_figure(value)}"
             for key, value in part["figures"].items()
-            if not isinstance(value, dict)
+            if value != ""
         )
         rows.append(
             f"| {part['point']} | `{name}` | {part['promise']} | {part['passed']} of {part['cases']} | {told} |"
@@ -289,6 +289,8 @@ def campaign() -> str:
 
 
 def _figure(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_figure(one)}" for key, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(_figure, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
