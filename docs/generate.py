@@ -278,9 +278,7 @@ def campaign() -> str:
     rows = ["| | part | promise | cases passed | figures |", "|---|---|---|---|---|"]
     for name, part in sorted(results.items(), key=lambda item: (item[1]["point"], item[0])):
         told = "; ".join(
-            f"{key.replace('_', ' ')} {_figure(value)}"
-            for key, value in part["figures"].items()
-            if value != ""
+            f"{key.replace('_', ' ')} {_figure(value)}" for key, value in part["figures"].items() if value != ""
         )
         rows.append(
             f"| {part['point']} | `{name}` | {part['promise']} | {part['passed']} of {part['cases']} | {told} |"
@@ -290,7 +288,7 @@ def campaign() -> str:
 
 def _figure(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_figure(one)}" for key, one in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_figure(one)}" for key, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(_figure, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -220,6 +220,22 @@ def test_prune_deletes_nothing_while_the_newest_is_damaged(
     assert steps(run) == [16, 12, 8, 4]
 
 
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_listed_as_such(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lstat = Path.lstat
+
+    def vanished(path: Path) -> os.stat_result:
+        if path.name == "step-00000008":
+            raise FileNotFoundError(path)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", vanished)
+    code, lines, _ = call(capsys, run)
+    assert code == 0
+    assert [line.split("  ")[0] for line in lines if "just deleted" in line] == ["step-00000008"]
+
+
 @pytest.mark.parametrize("target", ["nowhere", "elsewhere"])
 def test_a_link_among_the_checkpoints_is_told_and_no_traceback(
     target: str, run: Path, capsys: pytest.CaptureFixture[str]

@@ -103,7 +103,10 @@ def _told(checkpoint: Path) -> tuple[str, str, str, str]:
     """Tokens, size, age and layout of a checkpoint, as its manifest tells them; no file of it is read."""
     from inheritune_ds.checkpoint_store import read_manifest
 
-    age = _age(time.time() - checkpoint.lstat().st_mtime)
+    try:
+        age = _age(time.time() - checkpoint.lstat().st_mtime)
+    except FileNotFoundError:  # by the run, which goes on meanwhile
+        return "?", "?", "?", "just deleted"
     if checkpoint.is_symlink():
         return "?", "?", age, f"DAMAGED: a symbolic link{'' if checkpoint.exists() else ' to what is not there'}"
     manifest = read_manifest(checkpoint)
