@@ -35,8 +35,11 @@ def _cases() -> list[Case]:
     return [Case(f"{ranks}-ranks", partial(_measure, ranks=ranks)) for ranks in (1, 2)]
 
 
-def _summary(figures: list[Figures]) -> Mapping[str, Figures]:
-    return {f"{found['ranks']} ranks": found for found in figures}
+def _summary(figures: list[Figures]) -> Mapping[str, Mapping[str, float]]:
+    return {
+        f"{found['ranks']} ranks (median)": {name: ratio["median"] for name, ratio in found["ratios"].items()}
+        for found in figures
+    }
 
 
 PART = Part(
