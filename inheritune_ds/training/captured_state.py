@@ -5,6 +5,7 @@ are over before the first byte is written, and no refusal of the disk keeps a ra
 """
 
 import copy
+import copyreg
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ def capture(engine: Any, client_state: Mapping[str, Any], copies: HostCopies | N
         copies: Where to copy the tensors, so that training may go on. None: the shards refer to the engine's own
             tensors, and must be written before the next step.
     """
+    pickle_stage_by_value()
     taker = _Taker(copies)
     own, engine.checkpoint_engine = engine.checkpoint_engine, taker
     # It would copy two of its scripts beside the state: code, which nobody should run out of a checkpoint.
@@ -103,6 +105,16 @@ def capture(engine: Any, client_state: Mapping[str, Any], copies: HostCopies | N
     if copies is not None:
         copies.wait()
     return taker.captured
+
+
+def pickle_stage_by_value() -> None:
+    """Have DeepSpeed's ZeRO stage, the one enum that it saves, written as its class and its number.
+
+    Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) would write a call of `getattr`, which no safe reader lets in.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 class _Taker:

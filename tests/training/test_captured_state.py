@@ -1,10 +1,16 @@
+import copyreg
+import enum
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from inheritune_ds.training.captured_state import CapturedState, HostCopies, capture
+from inheritune_ds.errors import CheckpointError
+from inheritune_ds.training.captured_state import CapturedState, HostCopies, capture, pickle_stage_by_value
+from inheritune_ds.training.shard_reader import read_shard
+from inheritune_ds.training.shard_writer import write_shard
 
 
 def state() -> dict[str, Any]:
@@ -106,3 +112,17 @@ def test_a_copy_that_does_not_fit_is_told_after_the_collectives(monkeypatch: pyt
     assert str(captured.failure) == "CUDA error: out of memory"
     assert captured.shards == {}
     assert engine.checkpoint_engine == "its own"
+
+
+def test_a_stage_is_read_whatever_python_has_written_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    # as Python 3.11.0 to 3.11.3 pickles every enum
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", lambda stage, _: (getattr, (type(stage), stage.name)))
+    pickle_stage_by_value()
+    write_shard({"zero_stage": ZeroStageEnum.gradients}, tmp_path / "one.pt", needed_bytes=0)
+    assert read_shard(tmp_path / "one.pt") == {"zero_stage": ZeroStageEnum.gradients}
+    monkeypatch.delitem(copyreg.dispatch_table, ZeroStageEnum)
+    write_shard({"zero_stage": ZeroStageEnum.gradients}, tmp_path / "two.pt", needed_bytes=0)
+    with pytest.raises(CheckpointError, match="refers to getattr: it was not read"):
+        read_shard(tmp_path / "two.pt")
