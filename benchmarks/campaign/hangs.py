@@ -107,7 +107,7 @@ def run(hang: Hang, folder: Path) -> Figures:
     assert status(folder / "runs/tiny")["state"] == "finished"
     steps = [row["step"] for row in rows(folder / "runs/tiny") if "train/loss" in row]
     assert steps == list(range(1, STEPS + 1)), f"steps of metrics.jsonl: {steps}"
-    saved = STEPS if limit == "finish" else (step - 1) // INTERVAL * INTERVAL
+    saved = STEPS if limit == "finish" else max(step - 1, 0) // INTERVAL * INTERVAL
     told = f"(step {saved}," in resumed if saved else "resumed from" not in resumed
     assert told, f"the run should go on from step {saved}\n{resumed[-3000:]}"
     return {"seconds_after_limit": round(seconds - LIMIT_S, 2), "exit_code": code}
