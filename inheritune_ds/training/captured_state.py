@@ -5,13 +5,14 @@ are over before the first byte is written, and no refusal of the disk keeps a ra
 """
 
 import copy
-import copyreg
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from inheritune_ds.training.shard_reader import pickle_stage_by_value
 
 TAG = "engine"
 """The folder of DeepSpeed's files inside a checkpoint."""
@@ -105,16 +106,6 @@ def capture(engine: Any, client_state: Mapping[str, Any], copies: HostCopies | N
     if copies is not None:
         copies.wait()
     return taker.captured
-
-
-def pickle_stage_by_value() -> None:
-    """Have DeepSpeed's ZeRO stage, the one enum that it saves, written as its class and its number.
-
-    Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) would write a call of `getattr`, which no safe reader lets in.
-    """
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 class _Taker:

@@ -4,6 +4,7 @@ Where nothing else is needed, a pickle can be read without the power to run code
 tensors, numbers, text and containers, and refuses every other class that is not named here.
 """
 
+import copyreg
 import pickle
 import re
 from dataclasses import dataclass
@@ -52,6 +53,16 @@ def _known_classes() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def pickle_stage_by_value() -> None:
+    """Have DeepSpeed's ZeRO stage, the one enum that it saves, written as its class and its number.
+
+    Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) would write a call of `getattr`, which no safe reader lets in.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 @dataclass(frozen=True)

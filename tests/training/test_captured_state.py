@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from inheritune_ds.errors import CheckpointError
-from inheritune_ds.training.captured_state import CapturedState, HostCopies, capture, pickle_stage_by_value
-from inheritune_ds.training.shard_reader import read_shard
+from inheritune_ds.training.captured_state import CapturedState, HostCopies, capture
+from inheritune_ds.training.shard_reader import pickle_stage_by_value, read_shard
 from inheritune_ds.training.shard_writer import write_shard
 
 
