@@ -122,13 +122,36 @@ def test_a_rank_leaves_alone_when_the_store_has_gone(start: Start, tmp_path: Pat
 
 
 @pytest.mark.launch
-def test_work_that_holds_the_interpreter_is_ended_a_little_later(start: Start, tmp_path: Path) -> None:
-    process = start("with watch.phase('step', 7):\n    time.sleep(1.2 * 0.5)\n    ctypes.PyDLL(None).sleep(600)")
+@pytest.mark.parametrize(
+    "before",
+    [
+        "pass",  # not one tick of the watch's thread
+        "time.sleep(1.2 * 0.5)",
+        "with watch.phase('validation', 7): pass",  # its longer limit is over with it
+    ],
+)
+def test_work_that_holds_the_interpreter_is_ended_a_little_later(before: str, start: Start, tmp_path: Path) -> None:
+    body = f"with watch.phase('step', 7):\n    {before}\n    ctypes.PyDLL(None).sleep(600)"
+    process = start(body, {"step": LIMIT_S, "validation": 60.0})
     _, errors = process.communicate(timeout=60)
     assert seconds_since_begin(tmp_path) < LIMIT_S + GRACE_S + 3 * TICK_S + SLACK_S
     assert process.returncode == 1
     assert "Timeout" in errors
     assert '  File "<string>", line ' in errors
+
+
+@pytest.mark.launch
+def test_work_that_holds_the_interpreter_may_take_what_its_phase_allows(start: Start, tmp_path: Path) -> None:
+    # The clock of the phase before, and then of the one inside, would be over in the middle of it.
+    grace = "import inheritune_ds.training.watchdog as module\nmodule.GRACE_S = 0.0\n"
+    hold = "ctypes.PyDLL(None).usleep(1800000)"
+    body = (
+        f"{grace}with watch.phase('step', 7):\n    pass\nwith watch.phase('validation', 7):\n    {hold}\n"
+        f"    with watch.phase('step', 7):\n        pass\n    {hold}"
+    )
+    process = start(body, {"step": LIMIT_S, "validation": 60.0})
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
 
 
 @pytest.mark.launch
