@@ -9,10 +9,12 @@ renamed or listed there.
     sync    `save` until it returns: capture, hash, write, fsync, manifest, rename, pointer
     async   `save` until it returns (`blocked`), and until the checkpoint is published
 
-Ratios are taken within a round, so what a shared disk does to one round it does to all three.
+Ratios are taken within a round, so what a shared disk does to one round it does to all three. How fast one thread
+hashes is measured as well, by BLAKE3, which a checkpoint is hashed with, and by sha256.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +24,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
 
 from benchmarks.comparison import Comparison, in_turns, summary, verdict
 from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 WRITERS = ("plain", "sync", "async")
 PIECE_BYTES = 1 << 23
+HASHED_BYTES = 1 << 28
 COMPARISONS = (
     Comparison("sync over plain", "sync", "plain", bar=1.25, at_most=True),
     Comparison("async, until published, over plain", "async", "plain"),
@@ -168,6 +173,18 @@ def measure(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
     return {"bytes": found["bytes"], "plain_mib_per_s": summary([plain]), "ratios": ratios, "seconds": found["rounds"]}
 
 
+def hash_rates(rounds: int) -> dict[str, Any]:
+    """GiB/s of one thread, the two hashes in turns, over bytes that lie in memory."""
+    content = os.urandom(HASHED_BYTES)
+    rates: dict[str, list[float]] = {"blake3": [], "sha256": []}
+    for _ in range(rounds):
+        for name, digest in (("blake3", blake3()), ("sha256", hashlib.sha256())):
+            start_s = time.perf_counter()
+            digest.update(content)
+            rates[name].append(HASHED_BYTES / 2**30 / (time.perf_counter() - start_s))
+    return {name: summary([found]) for name, found in rates.items()}
+
+
 def lines_of(figures: dict[str, Any]) -> list[str]:
     """The figures as a table."""
     row = "{:<44}{:>8}  {:>18}  {:>18}  {}"
@@ -178,6 +195,10 @@ def lines_of(figures: dict[str, Any]) -> list[str]:
             span = f"{ratio['min']:.2f} to {ratio['max']:.2f}"
             bar = f"at most {ratio['bar']}: {ratio['verdict']}" if ratio["bar"] is not None else ""
             lines.append(row.format(f"{ranks} ranks: {name}", f"{ratio['median']:.3f}", interval, span, bar).rstrip())
+    for name, rate in figures["hash_gib_per_s"].items():
+        interval = "{:.2f} to {:.2f}".format(*rate["interval_95"])
+        span = f"{rate['min']:.2f} to {rate['max']:.2f}"
+        lines.append(row.format(f"{name}, GiB/s of one thread", f"{rate['median']:.2f}", interval, span, "").rstrip())
     return lines
 
 
@@ -188,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--mib", type=int, default=512, help="size of a checkpoint, about (default: 512 MiB)")
-    add("--rounds", type=int, default=12, help="saves of each kind (default: 12)")
+    add("--rounds", type=int, default=24, help="saves of each kind (default: 24)")
     add("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)")
     add("--scratch", type=Path, help="where to write (default: the folder for temporary files)")
     add("--rehearse", action="store_true", help="a toy: it tests this command, and measures nothing")
@@ -204,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "mib": args.mib,
         "order": [" ".join(turn) for turn in in_turns(WRITERS, args.rounds)],
         "ranks": {str(ranks): measure(args, ranks) for ranks in args.ranks},
+        "hash_gib_per_s": hash_rates(args.rounds),
     }
     print(*lines_of(figures), sep="\n", flush=True)
     out = args.out or (Path(tempfile.mkdtemp()) if args.rehearse else RESULTS) / "checkpoint.json"

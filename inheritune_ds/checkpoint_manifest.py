@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from inheritune_ds.files import sha256_file
+from inheritune_ds.files import blake3_file
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
@@ -18,7 +18,7 @@ NAME = re.compile(r"step-(\d{8})")
 WORLD_WRITABLE = stat.S_IWOTH
 _CHANGED_MANIFEST = f"{MANIFEST} is missing or not as it was written"
 _HASHERS = 8
-"""Threads at most; hashlib lets go of the interpreter, so they run side by side."""
+"""Threads at most; BLAKE3 lets go of the interpreter, so they run side by side."""
 
 
 def published(folder: Path) -> Iterator[Path]:
@@ -63,7 +63,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None if it is missing or any byte of it differs from what was written.
 
     Returns:
-        `step`, `generation`, `for_good` (whether retention never takes it), `files` ({path: {bytes, sha256}}) and the
+        `step`, `generation`, `for_good` (whether retention never takes it), `files` ({path: {bytes, blake3}}) and the
         fields given to `CheckpointStore.publish`.
     """
     path = checkpoint / MANIFEST
@@ -136,8 +136,11 @@ def listing_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> s
 
 def _hash_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]], advance: Callable[[int], None]) -> str | None:
     def fault(name: str) -> str | None:
-        expected, found = files[name]["sha256"], sha256_file(checkpoint / name, advance)
-        return None if found == expected else f"{name} has sha256 {found[:12]}... instead of {expected[:12]}..."
+        expected = files[name].get("blake3")
+        if expected is None:
+            return f"{MANIFEST} lists no blake3 of {name}: another version of inheritune_ds has written it"
+        found = blake3_file(checkpoint / name, advance)
+        return None if found == expected else f"{name} has blake3 {found[:12]}... instead of {expected[:12]}..."
 
     pool = ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1))
     try:

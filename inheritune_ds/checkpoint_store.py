@@ -210,7 +210,7 @@ class CheckpointStore:
             temporary: From `begin`, filled by all ranks.
             step: Whose it is.
             fields: What else the manifest tells; JSON.
-            files: {path inside the folder: {"bytes": size, "sha256": hex}} of everything that was written.
+            files: {path inside the folder: {"bytes": size, "blake3": hex}} of everything that was written.
             say: Told if the pointer cannot follow: the checkpoint is there all the same, and is used.
 
         Raises:

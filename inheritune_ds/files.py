@@ -8,7 +8,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from blake3 import blake3
 
 from inheritune_ds.errors import InherituneError, StorageError
 from inheritune_ds.redaction import redact, redact_document
@@ -18,18 +20,37 @@ _RUST_REFUSAL = re.compile(r"\(os error (\d+)\)")
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """Hash a file (hex).
+    """Hash a file by sha256 (hex), which others publish and check.
 
     Args:
         path: The file.
         advance: Told the bytes of every chunk that is done.
     """
-    digest = hashlib.sha256()
+    return _hash_file(path, hashlib.sha256(), advance)
+
+
+def blake3_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """Hash a file by BLAKE3 (hex, 64 characters), several times as fast: for the gigabytes of a checkpoint.
+
+    Args:
+        path: The file.
+        advance: Told the bytes of every chunk that is done.
+    """
+    return _hash_file(path, blake3(), advance)
+
+
+def _hash_file(path: Path, digest: "_Digest", advance: Callable[[int], None]) -> str:
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
             advance(len(chunk))
     return digest.hexdigest()
+
+
+class _Digest(Protocol):
+    def update(self, data: bytes, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
 
 
 @contextlib.contextmanager

@@ -1,4 +1,3 @@
-import hashlib
 import os
 import re
 import subprocess
@@ -7,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from inheritune_ds.checkpoint_store import CheckpointStore, published
 from inheritune_ds.cli import main
@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Path:
         temporary = store.begin(step)
         content = bytes([step]) * 1_500_000
         (temporary / "model.pt").write_bytes(content)
-        files = {"model.pt": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+        files = {"model.pt": {"bytes": len(content), "blake3": blake3(content).hexdigest()}}
         layout = {"world_size": 2, "zero_stage": 1, "precision": "bf16"}
         saved = store.publish(
             temporary, step, {"state": {"step": step, "tokens": step * 512}, "layout": layout}, files, print
@@ -84,7 +84,7 @@ def test_verify_names_the_damaged_file_and_ends_with_4(run: Path, capsys: pytest
     assert code == 4
     assert lines[0].startswith("step-00000016  intact")
     assert re.fullmatch(
-        r"step-00000012  DAMAGED: model\.pt has sha256 [0-9a-f]{12}\.\.\. instead of [0-9a-f]{12}\.\.\.", lines[1]
+        r"step-00000012  DAMAGED: model\.pt has blake3 [0-9a-f]{12}\.\.\. instead of [0-9a-f]{12}\.\.\.", lines[1]
     )
     assert lines[3] == "step-00000004  DAMAGED: model.pt is missing"
     assert f"2 of 4 checkpoints in {run / 'checkpoints'} are damaged" in error

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 
 from inheritune_ds.errors import CorpusError, StorageError
 from inheritune_ds.files import (
     CHUNK_BYTES,
+    blake3_file,
     read_json,
     sha256_file,
     storage_errors,
@@ -25,11 +27,20 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1])
-def test_sha256_file_hashes_every_byte(size: int, tmp_path: Path) -> None:
+def test_a_file_is_hashed_to_its_last_byte(size: int, tmp_path: Path) -> None:
     content = bytes(range(251)) * (size // 251 + 1)
     path = tmp_path / "file"
     path.write_bytes(content[:size])
     assert sha256_file(path) == hashlib.sha256(content[:size]).hexdigest()
+    assert blake3_file(path) == blake3(content[:size]).hexdigest()
+
+
+def test_blake3_is_that_of_its_authors(tmp_path: Path) -> None:
+    # test_vectors.json of BLAKE3-team/BLAKE3: lengths 0 and 1
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "one").write_bytes(b"\0")
+    assert blake3_file(tmp_path / "empty") == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    assert blake3_file(tmp_path / "one") == "2d3adedff11b61f14c886e35afa036736dcd87a74d27b5c1510225d0f592e213"
 
 
 def test_write_text_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:

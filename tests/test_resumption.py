@@ -1,9 +1,9 @@
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from inheritune_ds.checkpoint_store import CheckpointStore
 from inheritune_ds.errors import CheckpointError
@@ -20,7 +20,7 @@ def saved(run: Path, *overrides: str, data: str | None = "d" * 64, precision: st
     store = CheckpointStore(run / "checkpoints", keep=3)
     temporary = store.begin(4)
     (temporary / "state.pt").write_bytes(b"state")
-    files = {"state.pt": {"bytes": 5, "sha256": hashlib.sha256(b"state").hexdigest()}}
+    files = {"state.pt": {"bytes": 5, "blake3": blake3(b"state").hexdigest()}}
     fields: dict[str, Any] = {
         "state": RunState(4).as_dict(),
         "layout": {"world_size": 4, "zero_stage": 3, "precision": precision},

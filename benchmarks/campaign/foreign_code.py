@@ -17,7 +17,7 @@ from unittest.mock import patch
 from benchmarks.campaign.cases import Case, Figures
 from benchmarks.campaign.launching import SHAPE, arguments, run_to_end, write_ds_config, write_recipe
 from inheritune_ds.checkpoint_manifest import MANIFEST, manifest_text, published, read_manifest
-from inheritune_ds.files import sha256_file
+from inheritune_ds.files import blake3_file
 
 SHORT = ("pickle-model", "pickle-tokenizer", "code-of-a-repository", "switches")
 SWITCHES = ("TRUST_REMOTE_CODE", "HF_TRUST_REMOTE_CODE", "HF_HUB_TRUST_REMOTE_CODE", "HF_DATASETS_TRUST_REMOTE_CODE")
@@ -208,7 +208,7 @@ def _forge(checkpoint: Path) -> None:
     assert manifest is not None
     for name in manifest["files"]:
         path = checkpoint / name
-        manifest["files"][name] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        manifest["files"][name] |= {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
     (checkpoint / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
 
 

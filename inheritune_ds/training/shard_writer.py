@@ -1,13 +1,12 @@
 """Files of a checkpoint: each written once, from its first byte to its last, and hashed while it is written.
 
-torch's zip writer only ever appends. What it hands over goes to the file and to sha256 at the same time, in two threads
+torch's zip writer only ever appends. What it hands over goes to the file and to BLAKE3 at the same time, in two threads
 that both leave Python's lock. The disk is asked to begin at once, so that the last fsync has little left to wait for.
 The hash is that of the bytes in memory: it does not come from the file that it is to prove.
 """
 
 import ctypes
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from blake3 import blake3
 
 from inheritune_ds.errors import StorageError
 
@@ -31,7 +31,7 @@ def write_shard(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
     """Write one file as `torch.save` does, without its CRC32, and flush it to the disk.
 
     The CRC32 would be a third pass over the bytes, over each record of the file by itself; `torch.load` does not ask
-    for it, and sha256 takes its place.
+    for it, and BLAKE3 takes its place.
 
     Args:
         state: What the file is to hold.
@@ -39,12 +39,12 @@ def write_shard(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
         needed_bytes: Of the whole checkpoint, for the message.
 
     Returns:
-        `bytes` and `sha256` (hex), as a manifest lists them.
+        `bytes` and `blake3` (hex), as a manifest lists them.
 
     Raises:
         StorageError: If the disk refuses any of it, with the path and the bytes needed.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher, _refusals(path, needed_bytes):
+    with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hasher, _refusals(path, needed_bytes):
         file = _HashedFile(path, hasher)
         try:
             with _without_crc32():
@@ -120,7 +120,7 @@ class _HashedFile:
         # Not for others to write to, whatever the umask: such a file would not be loaded again.
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._hasher = hasher
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._bytes = 0
         self._refusal: OSError | None = None
 
@@ -158,7 +158,7 @@ class _HashedFile:
         if self._refusal is not None:
             raise self._refusal
         os.fsync(self._descriptor)
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+        return {"bytes": self._bytes, "blake3": self._digest.hexdigest()}
 
     def close(self) -> None:
         """Give the file back, complete or not."""

@@ -1,8 +1,9 @@
 """Checkpoints as a test writes them."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from inheritune_ds.checkpoint_store import CheckpointStore
 
@@ -15,9 +16,7 @@ def written(temporary: Path, text: str) -> dict[str, Any]:
     (temporary / "engine").mkdir()
     for name, content in files.items():
         (temporary / name).write_bytes(content)
-    return {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
-    }
+    return {name: {"bytes": len(content), "blake3": blake3(content).hexdigest()} for name, content in files.items()}
 
 
 def save(store: CheckpointStore, *steps: int, text: str = "state") -> Path:

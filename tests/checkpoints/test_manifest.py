@@ -1,6 +1,5 @@
 """The manifest, and every way in which files may differ from it."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from inheritune_ds import checkpoint_manifest
 from inheritune_ds.checkpoint_manifest import manifest_text
@@ -57,7 +57,7 @@ def open_to_all(path: Path) -> None:
 HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (Path.unlink, "engine/model.pt is missing"),
     "short": (shorten, "engine/model.pt has 255 bytes instead of 256"),
-    "flipped": (flip, "engine/model.pt has sha256 {found}... instead of {expected}..."),
+    "flipped": (flip, "engine/model.pt has blake3 {found}... instead of {expected}..."),
     "link": (link, "engine/model.pt is a symbolic link and may lie outside the checkpoint"),
     "folder link": (link_folder, "engine is a symbolic link and may lie outside the checkpoint"),
     "pipe": (replace_by_fifo, "engine/model.pt has -1 bytes instead of 256"),
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert store.newest_verified(lines.append) == folder / "step-00000001"
     changed = bytearray(MODEL)
     changed[128] ^= 1
-    told = fault.format(found=hashlib.sha256(changed).hexdigest()[:12], expected=hashlib.sha256(MODEL).hexdigest()[:12])
+    told = fault.format(found=blake3(changed).hexdigest()[:12], expected=blake3(MODEL).hexdigest()[:12])
     assert lines == [f"WARNING: checkpoint {folder / 'step-00000002'} is passed over: {told}"]
 
 
@@ -146,8 +146,18 @@ def test_a_file_that_cannot_be_read_is_a_fault(store: CheckpointStore, monkeypat
     def broken(path: Path, _advance: object) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(checkpoint_manifest, "sha256_file", broken)
+    monkeypatch.setattr(checkpoint_manifest, "blake3_file", broken)
     assert find_fault(saved) == f"{saved / 'engine' / 'rank0.pt'} cannot be read: Input/output error"
+
+
+def test_a_checkpoint_of_another_version_is_no_traceback(store: CheckpointStore) -> None:
+    saved = save(store, 2)
+    manifest = read_manifest(saved)
+    assert manifest is not None
+    manifest["files"]["engine/model.pt"]["sha256"] = manifest["files"]["engine/model.pt"].pop("blake3")
+    (saved / MANIFEST).write_text(manifest_text(manifest))
+    fault = f"{MANIFEST} lists no blake3 of engine/model.pt: another version of inheritune_ds has written it"
+    assert find_fault(saved) == fault
 
 
 def test_every_byte_that_is_read_is_told(store: CheckpointStore) -> None:

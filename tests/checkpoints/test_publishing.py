@@ -1,6 +1,5 @@
 """How a checkpoint appears, and what a kill or a refusal of the disk leaves."""
 
-import hashlib
 import os
 import shutil
 import stat
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from inheritune_ds.checkpoint_store import GENERATION, MANIFEST, POINTER, CheckpointStore, published, read_manifest
 from inheritune_ds.errors import CheckpointError, StorageError
@@ -27,7 +27,7 @@ def test_a_published_checkpoint_is_whole_and_pointed_at(store: CheckpointStore, 
     manifest = read_manifest(saved)
     assert manifest is not None
     assert (manifest["step"], manifest["generation"], manifest["state"]) == (7, 1, {"step": 7, "seconds": 7.1})
-    assert manifest["files"]["engine/model.pt"] == {"bytes": 256, "sha256": hashlib.sha256(MODEL).hexdigest()}
+    assert manifest["files"]["engine/model.pt"] == {"bytes": 256, "blake3": blake3(MODEL).hexdigest()}
 
 
 def test_only_the_newest_launch_publishes(store: CheckpointStore, folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_nothing_is_deleted_while_the_newest_is_damaged(folder: Path, lines: lis
     flip(folder / "step-00000003" / "engine" / "model.pt")
     assert store.prune(lines.append) == []
     assert len(list(published(folder))) == 3
-    assert lines[0].startswith(f"WARNING: checkpoint {folder / 'step-00000003'} is damaged: engine/model.pt has sha256")
+    assert lines[0].startswith(f"WARNING: checkpoint {folder / 'step-00000003'} is damaged: engine/model.pt has blake3")
     assert lines[0].endswith("the older ones stay, however many there are")
     save(store, 4)
     assert [path.name for path in store.prune(lines.append)] == ["step-00000003", "step-00000002", "step-00000001"]
@@ -103,7 +103,7 @@ def test_there_is_no_way_back_to_nothing(store: CheckpointStore, folder: Path, l
     flip(folder / "step-00000002" / "engine" / "model.pt")
     with pytest.raises(CheckpointError) as caught:
         store.go_back(2, lines.append)
-    assert caught.value.problem.startswith("the run cannot go back to step 2: step-00000002: engine/model.pt has sha")
+    assert caught.value.problem.startswith("the run cannot go back to step 2: step-00000002: engine/model.pt has bla")
     assert len(list(published(folder))) == 2
 
 

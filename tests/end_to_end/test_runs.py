@@ -174,7 +174,7 @@ def test_interrupt_saves_and_leaves_and_the_same_command_goes_on(
     content[len(content) // 2] ^= 1
     victim.write_bytes(bytes(content))
     output = launch("train.py", *arguments(recipe, tmp_path), expect=4)
-    assert f"{victim.relative_to(damaged.parent)} has sha256" in output
+    assert f"{victim.relative_to(damaged.parent)} has blake3" in output
     assert "Traceback" not in output
     assert status(run)["state"] == "failed"
     assert status(run)["exit_code"] == 4

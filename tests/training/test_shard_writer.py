@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from inheritune_ds.errors import StorageError
-from inheritune_ds.files import sha256_file
+from inheritune_ds.files import blake3_file
 from inheritune_ds.training import shard_writer
 from inheritune_ds.training.shard_writer import require_space, write_shard
 
@@ -28,7 +28,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(path: Path, entry: dict[str, Any]) -> None:
-    assert entry == {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    assert entry == {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
     loaded = torch.load(path, weights_only=True)
     assert loaded["step"] == 7
     assert torch.equal(loaded["weights"], WEIGHTS)
