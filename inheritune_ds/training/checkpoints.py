@@ -84,7 +84,7 @@ class Checkpoints:
         """Seconds of the last save, from its beginning to its publishing."""
 
     def save(self, engine: Stateful, state: RunState) -> bool:
-        """Save a checkpoint; in async mode, come back as soon as the state is copied.
+        """Save a checkpoint; in async mode, come back as soon as the state is copied, before the ranks meet over it.
 
         A save that is still under way is waited for first.
 
@@ -98,16 +98,51 @@ class Checkpoints:
         """
         self.settle()
         start_s = time.perf_counter()
-        captured = engine.capture(self._copies)
-        begun = self._together(state.step, lambda: self._begin(state.step, captured))
-        if isinstance(begun, InherituneError):
-            self._drop(begun)
-            return self._accept(begun)
-        work = _Work(state, *begun, captured, start_s)
+        work = _Work(state, engine.capture(self._copies), start_s)
         if self._copies is None:
             return self._accept(self._finish(work))
         self._writing = _Background(lambda: self._finish(work), f"save-{state.step}")
         return True
+
+    def _finish(self, work: "_Work") -> Path | InherituneError:
+        """Bring what was taken to the disk, all ranks together; what came of it, the same on all ranks."""
+        outcome = self._together(work.state.step, lambda: self._write_and_publish(work))
+        if isinstance(outcome, InherituneError):
+            self._tell_user(work.state.step, outcome)
+            self._drop(outcome)
+            return outcome
+        self._temporary = None
+        self.last_save_s, self.published_step = time.perf_counter() - work.start_s, work.state.step
+        if self._world.is_main:
+            self._pruning = _Background(lambda: self._store.prune(self._say), f"prune-{work.state.step}")
+        return outcome
+
+    def _write_and_publish(self, work: "_Work") -> Path | InherituneError:
+        """Make room, write this rank's files, meet the others, let rank 0 publish."""
+        begun = self._begin(work.state.step, work.captured)
+        if isinstance(begun, InherituneError):
+            return begun
+        temporary, total_bytes = begun
+        reports = self._circle.gather(self._write(work.captured.shards, temporary, total_bytes))
+        outcome: Path | InherituneError | None = _first_error(reports)
+        if self._world.is_main and outcome is None:
+            files = {name: entry for report in reports for name, entry in (report.files or {}).items()}
+            fields = {
+                "state": work.state.as_dict(),
+                "layout": asdict(self._layout),
+                "fingerprints": self._fingerprints,
+            }
+
+            def publish() -> Path:
+                with _telling_bytes(total_bytes):
+                    return self._store.publish(
+                        temporary, work.state.step, fields, dict(sorted(files.items())), self._say
+                    )
+
+            outcome = self._attempt(publish)
+        answer = self._circle.tell(outcome)
+        assert answer is not None  # rank 0 has published, or says why not
+        return answer
 
     def _begin(self, step: int, captured: CapturedState) -> "tuple[Path, int] | InherituneError":
         """Make the folder to write to if there is room: its path, and the bytes of the whole checkpoint."""
@@ -125,10 +160,7 @@ class Checkpoints:
             made = self._attempt(lambda: self._make_folder(step, total_bytes))
         answer = self._circle.tell(made)
         assert answer is not None  # rank 0 has made a folder, or says why not
-        if isinstance(answer, InherituneError):
-            self._tell_user(step, answer)
-            return answer
-        return answer, total_bytes
+        return answer if isinstance(answer, InherituneError) else (answer, total_bytes)
 
     def _make_folder(self, step: int, total_bytes: int) -> Path:
         require_space(self._store.folder, total_bytes, count=1)
@@ -142,47 +174,15 @@ class Checkpoints:
         if temporary is not None and not isinstance(error, CheckpointError):
             self._store.discard(temporary)
 
-    def _finish(self, work: "_Work") -> Path | InherituneError:
-        """Write this rank's files, meet the others, let rank 0 publish; what came of it, the same on all ranks."""
-        outcome = self._together(work.state.step, lambda: self._write_and_publish(work))
-        if isinstance(outcome, InherituneError):
-            self._tell_user(work.state.step, outcome)
-            self._drop(outcome)
-            return outcome
-        self._temporary = None
-        self.last_save_s, self.published_step = time.perf_counter() - work.start_s, work.state.step
-        if self._world.is_main:
-            self._pruning = _Background(lambda: self._store.prune(self._say), f"prune-{work.state.step}")
-        return outcome
-
-    def _write_and_publish(self, work: "_Work") -> Path | InherituneError:
-        reports = self._circle.gather(self._write(work))
-        outcome: Path | InherituneError | None = _first_error(reports)
-        if self._world.is_main and outcome is None:
-            files = {name: entry for report in reports for name, entry in (report.files or {}).items()}
-            fields = {
-                "state": work.state.as_dict(),
-                "layout": asdict(self._layout),
-                "fingerprints": self._fingerprints,
-            }
-            outcome = self._attempt(lambda: self._publish(work, fields, dict(sorted(files.items()))))
-        answer = self._circle.tell(outcome)
-        assert answer is not None  # rank 0 has published, or says why not
-        return answer
-
-    def _publish(self, work: "_Work", fields: Mapping[str, Any], files: Mapping[str, dict[str, Any]]) -> Path:
-        with _telling_bytes(work.total_bytes):
-            return self._store.publish(work.temporary, work.state.step, fields, files, self._say)
-
-    def _write(self, work: "_Work") -> _Report:
+    def _write(self, shards: dict[str, Any], temporary: Path, needed_bytes: int) -> _Report:
         """Write this rank's files, each let go of when it is written."""
-        files, shards = {}, work.captured.shards
+        files = {}
         try:
             for name in sorted(shards):
-                path = work.temporary / name
+                path = temporary / name
                 with storage_errors(path.parent):
                     path.parent.mkdir(mode=0o755, exist_ok=True)
-                files[name] = write_shard(shards.pop(name), path, needed_bytes=work.total_bytes)
+                files[name] = write_shard(shards.pop(name), path, needed_bytes=needed_bytes)
         except InherituneError as error:
             return _Report(error=error)
         except Exception as error:  # noqa: BLE001 - the others wait for this rank's word
@@ -299,8 +299,6 @@ class Checkpoints:
 @dataclass(frozen=True)
 class _Work:
     state: RunState
-    temporary: Path
-    total_bytes: int
     captured: CapturedState
     start_s: float
 

@@ -326,10 +326,21 @@ def test_nothing_is_written_without_room_for_it(tmp_path: Path, monkeypatch: pyt
     assert ranks.names() == []
 
 
+def test_a_background_save_without_room_is_told_when_it_is_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 6400, 3599))
+    ranks = Ranks(tmp_path, async_save=True, on_save_error="stop")
+    assert ranks.save(1) == [True, True]
+    assert [type(error) for error in ranks.settle()] == [StorageError] * 2
+    assert ranks.names() == []
+
+
 def test_a_copy_that_host_memory_does_not_hold_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path, async_save=True)
     monkeypatch.setattr(ranks.engines[1], "capture", lambda _: CapturedState(failure=MemoryError("600 GB")))
-    raised = ranks.save(1)
+    assert ranks.save(1) == [True, True]  # on its way: the ranks have not met yet
+    raised = ranks.settle()
     assert {error.problem for error in raised} == {"rank 1 could not copy its state to host memory: 600 GB"}
     assert raised[0].action == 'set "async_save": false in the reliability block of the DeepSpeed config'
 
