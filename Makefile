@@ -2,7 +2,7 @@
 #   make quickstart     install into .venv, then run the main job on the embedded corpus
 #   make test           the tests, with branch coverage
 #   make rehearse       every benchmark at toy size, the GPU check among them
-#   make campaign       prove the promises of docs/reliability.md (ARGS='kills flips': these parts only)
+#   make campaign       prove the promises of docs/reliability.md (ARGS='kills_sync flips': these parts only)
 # For work on the code: make check, make format, make clean.
 
 PYTHON ?= python3

@@ -273,15 +273,16 @@ def metrics() -> str:
 
 
 def campaign() -> str:
-    """A row a part of the campaign: what it proves and what came of it."""
+    """A row a part of the campaign: what it proves, what came of it, and how long that took."""
     results = read_json(DOCS / "results" / "reliability.json") or {}
-    rows = ["| | part | promise | cases passed | figures |", "|---|---|---|---|---|"]
+    rows = ["| | part | promise | cases passed | minutes | figures |", "|---|---|---|---|---|---|"]
     for name, part in sorted(results.items(), key=lambda item: (item[1]["point"], item[0])):
         told = "; ".join(
             f"{key.replace('_', ' ')} {_figure(value)}" for key, value in part["figures"].items() if value != ""
         )
         rows.append(
-            f"| {part['point']} | `{name}` | {part['promise']} | {part['passed']} of {part['cases']} | {told} |"
+            f"| {part['point']} | `{name}` | {part['promise']} | {part['passed']} of {part['cases']} "
+            f"| {part['seconds'] / 60:.1f} | {told} |"
         )
     return "\n".join(rows) + "\n"
 

@@ -16,6 +16,7 @@ from inheritune_ds.errors import InherituneError, StorageError
 from inheritune_ds.redaction import redact, redact_document
 
 CHUNK_BYTES = 1 << 22
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
 _RUST_REFUSAL = re.compile(r"\(os error (\d+)\)")
 
 
@@ -105,6 +106,18 @@ def write_exact(path: Path, text: str) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left of `write_exact` in a folder that nobody else is writing to.
+
+    Raises:
+        StorageError: If the folder cannot be written.
+    """
+    with storage_errors(folder):
+        for path in folder.glob(".*.tmp"):
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from inheritune_ds import __version__, hub
 from inheritune_ds.corpus import HubSource
 from inheritune_ds.errors import RecipeError, RunFolderError
-from inheritune_ds.files import read_json, storage_errors, sync_path, write_exact, write_json
+from inheritune_ds.files import read_json, remove_leftovers, storage_errors, sync_path, write_exact, write_json
 from inheritune_ds.hub import RepoType
 from inheritune_ds.publish import has_files
 from inheritune_ds.recipe import Recipe
@@ -85,6 +85,8 @@ class RunFolder:
         for folder in (self.eval, self.checkpoints):
             with storage_errors(folder):
                 folder.mkdir(mode=0o775, exist_ok=True)  # whatever the umask: nothing is loaded that all can write to
+        for folder in (self.path, self.eval):  # of the checkpoints' own their store takes care
+            remove_leftovers(folder)
 
     def lock(self) -> None:
         """Make the folder this process's own until it ends or calls `release`.

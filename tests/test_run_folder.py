@@ -49,6 +49,20 @@ def test_claim_makes_the_folder_and_writes_the_resolved_recipe(folder: RunFolder
     assert (folder.target, folder.export) == (folder.path / "target", folder.path / "export")
 
 
+def test_claim_removes_what_a_killed_launch_was_writing(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.release()
+    killed = [folder.path / ".status.json.4711.tmp", folder.eval / ".validation-step-00000004.json.4711.tmp"]
+    others = [folder.path / ".notes.tmp", folder.path / ".status.json.tmp", folder.path / "status.json.4711.tmp"]
+    for path in killed + others:
+        path.write_text("{")
+    staging = folder.path / ".export.node-1.4711.tmp"  # publish.py's, of another machine perhaps
+    staging.mkdir()
+    folder.claim(recipe)
+    assert not any(path.exists() for path in killed)
+    assert all(path.exists() for path in [*others, staging])
+
+
 def test_the_same_recipe_claims_again(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     written = (folder.path / "recipe.resolved.yaml").stat().st_mtime_ns

@@ -1,6 +1,6 @@
 """Prove what docs/reliability.md promises, part by part.
 
-`python -m benchmarks.campaign` runs every part, `python -m benchmarks.campaign kills flips` the named ones; `--list`
+`python -m benchmarks.campaign` runs every part, `python -m benchmarks.campaign pointer flips` the named ones; `--list`
 lists them. A case that has passed with the code as it is now is not run again, so an interrupted campaign goes on with
 the same command. The outcome of every part that is done is merged into docs/results/reliability.json; ends with 1 if
 any case failed.
@@ -19,7 +19,8 @@ from benchmarks.record import REPOSITORY, RESULTS
 
 MODULES = {
     "exact": "exact",
-    "kills": "kills",
+    "kills_sync": "kills",
+    "kills_async": "kills",
     "publish": "publish",
     "flips": "flips",
     "pointer": "pointer",

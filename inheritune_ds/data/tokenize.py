@@ -39,7 +39,7 @@ from inheritune_ds.data.vocabulary import (
     train_tokenizer,
 )
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.files import storage_errors, write_json
+from inheritune_ds.files import remove_leftovers, storage_errors, write_json
 from inheritune_ds.publish import describe_files, exclusive, publish, tidy
 
 if TYPE_CHECKING:
@@ -236,9 +236,8 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
         _check_parts(plan.corpus, counts)
     finally:
         journal.close()
+    remove_leftovers(partial)
     with storage_errors(partial):
-        for path in partial.glob(".manifest.json.*.tmp"):  # of a killed process
-            path.unlink()
         manifest = {
             "fingerprint": plan.fingerprint,
             **plan.identity,

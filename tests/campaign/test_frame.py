@@ -37,7 +37,7 @@ class Trials:
 
         return Case(name, run)
 
-    def part(self, name: str = "kills", short: tuple[str, ...] = ("a",)) -> Part:
+    def part(self, name: str = "flips", short: tuple[str, ...] = ("a",)) -> Part:
         def cases() -> list[Case]:
             return [self.case(letter) for letter in "abc"]
 
@@ -63,15 +63,15 @@ def run(trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_failed_case_is_told_and_kept_and_the_part_goes_on(
     run: Run, trials: Trials, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("kills") == 1
+    assert run("flips") == 1
     assert trials.runs == ["a", "b", "c"]
     printed = capsys.readouterr().out
     assert "b has broken its promise" in printed
-    assert "kills 2/3 b: FAILED in" in printed
-    assert "1 failed: kills/b" in printed
-    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["campaign-kills-b"]
-    assert str(tmp_path / "scratch" / "campaign-kills-b") in printed
-    result = json.loads((tmp_path / "result.json").read_text())["kills"]
+    assert "flips 2/3 b: FAILED in" in printed
+    assert "1 failed: flips/b" in printed
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["campaign-flips-b"]
+    assert str(tmp_path / "scratch" / "campaign-flips-b") in printed
+    result = json.loads((tmp_path / "result.json").read_text())["flips"]
     told = ("point", "promise", "cases", "passed", "failed", "figures", "command")
     assert {key: result[key] for key in told} == {
         "point": 2,
@@ -80,29 +80,29 @@ def test_failed_case_is_told_and_kept_and_the_part_goes_on(
         "passed": 2,
         "failed": ["b"],
         "figures": {"sum": 2},
-        "command": "python -m benchmarks.campaign kills",
+        "command": "python -m benchmarks.campaign flips",
     }
     assert {"seconds", "commit", "changed", "date", "packages", "code"} <= set(result)
 
 
 def test_same_command_runs_only_what_has_not_passed(run: Run, trials: Trials, tmp_path: Path) -> None:
-    run("kills")
+    run("flips")
     trials.runs.clear()
     trials.broken.clear()
-    assert run("kills") == 0
+    assert run("flips") == 0
     assert trials.runs == ["b"]
-    assert json.loads((tmp_path / "result.json").read_text())["kills"]["passed"] == 3
-    assert run("kills") == 0
+    assert json.loads((tmp_path / "result.json").read_text())["flips"]["passed"] == 3
+    assert run("flips") == 0
     assert trials.runs == ["b"]
-    assert run("kills", "--again") == 0
+    assert run("flips", "--again") == 0
     assert trials.runs == ["b", "a", "b", "c"]
 
 
 def test_other_code_runs_every_case_again(run: Run, trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     trials.broken.clear()
-    run("kills")
+    run("flips")
     monkeypatch.setattr(running, "code_digest", lambda: "other")
-    assert run("kills") == 0
+    assert run("flips") == 0
     assert trials.runs == ["a", "b", "c"] * 2
 
 
@@ -111,14 +111,14 @@ def test_case_during_which_the_code_changed_does_not_count(
 ) -> None:
     trials.broken.clear()
     monkeypatch.setattr(running, "code_digest", lambda: f"code {len(trials.runs)}")
-    run("kills")
-    assert "kills c: the code changed while it ran" in capsys.readouterr().out
+    run("flips")
+    assert "flips c: the code changed while it ran" in capsys.readouterr().out
     assert not (tmp_path / "result.json").exists()
-    assert Journal(tmp_path / "journal" / "kills.jsonl").passed("code 0") == {}
+    assert Journal(tmp_path / "journal" / "flips.jsonl").passed("code 0") == {}
 
 
 def test_short_form_runs_its_cases_and_writes_no_result(run: Run, trials: Trials, tmp_path: Path) -> None:
-    assert run("kills", "--short") == 0
+    assert run("flips", "--short") == 0
     assert trials.runs == ["a"]
     assert not (tmp_path / "result.json").exists()
 
@@ -126,10 +126,10 @@ def test_short_form_runs_its_cases_and_writes_no_result(run: Run, trials: Trials
 def test_writing_one_part_leaves_the_others(run: Run, trials: Trials, tmp_path: Path) -> None:
     trials.broken.clear()
     (tmp_path / "result.json").write_text(json.dumps({"exact": {"cases": 48}}))
-    run("kills")
+    run("flips")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["exact"] == {"cases": 48}
-    assert result["kills"]["passed"] == 3
+    assert result["flips"]["passed"] == 3
 
 
 def test_unexpected_error_is_a_failed_case_with_its_traceback(
@@ -139,15 +139,15 @@ def test_unexpected_error_is_a_failed_case_with_its_traceback(
         raise KeyError("a key of the evidence")
 
     monkeypatch.setattr(trials, "case", lambda name: Case(name, broken))
-    assert run("kills") == 1
-    lines = (tmp_path / "journal" / "kills.jsonl").read_text().splitlines()
+    assert run("flips") == 1
+    lines = (tmp_path / "journal" / "flips.jsonl").read_text().splitlines()
     assert "Traceback" in json.loads(lines[0])["evidence"]
 
 
 def test_unknown_part_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        run("killls")
-    assert "no part killls; there are exact, kills" in capsys.readouterr().err
+        run("flipps")
+    assert "no part flipps; there are exact, kills_sync" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -156,21 +156,21 @@ def test_unknown_part_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -
 def test_part_that_contradicts_itself_is_refused(
     trials: Trials, names: str, short: tuple[str, ...], problem: str
 ) -> None:
-    part = Part("kills", 2, "", lambda: [trials.case(name) for name in names], short, lambda _: {})
+    part = Part("flips", 2, "", lambda: [trials.case(name) for name in names], short, lambda _: {})
     with pytest.raises(ValueError, match=problem):
         part.chosen(short=True)
 
 
 def test_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "kills.jsonl")
+    journal = Journal(tmp_path / "flips.jsonl")
     journal.add({"case": "a", "code": "x", "passed": True})
-    with (tmp_path / "kills.jsonl").open("a") as stream:
+    with (tmp_path / "flips.jsonl").open("a") as stream:
         stream.write('{"case": "b", "code"')
     assert set(journal.passed("x")) == {"a"}
 
 
 def test_case_that_failed_after_it_had_passed_is_run_again(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "kills.jsonl")
+    journal = Journal(tmp_path / "flips.jsonl")
     for passed in (True, False):
         journal.add({"case": "a", "code": "x", "passed": passed})
     assert journal.passed("x") == {}

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.campaign.cases import Case
-from benchmarks.campaign.kills import IN_SAVE_AT_LEAST, PART, Kind, check_start, draw_kills
+from benchmarks.campaign.kills import IN_SAVE_AT_LEAST, PARTS, Kind, check_start, draw_kills
 
 
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", PART.chosen(short=True), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PARTS[0].chosen(short=True), ids=lambda case: case.name)
 def test_killed_run_goes_on_by_the_same_command_and_ends_the_same(case: Case, tmp_path: Path) -> None:
     found = case.run(tmp_path)
     assert len(found["kills"]) == 2
@@ -20,11 +20,12 @@ def test_killed_run_goes_on_by_the_same_command_and_ends_the_same(case: Case, tm
 
 
 def test_the_full_form_has_a_hundred_kills_of_which_forty_must_hit_a_save() -> None:
-    chains = [case.run for case in PART.cases() if case.name not in PART.short]
+    chains = [case.run for part in PARTS for case in part.cases() if case.name not in part.short]
     kinds = [kind for chain in chains for kind in chain.keywords["kinds"]]  # type: ignore[attr-defined]
     assert len(kinds) == 100
     assert len(chains) * IN_SAVE_AT_LEAST >= 40
     assert Counter(chain.keywords["asynchronous"] for chain in chains) == {True: 5, False: 5}  # type: ignore[attr-defined]
+    assert sorted(chain.keywords["seed"] for chain in chains) == list(range(10))  # type: ignore[attr-defined]
 
 
 def test_instants_are_a_function_of_the_seed() -> None:
