@@ -271,6 +271,7 @@ class _Run:
             )
             state = resumption.restore(engine, checkpoints, chosen)
             recorder = RunRecorder(self._folder, recipe, data.total_steps, state) if world.is_main else SilentRecorder()
+            _mark(self._folder, "running", "")
         parts = LoopParts(
             recipe=recipe,
             engine=engine,
@@ -293,7 +294,6 @@ class _Run:
             utilisation=self._utilisation(),
             data_metrics=data.metrics,
         )
-        _mark(self._folder, "running", "")
         failure: BaseException | None = None
         try:
             result = train(parts, data.total_steps, state)
@@ -306,7 +306,8 @@ class _Run:
         if not result.finished:
             reached = result.state.step
             done = f"saved at step {reached}" if reached else "before the first step"
-            _mark(self._folder, "requeue", f"{controls.reason}: {done}")
+            with watch.phase("finish", reached):
+                _mark(self._folder, "requeue", f"{controls.reason}: {done}")
             launch.say(f"stopped {'and ' if reached else ''}{done}; the same command goes on from there")
             return False
         with watch.phase("finish", result.state.step):

@@ -85,7 +85,7 @@ class RunFolder:
         for folder in (self.eval, self.checkpoints):
             with storage_errors(folder):
                 folder.mkdir(mode=0o775, exist_ok=True)  # whatever the umask: nothing is loaded that all can write to
-        for folder in (self.path, self.eval):  # of the checkpoints' own their store takes care
+        for folder in (self.path, self.eval, self.path / "report"):  # of the checkpoints' own their store takes care
             remove_leftovers(folder)
 
     def lock(self) -> None:

@@ -52,7 +52,12 @@ def test_claim_makes_the_folder_and_writes_the_resolved_recipe(folder: RunFolder
 def test_claim_removes_what_a_killed_launch_was_writing(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     folder.release()
-    killed = [folder.path / ".status.json.4711.tmp", folder.eval / ".validation-step-00000004.json.4711.tmp"]
+    (folder.path / "report").mkdir()
+    killed = [
+        folder.path / ".status.json.4711.tmp",
+        folder.eval / ".validation-step-00000004.json.4711.tmp",
+        folder.path / "report" / ".report.md.4711.tmp",
+    ]
     others = [folder.path / ".notes.tmp", folder.path / ".status.json.tmp", folder.path / "status.json.4711.tmp"]
     for path in killed + others:
         path.write_text("{")

@@ -16,6 +16,7 @@ from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     arguments,
     environment,
+    listed,
     numerics,
     run_to_end,
     weights_sha256,
@@ -24,7 +25,6 @@ from benchmarks.campaign.launching import (
 )
 from benchmarks.campaign.resumes import stopped_after
 from inheritune_ds.checkpoint_store import MANIFEST, CheckpointStore, published
-from inheritune_ds.publish import describe_files
 
 FLIPS = 250
 """In the newest checkpoint of each of the two runs."""
@@ -213,7 +213,7 @@ def make_checkpoints(folder: Path) -> Path:
         (temporary / "engine").mkdir()
         for number, name in enumerate(("model", _FIRST, _SECOND), 1):
             torch.save({"weights": torch.arange(2000.0) * number / step}, temporary / "engine" / f"{name}.pt")
-        store.publish(temporary, step, {}, describe_files(temporary), print)
+        store.publish(temporary, step, {}, listed(temporary), print)
     return store.folder
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.record import REPOSITORY
-from inheritune_ds.files import read_json, sha256_file
+from inheritune_ds.files import blake3_file, read_json, sha256_file
 
 SCRIPTS = Path(sys.executable).parent
 MARK = "INHERITUNE_CAMPAIGN"
@@ -281,6 +281,15 @@ def last_step(run: Path) -> int:
 def status(run: Path) -> dict[str, Any]:
     """The run's status.json; empty before there is one."""
     return dict(read_json(run / "status.json") or {})
+
+
+def listed(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint that no run has made, as a manifest lists them."""
+    return {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
 
 
 def weights_sha256(run: Path) -> str:

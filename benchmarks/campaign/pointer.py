@@ -12,6 +12,7 @@ from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     Launcher,
     arguments,
+    listed,
     numerics,
     run_to_end,
     status,
@@ -22,7 +23,6 @@ from benchmarks.campaign.launching import (
 from benchmarks.campaign.resumes import stopped_after
 from inheritune_ds.checkpoint_store import MANIFEST, POINTER, CheckpointStore, published
 from inheritune_ds.errors import CheckpointError
-from inheritune_ds.publish import describe_files
 
 FALLBACK_S = 5.0
 _STEPS = (4, 8, 12)
@@ -58,7 +58,7 @@ def _made(folder: Path) -> CheckpointStore:
         temporary = store.begin(step)
         for rank in range(2):
             (temporary / f"rank{rank}.pt").write_bytes(f"{step} {rank}".encode() * 1000)
-        store.publish(temporary, step, {}, describe_files(temporary), print)
+        store.publish(temporary, step, {}, listed(temporary), print)
     return store
 
 

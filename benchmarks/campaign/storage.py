@@ -19,6 +19,7 @@ from benchmarks.campaign.drive_storage import fill
 from benchmarks.campaign.launching import (
     Launched,
     arguments,
+    listed,
     rows,
     run_to_end,
     started,
@@ -29,7 +30,6 @@ from benchmarks.campaign.launching import (
 )
 from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, find_fault, published, read_manifest, step_of
 from inheritune_ds.errors import StorageError
-from inheritune_ds.publish import describe_files
 
 EXIT_STORAGE = StorageError.exit_code
 STEPS, INTERVAL = 100, 10
@@ -225,7 +225,7 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
         for step in (1, 2, 3):
             temporary = store.begin(step)
             (temporary / "state").write_bytes(bytes([step]) * 5000)
-            store.publish(temporary, step, {}, describe_files(temporary), print)
+            store.publish(temporary, step, {}, listed(temporary), print)
         (store.folder / "step-00000003" / "state").write_bytes(b"")  # what a lost write leaves
         if can_mount():
             fill(place / "ballast")
@@ -240,7 +240,7 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
         (place / "ballast").unlink(missing_ok=True)
         temporary = strict.begin(4)
         (temporary / "state").write_bytes(b"4" * 5000)
-        strict.publish(temporary, 4, {}, describe_files(temporary), print)
+        strict.publish(temporary, 4, {}, listed(temporary), print)
         if can_mount():
             fill(place / "ballast")
         assert len(strict.prune(said.append)) == 3, said

@@ -228,8 +228,8 @@ class Checkpoints:
     @property
     def wants_save(self) -> bool:
         """Whether an asynchronous save has failed for good on this rank: the next `save` raises it on all ranks."""
-        ended = self._writing.result if self._writing is not None else None
-        return isinstance(ended, InherituneError) and (self._stops or not isinstance(ended, StorageError))
+        ended = self._writing.error or self._writing.result if self._writing is not None else None
+        return isinstance(ended, BaseException) and (self._stops or not isinstance(ended, StorageError))
 
     def settle(self) -> bool:
         """Wait for what is under way.
@@ -308,7 +308,7 @@ class _Background(Generic[Value]):
 
     def __init__(self, call: Callable[[], Value], name: str) -> None:
         self.result: Value | None = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._call = call
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -317,12 +317,12 @@ class _Background(Generic[Value]):
         try:
             self.result = self._call()
         except BaseException as error:  # noqa: BLE001 - raised in `wait`, by the thread that has asked for it
-            self._error = error
+            self.error = error
 
     def wait(self) -> Value | None:
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return self.result
 
 

@@ -66,6 +66,9 @@ POSITIVE = Kind("a whole number, 1 or more", lambda value: _whole(value) and val
 DEPTH = Kind("a whole number, -1 or more", lambda value: _whole(value) and value >= -1)
 NUMBER = Kind("a number, 0 or more", lambda value: _number(value) and value >= 0)
 FACTOR = Kind("a number above 0", lambda value: _number(value) and value > 0)
+LIMIT_S = Kind(
+    'seconds above 0, at most 1e9 ("watchdog": false for none)', lambda value: _number(value) and 0 < value <= 1e9
+)
 NAMES = Kind(
     'a list of names, such as ["all_reduce"]',
     lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
@@ -189,7 +192,7 @@ RELIABILITY_KEYS: Kinds = {
     "async_save": SWITCH,
     "on_save_error": one_of(*SAVE_ERROR_POLICIES),
     "watchdog": SWITCH,
-    "watchdog_s": dict.fromkeys(WATCHDOG_S, FACTOR),
+    "watchdog_s": dict.fromkeys(WATCHDOG_S, LIMIT_S),
 }
 
 OURS: Kinds = {"kernels": KERNEL_KEYS, "reliability": RELIABILITY_KEYS}

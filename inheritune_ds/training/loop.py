@@ -134,12 +134,12 @@ class _Loop:
         with self._parts.watch.phase("start", self._state.step):
             stop = self._stop_asked()
         if stop:  # while the engine was built; the state that the run was brought to is saved already
-            self._parts.controls.honoured(Wishes(stop=True))
+            self._honour(Wishes(stop=True))
             return LoopResult(self._state, finished=False)
         if self._state.validation_due and not self._validate():
             if self._state.step:
                 self._save(leaving=True)
-            self._parts.controls.honoured(Wishes(stop=True))
+            self._honour(Wishes(stop=True))
             return LoopResult(self._state, finished=False)
         while self._state.step < self._total_steps:
             wishes = self._advance()
@@ -155,7 +155,7 @@ class _Loop:
             # Between faults a checkpoint would be what a rollback goes back to, with hardly other weights than now.
             if last or leaving or wishes.save or (self._save_due and not self._state.faults.in_a_row):
                 self._save(leaving=last or leaving)
-            self._parts.controls.honoured(replace(wishes, stop=leaving))
+            self._honour(replace(wishes, stop=leaving))
             if leaving and not (last and validated):
                 return LoopResult(self._state, finished=False)
         return LoopResult(self._state, finished=True)
@@ -183,8 +183,8 @@ class _Loop:
             parts.recorder.update(step + 1, result.loss, self._clock.tokens_per_s)
             if step + 1 == self._total_steps or (step + 1) % parts.recipe.logging.interval_steps == 0:
                 self._log(result, lr)
-        parts.controls.stepped(self._clock.last_s)
-        self._tell_saved()
+            parts.controls.stepped(self._clock.last_s)
+            self._tell_saved()
         return result.wishes
 
     def _wishes(self) -> Wishes:
@@ -206,6 +206,11 @@ class _Loop:
         following = batch_of(state.step + 1, state.left_out) if state.step + 1 < self._total_steps else None
         with self._parts.watch.phase("data", state.step + 1):
             return self._batches.take(state.batch_number, following)
+
+    def _honour(self, wishes: Wishes) -> None:
+        """Take back the wishes that are done; their files lie on a disk that may not answer."""
+        with self._parts.watch.phase("log", self._state.step):
+            self._parts.controls.honoured(wishes)
 
     def _stop_asked(self) -> bool:
         """Whether any rank was asked to stop; all ranks ask together."""
@@ -253,7 +258,7 @@ class _Loop:
             saved, self._save_due = checkpoints.save(parts.engine, self._state), False
             if leaving:
                 saved = checkpoints.settle() and saved
-        self._tell_saved()
+            self._tell_saved()
         if leaving and not saved:
             raise StorageError(
                 f"step {self._state.step} could not be saved before leaving: {checkpoints.refusal}",
@@ -291,7 +296,8 @@ class _Loop:
         # A validation that was still due there has been done since, and its row is kept.
         self._state = replace(restored, left_out=left_out, faults=faults, validation_due=False)
         self._guard, self._save_due = FaultGuard(policy, faults), False
-        parts.recorder.rewind(restored.step)
+        with parts.watch.phase("log", restored.step):
+            parts.recorder.rewind(restored.step)
         parts.recorder.say(
             f"WARNING: {told}; the run goes back to step {restored.step} and skips these batches "
             f"(rollback {faults.rollbacks} of {policy.max_rollbacks})"

@@ -72,12 +72,6 @@ def _own_connection() -> "Store":
     return open_store()
 
 
-def _suspend(_number: int, _frame: FrameType | None) -> None:
-    """Stop, as without a handler; the next phase or tick after it sets faulthandler's clock again."""
-    faulthandler.cancel_dump_traceback_later()
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 @dataclass
 class _Phase:
     name: str
@@ -117,7 +111,7 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
         if self._limits_s is not None:
             if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
-                signal.signal(signal.SIGTSTP, _suspend)
+                signal.signal(signal.SIGTSTP, self._suspend)
             self._start("watchdog", self._watch)
             if self._store is not None:
                 self._start("watchdog-store", self._listen)
@@ -139,6 +133,7 @@ class Watchdog:
         if self._limits_s is None:
             yield
             return
+        outer = next(reversed(self._phases), None)
         begun_s, limit_s = self._awake_s, self._limits_s[PART_OF.get(name, name)]
         # The count of the last tick may lag behind by one.
         self._phases.append(_Phase(name, step, limit_s, begun_s + TICK_S + limit_s))
@@ -146,10 +141,17 @@ class Watchdog:
         try:
             yield
         finally:
+            if outer is not None:
+                outer.ends_s += self._awake_s - begun_s
             self._phases.pop()
-            if self._phases:
-                self._phases[-1].ends_s += self._awake_s - begun_s
+            if outer is not None:
                 self._set_clock(within_s=TICK_S)
+
+    def _suspend(self, _number: int, _frame: FrameType | None) -> None:
+        """Stop, as without a handler; the next phase or tick after it sets faulthandler's clock again."""
+        faulthandler.cancel_dump_traceback_later()
+        self._rings_s = float("-inf")
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def _set_clock(self, *, within_s: float = 0.0) -> None:
         """Set faulthandler's clock for the innermost phase, at once: work that holds Python's lock lets no tick do it.
@@ -177,7 +179,7 @@ class Watchdog:
             thread.join(TICK_S + LAST_WORDS_S)
         if self._threads:
             faulthandler.cancel_dump_traceback_later()
-            if signal.getsignal(signal.SIGTSTP) == _suspend:
+            if signal.getsignal(signal.SIGTSTP) == self._suspend:
                 signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
     def _watch(self) -> None:

@@ -246,6 +246,22 @@ def test_a_refusal_behind_the_training_is_wished_for_and_raised_by_all(
     assert ranks.names() == ["generation"]
 
 
+def test_a_background_save_that_nobody_has_foreseen_to_fail_wishes_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_work: object) -> None:
+        raise KeyError("a defect")
+
+    ranks = Ranks(tmp_path, async_save=True)
+    for checkpoints in ranks.checkpoints:
+        monkeypatch.setattr(checkpoints, "_write_and_publish", broken)
+    assert ranks.save(2) == [True, True]
+    wait_for(lambda: all(checkpoints.wants_save for checkpoints in ranks.checkpoints))
+    for checkpoints in ranks.checkpoints:
+        with pytest.raises(KeyError, match="a defect"):
+            checkpoints.settle()
+
+
 def test_a_run_that_goes_on_wishes_for_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path, async_save=True)
     refuse_at(monkeypatch, "rank1.pt", full_disk)

@@ -55,6 +55,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"fp16": {"enabled": 1}}, "ds.json: fp16.enabled: 1 is not accepted"),
     ({"bf16": {"enable": True}}, "ds.json: bf16.enable: unknown key"),
     ({"bf16": {"bf16_master_weights_and_grads": True}}, "ds.json: bf16.bf16_master_weights_and_grads: unknown key"),
+    (
+        {"reliability": {"watchdog_s": {"step": 1e10}}},
+        "ds.json: reliability.watchdog_s.step: 10000000000.0 is not accepted",
+    ),
     ({"data_types": {"grad_dtype": "bf16"}}, "ds.json: data_types.grad_dtype: unknown key"),
     ({"data_types": {"grad_accum_dtype": "f32"}}, "ds.json: data_types.grad_accum_dtype: 'f32' is not accepted"),
     (
