@@ -66,6 +66,7 @@ POSITIVE = Kind("a whole number, 1 or more", lambda value: _whole(value) and val
 DEPTH = Kind("a whole number, -1 or more", lambda value: _whole(value) and value >= -1)
 NUMBER = Kind("a number, 0 or more", lambda value: _number(value) and value >= 0)
 FACTOR = Kind("a number above 0", lambda value: _number(value) and value > 0)
+# faulthandler's clock counts nanoseconds in 63 bits: it takes 9.2e9 s.
 LIMIT_S = Kind(
     'seconds above 0, at most 1e9 ("watchdog": false for none)', lambda value: _number(value) and 0 < value <= 1e9
 )
