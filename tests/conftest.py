@@ -15,6 +15,18 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest, so that no worker is left alone with one at the end."""
+    marks = ("slow", "launch")
+    ranked = [
+        (item.path, next((i for i, mark in enumerate(marks) if item.get_closest_marker(mark)), 2)) for item in items
+    ]
+    rank: dict[Path, int] = {}
+    for path, number in ranked:
+        rank[path] = min(number, rank.get(path, number))
+    items.sort(key=lambda item: rank[item.path])
+
+
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
     """What a test does to the signals of this process ends with it: a process inherits which ones are ignored."""

@@ -16,7 +16,7 @@ from tests import data_mutations, mutations
 from tests.forked_tests import Outcome, run_all
 from tests.mutations import Mutation
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parent.parent
 MUTATIONS = [*mutations.MUTATIONS, *data_mutations.MUTATIONS]

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.campaign", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"(default: all) {', '.join(MODULES)}")
     parser.add_argument("--list", action="store_true", help="list the parts with their promises, run nothing")
-    parser.add_argument("--short", action="store_true", help="only the cases of `make test`; writes no result")
+    parser.add_argument("--short", action="store_true", help="only the cases of `make test-all`; writes no result")
     parser.add_argument("--again", action="store_true", help="run cases that have passed already, too")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / ".campaign", help="journals, and failed cases")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="files of running cases")

@@ -32,7 +32,7 @@ class Part:
         point: Its number in the list of promises (docs/reliability.md).
         promise: One sentence.
         cases: The full list, cheap to build, the same at every call.
-        short: Names of the cases that `make test` runs.
+        short: Names of the cases that `make test-all` runs.
         summary: Figures of all cases that passed -> figures of the part.
     """
 

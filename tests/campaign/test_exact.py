@@ -14,6 +14,7 @@ from inheritune_ds.checkpoint_store import published
 from inheritune_ds.training.shard_reader import read_shard
 
 
+@pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)

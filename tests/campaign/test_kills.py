@@ -9,6 +9,7 @@ from benchmarks.campaign.cases import Case
 from benchmarks.campaign.kills import IN_SAVE_AT_LEAST, PARTS, Kind, check_start, draw_kills
 
 
+@pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)

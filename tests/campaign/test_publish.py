@@ -8,6 +8,7 @@ from benchmarks.campaign.cases import Case
 from benchmarks.campaign.publish import PART
 
 
+@pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", PART.chosen(short=True), ids=lambda case: case.name)

@@ -17,6 +17,7 @@ from benchmarks.record import REPOSITORY
 from inheritune_ds.redaction import find_secret
 
 
+@pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", PART.chosen(short=True), ids=lambda case: case.name)

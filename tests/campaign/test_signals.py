@@ -11,6 +11,7 @@ from benchmarks.campaign.signals import ALLOWED_S, PARTS, SIGNALS, WHERE, trials
 SHORT = [pytest.param(case, id=f"{part.name}-{case.name}") for part in PARTS for case in part.chosen(short=True)]
 
 
+@pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", SHORT)

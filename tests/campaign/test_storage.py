@@ -17,6 +17,7 @@ def test_a_full_disk_does_not_cost_the_only_verified_checkpoint(tmp_path: Path) 
     assert figures_of("retention", tmp_path) == {"kept_while_damaged": 3}
 
 
+@pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(600)
 def test_a_refused_operation_costs_that_save_and_nothing_else(tmp_path: Path) -> None:

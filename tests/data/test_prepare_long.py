@@ -19,6 +19,7 @@ MOST_BYTES = 10**9
 END_OF_TEXT = 50256
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.timeout(600)
