@@ -9,6 +9,8 @@ from hypothesis import settings
 
 from tests.hub_client import HubClient
 from tests.hub_server import HubServer
+from tests.launching import warm_python
+from tests.warm_python import WarmPython
 
 # On a busy machine an example may take any time, and a failure must be found again by everybody.
 settings.register_profile("suite", deadline=None, derandomize=True)
@@ -34,6 +36,14 @@ def own_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmPython]:
+    """Forks processes that have imported what a rank needs."""
+    python = warm_python()
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")

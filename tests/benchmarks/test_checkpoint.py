@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import checkpoint
 from inheritune_ds.files import read_json
-from tests.end_to_end.launching import ROOT, environment
+from tests.launching import ROOT, environment
 
 
 @pytest.mark.rehearsal

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.comm import ACCUMULATIONS, STAGES, verdicts
-from tests.end_to_end.launching import ROOT, environment
+from tests.launching import ROOT, environment
 
 
 @pytest.mark.rehearsal

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.live_bytes import LiveBytes, live_tensors, storages
 from benchmarks.memory import RANKS, cases
-from tests.end_to_end.launching import ROOT, environment
+from tests.launching import ROOT, environment
 
 MIB = 2**20
 

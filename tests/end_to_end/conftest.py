@@ -2,14 +2,16 @@
 
 import json
 import random
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.launching import ROOT, environment, launcher_line
+from tests import launching
+from tests.launching import Process
+from tests.warm_python import WarmPython
 
 WORDS = (
     "the",
@@ -31,40 +33,15 @@ WORDS = (
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start a script under a launcher; every process is in a group of its own."""
-
-    def start_run(
-        script: str, arguments: Sequence[str], *, launcher: str = "python", ranks: int = 1, **extra: str
-    ) -> subprocess.Popen[str]:
-        log = (tmp_path / "run.log").open("a", encoding="utf-8")
-        with log:
-            return subprocess.Popen(
-                [*launcher_line(launcher, ranks), str(ROOT / script), *arguments],
-                cwd=tmp_path,
-                env=environment(**extra),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-
-    return start_run
+def start(warm: WarmPython, tmp_path: Path) -> Callable[..., Process]:
+    """`launching.start` in the test's folder."""
+    return partial(launching.start, warm, tmp_path)
 
 
 @pytest.fixture
-def launch(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> Callable[..., str]:
-    """Run a script to its end; return what it printed. A wrong exit code fails the test with the output."""
-
-    def launch_run(script: str, *arguments: str, expect: int = 0, **how: Any) -> str:
-        before = len((tmp_path / "run.log").read_text(encoding="utf-8")) if (tmp_path / "run.log").exists() else 0
-        process = start(script, arguments, **how)
-        code = process.wait(timeout=300)  # the first start of all builds a C++ operator; pytest ends a test that hangs
-        output = (tmp_path / "run.log").read_text(encoding="utf-8")[before:]
-        assert code == expect, output[-6000:]
-        return output
-
-    return launch_run
+def launch(warm: WarmPython, tmp_path: Path) -> Callable[..., str]:
+    """`launching.launch` in the test's folder."""
+    return partial(launching.launch, warm, tmp_path)
 
 
 @pytest.fixture

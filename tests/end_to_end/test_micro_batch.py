@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launching import ROOT
+from tests.launching import ROOT
 
 Launch = Callable[..., str]
 Recipe = Callable[..., Path]
@@ -21,7 +21,7 @@ def test_largest_micro_batch_is_tried_taken_and_written_down(
     windows = document["global_batch_tokens"] // document["seq_len"]
     folders = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
     config = ["--deepspeed_config", str(ROOT / "ds_configs" / "cpu.json"), "--recipe", str(recipe)]
-    output = launch("train.py", *config, *folders, "--auto-micro-batch", launcher="python")
+    output = launch("train.py", *config, *folders, "--auto-micro-batch")
     run = tmp_path / "runs" / "tried"
     assert "micro-batch 1: peak" in output
     assert f"train_micro_batch_size_per_gpu: {windows} (the largest that stays below" in output

@@ -23,7 +23,6 @@ def drive(launch: Launch, folder: Path, stages: str, ranks: int, *, precision: s
         stages,
         "50",
         precision,
-        launcher="torchrun" if ranks > 1 else "python",
         ranks=ranks,
         DRIVE_SCRATCH=str(folder / f"scratch-{ranks}-{precision}"),
     )

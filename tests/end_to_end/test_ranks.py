@@ -11,39 +11,30 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launching import ROOT, environment, free_port
 from tests.end_to_end.test_runs import Launch, Recipe, arguments, status
+from tests.launching import ROOT, environment, free_port, srun_variables
+from tests.warm_python import WarmProcess, WarmPython
 
 pytestmark = pytest.mark.timeout(300)
-Ranks = Callable[..., list["subprocess.Popen[str]"]]
+Rank = subprocess.Popen[bytes] | WarmProcess
+Ranks = Callable[..., list[Rank]]
 
 
 @pytest.fixture
-def ranks(tmp_path: Path) -> Iterator[Ranks]:
+def ranks(warm: WarmPython, tmp_path: Path) -> Iterator[Ranks]:
     """Start two ranks as srun does, each with a log of its own; no launcher ends one after the other."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Rank] = []
 
-    def start(script: str, words: list[str], **extra: str) -> list["subprocess.Popen[str]"]:
-        common = {
-            "SLURM_JOB_ID": "4711",
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_TASKS_PER_NODE": "2",
-            "SLURM_STEP_NODELIST": "localhost",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-            **extra,
-        }
+    def start(script: str, words: list[str], *, real: bool = False, **extra: str) -> list[Rank]:
+        port = free_port()
+        line = [str(ROOT / script), *words]
         for rank in range(2):
-            with (tmp_path / f"rank{rank}.log").open("w", encoding="utf-8") as log:
+            environ = environment(**srun_variables(rank, 2, port), **extra)
+            with (tmp_path / f"rank{rank}.log").open("wb") as log:
                 started.append(
-                    subprocess.Popen(
-                        [sys.executable, str(ROOT / script), *words],
-                        cwd=tmp_path,
-                        env=environment(**common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                    )
+                    subprocess.Popen([sys.executable, *line], cwd=tmp_path, env=environ, stdout=log, stderr=log)
+                    if real
+                    else warm.start(line, cwd=tmp_path, env=environ, stdout=log)
                 )
         return started
 
@@ -74,7 +65,7 @@ def test_all_ranks_leave_when_rank_0_is_refused_the_folder(ranks: Ranks, tiny_re
 
 def test_all_ranks_wait_for_the_export_and_leave_together(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    main, second = ranks("tests/end_to_end/drive_export.py", arguments(recipe, tmp_path), EXPORT_S="5")
+    main, second = ranks("tests/end_to_end/drive_export.py", arguments(recipe, tmp_path), real=True, EXPORT_S="5")
     assert second.wait(timeout=110) == 0
     assert status(tmp_path / "runs" / "tiny")["state"] == "finished", "rank 1 left before rank 0 was done"
     assert main.wait(timeout=10) == 0
@@ -117,7 +108,7 @@ def test_another_precision_is_refused_and_changes_nothing(
 
 def test_a_finished_run_says_so_without_its_corpus(launch: Launch, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    launch("train.py", *arguments(recipe, tmp_path))
+    launch("train.py", *arguments(recipe, tmp_path), launcher="deepspeed", ranks=2)
     (tmp_path / "corpus.jsonl").unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     report = os.path.relpath(tmp_path / "runs/tiny/report/report.md", tmp_path)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from inheritune_ds.data.vocabulary import load_tokenizer
-from tests.end_to_end.launching import ROOT, environment
 from tests.end_to_end.llama2c import convert_model, convert_tokenizer
+from tests.launching import ROOT, environment
 
 SHARED = ROOT.parent / "shared" / "data"
 CPU = str(ROOT / "ds_configs" / "cpu.json")
@@ -18,8 +18,9 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared data 
 
 @needs_shared
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("launched_by", ["test", pytest.param("study", marks=[pytest.mark.thorough, pytest.mark.slow])])
 def test_stories_model_of_three_blocks_ends_below_random_init(
-    launch: Callable[..., str], tmp_path: Path, record_property: Callable[[str, object], None]
+    launch: Callable[..., str], tmp_path: Path, record_property: Callable[[str, object], None], launched_by: str
 ) -> None:
     weights = SHARED / "weights" / "stories260K"
     reference = tmp_path / "stories260K"
@@ -65,6 +66,9 @@ def test_stories_model_of_three_blocks_ends_below_random_init(
         ],
     }
     (tmp_path / "study.yaml").write_text(json.dumps(study))
+    if launched_by == "test":  # the study finds its runs finished
+        for run in study["runs"]:
+            launch("train.py", "--deepspeed_config", CPU, "--recipe", run["recipe"], *run.get("overrides", []))
     output = launch("inheritune_ds/__main__.py", "study", str(tmp_path / "study.yaml"), "--deepspeed_config", CPU)
     report = json.loads((tmp_path / "runs/study-stories/report/report.json").read_text())
     run = tmp_path / "runs" / "stories-3l"

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.end_to_end.launching import ROOT, environment
+from tests.launching import ROOT, Process, environment, free_port, srun_variables
 
 CPU = str(ROOT / "ds_configs" / "cpu.json")
 Launch = Callable[..., str]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Process]
 Recipe = Callable[..., Path]
 
 LOADER = """
@@ -44,7 +44,7 @@ def arguments(recipe: Path, tmp_path: Path, runs: str = "runs", *more: str) -> l
     return ["--deepspeed_config", CPU, "--recipe", str(recipe), *folders, *more]
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", log: Path) -> None:
+def wait_for(condition: Callable[[], bool], process: Process, log: Path) -> None:
     """Poll until something holds while a run goes on."""
     deadline = time.monotonic() + 90
     while not condition():
@@ -136,15 +136,7 @@ def test_interrupt_saves_and_leaves_and_the_same_command_goes_on(
     long = {"training": {"seq_len": 32, "global_batch_tokens": 512, "duration": "300 steps"}}
     recipe = tiny_recipe("stopped", checkpoint={"interval_steps": 1000}, **long)
     run = tmp_path / "runs" / "stopped"
-    slurm = {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_STEP_NUM_TASKS": "1",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_STEP_TASKS_PER_NODE": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-    }
-    process = start("train.py", arguments(recipe, tmp_path), **slurm)  # python alone, as one task of srun
+    process = start("train.py", *arguments(recipe, tmp_path), launcher="python", **srun_variables(0, 1, free_port()))
     wait_for(lambda: last_step(run) >= 5, process, tmp_path / "run.log")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
@@ -157,7 +149,7 @@ def test_interrupt_saves_and_leaves_and_the_same_command_goes_on(
     assert f"stopped and saved at step {stopped['step']}" in log
     assert "Traceback" not in log
 
-    process = start("train.py", arguments(recipe, tmp_path))
+    process = start("train.py", *arguments(recipe, tmp_path))
     wait_for(lambda: last_step(run) >= stopped["step"] + 3, process, tmp_path / "run.log")
     assert f"(step {stopped['step']}," in (tmp_path / "run.log").read_text()
     process.send_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.timeout(300)
 def test_step_is_exact_and_free_of_waits_and_recompilation(launch: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "engine.json"
-    launch("tests/end_to_end/drive_engine.py", str(out), launcher="python")
+    launch("tests/end_to_end/drive_engine.py", str(out))
     found: dict[str, Any] = json.loads(out.read_text())
 
     losses = {}

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from inheritune_ds import cli
 from inheritune_ds.data.vocabulary import load_tokenizer
-from tests.end_to_end.launching import ROOT
 from tests.end_to_end.llama2c import convert_model, convert_tokenizer
+from tests.launching import ROOT
 
 WEIGHTS = ROOT.parent / "shared" / "data" / "weights" / "stories260K"
 

@@ -13,7 +13,7 @@ from inheritune_ds.errors import ExportError, MachineError
 from inheritune_ds.training import meeting
 from inheritune_ds.training.meeting import MainRankLeftError, Meeting, open_store
 from inheritune_ds.training.world import StopSignal, World
-from tests.end_to_end.launching import environment, free_port
+from tests.launching import environment, free_port
 
 MAIN, SECOND = World(0, 2, 0, 2, "env"), World(1, 2, 1, 2, "env")
 

@@ -14,7 +14,7 @@ import pytest
 from inheritune_ds.training.reliability_words import Reliability
 from inheritune_ds.training.watchdog import GRACE_S, LAST_WORDS_S, TICK_S, Watchdog
 from inheritune_ds.training.world import World
-from tests.end_to_end.launching import environment, free_port
+from tests.launching import environment, free_port
 
 LIMIT_S = 1.0
 SLACK_S = 2.0
