@@ -7,14 +7,16 @@ the copy and must fail, while in an unchanged copy they pass.
 import os
 import shutil
 import signal
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from tests import data_mutations, mutations
-from tests.forked_tests import Outcome, run_all
 from tests.mutations import Mutation
+from tests.warm_python import WarmProcess, WarmPython
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -23,6 +25,22 @@ MUTATIONS = [*mutations.MUTATIONS, *data_mutations.MUTATIONS]
 TESTS = {**mutations.TESTS, **data_mutations.TESTS}
 WHOLE = "whole"
 CRASHES = {"aborts": "os.abort()", "leaves": "os._exit(1)", "passes": "pass", "fails": "assert False"}
+CHILDREN = 2
+# Neither the package nor its tests: a child finds those of its folder.
+HEAVY = (
+    "pytest",
+    "hypothesis.internal.conjecture.engine",
+    "hypothesis.strategies",
+    "pydantic",
+    "ruamel.yaml",
+    "torch",
+    "deepspeed",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+)
+# pytest would rewrite the assertions of its plugins, had they not been imported already.
+IMPORTED_ALREADY = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
 TESTS_FAILED = 1
 """pytest's exit code; another one, such as 4 for a conftest that does not import, proves nothing."""
 CONFTEST = """
@@ -32,15 +50,22 @@ assert Path(inheritune_ds.__file__).is_relative_to(Path(__file__).parent), inher
 """
 
 
+class Outcome(NamedTuple):
+    """How the tests of a folder ended: pytest's exit code, or minus the signal that ended it, and what it printed."""
+
+    code: int
+    output: str
+
+
 def copy_to(folder: Path) -> Path:
     """Copy the package, the tests and pytest's settings; the copy refuses to test any other package."""
     hidden = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "inheritune_ds", folder / "inheritune_ds", ignore=hidden)
     for tests in ("surgery", "data", "training"):
         shutil.copytree(ROOT / "tests" / tests, folder / "tests" / tests, ignore=hidden)
-    helpers = ("tests/hub_client.py", "tests/hub_server.py")
-    for name in ("setup.cfg", "tests/conftest.py", *helpers, "tests/test_selection.py", "tests/test_parts.py"):
-        shutil.copyfile(ROOT / name, folder / name)
+    for name in ("conftest", "hub_client", "hub_server", "launching", "warm_python", "test_selection", "test_parts"):
+        shutil.copyfile(ROOT / f"tests/{name}.py", folder / f"tests/{name}.py")
+    shutil.copyfile(ROOT / "setup.cfg", folder / "setup.cfg")
     (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
     return folder
 
@@ -48,7 +73,7 @@ def copy_to(folder: Path) -> Path:
 def arguments(files: list[str], only: str = "") -> list[str]:
     """Run without measuring coverage: that is the package's own business."""
     options = ["-x", "-q", "--no-cov", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--tb=line"]
-    return [*options, *files, *(["-k", only] if only else [])]
+    return [*IMPORTED_ALREADY, *options, *files, *(["-k", only] if only else [])]
 
 
 def plant(mutation: Mutation, folder: Path) -> None:
@@ -74,11 +99,26 @@ def jobs(base: Path) -> Iterator[tuple[Path, list[str]]]:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """How the tests ended, by the name of the folder (of a mistake: its number)."""
     base = tmp_path_factory.mktemp("mutations")
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTEST_"))}
-    found = {}
-    for outcome in run_all(jobs(base), environ | {"PYTHONDONTWRITEBYTECODE": "1"}):
-        found[outcome.folder.name] = outcome
-        shutil.rmtree(outcome.folder)
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTEST_", "PYTHONPATH"))}
+    environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    python, found = WarmPython(HEAVY, environ), {}
+    running: deque[tuple[Path, WarmProcess]] = deque()
+
+    def take_first() -> None:
+        folder, process = running.popleft()
+        code = process.wait()
+        found[folder.name] = Outcome(code, (folder / "output").read_text(encoding="utf-8", errors="replace"))
+        shutil.rmtree(folder)
+
+    for folder, words in jobs(base):
+        with (folder / "output").open("wb") as output:
+            process = python.start(["-m", "pytest", *words], cwd=folder, env=environ, stdout=output)
+        running.append((folder, process))
+        if len(running) == CHILDREN:
+            take_first()
+    while running:
+        take_first()
+    python.close()
     return found
 
 

@@ -161,7 +161,7 @@ def _serve() -> dict[str, Any] | None:
                 for pid in running.values():
                     os.kill(pid, signal.SIGKILL)
                 return None
-            threads = len(os.listdir("/proc/self/task"))
+            threads = len(list(Path("/proc/self/task").iterdir()))
             assert threads == 1, f"{threads} threads: a fork is not safe"
             child = os.fork()
             if child == 0:

@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,28 +18,19 @@ from inheritune_ds.errors import CheckpointError
 from inheritune_ds.training.elastic import MASTER, MOMENTS, Piece, SavedState, check_convertible, stage_3_pieces
 from inheritune_ds.training.run_state import Layout
 from inheritune_ds.training.shard_reader import SavedFiles, read_shard
+from tests.launching import launch
+from tests.warm_python import WarmPython
 
-DRIVER = Path(__file__).with_name("drive_elastic.py")
-ROOT = DRIVER.parents[2]
+DRIVER = "tests/training/drive_elastic.py"
 SAVED = ("1fp32", "2fp32", "3fp32", "1bf16a", "2bf16o", "3bf16")
 LOADED = ("1fp32", "2fp32", "3fp32s", "1bf16", "2bf16o", "3bf16")
 
 
-def drive(folder: Path, saved: tuple[str, ...], loaded: tuple[str, ...], *, ranks: int) -> dict[str, Any]:
+def drive(
+    warm: WarmPython, folder: Path, saved: tuple[str, ...], loaded: tuple[str, ...], *, ranks: int
+) -> dict[str, Any]:
     """Launch the driver; what rank 0 tells."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
-    variables = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(launcher)},
-        "DS_ACCELERATOR": "cpu",
-        "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": str(ROOT),
-    }
-    before = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    words = [sys.executable, *before, str(DRIVER), str(folder), ",".join(saved), ",".join(loaded)]
-    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    launch(warm, folder, DRIVER, str(folder), ",".join(saved), ",".join(loaded), ranks=ranks)
     told: dict[str, Any] = json.loads((folder / f"loaded-{ranks}.json").read_text())
     return told
 
@@ -52,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_two(folder: Path) -> dict[str, Any]:
-    return drive(folder, SAVED, LOADED, ranks=2)
+def on_two(warm: WarmPython, folder: Path) -> dict[str, Any]:
+    return drive(warm, folder, SAVED, LOADED, ranks=2)
 
 
 def check(told: Mapping[str, Any], states: Mapping[str, Any], layouts: tuple[str, ...]) -> None:
@@ -81,9 +70,11 @@ def test_every_stage_takes_the_state_of_every_stage_to_the_last_bit(on_two: dict
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_one_rank_takes_the_state_of_two_to_the_last_bit(on_two: dict[str, Any], folder: Path) -> None:
+def test_one_rank_takes_the_state_of_two_to_the_last_bit(
+    warm: WarmPython, on_two: dict[str, Any], folder: Path
+) -> None:
     layouts = ("1fp32", "3fp32", "1bf16", "3bf16")
-    on_one = drive(folder, ("3bf16",), layouts, ranks=1)
+    on_one = drive(warm, folder, ("3bf16",), layouts, ranks=1)
     check(on_one, states_of(on_two) | states_of(on_one), layouts)
 
 

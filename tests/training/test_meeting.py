@@ -1,10 +1,9 @@
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +12,8 @@ from inheritune_ds.errors import ExportError, MachineError
 from inheritune_ds.training import meeting
 from inheritune_ds.training.meeting import MainRankLeftError, Meeting, open_store
 from inheritune_ds.training.world import StopSignal, World
-from tests.launching import environment, free_port
+from tests.launching import environment, free_port, torchrun_variables
+from tests.warm_python import WarmPython
 
 MAIN, SECOND = World(0, 2, 0, 2, "env"), World(1, 2, 1, 2, "env")
 
@@ -178,21 +178,15 @@ def test_a_rank_that_is_asked_to_stop_waits_shortly_for_the_others(
 
 
 @pytest.mark.launch
-def test_ranks_of_a_real_launch_hear_rank_0_and_notice_that_it_was_killed() -> None:
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            env=environment(**variables, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [9, 0]
-    assert outputs[0] == "{'from': 0}\n"
-    assert outputs[1].splitlines() == [
+def test_ranks_hear_rank_0_and_notice_that_it_was_killed(warm: WarmPython, tmp_path: Path) -> None:
+    port, ranks = free_port(), []
+    for rank in range(2):
+        environ = environment(**torchrun_variables(rank, 2, port))
+        with (tmp_path / str(rank)).open("wb") as log, (tmp_path / f"{rank}.errors").open("wb") as errors:
+            ranks.append(warm.start(["-c", RANK], cwd=tmp_path, env=environ, stdout=log, stderr=errors))
+    assert [rank.wait(timeout=60) for rank in ranks] == [9, 0]
+    assert (tmp_path / "0").read_text() == "{'from': 0}\n"
+    assert (tmp_path / "1").read_text().splitlines() == [
         "{'from': 0}",
         "rank 0 has ended the run: it has left without a word, so it was killed 11",
     ]

@@ -2,12 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,6 +14,7 @@ from inheritune_ds.training.reliability_words import Reliability
 from inheritune_ds.training.watchdog import GRACE_S, LAST_WORDS_S, TICK_S, Watchdog
 from inheritune_ds.training.world import World
 from tests.launching import environment, free_port
+from tests.warm_python import WarmProcess, WarmPython
 
 LIMIT_S = 1.0
 SLACK_S = 2.0
@@ -39,29 +39,38 @@ BODY
 watch.close()
 (folder / f"done-{rank}").touch()
 """
-Start = Callable[..., "subprocess.Popen[str]"]
+
+
+class Watched(NamedTuple):
+    """A process under a watchdog, and the file of what it writes to stderr."""
+
+    process: WarmProcess
+    log: Path
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and stderr."""
+        return self.process.wait(timeout=60), self.log.read_text()
+
+
+Start = Callable[..., Watched]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    started: list[subprocess.Popen[str]] = []
+def start(warm: WarmPython, tmp_path: Path) -> Iterator[Start]:
+    started: list[Watched] = []
 
-    def make(body: str, limits: dict[str, float] | None = None, **extra: str) -> "subprocess.Popen[str]":
-        limits = limits or {"step": LIMIT_S}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM.replace("BODY", body), str(tmp_path), json.dumps(limits)],
-                env=environment(**extra),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+    def make(body: str, limits: dict[str, float] | None = None, **extra: str) -> Watched:
+        words = ["-c", PROGRAM.replace("BODY", body), str(tmp_path), json.dumps(limits or {"step": LIMIT_S})]
+        path = tmp_path / f"errors-{len(started)}.txt"
+        with path.open("wb") as log:
+            process = warm.start(words, cwd=tmp_path, env=environment(**extra), stdout=log)
+        started.append(Watched(process, path))
         return started[-1]
 
     yield make
-    for process in started:
-        process.kill()
-        process.communicate()
+    for watched in started:
+        watched.process.kill()
+        watched.process.wait()
 
 
 def seconds_since_begin(folder: Path, rank: int = 0) -> float:
@@ -76,9 +85,9 @@ def stacks(folder: Path, rank: int = 0) -> str:
 @pytest.mark.launch
 def test_a_phase_that_overruns_ends_the_process_with_stacks_and_words(start: Start, tmp_path: Path) -> None:
     process = start("with watch.phase('step', 7):\n    sleep_for_ever()")
-    _, errors = process.communicate(timeout=60)
+    code, errors = process.end()
     assert seconds_since_begin(tmp_path) < LIMIT_S + 3 * TICK_S + SLACK_S
-    assert process.returncode == 13
+    assert code == 13
     reason, code = json.loads((tmp_path / "ended-0.json").read_text())
     assert (reason.startswith("hang in step at step 7 on rank 0 ("), code) == (True, 13)
     assert reason.endswith(f": over {LIMIT_S:g} s")
@@ -98,9 +107,9 @@ def test_every_rank_writes_its_stacks_and_leaves(start: Start, tmp_path: Path) -
     bodies = {0: "import threading\nthreading.Lock().acquire()\ntime.sleep(600)",
               1: "with watch.phase('step', 3), watch.phase('data', 3):\n    sleep_for_ever()"}  # fmt: skip
     ranks = [start(bodies[rank], **meeting, RANK=str(rank)) for rank in bodies]
-    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    codes, errors = zip(*[rank.end() for rank in ranks], strict=True)
     assert seconds_since_begin(tmp_path) < LIMIT_S + 6 * TICK_S + SLACK_S
-    assert [rank.returncode for rank in ranks] == [13, 13]
+    assert codes == (13, 13)
     reasons = [json.loads((tmp_path / f"ended-{rank}.json").read_text())[0] for rank in bodies]
     assert reasons[0] == reasons[1]
     assert reasons[0].startswith("hang in data at step 3 on rank 1 (")
@@ -115,8 +124,8 @@ def test_a_rank_leaves_alone_when_the_store_has_gone(start: Start, tmp_path: Pat
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     main = start("os._exit(9)", **meeting, RANK="0")
     second = start("with watch.phase('step', 3):\n    sleep_for_ever()", **meeting, RANK="1")
-    assert main.wait(timeout=60) == 9
-    assert second.wait(timeout=60) == 13
+    assert main.end()[0] == 9
+    assert second.end()[0] == 13
     assert seconds_since_begin(tmp_path, 1) < LIMIT_S + 3 * TICK_S + SLACK_S
     assert "in sleep_for_ever" in stacks(tmp_path, 1)
 
@@ -133,9 +142,9 @@ def test_a_rank_leaves_alone_when_the_store_has_gone(start: Start, tmp_path: Pat
 def test_work_that_holds_the_interpreter_is_ended_a_little_later(before: str, start: Start, tmp_path: Path) -> None:
     body = f"with watch.phase('step', 7):\n    {before}\n    ctypes.PyDLL(None).sleep(600)"
     process = start(body, {"step": LIMIT_S, "validation": 60.0})
-    _, errors = process.communicate(timeout=60)
+    code, errors = process.end()
     assert seconds_since_begin(tmp_path) < LIMIT_S + GRACE_S + 3 * TICK_S + SLACK_S
-    assert process.returncode == 1
+    assert code == 1
     assert "Timeout" in errors
     assert '  File "<string>", line ' in errors
 
@@ -150,14 +159,14 @@ def test_work_that_holds_the_interpreter_may_take_what_its_phase_allows(start: S
         f"    with watch.phase('step', 7):\n        pass\n    {hold}"
     )
     process = start(body, {"step": LIMIT_S, "validation": 60.0})
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
+    code, errors = process.end()
+    assert (code, errors) == (0, "")
 
 
 @pytest.mark.launch
 def test_it_leaves_when_a_disk_or_a_listener_never_answers(start: Start, tmp_path: Path) -> None:
     process = start("watch._on_hang = lambda *_: time.sleep(600)\nwith watch.phase('step', 7):\n    sleep_for_ever()")
-    assert process.wait(timeout=60) == 13
+    assert process.end()[0] == 13
     assert seconds_since_begin(tmp_path) < LIMIT_S + 3 * TICK_S + LAST_WORDS_S + SLACK_S
 
 
@@ -173,8 +182,8 @@ with watch.phase('step', 8):
 time.sleep(3.0)
 """
     process = start(body, {"step": LIMIT_S, "validation": 60.0})
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
+    code, errors = process.end()
+    assert (code, errors) == (0, "")
     assert (tmp_path / "done-0").exists()
     assert not (tmp_path / "logs").exists()
 
@@ -193,12 +202,12 @@ def test_a_suspended_process_is_not_a_hung_one(
     while not (tmp_path / "began-0").exists() and time.monotonic() < deadline_s:
         time.sleep(0.002)
     time.sleep(0.6)  # faulthandler is waiting, too
-    process.send_signal(number)
+    process.process.send_signal(number)
     time.sleep(limit_s + 2.0)
     assert not (tmp_path / "done-0").exists(), "it was not stopped in time"
-    process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
+    process.process.send_signal(signal.SIGCONT)
+    code, errors = process.end()
+    assert (code, errors) == (0, "")
 
 
 def test_it_can_be_turned_off(tmp_path: Path) -> None:
