@@ -23,10 +23,11 @@ import numpy as np
 
 from benchmarks.comparison import RESAMPLES, SEED
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.recipe import Recipe
-from inheritune_ds.shapes import target_shape
-from inheritune_ds.training.ds_config import MICRO_BATCH, Machine, resolve
-from inheritune_ds.training.world import World, detect, export, prepare_environment
+from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, resolve
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.world import World, detect, export
+from inheritune_ds.plan.shapes import target_shape
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ def build_model(seed: int) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.surgery.reference import build_config
+    from inheritune_ds.surgery.load import build_config
 
     torch.manual_seed(seed)
     shape = recipe_of(1).target.shape
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = detect(os.environ)
     export(world, os.environ)
     prepare_environment(os.environ, kind=args.device)
-    from inheritune_ds.training.engine import leave_process_group, start_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 
     start_process_group(world)
     try:

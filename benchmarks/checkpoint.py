@@ -30,13 +30,14 @@ from blake3 import blake3
 from benchmarks.comparison import Comparison, in_turns, summary, verdict
 from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.checkpoint_store import CheckpointStore, published, read_manifest
-from inheritune_ds.training.run_state import Layout, RunState
+from inheritune_ds.checkpoints.manifest import published, read_manifest
+from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 
 if TYPE_CHECKING:
-    from inheritune_ds.training.checkpoints import Checkpoints
+    from inheritune_ds.checkpoints.saver import Saver
+    from inheritune_ds.distributed.world import World
     from inheritune_ds.training.engine import Engine
-    from inheritune_ds.training.world import World
 
 WRITERS = ("plain", "sync", "async")
 PIECE_BYTES = 1 << 23
@@ -53,16 +54,16 @@ class Writers:
     """The three ways for one rank; each returns seconds, all ranks call each together."""
 
     def __init__(self, engine: "Engine", world: "World", folder: Path) -> None:
-        from inheritune_ds.training.checkpoints import Checkpoints
-        from inheritune_ds.training.reliability_words import Reliability
+        from inheritune_ds.checkpoints.saver import Saver
+        from inheritune_ds.config.reliability import Reliability
 
         self._engine, self._folder, self._step = engine, folder, 0
         self._world = world
 
-        def make(name: str, *, background: bool) -> Checkpoints:
-            return Checkpoints(
+        def make(name: str, *, background: bool) -> Saver:
+            return Saver(
                 CheckpointStore(folder / name, keep=1),
-                layout=Layout(world.size, 1, "bf16"),
+                layout=SavedLayout(world.size, 1, "bf16"),
                 world=world,
                 reliability=Reliability(async_save=background, on_save_error="stop"),
                 fingerprints={},
@@ -106,11 +107,11 @@ class Writers:
         """Save a checkpoint."""
         import torch.distributed as dist
 
-        checkpoints: Checkpoints = self._checkpoints[name]
+        checkpoints: Saver = self._checkpoints[name]
         self._step += 1
         dist.barrier()
         start_s = time.perf_counter()
-        assert checkpoints.save(self._engine, RunState(step=self._step))
+        assert checkpoints.save(self._engine, TrainState(step=self._step))
         blocked_s = time.perf_counter() - start_s
         assert checkpoints.settle()  # the one before is read back and deleted, too: that holds nobody up
         return {name: checkpoints.last_save_s, **({"blocked": blocked_s} if name == "async" else {})}
@@ -137,7 +138,7 @@ class Writers:
 def rank_main(args: argparse.Namespace) -> None:
     """Measure on one rank; rank 0 writes what it has seen."""
     world = join_ranks()
-    from inheritune_ds.training.allocator import keep_freed_memory
+    from inheritune_ds.distributed.environment import keep_freed_memory
 
     keep_freed_memory()  # as a run does
     case = case_of(args)

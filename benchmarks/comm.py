@@ -17,9 +17,9 @@ from typing import Any
 
 from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.budget import tensors
-from inheritune_ds.communication import transfers
-from inheritune_ds.layout import Precision
+from inheritune_ds.config.zero import Precision
+from inheritune_ds.plan.communication import transfers
+from inheritune_ds.plan.model_size import tensors
 
 RANKS = 2
 WINDOWS = 16
@@ -142,7 +142,7 @@ def work(out: Path, wanted: list[Case]) -> None:
             print(f"> {case.name}", flush=True)
     if world.is_main:
         out.write_text(json.dumps(rows), encoding="utf-8")
-    from inheritune_ds.training.engine import leave_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group
 
     leave_process_group()
 

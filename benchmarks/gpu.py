@@ -30,8 +30,8 @@ from benchmarks.gpu_parts.report import FAILED, MISSED, RUNNING, Report, bar_wor
 from benchmarks.gpu_parts.watchdog import Ending, Start, watch
 from benchmarks.record import RESULTS, write_result
 from inheritune_ds.errors import InherituneError, MachineError
-from inheritune_ds.files import read_json
-from inheritune_ds.machine import detect_gpus
+from inheritune_ds.plan.machine import detect_gpus
+from inheritune_ds.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,8 @@ def run_here(args: argparse.Namespace) -> int:
 
 
 def _check_torch() -> None:
-    from inheritune_ds.training.engine import check_device
-    from inheritune_ds.training.world import World
+    from inheritune_ds.distributed.world import World
+    from inheritune_ds.training.toolchain import check_device
 
     check_device("cuda", World(0, 1, 0, 1, "single"), offload=False)
 

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from inheritune_ds.config.kernels import ATTENTIONS, KernelRequest
 from inheritune_ds.training import engine
-from inheritune_ds.training.kernel_words import ATTENTIONS, KernelRequest
 from inheritune_ds.training.kernels import choose_kernels
 from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
 

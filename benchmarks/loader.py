@@ -25,9 +25,9 @@ import numpy as np
 
 from benchmarks.comparison import SEED, in_turns, summary
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.data.mixture import Weights, round_table
-from inheritune_ds.data.shards import TokenShards, Windows
-from inheritune_ds.data.stream import BatchStream
+from inheritune_ds.data.stream.batches import BatchStream
+from inheritune_ds.data.stream.mixture import Weights, round_table
+from inheritune_ds.data.stream.windows import TokenShards, Windows
 
 VOCAB_SIZE = 50_304
 PLAN_TOKENS = 10_000_000_000

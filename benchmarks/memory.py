@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.budget import GIB, memory, parameters
+from inheritune_ds.plan.memory import memory
+from inheritune_ds.plan.model_size import GIB, parameters
 
 if TYPE_CHECKING:
     import torch
 
+    from inheritune_ds.distributed.world import World
     from inheritune_ds.training.engine import Engine
-    from inheritune_ds.training.world import World
 
 RANKS = (1, 2)
 TOLERANCE = 0.15
@@ -126,7 +127,7 @@ def work(out: Path, ranks: int, *, rehearse: bool) -> None:
             print(f"> {line(rows[-1])}", flush=True)
     if world.is_main:
         out.write_text(json.dumps(rows), encoding="utf-8")
-    from inheritune_ds.training.engine import leave_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group
 
     leave_process_group()
 

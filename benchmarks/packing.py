@@ -20,10 +20,10 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.recipe import Shape
-from inheritune_ds.surgery.reference import build_config
+from inheritune_ds.config.kernels import KernelRequest
+from inheritune_ds.config.model import Shape
+from inheritune_ds.surgery.load import build_config
 from inheritune_ds.training import engine
-from inheritune_ds.training.kernel_words import KernelRequest
 from inheritune_ds.training.kernels import choose_kernels
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, document_starts
 

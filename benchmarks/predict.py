@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.budget import flops_per_token, parameters, tensors
-from inheritune_ds.communication import Link, Transfer, transfers
-from inheritune_ds.layout import Layout
-from inheritune_ds.speed import predict_step_s
+from inheritune_ds.config.zero import ZeroSettings
+from inheritune_ds.plan.communication import Link, Transfer, transfers
+from inheritune_ds.plan.model_size import flops_per_token, parameters, tensors
+from inheritune_ds.plan.scaling import predict_step_s
 
 if TYPE_CHECKING:
-    from inheritune_ds.training.world import World
+    from inheritune_ds.distributed.world import World
 
 RANKS = (1, 2, 4)
 TOLERANCE = 0.15
@@ -86,7 +86,7 @@ def calibrate(size: Size, world: "World") -> dict[str, float]:
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.surgery.reference import build_config
+    from inheritune_ds.surgery.load import build_config
     from inheritune_ds.training.loss import attach_loss
 
     case = size.case(world.size)
@@ -141,7 +141,7 @@ def link_of(calibration: dict[str, float], ranks: int) -> Link:
 
 
 def predict(
-    size: Size, ranks: int, layout: Layout, alone: dict[str, float], full: dict[str, float]
+    size: Size, ranks: int, layout: ZeroSettings, alone: dict[str, float], full: dict[str, float]
 ) -> dict[str, float]:
     """Seconds of a step by part.
 
@@ -172,14 +172,14 @@ def predict(
 
 def work(out: Path, part: str, size: Size) -> None:
     """A rank's part; the figures of rank 0 are taken."""
-    from inheritune_ds.training.allocator import keep_freed_memory
+    from inheritune_ds.distributed.environment import keep_freed_memory
 
     keep_freed_memory()
     world = join_ranks()
     found = calibrate(size, world) if part == "calibrate" else measure(size, world)
     if world.is_main:
         out.write_text(json.dumps(found), encoding="utf-8")
-    from inheritune_ds.training.engine import leave_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group
 
     leave_process_group()
 

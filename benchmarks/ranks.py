@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.launch import POLL_S, kill
 from benchmarks.record import REPOSITORY
-from inheritune_ds.layout import Layout, Loss, Precision, Recomputation, read_layout
-from inheritune_ds.recipe import Recipe, Shape
+from inheritune_ds.config.model import Shape
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.zero import Loss, Precision, Recomputation, ZeroSettings, read_layout
 
 if TYPE_CHECKING:
     import torch
 
+    from inheritune_ds.distributed.world import World
     from inheritune_ds.training.engine import Engine
-    from inheritune_ds.training.world import World
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class Case:
         return " ".join(words + ["immediate"] * self.immediate)
 
 
-def build_engine(case: Case, world: "World") -> "tuple[Engine, Layout]":
+def build_engine(case: Case, world: "World") -> "tuple[Engine, ZeroSettings]":
     """The project's engine for a case, and how its config lays the model out."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.surgery.reference import build_config
-    from inheritune_ds.training.ds_config import Machine, resolve
+    from inheritune_ds.config.deepspeed import Machine, resolve
+    from inheritune_ds.surgery.load import build_config
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import Kernels
 
@@ -134,12 +135,13 @@ def micro_batches(case: Case, rank: int = 0) -> "list[torch.Tensor]":
 
 def join_ranks() -> "World":
     """Become the rank that the environment says, in a process group with the others."""
-    from inheritune_ds.training.world import detect, export, prepare_environment
+    from inheritune_ds.distributed.environment import prepare_environment
+    from inheritune_ds.distributed.world import detect, export
 
     world = detect(os.environ)
     export(world, os.environ)
     prepare_environment(os.environ, kind="cpu")
-    from inheritune_ds.training.engine import start_process_group
+    from inheritune_ds.distributed.process_group import start_process_group
 
     start_process_group(world)
     return world

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.files import write_json
-from inheritune_ds.machine import detect_gpus, host_memory_gib
+from inheritune_ds.plan.machine import detect_gpus, host_memory_gib
+from inheritune_ds.storage.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"

@@ -60,7 +60,7 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
-"""What `inheritune_ds.training.allocator` asks glibc for, for programs that have no such call."""
+"""What `inheritune_ds.distributed.environment` asks glibc for, for programs that have no such call."""
 CALL_THE_ALLOCATOR = ("project", "project_compiled", "project_shipped", "plain_master", "plain_master_compiled")
 
 

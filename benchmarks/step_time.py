@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.launch import launched, train_command, wait_for
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.analysis.results import read_metrics
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
+from inheritune_ds.tracking.metrics import read_metrics
 
 RECIPE = "quickstart-reference"
 WARM_UP_STEPS, STEPS = 10, 50

@@ -50,14 +50,14 @@ def make_reference(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from inheritune_ds.surgery.skeleton import Skeleton
+    from inheritune_ds.surgery.meta_model import MetaModel
 
     folder.mkdir(parents=True)
     config = LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"], dtype="float16")
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     weight_map: dict[str, str] = {}
-    names = list(Skeleton(config).shapes.items())
+    names = list(MetaModel(config).shapes.items())
     per_shard = 60
     shards = [names[start : start + per_shard] for start in range(0, len(names), per_shard)]
     for number, shard in enumerate(shards, 1):
@@ -72,11 +72,12 @@ def make_reference(folder: Path) -> None:
 
 def cut(reference: Path, folder: Path) -> float:
     """Plan and write the target; seconds."""
-    from inheritune_ds.recipe import Target
+    from inheritune_ds.config.model import Target
     from inheritune_ds.surgery.inherit import make_config, plan_target
-    from inheritune_ds.surgery.reference import ReferenceModel, load_config
-    from inheritune_ds.surgery.values import TargetValues
-    from inheritune_ds.surgery.writing import write_shards
+    from inheritune_ds.surgery.load import load_config
+    from inheritune_ds.surgery.reference import ReferenceModel
+    from inheritune_ds.surgery.tensor_values import TargetValues
+    from inheritune_ds.surgery.write_shards import write_shards
 
     start = time.perf_counter()
     target = Target(select=SELECT)

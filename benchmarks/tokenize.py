@@ -23,9 +23,9 @@ from typing import Any
 
 from benchmarks.comparison import Comparison, in_turns, summary, verdict
 from benchmarks.record import REPOSITORY, RESULTS, write_result
-from inheritune_ds.corpus import Corpus, FilesSource
-from inheritune_ds.data.tokenize import prepare
-from inheritune_ds.files import write_json
+from inheritune_ds.config.corpus import Corpus, FilesSource
+from inheritune_ds.data.tokens.prepare import prepare
+from inheritune_ds.storage.files import write_json
 
 SUBJECTS = ("project", "encode_batch", "encode_batch_fast")
 MEGABYTE = 10**6

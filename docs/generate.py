@@ -21,18 +21,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from inheritune_ds import errors, recipe, recipe_base, tracking
-from inheritune_ds.files import read_json
-from inheritune_ds.training import ds_keys
-from inheritune_ds.training.kernel_words import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU
-from inheritune_ds.training.reliability_words import WATCHDOG_S, Reliability
+from inheritune_ds import errors
+from inheritune_ds.config import deepspeed_keys, fields, recipe, training
+from inheritune_ds.config.kernels import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU
+from inheritune_ds.config.reliability import WATCHDOG_S, Reliability
+from inheritune_ds.storage.files import read_json
+from inheritune_ds.tracking.metrics import METRICS
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))  # for the lists that the tests hold
 SECTION = re.compile(r"(<!-- generated: (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FORMS = {
-    recipe.DURATION_PATTERN: "`N steps`, `N tokens` or `N epochs`; N may end in K, M or B",
-    f"{recipe_base.AMOUNT} tokens": "`N tokens`; N may end in K, M or B",
+    training.DURATION_PATTERN: "`N steps`, `N tokens` or `N epochs`; N may end in K, M or B",
+    f"{fields.AMOUNT} tokens": "`N tokens`; N may end in K, M or B",
     "[A-Za-z0-9][A-Za-z0-9._-]*": "text of letters, digits, `.`, `_`, `-`",
 }
 
@@ -108,7 +109,7 @@ RELIABILITY = {
 def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
     """Docstrings below the fields of a model, by field name, each on one line."""
     found: dict[str, str] = {}
-    for ancestor in reversed([each for each in model.__mro__ if issubclass(each, recipe_base.Part)]):
+    for ancestor in reversed([each for each in model.__mro__ if issubclass(each, fields.ConfigModel)]):
         (tree,) = ast.parse(inspect.getsource(ancestor)).body
         assert isinstance(tree, ast.ClassDef)
         for node, below in zip(tree.body, tree.body[1:], strict=False):
@@ -224,23 +225,23 @@ def _exit_code(kind: type[errors.InherituneError]) -> int:
 def ds_owned() -> str:
     """DeepSpeed keys whose value comes from the recipe."""
     rows = ["| DeepSpeed key | comes from |", "|---|---|"]
-    rows += [f"| `{key}` | `{owner}` in the recipe |" for key, (owner, _) in ds_keys.RECIPE_OWNED.items()]
-    rows += [f"| `{key}` | derived: {formula} |" for key, formula in ds_keys.DERIVED.items()]
+    rows += [f"| `{key}` | `{owner}` in the recipe |" for key, (owner, _) in deepspeed_keys.RECIPE_OWNED.items()]
+    rows += [f"| `{key}` | derived: {formula} |" for key, formula in deepspeed_keys.DERIVED.items()]
     return "\n".join(rows) + "\n"
 
 
 def ds_passed_on() -> str:
     """DeepSpeed keys that reach DeepSpeed as they are written."""
-    keys = ", ".join(f"`{key}`" for key in sorted(ds_keys.PASSED_ON))
-    zero = ", ".join(f"`{key}`" for key in ds_keys.ZERO_KEYS)
+    keys = ", ".join(f"`{key}`" for key in sorted(deepspeed_keys.PASSED_ON))
+    zero = ", ".join(f"`{key}`" for key in deepspeed_keys.ZERO_KEYS)
     return f"Top level: {keys}.\n\nInside `zero_optimization`: {zero}.\n"
 
 
 def ds_kernels() -> str:
     """Keys of the `kernels` block: values, and what auto takes."""
     rows = ["| key | value | `auto` takes |", "|---|---|---|"]
-    for key, kind in ds_keys.KERNEL_KEYS.items():
-        assert isinstance(kind, ds_keys.Kind)
+    for key, kind in deepspeed_keys.KERNEL_KEYS.items():
+        assert isinstance(kind, deepspeed_keys.ValueRule)
         rows.append(f"| `{key}` | {kind.allowed}, or `auto` | {AUTO_KERNELS[key]} |")
     return "\n".join(rows) + "\n"
 
@@ -249,8 +250,8 @@ def ds_reliability() -> str:
     """Keys of the `reliability` block: values, defaults and meanings."""
     given = Reliability()
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for key, kind in ds_keys.RELIABILITY_KEYS.items():
-        if isinstance(kind, ds_keys.Kind):
+    for key, kind in deepspeed_keys.RELIABILITY_KEYS.items():
+        if isinstance(kind, deepspeed_keys.ValueRule):
             default = str(getattr(given, key)).lower()
             rows.append(f"| `{key}` | {kind.allowed} | `{default}` | {RELIABILITY[key]} |")
     for key, seconds in WATCHDOG_S.items():
@@ -261,14 +262,14 @@ def ds_reliability() -> str:
 def ds_refused() -> str:
     """DeepSpeed keys that are refused, with the reason."""
     rows = ["| key | why |", "|---|---|"]
-    rows += [f"| `{key}` | {reason} |" for key, reason in sorted(ds_keys.REFUSED.items())]
+    rows += [f"| `{key}` | {reason} |" for key, reason in sorted(deepspeed_keys.REFUSED.items())]
     return "\n".join(rows) + "\n"
 
 
 def metrics() -> str:
     """A row a metric."""
     rows = ["| name | unit | meaning |", "|---|---|---|"]
-    rows += [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in tracking.METRICS.items()]
+    rows += [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in METRICS.items()]
     return "\n".join(rows) + "\n"
 
 

@@ -1,16 +1,23 @@
-"""Settings of the whole suite, and the stand-in of the hub."""
+"""Settings of the whole suite, the stand-in of the hub, and resolving a DeepSpeed config against a small recipe."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from inheritune_ds.config.deepspeed import Machine, Resolved, resolve
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.config.model import Shape
+from inheritune_ds.config.recipe import Recipe
 from tests.hub_client import HubClient
 from tests.hub_server import HubServer
 from tests.launching import warm_python
 from tests.warm_python import WarmPython
+
+A6000 = Machine(kind="cuda", memory_gib=48.0, bf16=True)
 
 # On a busy machine an example may take any time, and a failure must be found again by everybody.
 settings.register_profile("suite", deadline=None, derandomize=True)
@@ -74,3 +81,40 @@ def offline_client(hub_server: HubServer, hub_home: Path) -> Iterator[HubClient]
     """A process that was told to stay off the network; its cache is that of the others."""
     with HubClient(hub_server.endpoint, hub_home, HF_HUB_OFFLINE="1") as process:
         yield process
+
+
+@pytest.fixture
+def wide() -> Shape:
+    """A model of which a few GiB hold some windows, but not all."""
+    return Shape(
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        intermediate_size=2048,
+        max_position_embeddings=2048,
+    )
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    """quickstart's numbers, each of the optimizer's its own: 32 windows of 128 tokens a step."""
+    numbers = ["lr=4e-4", "betas=[0.8, 0.9]", "eps=1e-7", "weight_decay=0.2", "max_grad_norm=0.5"]
+    batch = ["training.seq_len=128", "training.global_batch_tokens=4096"]
+    return load_recipe("quickstart", [*batch, *(f"optimizer.{number}" for number in numbers)])
+
+
+@pytest.fixture
+def resolved(recipe: Recipe, wide: Shape) -> Callable[..., Resolved]:
+    def make(document: dict[str, Any], *, machine: Machine = A6000, world_size: int = 1, **options: Any) -> Resolved:
+        return resolve(
+            document,
+            options.get("recipe", recipe),
+            origin="ds.json",
+            shape=options.get("shape", (wide, 4)),
+            world_size=world_size,
+            machine=machine,
+        )
+
+    return make

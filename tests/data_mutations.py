@@ -2,14 +2,14 @@
 
 from tests.mutations import Mutation
 
-SHARDS, ORDER, MIXTURE = "data/shards.py", "data/order.py", "data/mixture.py"
-STREAM, HELD_OUT, SCHEDULE = "data/stream.py", "data/held_out.py", "training/schedule.py"
+SHARDS, ORDER, MIXTURE = "data/stream/windows.py", "data/stream/order.py", "data/stream/mixture.py"
+STREAM, HELD_OUT, SCHEDULE = "data/stream/batches.py", "data/stream/validation_windows.py", "training/schedule.py"
 TESTS = {
-    SHARDS: ["tests/data/test_shards.py"],
-    ORDER: ["tests/data/test_order.py"],
-    MIXTURE: ["tests/data/test_mixture.py"],
-    STREAM: ["tests/data/test_stream.py"],
-    HELD_OUT: ["tests/data/test_held_out.py"],
+    SHARDS: ["tests/data/stream/test_windows.py"],
+    ORDER: ["tests/data/stream/test_order.py"],
+    MIXTURE: ["tests/data/stream/test_mixture.py"],
+    STREAM: ["tests/data/stream/test_batches.py"],
+    HELD_OUT: ["tests/data/stream/test_validation_windows.py"],
     SCHEDULE: ["tests/training/test_schedule.py"],
 }
 

@@ -58,9 +58,9 @@ class HubClient:
 
 def _documents(source: dict[str, Any], start: tuple[int, int] = (0, 0), *, keep: bool = False) -> Any:
     """All documents; with `keep` an error comes with how many there were before it."""
-    from inheritune_ds.corpus import HubSource
-    from inheritune_ds.data import sources
-    from inheritune_ds.data.records import Cursor
+    from inheritune_ds.config.corpus import HubSource
+    from inheritune_ds.data.documents import sources
+    from inheritune_ds.data.documents.records import Cursor
     from inheritune_ds.errors import InherituneError
 
     found = []
@@ -75,34 +75,34 @@ def _documents(source: dict[str, Any], start: tuple[int, int] = (0, 0), *, keep:
 
 
 def _identify(source: dict[str, Any]) -> dict[str, Any]:
-    from inheritune_ds.corpus import HubSource
-    from inheritune_ds.data import sources
+    from inheritune_ds.config.corpus import HubSource
+    from inheritune_ds.data.documents import sources
 
     return sources.identify(HubSource.model_validate(source))
 
 
 def _resolve(name: str, revision: str = "main", repo_type: Any = "model") -> list[str]:
-    from inheritune_ds import hub
+    from inheritune_ds.storage import hub
 
     found = hub.resolve(name, revision, repo_type)
     return [found.commit, found.offline]
 
 
 def _snapshot(name: str, patterns: list[str], revision: str = "main") -> dict[str, str]:
-    from inheritune_ds import hub
+    from inheritune_ds.storage import hub
 
     folder = hub.snapshot(hub.resolve(name, revision, "model"), patterns)
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
 def _pin(folder: str, repo_type: Any, name: str, revision: str = "main") -> str:
-    from inheritune_ds.run_folder import RunFolder
+    from inheritune_ds.run.folder import RunFolder
 
     return RunFolder(Path(folder)).pin(repo_type, name, revision)
 
 
 def _locate(model: str, **settings: Any) -> list[Any]:
-    from inheritune_ds.recipe import Reference
+    from inheritune_ds.config.model import Reference
     from inheritune_ds.surgery.reference import locate
 
     found = locate(Reference.model_validate({"model": model, **settings}), Path)
@@ -110,14 +110,14 @@ def _locate(model: str, **settings: Any) -> list[Any]:
 
 
 def _tokens(name: str, text: str) -> list[int]:
-    from inheritune_ds.data.vocabulary import load_tokenizer
+    from inheritune_ds.data.tokens.tokenizer import load_tokenizer
 
     return list(load_tokenizer(name)(text)["input_ids"])
 
 
 def _main() -> None:
-    from inheritune_ds import hub
     from inheritune_ds.errors import InherituneError
+    from inheritune_ds.storage import hub
 
     hub._BUSY_WAITS_S = (0.05, 0.05)  # of this program; the pauses of the clients stay
     does = {name.removeprefix("_"): function for name, function in globals().items() if name in _WORDS}

@@ -2,27 +2,27 @@
 
 from dataclasses import dataclass
 
-SELECTION, PARTS = "selection.py", "parts.py"
-INHERIT, VALUES, GRAFTS = "surgery/inherit.py", "surgery/values.py", "surgery/grafts.py"
-BLOCKS, CONFIGS, SKELETON = "surgery/blocks.py", "surgery/configs.py", "surgery/skeleton.py"
-PROOF, REPORT, WIDTH = "surgery/proof.py", "surgery/report.py", "surgery/width.py"
-WEIGHTS, WRITING, REFERENCE = "surgery/weights.py", "surgery/writing.py", "surgery/reference.py"
+SELECTION, PARTS = "config/selection.py", "config/inheritance.py"
+INHERIT, VALUES, GRAFTS = "surgery/inherit.py", "surgery/tensor_values.py", "surgery/tensor_map.py"
+BLOCKS, CONFIGS, SKELETON = "surgery/blocks.py", "surgery/config_cut.py", "surgery/meta_model.py"
+PROOF, COMPARE, WIDTH = "surgery/verify.py", "surgery/compare.py", "surgery/half_width.py"
+WEIGHTS, WRITING, REFERENCE = "surgery/weight_files.py", "surgery/write_shards.py", "surgery/reference.py"
 PRESETS, GROWTH = "tests/surgery/test_presets.py", "tests/surgery/test_growth.py"
 CUTS = ["tests/surgery/test_inherit.py", "tests/surgery/test_inherit_report.py"]
 TESTS = {
-    SELECTION: ["tests/test_selection.py"],
-    PARTS: ["tests/test_parts.py"],
+    SELECTION: ["tests/config/test_selection.py"],
+    PARTS: ["tests/config/test_inheritance.py"],
     INHERIT: [*CUTS, GROWTH],
     VALUES: [*CUTS, GROWTH],
-    GRAFTS: ["tests/surgery/test_grafts.py", PRESETS],
+    GRAFTS: ["tests/surgery/test_tensor_map.py", PRESETS],
     BLOCKS: ["tests/surgery/test_blocks.py", PRESETS],
-    CONFIGS: ["tests/surgery/test_configs.py"],
-    SKELETON: ["tests/surgery/test_skeleton.py"],
+    CONFIGS: ["tests/surgery/test_config_cut.py"],
+    SKELETON: ["tests/surgery/test_meta_model.py"],
     PROOF: CUTS,
-    REPORT: CUTS,
-    WIDTH: ["tests/surgery/test_width.py"],
-    WEIGHTS: ["tests/surgery/test_weights.py"],
-    WRITING: ["tests/surgery/test_writing.py"],
+    COMPARE: CUTS,
+    WIDTH: ["tests/surgery/test_half_width.py"],
+    WEIGHTS: ["tests/surgery/test_weight_files.py"],
+    WRITING: ["tests/surgery/test_write_shards.py"],
     REFERENCE: ["tests/surgery/test_reference.py"],
 }
 
@@ -275,21 +275,21 @@ MUTATIONS = [
     ),
     Mutation(
         "the report would call fresh tensors inherited",
-        REPORT,
+        COMPARE,
         '"inherited": source is not None,',
         '"inherited": True,',
         "inherit_none",
     ),
     Mutation(
         "a file that was written wrongly would be published",
-        REPORT,
+        COMPARE,
         "if not np.array_equal(piece, theirs[start : start + _CHUNK_BYTES]):",
         "if len(piece) != len(theirs[start : start + _CHUNK_BYTES]):",
         "read_back",
     ),
     Mutation(
         "numbers that are not finite would be trained",
-        REPORT,
+        COMPARE,
         "    if written.is_floating_point():\n",
         "    if not written.is_floating_point():\n",
         "not_finite",

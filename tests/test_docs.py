@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from inheritune_ds import cli
-from inheritune_ds.recipe_file import DEFAULT_RECIPE, load_recipe, shipped_names
+from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe, shipped_names
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -61,9 +61,9 @@ def copy_to(folder: Path) -> Path:
     """Copy the package, the tests and pytest's settings; the copy refuses to test any other package."""
     hidden = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "inheritune_ds", folder / "inheritune_ds", ignore=hidden)
-    for tests in ("surgery", "data", "training"):
+    for tests in ("config", "data", "surgery", "training"):
         shutil.copytree(ROOT / "tests" / tests, folder / "tests" / tests, ignore=hidden)
-    for name in ("conftest", "hub_client", "hub_server", "launching", "warm_python", "test_selection", "test_parts"):
+    for name in ("conftest", "hub_client", "hub_server", "launching", "warm_python"):
         shutil.copyfile(ROOT / f"tests/{name}.py", folder / f"tests/{name}.py")
     shutil.copyfile(ROOT / "setup.cfg", folder / "setup.cfg")
     (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.training.controls import Controls
-from inheritune_ds.training.world import StopSignal, World
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.world import World
+from inheritune_ds.training.requests import Controls
 
 REPOSITORY = Path(__file__).parents[1]
 SRUN = """#!{python}

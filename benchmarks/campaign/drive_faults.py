@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from inheritune_ds.config.messages import validate
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.yaml import parse_yaml
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.world import detect, export
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.recipe import Recipe
-from inheritune_ds.recipe_file import parse_yaml, validate
-from inheritune_ds.training.world import detect, export, prepare_environment
 
 RECIPE = """
 name: faults
@@ -44,9 +46,9 @@ def build(case: str, world: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.shapes import target_shape
-    from inheritune_ds.surgery.reference import build_config
-    from inheritune_ds.training.ds_config import Machine, resolve
+    from inheritune_ds.config.deepspeed import Machine, resolve
+    from inheritune_ds.plan.shapes import target_shape
+    from inheritune_ds.surgery.load import build_config
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import choose_kernels
 
@@ -246,7 +248,7 @@ def main() -> None:
     prepare_environment(os.environ, kind="cpu")
     import torch.distributed as dist
 
-    from inheritune_ds.training.engine import leave_process_group, start_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 
     start_process_group(world)
     results = {}

@@ -31,7 +31,7 @@ def hold_the_interpreter(*_: Any, **__: Any) -> None:
 
 def replaced(owner: Any, name: str, sleep: Sleep = sleep_for_ever, *, after_steps: int = 0) -> None:
     """Let a function of a class or module sleep, once the loop has done some steps."""
-    from inheritune_ds.training.controls import Controls
+    from inheritune_ds.training.requests import Controls
 
     own, stepped, steps = getattr(owner, name), Controls.stepped, [0]
 
@@ -50,16 +50,16 @@ def replaced(owner: Any, name: str, sleep: Sleep = sleep_for_ever, *, after_step
 
 def hang(place: str) -> None:
     """Prepare the sleep; the modules are imported as late as the program itself does."""
-    from inheritune_ds.training.world import prepare_environment
+    from inheritune_ds.distributed.environment import prepare_environment
 
     prepare_environment(os.environ, kind="cpu")
     import torch
     import torch.distributed as dist
     import wandb
 
-    from inheritune_ds.data.stream import BatchStream
-    from inheritune_ds.run_results import RunResults
-    from inheritune_ds.training.checkpoints import Checkpoints
+    from inheritune_ds.checkpoints.saver import Saver
+    from inheritune_ds.data.stream.batches import BatchStream
+    from inheritune_ds.run.finish import RunResults
     from inheritune_ds.training.engine import Engine
 
     owner, name, after_steps = {
@@ -72,7 +72,7 @@ def hang(place: str) -> None:
         "wandb": (wandb.Run, "log", STEPS_BEFORE),
         "wandb_finish": (wandb.Run, "finish", 0),
         "validation": (Engine, "window_losses", STEPS_BEFORE),
-        "save": (Checkpoints, "save", STEPS_BEFORE),
+        "save": (Saver, "save", STEPS_BEFORE),
         "finish": (RunResults, "write", 0),
     }[place]
     sleep = hold_the_interpreter if place == "interpreter" else sleep_for_ever

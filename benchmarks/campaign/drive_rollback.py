@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inheritune_ds.cli import main
-from inheritune_ds.data.stream import BatchStream
+from inheritune_ds.data.stream.batches import BatchStream
 
 MARKED = 299
 Batches = Iterator[NDArray[np.int64]]

@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 
 from benchmarks.campaign.resumes import Seen, stopped_after
 from inheritune_ds.cli.options import machine_for
-from inheritune_ds.data.stream import BatchStream
-from inheritune_ds.files import write_json
-from inheritune_ds.recipe_file import load_recipe
-from inheritune_ds.training import ds_document
-from inheritune_ds.training.world import StopSignal, detect, export, prepare_environment
+from inheritune_ds.config import deepspeed_checks
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.data.stream.batches import BatchStream
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.world import detect, export
+from inheritune_ds.storage.files import write_json
 
 Windows = dict[int, list[list[str]]]
 
@@ -60,17 +62,17 @@ def main() -> None:
     prepare_environment(os.environ, kind="cpu")
     import torch
 
-    from inheritune_ds.launch import Launch
-    from inheritune_ds.run import execute
-    from inheritune_ds.training.engine import leave_process_group
-    from inheritune_ds.training.meeting import Meeting
+    from inheritune_ds.distributed.coordination import Meeting
+    from inheritune_ds.distributed.process_group import leave_process_group
+    from inheritune_ds.run.execute import execute
+    from inheritune_ds.run.launch import Launch
 
     runs = args.folder / "runs"
     machine, stop = machine_for(None, world.local_size), StopSignal()
     meeting = Meeting(world, stop)
 
     def launched(ds_config: Path) -> Launch:
-        document = ds_document.read(ds_config)
+        document = deepspeed_checks.read(ds_config)
         launch = Launch(document, str(ds_config), machine, world, stop, runs, args.folder / "cache")
         # A launch makes its own once; two of one process would take each other's notes for theirs.
         vars(launch)["meeting"] = meeting
@@ -81,11 +83,11 @@ def main() -> None:
     for step in args.steps:
         name = f"{args.out}-{step}"
         if step:
-            meeting.by_main(partial(stopped_after, runs / args.first, runs / name, step))
+            meeting.run_on_rank0(partial(stopped_after, runs / args.first, runs / name, step))
         # DeepSpeed collects garbage a few times while it builds an engine, and what was imported is most of it.
         gc.freeze()
         # The figures take longer than the training, and are drawn of the rows that are compared.
-        with recorded_windows() as windows, patch("inheritune_ds.run_results.write_run_report", lambda run: run):
+        with recorded_windows() as windows, patch("inheritune_ds.run.finish.write_run_report", lambda run: run):
             ds_config = args.then if step and args.then else args.ds_config
             assert execute(recipe.model_copy(update={"name": name}), launched(ds_config))
         seen[step] = {"rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), "windows": windows}

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from benchmarks.ranks import Case, build_engine, join_ranks
-from inheritune_ds import checkpoint_store
-from inheritune_ds.checkpoint_store import CheckpointStore
+from inheritune_ds.checkpoints import store
+from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.errors import InherituneError
-from inheritune_ds.files import write_exact
-from inheritune_ds.training.run_state import Layout, RunState
+from inheritune_ds.storage.files import write_exact
 
 if TYPE_CHECKING:
     from inheritune_ds.training.engine import Engine
@@ -58,7 +58,7 @@ class Writers:
     """This rank's writers of shards, manifest and pointer, with a fault in one of them."""
 
     def __init__(self, rank: int) -> None:
-        from inheritune_ds.training import checkpoints, shard_writer
+        from inheritune_ds.checkpoints import saver, shard_writer
 
         self._rank = rank
         self._fault: Fault | None = None
@@ -66,8 +66,8 @@ class Writers:
         self._write_shard: Callable[..., dict[str, Any]] = shard_writer.write_shard
         file = shard_writer._HashedFile  # noqa: SLF001 - a fault comes when half of a file is written
         self._append = file._append  # noqa: SLF001
-        patch.object(checkpoints, "write_shard", self._shard).start()
-        patch.object(checkpoint_store, "write_exact", self._text).start()
+        patch.object(saver, "write_shard", self._shard).start()
+        patch.object(store, "write_exact", self._text).start()
         patch.object(file, "_append", self._half_way()).start()
 
     def arm(self, fault: Fault | None) -> None:
@@ -122,13 +122,13 @@ def native_save(engine: "Engine", folder: Path, rank: int) -> None:
 def main(folder: Path, plan: dict[str, Any]) -> int:
     """Save as planned; the exit code."""
     world = join_ranks()
-    from inheritune_ds.training.checkpoints import Checkpoints
-    from inheritune_ds.training.reliability_words import Reliability
+    from inheritune_ds.checkpoints.saver import Saver
+    from inheritune_ds.config.reliability import Reliability
 
     engine, _ = build_engine(Case(stage=plan["stage"], hidden_size=32, blocks=2, vocab_size=300, seq_len=16), world)
-    checkpoints = Checkpoints(
+    saver = Saver(
         CheckpointStore(folder / "checkpoints", keep=1000),
-        layout=Layout(world.size, plan["stage"], "bf16"),
+        layout=SavedLayout(world.size, plan["stage"], "bf16"),
         world=world,
         reliability=Reliability(async_save=plan["async"]),
         fingerprints={},
@@ -139,9 +139,9 @@ def main(folder: Path, plan: dict[str, Any]) -> int:
     try:
         for step, fault in enumerate([None, *plan["faults"]], 1):
             writers.arm(None if fault is None else Fault(**fault))
-            saved = checkpoints.save(engine, RunState(step=step))
-            answers.append(saved and checkpoints.settle())
-        checkpoints.close()
+            saved = saver.save(engine, TrainState(step=step))
+            answers.append(saved and saver.settle())
+        saver.close()
     except InherituneError as error:
         print(error, flush=True)
         return error.exit_code

@@ -26,7 +26,7 @@ def pause(seconds: float) -> None:
 
 def pause_in(phase: str, step: int, seconds: float) -> None:
     """Stay in a phase from some step on, once."""
-    from inheritune_ds.training.watchdog import Watchdog
+    from inheritune_ds.distributed.watchdog import Watchdog
 
     own = Watchdog.phase
 
@@ -42,13 +42,13 @@ def pause_in(phase: str, step: int, seconds: float) -> None:
 
 def pause_preparing(seconds: float) -> None:
     """Stay in rank 0's preparation, while the others wait for its word."""
-    from inheritune_ds.training.world import prepare_environment
+    from inheritune_ds.distributed.environment import prepare_environment
 
     prepare_environment(os.environ, kind="cpu")
-    from inheritune_ds.preparation import prepare_run
-    from inheritune_ds.training.meeting import Meeting
+    from inheritune_ds.distributed.coordination import Meeting
+    from inheritune_ds.run.prepare import prepare_run
 
-    by_main, calls = Meeting.by_main, count(1)
+    by_main, calls = Meeting.run_on_rank0, count(1)
 
     def preparing(*words: Any, **how: Any) -> Any:
         pause(seconds)
@@ -59,7 +59,7 @@ def pause_preparing(seconds: float) -> None:
             pause(0.0)
         return by_main(meeting, work)
 
-    patch("inheritune_ds.run.prepare_run", preparing).start()
+    patch("inheritune_ds.run.execute.prepare_run", preparing).start()
     patch.object(Meeting, "by_main", meeting_rank_0).start()
 
 

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign.drive_faults import batches, build, state_sha256
-from inheritune_ds.checkpoint_store import CheckpointStore, find_fault, published, step_of
+from inheritune_ds.checkpoints.manifest import find_fault, published, step_of
+from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.world import World, detect, export
 from inheritune_ds.errors import StorageError
-from inheritune_ds.training.world import World, detect, export, prepare_environment
 
 CASE = "zero1-fp32-1"
 AUDITED = {"os.mkdir": 0, "os.rename": 1}
@@ -128,18 +130,18 @@ class Trials:
     """Saves of one engine, refused one after the other."""
 
     def __init__(self, world: World, folder: Path, where: int, *, async_save: bool) -> None:
-        from inheritune_ds.training.checkpoints import Checkpoints
-        from inheritune_ds.training.reliability_words import Reliability
-        from inheritune_ds.training.run_state import Layout
+        from inheritune_ds.checkpoints.saver import Saver
+        from inheritune_ds.checkpoints.train_state import SavedLayout
+        from inheritune_ds.config.reliability import Reliability
 
         self._world, self._where, self._kind = world, where, ""
         self._store = CheckpointStore(folder / "checkpoints", keep=1)
         self._store.folder.mkdir(parents=True, exist_ok=True)
         self._said: list[str] = []
         self._by_policy = {
-            policy: Checkpoints(
+            policy: Saver(
                 self._store,
-                layout=Layout(world.size, 1, "fp32"),
+                layout=SavedLayout(world.size, 1, "fp32"),
                 world=world,
                 reliability=Reliability(async_save=async_save, on_save_error=policy),
                 fingerprints={},
@@ -182,7 +184,7 @@ class Trials:
 
     def _save(self, policy: str, refused: int) -> tuple[bool, int]:
         """Train a step and save it: whether it was published, and this rank's operations."""
-        from inheritune_ds.training.run_state import RunState
+        from inheritune_ds.checkpoints.train_state import TrainState
 
         self._step += 1
         self._engine.train_step(batches(self._step, 1, self._world.rank), lr=1e-3)
@@ -190,7 +192,7 @@ class Trials:
         checkpoints = self._by_policy[policy]
         with self._disk.refusing(self._kind, refused if self._world.rank == self._where else 0):
             try:
-                saved = checkpoints.save(self._engine, RunState(step=self._step, tokens=0))
+                saved = checkpoints.save(self._engine, TrainState(step=self._step, tokens=0))
                 saved = checkpoints.settle() and saved
             except StorageError as error:
                 self._said.append(error.problem)
@@ -277,7 +279,7 @@ def main() -> None:
     prepare_environment(os.environ, kind="cpu")
     import torch.distributed as dist
 
-    from inheritune_ds.training.engine import leave_process_group, start_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 
     start_process_group(world)
     trials = Trials(world, args.folder, args.rank, async_save=args.async_save)

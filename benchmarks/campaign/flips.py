@@ -24,7 +24,8 @@ from benchmarks.campaign.launching import (
     write_recipe,
 )
 from benchmarks.campaign.resumes import stopped_after
-from inheritune_ds.checkpoint_store import MANIFEST, CheckpointStore, published
+from inheritune_ds.checkpoints.manifest import MANIFEST, published
+from inheritune_ds.checkpoints.store import CheckpointStore
 
 FLIPS = 250
 """In the newest checkpoint of each of the two runs."""

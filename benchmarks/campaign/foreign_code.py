@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 from benchmarks.campaign.cases import Case, Figures
 from benchmarks.campaign.launching import SHAPE, arguments, run_to_end, write_ds_config, write_recipe
-from inheritune_ds.checkpoint_manifest import MANIFEST, manifest_text, published, read_manifest
-from inheritune_ds.files import blake3_file
+from inheritune_ds.checkpoints.manifest import MANIFEST, manifest_text, published, read_manifest
+from inheritune_ds.storage.files import blake3_file
 
 SHORT = ("pickle-model", "pickle-tokenizer", "code-of-a-repository", "switches")
 SWITCHES = ("TRUST_REMOTE_CODE", "HF_TRUST_REMOTE_CODE", "HF_HUB_TRUST_REMOTE_CODE", "HF_DATASETS_TRUST_REMOTE_CODE")

@@ -32,7 +32,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
-from inheritune_ds.checkpoint_store import find_fault, published, step_of
+from inheritune_ds.checkpoints.manifest import find_fault, published, step_of
 
 INTERVAL = 4
 """Steps between checkpoints."""

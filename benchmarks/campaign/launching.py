@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.record import REPOSITORY
-from inheritune_ds.files import blake3_file, read_json, sha256_file
+from inheritune_ds.storage.files import blake3_file, read_json, sha256_file
 
 SCRIPTS = Path(sys.executable).parent
 MARK = "INHERITUNE_CAMPAIGN"

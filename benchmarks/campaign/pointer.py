@@ -21,7 +21,8 @@ from benchmarks.campaign.launching import (
     write_recipe,
 )
 from benchmarks.campaign.resumes import stopped_after
-from inheritune_ds.checkpoint_store import MANIFEST, POINTER, CheckpointStore, published
+from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, published
+from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import CheckpointError
 
 FALLBACK_S = 5.0

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import Launched, started
-from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, find_fault
+from inheritune_ds.checkpoints.manifest import POINTER, find_fault
+from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import TrainingError
 
 RANKS = 2

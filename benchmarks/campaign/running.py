@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.campaign.cases import Case, Part
 from benchmarks.campaign.journal import CODE, Journal, code_digest
 from benchmarks.record import REPOSITORY, environment
-from inheritune_ds.files import read_json, write_json
+from inheritune_ds.storage.files import read_json, write_json
 
 
 @dataclass(frozen=True)

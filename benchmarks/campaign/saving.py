@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import environment
 from benchmarks.record import REPOSITORY
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 
 def _measure(folder: Path, *, ranks: int) -> Figures:

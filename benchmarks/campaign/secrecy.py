@@ -23,7 +23,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 MARKER = "c4n4ry"
 """Part of every secret here, and of nothing else."""
@@ -38,7 +38,7 @@ SECRETS = {
 }
 BROKEN = """
 import os, sys
-from inheritune_ds import run
+from inheritune_ds.run import execute
 
 def broken(*_args, **_more):
     raise RuntimeError("cannot log in with " + os.environ["HF_TOKEN"] + " at " + os.environ["HTTPS_PROXY"])

@@ -23,8 +23,8 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
-from inheritune_ds.checkpoint_store import CheckpointStore
-from inheritune_ds.training.world import EXIT_INTERRUPTED
+from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.distributed.signals import EXIT_INTERRUPTED
 
 Who = Literal["one", "all", "twice", "group"]
 """One rank; every rank; every rank, and again a second later; the launcher and all ranks, as Ctrl-C does."""

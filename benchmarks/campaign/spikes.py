@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from inheritune_ds.recipe import Faults
+from inheritune_ds.checkpoints.train_state import FaultState
+from inheritune_ds.config.training import Faults
 from inheritune_ds.training.faults import FaultGuard
-from inheritune_ds.training.run_state import FaultState
 
 LOSS_FACTOR, NORM_FACTOR = 10.0, 50.0
 SPIKE_SHARE = 0.01

@@ -28,7 +28,8 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
-from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, find_fault, published, read_manifest, step_of
+from inheritune_ds.checkpoints.manifest import POINTER, find_fault, published, read_manifest, step_of
+from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import StorageError
 
 EXIT_STORAGE = StorageError.exit_code

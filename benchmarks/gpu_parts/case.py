@@ -16,7 +16,7 @@ from typing import Any, Literal
 from benchmarks.gpu_parts.part import Part
 from benchmarks.record import REPOSITORY
 from inheritune_ds.errors import MachineError
-from inheritune_ds.files import read_json, write_json
+from inheritune_ds.storage.files import read_json, write_json
 
 _LOG_END = 3000
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.timing import spread, timed_blocks
-from inheritune_ds.budget import GIB
+from inheritune_ds.plan.model_size import GIB
 from inheritune_ds.training.kernel_probes import compile_obstacle, liger_loss_obstacle
 from inheritune_ds.training.loss import LossKind, attach_loss
 

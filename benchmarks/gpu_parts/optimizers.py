@@ -6,8 +6,8 @@ import torch
 
 from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.timing import spread, timed_blocks
+from inheritune_ds.config.kernels import OPTIMIZERS
 from inheritune_ds.training.kernel_probes import optimizer_obstacle
-from inheritune_ds.training.kernel_words import OPTIMIZERS
 from inheritune_ds.training.optimizer import build_optimizer
 
 ELEMENTS, TENSORS = 254_100_000, 200

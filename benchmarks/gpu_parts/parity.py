@@ -7,9 +7,9 @@ import torch
 
 from benchmarks import kernel_parity
 from benchmarks.gpu_parts.part import Part
+from inheritune_ds.config.kernels import OPTIMIZERS
 from inheritune_ds.errors import InherituneError
 from inheritune_ds.training.kernel_probes import optimizer_obstacle
-from inheritune_ds.training.kernel_words import OPTIMIZERS
 
 _WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

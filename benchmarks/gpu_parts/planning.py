@@ -1,11 +1,11 @@
 """What the planner says about a case on one GPU: the only place of the GPU check that knows the planner's functions."""
 
-from inheritune_ds.budget import memory
-from inheritune_ds.gpus import PLANNING_MFU, Gpu
-from inheritune_ds.layout import Layout, read_layout
-from inheritune_ds.recipe import Shape
-from inheritune_ds.speed import Job, scaled
-from inheritune_ds.training.ds_config import Resolved
+from inheritune_ds.config.deepspeed import Resolved
+from inheritune_ds.config.model import Shape
+from inheritune_ds.config.zero import ZeroSettings, read_layout
+from inheritune_ds.plan.gpus import PLANNING_MFU, Gpu
+from inheritune_ds.plan.memory import memory
+from inheritune_ds.plan.scaling import Job, scaled
 
 
 def predicted_gib(shape: Shape, resolved: Resolved) -> float:
@@ -38,5 +38,5 @@ def predicted_tokens_per_s(shape: Shape, resolved: Resolved, on: Gpu) -> float:
     return scaled(job, on, PLANNING_MFU, 1).weak_rate
 
 
-def _layout(shape: Shape, resolved: Resolved) -> Layout:
+def _layout(shape: Shape, resolved: Resolved) -> ZeroSettings:
     return read_layout(resolved.config, seq_len=shape.max_position_embeddings, world_size=1)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.files import write_json
+from inheritune_ds.storage.files import write_json
 
 RUNNING, OK, MISSED, FAILED, SKIPPED = "running", "ok", "missed", "failed", "skipped"
 """States of a part. A bar was missed, or the part could not be made, or there was nothing to make it with."""

@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.gpu_parts.part import Part
 from benchmarks.launch import kill, launched, train_command, wait_for
-from inheritune_ds.analysis.results import read_metrics
 from inheritune_ds.errors import MachineError
-from inheritune_ds.files import read_json, sha256_file
+from inheritune_ds.storage.files import read_json, sha256_file
+from inheritune_ds.tracking.metrics import read_metrics
 
 STEPS, CHECKPOINT_STEP = 60, 30
 LOSS_TOLERANCE, LOSS_FALL = 0.02, 0.5

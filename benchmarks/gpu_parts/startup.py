@@ -7,7 +7,7 @@ from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.resume import Runs
 from benchmarks.launch import launched, wait_for
 from benchmarks.record import REPOSITORY
-from inheritune_ds.files import read_json, write_json
+from inheritune_ds.storage.files import read_json, write_json
 
 STARTS = (("tokens made", False), ("eager", False), ("compiled, no cache", True), ("compiled, cached", True))
 """The first makes the token files that the others find; the compiler's cache is the part's own."""

@@ -5,9 +5,9 @@ from typing import Any
 
 from benchmarks.gpu_parts.case import Case, Cases, Trained
 from benchmarks.gpu_parts.part import Part
-from inheritune_ds.machine import detect_gpus
-from inheritune_ds.recipe_file import load_recipe
-from inheritune_ds.shapes import target_shape
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.plan.machine import detect_gpus
+from inheritune_ds.plan.shapes import target_shape
 
 MEMORY_RATIO = 0.95
 """Share of the GPU's memory that the planner may fill."""
@@ -100,4 +100,4 @@ def _judge(part: Part, name: str, cases: list[Trained]) -> None:
     part.report.bar(f"{name} code that the compiler left eager", best.left_eager, at_most=0)
     part.report.bar(f"{name} host syncs a micro-step", best.syncs_per_micro_step, at_most=0)
     if best.mfu is None and not part.rehearse:
-        part.report.line(f"{name}: no MFU, the peak of this GPU is not known (inheritune_ds/gpus.py)")
+        part.report.line(f"{name}: no MFU, the peak of this GPU is not known (inheritune_ds/plan/gpus.py)")

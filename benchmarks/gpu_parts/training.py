@@ -24,24 +24,28 @@ from benchmarks.side_by_side import TOTAL_STEPS, write_tokens
 from benchmarks.subjects.project import recipe_of
 from benchmarks.subjects.turns import Order
 from benchmarks.subjects.windows import build_model
-from inheritune_ds.budget import GIB, flops_per_token
-from inheritune_ds.checkpoint_store import CheckpointStore
-from inheritune_ds.data.shards import Windows
-from inheritune_ds.data.stream import BatchStream
-from inheritune_ds.gpus import identify, mfu
-from inheritune_ds.machine import host_memory_gib
-from inheritune_ds.recipe import Recipe, Shape
-from inheritune_ds.training import ds_document
-from inheritune_ds.training.checkpoints import Checkpoints
-from inheritune_ds.training.controls import Controls
-from inheritune_ds.training.ds_config import MICRO_BATCH, Machine, Resolved, resolve
-from inheritune_ds.training.engine import Engine, start_process_group
+from inheritune_ds.checkpoints.saver import Saver
+from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
+from inheritune_ds.config import deepspeed_checks
+from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, resolve
+from inheritune_ds.config.model import Shape
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.reliability import Reliability
+from inheritune_ds.data.stream.batches import BatchStream
+from inheritune_ds.data.stream.windows import Windows
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.process_group import start_process_group
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.watchdog import Watchdog
+from inheritune_ds.distributed.world import World, detect, export
+from inheritune_ds.plan.gpus import identify, mfu
+from inheritune_ds.plan.machine import host_memory_gib
+from inheritune_ds.plan.model_size import GIB, flops_per_token
+from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import choose_kernels
 from inheritune_ds.training.loop import LoopParts, train
-from inheritune_ds.training.reliability_words import Reliability
-from inheritune_ds.training.run_state import Layout, RunState
-from inheritune_ds.training.watchdog import Watchdog
-from inheritune_ds.training.world import StopSignal, World, detect, export, prepare_environment
+from inheritune_ds.training.requests import Controls
 
 SYNC_STEPS = 2
 """Steps of the pass that counts host synchronisations, after the timed ones."""
@@ -121,7 +125,7 @@ def _documents(case: Case, folder: Path) -> tuple[Recipe, Resolved]:
     recipe = recipe_of(_order(case, folder))
     every_step = recipe.logging.model_copy(update={"interval_steps": 1})
     recipe = recipe.model_copy(update={"logging": every_step})
-    document = ds_document.read(REPOSITORY / "ds_configs" / case.ds_config)
+    document = deepspeed_checks.read(REPOSITORY / "ds_configs" / case.ds_config)
     document |= {"bf16": {"enabled": True}, **case.document}
     if case.micro_batch is not None:
         document[MICRO_BATCH] = case.micro_batch
@@ -164,7 +168,7 @@ def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
     del model
     meter = _Meter(case, resolved.gradient_accumulation_steps, start_s)
     try:
-        train(_loop_parts(order, recipe, resolved, engine, meter), TOTAL_STEPS, RunState())
+        train(_loop_parts(order, recipe, resolved, engine, meter), TOTAL_STEPS, TrainState())
     except _DoneError:
         engine.close()  # after anything else, memory running out above all, it might raise again and hide that
     finally:
@@ -181,9 +185,9 @@ def _loop_parts(order: Order, recipe: Recipe, resolved: Resolved, engine: Engine
         engine=engine,
         stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
         validator=never,
-        checkpoints=Checkpoints(
+        checkpoints=Saver(
             CheckpointStore(Path(order.folder) / "checkpoints", keep=1),
-            layout=Layout(engine.world.size, resolved.zero_stage, resolved.precision),
+            layout=SavedLayout(engine.world.size, resolved.zero_stage, resolved.precision),
             world=engine.world,
             reliability=Reliability(),
             fingerprints={},

@@ -12,7 +12,7 @@ from benchmarks.subjects.windows import SEED, Windows, build_model, held_micro_b
 
 def run(order: Order, turns: Turns) -> None:
     """Train with the framework that the order names."""
-    from inheritune_ds.training.world import detect, export
+    from inheritune_ds.distributed.world import detect, export
 
     turns.packages = ("torch", "transformers", "accelerate", "deepspeed")
     export(detect(os.environ), os.environ)  # a meeting point, where no launcher gave one

@@ -44,9 +44,9 @@ def _master(order: Order, turns: Turns) -> Callable[[], Callable[[], float]]:
     Gradients add up where autograd puts them, in bf16: the least that such a loop can do. What fp32 sums cost the
     project is part of its tax.
     """
-    from inheritune_ds.surgery.document_masks import skip_packing_check
-    from inheritune_ds.training.allocator import keep_freed_memory
+    from inheritune_ds.distributed.environment import keep_freed_memory
     from inheritune_ds.training.block_wrapping import wrap_blocks
+    from inheritune_ds.training.document_masks import skip_packing_check
     from inheritune_ds.training.loss import attach_loss
 
     compiled = order.subject == "plain_master_compiled"

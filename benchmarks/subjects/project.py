@@ -1,4 +1,4 @@
-"""This program: its training loop, as `inheritune_ds.run` builds it, with its recorder and ds_configs/cpu.json."""
+"""This program: its training loop as `inheritune_ds.run` builds it, with its recorder and ds_configs/cpu.json."""
 
 import os
 from collections.abc import Sequence
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.subjects.turns import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Order, Turns
-from inheritune_ds.recipe import Recipe
-from inheritune_ds.shapes import target_shape
-from inheritune_ds.training import ds_document
-from inheritune_ds.training.ds_config import MICRO_BATCH, Machine, Resolved, resolve
-from inheritune_ds.training.world import StopSignal, detect, export, prepare_environment
+from inheritune_ds.config import deepspeed_checks
+from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, resolve
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.world import detect, export
+from inheritune_ds.plan.shapes import target_shape
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 SAME_KERNELS = {"attention": "sdpa", "optimizer": "torch_fused", "liger": False, "loss": "chunked"}
@@ -43,10 +45,10 @@ def recipe_of(order: Order) -> Recipe:
 
 def resolve_for(order: Order, recipe: Recipe) -> Resolved:
     """The shipped DeepSpeed config with the order's micro-batch, bf16, and the order's kernels."""
-    from inheritune_ds.machine import host_memory_gib
+    from inheritune_ds.plan.machine import host_memory_gib
 
     name = "cpu.json" if order.device == "cpu" else "zero1.json"
-    document = ds_document.read(DS_CONFIGS / name)
+    document = deepspeed_checks.read(DS_CONFIGS / name)
     document |= {MICRO_BATCH: order.micro_batch, "bf16": {"enabled": True}}
     if order.subject != "project_shipped":
         document["kernels"] = SAME_KERNELS | {"compile": order.subject == "project_compiled"}
@@ -67,8 +69,9 @@ def run(order: Order, turns: Turns) -> None:
     import torch
 
     from benchmarks.subjects.windows import build_model
-    from inheritune_ds.training.allocator import keep_freed_memory
-    from inheritune_ds.training.engine import Engine, StepResult, start_process_group
+    from inheritune_ds.distributed.environment import keep_freed_memory
+    from inheritune_ds.distributed.process_group import start_process_group
+    from inheritune_ds.training.engine import Engine, StepResult
     from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.loop import train
 
@@ -101,19 +104,19 @@ def run(order: Order, turns: Turns) -> None:
 
 def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engine: Any) -> Any:
     """What the loop works with, on windows of the token file, pausing after every step."""
-    from inheritune_ds.checkpoint_store import CheckpointStore
-    from inheritune_ds.data.held_out import HeldOut
-    from inheritune_ds.data.shards import Windows
-    from inheritune_ds.data.stream import BatchStream
-    from inheritune_ds.recorder import RunRecorder
-    from inheritune_ds.run_folder import RunFolder
-    from inheritune_ds.training.checkpoints import Checkpoints
-    from inheritune_ds.training.controls import Controls
+    from inheritune_ds.checkpoints.saver import Saver
+    from inheritune_ds.checkpoints.store import CheckpointStore
+    from inheritune_ds.checkpoints.train_state import SavedLayout
+    from inheritune_ds.config.reliability import Reliability
+    from inheritune_ds.data.stream.batches import BatchStream
+    from inheritune_ds.data.stream.validation_windows import HeldOut
+    from inheritune_ds.data.stream.windows import Windows
+    from inheritune_ds.distributed.watchdog import Watchdog
+    from inheritune_ds.run.folder import RunFolder
+    from inheritune_ds.tracking.recorder import RunRecorder
     from inheritune_ds.training.loop import LoopParts
-    from inheritune_ds.training.reliability_words import Reliability
-    from inheritune_ds.training.run_state import Layout
+    from inheritune_ds.training.requests import Controls
     from inheritune_ds.training.validation import Validator
-    from inheritune_ds.training.watchdog import Watchdog
 
     class PausingRecorder(RunRecorder):
         """The program's own, which the loop tells of every step."""
@@ -135,9 +138,9 @@ def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engin
         validator=Validator(
             HeldOut({"tokens": windows}), max_tokens=recipe.validation.max_tokens, batch_size=2, rank=0, size=1
         ),
-        checkpoints=Checkpoints(
+        checkpoints=Saver(
             CheckpointStore(folder.checkpoints, keep=1),
-            layout=Layout(world.size, resolved.zero_stage, resolved.precision),
+            layout=SavedLayout(world.size, resolved.zero_stage, resolved.precision),
             world=world,
             reliability=Reliability(),
             fingerprints={},

@@ -48,8 +48,8 @@ def build_model(order: Order) -> "PreTrainedModel":
     """The shape with random values, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.recipe import Shape
-    from inheritune_ds.surgery.reference import build_config
+    from inheritune_ds.config.model import Shape
+    from inheritune_ds.surgery.load import build_config
 
     config: Any = build_config(Shape.model_validate(order.shape))
     if order.shape["model_type"] == "gpt2":

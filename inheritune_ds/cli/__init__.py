@@ -23,7 +23,7 @@ SIBLING_GRACE_S = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; return the exit code (docs/exit_codes.md)."""
     try:
-        from inheritune_ds.redaction import redact_output
+        from inheritune_ds.storage.redaction import redact_output
 
         redact_output()
         return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inheritune_ds.checkpoint_store import CheckpointStore
-    from inheritune_ds.run_folder import RunFolder
+    from inheritune_ds.checkpoints.store import CheckpointStore
+    from inheritune_ds.run.folder import RunFolder
 
 _MB = 1e6
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """List, verify or prune the checkpoints of a run."""
-    from inheritune_ds.checkpoint_store import CheckpointStore
+    from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.errors import RecipeError
 
     if overrides:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _run_folder(named: str, runs_dir: Path) -> "RunFolder":
     from inheritune_ds.errors import RunFolderError
-    from inheritune_ds.run_folder import RunFolder
+    from inheritune_ds.run.folder import RunFolder
 
     for path in (Path(named).expanduser(), runs_dir / named):
         if (path / "recipe.resolved.yaml").is_file():
@@ -84,7 +84,7 @@ def _run_folder(named: str, runs_dir: Path) -> "RunFolder":
 
 
 def _list(store: "CheckpointStore") -> None:
-    from inheritune_ds.checkpoint_manifest import POINTER, pointer_fault, published
+    from inheritune_ds.checkpoints.manifest import POINTER, pointer_fault, published
 
     staying, found = store.staying(), list(published(store.folder))
     if not found:
@@ -101,7 +101,7 @@ def _list(store: "CheckpointStore") -> None:
 
 def _told(checkpoint: Path) -> tuple[str, str, str, str]:
     """Tokens, size, age and layout of a checkpoint, as its manifest tells them; no file of it is read."""
-    from inheritune_ds.checkpoint_store import read_manifest
+    from inheritune_ds.checkpoints.manifest import read_manifest
 
     try:
         age = _age(time.time() - checkpoint.lstat().st_mtime)
@@ -135,7 +135,7 @@ def _age(seconds: float) -> str:
 
 
 def _verify(store: "CheckpointStore") -> None:
-    from inheritune_ds.checkpoint_store import published, read_manifest
+    from inheritune_ds.checkpoints.manifest import published, read_manifest
     from inheritune_ds.errors import CheckpointError
 
     store.refuse_untrusted()
@@ -161,8 +161,8 @@ def _verify(store: "CheckpointStore") -> None:
 
 
 def _read_back(checkpoint: Path, total: int) -> str | None:
-    from inheritune_ds.checkpoint_store import find_fault
-    from inheritune_ds.data.progress import Meter
+    from inheritune_ds.checkpoints.manifest import find_fault
+    from inheritune_ds.console import Meter
 
     lock = threading.Lock()  # files are hashed side by side
     with Meter(f"reading {checkpoint.name}", "bytes", total) as meter:
@@ -175,7 +175,7 @@ def _read_back(checkpoint: Path, total: int) -> str | None:
 
 
 def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespace) -> None:
-    from inheritune_ds.checkpoint_store import newest_step
+    from inheritune_ds.checkpoints.manifest import newest_step
 
     folder.lock()
     try:

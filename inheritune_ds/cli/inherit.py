@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inheritune_ds.config.model import Reference, Target
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.recipe import Reference, Target
     from inheritune_ds.surgery.inherit import Previous, TargetModel
     from inheritune_ds.surgery.reference import ReferenceModel
 
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Build the target; the same command again finds it built."""
+    from inheritune_ds.distributed.environment import prepare_environment
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.training.world import prepare_environment
 
     if not 0 <= args.seed < 2**32:
         raise RecipeError(f"--seed {args.seed} is no seed", allowed=f"0 to {2**32 - 1}")
@@ -65,9 +65,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _run(args: argparse.Namespace, output: Path, reference: "Reference", target: "Target", local: Path | None) -> int:
     """Check what can be checked at once, then hash the reference, then find the target or build it."""
-    from inheritune_ds.scores import read_scores
+    from inheritune_ds.config.block_scores import read_scores
     from inheritune_ds.surgery.inherit import make_config
-    from inheritune_ds.surgery.reference import load_config, locate, read_config
+    from inheritune_ds.surgery.load import load_config
+    from inheritune_ds.surgery.reference import locate, read_config
     from inheritune_ds.surgery.report import target_summary
 
     known: dict[str, Any] = {
@@ -102,7 +103,7 @@ def _build(  # noqa: PLR0913, PLR0917 - what `build_target` needs
     identity: Mapping[str, Any],
 ) -> "TargetModel":
     from inheritune_ds.surgery.inherit import build_target
-    from inheritune_ds.surgery.reference import load_config, own_tokenizer
+    from inheritune_ds.surgery.load import load_config, own_tokenizer
 
     return build_target(
         target,
@@ -123,7 +124,7 @@ def _build(  # noqa: PLR0913, PLR0917 - what `build_target` needs
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM, SIGUSR1 and SIGHUP end as Ctrl-C does, so that the half-built folder is removed."""
-    from inheritune_ds.training.world import StopSignal
+    from inheritune_ds.distributed.signals import StopSignal
 
     before = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -163,8 +164,8 @@ def _local_folder(reference: "Reference", runs_dir: Path) -> Path | None:
     Raises:
         RecipeError: If it is not there.
     """
+    from inheritune_ds.config.fields import is_local_path
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.recipe_base import is_local_path
 
     name = reference.recipe_name
     if name is not None:
@@ -202,7 +203,7 @@ def _check_outside(args: argparse.Namespace, output: Path, role: str, folder: Pa
 
 def _check_output(name: str, output: Path, known: Mapping[str, Any]) -> None:
     """Refuse at once a folder that holds something else, as far as that is known before anything is hashed."""
-    from inheritune_ds.files import read_json, storage_errors
+    from inheritune_ds.storage.files import read_json, storage_errors
     from inheritune_ds.surgery.inherit import MANIFEST
 
     with storage_errors(output):
@@ -225,8 +226,8 @@ def _find(name: str, output: Path, identity: Mapping[str, Any]) -> "TargetModel 
     Raises:
         RunFolderError: If the folder holds something else.
     """
-    from inheritune_ds.files import read_json
-    from inheritune_ds.publish import damaged_files
+    from inheritune_ds.storage.files import read_json
+    from inheritune_ds.storage.folders import damaged_files
     from inheritune_ds.surgery.inherit import MANIFEST, find_target, may_replace
 
     found = find_target(output, identity, verify=True)
@@ -252,9 +253,9 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
     """The same models as a recipe's, so that both are checked alike."""
     from pydantic import ValidationError
 
+    from inheritune_ds.config.inheritance import PRESETS
+    from inheritune_ds.config.model import Reference, Target
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.parts import PRESETS
-    from inheritune_ds.recipe import Reference, Target
 
     if not args.inherit:
         raise RecipeError("--inherit is empty", allowed=f"{', '.join(PRESETS)}, or a list of parts: attention,mlp,head")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inheritune_ds.recipe import Recipe
-    from inheritune_ds.training.ds_config import Machine, Resolved
+    from inheritune_ds.config.deepspeed import Machine, Resolved
+    from inheritune_ds.config.recipe import Recipe
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +45,9 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
     Returns:
         The recipe, the JSON document, and how to call that in messages.
     """
+    from inheritune_ds.config import deepspeed_checks
+    from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe
     from inheritune_ds.errors import InherituneError, RecipeError
-    from inheritune_ds.recipe_file import DEFAULT_RECIPE, load_recipe
-    from inheritune_ds.training import ds_document
 
     overrides = list(overrides)
     switch = args.deepspeed if isinstance(args.deepspeed, str) else None
@@ -68,13 +68,13 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
             )
         )
     try:
-        document = ds_document.read(path)
+        document = deepspeed_checks.read(path)
     except InherituneError as error:
         problems.append(error)
     try:
         recipe = load_recipe(DEFAULT_RECIPE if args.recipe is None else args.recipe, overrides)
     except InherituneError as error:
-        raise RecipeError.of([error, *problems, *ds_document.problems(document, origin)]) from None
+        raise RecipeError.of([error, *problems, *deepspeed_checks.problems(document, origin)]) from None
     if problems:
         raise RecipeError.of(problems)
     return recipe, document, origin
@@ -86,7 +86,7 @@ PLANNED_GPU = "a6000"
 
 def planned_gpu(gpu_name: str | None) -> tuple[str | None, list[str]]:
     """The GPU that a plan is made for (None: the one here), and a line if it was chosen for the user."""
-    from inheritune_ds.machine import detect_gpus
+    from inheritune_ds.plan.machine import detect_gpus
 
     if gpu_name is not None or detect_gpus():
         return gpu_name, []
@@ -95,9 +95,9 @@ def planned_gpu(gpu_name: str | None) -> tuple[str | None, list[str]]:
 
 def machine_for(gpu_name: str | None, local_size: int) -> "Machine":
     """What one rank has: the named GPU, the GPU here, or its share of this machine's memory."""
-    from inheritune_ds.gpus import gpu
-    from inheritune_ds.machine import cpu_has_bf16, detect_gpus, host_memory_gib
-    from inheritune_ds.training.ds_config import Machine
+    from inheritune_ds.config.deepspeed import Machine
+    from inheritune_ds.plan.gpus import gpu
+    from inheritune_ds.plan.machine import cpu_has_bf16, detect_gpus, host_memory_gib
 
     if gpu_name is not None:
         return Machine("cuda", gpu(gpu_name).memory_gib, bf16=True)  # every GPU of the table has bf16
@@ -111,15 +111,15 @@ def resolve_for(
     recipe: "Recipe", document: dict[str, Any], origin: str, *, world_size: int, machine: "Machine"
 ) -> "Resolved":
     """Fill in a DeepSpeed config for a recipe."""
+    from inheritune_ds.config import deepspeed_checks
+    from inheritune_ds.config.deepspeed import resolve
     from inheritune_ds.errors import InherituneError, RecipeError
-    from inheritune_ds.shapes import target_shape
-    from inheritune_ds.training import ds_document
-    from inheritune_ds.training.ds_config import resolve
+    from inheritune_ds.plan.shapes import target_shape
 
     try:
         shape = target_shape(recipe)
     except InherituneError as error:
-        problems = ds_document.problems(document, origin, recipe.training.seq_len)
+        problems = deepspeed_checks.problems(document, origin, recipe.training.seq_len)
         if not problems:
             raise
         raise RecipeError.of([error, *problems]) from None

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan; imports no torch."""
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.gpus import PLANNING_MFU
-    from inheritune_ds.plan import plan, refuse_what_does_not_fit
+    from inheritune_ds.plan.gpus import PLANNING_MFU
+    from inheritune_ds.plan.text import plan, refuse_what_does_not_fit
 
     if args.gpus < 1:
         raise RecipeError(f"--gpus {args.gpus} is not accepted", allowed="1, 2, 3, ...", action="change --gpus")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from inheritune_ds.cli.options import add_folders
 
 if TYPE_CHECKING:
-    from inheritune_ds.data.token_set import TokenSet
-    from inheritune_ds.recipe import Recipe
+    from inheritune_ds.config.recipe import Recipe
+    from inheritune_ds.data.tokens.token_set import TokenSet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Make the token files of a recipe, and tell what is in them."""
+    from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.recipe_file import DEFAULT_RECIPE, load_recipe
 
     if args.workers is not None and args.workers < 1:
         raise RecipeError(
             f"--workers {args.workers} is not accepted", allowed="1, 2, 3, ...", action="change --workers"
         )
     recipe = load_recipe(DEFAULT_RECIPE if args.recipe is None else args.recipe, overrides)
-    from inheritune_ds.data.token_set import find_damage
-    from inheritune_ds.data.tokenize import prepare
-    from inheritune_ds.data.tokenizer_choice import tokenizer_of
+    from inheritune_ds.data.tokens.prepare import prepare
+    from inheritune_ds.data.tokens.token_set import find_damage
+    from inheritune_ds.data.tokens.tokenizer import tokenizer_of
 
     tokenizer, revision = tokenizer_of(recipe, _trained_reference(recipe, args.runs_dir))
     tokens = prepare(
@@ -57,8 +57,8 @@ def _trained_reference(recipe: "Recipe", runs_dir: Path) -> Path | None:
     name = recipe.reference.recipe_name if recipe.reference is not None else None
     if name is None:
         return None
-    from inheritune_ds.recipe_file import load_recipe
-    from inheritune_ds.run_folder import RunFolder
+    from inheritune_ds.config.loading import load_recipe
+    from inheritune_ds.run.folder import RunFolder
 
     inner = load_recipe(name)
     folder = RunFolder(runs_dir / inner.name)

@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print a line for each shipped recipe."""
-    from inheritune_ds.recipe_file import DEFAULT_RECIPE, load_recipe, shipped_names
+    from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe, shipped_names
 
     del args
     names = shipped_names()

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Run the study; its own module tells what it prints."""
-    from inheritune_ds.study import run_study
+    from inheritune_ds.study.runner import run_study
 
     run_study(
         args.study,

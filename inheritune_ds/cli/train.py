@@ -54,10 +54,12 @@ def _starts_over(args: argparse.Namespace, *, tells: bool) -> bool:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
-    from inheritune_ds.plan import budget_text, plan, refuse_what_does_not_fit
-    from inheritune_ds.run_folder import RunFolder
-    from inheritune_ds.training.ds_config import MICRO_BATCH
-    from inheritune_ds.training.world import StopSignal, detect, export, prepare_environment
+    from inheritune_ds.config.deepspeed import MICRO_BATCH
+    from inheritune_ds.distributed.environment import prepare_environment
+    from inheritune_ds.distributed.signals import StopSignal
+    from inheritune_ds.distributed.world import detect, export
+    from inheritune_ds.plan.text import budget_text, plan, refuse_what_does_not_fit
+    from inheritune_ds.run.folder import RunFolder
 
     world = detect(os.environ)
     recipe, document, origin = read_experiment(args, overrides)
@@ -90,9 +92,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     stop.leave_from_anywhere()
     export(world, os.environ)
     prepare_environment(os.environ, kind=machine.kind)
-    from inheritune_ds.launch import Launch
-    from inheritune_ds.run import execute
-    from inheritune_ds.training.engine import check_device, leave_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group
+    from inheritune_ds.run.execute import execute
+    from inheritune_ds.run.launch import Launch
+    from inheritune_ds.training.toolchain import check_device
 
     check_device(machine.kind, world, offload=resolved.offloads)
     launch = Launch(

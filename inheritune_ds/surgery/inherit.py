@@ -14,23 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from inheritune_ds.config.block_scores import read_scores
+from inheritune_ds.config.inheritance import inherited_parts
+from inheritune_ds.config.model import Reference, Target
+from inheritune_ds.config.selection import parse
 from inheritune_ds.errors import CorpusError, SurgeryError
-from inheritune_ds.files import read_json, storage_errors, write_json, write_text
-from inheritune_ds.parts import inherited_parts
-from inheritune_ds.publish import damaged_files, describe_files, staged
-from inheritune_ds.recipe import Reference, Target
-from inheritune_ds.scores import read_scores
-from inheritune_ds.selection import parse
-from inheritune_ds.surgery.companions import copy_licence, copy_tokenizer, is_own_tokenizer, write_configs
-from inheritune_ds.surgery.configs import DROPOUT_KEY, cut_config, num_blocks, set_dropout
-from inheritune_ds.surgery.grafts import GraftPlan, Source, plan_grafts
-from inheritune_ds.surgery.proof import count_parameters, prove
-from inheritune_ds.surgery.reference import ReferenceModel, build_config, load_config, locate
-from inheritune_ds.surgery.report import describe_tensors, target_card
-from inheritune_ds.surgery.skeleton import Skeleton, check_decoder, check_same_blocks
-from inheritune_ds.surgery.values import TargetValues
-from inheritune_ds.surgery.width import halve_config
-from inheritune_ds.surgery.writing import write_shards
+from inheritune_ds.storage.files import read_json, storage_errors, write_json, write_text
+from inheritune_ds.storage.folders import damaged_files, describe_files, staged
+from inheritune_ds.surgery.compare import describe_tensors
+from inheritune_ds.surgery.config_cut import DROPOUT_KEY, cut_config, num_blocks, set_dropout
+from inheritune_ds.surgery.half_width import halve_config
+from inheritune_ds.surgery.load import build_config, load_config
+from inheritune_ds.surgery.meta_model import MetaModel, check_decoder, check_same_blocks
+from inheritune_ds.surgery.metadata_files import copy_licence, copy_tokenizer, is_own_tokenizer, write_configs
+from inheritune_ds.surgery.reference import ReferenceModel, locate
+from inheritune_ds.surgery.report import target_card
+from inheritune_ds.surgery.tensor_map import SourceModel, TensorMap, plan_copies
+from inheritune_ds.surgery.tensor_values import TargetValues
+from inheritune_ds.surgery.verify import count_parameters, prove
+from inheritune_ds.surgery.write_shards import write_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -246,7 +248,7 @@ def plan_target(
     selection: tuple[int, ...],
     reference: ReferenceModel | None,
     previous: Previous | None,
-) -> tuple[GraftPlan, Skeleton]:
+) -> tuple[TensorMap, MetaModel]:
     """List every tensor of the target with its source, and check that the model takes them all.
 
     Args:
@@ -265,18 +267,18 @@ def plan_target(
             allowed="inherit: all and width: full",
         )
     if reference is None:
-        skeleton = Skeleton(config)
-        return plan_grafts(skeleton, [], None, ()), skeleton
-    origin = Source("reference", reference.folder, load_config(reference.folder))
+        skeleton = MetaModel(config)
+        return plan_copies(skeleton, [], None, ()), skeleton
+    origin = SourceModel("reference", reference.folder, load_config(reference.folder))
     steps, outer = [(origin, block) for block in selection], origin
     if previous is not None:
         outer = _earlier(previous, origin, reference, selection)
         steps[: outer.skeleton.blocks.depth] = [(outer, block) for block in range(outer.skeleton.blocks.depth)]
-    skeleton = Skeleton(config, torch.promote_types(origin.dtype, outer.dtype), path=origin.skeleton.blocks.path)
+    skeleton = MetaModel(config, torch.promote_types(origin.dtype, outer.dtype), path=origin.skeleton.blocks.path)
     if target.width == "full":
         for place, (source, block) in enumerate(steps):
             check_same_blocks(source.skeleton, block, skeleton, place)
-    plan = plan_grafts(skeleton, steps, outer, inherited_parts(target.inherit))
+    plan = plan_copies(skeleton, steps, outer, inherited_parts(target.inherit))
     values = TargetValues(skeleton, plan, half=target.width == "half", seed=0)
     try:
         skeleton.load({graft.name: values.meta(graft) for graft in plan.grafts if graft.source})
@@ -289,13 +291,15 @@ def plan_target(
     return plan, skeleton
 
 
-def _earlier(previous: Previous, origin: Source, reference: ReferenceModel, selection: tuple[int, ...]) -> Source:
+def _earlier(
+    previous: Previous, origin: SourceModel, reference: ReferenceModel, selection: tuple[int, ...]
+) -> SourceModel:
     """The target of the round before, checked to be cut from the same reference with the beginning of the selection.
 
     Raises:
         SurgeryError: If it has as many blocks as are asked for now, is another model, or tells nothing of its origin.
     """
-    source = Source("previous", previous.folder, load_config(previous.folder))
+    source = SourceModel("previous", previous.folder, load_config(previous.folder))
     depth = source.skeleton.blocks.depth
     if depth >= len(selection):
         raise SurgeryError(
@@ -328,7 +332,7 @@ def _earlier(previous: Previous, origin: Source, reference: ReferenceModel, sele
     return source
 
 
-def _kept(plan: GraftPlan, values: TargetValues, skeleton: Skeleton) -> dict[str, int]:
+def _kept(plan: TensorMap, values: TargetValues, skeleton: MetaModel) -> dict[str, int]:
     """Inherited parameters, in all and in blocks; buffers that a file holds are none."""
     names = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}
     kept = [graft for graft in plan.grafts if graft.source is not None and graft.module_name in names]

@@ -2,26 +2,20 @@
 
 import json
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
-from inheritune_ds import hub
-from inheritune_ds.data.vocabulary import load_tokenizer
-from inheritune_ds.errors import InherituneError, RecipeError, SurgeryError
-from inheritune_ds.files import read_json, sha256_file
-from inheritune_ds.recipe import Reference, Shape
-from inheritune_ds.recipe_base import is_local_path
-from inheritune_ds.shapes import shape_from_config
-from inheritune_ds.surgery.weights import INDEX, PICKLE_PATTERNS, SAFE_PATTERNS, SINGLE, weight_files
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from inheritune_ds.config.fields import is_local_path
+from inheritune_ds.config.model import Reference, Shape
+from inheritune_ds.errors import RecipeError, SurgeryError
+from inheritune_ds.plan.shapes import shape_from_config
+from inheritune_ds.storage import hub
+from inheritune_ds.storage.files import read_json, sha256_file
+from inheritune_ds.surgery.weight_files import INDEX, PICKLE_PATTERNS, SAFE_PATTERNS, SINGLE, weight_files
 
 FILE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Everything but weights: config, tokenizer, card and licence."""
@@ -173,103 +167,3 @@ def read_shape(config: dict[str, Any], name: str) -> Shape | None:
     raise SurgeryError(
         f"{name} does not describe a model: {reason}", allowed="a complete config.json as save_pretrained writes it"
     )
-
-
-def load_config(folder: Path) -> "PreTrainedConfig":
-    """Load a model's config through transformers, without remote code.
-
-    Raises:
-        SurgeryError: If transformers does not know the family or refuses the values.
-    """
-    from transformers import AutoConfig
-
-    try:
-        with quiet_transformers():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken config
-        raise SurgeryError(f"{folder / 'config.json'} cannot be loaded: {error}") from None
-    return config
-
-
-def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
-    """Load a causal language model.
-
-    Args:
-        folder: Hugging Face folder.
-        dtype: `auto` keeps the checkpoint's own; otherwise a torch dtype's name.
-
-    Raises:
-        SurgeryError: If it is no causal language model, or if its weights are not those that its config asks for.
-    """
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any
-    try:
-        with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True
-            )
-    except InherituneError:
-        raise
-    except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken folder
-        raise SurgeryError(f"{folder} cannot be loaded as a causal language model: {error}") from None
-    model: PreTrainedModel = loaded[0]
-    info = loaded[1]
-    for what, names in (
-        ("lacks {} weights that its config asks for", info["missing_keys"]),
-        ("has {} weights that its config has no place for", info["unexpected_keys"]),
-        ("has {} weights of another shape than its config says", [key[0] for key in info["mismatched_keys"]]),
-    ):
-        if names:
-            raise SurgeryError(
-                f"{folder} {what.format(len(names))}: {', '.join(sorted(names)[:5])}",
-                action="complete the folder; weights are never filled in at random",
-            )
-    return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' load report, warnings and bars off the console: what matters in them is raised."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer that lies beside a model; None if there is none.
-
-    Raises:
-        CorpusError: If there is one that cannot be read.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    return load_tokenizer(str(folder.resolve()))
-
-
-def build_config(shape: Shape) -> "PreTrainedConfig":
-    """Build the Hugging Face config of a model that is trained from scratch."""
-    from transformers import AutoConfig
-
-    values = shape.model_dump(exclude_none=True)
-    model_type = values.pop("model_type")
-    if model_type == "gpt2":
-        for key in ("rms_norm_eps", "rope_theta", "num_key_value_heads"):
-            values.pop(key, None)
-        if "intermediate_size" in values:
-            values["n_inner"] = values.pop("intermediate_size")
-    else:
-        values.pop("scale_attn_by_inverse_layer_idx")
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    # The tokenizer decides the special ids (see `inherit`); GPT-2's default lies outside a small vocabulary.
-    return AutoConfig.for_model(model_type, bos_token_id=None, eos_token_id=None, **values)

@@ -13,7 +13,7 @@ from torch._dynamo import config as dynamo
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from inheritune_ds.surgery.blocks import find_blocks
-from inheritune_ds.surgery.configs import num_blocks
+from inheritune_ds.surgery.config_cut import num_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

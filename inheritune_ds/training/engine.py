@@ -5,12 +5,8 @@ Shapes: B sequences, T tokens a window, V vocabulary.
 
 import contextlib
 import io
-import logging
 import math
-import os
-import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,24 +15,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
-from inheritune_ds.errors import MachineError
-from inheritune_ds.surgery.document_masks import skip_packing_check
+from inheritune_ds.checkpoints.reshard import load_by_name
+from inheritune_ds.checkpoints.snapshot import TAG, CapturedState, PinnedBuffers, capture
+from inheritune_ds.checkpoints.train_state import Requests
+from inheritune_ds.config.deepspeed_keys import OURS
+from inheritune_ds.distributed.process_group import quiet
+from inheritune_ds.distributed.world import World
 from inheritune_ds.training.block_wrapping import wrap_blocks
-from inheritune_ds.training.captured_state import TAG, CapturedState, HostCopies, capture
-from inheritune_ds.training.ds_keys import OURS
-from inheritune_ds.training.elastic import load_by_name
+from inheritune_ds.training.document_masks import skip_packing_check
 from inheritune_ds.training.faults import not_finite
 from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
-from inheritune_ds.training.meeting import cannot_meet
 from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses, prove_apart
-from inheritune_ds.training.run_state import Wishes
-from inheritune_ds.training.toolchain import check_toolchain
-from inheritune_ds.training.update import Judge, PassClock, UpdateGate, agreed, count_targets, totals
-from inheritune_ds.training.world import World
+from inheritune_ds.training.step_clock import PassClock
+from inheritune_ds.training.update_gate import Judge, UpdateGate, agreed, count_targets, totals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -45,7 +39,7 @@ Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
 """Where the fp32 master weights got the target's exact values: set after DeepSpeed had made them of half-precision
 weights, or taken over from a model that is fp32 itself."""
-_NO_WISHES = Wishes()
+_NO_WISHES = Requests()
 
 
 @dataclass(frozen=True)
@@ -65,102 +59,8 @@ class StepResult:
     grad_norm: float
     applied: bool
     fault: str | None
-    wishes: Wishes
+    wishes: Requests
     passes_s: float
-
-
-def check_device(kind: str, world: World, *, offload: bool) -> None:
-    """Refuse a machine that the run would fail on, before anything is prepared for it.
-
-    Args:
-        kind: `cuda` or `cpu`.
-        world: This rank among all.
-        offload: Whether state lies in host memory, which takes DeepSpeed's CPU operators.
-
-    Raises:
-        MachineError: If a C++ compiler is needed and does not work, if torch cannot use the machine's GPU, or if
-            there are fewer GPUs than local ranks.
-        StorageError: If the folder for the compiled operators cannot be written.
-    """
-    if kind == "cpu" or offload:
-        from torch.utils.cpp_extension import get_default_build_root
-
-        check_toolchain(os.environ, Path(get_default_build_root()))
-    if kind != "cuda":
-        return
-    if not torch.cuda.is_available():
-        raise MachineError(
-            f"this machine has a GPU, but torch {torch.__version__} cannot use it",
-            allowed="a CUDA build of torch and a driver that fits it",
-            action="install one (docs/install.md), or set DS_ACCELERATOR=cpu to run on the CPU",
-        )
-    if torch.cuda.device_count() < world.local_size and world.launcher != "slurm":
-        raise MachineError(
-            f"{world.local_size} ranks on this machine, but torch sees {torch.cuda.device_count()} GPUs",
-            allowed="one rank a GPU",
-            action=f"start at most {torch.cuda.device_count()} ranks (deepspeed --num_gpus N)",
-        )
-
-
-def start_process_group(world: World) -> None:
-    """Wait until all ranks are here; the first time, make them a group. DeepSpeed picks nccl or gloo.
-
-    Raises:
-        MachineError: If the ranks cannot meet.
-    """
-    first = not dist.is_initialized()
-    if first:
-        _make_group(world)
-    dist.barrier()
-    if first:
-        _hide_shared_buffer(world)
-
-
-def _hide_shared_buffer(world: World) -> None:
-    """Take the name from the memory that DeepSpeed's ranks on a CPU share, once all have opened it.
-
-    DeepSpeed removes these 64 MiB a rank (csrc/cpu/comm/shm.cpp) at a clean end only: every killed rank would leave
-    them in memory until the machine starts anew.
-    """
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}")  # noqa: S108
-    buffer.unlink(missing_ok=True)
-
-
-def _make_group(world: World) -> None:
-    if torch.cuda.is_available():
-        # srun may show each rank its own GPU only; DeepSpeed takes the device from LOCAL_RANK.
-        device = world.local_rank % torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(device)
-        torch.cuda.set_device(device)
-    import deepspeed
-
-    _quiet()
-    try:
-        deepspeed.init_distributed(dist_init_required=True, verbose=False)
-    except dist.DistNetworkError as error:
-        raise cannot_meet(error) from None
-
-
-_GONE = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting")
-
-
-def rank_is_gone(error: Exception) -> bool:
-    """Whether a collective has failed because another rank, its machine or the network between has gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
-
-
-def leave_process_group() -> None:
-    """Leave the group that `start_process_group` joined, if it did."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _quiet() -> None:
-    """Leave DeepSpeed's warnings and errors; drop its progress chatter and its own deprecated calls."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    for name in ("DeepSpeed", "deepspeed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Engine:
@@ -202,7 +102,7 @@ class Engine:
                 config={key: value for key, value in ds_config.items() if key not in OURS},
                 **_optimizer(model, ds_config, kernels),
             )
-        _quiet()
+        quiet()
         self._engine = engine
         self._gate = UpdateGate(engine.optimizer, world.size)
         self.module: torch.nn.Module = engine.module
@@ -240,7 +140,7 @@ class Engine:
         micro_batches: Sequence[torch.Tensor],
         *,
         lr: float,
-        wishes: Wishes = _NO_WISHES,
+        wishes: Requests = _NO_WISHES,
         judge: Judge = not_finite,
     ) -> StepResult:
         """One optimizer update over the micro-batches of this rank.
@@ -331,7 +231,7 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             yield name, safe_get_full_fp32_param(parameter).float().cpu()
 
-    def capture(self, copies: HostCopies | None = None) -> CapturedState:
+    def capture(self, copies: PinnedBuffers | None = None) -> CapturedState:
         """Take this rank's share of the state, to be written to files; all ranks must call it.
 
         Args:

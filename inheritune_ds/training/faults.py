@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from inheritune_ds.recipe import Faults
-from inheritune_ds.training.run_state import FaultState
+from inheritune_ds.checkpoints.train_state import FaultState
+from inheritune_ds.config.training import Faults
 
 FILLED_SHARE = 0.25
 """Share of the window that must be filled before a spike is told from noise: 32 of 128 steps."""

@@ -13,18 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from inheritune_ds.errors import InherituneError, MachineError, RecipeError
-from inheritune_ds.gpus import identify
-from inheritune_ds.training.kernel_probes import (
-    Obstacle,
-    attention_obstacle,
-    compile_obstacle,
-    liger_loss_obstacle,
-    liger_obstacle,
-    liger_parts,
-    optimizer_obstacle,
-)
-from inheritune_ds.training.kernel_words import (
+from inheritune_ds.config.kernels import (
     ATTENTIONS,
     COMPILE_FLOPS_CPU,
     COMPILE_MFU,
@@ -33,6 +22,17 @@ from inheritune_ds.training.kernel_words import (
     OFFLOADED_OPTIMIZER,
     OPTIMIZERS,
     KernelRequest,
+)
+from inheritune_ds.errors import InherituneError, MachineError, RecipeError
+from inheritune_ds.plan.gpus import identify
+from inheritune_ds.training.kernel_probes import (
+    Obstacle,
+    attention_obstacle,
+    compile_obstacle,
+    liger_loss_obstacle,
+    liger_obstacle,
+    liger_parts,
+    optimizer_obstacle,
 )
 
 if TYPE_CHECKING:

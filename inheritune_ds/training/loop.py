@@ -2,30 +2,29 @@
 
 import hashlib
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from inheritune_ds.data.stream import BatchStream
+from inheritune_ds.checkpoints.saver import Saver
+from inheritune_ds.checkpoints.train_state import Requests, TrainState, batch_of, with_range
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.data.stream.batches import BatchStream
+from inheritune_ds.distributed.coordination import agree
+from inheritune_ds.distributed.watchdog import Watchdog
+from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import StorageError, TrainingError
-from inheritune_ds.recipe import Recipe
-from inheritune_ds.training.agreement import agree
-from inheritune_ds.training.checkpoints import Checkpoints
-from inheritune_ds.training.controls import Controls
 from inheritune_ds.training.engine import Engine, StepResult
 from inheritune_ds.training.faults import FaultGuard
 from inheritune_ds.training.peak_memory import peak_memory_gib
-from inheritune_ds.training.read_ahead import ReadAhead
-from inheritune_ds.training.run_state import RunState, Wishes, batch_of, with_range
+from inheritune_ds.training.prefetch import Prefetcher
+from inheritune_ds.training.requests import Controls
 from inheritune_ds.training.schedule import lr_ratio
+from inheritune_ds.training.step_clock import StepClock
 from inheritune_ds.training.validation import ValidationResult, Validator
-from inheritune_ds.training.watchdog import Watchdog
-from inheritune_ds.training.world import World
 
 
 class Recorder(Protocol):
@@ -72,8 +71,8 @@ class LoopParts:
     engine: Engine
     stream: BatchStream
     validator: Validator
-    checkpoints: Checkpoints
-    restore: Callable[[], RunState | None]
+    checkpoints: Saver
+    restore: Callable[[], TrainState | None]
     recorder: Recorder
     controls: Controls
     watch: Watchdog
@@ -81,14 +80,14 @@ class LoopParts:
     eval_dir: Path
     micro_batch_size: int
     utilisation: Callable[[float], float] | None
-    data_metrics: Callable[[RunState], dict[str, float]]
+    data_metrics: Callable[[TrainState], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class LoopResult:
     """How the loop ended: at the last step, or stopped before; what was trained is saved by then."""
 
-    state: RunState
+    state: TrainState
     finished: bool
 
 
@@ -101,21 +100,21 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def train(parts: LoopParts, total_steps: int, state: RunState | None) -> LoopResult:
+def train(parts: LoopParts, total_steps: int, state: TrainState | None) -> LoopResult:
     """Run from `state` (None: from the start) to `total_steps`, or until all ranks agree to stop.
 
     Raises:
         TrainingError: On all ranks: a validation loss is not finite, or faults have used up all rollbacks.
         StorageError: On all ranks: the state cannot be saved, and the run is about to end or must not go on.
     """
-    batches = ReadAhead(
+    batches = Prefetcher(
         lambda number: parts.stream.micro_batches(
             number, rank=parts.world.rank, world_size=parts.world.size, micro_batch_size=parts.micro_batch_size
         ),
         pin=parts.engine.device.type == "cuda",
     )
     try:
-        return _Loop(parts, total_steps, batches, state or RunState(validation_due=True)).run()
+        return _Loop(parts, total_steps, batches, state or TrainState(validation_due=True)).run()
     finally:
         batches.close()
 
@@ -123,10 +122,10 @@ def train(parts: LoopParts, total_steps: int, state: RunState | None) -> LoopRes
 class _Loop:
     """One launch's way through the steps."""
 
-    def __init__(self, parts: LoopParts, total_steps: int, batches: ReadAhead, state: RunState) -> None:
+    def __init__(self, parts: LoopParts, total_steps: int, batches: Prefetcher, state: TrainState) -> None:
         self._parts, self._total_steps, self._batches, self._state = parts, total_steps, batches, state
         self._guard = FaultGuard(parts.recipe.faults, state.faults)
-        self._clock = _Clock(parts.recipe.training.global_batch_tokens)
+        self._clock = StepClock(parts.recipe.training.global_batch_tokens)
         self._first, self._save_due = True, False
         self._told_saved = parts.checkpoints.published_step
 
@@ -134,12 +133,12 @@ class _Loop:
         with self._parts.watch.phase("start", self._state.step):
             stop = self._stop_asked()
         if stop:  # while the engine was built; the state that the run was brought to is saved already
-            self._honour(Wishes(stop=True))
+            self._honour(Requests(stop=True))
             return LoopResult(self._state, finished=False)
         if self._state.validation_due and not self._validate():
             if self._state.step:
                 self._save(leaving=True)
-            self._honour(Wishes(stop=True))
+            self._honour(Requests(stop=True))
             return LoopResult(self._state, finished=False)
         while self._state.step < self._total_steps:
             wishes = self._advance()
@@ -160,7 +159,7 @@ class _Loop:
                 return LoopResult(self._state, finished=False)
         return LoopResult(self._state, finished=True)
 
-    def _advance(self) -> Wishes:
+    def _advance(self) -> Requests:
         """One optimizer step, logged; what the ranks have agreed on at its end."""
         parts, step = self._parts, self._state.step
         with parts.watch.phase("first_step" if self._first else "step", step + 1):
@@ -187,7 +186,7 @@ class _Loop:
             self._tell_saved()
         return result.wishes
 
-    def _wishes(self) -> Wishes:
+    def _wishes(self) -> Requests:
         """Of this rank; a save in the background that has failed for good is told by the next one, on all ranks."""
         wishes = self._parts.controls.wishes()
         return replace(wishes, save=True) if self._parts.checkpoints.wants_save else wishes
@@ -207,10 +206,10 @@ class _Loop:
         with self._parts.watch.phase("data", state.step + 1):
             return self._batches.take(state.batch_number, following)
 
-    def _honour(self, wishes: Wishes) -> None:
+    def _honour(self, wishes: Requests) -> None:
         """Take back the wishes that are done; their files lie on a disk that may not answer."""
         with self._parts.watch.phase("log", self._state.step):
-            self._parts.controls.honoured(wishes)
+            self._parts.controls.acknowledge(wishes)
 
     def _stop_asked(self) -> bool:
         """Whether any rank was asked to stop; all ranks ask together."""
@@ -325,56 +324,3 @@ class _Loop:
         with parts.watch.phase("log", state.step):
             parts.recorder.log(state.step, state.tokens, finite)
         clock.restart()
-
-
-class _Clock:
-    """Time of optimizer steps since the last logged one, from the end of one to the end of the next.
-
-    Validation and checkpoints do not count; what the loop itself does between the steps, logging among it, does.
-    """
-
-    def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
-        self._waited_s = 0.0
-        self.last_s = 0.0
-        self.restart()
-        self._mark_s = time.perf_counter()
-
-    def restart(self) -> None:
-        self._sum_s, self._passes_s, self._wait_s, self._steps = 0.0, 0.0, 0.0, 0
-
-    def lap(self, passes_s: float, waited_s: float) -> None:
-        """End a step that had so much time in its passes; `waited_s` is the wait for data since the start."""
-        # The step ends with the loss and the gradient norm on the host, so the device has caught up.
-        now = time.perf_counter()
-        self.last_s, self._mark_s = now - self._mark_s, now
-        self._sum_s += self.last_s
-        self._passes_s += passes_s
-        self._wait_s += waited_s - self._waited_s
-        self._waited_s = waited_s
-        self._steps += 1
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Do not count what happens inside."""
-        start_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._mark_s += time.perf_counter() - start_s
-
-    @property
-    def mean_s(self) -> float:
-        return self._sum_s / max(self._steps, 1)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self._tokens / self.mean_s if self._steps else 0.0
-
-    @property
-    def outside_ratio(self) -> float:
-        return 1.0 - self._passes_s / self._sum_s if self._steps else 0.0
-
-    @property
-    def data_wait_ratio(self) -> float:
-        return self._wait_s / self._sum_s if self._steps else 0.0

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from inheritune_ds.budget import LOSS_CHUNK_TOKENS
+from inheritune_ds.plan.memory import LOSS_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.surgery.document_masks import documents_apart
+from inheritune_ds.training.document_masks import documents_apart
 from inheritune_ds.training.loss import IGNORED
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 import math
 
-from inheritune_ds.recipe import Schedule
+from inheritune_ds.config.training import Schedule
 
 
 def lr_ratio(schedule: Schedule, step: int, total_steps: int) -> float:

@@ -1,5 +1,6 @@
 """What DeepSpeed needs to build its operators on first use: a compiler that works, a folder for the result."""
 
+import os
 import shlex
 import subprocess
 import sysconfig
@@ -9,7 +10,44 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
+from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import MachineError, StorageError
+
+
+def check_device(kind: str, world: World, *, offload: bool) -> None:
+    """Refuse a machine that the run would fail on, before anything is prepared for it.
+
+    Args:
+        kind: `cuda` or `cpu`.
+        world: This rank among all.
+        offload: Whether state lies in host memory, which takes DeepSpeed's CPU operators.
+
+    Raises:
+        MachineError: If a C++ compiler is needed and does not work, if torch cannot use the machine's GPU, or if
+            there are fewer GPUs than local ranks.
+        StorageError: If the folder for the compiled operators cannot be written.
+    """
+    if kind == "cpu" or offload:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        check_toolchain(os.environ, Path(get_default_build_root()))
+    if kind != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise MachineError(
+            f"this machine has a GPU, but torch {torch.__version__} cannot use it",
+            allowed="a CUDA build of torch and a driver that fits it",
+            action="install one (docs/install.md), or set DS_ACCELERATOR=cpu to run on the CPU",
+        )
+    if torch.cuda.device_count() < world.local_size and world.launcher != "slurm":
+        raise MachineError(
+            f"{world.local_size} ranks on this machine, but torch sees {torch.cuda.device_count()} GPUs",
+            allowed="one rank a GPU",
+            action=f"start at most {torch.cuda.device_count()} ranks (deepspeed --num_gpus N)",
+        )
+
 
 _SOURCE = "#include <Python.h>\n#include <omp.h>\n#include <cstddef>\n"
 _TIMEOUT_S = 120.0

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from inheritune_ds.data.held_out import HeldOut
-from inheritune_ds.data.window_mean import window_mean
+from inheritune_ds.data.stream.validation_windows import HeldOut
+from inheritune_ds.data.window_losses import window_mean
 from inheritune_ds.errors import CorpusError
-from inheritune_ds.files import write_json
+from inheritune_ds.storage.files import write_json
 from inheritune_ds.training.packing import DocumentPacking, counted_targets
 
 BATCHES_BETWEEN = 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.accumulation import error, exact, lines_of, mean_and_interval, tokens_of
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

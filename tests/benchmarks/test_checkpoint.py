@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import checkpoint
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 from tests.launching import ROOT, environment
 
 

@@ -6,7 +6,7 @@ import pytest
 from benchmarks.engine_tax import BENCHMARK, comparisons
 from benchmarks.peers import comparisons as peers_comparisons
 from benchmarks.side_by_side import SHAPES, Setting
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 SETTING = Setting((), ("llama", SHAPES["llama"]), 8, 4, "cpu", "keep", 3, 5, 2.0, 3, 0.1, {}, None, None)
 

@@ -14,7 +14,7 @@ from benchmarks.gpu_parts.case import Trained
 from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.watchdog import Start, watch
 from inheritune_ds.errors import MachineError
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 # The watchdog
 

@@ -16,7 +16,7 @@ from benchmarks.gpu_parts.report import Report, bar_words
 from benchmarks.side_by_side import Measured, Setting
 from benchmarks.subjects.process import Block
 from inheritune_ds.errors import MachineError, TrainingError
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 
 def part_in(folder: Path, *, rehearse: bool, left_s: float = 1000.0) -> Part:
@@ -136,7 +136,7 @@ def test_sweep_goes_on_after_a_case_without_a_result(tmp_path: Path, monkeypatch
     report = told(tmp_path)
     assert report["figures"] == {f"best micro-batch of {name}": 8}
     assert report["bars"][f"{name} MFU"]["verdict"] == "not judged"
-    assert report["lines"][0] == f"{name}: no MFU, the peak of this GPU is not known (inheritune_ds/gpus.py)"
+    assert report["lines"][0] == f"{name}: no MFU, the peak of this GPU is not known (inheritune_ds/plan/gpus.py)"
 
 
 def test_sweep_without_any_rate_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,8 +149,8 @@ def test_sweep_without_any_rate_has_failed(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_targets_have_the_papers_sizes() -> None:
-    from inheritune_ds.budget import flops_per_token, parameters
-    from inheritune_ds.recipe import Shape
+    from inheritune_ds.config.model import Shape
+    from inheritune_ds.plan.model_size import flops_per_token, parameters
 
     found = {}
     for name in throughput.BARS:

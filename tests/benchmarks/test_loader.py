@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import loader
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 
 def test_rehearsal_compares_all_loaders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

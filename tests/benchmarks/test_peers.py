@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import BENCHMARK
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 MODEL = '''\
 """As much of nanoGPT's model.py as its loop touches."""

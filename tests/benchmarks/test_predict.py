@@ -5,14 +5,14 @@ import os
 import pytest
 
 from benchmarks.predict import LARGE_BYTES, REHEARSAL, SMALL_BYTES, launched, link_of, predict
-from inheritune_ds.budget import flops_per_token, parameters
-from inheritune_ds.layout import Layout
-from tests.test_budget import layout
+from inheritune_ds.config.zero import ZeroSettings
+from inheritune_ds.plan.model_size import flops_per_token, parameters
+from tests.plan.test_memory import layout
 
 RATES = {"flops_per_s": 1e9, "update_s_a_parameter": 1e-9, "small_s": 0.0, "large_s": 1.0}
 
 
-def taken(ranks: int) -> Layout:
+def taken(ranks: int) -> ZeroSettings:
     return layout(precision="fp32", world_size=ranks, reduce_bucket_size=4096)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tokenize import MEGABYTE, lines_of, missed, write_corpus
-from inheritune_ds.files import read_json
+from inheritune_ds.storage.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"

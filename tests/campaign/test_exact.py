@@ -10,8 +10,8 @@ import torch
 from benchmarks.campaign.cases import Case
 from benchmarks.campaign.exact import PART
 from benchmarks.campaign.resumes import STEPS, content_sha256, differences, stopped_after
-from inheritune_ds.checkpoint_store import published
-from inheritune_ds.training.shard_reader import read_shard
+from inheritune_ds.checkpoints.manifest import published
+from inheritune_ds.checkpoints.shard_reader import read_shard
 
 
 @pytest.mark.thorough

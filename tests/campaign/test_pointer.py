@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.campaign.cases import Case
 from benchmarks.campaign.pointer import LOSSES, PART, POINTERS
-from inheritune_ds.checkpoint_store import CheckpointStore
+from inheritune_ds.checkpoints.store import CheckpointStore
 
 SHORT = PART.chosen(short=True)
 

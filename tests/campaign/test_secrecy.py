@@ -14,7 +14,7 @@ from benchmarks.campaign.cases import Case
 from benchmarks.campaign.foreign_code import Evil, evil_pickle, evil_zip
 from benchmarks.campaign.secrecy import MARKER, PART, SECRETS, holders
 from benchmarks.record import REPOSITORY
-from inheritune_ds.redaction import find_secret
+from inheritune_ds.storage.redaction import find_secret
 
 
 @pytest.mark.thorough

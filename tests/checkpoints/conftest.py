@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.checkpoint_store import CheckpointStore
+from inheritune_ds.checkpoints.store import CheckpointStore
 
 
 @pytest.fixture

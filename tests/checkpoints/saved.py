@@ -5,7 +5,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from inheritune_ds.checkpoint_store import CheckpointStore
+from inheritune_ds.checkpoints.store import CheckpointStore
 
 MODEL = bytes(range(256))
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from inheritune_ds.checkpoint_store import MANIFEST, POINTER, CheckpointStore, find_fault
+from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, find_fault
+from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import CheckpointError
 from tests.checkpoints.saved import save
 

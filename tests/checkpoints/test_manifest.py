@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from inheritune_ds import checkpoint_manifest
-from inheritune_ds.checkpoint_manifest import manifest_text
-from inheritune_ds.checkpoint_store import MANIFEST, CheckpointStore, find_fault, newest_step, published, read_manifest
+from inheritune_ds.checkpoints import manifest as checkpoint_manifest
+from inheritune_ds.checkpoints.manifest import (
+    MANIFEST,
+    find_fault,
+    manifest_text,
+    newest_step,
+    published,
+    read_manifest,
+)
+from inheritune_ds.checkpoints.store import CheckpointStore
 from tests.checkpoints.saved import MODEL, flip, save
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from inheritune_ds.checkpoint_store import GENERATION, MANIFEST, POINTER, CheckpointStore, published, read_manifest
+from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, published, read_manifest
+from inheritune_ds.checkpoints.store import GENERATION, CheckpointStore
 from inheritune_ds.errors import CheckpointError, StorageError
 from tests.checkpoints.saved import MODEL, names, save, written
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from inheritune_ds.checkpoint_store import POINTER, CheckpointStore, published, step_of
+from inheritune_ds.checkpoints.manifest import POINTER, published, step_of
+from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.config.training import Checkpointing
 from inheritune_ds.errors import CheckpointError
-from inheritune_ds.recipe import Checkpointing
 from tests.checkpoints.saved import flip, names, save
 
 
@@ -108,5 +109,5 @@ def test_there_is_no_way_back_to_nothing(store: CheckpointStore, folder: Path, l
 
 
 def test_the_store_needs_no_torch() -> None:
-    code = "import sys, inheritune_ds.checkpoint_store; sys.exit('torch' in sys.modules)"
+    code = "import sys, inheritune_ds.checkpoints.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

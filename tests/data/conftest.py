@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.data.vocabulary import train_tokenizer
+from inheritune_ds.data.tokens.tokenizer import train_tokenizer
 from tests.data.prepared import make_texts
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -46,16 +46,16 @@ class Marks:
 def run(order: dict[str, Any]) -> int:
     """Be the command."""
     from inheritune_ds.cli import main
-    from inheritune_ds.data import build, journal, shard_files, tokenize, workers
+    from inheritune_ds.data.tokens import journal, prepare, shards, workers, writer
 
     os.setsid()
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     marks = Marks(order["marks"], order["die_at"])
-    append, commit = shard_files.ShardWriter.append, journal.Journal.commit
+    append, commit = shards.ShardWriter.append, journal.Journal.commit
 
-    def counted_append(self: shard_files.ShardWriter, ids: Any) -> bool:
+    def counted_append(self: shards.ShardWriter, ids: Any) -> bool:
         closed = append(self, ids)
         marks.step(len(ids))
         return closed
@@ -65,10 +65,10 @@ def run(order: dict[str, Any]) -> int:
         commit(self, state)
         marks.step()
 
-    shard_files.ShardWriter.append = counted_append  # type: ignore[method-assign]
+    shards.ShardWriter.append = counted_append  # type: ignore[method-assign]
     journal.Journal.commit = counted_commit  # type: ignore[method-assign]
-    build.JOB_CHARACTERS, workers.JOBS_HERE = 20_000, 1
-    tokenize.prepare = functools.partial(tokenize.prepare, shard_tokens=SHARD_TOKENS)
+    writer.JOB_CHARACTERS, workers.JOBS_HERE = 20_000, 1
+    prepare.prepare = functools.partial(prepare.prepare, shard_tokens=SHARD_TOKENS)
     sys.addaudithook(marks.watch)
     return main(order["arguments"])
 
@@ -77,9 +77,6 @@ def serve() -> None:
     """Answer until the input ends."""
     # What takes longest, once: the tokenizer classes, the models of a recipe.
     from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-    import inheritune_ds.data.tokenize
-    import inheritune_ds.recipe_file  # noqa: F401
 
     for line in sys.stdin:
         child = os.fork()

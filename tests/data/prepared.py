@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from inheritune_ds.corpus import Corpus, FilesSource, TrainedTokenizer
-from inheritune_ds.data.token_set import TokenSet
-from inheritune_ds.files import sha256_file
+from inheritune_ds.config.corpus import Corpus, FilesSource, TrainedTokenizer
+from inheritune_ds.data.tokens.token_set import TokenSet
+from inheritune_ds.storage.files import sha256_file
 
 TRAINED = TrainedTokenizer(vocab_size=300)
 END = 0

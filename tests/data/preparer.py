@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from inheritune_ds.corpus import Corpus, Filters, TokensSource, TrainedTokenizer
+from inheritune_ds.config.corpus import Corpus, Filters, TokensSource, TrainedTokenizer
 from tests.data.prepared import END, files_below, files_source, make_texts, names_in, recipe_file, write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -15,9 +15,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.recipe import Recipe
-from inheritune_ds.recipe_file import parse_yaml, validate
-from inheritune_ds.training.world import detect, export, prepare_environment
+from inheritune_ds.config.messages import validate
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.yaml import parse_yaml
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.world import detect, export
 
 RECIPE = """
 name: engine
@@ -45,9 +47,9 @@ def build(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.shapes import target_shape
-    from inheritune_ds.surgery.reference import build_config
-    from inheritune_ds.training.ds_config import Machine, resolve
+    from inheritune_ds.config.deepspeed import Machine, resolve
+    from inheritune_ds.plan.shapes import target_shape
+    from inheritune_ds.surgery.load import build_config
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.packing import DocumentPacking
@@ -185,7 +187,7 @@ def main() -> None:
     world = detect(os.environ)
     export(world, os.environ)
     prepare_environment(os.environ, kind="cpu")
-    from inheritune_ds.training.engine import leave_process_group, start_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 
     start_process_group(world)
     cuts = [(size, kind) for kind in ("whole", "padded", "documents") for size in (16, 4, 1)]

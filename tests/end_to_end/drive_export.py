@@ -7,9 +7,9 @@ import os
 import sys
 import time
 
-from inheritune_ds import export, run_results
 from inheritune_ds.cli import main
 from inheritune_ds.errors import ExportError
+from inheritune_ds.run import export, finish
 
 write = export.export_model
 
@@ -22,6 +22,6 @@ def slow(*arguments: object, **options: object) -> str:
     return write(*arguments, **options)  # type: ignore[arg-type]  # passed on unread
 
 
-run_results.__dict__["export_model"] = slow
+finish.__dict__["export_model"] = slow
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

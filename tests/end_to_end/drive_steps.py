@@ -16,9 +16,12 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
-from inheritune_ds.recipe import Recipe
-from inheritune_ds.recipe_file import parse_yaml, validate
-from inheritune_ds.training.world import StopSignal, World, detect, export, prepare_environment
+from inheritune_ds.config.messages import validate
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.yaml import parse_yaml
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.world import World, detect, export
 
 END_OF_DOCUMENT = 25
 """Stands every 29 tokens or so."""
@@ -68,24 +71,24 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.checkpoint_store import CheckpointStore
-    from inheritune_ds.data.held_out import HeldOut
-    from inheritune_ds.data.shards import SourceTokens, Windows
-    from inheritune_ds.data.stream import BatchStream
-    from inheritune_ds.shapes import target_shape
-    from inheritune_ds.surgery.reference import build_config
-    from inheritune_ds.surgery.report import weights_sha256
-    from inheritune_ds.training.checkpoints import Checkpoints
-    from inheritune_ds.training.controls import Controls
-    from inheritune_ds.training.ds_config import Machine, resolve
+    from inheritune_ds.checkpoints.saver import Saver
+    from inheritune_ds.checkpoints.store import CheckpointStore
+    from inheritune_ds.checkpoints.train_state import SavedLayout
+    from inheritune_ds.config.deepspeed import Machine, resolve
+    from inheritune_ds.config.reliability import Reliability
+    from inheritune_ds.data.stream.batches import BatchStream
+    from inheritune_ds.data.stream.validation_windows import HeldOut
+    from inheritune_ds.data.stream.windows import SourceTokens, Windows
+    from inheritune_ds.distributed.watchdog import Watchdog
+    from inheritune_ds.plan.shapes import target_shape
+    from inheritune_ds.surgery.compare import weights_sha256
+    from inheritune_ds.surgery.load import build_config
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.loop import LoopParts, train
     from inheritune_ds.training.packing import DocumentPacking
-    from inheritune_ds.training.reliability_words import Reliability
-    from inheritune_ds.training.run_state import Layout
+    from inheritune_ds.training.requests import Controls
     from inheritune_ds.training.validation import Validator
-    from inheritune_ds.training.watchdog import Watchdog
 
     stage, packing = int(named[0]), DocumentPacking(END_OF_DOCUMENT) if named.endswith("d") else None
     document = {
@@ -127,9 +130,9 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
             size=world.size,
             packing=packing,
         ),
-        checkpoints=Checkpoints(
+        checkpoints=Saver(
             CheckpointStore(folder / f"stage-{stage}", keep=1),
-            layout=Layout(world.size, stage, precision),
+            layout=SavedLayout(world.size, stage, precision),
             world=world,
             reliability=Reliability(),
             fingerprints={},
@@ -183,7 +186,7 @@ def main() -> None:
     world = detect(os.environ)
     export(world, os.environ)
     prepare_environment(os.environ, kind="cpu")
-    from inheritune_ds.training.engine import leave_process_group, start_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 
     start_process_group(world)
     results = {}

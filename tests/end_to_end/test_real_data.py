@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from inheritune_ds.data.vocabulary import load_tokenizer
+from inheritune_ds.data.tokens.tokenizer import load_tokenizer
 from tests.end_to_end.llama2c import convert_model, convert_tokenizer
 from tests.launching import ROOT, environment
 
@@ -57,7 +58,7 @@ def test_stories_model_of_three_blocks_ends_below_random_init(
         "checkpoint": {"interval_steps": 100},
     }
     (tmp_path / "stories-3l.yaml").write_text(json.dumps(recipe))
-    study = {
+    study: dict[str, Any] = {
         "name": "stories",
         "description": "three blocks of a real model against random values",
         "runs": [

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.study import run_study
+from inheritune_ds.study.runner import run_study
 
 # Stands in for the deepspeed command: a launcher that starts a launcher that starts one rank, with
 # the signal manners and exit codes of DeepSpeed 0.19.8 (runner.py and launch.py).

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds import study
+from inheritune_ds.study import runner
 from tests.study.bench import LAUNCHER, RANK, SUMMARY
 
 
@@ -19,7 +19,7 @@ def _launcher_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run on this machine must not change the commands that the tests expect."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(study, "_LAUNCHER_PORT", probe.getsockname()[1])
+        monkeypatch.setattr(runner, "_LAUNCHER_PORT", probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     launcher.chmod(0o755)
     (tmp_path / "train.py").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "__file__", str(tmp_path / "inheritune_ds/study.py"))
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "inheritune_ds/study/runner.py"))
     monkeypatch.setattr(sys, "executable", str(launcher.parent / "python"))
     return bench
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds import study
-from inheritune_ds.study import StudyRunError
+from inheritune_ds.study import runner
+from inheritune_ds.study.runner import StudyRunError
 from tests.study.bench import interrupt_myself, start, survivors
 
 
@@ -81,7 +81,7 @@ def test_study_tells_a_run_that_failed_from_one_that_was_stopped(
 def test_study_kills_what_outlives_its_launcher(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = bench.parent / "bin/deepspeed"
     launcher.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {bench}/orphan\nkill -9 $$\n")
-    monkeypatch.setattr(study, "_LEAVE_S", 0.3)
+    monkeypatch.setattr(runner, "_LEAVE_S", 0.3)
     with pytest.raises(StudyRunError, match="ended with exit code 137"):
         start()
     stat = Path(f"/proc/{(bench / 'orphan').read_text().strip()}/stat")
@@ -93,9 +93,9 @@ def test_study_kills_what_outlives_its_launcher(bench: Path, monkeypatch: pytest
 
 def test_signals_that_come_before_the_launcher_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(study, "_group", lambda _: {10: 1, 11: 10, 12: 11, 13: 11, 14: 12})
+    monkeypatch.setattr(runner, "_group", lambda _: {10: 1, 11: 10, 12: 11, 13: 11, 14: 12})
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
-    with study._Signals() as signals:
+    with runner._Signals() as signals:
         signal.raise_signal(signal.SIGINT)
         assert sent == []
         signals.pass_to(10)
@@ -106,7 +106,7 @@ def test_signals_that_come_before_the_launcher_are_passed_on(monkeypatch: pytest
 def test_signals_leave_an_ignored_hangup_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with study._Signals():
+        with runner._Signals():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -7,21 +7,23 @@ from typing import Any
 
 import pytest
 
-from inheritune_ds import study
+from inheritune_ds.config.loading import load_recipe, read_document, shipped_names
+from inheritune_ds.config.messages import validate
+from inheritune_ds.config.yaml import parse_yaml
 from inheritune_ds.errors import InherituneError, MachineError, RecipeError
-from inheritune_ds.recipe_file import load_recipe, parse_yaml, read_document, shipped_names, validate
-from inheritune_ds.study import StudyFile, StudyRunError
+from inheritune_ds.study import runner
+from inheritune_ds.study.runner import StudyFile, StudyRunError
 from tests.study.bench import calls, start, write_study
 
 
 def test_study_chooses_another_port_when_a_run_has_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert study._port() == []
+    assert runner._port() == []
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
-        monkeypatch.setattr(study, "_LAUNCHER_PORT", taken)
-        option, port = study._port()
+        monkeypatch.setattr(runner, "_LAUNCHER_PORT", taken)
+        option, port = runner._port()
     assert option == "--master_port"
     assert int(port) != taken
 

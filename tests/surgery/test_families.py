@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from inheritune_ds.config.model import Reference, Target
 from inheritune_ds.errors import SurgeryError
-from inheritune_ds.recipe import Reference, Target
 from inheritune_ds.surgery.blocks import find_blocks
 from inheritune_ds.surgery.inherit import TargetModel, build_target
-from inheritune_ds.surgery.reference import load_config, locate
+from inheritune_ds.surgery.load import load_config
+from inheritune_ds.surgery.reference import locate
 from tests.surgery.families import NOT_TINY, TINY, VARIANTS, own_memory, tiny_config
 from tests.surgery.refusals import IN_PLACE, REFUSED
 

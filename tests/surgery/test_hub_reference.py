@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.files import sha256_file
+from inheritune_ds.storage.files import sha256_file
 from tests import hub_client
 from tests.hub_client import HubClient
 from tests.hub_server import TOKEN, HubServer

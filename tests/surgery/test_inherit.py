@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from inheritune_ds.budget import parameters
+from inheritune_ds.config.model import Shape
 from inheritune_ds.errors import CorpusError, SurgeryError
-from inheritune_ds.recipe import Shape
-from inheritune_ds.shapes import shape_from_config
-from inheritune_ds.surgery import inherit, proof
+from inheritune_ds.plan.model_size import parameters
+from inheritune_ds.plan.shapes import shape_from_config
+from inheritune_ds.surgery import inherit, verify
+from inheritune_ds.surgery.compare import weights_sha256
 from inheritune_ds.surgery.inherit import TargetModel, check_vocabulary
-from inheritune_ds.surgery.reference import load_config, load_model
-from inheritune_ds.surgery.report import weights_sha256
-from inheritune_ds.surgery.writing import write_shards
+from inheritune_ds.surgery.load import load_config, load_model
+from inheritune_ds.surgery.write_shards import write_shards
 from tests.surgery.tiny import PATHS, TIED, block_output, contents, plain
 
 
@@ -258,7 +258,7 @@ def test_build_target_publishes_nothing_that_computes_something_else(
             model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 2] += 2.0**-12
         return model
 
-    monkeypatch.setattr(proof, "load_model", load_otherwise)
+    monkeypatch.setattr(verify, "load_model", load_otherwise)
     with pytest.raises(SurgeryError, match=r"their hidden states differ by up to \d") as caught:
         build(folder, select="0,2")
     assert caught.value.problem.startswith("the target does not compute what the kept blocks of the reference compute")
@@ -271,7 +271,7 @@ def test_build_target_checks_the_budget_s_count(
 ) -> None:
     folder = reference_folder("llama")
     honest = build(folder, select="first:2").report
-    monkeypatch.setattr(proof, "read_shape", lambda values, _: shape_from_config({**values, "vocab_size": 41}))
+    monkeypatch.setattr(verify, "read_shape", lambda values, _: shape_from_config({**values, "vocab_size": 41}))
     with pytest.raises(SurgeryError) as caught:
         build(folder, select="first:2", to="other")
     found, wrong = honest["parameters"], honest["parameters"] + 2 * 16

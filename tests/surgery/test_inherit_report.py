@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from inheritune_ds.budget import parameters
+from inheritune_ds.config.inheritance import PARTS
+from inheritune_ds.config.model import Reference
 from inheritune_ds.errors import SurgeryError
-from inheritune_ds.parts import PARTS
-from inheritune_ds.recipe import Reference
-from inheritune_ds.shapes import shape_from_config
-from inheritune_ds.surgery import report
+from inheritune_ds.plan.model_size import parameters
+from inheritune_ds.plan.shapes import shape_from_config
+from inheritune_ds.surgery import compare
+from inheritune_ds.surgery.compare import tensor_sha256
 from inheritune_ds.surgery.inherit import TargetModel, find_target
 from inheritune_ds.surgery.reference import locate
-from inheritune_ds.surgery.report import tensor_sha256
 from tests.surgery.tiny import IDENTITY, edit_weights
 
 
@@ -106,7 +106,7 @@ def test_large_tensors_are_compared_and_hashed_whole(
 ) -> None:
     folder = reference_folder("llama")
     whole = build(folder, select="first:2").report["tensors"]
-    monkeypatch.setattr(report, "_CHUNK_BYTES", 8)
+    monkeypatch.setattr(compare, "_CHUNK_BYTES", 8)
     assert build(folder, to="again", select="first:2").report["tensors"] == whole
     name = "model.layers.0.mlp.up_proj.weight"
     edit_weights(folder, lambda tensors: tensors[name][-1, -1:].fill_(float("nan")))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from inheritune_ds import cli
-from inheritune_ds.data.vocabulary import load_tokenizer
+from inheritune_ds.data.tokens.tokenizer import load_tokenizer
 from tests.end_to_end.llama2c import convert_model, convert_tokenizer
 from tests.launching import ROOT
 

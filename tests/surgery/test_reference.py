@@ -10,17 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from inheritune_ds.config.model import Reference, Shape
 from inheritune_ds.errors import HubError, RecipeError, SurgeryError
-from inheritune_ds.recipe import Reference, Shape
-from inheritune_ds.surgery.reference import (
-    build_config,
-    check_shape,
-    load_config,
-    load_model,
-    locate,
-    read_config,
-    read_shape,
-)
+from inheritune_ds.surgery.load import build_config, load_config, load_model
+from inheritune_ds.surgery.reference import check_shape, locate, read_config, read_shape
 from tests.surgery import tiny
 
 NOWHERE = "nobody-at-all/no-such-model"

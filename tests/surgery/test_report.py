@@ -1,6 +1,6 @@
 import torch
 
-from inheritune_ds.surgery.report import tensor_sha256, weights_sha256
+from inheritune_ds.surgery.compare import tensor_sha256, weights_sha256
 
 
 def test_weights_sha256_sees_names_dtypes_shapes_and_bits() -> None:

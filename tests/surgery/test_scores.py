@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from inheritune_ds.config.block_scores import FORMAT, read_scores
 from inheritune_ds.errors import RecipeError, SurgeryError
-from inheritune_ds.scores import FORMAT, read_scores
 from inheritune_ds.surgery.inherit import TargetModel
 
 

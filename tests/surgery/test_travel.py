@@ -104,7 +104,7 @@ def test_buffers_of_the_files_are_no_inherited_parameters(build: Build, tmp_path
 
 
 def test_another_config_or_generation_config_makes_another_identity(reference_folder: Reference) -> None:
-    from inheritune_ds.recipe import Reference as Named
+    from inheritune_ds.config.model import Reference as Named
     from inheritune_ds.surgery.reference import locate
 
     folder = reference_folder("llama")

@@ -12,10 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from inheritune_ds.files import sha256_file
-from inheritune_ds.recipe import Reference, Target
+from inheritune_ds.config.model import Reference, Target
+from inheritune_ds.storage.files import sha256_file
 from inheritune_ds.surgery.inherit import Previous, TargetModel, build_target
-from inheritune_ds.surgery.reference import load_config, locate
+from inheritune_ds.surgery.load import load_config
+from inheritune_ds.surgery.reference import locate
 
 VOCABULARY = 40
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
-from inheritune_ds.surgery.document_masks import skip_packing_check
 from inheritune_ds.training.block_wrapping import ActivationCheckpointing, wrap_blocks
+from inheritune_ds.training.document_masks import skip_packing_check
 from inheritune_ds.training.loss import attach_loss
 
 CONFIGS = {

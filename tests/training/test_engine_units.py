@@ -13,16 +13,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from inheritune_ds.checkpoints.train_state import Requests
+from inheritune_ds.distributed import process_group
+from inheritune_ds.distributed.process_group import start_process_group
+from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import CorpusError, MachineError
 from inheritune_ds.training import engine as engine_module
-from inheritune_ds.training.engine import Engine, StepResult, check_device, start_process_group
+from inheritune_ds.training.engine import Engine, StepResult
 from inheritune_ds.training.faults import not_finite
 from inheritune_ds.training.loop import seed_step
 from inheritune_ds.training.loss import HeadLoss, _chunk_gradients
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs
-from inheritune_ds.training.run_state import Wishes
-from inheritune_ds.training.update import UpdateGate
-from inheritune_ds.training.world import World
+from inheritune_ds.training.toolchain import check_device
+from inheritune_ds.training.update_gate import UpdateGate
 
 VOCABULARY, SEQ_LEN, WINDOWS = 7, 5, 8
 MAIN = World(0, 1, 0, 1, "single")
@@ -178,7 +181,7 @@ def test_train_step_gives_the_mean_over_all_tokens_however_they_are_cut(size: in
     result = engine.train_step(cut(tokens(), size), lr=0.25)
     loss, expected = whole_batch()
     assert result.loss == pytest.approx(loss, rel=1e-6)
-    assert result == StepResult(result.loss, 0.5, applied=True, fault=None, wishes=Wishes(), passes_s=result.passes_s)
+    assert result == StepResult(result.loss, 0.5, applied=True, fault=None, wishes=Requests(), passes_s=result.passes_s)
     assert 0.0 < result.passes_s < 60.0
     torch.testing.assert_close(gradient(engine), expected)
     assert deepspeed.calls == ["backward", "step"] * (WINDOWS // size)
@@ -189,7 +192,7 @@ def test_ranks_average_to_the_gradient_of_the_whole_batch(meetings: list[torch.T
     gradients = []
     for rank in range(2):
         engine = make(FakeDeepSpeed(2), World(rank, 2, rank, 2, "env"))
-        engine.train_step(cut(tokens()[rank * 4 : rank * 4 + 4], 2), lr=0.1, wishes=Wishes(stop=rank == 1))
+        engine.train_step(cut(tokens()[rank * 4 : rank * 4 + 4], 2), lr=0.1, wishes=Requests(stop=rank == 1))
         gradients.append(gradient(engine))
     loss, expected = whole_batch()
     torch.testing.assert_close((gradients[0] + gradients[1]) / 2, expected)
@@ -215,11 +218,11 @@ def test_padding_counts_nowhere_however_it_is_spread(size: int) -> None:
     torch.testing.assert_close(gradient(engine), model.table.weight.grad)
 
 
-WISHES = [Wishes(stop=True), Wishes(save=True), Wishes(evaluate=True), Wishes(save=True, evaluate=True)]
+WISHES = [Requests(stop=True), Requests(save=True), Requests(evaluate=True), Requests(save=True, evaluate=True)]
 
 
 @pytest.mark.parametrize("wishes", WISHES)
-def test_any_rank_s_wish_is_everybody_s(wishes: Wishes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_rank_s_wish_is_everybody_s(wishes: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make(FakeDeepSpeed(1)).train_step(cut(tokens(), 8), lr=0.1, wishes=wishes).wishes == wishes
     other = torch.tensor([0.0, wishes.stop, wishes.save, wishes.evaluate])
     monkeypatch.setattr(dist, "all_reduce", lambda totals: totals.add_(other))
@@ -465,9 +468,9 @@ def test_a_process_joins_its_group_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     start_process_group(MAIN)
     start_process_group(MAIN)
     assert met == [True, True]
-    engine_module.leave_process_group()
+    process_group.leave_process_group()
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    engine_module.leave_process_group()
+    process_group.leave_process_group()
     assert left == [True]
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.campaign.spikes import simulate
-from inheritune_ds.recipe import Faults
+from inheritune_ds.checkpoints.train_state import FaultState, TrainState
+from inheritune_ds.config.training import Faults
 from inheritune_ds.training.faults import FaultGuard, not_finite
-from inheritune_ds.training.run_state import FaultState, RunState
 
 NAN, INF = math.nan, math.inf
 
@@ -178,8 +178,8 @@ def test_decisions_go_on_alike_after_a_resume(spikes: str) -> None:
     for step, (loss, grad_norm) in zip(range(300), noise(3), strict=False):
         given = (loss * (10 if step % 41 == 40 else 1), grad_norm * (50 if step % 53 == 52 else 1))
         if step % 7 == 0:
-            saved = RunState(step=step, faults=resumed.state).as_dict()
-            resumed = guard(spikes, RunState.of(json.loads(json.dumps(saved))).faults)
+            saved = TrainState(step=step, faults=resumed.state).as_dict()
+            resumed = guard(spikes, TrainState.of(json.loads(json.dumps(saved))).faults)
         assert take(straight, *given) == take(resumed, *given)
         assert straight.state == resumed.state
     assert len(straight.state.losses) == 128

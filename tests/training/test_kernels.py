@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 
+from inheritune_ds.config.kernels import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU, KernelRequest
 from inheritune_ds.errors import MachineError, RecipeError
-from inheritune_ds.gpus import GPUS
+from inheritune_ds.plan.gpus import GPUS
 from inheritune_ds.training import kernels
 from inheritune_ds.training.kernel_probes import Obstacle
-from inheritune_ds.training.kernel_words import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU, KernelRequest
 from inheritune_ds.training.kernels import Kernels, choose_kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -22,9 +22,9 @@ from benchmarks.kernel_parity import (
     path_error,
     update_error,
 )
+from inheritune_ds.config.kernels import OPTIMIZERS
 from inheritune_ds.errors import InherituneError
 from inheritune_ds.training.kernel_probes import optimizer_obstacle
-from inheritune_ds.training.kernel_words import OPTIMIZERS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

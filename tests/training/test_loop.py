@@ -11,20 +11,21 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from inheritune_ds.data.held_out import HeldOut
-from inheritune_ds.data.shards import Windows
-from inheritune_ds.data.stream import BatchStream
+from inheritune_ds.checkpoints.train_state import Requests, TrainState
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.reliability import Reliability
+from inheritune_ds.data.stream.batches import BatchStream
+from inheritune_ds.data.stream.validation_windows import HeldOut
+from inheritune_ds.data.stream.windows import Windows
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.watchdog import Watchdog
+from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import StorageError, TrainingError
-from inheritune_ds.recipe import Recipe
-from inheritune_ds.recipe_file import load_recipe
-from inheritune_ds.training.controls import Controls
 from inheritune_ds.training.engine import StepResult
 from inheritune_ds.training.loop import LoopParts, train
-from inheritune_ds.training.reliability_words import Reliability
-from inheritune_ds.training.run_state import RunState, Wishes
+from inheritune_ds.training.requests import Controls
 from inheritune_ds.training.validation import Validator
-from inheritune_ds.training.watchdog import Watchdog
-from inheritune_ds.training.world import StopSignal, World
 
 SEQ_LEN, BATCH = 4, 2
 
@@ -46,7 +47,7 @@ class Model:
         micro_batches: list[torch.Tensor],
         *,
         lr: float,
-        wishes: Wishes,
+        wishes: Requests,
         judge: Callable[[float, float], str | None],
     ) -> StepResult:
         assert lr > 0
@@ -71,9 +72,9 @@ class Saved:
     refusal = "the disk is full"
 
     def __init__(self) -> None:
-        self.states: list[RunState] = []
+        self.states: list[TrainState] = []
 
-    def save(self, _engine: object, state: RunState) -> bool:
+    def save(self, _engine: object, state: TrainState) -> bool:
         if not self.refuses:
             self.states.append(state)
             self.published_step = state.step
@@ -82,7 +83,7 @@ class Saved:
     def settle(self) -> bool:
         return True
 
-    def restore(self) -> RunState | None:
+    def restore(self) -> TrainState | None:
         return self.states[-1] if self.states else None
 
 
@@ -185,7 +186,7 @@ def test_a_validation_that_was_due_is_not_due_again_after_going_back(recipe: Rec
     model.losses = dict.fromkeys((1, 2, 3), math.nan)
     work = parts(recipe, model, tmp_path, told)
     given: Any = work.checkpoints
-    stopped = RunState(step=4, tokens=4 * SEQ_LEN * BATCH, validation_due=True)
+    stopped = TrainState(step=4, tokens=4 * SEQ_LEN * BATCH, validation_due=True)
     given.states.append(stopped)
     result = train(work, 9, stopped)
     assert result.state.faults.rollbacks == 1
@@ -197,7 +198,7 @@ def test_a_save_counts_for_the_time_limit_once_it_is_published(recipe: Recipe, t
     class InBackground(Saved):
         last_save_s = 0.0
 
-        def save(self, _engine: object, state: RunState) -> bool:
+        def save(self, _engine: object, state: TrainState) -> bool:
             self.states.append(state)
             return True
 
@@ -263,7 +264,7 @@ def test_ranks_ask_each_other_only_where_they_are_watched(recipe: Recipe, tmp_pa
     watch.phase = phase
 
     class Asked(Controls):
-        def wishes(self) -> Wishes:
+        def wishes(self) -> Requests:
             asked.append(" ".join(inside))
             return super().wishes()
 
@@ -277,12 +278,12 @@ def test_files_in_the_run_folder_ask_for_a_save_a_validation_and_a_stop(recipe: 
     work = parts(recipe, model, tmp_path, told)
     for name in ("SAVE", "EVAL", "STOP"):
         (tmp_path / name).touch()
-    result = train(work, 20, RunState(step=4))
+    result = train(work, 20, TrainState(step=4))
     assert (result.finished, result.state.step, told.saved_steps) == (False, 4, []), (
         "nothing was done, nothing is saved"
     )
     assert not (tmp_path / "STOP").exists()
-    result = train(replace(work, controls=Controls(tmp_path, StopSignal(), work.world)), 6, RunState(step=4))
+    result = train(replace(work, controls=Controls(tmp_path, StopSignal(), work.world)), 6, TrainState(step=4))
     assert [row["step"] for row in told.rows if "val/loss" in row] == [5, 6]
     assert told.saved_steps == [5, 6]
     assert not [name for name in ("SAVE", "EVAL", "STOP") if (tmp_path / name).exists()]
@@ -314,6 +315,6 @@ def test_a_disk_that_refuses_the_losses_of_windows_ends_nothing_before_the_last_
     told = Told()
     work = replace(parts(recipe, Model(), tmp_path, told), eval_dir=tmp_path / "missing")
     with pytest.raises(StorageError, match=r"validation-step-00000005\.json\S* cannot be written"):
-        train(work, 5, RunState(step=3))
+        train(work, 5, TrainState(step=3))
     assert [line[:7] for line in told.lines if "has the mean" in line] == ["WARNING"]
     assert [row["step"] for row in told.rows if "val/loss" in row] == [4]

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from inheritune_ds import micro_batch_search
+from inheritune_ds.config.deepspeed import Machine, Resolved
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.distributed.coordination import Meeting
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import MachineError
-from inheritune_ds.recipe import Recipe
-from inheritune_ds.training.ds_config import Machine, Resolved
+from inheritune_ds.training import micro_batch
 from inheritune_ds.training.kernels import Kernels
-from inheritune_ds.training.meeting import Meeting
 from inheritune_ds.training.micro_batch import divisors, largest_that_fits
 from inheritune_ds.training.packing import DocumentPacking
 from inheritune_ds.training.peak_memory import peak_memory_gib, reset_peak_memory
-from inheritune_ds.training.world import StopSignal, World
 
 
 def search(
@@ -105,14 +106,14 @@ def test_a_trial_keeps_documents_apart_as_the_run_does(
         build(size, 1)
         return 0.1 * size
 
-    monkeypatch.setattr(micro_batch_search, "Engine", engine)
-    monkeypatch.setattr(micro_batch_search, "measure_peak", peak)
-    monkeypatch.setattr(micro_batch_search, "smallest", lambda gib: gib)  # over one rank, which needs no group
-    monkeypatch.setattr(micro_batch_search, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(micro_batch, "Engine", engine)
+    monkeypatch.setattr(micro_batch, "measure_peak", peak)
+    monkeypatch.setattr(micro_batch, "smallest", lambda gib: gib)  # over one rank, which needs no group
+    monkeypatch.setattr(micro_batch, "load_model", lambda *_, **__: None)
     (tmp_path / "config.json").write_text('{"vocab_size": 9}')
     machine = Machine(kind="cuda", memory_gib=1.0, bf16=True)
     world = World(rank=0, size=1, local_rank=0, local_size=1, launcher="single")
-    found = micro_batch_search.with_tried_micro_batch(
+    found = micro_batch.with_tried_micro_batch(
         resolved({"train_micro_batch_size_per_gpu": 1}),
         recipe,
         tmp_path,

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.surgery.document_masks import documents_apart, skip_packing_check
 from inheritune_ds.training.block_wrapping import ActivationCheckpointing, wrap_blocks
+from inheritune_ds.training.document_masks import documents_apart, skip_packing_check
 from inheritune_ds.training.loss import IGNORED, LossKind, attach_loss
 from inheritune_ds.training.packing import (
     DocumentPacking,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from inheritune_ds.recipe import Schedule
+from inheritune_ds.config.training import Schedule
 from inheritune_ds.training.schedule import lr_ratio
 
 RATIOS = st.floats(0.0, 1.0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from inheritune_ds.data.held_out import HeldOut
-from inheritune_ds.data.shards import Windows
+from inheritune_ds.data.stream.validation_windows import HeldOut
+from inheritune_ds.data.stream.windows import Windows
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.training.validation import ValidationResult, Validator
 

@@ -1,1 +1,0 @@
-"""Analysis: what the finished runs say, as tables and figures."""

@@ -1,0 +1,1 @@
+"""Checkpoints: the state by parameter name, saved, published, verified, kept, resharded."""

@@ -1,0 +1,341 @@
+"""The DeepSpeed config of a run: a user's JSON with every `auto` filled in from the recipe and the machine.
+
+Torch is not imported here, so that a login node can check a config at once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from inheritune_ds.config import deepspeed_checks
+from inheritune_ds.config.deepspeed_checks import DEFAULT_STAGE, block, is_off, offload_device
+from inheritune_ds.config.deepspeed_keys import (
+    AUTO,
+    KERNEL_KEYS,
+    OPTIMIZER_TYPE,
+    PASSED_ON,
+    RECIPE_OWNED,
+    REFUSED,
+    STAGES,
+)
+from inheritune_ds.config.kernels import OPTIMIZERS, KernelRequest
+from inheritune_ds.config.model import Shape
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.reliability import Reliability
+from inheritune_ds.config.zero import read_layout
+from inheritune_ds.errors import InherituneError, RecipeError
+from inheritune_ds.plan.memory import largest_micro_batch
+
+MICRO_BATCH = "train_micro_batch_size_per_gpu"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the config's `auto` values ask of the machine.
+
+    Attributes:
+        kind: `cuda` or `cpu`.
+        memory_gib: Memory that one rank may use, in GiB.
+        bf16: Whether the device computes in bfloat16 at full speed.
+    """
+
+    kind: Literal["cuda", "cpu"]
+    memory_gib: float
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A DeepSpeed config with every number written out, and a line on each choice that was made."""
+
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage: 1, 2 or 3."""
+        return int(self.config["zero_optimization"]["stage"])
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What the forward and backward pass compute in."""
+        if self.config["bf16"]["enabled"]:
+            return "bf16"
+        return "fp16" if self.config["fp16"]["enabled"] else "fp32"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's or the model's state lies in host memory."""
+        zero = self.config["zero_optimization"]
+        return any(offload_device(zero, key) != "none" for key in ("offload_optimizer", "offload_param"))
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state lies in host memory, where DeepSpeed's CPU Adam takes the step."""
+        return offload_device(self.config["zero_optimization"], "offload_optimizer") != "none"
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per rank per micro-step."""
+        return int(self.config[MICRO_BATCH])
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per optimizer step."""
+        return int(self.config["gradient_accumulation_steps"])
+
+    @property
+    def kernels(self) -> KernelRequest:
+        """Which implementations are asked for."""
+        return KernelRequest.of(self.config["kernels"])
+
+    @property
+    def reliability(self) -> Reliability:
+        """How this machine saves, and how long it waits."""
+        return Reliability.of(self.config["reliability"])
+
+
+@dataclass
+class _Resolver:
+    """One pass over a user's document that gathers values, notes and problems."""
+
+    document: dict[str, Any]
+    recipe: Recipe
+    origin: str
+    problems: list[InherituneError]
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    request: dict[str, Any] = field(default_factory=lambda: asdict(KernelRequest()))
+
+    def refuse(self, key: str, problem: str, *, allowed: str, action: str) -> None:
+        self.problems.append(RecipeError(f"{self.origin}: {key}: {problem}", allowed=allowed, action=action))
+
+    def passed_on(self) -> None:
+        """Take over what the user's file owns, and drop what says nothing."""
+        for key, value in self.document.items():
+            if key in PASSED_ON and value not in (AUTO, None):
+                self.config[key] = value
+            elif key in REFUSED and is_off(value):
+                self.notes.append(f"{key}: dropped, it is not enabled")
+            elif key == "scheduler" and value is not None:
+                self.notes.append("scheduler: dropped, the recipe's schedule is used (schedule.* in the recipe)")
+
+    def owned_by_recipe(self) -> None:
+        for path, (_, value) in RECIPE_OWNED.items():
+            node = self.config
+            *parents, last = path.split(".")
+            for part in parents:
+                node = node.setdefault(part, {})
+            node[last] = value(self.recipe)
+        self.config["optimizer"]["type"] = OPTIMIZER_TYPE
+
+    def precision(self, machine: Machine) -> None:
+        bf16 = {"enabled": AUTO, **block(self.document, "bf16")}
+        fp16 = {"enabled": False, **block(self.document, "fp16")}
+        if fp16["enabled"] is True and machine.kind == "cpu":
+            self.refuse(
+                "fp16.enabled",
+                "half precision is not available on a CPU",
+                allowed="bf16, or neither (fp32)",
+                action="take ds_configs/cpu.json",
+            )
+        if bf16["enabled"] == AUTO:
+            bf16["enabled"] = machine.bf16 and fp16["enabled"] is not True
+            why = "supported" if machine.bf16 else "not supported at full speed"
+            self.notes.append(
+                f"bf16: {'on' if bf16['enabled'] else 'off'} (auto: bf16 is {why} on this {machine.kind})"
+            )
+        if fp16["enabled"] == AUTO:
+            fp16["enabled"] = False
+        self.config["bf16"], self.config["fp16"] = bf16, fp16
+
+    def data_types(self) -> None:
+        types = {"grad_accum_dtype": AUTO, **block(self.document, "data_types")}
+        if types["grad_accum_dtype"] == AUTO:
+            types["grad_accum_dtype"] = "fp32"
+            self.notes.append("data_types.grad_accum_dtype: fp32 (auto: gradients add up in full precision)")
+        self.config["data_types"] = types
+
+    def zero(self, hidden_size: int | None) -> None:
+        zero = block(self.document, "zero_optimization")
+        stage = zero.get("stage", AUTO)
+        if stage == AUTO:
+            stage = DEFAULT_STAGE
+            self.notes.append(f"zero_optimization.stage: {stage} (auto: the fastest that keeps exact sums)")
+        zero["stage"] = stage if stage in STAGES else DEFAULT_STAGE
+        # The formulas are Hugging Face's (transformers.integrations.deepspeed, `auto` values).
+        formulas: dict[str, Callable[[int], int]] = {
+            "reduce_bucket_size": lambda hidden: hidden * hidden,
+            "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
+            "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
+        }
+        for key, formula in formulas.items():
+            if zero.get(key) == AUTO and hidden_size is not None:
+                zero[key] = formula(hidden_size)
+                self.notes.append(f"zero_optimization.{key}: {zero[key]} (auto: from hidden_size {hidden_size})")
+        if zero.get("round_robin_gradients") is True:
+            # 0.19.8 links masters to other weights than their own on several ranks: the export would be scrambled.
+            zero["round_robin_gradients"] = False
+            self.notes.append("zero_optimization.round_robin_gradients: off; DeepSpeed mixes up master weights with it")
+        zero.setdefault("overlap_comm", zero["stage"] == 3)
+        self.config["zero_optimization"] = zero
+
+    def kernels(self, machine: Machine) -> None:
+        """Write the block out in full, and refuse what the machine or another key of this file excludes."""
+        given = block(self.document, "kernels")
+        self.request |= {key: value for key, value in given.items() if key in KERNEL_KEYS}
+        if self.request["activation_checkpointing"] == AUTO:
+            self.request["activation_checkpointing"] = KernelRequest.activation_checkpointing
+            self.notes.append("kernels.activation_checkpointing: none (auto: it costs a second forward pass)")
+        if str(self.request["attention"]).startswith("flash_attention"):
+            self._flash_attention(self.request["attention"], machine)
+        if self.request["compile"] is True and self.config["zero_optimization"]["stage"] == 3:
+            self.refuse(
+                "kernels.compile",
+                "true cannot be with stage 3: its hooks gather the parameters inside the block and break the graph",
+                allowed='false or "auto", or zero_optimization.stage 1 or 2',
+                action='write "auto"',
+            )
+        self._optimizer()
+
+    def _flash_attention(self, name: str, machine: Machine) -> None:
+        precision = Resolved(self.config, ()).precision
+        if machine.kind == "cpu" or precision == "fp32":
+            why = "has no kernel for a CPU" if machine.kind == "cpu" else "computes in half precision, this run in fp32"
+            self.refuse(
+                "kernels.attention",
+                f"{name} {why}",
+                allowed='sdpa, eager, or "auto"; flash attention on a GPU with bf16 or fp16',
+                action='write "auto"',
+            )
+
+    def _optimizer(self) -> None:
+        name = self.request["optimizer"]
+        offloaded = Resolved(self.config, ()).offloads_optimizer
+        torch_adam = block(block(self.document, "optimizer"), "params").get("torch_adam") is True
+        if offloaded and name in OPTIMIZERS:
+            self.refuse(
+                "kernels.optimizer",
+                f"{name} cannot be with offload_optimizer: DeepSpeed's CPU Adam works where its state lies",
+                allowed=f'"{AUTO}"',
+                action=f'write "{AUTO}", or remove zero_optimization.offload_optimizer',
+            )
+        elif torch_adam and name in ("apex", "deepspeed"):
+            self.refuse(
+                "kernels.optimizer",
+                f"{name} stands beside optimizer.params.torch_adam, which asks for torch's",
+                allowed="one of them",
+                action="remove optimizer.params.torch_adam",
+            )
+        elif torch_adam and name == AUTO and not offloaded:
+            self.request["optimizer"] = "torch_fused"
+            self.notes.append("kernels.optimizer: torch_fused (optimizer.params.torch_adam asks for torch's)")
+
+    def batch(self, shape: tuple[Shape, int] | None, world_size: int, machine: Machine) -> None:
+        windows = self.recipe.training.batch_windows
+        given = self.document.get(MICRO_BATCH, AUTO)
+        if windows % world_size:
+            self.problems.append(
+                RecipeError(
+                    f"training.global_batch_tokens {self.recipe.training.global_batch_tokens} is {windows} windows of "
+                    f"{self.recipe.training.seq_len} tokens, which {world_size} ranks cannot share evenly",
+                    allowed=f"a multiple of {world_size * self.recipe.training.seq_len} tokens",
+                    action="change training.global_batch_tokens or the number of ranks",
+                )
+            )
+            return
+        per_rank = windows // world_size
+        if given == AUTO:
+            given = self._fitting_micro_batch(shape, world_size, machine)
+        elif type(given) is int and given >= 1 and per_rank % given:
+            divisors = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+            self.refuse(
+                MICRO_BATCH,
+                f"{given} does not divide the {per_rank} windows that each of {world_size} ranks has in a step",
+                allowed=divisors,
+                action='write one of these, or "auto"',
+            )
+            return
+        if type(given) is int and given >= 1:
+            self.config[MICRO_BATCH] = given
+            self.config["gradient_accumulation_steps"] = per_rank // given
+
+    def _fitting_micro_batch(self, shape: tuple[Shape, int] | None, world_size: int, machine: Machine) -> int | None:
+        if shape is None:
+            model = self.recipe.reference.model if self.recipe.reference else "the target"
+            self.refuse(
+                MICRO_BATCH,
+                f"auto needs the shape of the model, which is not known for {model}",
+                allowed="reference.shape in the recipe (families gpt2 and llama), or a number in the DeepSpeed config",
+                action=f'write "{MICRO_BATCH}": 8, or another number of sequences that fits',
+            )
+            return None
+        if self.problems:  # stage and precision may be wrong: the estimate would be one of something else
+            return None
+        layout = read_layout(
+            {**self.config, "kernels": self.request}, seq_len=self.recipe.training.seq_len, world_size=world_size
+        )
+        try:
+            size = largest_micro_batch(
+                shape[0],
+                shape[1],
+                memory_gib=machine.memory_gib,
+                batch_windows=self.recipe.training.batch_windows,
+                **layout,
+            )
+        except InherituneError as error:
+            self.problems.append(error)
+            return None
+        self.notes.append(f"{MICRO_BATCH}: {size} (auto: the largest that {machine.memory_gib:.0f} GiB hold)")
+        return size
+
+    def without_auto(self, given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Leave to DeepSpeed what is `auto` (or null) still; Hugging Face writes `auto` for such settings, too."""
+        kept: dict[str, Any] = {}
+        for key, value in given.items():
+            if value == AUTO:
+                self.notes.append(f"{prefix}{key}: DeepSpeed's own default (auto)")
+            elif isinstance(value, dict):
+                kept[key] = self.without_auto(value, f"{prefix}{key}.")
+            elif value is not None:
+                kept[key] = value
+        return kept
+
+
+def resolve(  # noqa: PLR0913 - one argument for each thing that decides
+    document: dict[str, Any],
+    recipe: Recipe,
+    *,
+    origin: str,
+    shape: tuple[Shape, int] | None,
+    world_size: int,
+    machine: Machine,
+) -> Resolved:
+    """Fill in every `auto` of a DeepSpeed config and check all of it.
+
+    Args:
+        document: The user's JSON as `ds_document.read` returns it.
+        recipe: Owner of batch, clip, optimizer numbers and schedule.
+        origin: How to call the document in messages.
+        shape: The reference's or target's shape and the target's blocks; None if not known.
+        world_size: Number of ranks.
+        machine: What one rank has.
+
+    Raises:
+        RecipeError: With every problem found.
+    """
+    resolver = _Resolver(document, recipe, origin, deepspeed_checks.problems(document, origin, recipe.training.seq_len))
+    resolver.passed_on()
+    resolver.owned_by_recipe()
+    resolver.precision(machine)
+    resolver.data_types()
+    resolver.zero(shape[0].hidden_size if shape else None)
+    resolver.kernels(machine)
+    resolver.config.setdefault("steps_per_print", 2**31 - 1)  # the trainer prints its own progress
+    resolver.batch(shape, world_size, machine)
+    if resolver.problems:
+        raise RecipeError.of(resolver.problems)
+    config = resolver.without_auto(resolver.config)
+    config["kernels"] = resolver.request  # its auto stays: what works is known only where torch is
+    config["reliability"] = asdict(Reliability.of(block(document, "reliability")))
+    return Resolved(dict(sorted(config.items())), tuple(resolver.notes))

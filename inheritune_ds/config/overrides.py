@@ -1,0 +1,59 @@
+"""`key.path=value` overrides of a recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from inheritune_ds.config.messages import locate
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.yaml import parse_yaml
+from inheritune_ds.errors import RecipeError
+
+
+def apply(document: dict[str, Any], override: str) -> None:
+    """Set one key of a document, in place."""
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise RecipeError(
+            f"override {override!r} is not of the form key.path=value",
+            allowed="for instance training.seq_len=512",
+            action="quote a value with spaces: 'training.duration=200 steps'",
+        )
+    value = parse_yaml(f"value: {text}", f"override {path}")["value"]
+    node: Any = document
+    for depth, key in enumerate(keys[:-1], 1):
+        child = node[int(key)] if isinstance(node, list) and _is_index(key, node) else None
+        if child is None and isinstance(node, dict):
+            child = node.get(key)
+            if child is None:
+                child = node[key] = _made_for(keys[:depth], keys[depth])
+        if not isinstance(child, dict | list):
+            raise RecipeError(
+                f"override {path}: {'.'.join(keys[:depth])} holds {child!r}, which has no keys inside",
+                allowed=f"{'.'.join(keys[:depth])}=value",
+                action=f"override {'.'.join(keys[:depth])} itself",
+            )
+        node = child
+    last = keys[-1]
+    if isinstance(node, dict):
+        node[last] = value
+    elif _is_index(last, node):
+        node[int(last)] = value
+    else:
+        raise RecipeError(
+            f"override {path}: {last!r} is no position in a list of {len(node)}",
+            allowed=f"0 to {len(node) - 1}" if node else "no position: the list is empty",
+            action=f"override {'.'.join(keys[:-1])} itself",
+        )
+
+
+def _made_for(path: Sequence[str], inner: str) -> dict[str, Any] | list[Any]:
+    """What an override makes of a key that the document leaves out: its default, if a position in a list is meant."""
+    _, models = locate(Recipe, path[:-1])
+    defaults = [model.model_fields[path[-1]].default for model in models if path[-1] in model.model_fields]
+    lists = [list(default) for default in defaults if isinstance(default, list | tuple)]
+    return lists[0] if lists and inner.isdecimal() else {}
+
+
+def _is_index(key: str, items: list[Any]) -> bool:
+    return key.isdecimal() and int(key) < len(items)

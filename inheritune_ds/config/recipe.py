@@ -1,0 +1,82 @@
+"""A recipe: one experiment, checked and frozen; nothing of the machine."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from inheritune_ds.config.corpus import Corpus
+from inheritune_ds.config.fields import ConfigModel, Name, Text
+from inheritune_ds.config.model import Reference, Target
+from inheritune_ds.config.training import (
+    Checkpointing,
+    Export,
+    Faults,
+    Logging,
+    Optimizer,
+    Schedule,
+    Training,
+    Validation,
+)
+
+
+class PublishedClaim(ConfigModel):
+    """A cost that a publication states for this recipe; the budget says whether it can be true."""
+
+    text: Text
+    hours: PositiveFloat
+    gpu: Text
+    gpus: PositiveInt = 1
+    source: Text
+
+
+class Recipe(ConfigModel):
+    """A whole experiment."""
+
+    name: Name
+    description: Text
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
+    reference: Reference | None = None
+    target: Target
+    corpus: Corpus
+    training: Training
+    optimizer: Optimizer
+    schedule: Schedule
+    validation: Validation
+    checkpoint: Checkpointing
+    faults: Faults = Faults()
+    logging: Logging = Logging()
+    export: Export = Export()
+    published_claim: PublishedClaim | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.reference is None:
+            if self.target.shape is None:
+                raise ValueError("give a reference and target.select, or target.shape (from scratch)")
+            if self.target.select is not None:
+                raise ValueError("target.select needs a reference to select from")
+            if self.corpus.tokenizer is None:
+                raise ValueError("corpus.tokenizer is required without a reference")
+        else:
+            if self.target.shape is not None:
+                raise ValueError("target.shape is for training from scratch: it excludes reference")
+            if self.target.select is None:
+                raise ValueError("target.select is required with a reference, such as first:4")
+        return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of a run: the recipe without names, logging, claims and what guards it.
+
+        A run whose faults have ended it may go on with another policy; run.json counts what was left out.
+        """
+        left_out = {"name", "description", "logging", "checkpoint", "faults", "published_claim"}
+        return self.model_dump(mode="json", exclude=left_out)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of `identity`."""
+        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,240 @@
+"""Documents of a dataset on the Hugging Face hub, or of a folder with a copy of one.
+
+The files are read as local ones are (`readers`), whether they are streamed, downloaded first or found in the cache,
+so the documents are the same. `datasets` opens the streamed ones and connects again when a connection is lost. Its
+own readers are not used: they take a Zstandard file that is cut off for a shorter one, fail where a field changes its
+type from one part of a file to the next, and begin a resumed file at its beginning.
+"""
+
+import fnmatch
+import glob
+import io
+import os
+import re
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.config.corpus import HubSource
+from inheritune_ds.config.fields import is_local_path
+from inheritune_ds.data.documents import compression, tables, text
+from inheritune_ds.data.documents import files as readers
+from inheritune_ds.data.documents.hub_splits import files_of_split
+from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
+from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage import hub
+
+LINE_END = "\n"
+"""What parts the documents of a .txt file of the hub, as in `datasets`."""
+
+_FOLDERS = r"(?:(?!\.)[^/]+/)*"
+
+
+def is_folder(source: HubSource) -> bool:
+    """Whether `dataset` means a folder of this machine and not a name of the hub."""
+    return is_local_path(source.dataset) or Path(source.dataset).is_dir()
+
+
+def folder_files(source: HubSource) -> list[Path]:
+    """Files of a local dataset, sorted.
+
+    Raises:
+        CorpusError: There is no such folder, or nothing in it matches `data_files`.
+    """
+    folder = Path(source.dataset).expanduser()
+    if not folder.is_dir():
+        raise CorpusError(
+            f"corpus dataset {source.dataset!r} is written as a path, and there is no such folder",
+            allowed="a local folder, or a hub id such as allenai/c4",
+            action="correct dataset in corpus.sources",
+        )
+    files = {str(path.relative_to(folder)): path for path in readers.expand([source.data_files], folder)}
+    chosen = list(files) if source.split is None else files_of_split(list(files), source.split, f"dataset {folder}")
+    return [files[name] for name in chosen]
+
+
+def settings(source: HubSource) -> dict[str, Any]:
+    """What of the identity of a source its recipe says, wherever the files lie."""
+    return {"kind": "hub", "split": source.split, "text_field": source.text_field}
+
+
+def pinned(source: HubSource) -> HubSource:
+    """The source with a full commit for its revision.
+
+    Raises:
+        HubError: The hub cannot be reached, or has no such dataset.
+    """
+    if re.fullmatch("[0-9a-f]{40}", source.revision):
+        return source
+    return source.model_copy(update={"revision": hub.resolve(source.dataset, source.revision, "dataset").commit})
+
+
+def identify(source: HubSource) -> dict[str, Any]:
+    """Say exactly which data a dataset of the hub means, with and without a network.
+
+    Raises:
+        HubError: The hub cannot be reached, or has no such dataset.
+    """
+    commit = hub.resolve(source.dataset, source.revision, "dataset").commit
+    return settings(source) | {"dataset": source.dataset, "commit": commit, "data_files": source.data_files}
+
+
+def documents(
+    source: HubSource,
+    start: Cursor = Cursor(),  # noqa: B008 - an immutable tuple
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> Iterator[Document]:
+    """Yield every record of a dataset's files, sorted by their paths, also one that is left out.
+
+    Args:
+        source: The dataset.
+        start: Where to begin: the cursor of a document that was read earlier from the same commit, streamed or not.
+            Files that lie before are not asked for; of a streamed parquet file only the row groups that are needed.
+        on_bytes: Told the bytes of the files that are done, as they lie on the hub; not of streamed files that lie
+            before `start`.
+
+    Raises:
+        CorpusError: No such file or split, a damaged file; a bad record, where these are refused.
+        HubError: The hub cannot be reached, has no such dataset, or its answers break off.
+        StorageError: The hub's cache cannot be written.
+    """
+    rules = RecordRules.of(source)
+    if is_folder(source):
+        yield from readers.read(folder_files(source), rules, LINE_END, start, on_bytes)
+        return
+    repository = hub.resolve(source.dataset, source.revision, "dataset")
+    present = hub.list_files(repository)
+    names = _matching(source, repository, present)
+    if source.streaming and not repository.offline:
+        yield from _streamed(repository, names, rules, start, on_bytes)
+        return
+    folder = hub.snapshot(repository, _patterns(source.data_files, present, names))
+    yield from readers.read([folder / name for name in names], rules, LINE_END, start, on_bytes)
+
+
+def _matching(source: HubSource, repository: hub.Repository, present: list[str]) -> list[str]:
+    """Paths of the files that `data_files` means, sorted.
+
+    Raises:
+        CorpusError: None does, or one is of a kind that is not read.
+    """
+    wanted = re.compile(_expression(source.data_files))
+    names = [name for name in present if wanted.fullmatch(name)]
+    where = f"dataset {source.dataset} at {repository.commit}"
+    if not names:
+        corpora = [name for name in present if readers.format_of(Path(name))]
+        raise CorpusError(
+            f"{where} has no file that matches {source.data_files!r}",
+            allowed=f"its files: {', '.join(corpora[:5])}{' ...' if len(corpora) > 5 else ''}" if corpora else "",
+            action="correct data_files in corpus.sources: a pattern inside the dataset's repository",
+        )
+    if source.split is not None:
+        names = files_of_split(names, source.split, where)
+    for name in names:
+        kind = readers.format_of(Path(name))
+        if not kind or (kind == ".arrow" and source.streaming and not repository.offline):
+            raise CorpusError(
+                f"{where}: {name}: a file with this ending is not {'streamed' if kind else 'read'}",
+                allowed=readers.ALLOWED,
+                action="set streaming of this source to false" if kind else "narrow data_files in corpus.sources",
+            )
+    return names
+
+
+def _expression(pattern: str) -> str:
+    """A regular expression for a glob pattern, in which `**` stands for any folders and `*` never for a slash."""
+    *folders, last = pattern.split("/")
+    parts = [_FOLDERS if part == "**" else _part(part) + "/" for part in folders]
+    return "".join(parts) + (_FOLDERS + _part("*") if last == "**" else _part(last))
+
+
+def _part(pattern: str) -> str:
+    """A regular expression for one folder or file name of a pattern; hidden ones are meant only if it says so."""
+    visible = "" if pattern.startswith(".") else r"(?!\.)"
+    return visible + "".join(map(_word, re.split(r"(\*+|\?|\[[^\]]+\])", pattern)))
+
+
+def _word(word: str) -> str:
+    if word.startswith("*"):
+        return "[^/]*"
+    if word == "?":
+        return "[^/]"
+    if word.startswith("[") and word.endswith("]"):
+        return f"[^{word[2:]}" if word.startswith("[!") else word
+    return re.escape(word)
+
+
+def _patterns(pattern: str, present: list[str], names: list[str]) -> list[str]:
+    """What to download: the pattern where the hub's client takes it for the same files, or else every path."""
+    taken = [name for name in present if fnmatch.fnmatch(name, pattern)]
+    return [pattern] if taken == names else [glob.escape(name) for name in names]
+
+
+def _streamed(
+    repository: hub.Repository, names: list[str], rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
+) -> Iterator[Document]:
+    paths = [Path(f"{repository.name}@{repository.commit}") / name for name in names]
+    readers.refuse_fields_of_plain_text(paths, rules)
+    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
+        if number >= start.file:
+            begin = Cursor(number, start.record if number == start.file else 0)
+            with _HubFile(repository, name) as file:
+                yield from _records(file, path, rules, begin, on_bytes)
+
+
+def _records(
+    file: "_HubFile", path: Path, rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
+) -> Generator[Document, None, int]:
+    kind = readers.format_of(path)
+    if kind == ".parquet":
+        return (yield from tables.parquet(path, rules, start, on_bytes, file))
+    with compression.unpacked(file, path, on_bytes) as stream:
+        if kind == ".txt":
+            return (yield from text.plain_text(stream, path, rules, LINE_END, start))
+        return (yield from text.json_lines(stream, path, rules, start))
+
+
+class _HubFile(io.RawIOBase):
+    """A file of the hub, read while it is downloaded; what goes wrong comes as an error of this program.
+
+    Raises:
+        HubError: The hub refuses it, or cannot be reached any more.
+    """
+
+    def __init__(self, repository: hub.Repository, name: str) -> None:
+        super().__init__()
+        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read when `datasets` is imported: it reports no use
+        from datasets.download.streaming_download_manager import xopen
+
+        self._repository = repository
+        self._file: Any = None
+        address = f"hf://datasets/{repository.name}@{repository.commit}/{name}"
+        self._file = self._try(lambda: xopen(address, "rb"))
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001  `datasets` passes on whatever its HTTP clients raise
+            raise hub.failure(error, self._repository) from None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._try(lambda: self._file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._try(lambda: self._file.seek(offset, whence)))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()

@@ -1,0 +1,106 @@
+"""Token files made by others (nanoGPT's train.bin and val.bin) as documents of token ids."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from inheritune_ds.config.corpus import TokensSource
+from inheritune_ds.data.documents.holdout import is_held_out
+from inheritune_ds.data.documents.nanogpt import token_files
+from inheritune_ds.data.documents.records import Cursor
+from inheritune_ds.errors import CorpusError
+
+_ITEM = np.dtype("<u2")
+_CHUNK_TOKENS = 2**22
+MAX_DOCUMENT_TOKENS = 2**26
+"""More tokens than that without an end of text between them are no document of a corpus, but a file without ends."""
+
+
+class TokenDocument(NamedTuple):
+    """A document, as it stands in the file.
+
+    Attributes:
+        ids: Its tokens, the end-of-text token last.
+        digest: sha256 of them.
+        held_out: Whether it belongs to the validation part.
+        cursor: Where the next document begins: in which file, and at which token.
+    """
+
+    ids: npt.NDArray[np.uint16]
+    digest: bytes
+    held_out: bool
+    cursor: Cursor
+
+
+def documents(  # noqa: PLR0913 - one argument for each thing that decides
+    source: TokensSource,
+    start: Cursor,
+    *,
+    eos_id: int,
+    id_space: int,
+    ratio: float,
+    wants_more: Callable[[], bool] = lambda: True,
+) -> Iterator[TokenDocument]:
+    """Yield the documents of a source in their order.
+
+    Args:
+        source: The files.
+        start: Where to begin.
+        eos_id: The token that ends every document.
+        id_space: One more than the tokenizer's largest id.
+        ratio: Share of the documents that is held out, where the source has no validation file.
+        wants_more: Asked before every document of `train`; the validation file is taken whole.
+
+    Raises:
+        CorpusError: An id is not the tokenizer's, or the documents have no ends.
+    """
+    paths = token_files(source)
+    for number in range(start.file, len(paths)):
+        at = start.record if number == start.file else 0
+        for ids, end in _documents(paths[number], at, eos_id, id_space):
+            if number == 0 and not wants_more():
+                break
+            digest = hashlib.sha256(ids.tobytes()).digest()
+            held_out = is_held_out(digest, ratio) if len(paths) == 1 else number == 1
+            yield TokenDocument(ids, digest, held_out, Cursor(number, end))
+
+
+def _documents(path: Path, start: int, eos_id: int, id_space: int) -> Iterator[tuple[npt.NDArray[np.uint16], int]]:
+    """Yield documents and the places where they end."""
+    tokens = np.memmap(path, dtype=_ITEM, mode="r")
+    reach = _CHUNK_TOKENS
+    while start < len(tokens):
+        part = np.array(tokens[start : start + reach])
+        _check_ids(part, path, start, id_space)
+        ends = np.flatnonzero(part == eos_id) + 1
+        if start + len(part) == len(tokens) and (not len(ends) or ends[-1] < len(part)):
+            ends = np.append(ends, len(part))  # the last document may lack its end
+        if len(ends):
+            for first, last in itertools.pairwise([0, *ends.tolist()]):
+                yield part[first:last], start + last
+            start, reach = start + int(ends[-1]), _CHUNK_TOKENS
+        else:
+            reach *= 2
+            if reach > MAX_DOCUMENT_TOKENS:
+                raise CorpusError(
+                    f"token file {path} has no end-of-text token (id {eos_id}) among {len(part):,} tokens from "
+                    f"number {start:,} on",
+                    allowed=f"documents of at most {MAX_DOCUMENT_TOKENS:,} tokens, each ended by that token",
+                    action="name the tokenizer that made the file in corpus.tokenizer, or put the ends in",
+                )
+
+
+def _check_ids(part: npt.NDArray[np.uint16], path: Path, start: int, id_space: int) -> None:
+    if len(part) and int(part.max()) >= id_space:
+        place = int(np.argmax(part >= id_space))
+        raise CorpusError(
+            f"token file {path} has the id {int(part[place])} at token {start + place:,}, and the tokenizer has ids "
+            f"up to {id_space - 1} only",
+            allowed="tokens made with corpus.tokenizer",
+            action="name the tokenizer that made the file in corpus.tokenizer",
+        )

@@ -1,0 +1,159 @@
+"""The running Python's own documentation as a corpus: English text that every machine has.
+
+Two parts: the topics that `help()` prints (`pydoc_data.topics`) and the docstrings of the standard
+library, one document a module. Files are parsed, never imported; nothing is downloaded.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import platform
+import sysconfig
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.data.documents.records import Cursor, Document
+from inheritune_ds.errors import CorpusError
+
+_LEFT_OUT = {"__pycache__", "dist-packages", "idle_test", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
+_DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class Documentation:
+    """The corpus, in its order, and what had to be left out.
+
+    Attributes:
+        documents: Topics in alphabetical order, then modules in the order of their paths.
+        unparsed_files: Files of the standard library that are no valid Python.
+    """
+
+    documents: tuple[str, ...]
+    unparsed_files: int
+
+
+def documents(start: Cursor = Cursor()) -> Iterator[Document]:  # noqa: B008 - an immutable tuple
+    """Yield the documents of the running Python; the same ones in the same order every time.
+
+    Args:
+        start: Where to begin.
+
+    Raises:
+        CorpusError: This Python comes without its documentation.
+    """
+    texts = running().documents
+    for number in range(start.record, len(texts)):
+        yield Document(texts[number], "", Cursor(0, number + 1))
+
+
+@functools.cache
+def running() -> Documentation:
+    """Collect the running Python's documentation; parsing takes seconds, so it is done once a process."""
+    return collect()
+
+
+def identity() -> dict[str, Any]:
+    """Say which documentation this is: the Python version and a hash of everything that is read."""
+    digest = hashlib.sha256()
+    for name, text in sorted(_topics().items()):
+        digest.update(f"{name}\0{text}\0".encode())
+    root = _stdlib()
+    for path in _module_files(root):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return {"kind": "embedded", "python": platform.python_version(), "sha256": digest.hexdigest()}
+
+
+def collect(stdlib: Path | None = None, topics: Mapping[str, str] | None = None) -> Documentation:
+    """Read the documentation of a standard library.
+
+    Args:
+        stdlib: Folder of the library; the running Python's when left out.
+        topics: Help topics by name; the running Python's when left out.
+
+    Raises:
+        CorpusError: This Python comes without topics or without the source of its library.
+    """
+    topics = _topics() if topics is None else topics
+    root = stdlib or _stdlib()
+    texts = [f"{name}\n\n{inspect.cleandoc(text)}" for name, text in sorted(topics.items())]
+    seen: set[str] = set()
+    unparsed = 0
+    for path in _module_files(root):
+        tree = _parse(path)
+        if tree is None:
+            unparsed += 1
+        elif text := _module_document(tree, _module_name(path.relative_to(root)), seen):
+            texts.append(text)
+    return Documentation(tuple(dict.fromkeys(texts)), unparsed)
+
+
+def _topics() -> Mapping[str, str]:
+    try:
+        from pydoc_data.topics import topics  # noqa: PLC0415, RUF100  (some Pythons come without it)
+    except ImportError:
+        raise CorpusError(
+            f"the embedded corpus needs pydoc_data, which this Python {platform.python_version()} does not have",
+            action="install Python's complete standard library (Debian: libpython3-stdlib), "
+            "or use other text: corpus.sources with kind: files",
+        ) from None
+    return dict(topics)
+
+
+def _stdlib() -> Path:
+    root = Path(sysconfig.get_path("stdlib"))
+    if not (root / "argparse.py").is_file():
+        raise CorpusError(
+            f"the embedded corpus needs the source of the standard library, and {root} does not hold it",
+            action="use a Python whose library is not packed or compiled, "
+            "or use other text: corpus.sources with kind: files",
+        )
+    return root
+
+
+def _module_files(root: Path) -> list[Path]:
+    """List the library's files without tests and installed packages, in the order of their paths."""
+    return [
+        path
+        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
+        if not any(part in _LEFT_OUT or part.startswith("test_") for part in path.relative_to(root).parts)
+    ]
+
+
+def _module_name(relative: Path) -> str:
+    parts = list(relative.with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _parse(path: Path) -> ast.Module | None:
+    with warnings.catch_warnings():
+        # Old modules hold invalid escapes; that is the library's affair and no reader's.
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            return None
+
+
+def _module_document(tree: ast.Module, module: str, seen: set[str]) -> str:
+    """Join a module's docstrings that were not seen before, each headed by its qualified name."""
+    parts: list[str] = []
+    for name, docstring in _docstrings(tree, module):
+        if docstring not in seen:
+            seen.add(docstring)
+            parts.append(f"{name}\n\n{docstring}")
+    return "\n\n".join(parts)
+
+
+def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """Yield (qualified name, docstring) of a node and of all that is defined inside, in source order."""
+    if isinstance(node, (ast.Module, *_DOCUMENTED)):
+        docstring = ast.get_docstring(node)
+        if docstring and docstring.strip():
+            yield name, docstring
+    for child in ast.iter_child_nodes(node):
+        yield from _docstrings(child, f"{name}.{child.name}" if isinstance(child, _DOCUMENTED) else name)

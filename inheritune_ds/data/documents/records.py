@@ -1,0 +1,171 @@
+"""One record of a corpus: its text, or why it is left out, and where the next one stands."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from inheritune_ds.config.corpus import FilesSource, Filters, HubSource
+from inheritune_ds.errors import CorpusError
+
+Skipped = Literal["", "empty", "filtered", "bad"]
+
+
+class Cursor(NamedTuple):
+    """A place between two records of a source; reading begins again here.
+
+    Attributes:
+        file: Number of the file in the source's order.
+        record: Records of that file that lie before.
+    """
+
+    file: int = 0
+    record: int = 0
+
+
+class Document(NamedTuple):
+    """A record that was read.
+
+    Attributes:
+        text: Its text; "" if it is left out.
+        skipped: Why it is left out; "" if it is not.
+        cursor: Where the next record begins.
+        note: What is wrong with a bad record.
+    """
+
+    text: str
+    skipped: Skipped
+    cursor: Cursor
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RecordRules:
+    """What a source asks of its records.
+
+    Attributes:
+        text_field: Field of the text; dots lead into nested fields.
+        filters: Which records are taken.
+        skip_bad: Whether a record without usable text is left out instead of refused.
+    """
+
+    text_field: str
+    filters: Filters
+    skip_bad: bool
+
+    @classmethod
+    def of(cls, source: FilesSource | HubSource) -> "RecordRules":
+        """The rules of a source."""
+        return cls(source.text_field, source.filters, source.bad_records == "skip")
+
+    def document(self, record: object, where: str, cursor: Cursor) -> Document:
+        """Take a record apart.
+
+        Args:
+            record: A parsed JSON object or a row.
+            where: How to call it in a message, such as `books.jsonl:12`.
+            cursor: Where the next record begins.
+
+        Raises:
+            CorpusError: It has no text in its field, and bad records are refused.
+        """
+        try:
+            text = text_of(record, self.text_field, where)
+        except CorpusError as error:
+            return self.bad(error, cursor)
+        assert isinstance(record, Mapping)  # text_of has looked
+        if not self._wanted(record):
+            return Document("", "filtered", cursor)
+        return self.plain(text, cursor)
+
+    def plain(self, text: str | None, cursor: Cursor) -> Document:
+        """Take a text that has no fields around it."""
+        if not text or text.isspace():
+            return Document("", "empty", cursor)
+        longest = self.filters.max_characters
+        if len(text) < self.filters.min_characters or (longest is not None and len(text) > longest):
+            return Document("", "filtered", cursor)
+        return Document(encodable(text), "", cursor)
+
+    def bad(self, error: CorpusError, cursor: Cursor) -> Document:
+        """Leave a record out that `error` tells of, or raise it.
+
+        Raises:
+            CorpusError: Bad records are refused.
+        """
+        if not self.skip_bad:
+            raise error
+        return Document("", "bad", cursor, error.problem)
+
+    def _wanted(self, record: Mapping[str, Any]) -> bool:
+        kept = all(field_of(record, field) in values for field, values in self.filters.keep.items())
+        return kept and not any(field_of(record, field) in values for field, values in self.filters.drop.items())
+
+
+def field_of(record: object, path: str) -> Any:
+    """Value of a field; None where the path leads nowhere.
+
+    Args:
+        record: A parsed JSON object.
+        path: A key as it stands, or keys of nested objects with dots between them.
+    """
+    if isinstance(record, Mapping):
+        if path in record:
+            return record[path]
+        head, _, rest = path.partition(".")
+        return field_of(record.get(head), rest) if rest else None
+    return None
+
+
+def text_of(record: object, field: str, where: str) -> str | None:
+    """Take the text out of a record; None if it is null.
+
+    Args:
+        record: A parsed JSON object or a row.
+        field: Name of the field with the text; dots lead into nested ones.
+        where: How to call the record in a message, such as `books.jsonl:12`.
+
+    Raises:
+        CorpusError: The record is no object, has no such field, or holds something else in it.
+    """
+    if not isinstance(record, Mapping):
+        raise CorpusError(
+            f"{where}: the record is {type(record).__name__}, not an object",
+            allowed='one JSON object a line, such as {"text": "..."}',
+            action="mend or remove it, or set bad_records of this source to skip",
+        )
+    outer, _, last = field.rpartition(".")
+    holder = record if field in record or not outer else field_of(record, outer)
+    name = field if field in record else last
+    if not isinstance(holder, Mapping) or name not in holder:
+        raise no_field(where, field, list(record))
+    text = holder[name]
+    if text is not None and not isinstance(text, str):
+        raise no_text(where, field, type(text).__name__)
+    return text
+
+
+def no_field(where: str, field: str, present: Sequence[str]) -> CorpusError:
+    """The error of a record or table without the field."""
+    return CorpusError(
+        f"{where}: there is no field {field!r}",
+        allowed=f"the fields present: {', '.join(map(str, present)) or 'none'}",
+        action="set text_field of this source to the one that holds the text",
+    )
+
+
+def no_text(where: str, field: str, kind: str) -> CorpusError:
+    """The error of a field that holds something else than text."""
+    return CorpusError(
+        f"{where}: field {field!r} holds {kind}, not text",
+        allowed="a string (null counts as an empty document)",
+        action="set text_field of this source to the one that holds the text",
+    )
+
+
+def encodable(text: str) -> str:
+    """Replace halves of surrogate pairs (a broken escape in JSON) by U+FFFD: UTF-8 has no form for them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,0 +1,150 @@
+"""Where documents come from: the recipe's `corpus.sources`, one after the other."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.config.corpus import EmbeddedSource, FilesSource, HubSource, Source, TextSource, TokensSource
+from inheritune_ds.console import Meter
+from inheritune_ds.data.documents import files as readers
+from inheritune_ds.data.documents import hub, python_docs
+from inheritune_ds.data.documents.change_check import FileMark, Snapshot, cannot_read
+from inheritune_ds.data.documents.records import Cursor, Document
+from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage.files import sha256_file
+
+
+def pinned(source: Source) -> Source:
+    """The source with the commit in place of the hub's branch or tag, which may move while it is read.
+
+    Raises:
+        HubError: The hub cannot be reached, or has no such dataset.
+    """
+    if isinstance(source, HubSource) and not hub.is_folder(source):
+        return hub.pinned(source)
+    return source
+
+
+def identify(source: Source) -> dict[str, Any]:
+    """Say exactly which data a source means, so that changed data is never taken for the old.
+
+    Returns:
+        For files, name, size (bytes) and sha256 of each; for the hub, the full commit; for the
+        embedded corpus, the Python version and a hash; with the settings that decide what is read.
+
+    Raises:
+        CorpusError: A file is missing.
+        HubError: The hub cannot be reached, or has no such dataset.
+    """
+    if isinstance(source, EmbeddedSource):
+        return python_docs.identity()
+    if isinstance(source, HubSource) and not hub.is_folder(source):
+        return hub.identify(source)
+    files = {"files": _file_identities(_local_files(source))}
+    if isinstance(source, HubSource):
+        return hub.settings(source) | files
+    if isinstance(source, TokensSource):
+        return {"kind": "nanogpt"} | files
+    return {
+        "kind": "files",
+        "text_field": source.text_field,
+        "document_separator": source.document_separator,
+        **files,
+    }
+
+
+def documents(
+    source: TextSource,
+    start: Cursor = Cursor(),  # noqa: B008 - an immutable tuple
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> Iterator[Document]:
+    """Yield every record of a source in its order, also one that is left out.
+
+    Args:
+        source: Where to read.
+        start: Where to begin: the cursor of a document that was read earlier from the same data.
+        on_bytes: Told how many bytes are done; for sources whose `total_bytes` is known, that many in the end.
+
+    Raises:
+        CorpusError: A file is missing, damaged or changes while it is read; a bad record, where these are refused.
+        HubError: The hub cannot be reached, or has no such dataset.
+    """
+    if isinstance(source, EmbeddedSource):
+        return python_docs.documents(start)
+    if isinstance(source, FilesSource):
+        return readers.documents(source, start, on_bytes)
+    return hub.documents(source, start, on_bytes)
+
+
+def total_bytes(source: TextSource) -> int | None:
+    """Size of the files that `documents` reads, as they lie on the disk; None where it is not known beforehand.
+
+    Raises:
+        CorpusError: A file is missing.
+    """
+    marks = snapshot(source).marks
+    return sum(mark.size for mark in marks) if marks else None
+
+
+def snapshot(source: Source) -> Snapshot:
+    """Look at the local files of a source before they are identified and read; `check` looks again afterwards.
+
+    Raises:
+        CorpusError: A file is missing.
+    """
+    return Snapshot.of(_local_files(source))
+
+
+def check(source: Source, before: Snapshot) -> None:
+    """Look again at the local files of a source.
+
+    Args:
+        source: As it was.
+        before: What `snapshot` gave.
+
+    Raises:
+        CorpusError: A file is gone, was changed, or has come since.
+    """
+    before.check()
+    known = {mark.path for mark in before.marks}
+    for path in _local_files(source):
+        if path not in known:
+            raise CorpusError(
+                f"corpus file {path}: it came while the corpus was read",
+                action="let its writer finish, then give the same command again: it is read, too",
+            )
+
+
+def left_out_files(source: Source) -> list[str]:
+    """Names of the files in a source's folders whose ending says that they are no corpus files, such as a README.
+
+    Raises:
+        CorpusError: A folder cannot be read.
+    """
+    return [path.name for path in readers.left_out(source.paths)] if isinstance(source, FilesSource) else []
+
+
+def _local_files(source: Source) -> list[Path]:
+    if isinstance(source, FilesSource):
+        return readers.expand(source.paths)
+    if isinstance(source, TokensSource):
+        return [Path(name).expanduser() for name in (source.train, source.validation) if name is not None]
+    if isinstance(source, HubSource) and hub.is_folder(source):
+        return hub.folder_files(source)
+    return []
+
+
+def _file_identities(paths: list[Path]) -> list[dict[str, Any]]:
+    sizes = [FileMark.of(path).size for path in paths]
+    with Meter("hashing corpus files", "bytes", sum(sizes)) as meter:
+        return [
+            {"name": path.name, "size": size, "sha256": _sha256(path, meter.advance)}
+            for path, size in zip(paths, sizes, strict=True)
+        ]
+
+
+def _sha256(path: Path, advance: Callable[[int], None]) -> str:
+    try:
+        return sha256_file(path, advance)
+    except OSError as error:
+        raise cannot_read(path, error) from None

@@ -1,0 +1,135 @@
+"""How many training tokens a corpus has: counted when its token files are there, else estimated."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.config.corpus import (
+    Corpus,
+    EmbeddedSource,
+    FilesSource,
+    HubSource,
+    Source,
+    TokensSource,
+    TrainedTokenizer,
+)
+from inheritune_ds.data.documents.files import expand
+from inheritune_ds.data.documents.nanogpt import token_files
+from inheritune_ds.plan.model_size import GIB
+
+_BYTES_A_TOKEN = 4.0
+"""English text under a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""
+_EMBEDDED_BYTES = 2_400_000
+_EXPANSION = {".gz": 3.0, ".bz2": 3.5, ".zst": 3.0, ".parquet": 1.7}
+"""Bytes of text a byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Training tokens of a corpus.
+
+    Attributes:
+        parts: Tokens of every source; of all together as long as they are estimated.
+        estimate: Until the token files are written.
+    """
+
+    parts: tuple[int, ...]
+    estimate: bool
+
+    @property
+    def count(self) -> int:
+        """Tokens of all sources."""
+        return sum(self.parts)
+
+
+def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:
+    """Training tokens of a corpus; None when neither its token files, a cap nor its size are known.
+
+    Args:
+        corpus: What to read.
+        cache_dir: Where token files of earlier runs are.
+
+    Raises:
+        CorpusError: A corpus file is missing.
+    """
+    for path in sorted((cache_dir / "tokens").glob("*/manifest.json")):
+        try:
+            manifest = json.loads(path.read_bytes())
+            if _same_corpus(corpus, manifest):
+                return Tokens(tuple(int(source["train_tokens"]) for source in manifest["sources"]), estimate=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not a finished manifest of this version: the corpus is tokenized again, and says so
+    return estimate_tokens(corpus)
+
+
+def _same_corpus(corpus: Corpus, manifest: Mapping[str, Any]) -> bool:
+    """Whether token files were made from this corpus, by what can be compared without reading documents.
+
+    Training compares the hashes of all files, too; a plan has no time for that. A corpus that leaves the tokenizer
+    to its reference is never found: the name of the tokenizer is not known here.
+    """
+    tokenizer, spoken = corpus.tokenizer, manifest["tokenizer"]
+    if isinstance(tokenizer, TrainedTokenizer):
+        same_tokenizer = spoken.get("train") == tokenizer.vocab_size
+    else:
+        same_tokenizer = tokenizer is not None and spoken.get("name") == tokenizer
+    settings = corpus.model_dump(mode="json", include=set(manifest["corpus"]))
+    identities = [source["identity"] for source in manifest["sources"]]
+    return (
+        same_tokenizer
+        and manifest["corpus"] == settings
+        and len(identities) == len(corpus.sources)
+        and all(map(_same_source, corpus.sources, corpus.token_limits, identities))
+    )
+
+
+def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any]) -> bool:
+    settings = source.model_dump(mode="json", exclude={"weight", "max_tokens"})
+    known = all(settings[key] == identity[key] for key in settings.keys() & identity.keys())
+    if not known or limit != identity["max_tokens"]:
+        return False
+    if isinstance(source, EmbeddedSource):
+        return bool(identity["python"] == platform.python_version())
+    if isinstance(source, HubSource):
+        return True
+    paths = expand(source.paths) if isinstance(source, FilesSource) else token_files(source)
+    files = [(path.name, path.stat().st_size) for path in paths]
+    return files == [(file["name"], file["size"]) for file in identity["files"]]
+
+
+def estimate_tokens(corpus: Corpus) -> Tokens | None:
+    """Guess the training tokens of a corpus that is not tokenized yet: its bytes / 4, at most its limits.
+
+    Limits stand in for sizes that are not known.
+
+    Raises:
+        CorpusError: A corpus file is missing.
+    """
+    sizes = [_text_bytes(source) for source in corpus.sources]
+    a_byte = (1.0 - corpus.validation_ratio) / _BYTES_A_TOKEN
+    found = [
+        min((bound for bound in (limit, None if size is None else size * a_byte) if bound is not None), default=None)
+        for limit, size in zip(corpus.token_limits, sizes, strict=True)
+    ]
+    known = [tokens for tokens in found if tokens is not None]
+    if len(known) < len(found):
+        return None if corpus.max_tokens is None else Tokens((corpus.max_tokens,), estimate=True)
+    return Tokens((min(int(sum(known)), corpus.max_tokens or int(sum(known))),), estimate=True)
+
+
+def _text_bytes(source: Source) -> float | None:
+    """Bytes of text in a source; None for a hub dataset of unknown size."""
+    if isinstance(source, EmbeddedSource):
+        return _EMBEDDED_BYTES
+    if isinstance(source, FilesSource):
+        return float(sum(path.stat().st_size * _expansion(path.name) for path in expand(source.paths)))
+    if isinstance(source, TokensSource):
+        return _BYTES_A_TOKEN * sum(path.stat().st_size for path in token_files(source)) / 2
+    return source.download_gib * GIB * _expansion(source.data_files) if source.download_gib else None
+
+
+def _expansion(name: str) -> float:
+    return _EXPANSION.get(Path(name).suffix, 1.0)

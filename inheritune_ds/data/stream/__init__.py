@@ -1,0 +1,1 @@
+"""Token files to batches: windows, their order, their mixture."""

@@ -1,0 +1,362 @@
+"""Documents to token files: made once, found again by a fingerprint of everything that decides them.
+
+`cache/tokens/<fingerprint>/` holds a folder for every source with its shards (header-free little-endian integers:
+`train-00000.bin`, `validation-00000.bin`, ...), `tokenizer/` (a Hugging Face folder) and `manifest.json`. A document
+becomes what the tokenizer makes of it with its own special tokens (LLaMA's puts <s> in front, GPT-2's nothing), then
+one end-of-text token; documents follow one another without padding. While it is made, everything lies in
+`cache/tokens/.<fingerprint>.partial/`, from where a killed preparation goes on.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from inheritune_ds.config.corpus import Corpus, Source, TokensSource, TrainedTokenizer
+from inheritune_ds.console import Meter
+from inheritune_ds.data.documents import nanogpt, sources
+from inheritune_ds.data.documents.change_check import Snapshot
+from inheritune_ds.data.documents.holdout import is_held_out
+from inheritune_ds.data.tokens.encoder import TextEncoder
+from inheritune_ds.data.tokens.journal import JOURNAL_FILES, Journal, remove_journal
+from inheritune_ds.data.tokens.overlap import OverlapIndex
+from inheritune_ds.data.tokens.roundtrip import Fidelity, check_fidelity
+from inheritune_ds.data.tokens.shards import SHARD_TOKENS
+from inheritune_ds.data.tokens.token_set import TokenSet, find_damage, open_finished
+from inheritune_ds.data.tokens.tokenizer import (
+    backend_of,
+    load_tokenizer,
+    sentencepiece_model,
+    tokenizer_sha256,
+    train_tokenizer,
+)
+from inheritune_ds.data.tokens.writer import COUNTS, Build, TokenFormat
+from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage.files import remove_leftovers, storage_errors, write_json
+from inheritune_ds.storage.folders import describe_files, exclusive, publish, tidy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 2
+"""Version of the token files: raised whenever the same corpus would give other bytes."""
+SAMPLE_DOCUMENTS = 32
+"""Documents of every source on which the tokenizer is tried before anything is written."""
+
+
+def prepare(  # noqa: PLR0913 - one argument for each thing that decides
+    corpus: Corpus,
+    tokenizer: str | TrainedTokenizer,
+    cache_dir: Path,
+    *,
+    revision: str = "main",
+    workers: int | None = None,
+    damage_of: Callable[[TokenSet], str | None] = find_damage,
+    shard_tokens: int = SHARD_TOKENS,
+    say: Callable[[str], None] = print,
+) -> TokenSet:
+    """Return the tokens of a corpus, made now unless they are there.
+
+    Args:
+        corpus: What to read.
+        tokenizer: Hub id, local folder, or how to train one.
+        cache_dir: The cache; tokens appear under `tokens/`, whole or not at all.
+        revision: Of a tokenizer on the hub.
+        workers: Processes that encode; as many as this process may use cores when left out.
+        damage_of: Says what is wrong with finished token files whose sizes are right; None if nothing is.
+        shard_tokens: When a shard is closed.
+        say: Prints one line.
+
+    Raises:
+        CorpusError: A corpus file is missing or damaged, a part is empty, or the tokens do not fit.
+        HubError: The hub is needed and cannot be reached.
+        StorageError: The cache cannot be written.
+    """
+    plan = _Plan.of(corpus, tokenizer, revision, shard_tokens)
+    folder = plan.folder(cache_dir)
+    found = _usable(plan, folder, damage_of, say)
+    partial = folder.with_name(f".{folder.name}.partial")
+    if found is not None:
+        tidy(partial)
+        return found
+    with exclusive(partial, say):
+        # Another process may have made it meanwhile; what is damaged was told already.
+        found = _usable(plan, folder, damage_of, lambda _: None)
+        if found is None:
+            _fill(plan, partial, workers or len(os.sched_getaffinity(0)), say)
+            with storage_errors(folder):
+                publish(partial, folder)
+            found = open_finished(folder, plan.fingerprint)
+            assert found is not None  # published a line above
+    return found
+
+
+def _usable(
+    plan: "_Plan", folder: Path, damage_of: Callable[[TokenSet], str | None], say: Callable[[str], None]
+) -> TokenSet | None:
+    found = open_finished(folder, plan.fingerprint)
+    damage = damage_of(found) if found else "a file is missing or has another size" if folder.exists() else None
+    if damage:
+        say(f"WARNING: the tokens in {folder} are damaged and are made anew from the corpus: {damage}")
+    return None if damage else found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that decides the tokens, known before a document is read."""
+
+    corpus: Corpus
+    tokenizer: "PreTrainedTokenizerBase | None"
+    sentencepiece: bytes | None
+    shard_tokens: int
+    snapshots: tuple[Snapshot, ...]
+    identity: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, corpus: Corpus, tokenizer: str | TrainedTokenizer, revision: str, shard_tokens: int) -> Self:
+        loaded: PreTrainedTokenizerBase | None = None
+        model = None
+        if isinstance(tokenizer, TrainedTokenizer):
+            _check_dtype(corpus, tokenizer.vocab_size)
+            spoken: dict[str, Any] = {"train": tokenizer.vocab_size, "tokenizers": version("tokenizers")}
+        else:
+            loaded = load_tokenizer(tokenizer, revision)
+            _check_eos(loaded, tokenizer)
+            _check_dtype(corpus, _id_space(loaded))
+            model = sentencepiece_model(tokenizer, revision)
+            spoken = {"name": tokenizer, "sha256": tokenizer_sha256(loaded)}
+        for source in corpus.sources:
+            if isinstance(source, TokensSource):
+                nanogpt.token_files(source)
+                nanogpt.check_ids(source, _id_space(loaded) if loaded is not None else 0)
+        # What is identified here is read later: a branch may have moved by then.
+        pinned = {
+            "sources": [sources.pinned(source) for source in corpus.sources],
+            "overlap_with": [sources.pinned(source) for source in corpus.overlap_with],
+        }
+        corpus = corpus.model_copy(update=pinned)
+        # Taken before the files are hashed: whatever changes after that is noticed.
+        snapshots = tuple(sources.snapshot(source) for source in corpus.sources)
+        settings = {"validation_ratio", "max_tokens", "token_dtype", "duplicates", "overlap_ngram"}
+        identity = {
+            "format": FORMAT,
+            "shard_tokens": shard_tokens,
+            "sources": [
+                _identify(source, limit) for source, limit in zip(corpus.sources, corpus.token_limits, strict=True)
+            ],
+            "overlap_with": [_identify(source, source.max_tokens) for source in corpus.overlap_with],
+            "tokenizer": spoken,
+            "corpus": corpus.model_dump(mode="json", include=settings),
+        }
+        return cls(corpus, loaded, model, shard_tokens, snapshots, identity)
+
+    @property
+    def fingerprint(self) -> str:
+        decisive = dict(self.identity)
+        # The same tokenizer under another name gives the same tokens.
+        decisive["tokenizer"] = {key: value for key, value in decisive["tokenizer"].items() if key != "name"}
+        canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def folder(self, cache_dir: Path) -> Path:
+        return cache_dir / "tokens" / self.fingerprint
+
+    def check_files(self) -> None:
+        """Raise if a corpus file is gone, has changed or has come since."""
+        for source, snapshot in zip(self.corpus.sources, self.snapshots, strict=True):
+            sources.check(source, snapshot)
+
+
+def _identify(source: Source, limit: int | None) -> dict[str, Any]:
+    """Data and settings of a source; its weight decides only how often it is read, but its share of max_tokens."""
+    told = {"name": source.name, "max_documents": source.max_documents, "max_tokens": limit}
+    settings = source.model_dump(mode="json", include={"filters", "bad_records"})
+    return {**told, **settings, **sources.identify(source)}
+
+
+def _id_space(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """One more than the largest id; ids need not be without gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _check_eos(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    if tokenizer.eos_token_id is None:
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        raise CorpusError(
+            f"tokenizer {name!r} does not say which token ends a text (it has no eos_token)",
+            allowed=f"one of its special tokens: {', '.join(special) or 'none is declared'}",
+            action='put a tokenizer_config.json with {"eos_token": "..."} beside its tokenizer.json '
+            "(the original model's repository has one)",
+        )
+
+
+def _check_dtype(corpus: Corpus, id_space: int) -> None:
+    if corpus.token_dtype == "uint16" and id_space > 2**16:  # noqa: S105  no password
+        raise CorpusError(
+            f"corpus.token_dtype uint16 holds 65,536 ids, and the vocabulary has {id_space:,}",
+            allowed="auto or uint32",
+            action="set corpus.token_dtype=auto",
+        )
+
+
+def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) -> None:
+    """Make the folder complete: tokenizer, shards, and the manifest last."""
+    if open_finished(partial, plan.fingerprint) is not None:  # killed between the manifest and the rename
+        remove_journal(partial)
+        return
+    journal = Journal(partial)
+    try:
+        tokenizer = _tokenizer(plan, partial, is_new=journal.state() is None)
+        definition = backend_of(tokenizer).to_str(), tokenizer.eos_token_id
+        id_space = _id_space(tokenizer)
+        dtype = plan.corpus.token_dtype
+        if dtype == "auto":
+            dtype = "uint16" if id_space <= 2**16 else "uint32"
+        encoder = TextEncoder(*definition)
+        fidelity = _check_tokenizer(plan, encoder, say)
+        build = Build(
+            plan.corpus,
+            partial,
+            form=TokenFormat(dtype, id_space, plan.shard_tokens),
+            encoder=encoder,
+            tokenizer=definition,
+            journal=journal,
+            workers=workers,
+            index=_overlap_index(plan.corpus, say),
+            check_files=plan.check_files,
+        )
+        counts = build.run()
+        _check_parts(plan.corpus, counts)
+    finally:
+        journal.close()
+    remove_leftovers(partial)
+    with storage_errors(partial):
+        manifest = {
+            "fingerprint": plan.fingerprint,
+            **plan.identity,
+            "sources": [
+                {**count, "left_out_files": sources.left_out_files(source), "identity": identity}
+                for source, identity, count in zip(plan.corpus.sources, plan.identity["sources"], counts, strict=True)
+            ],
+            "tokenizer": {**plan.identity["tokenizer"], "sha256": tokenizer_sha256(tokenizer)},
+            "document_form": _document_form(tokenizer, encoder),
+            **{key: sum(count[key] for count in counts) for key in TOTALS},
+            "token_dtype": dtype,
+            "vocab_size": id_space,
+            "eos_id": tokenizer.eos_token_id,
+            "bos_id": tokenizer.bos_token_id,
+            "fidelity": fidelity,
+            "overlap": build.overlap.as_dict() if build.overlap is not None else None,
+            "files": describe_files(partial, left_out=JOURNAL_FILES),
+            "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
+        }
+        write_json(partial / "manifest.json", manifest)
+    remove_journal(partial)  # last: whatever kills this process before, finished shards are not made again
+
+
+TOTALS = (
+    "train_tokens",
+    "train_documents",
+    "validation_tokens",
+    "validation_documents",
+    *COUNTS,
+)
+"""What the manifest sums over the sources."""
+
+
+def _tokenizer(plan: _Plan, partial: Path, *, is_new: bool) -> "PreTrainedTokenizerBase":
+    """The tokenizer, saved in the folder before the first document is written."""
+    folder = partial / "tokenizer"
+    if is_new:
+        with storage_errors(partial):
+            shutil.rmtree(folder, ignore_errors=True)
+            (plan.tokenizer or _trained(plan)).save_pretrained(folder)
+    return plan.tokenizer or load_tokenizer(str(folder))
+
+
+def _trained(plan: _Plan) -> "PreTrainedTokenizerBase":
+    # Said outright, `tokenizers` uses its threads and does not warn when the process starts others later.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    wanted = int(plan.identity["tokenizer"]["train"])
+    with Meter("training the tokenizer", "documents") as meter:
+        return train_tokenizer(_training_texts(plan.corpus, meter), wanted)
+
+
+def _training_texts(corpus: Corpus, meter: Meter) -> Iterator[str]:
+    """Yield the documents that are not held out: a tokenizer must not know the validation part.
+
+    Limits in documents hold, those in tokens do not: there are no tokens yet.
+    """
+    for source in corpus.sources:
+        for text in _texts(source):
+            if not is_held_out(hashlib.sha256(text.encode()).digest(), corpus.validation_ratio):
+                meter.advance(1)
+                yield text
+
+
+def _texts(source: Source) -> Iterator[str]:
+    if isinstance(source, TokensSource):
+        return iter(())
+    texts = (document.text for document in sources.documents(source) if document.text)
+    return itertools.islice(texts, source.max_documents)
+
+
+def _check_tokenizer(plan: _Plan, encoder: TextEncoder, say: Callable[[str], None]) -> dict[str, Any]:
+    """Try the tokenizer on the first documents of every source; returns what the manifest says of it."""
+    sample = (text for source in plan.corpus.sources for text in itertools.islice(_texts(source), SAMPLE_DOCUMENTS))
+    found: Fidelity = check_fidelity(encoder, sample, plan.sentencepiece)
+    if found.warning:
+        say(f"WARNING: {found.warning}")
+    return found.as_dict()
+
+
+def _overlap_index(corpus: Corpus, say: Callable[[str], None]) -> OverlapIndex | None:
+    if not corpus.overlap_with:
+        return None
+    blind = [source.name for source in corpus.sources if isinstance(source, TokensSource)]
+    if blind:
+        say(f"WARNING: overlap is not looked for in {', '.join(blind)}: token files hold no text")
+    return OverlapIndex.build({source.name: _texts(source) for source in corpus.overlap_with}, corpus.overlap_ngram)
+
+
+def _check_parts(corpus: Corpus, counts: list[dict[str, Any]]) -> None:
+    train, validation = (sum(count[f"{part}_documents"] for count in counts) for part in ("train", "validation"))
+    left_out = sum(count[key] for count in counts for key in ("empty_documents", "filtered_documents", "bad_records"))
+    if not train + validation:
+        raise CorpusError(
+            f"the corpus has no document with text in it ({left_out} empty, filtered or bad ones were left out)",
+            action="check paths, text_field and filters of corpus.sources",
+        )
+    if not train:
+        raise CorpusError(
+            f"the training part is empty: all {validation} documents were held out "
+            f"at corpus.validation_ratio={corpus.validation_ratio}",
+            action="lower corpus.validation_ratio, or give more documents in corpus.sources",
+        )
+    if not validation:
+        raise CorpusError(
+            f"the validation part is empty: none of {train} documents was held out "
+            f"at corpus.validation_ratio={corpus.validation_ratio}",
+            action=f"raise corpus.validation_ratio{'' if corpus.max_tokens is None else ' or corpus.max_tokens'}, "
+            "or give more documents in corpus.sources (document_separator cuts a .txt file into several)",
+        )
+    empty = [count["name"] for count in counts if not count["train_tokens"]]
+    if corpus.weights is not None and empty:
+        raise CorpusError(
+            f"source {empty[0]} has a weight and no token to train on",
+            action="remove it from corpus.sources, or check its paths, filters and limits",
+        )
+
+
+def _document_form(tokenizer: "PreTrainedTokenizerBase", encoder: TextEncoder) -> str:
+    front, back = (
+        [str(encoder.backend.id_to_token(number)) for number in ids] for ids in (encoder.front, encoder.back)
+    )
+    return " ".join([*front, "text", *back, str(tokenizer.eos_token)])

@@ -1,0 +1,136 @@
+"""Whether a tokenizer gives texts back, and whether it is the one that the model was trained with.
+
+Two checks on a sample of the documents, before anything is written. Byte-level and byte-fallback
+tokenizers give every text back, decode(encode(x)) == x, up to what their own normalizer does. And a
+tokenizer that comes with a SentencePiece model must give SentencePiece's ids: converted ones have
+differed from it without a sign (transformers issue 24233: the model knows "thermal" as one token, and
+the converted tokenizer made two of it).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from inheritune_ds.data.tokens.encoder import TextEncoder
+from inheritune_ds.errors import CorpusError
+
+SAMPLE_CHARACTERS = 2**16
+"""Of each document; long enough that it is encoded in pieces too."""
+
+_SHOWN = 24
+
+
+@dataclass
+class Fidelity:
+    """What was found on a sample.
+
+    Attributes:
+        documents: Documents tried, each up to `SAMPLE_CHARACTERS`.
+        exact: Came back as they were.
+        normalized: Came back as the tokenizer's own normalizer leaves them (other spaces, composed accents).
+        lossy: Came back as something else.
+        unknown_tokens: Places where the tokenizer had no token for the text.
+        first_difference: Where the first lossy document differs; "" if there is none.
+        compared_with_sentencepiece: Documents whose ids are those of SentencePiece.
+    """
+
+    documents: int = 0
+    exact: int = 0
+    normalized: int = 0
+    lossy: int = 0
+    unknown_tokens: int = 0
+    first_difference: str = ""
+    compared_with_sentencepiece: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+    @property
+    def warning(self) -> str:
+        """What the user must know; "" if nothing is lost."""
+        if not self.lossy:
+            return ""
+        unknown = f" ({self.unknown_tokens:,} unknown tokens)" if self.unknown_tokens else ""
+        return (
+            f"the tokenizer does not give texts back: {self.lossy:,} of {self.documents:,} sample documents "
+            f"come out of it changed{unknown}; the first: {self.first_difference}"
+        )
+
+
+def check_fidelity(encoder: TextEncoder, texts: Iterable[str], sentencepiece_model: bytes | None) -> Fidelity:
+    """Try a tokenizer on documents.
+
+    Args:
+        encoder: What the documents will be encoded with.
+        texts: Documents; of each only the first `SAMPLE_CHARACTERS` are used.
+        sentencepiece_model: The `tokenizer.model` that belongs to it.
+
+    Raises:
+        CorpusError: Its ids are not those of SentencePiece.
+    """
+    found = Fidelity()
+    processor = _processor(sentencepiece_model) if sentencepiece_model is not None else None
+    unknown = _unknown_id(encoder)
+    for text in texts:
+        sample = text[:SAMPLE_CHARACTERS]
+        ids = np.concatenate(encoder.encode(encoder.pieces(sample))).tolist()
+        if processor is not None:
+            _compare(ids, processor.encode(sample), sample, encoder)
+            found.compared_with_sentencepiece += 1
+        found.documents += 1
+        found.unknown_tokens += ids.count(unknown)
+        _count(found, encoder, sample, encoder.backend.decode(ids, skip_special_tokens=False))
+    return found
+
+
+def _processor(model: bytes) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    kind: Any = SentencePieceProcessor
+    return kind(model_proto=model)
+
+
+def _unknown_id(encoder: TextEncoder) -> int | None:
+    name = getattr(encoder.backend.model, "unk_token", None)
+    return encoder.backend.token_to_id(name) if name is not None else None
+
+
+def _count(found: Fidelity, encoder: TextEncoder, text: str, back: str) -> None:
+    normalizer = encoder.backend.normalizer
+    if back == text:
+        found.exact += 1
+    elif normalizer is not None and normalizer.normalize_str(back) == normalizer.normalize_str(text):
+        found.normalized += 1
+    else:
+        found.lossy += 1
+        place = _first_difference(text, back)
+        found.first_difference = found.first_difference or (
+            f"{_around(text, place)!r} comes back as {_around(back, place)!r}"
+        )
+
+
+def _compare(ids: list[int], expected: list[int], text: str, encoder: TextEncoder) -> None:
+    if ids == expected:
+        return
+    place = _first_difference(ids, expected)
+    before = encoder.backend.decode(expected[:place], skip_special_tokens=False)
+    start = max(0, place - 2)
+    raise CorpusError(
+        f"the tokenizer's ids are not those of the tokenizer.model beside it: at {_around(text, len(before))!r} "
+        f"it gives {ids[start : place + 6]}, and SentencePiece gives {expected[start : place + 6]}",
+        allowed="the ids that the model was trained with, whichever file they are made from",
+        action="remove tokenizer.json from the tokenizer's folder, so that tokenizer.model is read; "
+        "or remove tokenizer.model, if the two are meant to differ",
+    )
+
+
+def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _around(text: str, place: int) -> str:
+    return text[max(0, place - _SHOWN // 2) : place + _SHOWN]

@@ -1,0 +1,149 @@
+"""Build a fast tokenizer from a SentencePiece model; its ids are checked against the original."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.errors import CorpusError
+
+_SPACE = "▁"
+_PROBES = (
+    "  The thermal  ﬁlm,\tcafé:\n\n    def f(x):  return x**2  # 12345 €, 東京 \U0001f600\u00a0end  ",
+    "\n\t x \n",
+)
+
+
+def from_sentencepiece(folder: Path, name: str) -> Any:
+    """Rebuild a SentencePiece BPE model; merges are ranked by the score of what they make."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+    model = (folder / "tokenizer.model").read_bytes()
+    proto = parse_sentencepiece(model)
+    settings = read_settings(folder)
+    _check_kind(proto, name)
+    pieces = [piece.piece for piece in proto.pieces]
+    kinds = proto.SentencePiece.Type
+    special = {piece.piece: piece.type for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)}
+    unknown = pieces[proto.trainer_spec.unk_id]
+    backend = Tokenizer(
+        models.BPE(
+            {piece: number for number, piece in enumerate(pieces)},
+            _merges(proto),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    backend.normalizer = _normalizer(proto.normalizer_spec)
+    strip = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    _check_ids(backend, model, name)
+    bos, eos = (
+        _special(settings, key, pieces, number)
+        for key, number in (("bos_token", proto.trainer_spec.bos_id), ("eos_token", proto.trainer_spec.eos_id))
+    )
+    if bos is not None and settings.get("add_bos_token", True):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.index(bos))]
+        )
+    limit = {"model_max_length": settings["model_max_length"]} if "model_max_length" in settings else {}
+    return wrap(backend, bos_token=bos, eos_token=eos, unk_token=unknown, **limit)
+
+
+def wrap(backend: Any, **settings: Any) -> Any:
+    """A transformers tokenizer around a `tokenizers` backend."""
+    from transformers import PreTrainedTokenizerFast
+
+    family: Any = PreTrainedTokenizerFast
+    return family(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
+
+
+def parse_sentencepiece(model: bytes) -> Any:
+    """Parse the bytes of tokenizer.model into its protocol buffer."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    messages: Any = sentencepiece_model_pb2
+    proto = messages.ModelProto()
+    proto.ParseFromString(model)
+    return proto
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json; empty if there is none."""
+    file = folder / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _check_kind(proto: Any, name: str) -> None:
+    """Refuse models that are not merges of pieces."""
+    differences = {
+        "is no BPE model": proto.trainer_spec.model_type != proto.trainer_spec.BPE,
+        "has user-defined pieces": any(piece.type == proto.SentencePiece.USER_DEFINED for piece in proto.pieces),
+    }
+    found = [what for what, is_so in differences.items() if is_so]
+    if found:
+        raise CorpusError(
+            f"tokenizer {name!r}: tokenizer.model {' and '.join(found)}, which is not read",
+            allowed="tokenizer.json, or a SentencePiece BPE model without user-defined pieces (LLaMA's kind)",
+            action="convert it to tokenizer.json, and compare ids with SentencePiece's",
+        )
+
+
+def _normalizer(spec: Any) -> Any:
+    """Rebuild what SentencePiece does to a text before it looks for pieces."""
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        # Spaces only: SentencePiece keeps line ends at the edges, which Strip would take.
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+
+
+def _check_ids(backend: Any, model: bytes, name: str) -> None:
+    """Compare ids with SentencePiece's own on a text with everything that was ever read wrongly."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor: Any = SentencePieceProcessor(model_proto=model)
+    for text in _PROBES:
+        expected, found = processor.encode(text), backend.encode(text, add_special_tokens=False).ids
+        if found != expected:
+            raise CorpusError(
+                f"tokenizer {name!r}: tokenizer.model was rebuilt, but its ids differ from SentencePiece's "
+                f"on {text!r}: {found} against {expected}",
+                action="convert it to tokenizer.json, and compare ids with SentencePiece's",
+            )
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, best score first, then by the length of the left part.
+
+    SentencePiece takes the leftmost pair of those with the same score. Merges have a rank each; with the longest
+    left part first a run of one character grows from its left end, as there: Mistral's model, whose runs of spaces
+    all have the same score, needs that (18 spaces are 16 + 1 and one in front of the word, not 14 + 3).
+    """
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    ranked = []
+    for piece in proto.pieces:
+        if piece.type == proto.SentencePiece.NORMAL:
+            cuts = ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece)))
+            ranked += [
+                (-piece.score, -len(left), ids[left], left, right)
+                for left, right in cuts
+                if left in ids and right in ids
+            ]
+    return [(left, right) for *_, left, right in sorted(ranked)]
+
+
+def _special(settings: dict[str, Any], key: str, pieces: list[str], number: int) -> str | None:
+    """Name of a special token: the settings' (a string or an object), else the model's own."""
+    given = settings.get(key)
+    token = given.get("content") if isinstance(given, dict) else given
+    if token in pieces:
+        return str(token)
+    return pieces[number] if 0 <= number < len(pieces) else None

@@ -1,0 +1,154 @@
+"""A finished folder of token files and what its manifest says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.console import Meter
+from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage.files import read_json, sha256_file
+from inheritune_ds.storage.folders import has_files
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A token file.
+
+    Attributes:
+        path: Header-free little-endian integers.
+        tokens: How many.
+    """
+
+    path: Path
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """The tokens of one source.
+
+    Attributes:
+        name: As in the recipe.
+        train: Its shards to train on, in order.
+        validation: Its shards that are held out.
+    """
+
+    name: str
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens to train on."""
+        return sum(shard.tokens for shard in self.train)
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens held out."""
+        return sum(shard.tokens for shard in self.validation)
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """A finished folder of token files.
+
+    Attributes:
+        folder: `cache/tokens/<fingerprint>`.
+        manifest: The parsed `manifest.json`.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what decides the tokens."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def sources(self) -> tuple[TokenSource, ...]:
+        """The sources in the order of the recipe."""
+        return tuple(
+            TokenSource(entry["name"], self._shards(entry, "train"), self._shards(entry, "validation"))
+            for entry in self.manifest["sources"]
+        )
+
+    def _shards(self, entry: Mapping[str, Any], part: str) -> tuple[Shard, ...]:
+        folder = self.folder / entry["name"]
+        return tuple(Shard(folder / shard["file"], int(shard["tokens"])) for shard in entry[part])
+
+    @property
+    def token_dtype(self) -> str:
+        """`uint16` or `uint32`, little-endian."""
+        return str(self.manifest["token_dtype"])
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the tokenizer's largest id, added tokens among them."""
+        return int(self.manifest["vocab_size"])
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends every document, and stands nowhere else."""
+        return int(self.manifest["eos_id"])
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens to train on, of all sources."""
+        return int(self.manifest["train_tokens"])
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens held out, of all sources."""
+        return int(self.manifest["validation_tokens"])
+
+    @property
+    def train_documents(self) -> int:
+        """Documents to train on; the last of a source may be cut by a limit."""
+        return int(self.manifest["train_documents"])
+
+    @property
+    def validation_documents(self) -> int:
+        """Documents held out."""
+        return int(self.manifest["validation_documents"])
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer as a Hugging Face folder."""
+        return self.folder / "tokenizer"
+
+
+def open_finished(folder: Path, fingerprint: str) -> TokenSet | None:
+    """Open a folder if it is complete: its manifest fits and every file is there in its full size.
+
+    Args:
+        folder: `cache/tokens/<fingerprint>`.
+        fingerprint: What the manifest must say.
+    """
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
+        return None
+    return TokenSet(folder, manifest) if has_files(folder, manifest["files"]) else None
+
+
+def find_damage(tokens: TokenSet) -> str | None:
+    """Say what is no longer as it was written, by the hash of every file; None if all is.
+
+    Raises:
+        CorpusError: A file cannot be read.
+    """
+    files = tokens.manifest["files"]
+    try:
+        with Meter("checking token files", "bytes", sum(entry["bytes"] for entry in files.values())) as meter:
+            for name, entry in files.items():
+                found = sha256_file(tokens.folder / name, meter.advance)
+                if found != entry["sha256"]:
+                    return f"{name} has sha256 {found[:12]}... not {entry['sha256'][:12]}..."
+    except OSError as error:
+        raise CorpusError(
+            f"{error.filename or tokens.folder}: it cannot be read ({(error.strerror or 'unreadable').lower()})",
+            action=f"check the disk, or remove the folder {tokens.folder} and give the same command again: "
+            "the tokens are made anew",
+        ) from None
+    return None

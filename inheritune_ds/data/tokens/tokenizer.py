@@ -1,0 +1,186 @@
+"""Tokenizers: load, train, fingerprint, and choose the one of a recipe."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from inheritune_ds.config.corpus import TrainedTokenizer
+from inheritune_ds.config.fields import is_local_path
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.data.tokens.sentencepiece import from_sentencepiece, wrap
+from inheritune_ds.errors import CorpusError, RecipeError
+from inheritune_ds.storage import hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"]
+_SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
+_TRAINING_BATCH = 1000
+
+
+def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
+    """Load a tokenizer from the hub or a folder, without running code that comes with it.
+
+    Read is the first of `tokenizer.json` (taken as it stands), `tokenizer.model` (SentencePiece
+    BPE, with the same ids as SentencePiece gives), `vocab.json` with `merges.txt` (GPT-2's kind,
+    if no `tokenizer_config.json` or `config.json` says otherwise). Special tokens come from
+    `tokenizer_config.json`. A bare `tokenizer.json` does not say which token ends a text: if
+    `<|endoftext|>` is its only special token (GPT-2), that one does.
+
+    Args:
+        name: Hub id or local folder.
+        revision: Hub only: commit, tag or branch.
+
+    Raises:
+        CorpusError: The folder is missing, or holds no tokenizer that can be read.
+        HubError: The hub cannot be reached or has no such repository.
+    """
+    folder = _find_folder(name, revision)
+    try:
+        tokenizer = _from_folder(folder, name)
+    except CorpusError:
+        raise
+    except Exception as error:  # noqa: BLE001  every reader of these formats has error classes of its own
+        raise CorpusError(
+            f"tokenizer {name!r}: its files cannot be read ({type(error).__name__}: {hub.first_line(error)})",
+            allowed="a Hugging Face tokenizer folder",
+            action="copy or download the folder again",
+        ) from None
+    if not tokenizer.is_fast:
+        raise CorpusError(
+            f"tokenizer {name!r} is a {type(tokenizer).__name__}, which has no `tokenizers` backend",
+            allowed="a tokenizer that can be saved as tokenizer.json",
+            action="choose another tokenizer, or convert it to tokenizer.json",
+        )
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def sentencepiece_model(name: str, revision: str = "main") -> bytes | None:
+    """Return the SentencePiece model of a tokenizer that `load_tokenizer` has loaded; None if it has none.
+
+    Args:
+        name: Hub id or local folder.
+        revision: Hub only.
+
+    Raises:
+        CorpusError: The folder is missing.
+        HubError: The hub cannot be reached.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    file = _find_folder(name, revision) / "tokenizer.model"
+    if not file.is_file():
+        return None
+    model = file.read_bytes()
+    processor: Any = SentencePieceProcessor
+    try:
+        processor(model_proto=model)
+    except RuntimeError:  # some families give this name to a file of another kind, such as tiktoken's
+        return None
+    return model or None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
+    """Train a byte-level BPE; `<|endoftext|>` (id 0) begins and ends texts, nothing is unknown.
+
+    Args:
+        texts: The documents to learn merges from.
+        vocab_size: Entries, the end-of-text token and the 256 bytes among them; a small corpus may
+            give fewer.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return cast("PreTrainedTokenizerBase", wrap(backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT))
+
+
+def backend_of(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Return the `tokenizers.Tokenizer` inside, without truncation and padding."""
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined, unused-ignore]
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash (hex) of all that decides the ids of a text: the serialised backend and the eos token."""
+    canonical = json.dumps([json.loads(backend_of(tokenizer).to_str()), tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _find_folder(name: str, revision: str) -> Path:
+    if is_local_path(name) or Path(name).is_dir():
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise CorpusError(
+                f"tokenizer {name!r} is written as a path, and there is no such folder",
+                allowed="a local folder, or a hub id such as openai-community/gpt2",
+                action="correct corpus.tokenizer (or reference.model, whose tokenizer is taken without it)",
+            )
+        return folder
+    return hub.snapshot(hub.resolve(name, revision, "model"), _FILES + _SETTINGS)
+
+
+def _from_folder(folder: Path, name: str) -> Any:
+    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        if tokenizer.eos_token is None and special == [END_OF_TEXT]:
+            tokenizer.eos_token = tokenizer.bos_token = END_OF_TEXT
+        return tokenizer
+    if (folder / "tokenizer.model").is_file():
+        return from_sentencepiece(folder, name)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        described = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+        family: Any = AutoTokenizer if described else GPT2Tokenizer
+        return family.from_pretrained(folder, **({"trust_remote_code": False} if described else {}))
+    raise CorpusError(
+        f"tokenizer {name!r}: {folder} holds none of the files of a tokenizer",
+        allowed="tokenizer.json, or tokenizer.model (SentencePiece), or vocab.json with merges.txt",
+        action="name another folder or hub id, or copy these files into it",
+    )
+
+
+def tokenizer_of(recipe: Recipe, reference: Path | None) -> tuple[str | TrainedTokenizer, str]:
+    """Name and revision of the tokenizer: the corpus's own, else the reference's.
+
+    Args:
+        recipe: The experiment.
+        reference: Folder of its reference, where that is at hand.
+
+    Raises:
+        RecipeError: It is the one that the reference's own recipe trains, and the reference is not at hand.
+    """
+    if recipe.corpus.tokenizer is not None:
+        return recipe.corpus.tokenizer, "main"
+    if reference is not None:
+        return str(reference), "main"
+    assert recipe.reference is not None  # the recipe's own check
+    inner = recipe.reference.recipe_name
+    if inner is None:
+        return recipe.reference.model, recipe.reference.revision
+    name, revision = tokenizer_of(load_recipe(inner), None)
+    if isinstance(name, TrainedTokenizer):
+        raise RecipeError(
+            f"recipe {recipe.name} takes the tokenizer of its reference {inner}, whose recipe trains one on its own "
+            "corpus, and that has not been done yet",
+            action=f"train {inner} first (train.py --recipe {inner}), or say corpus.tokenizer",
+        )
+    return name, revision

@@ -1,0 +1,342 @@
+"""The documents of a corpus to shards: read, encoded by several processes, written in their order.
+
+Everything that is counted is counted when a document is written, in the order of the documents, and kept in the
+journal together with the place of the next one. So the result depends neither on the number of processes nor on how
+often the preparation was killed.
+"""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+
+from inheritune_ds.config.corpus import Corpus, EmbeddedSource, Source, TextSource, TokensSource
+from inheritune_ds.console import Meter
+from inheritune_ds.data.documents import nanogpt_documents, python_docs, sources
+from inheritune_ds.data.documents.holdout import is_held_out
+from inheritune_ds.data.documents.records import Cursor, Document
+from inheritune_ds.data.tokens.encoder import TextEncoder
+from inheritune_ds.data.tokens.journal import Journal
+from inheritune_ds.data.tokens.overlap import OverlapCounter, OverlapIndex
+from inheritune_ds.data.tokens.shards import ShardWriter
+from inheritune_ds.data.tokens.workers import EncoderPool
+from inheritune_ds.errors import InherituneError
+
+JOB_CHARACTERS = 2**20
+JOB_PIECES = 512
+JOB_RECORDS = 2**13
+"""A job is handed in after so many records in any case, so that those which are left out do not pile up before it."""
+COMMIT_INTERVAL_S = 30.0
+"""The journal is written after every shard, and so often in between."""
+
+COUNTS = (
+    "empty_documents",
+    "filtered_documents",
+    "bad_records",
+    "duplicate_documents",
+    "forced_cuts",
+)
+_SKIPPED = {"empty": "empty_documents", "filtered": "filtered_documents", "bad": "bad_records"}
+
+
+@dataclass(frozen=True)
+class TokenFormat:
+    """What token files hold.
+
+    Attributes:
+        dtype: `uint16` or `uint32`.
+        id_space: One more than the tokenizer's largest id.
+        shard_tokens: When a shard is closed.
+    """
+
+    dtype: str
+    id_space: int
+    shard_tokens: int
+
+
+class _Item(NamedTuple):
+    """A document on its way: everything about it but its ids."""
+
+    document: Document
+    digest: bytes
+    held_out: bool
+    pieces: int
+    forced_cuts: int
+    hits: Any
+
+
+class _SourceState:
+    """What has been written of a source, and where its next document begins.
+
+    Args:
+        source: As in the recipe.
+        folder: Of all token files.
+        form: Of the token files.
+        kept: What `as_dict` gave when it was last kept; empty at the beginning.
+        limit: Most training tokens.
+    """
+
+    def __init__(
+        self, source: Source, folder: Path, form: TokenFormat, kept: Mapping[str, Any], limit: int | None
+    ) -> None:
+        self.name, self.limit, self._max_documents = source.name, limit, source.max_documents
+        self.cursor = Cursor(*kept.get("cursor", ()))
+        self.counts: dict[str, int] = kept.get("counts", dict.fromkeys(COUNTS, 0))
+        self.first_bad: str = kept.get("first_bad_record", "")
+        own = folder / source.name
+        self.train, self.validation = (
+            ShardWriter(own, part, form.dtype, kept.get(part, ()), form.shard_tokens)
+            for part in ("train", "validation")
+        )
+
+    @property
+    def documents(self) -> int:
+        """Documents written."""
+        return self.train.documents + self.validation.documents
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether no limit is reached."""
+        enough = self.limit is not None and self.train.tokens >= self.limit
+        return not enough and (self._max_documents is None or self.documents < self._max_documents)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flush the shards and say everything; for the journal and, at the end, the manifest."""
+        return {
+            "name": self.name,
+            "cursor": list(self.cursor),
+            "documents": self.documents,
+            "train_documents": self.train.documents,
+            "validation_documents": self.validation.documents,
+            "train_tokens": self.train.tokens,
+            "validation_tokens": self.validation.tokens,
+            "counts": dict(self.counts),
+            "first_bad_record": self.first_bad,
+            "train": self.train.state(),
+            "validation": self.validation.state(),
+        }
+
+    def abandon(self) -> None:
+        """Leave the files as they are, to be gone on with from what was last kept."""
+        self.train.abandon()
+        self.validation.abandon()
+
+    def close(self) -> dict[str, Any]:
+        """Complete the files; returns what the manifest says of the source."""
+        self.train.close()
+        self.validation.close()
+        told = self.as_dict()
+        del told["cursor"]
+        counts = told.pop("counts")
+        return {**told, **counts}
+
+
+class Build:
+    """A folder of shards being filled.
+
+    Args:
+        corpus: What to read.
+        folder: Where the shards go.
+        form: Of the token files.
+        encoder: Text to ids.
+        tokenizer: Arguments with which workers build the same encoder.
+        journal: Of this folder.
+        workers: Processes that encode.
+        index: Evaluation sets to compare with; None if there are none.
+        check_files: Raises if a corpus file is not the one any more that the fingerprint was made of. It is called
+            before anything is kept: else what was read from a changed file would be gone on with.
+    """
+
+    def __init__(  # noqa: PLR0913 - one argument for each thing that decides
+        self,
+        corpus: Corpus,
+        folder: Path,
+        *,
+        form: TokenFormat,
+        encoder: TextEncoder,
+        tokenizer: tuple[str, int],
+        journal: Journal,
+        workers: int,
+        index: OverlapIndex | None,
+        check_files: Callable[[], None],
+    ) -> None:
+        self._corpus, self._folder, self._form = corpus, folder, form
+        self._definition, self._encoder = tokenizer, encoder
+        self._journal, self._workers, self._index = journal, workers, index
+        self._check_files = check_files
+        kept = journal.state() or {}
+        self._finished: list[dict[str, Any]] = kept.get("finished", [])
+        self._kept: dict[str, Any] = kept.get("current", {})
+        self.overlap = OverlapCounter(index, kept.get("overlap")) if index is not None else None
+        self._bytes = 0
+        self._committed_s = time.monotonic()
+
+    def run(self) -> list[dict[str, Any]]:
+        """Write every source; returns what the manifest says of each."""
+        sizes = [_total_bytes(source) for source in self._corpus.sources]
+        self._total = None if None in sizes else sum(size or 0 for size in sizes)
+        with (
+            Meter("tokenizing", "tokens", self._corpus.max_tokens) as self._meter,
+            EncoderPool(self._encoder, self._definition, self._workers) as self._pool,
+        ):
+            for number, source in enumerate(self._corpus.sources):
+                if number >= len(self._finished):
+                    self._finished.append(self._write(source, number))
+                    self._kept = {}
+                    self._commit()
+                self._bytes = sum(size or 0 for size in sizes[: number + 1])
+        return self._finished
+
+    def _write(self, source: Source, number: int) -> dict[str, Any]:
+        self._now = _SourceState(source, self._folder, self._form, self._kept, self._limit(number))
+        try:
+            if isinstance(source, TokensSource):
+                self._copy(source)
+            elif self._now.wants_more:
+                self._encode(source)
+            told = self._now.close()
+        except BaseException:
+            self._now.abandon()
+            raise
+        if isinstance(source, EmbeddedSource):
+            told["unparsed_files"] = python_docs.running().unparsed_files
+        return told
+
+    def _limit(self, number: int) -> int | None:
+        """Most training tokens of a source: its own limit, or what the sources before it have left of the whole."""
+        own = self._corpus.token_limits[number]
+        if self._corpus.max_tokens is None or self._corpus.weights is not None:
+            return own
+        left: int = self._corpus.max_tokens - sum(source["train_tokens"] for source in self._finished)
+        return left if own is None else min(own, left)
+
+    def _read(self, count: int) -> None:
+        self._bytes += count
+
+    def _copy(self, source: TokensSource) -> None:
+        state = self._now
+        for document in nanogpt_documents.documents(
+            source,
+            state.cursor,
+            eos_id=self._encoder.eos_id,
+            id_space=self._form.id_space,
+            ratio=self._corpus.validation_ratio,
+            wants_more=lambda: state.wants_more,
+        ):
+            state.cursor = document.cursor
+            closed = self._is_wanted(document.digest) and self._put(document.ids, held_out=document.held_out)
+            self._keep(at_once=closed)
+
+    def _encode(self, source: TextSource) -> None:
+        for item, ids in self._encoded(source):
+            self._keep(at_once=self._take(item, ids))
+            if not self._now.wants_more:
+                self._pool.forget()
+                return
+
+    def _encoded(self, source: TextSource) -> Iterator[tuple[_Item, npt.NDArray[Any]]]:
+        """Yield documents with their ids, in order; an error of the reader comes after those that stand before it.
+
+        So a limit that is reached before a bad record is reached, however far several processes have it read ahead.
+        """
+        waiting: deque[_Item] = deque()
+        parts: deque[npt.NDArray[Any]] = deque()
+        job: list[str] = []
+        characters = records = 0
+        failed: list[InherituneError] = []
+        for document in _until_error(sources.documents(source, self._now.cursor, self._read), failed):
+            forced_before = self._encoder.forced_cuts
+            pieces = self._encoder.pieces(document.text) if document.text else []
+            waiting.append(self._examine(document, len(pieces), self._encoder.forced_cuts - forced_before))
+            records += 1
+            for piece in pieces:
+                job.append(piece)
+                characters += len(piece)
+                if characters >= JOB_CHARACTERS or len(job) == JOB_PIECES:
+                    yield from self._collect(waiting, parts, self._pool.submit(job))
+                    job, characters, records = [], 0, 0
+            if records == JOB_RECORDS:
+                yield from self._collect(waiting, parts, self._pool.submit(job))
+                job, characters, records = [], 0, 0
+        yield from self._collect(waiting, parts, self._pool.submit(job))
+        yield from self._collect(waiting, parts, self._pool.drain())
+        for error in failed:
+            raise error
+
+    def _collect(
+        self, waiting: deque[_Item], parts: deque[npt.NDArray[Any]], results: Iterable[list[npt.NDArray[Any]]]
+    ) -> Iterator[tuple[_Item, npt.NDArray[Any]]]:
+        """Put the pieces of documents together again."""
+        for found in results:
+            parts.extend(found)
+            while waiting and waiting[0].pieces <= len(parts):
+                item = waiting.popleft()
+                yield item, self._encoder.document([parts.popleft() for _ in range(item.pieces)])
+
+    def _examine(self, document: Document, pieces: int, forced_cuts: int) -> _Item:
+        text = document.text
+        digest = hashlib.sha256(text.encode()).digest() if text else b""
+        held = bool(text) and is_held_out(digest, self._corpus.validation_ratio)
+        hits = self._index.find(text) if self._index is not None and text and not held else None
+        return _Item(document, digest, held, pieces, forced_cuts, hits)
+
+    def _take(self, item: _Item, ids: npt.NDArray[Any]) -> bool:
+        """Count a document and write it, unless it is left out; returns whether that has closed a shard."""
+        state, document = self._now, item.document
+        state.cursor = document.cursor
+        if document.skipped:
+            state.counts[_SKIPPED[document.skipped]] += 1
+            state.first_bad = state.first_bad or document.note
+        elif self._is_wanted(item.digest):
+            state.counts["forced_cuts"] += item.forced_cuts
+            if item.hits is not None and self.overlap is not None:
+                self.overlap.add(item.hits)
+            return self._put(ids, held_out=item.held_out)
+        return False
+
+    def _is_wanted(self, digest: bytes) -> bool:
+        if self._journal.is_new(digest):
+            return True
+        self._now.counts["duplicate_documents"] += 1
+        return self._corpus.duplicates == "keep"
+
+    def _put(self, ids: npt.NDArray[Any], *, held_out: bool) -> bool:
+        """Write a document; returns whether that has closed a shard."""
+        state = self._now
+        if held_out:
+            return state.validation.append(ids)
+        taken = ids if state.limit is None else ids[: state.limit - state.train.tokens]
+        closed = state.train.append(taken)
+        share = self._bytes / self._total if self._total else None
+        self._meter.advance(len(taken), f"{state.documents:,} documents of {state.name}", share)
+        return closed
+
+    def _keep(self, *, at_once: bool) -> None:
+        """Keep the place behind a document, if it is time; documents that are left out take time as well."""
+        if at_once or time.monotonic() - self._committed_s > COMMIT_INTERVAL_S:
+            self._kept = self._now.as_dict()
+            self._commit()
+
+    def _commit(self) -> None:
+        self._check_files()
+        overlap = self.overlap.state() if self.overlap is not None else None
+        self._journal.commit({"finished": self._finished, "current": self._kept, "overlap": overlap})
+        self._committed_s = time.monotonic()
+
+
+def _until_error(documents: Iterator[Document], failed: list[InherituneError]) -> Iterator[Document]:
+    """Yield what can be read; what ends it comes into `failed`."""
+    try:
+        yield from documents
+    except InherituneError as error:
+        failed.append(error)
+
+
+def _total_bytes(source: Source) -> int | None:
+    """Bytes that reading a source will count; None where that is not known."""
+    return None if isinstance(source, TokensSource) else sources.total_bytes(source)

@@ -1,0 +1,80 @@
+"""Environment variables, threads and allocator of a rank."""
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Literal
+
+_SPINS = "2000"
+"""Tens of microseconds: the time between two parallel regions of a step."""
+
+
+def prepare_environment(environ: MutableMapping[str, str], *, kind: Literal["cuda", "cpu"]) -> None:
+    """Set what torch, its extension builder, OpenMP and the hub's client read at their import.
+
+    Args:
+        environ: The environment to change; what the user has set stays.
+        kind: What the run computes on.
+    """
+    # ninja lies beside the interpreter when the virtual environment is not activated.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in environ.get("PATH", "").split(os.pathsep):
+        environ["PATH"] = os.pathsep.join([scripts, environ.get("PATH", "")])
+    _set_threads(environ)
+    if kind == "cpu":
+        environ.setdefault("DS_ACCELERATOR", "cpu")  # said outright, DeepSpeed does not warn of a missing GPU
+    if not sys.stderr.isatty():
+        # Bars that redraw themselves fill a log file.
+        environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _set_threads(environ: MutableMapping[str, str]) -> None:
+    """Share the cores among the ranks of this machine, and let threads that wait for each other spin only shortly.
+
+    On two quiet cores a step was a fifth faster with a short spin than with none (docs/performance.md); with libgomp's
+    own, some milliseconds, it was up to ten times slower when another process was busy. Ranks that have more threads
+    than there are cores do not spin.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > 1:  # one rank: torch's own choice, which knows physical cores
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    threads = environ.get("OMP_NUM_THREADS", "1")
+    crowded = not threads.isdecimal() or ranks * int(threads) > cores
+    if "OMP_WAIT_POLICY" in environ or "GOMP_SPINCOUNT" in environ:
+        return
+    if crowded:
+        environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:
+        environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+# malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_TOP_PAD_BYTES = 256 * 2**20
+
+
+def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> str:
+    """Tell glibc to keep what is freed, unless the user has settings of their own.
+
+    Args:
+        environ: MALLOC_..., GLIBC_TUNABLES and LD_PRELOAD are looked for.
+
+    Returns:
+        What was done, in words.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return "the C library's own behaviour (it is not glibc)"
+    own = sorted(
+        name
+        for name, value in environ.items()
+        if name.startswith("MALLOC_") or (name in ("GLIBC_TUNABLES", "LD_PRELOAD") and "malloc" in value)
+    )
+    if own:
+        return f"as the environment sets it ({', '.join(own)})"
+    mallopt = ctypes.CDLL(None).mallopt
+    done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
+    return "freed memory is kept (no pages to zero again)" if done else "glibc's default (mallopt refused)"

@@ -1,0 +1,74 @@
+"""Start and leave the process group of all ranks."""
+
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from inheritune_ds.distributed.coordination import cannot_meet
+from inheritune_ds.distributed.world import World
+
+
+def start_process_group(world: World) -> None:
+    """Wait until all ranks are here; the first time, make them a group. DeepSpeed picks nccl or gloo.
+
+    Raises:
+        MachineError: If the ranks cannot meet.
+    """
+    first = not dist.is_initialized()
+    if first:
+        _make_group(world)
+    dist.barrier()
+    if first:
+        _hide_shared_buffer(world)
+
+
+def _hide_shared_buffer(world: World) -> None:
+    """Take the name from the memory that DeepSpeed's ranks on a CPU share, once all have opened it.
+
+    DeepSpeed removes these 64 MiB a rank (csrc/cpu/comm/shm.cpp) at a clean end only: every killed rank would leave
+    them in memory until the machine starts anew.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}")  # noqa: S108
+    buffer.unlink(missing_ok=True)
+
+
+def _make_group(world: World) -> None:
+    if torch.cuda.is_available():
+        # srun may show each rank its own GPU only; DeepSpeed takes the device from LOCAL_RANK.
+        device = world.local_rank % torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(device)
+        torch.cuda.set_device(device)
+    import deepspeed
+
+    quiet()
+    try:
+        deepspeed.init_distributed(dist_init_required=True, verbose=False)
+    except dist.DistNetworkError as error:
+        raise cannot_meet(error) from None
+
+
+_GONE = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting")
+
+
+def rank_is_gone(error: Exception) -> bool:
+    """Whether a collective has failed because another rank, its machine or the network between has gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
+
+
+def leave_process_group() -> None:
+    """Leave the group that `start_process_group` joined, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet() -> None:
+    """Leave DeepSpeed's warnings and errors; drop its progress chatter and its own deprecated calls."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,106 @@
+"""Record SIGINT, SIGTERM and SIGUSR1, so that all ranks stop together."""
+
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+IMPATIENT_S = 5.0
+"""A second Ctrl-C within this time leaves at once."""
+EXIT_INTERRUPTED = 130
+_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignal:
+    """SIGINT, SIGTERM and SIGUSR1 as a request to stop.
+
+    A signal only sets `requested`; the ranks agree on it at the next boundary, save and leave together. Inside
+    `interruptible`, long work of one rank that keeps nothing half-done, it raises KeyboardInterrupt as well. A second
+    SIGINT within 5 s always leaves at once; a second one of the others changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """Name of the first signal, or the words that another rank passed on."""
+        self._interruptible = False
+        self._first_interrupt_s = -math.inf
+        self._made_s = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since this was made, at the start of the command."""
+        return time.monotonic() - self._made_s
+
+    def install(self) -> None:
+        """Take over the three signals; only possible in the main thread."""
+        for number in _HEARD:
+            signal.signal(number, self._handle)
+
+    @staticmethod
+    def retire() -> None:
+        """Hear nothing more: everything is done, and the interpreter's end would let a late signal kill the process."""
+        for number in _HEARD:
+            signal.signal(number, signal.SIG_IGN)
+
+    def leave_from_anywhere(self) -> None:
+        """Let the second SIGINT end the process also while the main thread is in C code; from the main thread.
+
+        Python calls a handler between two instructions of the main thread only, so not in a collective that never
+        ends. The C handler below it writes to a wakeup descriptor at once; a thread reads there.
+        """
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        # A forked child shares the descriptor, and a Ctrl-C that it hears, too, must not count as the second.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._count_interrupts, args=(reader, writer), name="interrupts", daemon=True).start()
+
+    @staticmethod
+    def _count_interrupts(reader: socket.socket, _writer: socket.socket) -> None:
+        first_s = -math.inf
+        while numbers := reader.recv(64):
+            for _ in range(numbers.count(signal.SIGINT)):
+                now_s = time.monotonic()
+                if now_s - first_s < IMPATIENT_S:
+                    os._exit(EXIT_INTERRUPTED)
+                first_s = now_s
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let signals raise KeyboardInterrupt inside; one that came before raises it at once."""
+        self._interruptible = True
+        try:
+            if self.requested is not None:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._interruptible = False
+
+    def pass_on(self, words: str) -> None:
+        """Do as if a signal had come, from any thread.
+
+        Args:
+            words: What another rank was asked by, e.g. "SIGTERM on rank 1".
+        """
+        if self.requested is None:
+            self.requested = words
+            main = threading.main_thread().ident
+            if self._interruptible and main is not None:
+                signal.pthread_kill(main, signal.SIGUSR1)  # the handler runs there, and ends what it waits for
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now_s = time.monotonic()
+            if now_s - self._first_interrupt_s < IMPATIENT_S:
+                os._exit(EXIT_INTERRUPTED)
+            self._first_interrupt_s = now_s
+        if self.requested is None:
+            self.requested = signal.Signals(number).name
+        if self._interruptible:
+            self._interruptible = False  # once: what cleans up after it must not be interrupted again
+            raise KeyboardInterrupt

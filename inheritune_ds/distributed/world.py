@@ -1,0 +1,144 @@
+"""The ranks of a run: which process this is, whatever launcher started it."""
+
+import socket
+import subprocess
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from inheritune_ds.errors import MachineError
+
+_START = "start with deepspeed, torchrun, srun or python; unset RANK (or SLURM_PROCID) to run a single process"
+_PORTS = range(1, 2**16)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: Number of processes.
+        local_rank: Position on this machine.
+        local_size: Processes on this machine.
+        launcher: `env` (deepspeed, torchrun), `slurm` (srun) or `single` (python alone).
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+
+def detect(environ: Mapping[str, str]) -> World:
+    """Read the launcher's variables: RANK (deepspeed, torchrun) before SLURM's before none.
+
+    Source of the SLURM names: srun(1); SLURM_STEP_NUM_TASKS is the step's, SLURM_NTASKS in a batch
+    shell is the job's, and SLURM_PROCID stands in the batch shell too, so the step's id decides.
+
+    Raises:
+        MachineError: If a launcher's variables are incomplete or not numbers.
+    """
+    if "RANK" in environ:
+        rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+        local = _number(environ, "LOCAL_RANK")
+        # torchrun names the ranks of this machine LOCAL_WORLD_SIZE, DeepSpeed's launch.py LOCAL_SIZE
+        name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environ else "LOCAL_SIZE"
+        return _checked(World(rank, size, local, _number(environ, name, size), "env"))
+    if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        size = _number(environ, "SLURM_STEP_NUM_TASKS")
+        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", str(size)).partition("(")[0]
+        local = _number(environ, "SLURM_LOCALID")
+        local_size = int(tasks) if tasks.isdecimal() else size
+        return _checked(World(_number(environ, "SLURM_PROCID"), size, local, local_size, "slurm"))
+    return World(0, 1, 0, 1, "single")
+
+
+def _checked(world: World) -> World:
+    if 0 <= world.rank < world.size and world.local_rank >= 0 and world.local_size >= 1:
+        return world
+    raise MachineError(
+        f"the environment says rank {world.rank} of {world.size}, local rank {world.local_rank} of {world.local_size}",
+        allowed=f"ranks 0 to {world.size - 1}" if world.size > 0 else "at least one rank",
+        action=_START,
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environ.get(name, default)
+    try:
+        return int(value)  # type: ignore[arg-type]  # None is a user's half-set environment
+    except (TypeError, ValueError):
+        raise MachineError(
+            f"the environment variable {name} is {value!r}",
+            allowed="a whole number",
+            action=_START,
+        ) from None
+
+
+def export(world: World, environ: MutableMapping[str, str]) -> None:
+    """Set what `deepspeed.init_distributed` reads, where the launcher has not done it.
+
+    Without these variables DeepSpeed would look for MPI.
+
+    Raises:
+        MachineError: If the ranks' meeting point is not known, or its port is no port.
+    """
+    environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(world.local_rank),
+        LOCAL_WORLD_SIZE=str(world.local_size),
+    )
+    if world.launcher == "slurm":
+        if "MASTER_ADDR" not in environ:  # one that is given must not depend on scontrol
+            environ["MASTER_ADDR"] = _first_host(environ)
+        # The job id stays the same over a requeue and differs between jobs that share a node.
+        environ.setdefault("MASTER_PORT", str(10000 + _number(environ, "SLURM_JOB_ID", 0) % 50000))
+    elif world.launcher == "single":
+        environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        environ.setdefault("MASTER_PORT", str(_free_port()))
+    _check_meeting_point(environ)
+
+
+def _check_meeting_point(environ: Mapping[str, str]) -> None:
+    if not environ.get("MASTER_ADDR"):
+        raise MachineError(
+            f"the environment variable MASTER_ADDR is {environ.get('MASTER_ADDR')!r}, but RANK is set",
+            allowed="the host of rank 0",
+            action=_START,
+        )
+    if _number(environ, "MASTER_PORT") not in _PORTS:
+        raise MachineError(
+            f"the environment variable MASTER_PORT is {environ['MASTER_PORT']!r}",
+            allowed=f"{_PORTS[0]} to {_PORTS[-1]}",
+            action="set it to a port that is free on the host of rank 0",
+        )
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes or "[" not in nodes:
+        return nodes.partition(",")[0] or "127.0.0.1"
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+        )
+        return listed.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        raise MachineError(
+            f"the first host of SLURM's node list {nodes!r} cannot be found: scontrol does not answer",
+            allowed="a host that every rank reaches",
+            action="export MASTER_ADDR in the batch script, before srun",
+        ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

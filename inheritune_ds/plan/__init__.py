@@ -1,0 +1,1 @@
+"""The arithmetic of a run and its text. Needs no torch."""

@@ -1,0 +1,55 @@
+"""Check the published cost of a recipe against the floor in hours."""
+
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.data.size import Tokens
+from inheritune_ds.plan.gpus import PLANNING_MFU, gpu, hours
+
+BEST_PUBLISHED_MFU = 0.64
+"""llm.c, GPT-2 774M on A100 (its scripts/run_gpt2_774M.sh: 38.6 thousand tokens/s a GPU)."""
+
+
+def amount(recipe: Recipe, unique: Tokens | None) -> str:
+    """The duration in words, such as `8 epochs of 1B tokens`."""
+    if recipe.training.duration_parts[1] == "epochs" and unique:
+        return f"{recipe.training.duration} of {short_count(unique.count)} tokens"
+    return recipe.training.duration
+
+
+def short_count(count: float) -> str:
+    """A count to four digits: `1.816B`, `250M`; whole below a million."""
+    if count >= 1e9:
+        return f"{count / 1e9:.4g}B"
+    return f"{count / 1e6:.4g}M" if count >= 1e6 else f"{count:,.0f}"
+
+
+def check_claim(recipe: Recipe, flops: float | None, unique: Tokens | None) -> str | None:
+    """Say whether the published cost of a recipe can be true; None without a claim.
+
+    Args:
+        recipe: With its `published_claim`.
+        flops: Of the whole run; None when they are not known.
+        unique: For the words only.
+
+    Raises:
+        RecipeError: When the claim names a GPU that is not known.
+    """
+    claim = recipe.published_claim
+    if claim is None:
+        return None
+    card = gpu(claim.gpu)
+    what, quoted = amount(recipe, unique), f'the "{claim.text}" of the paper ({claim.source})'
+    if flops is None:
+        return f"{quoted} cannot be checked: the model or the corpus is not known yet"
+    floor = hours(flops, card, claim.gpus, 1.0)
+    needed = floor / claim.hours
+    cards = f"{claim.gpus} x {card.label} ({card.peak_bf16_flops / 1e12:.1f} TFLOP/s)"
+    planned = hours(flops, card, claim.gpus, PLANNING_MFU)
+    figures = (
+        f"the floor is {floor:.1f} hours at 100 % of the peak of {cards}, {planned:.1f} hours at "
+        f"{PLANNING_MFU * 100:.0f} % MFU; {claim.hours:g} hours would need an MFU of {needed * 100:.0f} %"
+    )
+    if needed > 1.0:
+        return f"{what} cannot fit {quoted}: {figures}"
+    if needed > BEST_PUBLISHED_MFU:
+        return f"{what} can hardly fit {quoted}, the best published MFU is {BEST_PUBLISHED_MFU * 100:.0f} %: {figures}"
+    return f"{what} can fit {quoted}: {figures}"

@@ -1,0 +1,234 @@
+"""Arithmetic of a model and its training: parameters, FLOPs, memory, batch, steps, checkpoint bytes.
+
+Conventions, stated once:
+
+FLOPs: PaLM's (arXiv 2204.02311, appendix B). A trained token costs `6 * N_matmul + 12 * L * d * T` FLOPs, with
+N_matmul the parameters of the blocks and of the head (tied or not; no input embedding), L blocks, d the hidden
+size and T the sequence length. Attention is counted as if it were not causal. The share of a GPU's dense peak that
+these FLOPs reach is the MFU. What activation checkpointing computes again is not counted in it; with it, it is the HFU.
+
+Memory: GiB (2**30 bytes) on one GPU at the worse of two moments. In the backward pass there are all activations and
+the gradients of earlier micro-steps when it starts, and all gradients when it ends; the worst of it is told. In the
+update the passes have left nothing, but DeepSpeed reduces and copies gradients (see `states`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Unpack, cast
+
+from inheritune_ds.config.model import Shape
+from inheritune_ds.config.zero import ZeroSettings, element_bytes, uses_bf16_optimizer
+from inheritune_ds.errors import RecipeError
+from inheritune_ds.plan.activations import Passes, activation_bytes, loss_bytes, working_bytes
+from inheritune_ds.plan.model_size import GIB, tensors
+from inheritune_ds.plan.zero_memory import States, states
+
+LOSS_CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at once under the chunked loss (`training.loss` works in chunks of this size)."""
+_FIXED_MARGIN_GIB = 1.0
+"""CUDA context and the workspaces of cuBLAS and NCCL."""
+_FRAGMENTATION_RATIO = 0.05
+"""Blocks that the allocator holds without using them."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one GPU by part, in GiB, at two moments; `host_gib` is what offloading takes from the host, a GPU.
+
+    Attributes:
+        backward: Parts in the backward pass.
+        update: Parts while gradients are reduced and weights updated.
+        host_gib: On the host.
+    """
+
+    backward: Mapping[str, float]
+    update: Mapping[str, float]
+    host_gib: float
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """The parts of the worse moment."""
+        return max(self.backward, self.update, key=lambda parts: sum(parts.values()))
+
+    @property
+    def total_gib(self) -> float:
+        """The peak: sum of the parts of the worse moment."""
+        return sum(self.parts.values())
+
+    @property
+    def tensors_gib(self) -> float:
+        """The peak without the margin, which is what a count of live tensors finds."""
+        return self.total_gib - self.parts["margin"]
+
+
+def memory(
+    shape: Shape, num_blocks: int, *, micro_batch_size: int, accumulation: int, **layout: Unpack[ZeroSettings]
+) -> Memory:
+    """Predict the peak memory of one GPU.
+
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+        micro_batch_size: Sequences a rank holds at once.
+        accumulation: Micro-steps a step.
+        **layout: How DeepSpeed lays the model out.
+    """
+    found = states(tensors(shape, num_blocks), layout, accumulation=accumulation)
+    moments = _passes(shape, num_blocks, micro_batch_size * layout["seq_len"], layout, found)
+    backward = max(moments, key=lambda parts: sum(parts.values()))
+    update = _joined(found.resident, found.update)
+    return Memory(_with_margin(backward), _with_margin(update), found.host / GIB)
+
+
+def _passes(shape: Shape, num_blocks: int, tokens: int, layout: ZeroSettings, found: States) -> list[dict[str, float]]:
+    """Bytes by part when the backward pass starts, when it has come to the last block, and when it ends."""
+    passes = Passes(
+        tokens,
+        layout["seq_len"],
+        element_bytes(layout["precision"]),
+        layout.get("activation_checkpointing", "none"),
+        layout.get("loss", "chunked"),
+    )
+    kept, working = activation_bytes(shape, num_blocks, passes), working_bytes(shape, passes)
+    logits = loss_bytes(shape, passes, chunk_tokens=LOSS_CHUNK_TOKENS)
+    start = {"activations": float(kept), "logits and loss": float(logits)}
+    last_block = {"activations": float(kept + working)}
+    first_block = {"activations": float(activation_bytes(shape, 1, replace(passes, recomputation="none")))}
+    moments = ((found.first, start), (found.going, last_block), (found.last, first_block))
+    return [_joined(found.resident, gradients, activations) for gradients, activations in moments]
+
+
+def _joined(*parts: Mapping[str, float]) -> dict[str, float]:
+    """Sums by name, in the order of their first appearance."""
+    joined: dict[str, float] = {}
+    for name, size in ((name, size) for part in parts for name, size in part.items() if size):
+        joined[name] = joined.get(name, 0.0) + size
+    return joined
+
+
+def _with_margin(sizes: Mapping[str, float]) -> dict[str, float]:
+    """Bytes as GiB, and what the device and its allocator take besides."""
+    parts = {name: size / GIB for name, size in sizes.items()}
+    return {**parts, "margin": _FIXED_MARGIN_GIB + _FRAGMENTATION_RATIO * sum(parts.values())}
+
+
+def largest_micro_batch(
+    shape: Shape, num_blocks: int, *, memory_gib: float, batch_windows: int, **layout: Unpack[ZeroSettings]
+) -> int:
+    """Find the largest micro-batch that fits and divides a rank's share of the batch.
+
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+        memory_gib: Memory that one rank may use.
+        batch_windows: Sequences of a whole step, over all ranks.
+        **layout: As for `memory`.
+
+    Raises:
+        RecipeError: When not even one sequence fits, or the ranks cannot share the batch evenly.
+    """
+    ranks = layout["world_size"]
+    if batch_windows % ranks:
+        raise RecipeError(
+            f"a step of {batch_windows} sequences cannot be shared evenly by {ranks} ranks",
+            allowed=f"a multiple of {ranks} sequences",
+            action="change training.global_batch_tokens or the number of ranks",
+        )
+    share = batch_windows // ranks
+    for size in range(share, 0, -1):
+        if share % size == 0 and _total(shape, num_blocks, size, share // size, layout) <= memory_gib:
+            return size
+    raise does_not_fit(shape, num_blocks, memory_gib=memory_gib, micro_batch_size=1, accumulation=share, **layout)
+
+
+def _total(shape: Shape, num_blocks: int, micro_batch_size: int, accumulation: int, layout: ZeroSettings) -> float:
+    need = memory(shape, num_blocks, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
+    return need.total_gib
+
+
+def does_not_fit(
+    shape: Shape,
+    num_blocks: int,
+    *,
+    memory_gib: float,
+    micro_batch_size: int,
+    accumulation: int,
+    **layout: Unpack[ZeroSettings],
+) -> RecipeError:
+    """Say how much is missing, and which changes of the DeepSpeed config would make it fit.
+
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+        memory_gib: Memory that one rank may use.
+        micro_batch_size: Sequences a rank holds at once.
+        accumulation: Micro-steps a step.
+        **layout: As for `memory`.
+    """
+    need = memory(shape, num_blocks, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
+    largest = max(need.parts, key=lambda part: need.parts[part])
+    share = micro_batch_size * accumulation
+    what = "one sequence" if micro_batch_size == 1 else f"{micro_batch_size} sequences"
+    needs = "needs" if micro_batch_size == 1 else "need"
+    return RecipeError(
+        f"{what} of {layout['seq_len']} tokens {needs} {need.total_gib:.1f} GiB, {need.parts[largest]:.1f} GiB of "
+        f"it {largest}, but a rank has {memory_gib:.1f} GiB",
+        allowed="a model, precision and ZeRO stage that fit",
+        action=_advice(
+            lambda size, changed: _total(shape, num_blocks, size, share // size, changed) <= memory_gib,
+            micro_batch_size,
+            share,
+            layout,
+        ),
+    )
+
+
+_CHANGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ('kernels.loss "chunked"', {"loss": "chunked"}),
+    ("bf16.immediate_grad_update true", {"immediate_grad_update": True}),
+    ('kernels.activation_checkpointing "selective"', {"activation_checkpointing": "selective"}),
+    ('kernels.activation_checkpointing "full"', {"activation_checkpointing": "full"}),
+    ('data_types.grad_accum_dtype "bf16"', {"accumulate_fp32": False}),
+    ("ds_configs/zero2.json", {"zero_stage": 2}),
+    ("ds_configs/zero3.json", {"zero_stage": 3}),
+)
+"""What makes a run need less memory, the cheapest in time first; keys are those of `Layout`."""
+_OFFLOAD = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+
+
+def _advice(fits: Callable[[int, ZeroSettings], bool], micro_batch_size: int, share: int, layout: ZeroSettings) -> str:
+    """What makes it fit: a smaller micro-batch, else each change that does alone, else the first ones together."""
+    for size in range(micro_batch_size - 1, 0, -1):
+        if share % size == 0 and fits(size, layout):
+            return f"set train_micro_batch_size_per_gpu to {size}"
+    possible = [(words, change) for words, change in _CHANGES if _can_change(layout, change)]
+    alone = [words for words, change in possible if fits(micro_batch_size, _changed(layout, change))]
+    if alone:
+        return f"take {' or '.join(alone[:3])}"
+    together: dict[str, str] = {}
+    changed = layout
+    for words, change in possible:
+        changed = _changed(changed, change)
+        together[next(iter(change))] = words  # a later value of the same key takes its place
+        if fits(micro_batch_size, changed):
+            return f"take {' and '.join(together.values())}"
+    if fits(micro_batch_size, _changed(layout, _OFFLOAD)):
+        return "take ds_configs/zero3_offload.json"
+    return "use more ranks, or a GPU with more memory"
+
+
+def _changed(layout: ZeroSettings, change: Mapping[str, Any]) -> ZeroSettings:
+    return cast(ZeroSettings, {**layout, **change})
+
+
+def _can_change(layout: ZeroSettings, change: Mapping[str, Any]) -> bool:
+    """Whether a change is one in this layout: sharing takes several ranks, other keys half precision."""
+    if all({"loss": "chunked", **layout}.get(key) == value for key, value in change.items()):
+        return False
+    if "accumulate_fp32" in change:
+        return layout["precision"] == "bf16"
+    if "immediate_grad_update" in change:
+        return uses_bf16_optimizer(layout)
+    if "zero_stage" in change:
+        return bool(change["zero_stage"] > layout["zero_stage"] and layout["world_size"] > 1)
+    return True

@@ -1,0 +1,118 @@
+"""Parameters, FLOPs per token and checkpoint size of a model shape."""
+
+from dataclasses import dataclass
+
+from inheritune_ds.config.model import Shape
+from inheritune_ds.config.zero import Precision, Recomputation, element_bytes
+from inheritune_ds.plan.activations import key_value_size, mlp_size
+from inheritune_ds.plan.zero_memory import Tensors
+
+GIB = float(2**30)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trainable parameters by part; `total` counts a tied head once, with the embeddings.
+
+    Attributes:
+        total: All of them.
+        blocks: In all transformer blocks.
+        per_block: In one block.
+        embeddings: Token embeddings, and position embeddings (gpt2).
+        head: The output projection; 0 when tied to the token embeddings.
+        final_norm: The norm after the last block.
+    """
+
+    total: int
+    blocks: int
+    per_block: int
+    embeddings: int
+    head: int
+    final_norm: int
+
+
+def parameters(shape: Shape, num_blocks: int | None = None) -> Parameters:
+    """Count parameters as `transformers` builds the model (gpt2 has biases and learned positions).
+
+    Args:
+        shape: The architecture.
+        num_blocks: Blocks, when they are not the shape's own `num_hidden_layers`.
+    """
+    hidden, mlp = shape.hidden_size, mlp_size(shape)
+    if shape.model_type == "gpt2":
+        attention = 4 * (hidden * hidden + hidden)
+        per_block = attention + (2 * hidden * mlp + mlp + hidden) + 2 * (2 * hidden)
+        embeddings = (shape.vocab_size + shape.max_position_embeddings) * hidden
+        final_norm = 2 * hidden
+    else:
+        attention = 2 * hidden * hidden + 2 * hidden * key_value_size(shape)
+        per_block = attention + 3 * hidden * mlp + 2 * hidden
+        embeddings = shape.vocab_size * hidden
+        final_norm = hidden
+    blocks = per_block * (shape.num_hidden_layers if num_blocks is None else num_blocks)
+    head = 0 if shape.tie_word_embeddings else shape.vocab_size * hidden
+    return Parameters(blocks + embeddings + head + final_norm, blocks, per_block, embeddings, head, final_norm)
+
+
+def tensors(shape: Shape, num_blocks: int) -> Tensors:
+    """Elements of each parameter as `transformers` builds the model, and whether weight decay applies.
+
+    Matrices decay; norms, biases and embeddings (a tied head among them) do not (`training.optimizer`).
+
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+    """
+    hidden, mlp, embeddings = shape.hidden_size, mlp_size(shape), shape.vocab_size * shape.hidden_size
+    if shape.model_type == "gpt2":
+        norm = [(hidden, False), (hidden, False)]
+        attention = [(3 * hidden * hidden, True), (3 * hidden, False), (hidden * hidden, True), (hidden, False)]
+        feed_forward = [(hidden * mlp, True), (mlp, False), (mlp * hidden, True), (hidden, False)]
+        first, last = [(embeddings, False), (shape.max_position_embeddings * hidden, False)], norm
+    else:
+        norm, key_value = [(hidden, False)], hidden * key_value_size(shape)
+        attention = [(hidden * hidden, True), (key_value, True), (key_value, True), (hidden * hidden, True)]
+        feed_forward = [(hidden * mlp, True), (hidden * mlp, True), (mlp * hidden, True)]
+        first = [(embeddings, False)]
+        last = norm if shape.tie_word_embeddings else [*norm, (embeddings, True)]
+    sizes, decayed = zip(*first, *[*norm, *attention, *norm, *feed_forward] * num_blocks, *last, strict=True)
+    return Tensors(sizes, decayed)
+
+
+def flops_per_token(shape: Shape, num_blocks: int, seq_len: int) -> float:
+    """FLOPs of one trained token, forward and backward, in the module's convention.
+
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+        seq_len: Tokens a window.
+    """
+    matmul = parameters(shape, num_blocks).blocks + shape.vocab_size * shape.hidden_size
+    return 6.0 * matmul + 12.0 * num_blocks * shape.hidden_size * seq_len
+
+
+def hardware_flops_per_token(shape: Shape, num_blocks: int, seq_len: int, recomputation: Recomputation) -> float:
+    """FLOPs of one trained token with what is computed again: the blocks' forward pass, all of it under `full`.
+
+    `selective` keeps the outputs of matrix products and attention, where nearly all FLOPs are.
+
+    Args:
+        shape: The architecture.
+        num_blocks: Transformer blocks.
+        seq_len: Tokens a window.
+        recomputation: What of a block is computed again.
+    """
+    flops = flops_per_token(shape, num_blocks, seq_len)
+    if recomputation != "full":
+        return flops
+    return flops + 2.0 * parameters(shape, num_blocks).blocks + 4.0 * num_blocks * shape.hidden_size * seq_len
+
+
+def checkpoint_bytes(count: int, precision: Precision) -> int:
+    """Bytes of one checkpoint over all ranks: weights, fp32 master weights and both Adam moments.
+
+    Args:
+        count: Parameters.
+        precision: What the model computes in.
+    """
+    return count * (element_bytes(precision) + 4 + 8)

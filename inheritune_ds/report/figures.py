@@ -1,0 +1,227 @@
+"""Figures of training curves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inheritune_ds.report.results import Curve, RunResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's colours, told apart with any colour vision (jfly.uni-koeln.de/color), darkest first."""
+_INK = "#222222"
+_QUIET = "#6b6b6b"
+_TRAINING = "#3f96c4"
+_LABEL_GAP_POINTS = 14.0
+_MOST_MARKERS = 40
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.0,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 12.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "xtick.major.size": 0.0,
+    "ytick.major.size": 0.0,
+    "xtick.major.pad": 6.0,
+    "ytick.major.pad": 6.0,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A validation curve of a study's figure."""
+
+    label: str
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Level:
+    """A loss that does not change: the reference's. Drawn as a thin dashed line."""
+
+    label: str
+    """Empty when a curve that ends there says it already."""
+    value: float
+    colour: str = _QUIET
+
+
+def draw_study(path: Path, title: str, lines: Sequence[Line], level: Level | None) -> None:
+    """Draw the validation curves of several runs over tokens seen.
+
+    Args:
+        path: The PNG to write.
+        title: Above the figure.
+        lines: The curves, most important first; that one is drawn on top.
+        level: The reference's final loss, if there is a reference.
+    """
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        figure = _new_figure(7.6, 4.4)
+        axes = figure.subplots()
+        ends = [
+            _draw_validation(axes, line.curve, line.label, COLOURS[index % len(COLOURS)], len(lines) - index)
+            for index, line in enumerate(lines)
+        ]
+        dashed = "; dashed: the reference's final loss" if level else ""
+        _head(axes, title, f"all on the same windows; bands: ± 1 standard error{dashed}")
+        axes.set_ylabel("validation loss (nats per token)")
+        _token_axis(axes, [line.curve for line in lines])
+        _finish(figure, axes, ends, level, path)
+
+
+def draw_run(path: Path, result: RunResult) -> None:
+    """Draw one run: training loss, validation loss with one standard error, learning rate.
+
+    Args:
+        path: The PNG to write.
+        result: A finished run.
+    """
+    from matplotlib import rc_context
+
+    training, validation = result.train_loss, result.validation
+    with rc_context(_STYLE):
+        figure = _new_figure(7.6, 5.2)
+        loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        ends = [_draw_validation(loss_axes, validation, "validation", COLOURS[0], 2)]
+        if training.tokens:
+            loss_axes.plot(training.tokens, training.values, color=_TRAINING, linewidth=1.2, zorder=2, clip_on=False)
+            ends.append(_End("training", training.tokens[-1], training.values[-1], _TRAINING))
+        _head(loss_axes, result.summary.name, "band: ± 1 standard error of the validation loss")
+        loss_axes.set_ylabel("loss (nats per token)")
+        lr_axes.plot(result.lr.tokens, result.lr.values, color=_QUIET, linewidth=1.4)
+        lr_axes.set_ylabel("learning rate")
+        lr_axes.set_ylim(bottom=0.0)
+        lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        _token_axis(lr_axes, [validation, training])
+        figure.align_ylabels()
+        level = None if result.reference is None else Level("reference", result.reference.loss)
+        _finish(figure, loss_axes, ends, level, path)
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    # Without pyplot: no window system, no state that outlives the figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where a line ends, and what is written there."""
+
+    label: str
+    tokens: float
+    value: float
+    colour: str
+
+
+def _draw_validation(axes: "Axes", curve: Curve, label: str, colour: str, order: int) -> _End:
+    marker = "o" if len(curve.tokens) <= _MOST_MARKERS else ""
+    axes.plot(curve.tokens, curve.values, color=colour, marker=marker, markersize=4.5, zorder=2 + order, clip_on=False)
+    low = [value - error for value, error in zip(curve.values, curve.stderr, strict=True)]
+    high = [value + error for value, error in zip(curve.values, curve.stderr, strict=True)]
+    axes.fill_between(curve.tokens, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+    return _End(label, curve.tokens[-1], curve.values[-1], colour)
+
+
+def _head(axes: "Axes", title: str, subtitle: str) -> None:
+    axes.set_title(title, pad=24.0)
+    axes.annotate(
+        subtitle, (0, 1), xytext=(0, 9), xycoords="axes fraction", textcoords="offset points", color=_QUIET, fontsize=9
+    )
+
+
+def _token_axis(axes: "Axes", curves: Sequence[Curve]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlabel("tokens seen in training")
+    axes.set_xlim(0, 1.01 * max(curve.tokens[-1] for curve in curves if curve.tokens))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count(tokens)))
+
+
+def count(number: float) -> str:
+    """Write a count shortly: 800k, 1.5M, 2B."""
+    for scale, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:g}{suffix}"
+    return f"{number:g}"
+
+
+def _finish(figure: "Figure", axes: "Axes", ends: Sequence[_End], level: Level | None, path: Path) -> None:
+    """Draw the level and the labels, whose places are known only once all else has been laid out; save."""
+    ends = list(ends)
+    if level is not None:
+        axes.axhline(level.value, color=level.colour, linewidth=1.0, linestyle=(0, (5, 3)), zorder=1.5)
+        if level.label:
+            ends.append(_End(level.label, axes.get_xlim()[1], level.value, level.colour))
+    figure.canvas.draw()
+    _label_ends(axes, ends)
+    figure.savefig(path, dpi=DPI)
+
+
+def _label_ends(axes: "Axes", ends: Sequence[_End]) -> None:
+    """Write final value and label right of each line's end, moved apart where they would overlap."""
+    points_per_pixel = 72.0 / axes.figure.dpi
+    right = axes.get_xlim()[1]
+    heights = [float(axes.transData.transform((right, end.value))[1]) * points_per_pixel for end in ends]
+    for end, height, place in zip(ends, heights, spread(heights, _LABEL_GAP_POINTS), strict=True):
+        axes.annotate(
+            f"{end.value:.2f}  {end.label}",
+            (right, end.value),
+            xytext=(7, place - height),
+            textcoords="offset points",
+            va="center",
+            color=end.colour,
+            fontweight="bold",
+            annotation_clip=False,
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move heights apart, as little as possible, until neighbours are at least `gap` from each other.
+
+    Groups that touch are merged around their mean, which is the least-squares solution
+    (pool adjacent violators).
+
+    Args:
+        heights: Wanted places, in any unit.
+        gap: Least distance, in the same unit.
+    """
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    groups: list[tuple[float, int]] = []  # (mean of wanted place minus rank x gap, members)
+    for rank, index in enumerate(order):
+        mean, members = heights[index] - rank * gap, 1
+        while groups and groups[-1][0] > mean:
+            before, others = groups.pop()
+            mean = (mean * members + before * others) / (members + others)
+            members += others
+        groups.append((mean, members))
+    places = [0.0] * len(heights)
+    starts = [mean for mean, members in groups for _ in range(members)]
+    for rank, (index, start) in enumerate(zip(order, starts, strict=True)):
+        places[index] = start + rank * gap
+    return places

@@ -1,0 +1,106 @@
+"""The report of one run: tables and figures."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from inheritune_ds.report.comparison import Difference, paired_difference
+from inheritune_ds.report.figures import draw_run
+from inheritune_ds.report.results import RunResult, run_result
+from inheritune_ds.report.tables import (
+    AT_END,
+    AT_START,
+    NOTE,
+    difference_parts,
+    exported_model,
+    loss_cell,
+    make_folder,
+    reference_name,
+    table,
+    without_windows,
+)
+from inheritune_ds.storage.files import storage_errors, write_json, write_text
+
+
+def write_run_report(run_dir: Path) -> Path:
+    """Write report.md, report.json and curves.png of a finished run into `run_dir`/report.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        Path of report.md.
+
+    Raises:
+        RunFolderError: When the run has not finished, or a file of it is damaged.
+        StorageError: When the folder cannot be written.
+    """
+    result = run_result(run_dir)
+    folder = make_folder(run_dir)
+    with storage_errors(folder):
+        draw_run(folder / "curves.png", result)
+    differences = _run_differences(result)
+    summary = result.summary
+    document = {
+        "run": summary.model_dump(),
+        "initial": without_windows(result.initial),
+        "final": without_windows(result.final),
+        "reference": without_windows(result.reference),
+        "differences": [asdict(difference) for difference in differences],
+        "note": NOTE,
+    }
+    write_json(folder / "report.json", document)
+    parts = [
+        f"# {summary.name}",
+        "\n".join(_validation_table(result)),
+        *difference_parts(differences),
+        "\n".join(_facts_table(result)),
+        NOTE,
+        "![Training and validation loss and the learning rate over the tokens seen](curves.png)",
+        f"The exported model (a Hugging Face folder): `{exported_model(result)}`",
+    ]
+    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+    return folder / "report.md"
+
+
+def _run_differences(result: RunResult) -> list[Difference]:
+    differences = []
+    if result.initial is not None:
+        differences.append(paired_difference(AT_END, result.final, AT_START, result.initial))
+    if result.reference is not None:
+        differences.append(
+            paired_difference(AT_END, result.final, reference_name(result.reference.model), result.reference)
+        )
+    return differences
+
+
+def _validation_table(result: RunResult) -> list[str]:
+    body = [[AT_END, loss_cell(result.final)]]
+    if result.initial is not None:
+        body.insert(0, [AT_START, loss_cell(result.initial)])
+    if result.reference is not None:
+        body.append([f"reference: {reference_name(result.reference.model)}", loss_cell(result.reference)])
+    return table(["validation", "val loss"], body)
+
+
+def _facts_table(result: RunResult) -> list[str]:
+    summary = result.summary
+    known = summary.unique_tokens is not None
+    unique = f"{summary.unique_tokens:,}" if known else "not counted, windows were drawn at random"
+    facts = {
+        "parameters": f"{summary.parameters:,}",
+        "blocks": f"{summary.blocks} ({summary.block_parameters:,} parameters in them)",
+        "start": {"inherited": "inherited from the reference", "scratch": "random"}[summary.kind],
+        "steps": f"{summary.steps:,}",
+        "tokens seen": f"{summary.tokens_seen:,}",
+        "unique tokens": f"{unique} ({summary.epochs:.2f} epochs)",
+        "training time": f"{summary.train_seconds:,.0f} s",
+        "ranks": f"{summary.world_size} (ZeRO stage {summary.zero_stage}, {summary.precision})",
+        "fp32 master weights": {
+            "refilled": f"the target's exact values, set again after DeepSpeed had rounded them ({summary.precision})",
+            "fp32 model": "the target's exact values, as the model itself holds them",
+        }[summary.master_weights],
+        "recipe fingerprint": summary.recipe_fingerprint,
+    }
+    if result.reference is not None:
+        facts["parameters of the reference"] = f"{result.reference.parameters:,}"
+    return table(["of this run", ""], [[name, value] for name, value in facts.items()])

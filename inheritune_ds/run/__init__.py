@@ -1,0 +1,1 @@
+"""One run: its folder, its stages, how it resumes and finishes."""

@@ -1,0 +1,61 @@
+"""How a process was started: the machine, the ranks, the signals, the folders."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.config.deepspeed import Machine, Resolved, resolve
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.distributed.coordination import Meeting
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.world import World
+from inheritune_ds.plan.shapes import target_shape
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started: everything that is not the experiment.
+
+    Attributes:
+        ds_document: The user's DeepSpeed JSON.
+        ds_origin: How to call it in messages.
+        machine: What one rank has.
+        world: This rank among all.
+        stop: Its signals.
+        runs_dir: Run folders stand below it.
+        cache_dir: Token files stand below it.
+        auto_micro_batch: Whether the micro-batch is found by trying.
+        max_minutes: How long this launch may take, from its start; None: as long as it needs.
+    """
+
+    ds_document: dict[str, Any]
+    ds_origin: str
+    machine: Machine
+    world: World
+    stop: StopSignal
+    runs_dir: Path
+    cache_dir: Path
+    auto_micro_batch: bool = False
+    max_minutes: float | None = None
+
+    @cached_property
+    def meeting(self) -> Meeting:
+        """Where the ranks wait for rank 0."""
+        return Meeting(self.world, self.stop)
+
+    def resolve(self, recipe: Recipe) -> Resolved:
+        """The DeepSpeed config of a recipe on this machine."""
+        return resolve(
+            self.ds_document,
+            recipe,
+            origin=self.ds_origin,
+            shape=target_shape(recipe),
+            world_size=self.world.size,
+            machine=self.machine,
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line, on rank 0."""
+        if self.world.is_main:
+            print(line, flush=True)

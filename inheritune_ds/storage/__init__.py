@@ -1,0 +1,1 @@
+"""Files, folders, JSON lines, the hub, redaction."""

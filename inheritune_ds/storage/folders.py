@@ -1,0 +1,226 @@
+"""Folders that appear whole or not at all: written beside their place, synced, then renamed."""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from inheritune_ds.errors import RunFolderError
+from inheritune_ds.storage.files import sha256_file, storage_errors, sync_folder, sync_path
+
+
+@contextmanager
+def staged(
+    final: Path,
+    usable: Callable[[Path], bool] = lambda _: False,
+    replaceable: Callable[[Path], bool] = lambda _: True,
+) -> Iterator[Path]:
+    """Give a hidden folder to fill; publish it as `final` at the end, remove it after an error.
+
+    Two processes may do this at once: the first to finish wins, the other takes what it finds.
+
+    Args:
+        final: Folder to appear.
+        usable: Whether what is there by then will do; it is kept, and what was filled is dropped.
+        replaceable: Whether what is there by then, and is not usable, may be replaced. An empty folder always may.
+
+    Raises:
+        StorageError: The folder beside `final` cannot be made, synced or renamed.
+        RunFolderError: Something has appeared there that must not be replaced.
+    """
+    host = socket.gethostname()
+    staging = final.parent / f".{final.name}.{host}.{os.getpid()}.tmp"
+    with storage_errors(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final.parent, host)
+    try:
+        with storage_errors(final.parent):
+            staging.mkdir()
+        yield staging
+        with storage_errors(final):
+            publish(staging, final, usable, replaceable)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Make a folder and be the only process that fills it; another one waits until this one is done or gone.
+
+    Unlike `staged`, what was filled stays after an error or a kill, so that it can be gone on with.
+
+    Args:
+        folder: To be filled.
+        say: Prints a line if this process has to wait.
+
+    Raises:
+        StorageError: The folder or its lock cannot be made.
+    """
+    lock = _lock_of(folder)
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent, socket.gethostname())
+        descriptor = _lock(lock, say)
+    try:
+        with storage_errors(folder):
+            folder.mkdir(exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # only if nothing was filled in
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path, say: Callable[[str], None]) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process fills {path.with_suffix('')}; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # the one who had it has removed the file: that lock is nobody's any more
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a process has left that was killed between publishing `folder` and the end of `exclusive`.
+
+    Args:
+        folder: That was to be filled.
+    """
+    lock = _lock_of(folder)
+    with suppress(OSError):
+        _remove_leftovers(folder.parent, socket.gethostname())
+    with suppress(OSError):  # there is none, or it is held
+        descriptor = os.open(lock, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError):
+                folder.rmdir()  # only if nothing was filled in
+            lock.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def describe_files(folder: Path, left_out: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every file below a folder, by its path inside it.
+
+    Args:
+        folder: Where they lie.
+        left_out: Such paths that are not wanted.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for name, path in paths.items()
+        if name not in left_out
+    }
+
+
+def has_files(folder: Path, described: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether every described file is there in its full size; hashes are not read."""
+    return not damaged_files(folder, described)
+
+
+def damaged_files(folder: Path, described: Any, *, hashes: bool = False) -> list[str]:
+    """Described files that are missing or differ.
+
+    Args:
+        folder: Where they lie.
+        described: What `describe_files` has told; of anything else every entry counts as damaged.
+        hashes: Whether to read the files; their sizes alone are compared otherwise.
+    """
+    if not isinstance(described, Mapping):
+        return ["the list of files"]
+    return [name for name, entry in described.items() if not _is_intact(folder / name, entry, hashes=hashes)]
+
+
+def _is_intact(path: Path, entry: Any, *, hashes: bool) -> bool:
+    if not isinstance(entry, Mapping) or not path.is_file() or path.stat().st_size != entry.get("bytes"):
+        return False
+    return not hashes or sha256_file(path) == entry.get("sha256")
+
+
+def _remove_leftovers(parent: Path, host: str) -> None:
+    """Remove what processes of this machine left that ended without tidying up (SIGKILL, power)."""
+    name = re.compile(rf"\..*\.{re.escape(host)}\.([0-9]+)(\.broken)?\.tmp")
+    for path in list(parent.iterdir()):
+        match = name.fullmatch(path.name)
+        # One with this process's own number was left by an earlier one: ours is not made yet.
+        if match and (int(match.group(1)) == os.getpid() or not _is_alive(int(match.group(1)))):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def publish(
+    staging: Path,
+    final: Path,
+    usable: Callable[[Path], bool] = lambda _: False,
+    replaceable: Callable[[Path], bool] = lambda _: True,
+) -> None:
+    """Sync a complete folder and let it appear under its final name; the arguments are those of `staged`."""
+    sync_folder(staging)
+    try:
+        staging.rename(final)  # succeeds where nothing is, or an empty folder
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        if not usable(final):
+            if not replaceable(final):
+                raise RunFolderError(
+                    f"{final} was free when this began, now it holds something else; that was left as it is",
+                    action="name a new folder, or remove this one",
+                ) from None
+            _replace(staging, final)
+    sync_path(final.parent)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.broken.tmp")
+
+
+def _replace(staging: Path, final: Path) -> None:
+    broken = _replaced(final)
+    _remove(broken)
+    final.rename(broken)
+    try:
+        staging.rename(final)
+    except BaseException:
+        with suppress(OSError):
+            broken.rename(final)
+        raise
+    _remove(broken)

@@ -1,0 +1,120 @@
+"""Compare tensors of a target with those of its reference, byte by byte."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from inheritune_ds.console import Meter
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.surgery.weight_files import WeightFiles
+
+if TYPE_CHECKING:
+    from inheritune_ds.surgery.tensor_map import TensorCopy
+
+_CHUNK_BYTES = 1 << 24
+_WORKERS = 2
+"""hashlib and numpy let go of the interpreter while they work on a chunk."""
+
+
+def describe_tensors(
+    folder: Path, grafts: Sequence["TensorCopy"], value: Callable[["TensorCopy"], torch.Tensor]
+) -> list[dict[str, Any]]:
+    """Read every written tensor back, compare it with its source bit for bit, and describe it.
+
+    Args:
+        folder: The written target.
+        grafts: What was written.
+        value: Gives a graft's tensor from its source again, or the fresh one.
+
+    Returns:
+        Of each tensor: name, block, part, inherited, source (model, tensor, block, file; None if fresh), shape, dtype,
+        sha256.
+
+    Raises:
+        SurgeryError: If a tensor on the disk is not the one that was meant, or holds a number that is not finite.
+    """
+    written = WeightFiles(folder, str(folder))
+    described: list[dict[str, Any]] = []
+    with Meter("comparing the target", "tensors", len(grafts)) as meter, ThreadPoolExecutor(_WORKERS) as pool:
+        hashes = pool.map(lambda graft: _compare(written.tensor(graft.name), value(graft), graft), grafts)
+        for graft, digest in zip(grafts, hashes, strict=True):
+            described.append(_describe(graft, written, digest))
+            meter.advance(1)
+    return described
+
+
+def _compare(written: torch.Tensor, meant: torch.Tensor, graft: "TensorCopy") -> str:
+    """Hash a written tensor (hex) while comparing it with the one that was meant, in pieces."""
+    if written.dtype != meant.dtype or written.shape != meant.shape:
+        raise _differs(graft)
+    digest = hashlib.sha256()
+    ours, theirs = as_bytes(written), as_bytes(meant)
+    for start in range(0, len(ours), _CHUNK_BYTES):
+        piece = ours[start : start + _CHUNK_BYTES]
+        digest.update(piece.data)
+        if not np.array_equal(piece, theirs[start : start + _CHUNK_BYTES]):
+            raise _differs(graft)
+    if written.is_floating_point():
+        rows = written.reshape(-1)
+        step = _CHUNK_BYTES // written.element_size()
+        if not all(bool(torch.isfinite(rows[at : at + step]).all()) for at in range(0, len(rows), step)):
+            raise SurgeryError(
+                f"{graft.source_name or graft.name} of the {graft.source.role if graft.source else 'target'} holds a "
+                "number that is not finite",
+                action="bring the weights again: these are damaged, or their training had diverged",
+            )
+    return digest.hexdigest()
+
+
+def _differs(graft: "TensorCopy") -> SurgeryError:
+    return SurgeryError(
+        f"{graft.name} was not written as it was read",
+        action="check the disk, then give the same command again",
+    )
+
+
+def as_bytes(tensor: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """The bytes of a tensor, without a copy if it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, dtype=np.uint8)
+
+
+def _describe(graft: "TensorCopy", written: WeightFiles, digest: str) -> dict[str, Any]:
+    tensor = written.tensor(graft.name)
+    source = None
+    if graft.source is not None:
+        source = {
+            "model": graft.source.role,
+            "tensor": graft.source_name,
+            "block": graft.source_block,
+            "file": graft.source.files.file_of[graft.source_name],
+        }
+    return {
+        "name": graft.name,
+        "block": graft.block,
+        "part": graft.part,
+        "inherited": source is not None,
+        "source": source,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": digest,
+    }
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Hash the bytes of a tensor (hex), whatever its dtype."""
+    return hashlib.sha256(as_bytes(tensor.cpu()).data).hexdigest()
+
+
+def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Hash of a whole state dict (hex): names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} ".encode())
+        digest.update(tensor_sha256(state[name]).encode())
+    return digest.hexdigest()

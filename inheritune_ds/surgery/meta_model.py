@@ -1,0 +1,305 @@
+"""A model without its weights: modules on the meta device, filled from checkpoint tensors part by part.
+
+Everything that a surgery asks of a model is asked of a skeleton: which tensors it has and what they are called in a
+file, where its blocks are, whether two blocks compute the same. It costs no memory for weights. For the proof some
+modules are filled, used and emptied again.
+
+transformers loads a whole model or nothing, so this module is the one place that calls three of its internal
+functions: the key mapping between files and modules (per-expert tensors of a file are one fused parameter of the
+module, prefixes differ, old names are renamed), and the loader behind `from_pretrained`.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.surgery.blocks import find_blocks
+from inheritune_ds.surgery.config_cut import num_blocks
+from inheritune_ds.surgery.load import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class MetaModel:
+    """A causal language model on the meta device.
+
+    Args:
+        config: Its config; a copy is used.
+        dtype: Of its parameters.
+        path: Of its list of blocks, if that is known from a model of the same family.
+
+    Raises:
+        SurgeryError: If no causal language model can be built from the config, its blocks cannot be told, or some
+            of them share weights.
+    """
+
+    def __init__(
+        self, config: "PreTrainedConfig", dtype: torch.dtype = torch.float32, *, path: str | None = None
+    ) -> None:
+        check_decoder(config)
+        self.config = copy.deepcopy(config)
+        self.dtype = dtype
+        self.model = _build(self.config, dtype)
+        self.blocks = find_blocks(self.model, num_blocks(self.config), path)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        for name, source in self.tied.items():
+            here, there = self.blocks.index_of(name), self.blocks.index_of(source)
+            if here is not None or there is not None:
+                raise SurgeryError(
+                    f"a {self.config.model_type} model cannot be cut: its blocks share weights ({name} is {source})",
+                    allowed="a model in which every block has weights of its own",
+                )
+
+    @property
+    def required(self) -> set[str]:
+        """Names of the tensors that a file must give: all that are not tied to another."""
+        return self.shapes.keys() - self.tied.keys()
+
+    def block(self, index: int) -> nn.Module:
+        """The module of one block."""
+        return self.model.get_submodule(f"{self.blocks.path}.{index}")
+
+    def module_names(self, file_names: Iterable[str]) -> dict[str, str]:
+        """Name of the module's tensor that each tensor of a file goes into, whether the model has it or not."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        prefix, known = self.model.base_model_prefix, self.model.state_dict()
+
+        def rename(name: str) -> str:
+            renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
+            if renamed not in known and name in known:
+                renamed, _ = rename_source_key(name, [], [], prefix, known)
+            return renamed
+
+        return {name: rename(name) for name in file_names}
+
+    def is_ignored(self, module_name: str) -> bool:
+        """Whether the model's class says that a tensor of this name in a file is a leftover of older versions."""
+        patterns = set(self.model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001 - no public name
+        patterns |= {
+            r"rotary_emb\.inv_freq",
+            r"(^|\.)position_ids$",
+            r"\.attn\.((attention\.)?(masked_)?bias|causal_mask)$",
+        }
+        return any(re.search(pattern, module_name) for pattern in patterns)
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put tensors into their modules.
+
+        Args:
+            tensors: By their names in the file. On the meta device, nothing but names and shapes is checked.
+
+        Raises:
+            SurgeryError: If a tensor has no place, has another shape, or one of several that make up a parameter
+                is not there.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        meta = all(tensor.device.type == "meta" for tensor in tensors.values())
+        load_config = LoadStateDictConfig(
+            ignore_mismatched_sizes=True,
+            device_map={"": "meta" if meta else "cpu"},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),  # noqa: SLF001 - no public name
+            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type] # all are of the two
+        )
+        try:
+            with quiet_transformers():
+                info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), load_config)
+        except Exception as error:  # noqa: BLE001 - whatever a family's own conversion raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise SurgeryError(
+                f"the weights of a {self.config.model_type} model cannot be loaded part by part: {reason}",
+                allowed="a model whose weights are converted block by block",
+            ) from None
+        self.model.tie_weights(recompute_mapping=False)
+        problems = [f"{name} has no place in the model" for name in sorted(info.unexpected_keys)]
+        problems += [
+            f"{name} has shape {list(found)}, the config asks for {list(wanted)}"
+            for name, found, wanted in sorted(info.mismatched_keys)
+        ]
+        problems += [f"{name}: {reason}" for name, reason in sorted(info.conversion_errors.items())]
+        problems += list(info.error_msgs)
+        if problems:
+            raise contradiction(problems)
+
+    def fill(self, tensors: Mapping[str, torch.Tensor], wanted: Callable[[str], bool]) -> None:
+        """Make some modules ready to compute: load their tensors and compute the buffers that no file holds.
+
+        Args:
+            tensors: Their tensors, by name in the file.
+            wanted: Whether a tensor or buffer of that module name is among them.
+        """
+        from transformers import initialization
+
+        self.load(tensors)
+        for name, buffer in list(self.model.named_non_persistent_buffers()):
+            if wanted(name) and buffer.device.type == "meta":
+                owner, _, leaf = name.rpartition(".")
+                empty = torch.empty_like(buffer, device="cpu")
+                self.model.get_submodule(owner).register_buffer(leaf, empty, persistent=False)
+        with torch.no_grad(), initialization.guard_torch_init_functions():
+            for name, module in self.model.named_modules():
+                own = [*dict(module.named_buffers(recurse=False)), *dict(module.named_parameters(recurse=False))]
+                # A module without tensors of its own may compute the buffers of those inside it.
+                if all(wanted(f"{name}.{leaf}" if name else leaf) for leaf in own):
+                    # Loaded values are marked and stay; the module's own mark is of an earlier filling.
+                    vars(module).pop("_is_hf_initialized", None)
+                    self._owner(name)._initialize_weights(module)  # noqa: SLF001 - no public name
+
+    def _owner(self, name: str) -> "PreTrainedModel":
+        """The innermost model around a module: its class knows how the module's buffers are computed."""
+        from transformers import PreTrainedModel
+
+        owner = self.model
+        parts = name.split(".") if name else []
+        for end in range(1, len(parts) + 1):
+            module = self.model.get_submodule(".".join(parts[:end]))
+            owner = module if isinstance(module, PreTrainedModel) else owner
+        return owner
+
+    def empty_block(self, index: int) -> None:
+        """Give the memory of a filled block back."""
+        self.block(index).to("meta")
+
+
+def contradiction(problems: list[str]) -> SurgeryError:
+    """The error for weights and config that do not belong together."""
+    shown = "\n".join(f"    {problem}" for problem in problems[:5])
+    more = f"\n    and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return SurgeryError(
+        f"the config contradicts the weights:\n{shown}{more}",
+        allowed="weights and config.json of the same model",
+        action="bring both from the same place again; weights are never filled in at random",
+    )
+
+
+def check_decoder(config: "PreTrainedConfig") -> None:
+    """Refuse what is no decoder-only causal language model with weights of a plain number type.
+
+    Raises:
+        SurgeryError: With the reason.
+    """
+    reason = not_a_decoder(config)
+    if reason:
+        raise SurgeryError(
+            f"a {config.model_type} model cannot be cut: {reason}",
+            allowed="a decoder-only causal language model of the installed transformers",
+        )
+
+
+def not_a_decoder(config: "PreTrainedConfig") -> str:
+    """Why a config describes no model that can be cut; empty if it may."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    shared = getattr(config, "num_kv_shared_layers", 0)
+    indexers = getattr(config, "indexer_types", None) or ()
+    reasons = {
+        "it is of an encoder-decoder family": getattr(config, "is_encoder_decoder", False)
+        or any(
+            hasattr(config, f"{count}encoder_layers") and hasattr(config, f"{count}decoder_layers")
+            for count in ("", "num_")
+        ),
+        "transformers has no causal language model for it": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
+        f"it is made of several models ({', '.join(sorted(config.sub_configs))})": _is_composite(config),
+        "its weights are quantised (quantization_config)": getattr(config, "quantization_config", None) is not None,
+        f"blocks share keys and values across layers (num_kv_shared_layers is {shared})": bool(shared),
+        "blocks take the choice of keys from an earlier block (indexer_types holds 'shared')": "shared" in indexers,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _is_composite(config: "PreTrainedConfig") -> bool:
+    try:
+        return config.get_text_config() is not config
+    except ValueError:  # several that could be meant (MusicGen)
+        return True
+
+
+def _build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # noqa: BLE001 - model classes refuse configs with errors of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise SurgeryError(
+            f"no causal language model can be built from this {config.model_type} config: {reason}",
+            allowed="a decoder-only model, such as gpt2 or llama",
+        ) from None
+    model.eval()
+    return model
+
+
+def check_same_blocks(reference: MetaModel, block: int, target: MetaModel, place: int) -> None:
+    """Refuse a block that would compute something else in its new place.
+
+    Every module of the two blocks must be of the same class, with tensors of the same shapes and the same settings;
+    a number that is the block's own index or the model's depth in both may differ, and so may dropout.
+
+    Raises:
+        SurgeryError: Naming the setting that differs.
+    """
+    ours = dict(target.block(place).named_modules())
+    theirs = dict(reference.block(block).named_modules())
+    kind = reference.config.model_type
+    for name in [*theirs, *ours]:
+        if name not in ours or name not in theirs or type(ours[name]) is not type(theirs[name]):
+            was = type(theirs[name]).__name__ if name in theirs else "nothing"
+            now = type(ours[name]).__name__ if name in ours else "nothing"
+            raise _place_error(kind, block, place, f"{name or 'the block'} is a {was} there and a {now} here")
+    for name, module in theirs.items():
+        before, after = _settings(module), _settings(ours[name])
+        for key in sorted({*before, *after}):
+            old, new = before.get(key), after.get(key)
+            depths = (reference.blocks.depth, target.blocks.depth)
+            if old == new or (old, new) in ((block, place), depths):
+                continue
+            if not (_is_of_config(key, old, reference) and _is_of_config(key, new, target)):
+                where = f"{name}.{key}" if name else key
+                raise _place_error(kind, block, place, f"{where} is {old!r} there and {new!r} here")
+
+
+def _is_of_config(key: str, value: Any, skeleton: MetaModel) -> bool:
+    """Whether a module's setting is a list of the whole model, kept under the config's name (GPT-Neo)."""
+    return isinstance(value, list | tuple) and bool(value == getattr(skeleton.config, key, None))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module's own attributes say, tensors by their shapes."""
+    plain = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | tuple | list | type(None))
+        and not key.startswith("_")
+        and "drop" not in key
+    }
+    if isinstance(module, nn.Dropout):
+        del plain["p"]  # the target's dropout is the recipe's
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return plain | {key: list(tensor.shape) for key, tensor in named}
+
+
+def _place_error(kind: str, block: int, place: int, difference: str) -> SurgeryError:
+    return SurgeryError(
+        f"{kind}: block {block} of the reference would not compute the same as block {place} of the target: "
+        f"{difference}. What it does follows from its place, and the config cannot express the selection",
+        allowed="a selection that leaves blocks in their places (first:n), or moves them by whole periods of the model",
+    )

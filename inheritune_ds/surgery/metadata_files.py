@@ -1,0 +1,77 @@
+"""What travels along with a target's tensors: config, generation config, tokenizer files, licence."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from inheritune_ds.errors import CorpusError, SurgeryError
+from inheritune_ds.storage.files import read_json
+from inheritune_ds.surgery.load import own_tokenizer
+from inheritune_ds.surgery.meta_model import MetaModel
+from inheritune_ds.surgery.reference import TOKENIZER_PATTERNS, ReferenceModel, matching_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GENERATION = "generation_config.json"
+_LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
+
+
+def write_configs(folder: Path, skeleton: MetaModel, reference: ReferenceModel | None) -> None:
+    """Write a target's config, and the generation config of its reference if it has one."""
+    from transformers import GenerationConfig
+
+    config = skeleton.config
+    config.architectures = [type(skeleton.model).__name__]
+    config.dtype = skeleton.dtype
+    config.save_pretrained(folder)
+    if reference is not None and (reference.folder / GENERATION).is_file():
+        if not isinstance(read_json(reference.folder / GENERATION), dict):
+            raise SurgeryError(
+                f"{reference.folder / GENERATION} is not a JSON object", action="bring the file again, or remove it"
+            )
+        shutil.copyfile(reference.folder / GENERATION, folder / GENERATION)
+    else:
+        made = GenerationConfig.from_model_config(config)
+        if reference is not None:  # old models keep their generation settings in config.json
+            made = GenerationConfig.from_pretrained(
+                reference.folder, config_file_name="config.json", _from_model_config=True
+            )
+        made.save_pretrained(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of a model folder as they are."""
+    for path in matching_files(source, TOKENIZER_PATTERNS):
+        shutil.copyfile(path, folder / path.name)
+
+
+def copy_licence(source: Path, folder: Path) -> str:
+    """Copy the reference's licence files; return the licence that its card names, or nothing."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and _LICENCE_FILES.match(path.name):
+            shutil.copyfile(path, folder / path.name)
+    try:
+        card = (source / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    try:
+        named = YAML(typ="safe", pure=True).load(front.group(1))["license"] if front else ""
+    except (YAMLError, KeyError, TypeError):
+        return ""
+    names = named if isinstance(named, list) else [named]
+    return ", ".join(str(name) for name in names if name)
+
+
+def is_own_tokenizer(tokenizer: "PreTrainedTokenizerBase", reference: ReferenceModel | None) -> bool:
+    """Whether a tokenizer has the entries of the one that lies beside a model; true if there is none to compare."""
+    try:
+        own = own_tokenizer(reference.folder) if reference is not None else None
+    except CorpusError:
+        return False  # it cannot be read: the corpus has another for that reason
+    return own is None or own.get_vocab() == tokenizer.get_vocab()

@@ -1,0 +1,285 @@
+"""The proof of a surgery: the written target computes what the reference computes with its other blocks bypassed.
+
+The target is loaded as any user would load it. The reference is never whole in memory: its skeleton holds the
+embeddings and one block at a time, read from the source files anew, so nothing of the written target is used.
+Every block runs inside the reference's own forward pass, at its own place there, on the hidden state that the kept
+block before it gave; whatever the model does around its blocks (masks, positions, windows by place) is the
+reference's own doing.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from inheritune_ds.console import Meter
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.plan import model_size
+from inheritune_ds.surgery.compare import as_bytes
+from inheritune_ds.surgery.load import load_model
+from inheritune_ds.surgery.meta_model import MetaModel
+from inheritune_ds.surgery.reference import read_shape
+from inheritune_ds.surgery.tensor_map import SourceModel, TensorMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+PROBE_TOKENS = 32
+_GOLDEN_RATIO = 0.6180339887498949
+
+
+def prove(folder: Path, plan: TensorMap, skeleton: MetaModel, *, half: bool) -> dict[str, Any]:
+    """Prove the written target; the figures for the report.
+
+    Raises:
+        SurgeryError: If it does not load, has another number of parameters than the budget's arithmetic, or gives
+            another hidden state than the reference.
+    """
+    tokens = probe_tokens(skeleton.config)
+    start, hidden, rest = target_hidden_states(folder, skeleton, tokens)
+    proven: dict[str, Any] = {"missing": 0, "unexpected": 0, "budget_parameters": _check_budget(skeleton)}
+    fresh = [graft for graft in plan.grafts if graft.source is None]
+    if half or plan.outer is None or any(graft.block is not None for graft in fresh):
+        why = "half the width" if half else "fresh tensors in the blocks"
+        return {**proven, "hidden_state": None, "hidden_state_reason": f"not comparable: {why}"}
+    embedded = not any(graft.part in ("token_embeddings", "position_embeddings", "") for graft in fresh)
+    expected = reference_hidden_state(
+        plan.steps, tokens, dtype=skeleton.dtype, given=None if embedded else start, rest=rest
+    )
+    if not bool(torch.isfinite(expected).all()):
+        raise SurgeryError(
+            "the kept blocks of the reference give a hidden state that is not finite",
+            action="bring the weights again: these are damaged, or their training had diverged",
+        )
+    if not torch.equal(hidden, expected):
+        difference = float((hidden.double() - expected.double()).abs().max())
+        raise SurgeryError(
+            f"the target does not compute what the kept blocks of the reference compute: their hidden states differ by "
+            f"up to {difference:.3g}; what a block of this family computes depends on its place, or on more than the "
+            "hidden state",
+            allowed="a selection that leaves blocks in their places: first:n",
+            action="report this with the model's config.json: nothing was published",
+        )
+    return {
+        **proven,
+        "hidden_state": "equal, bit for bit",
+        "hidden_state_start": "the reference's embeddings" if embedded else "the target's own embeddings",
+        "hidden_state_sha256": hashlib.sha256(as_bytes(hidden).data).hexdigest(),
+        "probe_tokens": tokens.numel(),
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+    }
+
+
+def _check_budget(skeleton: MetaModel) -> int | None:
+    """The budget's count of the target's parameters, which must be the model's; None for a family it does not know."""
+    shape = read_shape(skeleton.config.to_dict(), "the target's config")
+    if shape is None:
+        return None
+    expected, found = model_size.parameters(shape).total, count_parameters(skeleton)["parameters"]
+    if expected != found:
+        raise SurgeryError(
+            f"the target has {found:,} parameters, the budget's arithmetic says {expected:,}",
+            action="report this with the model's config.json: nothing was published",
+        )
+    return expected
+
+
+def probe_tokens(config: "PreTrainedConfig") -> torch.Tensor:
+    """Token ids spread over the vocabulary: shape (1, T), the same for every model with that vocabulary."""
+    longest = getattr(config, "max_position_embeddings", None)
+    count = min(PROBE_TOKENS, longest) if isinstance(longest, int) and longest > 0 else PROBE_TOKENS
+    return torch.tensor([[int(config.vocab_size * ((n + 1) * _GOLDEN_RATIO % 1.0)) for n in range(count)]])
+
+
+@torch.no_grad()
+def target_hidden_states(
+    folder: Path,
+    skeleton: MetaModel,
+    tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Load the target, run it, and note what goes into its first block and comes out of its last one.
+
+    Args:
+        folder: The written target.
+        skeleton: Of it: what it computes in, and where its blocks are.
+        tokens_BT: Token ids of shape (B, T).
+
+    Returns:
+        The two hidden states, of shape (B, T, width), and what a block returns beside its hidden state.
+
+    Raises:
+        SurgeryError: If the target does not load without missing or unexpected tensors.
+    """
+    model = load_model(folder, dtype=str(skeleton.dtype).removeprefix("torch."))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = aligned(tensor.data)
+    blocks = skeleton.blocks
+    seen: dict[str, Any] = {}
+
+    def note_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["input"] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+    def note_output(_: nn.Module, __: Any, output: Any) -> None:
+        seen["hidden"] = _hidden(output).clone()
+        seen["output"] = output
+
+    first = model.get_submodule(f"{blocks.path}.0")
+    last = model.get_submodule(f"{blocks.path}.{blocks.depth - 1}")
+    first.register_forward_pre_hook(note_input, with_kwargs=True)
+    last.register_forward_hook(note_output)
+    _forward(model, tokens_BT)
+    rest = tuple(seen["output"][1:]) if isinstance(seen["output"], tuple | list) else None
+    return seen["input"], seen["hidden"], rest
+
+
+@torch.no_grad()
+def reference_hidden_state(
+    steps: Sequence[tuple[SourceModel, int]],
+    tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
+    *,
+    dtype: torch.dtype,
+    given: torch.Tensor | None,
+    rest: tuple[Any, ...] | None,
+) -> torch.Tensor:
+    """The hidden state after the kept blocks of the sources, one block in memory at a time.
+
+    Args:
+        steps: Source and block number, in the target's order.
+        tokens_BT: Token ids of shape (B, T).
+        dtype: What the target computes in.
+        given: Hidden state to start from where the target's embeddings are not the sources'; None to start from the
+            embeddings of the first block's source, which are the target's.
+        rest: What a block of this family returns beside its hidden state; None if it returns a tensor alone.
+
+    Returns:
+        The hidden state of shape (B, T, width).
+    """
+    hidden = given
+    runners: dict[str, _Runner] = {}
+    with Meter("proving the target", "blocks", len(steps)) as meter:
+        for source, block in steps:
+            if source.role not in runners:
+                runners[source.role] = _Runner(source, dtype, rest)
+            hidden = runners[source.role].run(block, hidden, tokens_BT)
+            meter.advance(1)
+    assert hidden is not None  # a selection has at least one block
+    return hidden
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy where torch's allocator puts it: a product may round otherwise on a mapped file, which begins anywhere."""
+    return tensor.clone()
+
+
+class _Stop(Exception):  # noqa: N818 - no error: it ends a forward pass that has given what was wanted
+    """Carries the hidden state out of a forward pass."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class _Runner:
+    """Runs single blocks of a source inside the source's own forward pass."""
+
+    def __init__(self, source: SourceModel, dtype: torch.dtype, rest: tuple[Any, ...] | None) -> None:
+        self._source, self._rest = source, rest
+        self._skeleton = skeleton = (
+            source.skeleton if source.skeleton.dtype == dtype else MetaModel(source.config, dtype)
+        )
+        blocks = skeleton.blocks
+        # The head is not filled: every pass ends before it.
+        head = skeleton.model.get_output_embeddings()
+        embeddings = skeleton.model.get_input_embeddings()
+        in_head = {
+            name
+            for name in source.module_of.values()
+            if skeleton.model.get_submodule(name.rpartition(".")[0]) is head and head is not embeddings
+        } - {*skeleton.tied, *skeleton.tied.values()}
+        names = [name for name in source.by_block.get(None, []) if source.module_of[name] not in in_head]
+        skeleton.fill(self._read(names), lambda name: blocks.index_of(name) is None and name not in in_head)
+        for index in range(blocks.depth):
+            skeleton.block(index).forward = self._bypass
+
+    def _read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {self._source.loaded_as(name): aligned(self._source.files.tensor(name)) for name in names}
+
+    def _bypass(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if self._rest is None else (hidden, *self._rest)
+
+    def run(
+        self,
+        index: int,
+        hidden: torch.Tensor | None,
+        tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
+    ) -> torch.Tensor:
+        """Run one block on a hidden state, or on the embeddings' (None); return what it gives."""
+        skeleton = self._skeleton
+        block = skeleton.block(index)
+        names = self._source.by_block.get(index, [])
+        skeleton.fill(self._read(names), lambda name: skeleton.blocks.index_of(name) == index)
+        del block.forward  # the class's own again
+
+        def put(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if hidden is None:
+                return None
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        def stop(_: nn.Module, __: Any, output: Any) -> None:
+            raise _Stop(_hidden(output))
+
+        try:
+            with _hooked(block.register_forward_pre_hook(put, with_kwargs=True)):
+                return self._pass(tokens_BT, block.register_forward_hook(stop))
+        finally:
+            block.forward = self._bypass
+            skeleton.empty_block(index)
+
+    def _pass(self, tokens_BT: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: N803 - shape suffix
+        with _hooked(hook):
+            try:
+                _forward(self._skeleton.model, tokens_BT)
+            except _Stop as stop:
+                return stop.hidden
+        raise SurgeryError(
+            f"a {self._source.config.model_type} model cannot be proven: its forward pass does not call its blocks"
+        )
+
+
+def _forward(model: "PreTrainedModel", tokens_BT: torch.Tensor) -> None:  # noqa: N803 - shape suffix
+    try:
+        model(input_ids=tokens_BT, use_cache=False)
+    except _Stop:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model's own code raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise SurgeryError(
+            f"a {model.config.model_type} model cannot be proven: its forward pass on {tokens_BT.shape[1]} token ids "
+            f"fails: {reason}",
+            allowed="a causal language model that takes input_ids alone",
+        ) from None
+
+
+@contextmanager
+def _hooked(hook: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
+
+
+def count_parameters(skeleton: MetaModel) -> dict[str, int]:
+    """Parameters in all and in blocks; a tied head counts once."""
+    named = list(skeleton.model.named_parameters())
+    inside = [parameter.numel() for name, parameter in named if skeleton.blocks.index_of(name) is not None]
+    return {"parameters": sum(parameter.numel() for _, parameter in named), "block_parameters": sum(inside)}

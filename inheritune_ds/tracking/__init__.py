@@ -1,0 +1,1 @@
+"""Metrics: their names, metrics.jsonl, Weights & Biases."""

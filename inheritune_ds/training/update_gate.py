@@ -1,0 +1,177 @@
+"""Inside one optimizer update: what the ranks agree on, whether it is applied, and how long its passes take."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from inheritune_ds.checkpoints.train_state import Requests
+from inheritune_ds.errors import CorpusError
+from inheritune_ds.training.faults import not_finite
+from inheritune_ds.training.packing import DocumentPacking, counted_targets
+
+Judge = Callable[[float, float], str | None]
+"""Loss and gradient norm of the global batch -> why the update is to be left out, or None. All ranks call it with the
+same numbers, so it must decide by nothing else but what all ranks know."""
+
+
+class UpdateGate:
+    """Has a judge decide whether DeepSpeed's optimizer applies an update, at the point where DeepSpeed decides it.
+
+    DeepSpeed leaves an update out when the norm of the whole gradient is not finite: it then clears gradients and
+    accumulation buffers, and touches neither weights nor moments. The judge is asked in that place, once a step, with
+    the norm that is computed there anyway. Loss and norm are the same on all ranks to the last bit (they come out of
+    all-reduces), so all ranks decide alike.
+
+    A dynamic loss scale (fp16) that was too large is no fault while it can be lowered; with a loss that is itself not
+    finite, or at its smallest value, it is.
+
+    Args:
+        optimizer: DeepSpeed's; methods of this one object are replaced.
+        ranks: Size of the process group.
+    """
+
+    def __init__(self, optimizer: Any, ranks: int) -> None:
+        self._optimizer, self._ranks = optimizer, ranks
+        self._loss = math.nan
+        self._judge: Judge = not_finite
+        self.fault: str | None = None
+        self.grad_norm = math.nan
+        if hasattr(optimizer, "get_grads_for_norm"):
+            self._enter_bf16_optimizer()
+        else:
+            self._enter_zero_optimizer()
+
+    def expect(self, loss: float, judge: Judge) -> None:
+        """Give the next update's loss, and who decides on it."""
+        self._loss, self._judge = loss, judge
+
+    def _enter_zero_optimizer(self) -> None:
+        """Stages 1 to 3 (runtime/zero/stage_1_and_2.py and stage3.py, `step`, DeepSpeed 0.19).
+
+        They compute the norm, tell `_update_scale` whether they found an overflow, and only then read `overflow`.
+        """
+        optimizer = self._optimizer
+        self._scaled_norm: torch.Tensor | None = None
+        self._update_scale: Callable[[bool], None] = optimizer._update_scale  # noqa: SLF001 - no public way
+        optimizer._update_scale = self._decide  # noqa: SLF001
+        if hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
+            whole_norm: Callable[[], torch.Tensor] = optimizer.scaled_global_norm
+            optimizer.scaled_global_norm = lambda: self._keep(whole_norm())
+        else:
+            norms: Callable[[], list[torch.Tensor]] = optimizer._get_norm_groups  # noqa: SLF001
+            optimizer._get_norm_groups = lambda: self._keep_groups(norms())  # noqa: SLF001
+
+    def _keep(self, norm: torch.Tensor) -> torch.Tensor:
+        self._scaled_norm = norm
+        return norm
+
+    def _keep_groups(self, norms: list[torch.Tensor]) -> list[torch.Tensor]:
+        # As DeepSpeed's combine_grad_norm_groups does: -1 stands for a norm that is not finite.
+        stacked = torch.stack(norms)
+        self._scaled_norm = torch.where((stacked < 0).any(), math.inf, torch.linalg.vector_norm(stacked))
+        return norms
+
+    def _decide(self, overflow: bool) -> None:  # noqa: FBT001 - DeepSpeed's signature
+        optimizer, norm, self._scaled_norm = self._optimizer, self._scaled_norm, None
+        # DeepSpeed computes no norm where it has found an element that is not finite.
+        self.grad_norm = math.inf if overflow or norm is None else float(norm) / float(optimizer.loss_scale)
+        scaler = optimizer.loss_scaler
+        lowers = overflow and math.isfinite(self._loss) and scaler.dynamic and scaler.cur_scale > scaler.min_scale
+        self.fault = None if lowers else self._judge(self._loss, self.grad_norm)
+        optimizer.overflow = overflow or self.fault is not None
+        if self.fault is None:  # a step that was left out leaves the scale as it was
+            self._update_scale(overflow)
+        if optimizer.overflow and getattr(optimizer, "cpu_offload", False):
+            # DeepSpeed 0.19.8 forgets the sums of half-precision gradients here: the next step's would be added to
+            # them, and one that is not finite would stay for good.
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+    def _enter_bf16_optimizer(self) -> None:
+        """The optimizer that DeepSpeed takes for ZeRO-1 in bf16 with fp32 sums (runtime/bf16_optimizer.py, `step`).
+
+        It asks `get_grads_for_norm` for all gradients and leaves the update out if their norm is not finite. Given one
+        number instead, it takes that for the norm.
+        """
+        inner = self._optimizer.get_grads_for_norm
+
+        def grads_for_norm(for_clipping: bool = False) -> Any:  # noqa: FBT001, FBT002 - DeepSpeed's signature
+            if for_clipping:
+                return inner(for_clipping=True)
+            gradients, of_experts = inner()
+            norm = self._whole_norm(gradients)
+            self.grad_norm = float(norm)
+            self.fault = self._judge(self._loss, self.grad_norm)
+            return [norm if self.fault is None else torch.full_like(norm, math.inf)], of_experts
+
+        self._optimizer.get_grads_for_norm = grads_for_norm
+
+    def _whole_norm(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As DeepSpeed's get_global_norm_of_tensors computes it, to the last bit."""
+        norm = torch.stack([gradient.detach().float().norm(2.0) for gradient in gradients]).pow(2.0).sum().pow(0.5)
+        norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
+        if self._ranks > 1:
+            # Every rank has the whole gradient and takes the norm of its own copy. A copy that alone is damaged would
+            # have one rank leave the update out, and the others wait for it.
+            dist.all_reduce(norm, op=dist.ReduceOp.MAX)
+        return norm
+
+
+def count_targets(  # noqa: PLR0913 - a batch, and what it is counted for
+    micro_batches: Sequence[torch.Tensor],
+    packing: DocumentPacking | None,
+    *,
+    vocabulary: int,
+    step: int,
+    ranks: int,
+    device: torch.device,
+) -> int:
+    """Target tokens of the global batch that a loss is counted for, at least 1; all ranks must call it together.
+
+    Args:
+        micro_batches: Host tensors (B, T + 1) of this rank.
+        packing: How documents inside a window are kept apart.
+        vocabulary: Rows of the embedding: ids are below it.
+        step: How to call the step in a message.
+        ranks: Size of the process group.
+        device: Where the process group communicates.
+
+    Raises:
+        CorpusError: On all ranks together, if a token id of any rank is not in the vocabulary. On a GPU such an id
+            ends the process inside a kernel, on a CPU one rank alone.
+    """
+    own = sum(int(counted_targets(batch, packing).sum()) for batch in micro_batches)
+    highest = max(int(batch.max()) for batch in micro_batches)
+    found = torch.tensor([own, highest >= vocabulary], device=device)
+    if ranks > 1:
+        dist.all_reduce(found)
+    count, strange = found.tolist()
+    if strange:
+        worst = torch.tensor(highest, device=device)
+        if ranks > 1:
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        raise CorpusError(
+            f"step {step}: the batch has token id {int(worst)}, but the model has {vocabulary} tokens",
+            allowed=f"0 to {vocabulary - 1}",
+            action="a token file is damaged, or was made with another tokenizer: remove its folder below the cache, "
+            "and give the same command again",
+        )
+    return max(int(count), 1)
+
+
+def totals(wishes: Requests, device: torch.device) -> torch.Tensor:
+    """What is summed over the ranks at the end of the passes: the token losses, and who wishes what.
+
+    Returns:
+        (4,) in fp64, so that summing adds no error: 0.0 for the losses to be added to, then stop, save, evaluate.
+    """
+    return torch.tensor([0.0, wishes.stop, wishes.save, wishes.evaluate], dtype=torch.float64, device=device)
+
+
+def agreed(totals_: torch.Tensor) -> tuple[float, Requests]:
+    """Sum `totals` over the ranks: the sum of the token losses, and what any rank wishes. Waits for the device."""
+    dist.all_reduce(totals_)
+    loss_sum, *asked = totals_.tolist()
+    return loss_sum, Requests(*(count > 0 for count in asked))

@@ -1,0 +1,62 @@
+"""`train --fresh`, up to the point where the run itself begins."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from inheritune_ds.cli import main
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.run import execute
+from inheritune_ds.run.folder import RunFolder
+
+CPU = str(Path(__file__).parents[2] / "ds_configs" / "cpu.json")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """What the run was told, instead of a run; the environment and the signals stay as they are."""
+    seen: list[bool] = []
+    for name in ("install", "leave_from_anywhere"):
+        monkeypatch.setattr(StopSignal, name, lambda _: None)
+    monkeypatch.setattr(execute, "execute", lambda _recipe, _launch, *, fresh: seen.append(fresh))
+    monkeypatch.setattr(RunFolder, "has_finished", lambda *_: True)
+    with patch.dict(os.environ):
+        for name in ("RANK", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+            os.environ.pop(name, None)
+        yield seen
+
+
+def train(tmp_path: Path, *words: str) -> int:
+    folders: list[Any] = ["--runs-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache"]
+    return main(["train", "--recipe", "quickstart", "--deepspeed_config", CPU, *map(str, folders), *words])
+
+
+def test_fresh_starts_over_where_a_run_has_finished(tmp_path: Path, asked: list[bool]) -> None:
+    assert train(tmp_path) == 0
+    assert asked == []
+    assert train(tmp_path, "--fresh") == 0
+    assert asked == [True]
+
+
+def test_a_dry_run_with_fresh_changes_nothing(tmp_path: Path, asked: list[bool]) -> None:
+    assert train(tmp_path, "--fresh", "--dry-run") == 0
+    assert asked == []
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_restarted_job_does_not_start_over_again(
+    name: str, tmp_path: Path, asked: list[bool], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "2")
+    assert train(tmp_path, "--fresh") == 0
+    assert asked == []  # it has finished
+    out = capsys.readouterr().out
+    assert f"--fresh is not followed: this is restart 2 ({name}), which goes on with the run" in out
+    assert "quickstart: finished before" in out
+    monkeypatch.setenv(name, "0")
+    assert train(tmp_path, "--fresh") == 0
+    assert asked == [True]

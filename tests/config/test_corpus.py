@@ -1,0 +1,133 @@
+"""What a recipe may say of its sources and their weights, and what is said of it where it may not."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from inheritune_ds.config.corpus import Corpus, shares
+
+
+def source(path: str, **settings: Any) -> dict[str, Any]:
+    return {"kind": "files", "paths": [path], **settings}
+
+
+def change(at: str, **weights: float) -> dict[str, Any]:
+    return {"at": at, "weights": weights}
+
+
+WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            {"sources": [source("a", name="x"), source("b", name="x")]},
+            "two sources have the name 'x': give each a name of its own",
+        ),
+        (
+            {"sources": [source("a", filters={"min_characters": 10, "max_characters": 5})]},
+            "min_characters 10 is more than max_characters 5: no document would be taken",
+        ),
+        (
+            {"sources": [source("a", weight=1.0), source("b")]},
+            "source 'b' has no weight and others have: give all of them one, or none",
+        ),
+        (
+            {"sources": [source("a", weight=0.0), source("b", weight=0.0)]},
+            "all weights are 0: at least one must be more",
+        ),
+        (
+            {"sources": [source("a", weight=0.12345), source("b", weight=1.0)]},
+            "weights 0.12345, 1.0 repeat only after 22,469 windows, and at most 10,000 are allowed: write them",
+        ),
+        (
+            {"sources": [source("a")], "weight_changes": [change("1M tokens", a=1.0)]},
+            "weight_changes needs weights of the sources to begin with",
+        ),
+        (
+            {"sources": WEIGHTED, "weight_changes": [change("2M tokens", a=1.0, b=1.0), change("1M tokens", a=1, b=1)]},
+            "weight_changes must stand in the order of their marks, each later than the one before",
+        ),
+        (
+            {"sources": WEIGHTED, "weight_changes": [change("0 tokens", a=1.0, b=1.0)]},
+            "weight_changes must stand in the order of their marks",
+        ),
+        (
+            {"sources": WEIGHTED, "weight_changes": [change("1M tokens", a=1.0)]},
+            "weight_changes at 1M tokens must name every source once: a, b",
+        ),
+        (
+            {"sources": WEIGHTED, "weight_changes": [change("1M tokens", a=0.0, b=0.0)]},
+            "all weights are 0: at least one must be more",
+        ),
+        (
+            {"sources": [source("a", weight=1.0), source("b", weight=0.0)], "max_tokens": 1000},
+            "nothing of max_tokens is left to source 'b', whose weight at the start is 0: give every source",
+        ),
+        (
+            {"sources": WEIGHTED, "max_tokens": 3},
+            "nothing of max_tokens is left to source 'a', whose weight at the start is 1",
+        ),
+        (
+            {"sources": [source("a")], "overlap_with": [source("b", name="x"), source("c", name="x")]},
+            "two sets of overlap_with have the same name: give each a name of its own",
+        ),
+        (
+            {"sources": [source("a")], "overlap_with": [source("b", weight=1.0)]},
+            "a set of overlap_with is not trained on: it has no weight",
+        ),
+        (
+            {"sources": [source("a")], "overlap_with": [source("b", max_tokens=5)]},
+            "a set of overlap_with is not made into tokens: limit it with max_documents",
+        ),
+    ],
+)
+def test_a_corpus_that_cannot_be_meant_is_refused_in_words(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Corpus.model_validate(document)
+    (error,) = caught.value.errors()
+    assert message in error["msg"]
+
+
+def test_shares_are_the_smallest_whole_numbers_of_what_is_written() -> None:
+    assert shares([67.0, 15.0, 4.5, 4.5, 4.5, 2.5, 2.0]) == [134, 30, 9, 9, 9, 5, 4]
+    assert shares([0.1, 0.0, 0.2]) == [1, 0, 2]
+    assert shares([0.0, 7.0]) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("own", "whole", "limits"),
+    [
+        ([None, None], 100, [None, None]),
+        ([5, None], None, [5, None]),
+        ([None, None], None, [None, None]),
+    ],
+)
+def test_without_weights_the_limits_are_the_sources_own(
+    own: list[int | None], whole: int | None, limits: list[int | None]
+) -> None:
+    corpus = Corpus.model_validate(
+        {"sources": [source("ab"[n], max_tokens=own[n]) for n in (0, 1)], "max_tokens": whole}
+    )
+    assert corpus.token_limits == limits
+
+
+def test_with_weights_a_source_has_its_share_or_less() -> None:
+    sources = [source("a", weight=1.0, max_tokens=20), source("b", weight=3.0, max_tokens=80)]
+    assert Corpus.model_validate({"sources": sources, "max_tokens": 102}).token_limits == [20, 76]
+
+
+def test_sources_without_a_name_have_that_of_what_they_read_numbered_where_it_is_taken() -> None:
+    sources = [
+        source("data/books.jsonl.gz"),
+        source("more/books.txt"),
+        source("x", name="books-2"),
+        source("wiki/*.jsonl"),
+        {"kind": "hub", "dataset": "org/C4 en", "data_files": "*"},
+        {"kind": "nanogpt", "train": "data/openwebtext/train.bin"},
+        {"kind": "embedded"},
+    ]
+    names = [found.name for found in Corpus.model_validate({"sources": sources}).sources]
+    assert names == ["books", "books-3", "books-2", "wiki", "C4-en", "openwebtext", "embedded"]

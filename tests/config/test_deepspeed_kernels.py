@@ -1,0 +1,120 @@
+"""The `kernels` block of a DeepSpeed config, resolved."""
+
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, asdict
+from typing import Any
+
+import pytest
+
+from inheritune_ds.config.deepspeed import Machine, Resolved
+from inheritune_ds.config.kernels import KernelRequest
+from inheritune_ds.errors import RecipeError
+
+CPU = Machine(kind="cpu", memory_gib=16.0, bf16=False)
+OLD_GPU = Machine(kind="cuda", memory_gib=16.0, bf16=False)
+FLAT = {"train_micro_batch_size_per_gpu": 8}
+Resolve = Callable[..., Resolved]
+
+AUTO_KERNELS = {
+    "attention": "auto",
+    "optimizer": "auto",
+    "liger": "auto",
+    "loss": "auto",
+    "compile": "auto",
+    "activation_checkpointing": "none",
+}
+
+
+@pytest.mark.parametrize("given", [{}, {"kernels": None}, {"kernels": {}}, {"kernels": {"liger": "auto"}}])
+def test_kernels_are_written_out_in_full_and_auto_is_left_to_the_machine(
+    given: dict[str, Any], resolved: Resolve
+) -> None:
+    found = resolved({**FLAT, **given})
+    assert found.config["kernels"] == AUTO_KERNELS
+    assert found.kernels == KernelRequest()
+    assert not [note for note in found.notes if note.startswith("kernels")]
+
+
+def test_named_kernels_reach_the_request(resolved: Resolve) -> None:
+    named = {
+        "attention": "flash_attention_3",
+        "optimizer": "apex",
+        "liger": False,
+        "loss": "liger",
+        "compile": True,
+        "activation_checkpointing": "selective",
+    }
+    found = resolved({**FLAT, "kernels": named})
+    assert found.config["kernels"] == named
+    assert asdict(found.kernels) == named
+    with pytest.raises(FrozenInstanceError):
+        found.kernels.compile = False  # type: ignore[misc]
+
+
+def test_automatic_checkpointing_of_activations_is_none(resolved: Resolve) -> None:
+    found = resolved({**FLAT, "kernels": {"activation_checkpointing": "auto"}})
+    assert found.kernels.activation_checkpointing == "none"
+    assert "kernels.activation_checkpointing: none (auto: it costs a second forward pass)" in found.notes
+
+
+def test_torch_adam_of_the_optimizer_block_names_torch_s(resolved: Resolve) -> None:
+    torch_adam = {"optimizer": {"params": {"torch_adam": True}}}
+    found = resolved({**FLAT, **torch_adam})
+    assert found.kernels.optimizer == "torch_fused"
+    assert "kernels.optimizer: torch_fused (optimizer.params.torch_adam asks for torch's)" in found.notes
+    assert resolved({**FLAT, **torch_adam, "kernels": {"optimizer": "torch"}}).kernels.optimizer == "torch"
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert resolved({**FLAT, **torch_adam, **offload}).kernels.optimizer == "auto"
+
+
+@pytest.mark.parametrize(
+    ("zero", "offloads"),
+    [
+        ({"stage": 1}, False),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, False),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, True),
+    ],
+)
+def test_the_optimizer_is_offloaded_by_its_own_key(zero: dict[str, Any], offloads: bool, resolved: Resolve) -> None:  # noqa: FBT001
+    assert resolved({**FLAT, "zero_optimization": zero}).offloads_optimizer is offloads
+
+
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+BREAKS = "true cannot be with stage 3: its hooks gather the parameters inside the block and break the graph"
+CPU_ADAM = "torch cannot be with offload_optimizer: DeepSpeed's CPU Adam works where its state lies"
+TWO_OWNERS = "apex stands beside optimizer.params.torch_adam, which asks for torch's"
+AUTO = 'write "auto"'
+REFUSALS: list[tuple[tuple[Machine, dict[str, Any]], str, str]] = [
+    (
+        (CPU, {"kernels": {"attention": "flash_attention_2"}}),
+        "attention: flash_attention_2 has no kernel for a CPU",
+        AUTO,
+    ),
+    (
+        (OLD_GPU, {"kernels": {"attention": "flash_attention_4"}}),
+        "attention: flash_attention_4 computes in half precision, this run in fp32",
+        AUTO,
+    ),
+    ((CPU, {"kernels": {"compile": True}, "zero_optimization": {"stage": 3}}), f"compile: {BREAKS}", AUTO),
+    (
+        (CPU, {"kernels": {"optimizer": "torch"}, **OFFLOADED}),
+        f"optimizer: {CPU_ADAM}",
+        'write "auto", or remove zero_optimization.offload_optimizer',
+    ),
+    (
+        (OLD_GPU, {"kernels": {"optimizer": "apex"}, "optimizer": {"params": {"torch_adam": True}}}),
+        f"optimizer: {TWO_OWNERS}",
+        "remove optimizer.params.torch_adam",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "problem", "action"), REFUSALS, ids=[row[1][:50] for row in REFUSALS])
+def test_kernels_that_another_key_excludes_are_refused(
+    given: tuple[Machine, dict[str, Any]], problem: str, action: str, resolved: Resolve
+) -> None:
+    machine, document = given
+    with pytest.raises(RecipeError) as caught:
+        resolved({**FLAT, **document}, machine=machine)
+    assert (caught.value.problem, caught.value.action) == (f"ds.json: kernels.{problem}", action)
+    assert caught.value.allowed

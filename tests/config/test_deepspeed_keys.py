@@ -1,0 +1,364 @@
+"""Our tables of DeepSpeed's keys and formulas, against the installed DeepSpeed and transformers."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.profiling import constants as profiling_constants
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from deepspeed.utils.logging import log_levels
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, HfTrainerDeepSpeedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from inheritune_ds.config import deepspeed_keys
+from inheritune_ds.config.deepspeed import Machine, Resolved, resolve
+from inheritune_ds.config.deepspeed_checks import read
+from inheritune_ds.config.kernels import ATTENTIONS, LOSSES, OPTIMIZERS, KernelRequest
+from inheritune_ds.config.loading import load_recipe, shipped_names
+from inheritune_ds.plan.shapes import target_shape
+
+CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+MACHINES = {
+    "cpu": Machine(kind="cpu", memory_gib=64.0, bf16=False),
+    "h100": Machine(kind="cuda", memory_gib=80.0, bf16=True),
+}
+LEFT_OUT = {
+    "compute_grad_norm": "the gradient norm is a metric",
+    "load_from_fp32_weights": "masters are loaded as they were saved",
+    "elastic_checkpoint": "a checkpoint belongs to its number of ranks",
+    "zenflow": "changes which update a gradient is part of",
+    "cpu_offload": "deprecated: offload_optimizer",
+    "cpu_offload_param": "deprecated: offload_param",
+    "cpu_offload_use_pin_memory": "deprecated: pin_memory of the offload blocks",
+    "stage3_gather_fp16_weights_on_model_save": "deprecated: stage3_gather_16bit_weights_on_model_save",
+    "stage3_module_granularity_threshold": "not tried here",
+    "stage3_allgather_sequential": "not tried here",
+    "legacy_stage1": "another implementation of stage 1, not tested here",
+    "parameter_alignment": "not tried here",
+    "zero_hpz_partition_size": "ZeRO++ is not supported",
+    "zero_quantized_weights": "ZeRO++ is not supported",
+    "zero_quantized_nontrainable_weights": "ZeRO++ is not supported",
+    "zero_quantized_gradients": "ZeRO++ is not supported",
+    "pipeline_loading_checkpoint": "pipeline parallelism is not supported",
+    "override_module_apply": "for DeepSpeed's own model construction",
+    "log_trace_cache_warnings": "for DeepSpeed's developers",
+    "enable_sanity_checks": "for DeepSpeed's developers",
+    "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
+    "leaf_module": "models with experts are not supported",
+}
+"""Keys of zero_optimization that are refused as unknown, and why."""
+FP16_LEFT_OUT = {"fp16_master_weights_and_grads"}
+BF16_LEFT_OUT = {"bf16_master_weights_and_grads", "bf16_optimizer_states"}
+OFFLOAD_LEFT_OUT = {"super_offload", "cpuadam_cores_perc"}  # for superchips; not tried here
+
+
+def test_every_zero_key_of_deepspeed_is_known_or_left_out_for_a_reason() -> None:
+    theirs = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert not deepspeed_keys.ZERO_KEYS.keys() & LEFT_OUT.keys()
+    assert theirs == deepspeed_keys.ZERO_KEYS.keys() | LEFT_OUT.keys()
+    assert all(LEFT_OUT.values())
+
+
+SAMPLES: dict[deepspeed_keys.ValueRule, tuple[Any, Any]] = {
+    deepspeed_keys.SWITCH: (True, "maybe"),
+    deepspeed_keys.COUNT: (500_000_000.0, -3.5),
+    deepspeed_keys.POSITIVE: (5e8, "half"),
+    deepspeed_keys.PATH: ("/tmp/nvme", 3),
+    deepspeed_keys.NUMBER: (0.5, "much"),
+    deepspeed_keys.OFFLOAD_DEVICE: ("cpu", "gpu"),
+    deepspeed_keys.ZERO_KEYS["stage"]: (3, 4),  # type: ignore[dict-item]
+}
+"""A value that a kind accepts and DeepSpeed does, and one that neither does."""
+MODELS: list[tuple[type[Any], deepspeed_keys.Kinds]] = [
+    (DeepSpeedZeroConfig, deepspeed_keys.ZERO_KEYS),
+    (DeepSpeedZeroOffloadParamConfig, deepspeed_keys.ZERO_KEYS["offload_param"]),  # type: ignore[list-item]
+    (DeepSpeedZeroOffloadOptimizerConfig, deepspeed_keys.ZERO_KEYS["offload_optimizer"]),  # type: ignore[list-item]
+    (DeepSpeedBF16Config, deepspeed_keys.PASSED_ON["bf16"]),  # type: ignore[list-item]
+    (DeepSpeedFP16Config, deepspeed_keys.PASSED_ON["fp16"]),  # type: ignore[list-item]
+    (CommsLoggerConfig, deepspeed_keys.PASSED_ON["comms_logger"]),  # type: ignore[list-item]
+    (DeepSpeedThroughputTimerConfig, deepspeed_keys.PASSED_ON["timers"]["throughput"]),  # type: ignore[index,list-item]
+]
+
+
+@pytest.mark.parametrize(("model", "kinds"), MODELS, ids=[model.__name__ for model, _ in MODELS])
+def test_what_a_kind_accepts_is_what_deepspeed_accepts(model: type[Any], kinds: deepspeed_keys.Kinds) -> None:
+    tried = {
+        key: SAMPLES[kind]
+        for key, kind in kinds.items()
+        if isinstance(kind, deepspeed_keys.ValueRule) and kind in SAMPLES
+    }
+    assert tried
+    for key, (right, wrong) in tried.items():
+        kind = kinds[key]
+        assert isinstance(kind, deepspeed_keys.ValueRule)
+        assert kind.accepts(right)
+        assert not kind.accepts(wrong)
+        model(**{key: right})
+        with pytest.raises(ValueError, match="validation error"):
+            model(**{key: wrong})
+
+
+def test_a_bucket_of_nothing_is_refused_here_as_there() -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        DeepSpeedZeroConfig(reduce_bucket_size=0)
+    assert not deepspeed_keys.POSITIVE.accepts(0)
+
+
+def test_keys_inside_the_blocks_are_deepspeed_s() -> None:
+    left_out = {
+        DeepSpeedBF16Config: BF16_LEFT_OUT,
+        DeepSpeedFP16Config: FP16_LEFT_OUT,
+        DeepSpeedZeroOffloadOptimizerConfig: OFFLOAD_LEFT_OUT,
+    }
+    for model, kinds in MODELS[1:]:
+        assert model.model_fields.keys() == kinds.keys() | left_out.get(model, set()), model
+    assert deepspeed_keys.PASSED_ON["aio"].keys() == AIO_DEFAULT_DICT.keys()  # type: ignore[union-attr]
+    names = {
+        value
+        for name, value in vars(profiling_constants).items()
+        if name.startswith("FLOPS_PROFILER_") and not name.endswith(("_DEFAULT", "_FORMAT"))
+    }
+    assert deepspeed_keys.PASSED_ON["flops_profiler"].keys() == names  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("text", ["fp32", "bf16", "fp16"])
+def test_types_and_levels_are_deepspeed_s(text: str) -> None:
+    for key in ("communication_data_type", "log_level"):
+        kind = deepspeed_keys.PASSED_ON[key]
+        assert isinstance(kind, deepspeed_keys.ValueRule)
+        assert not kind.accepts("fp33")
+    assert deepspeed_config.get_communication_data_type({"communication_data_type": text}) is not None
+    with pytest.raises(ValueError, match="Invalid communication_data_type"):
+        deepspeed_config.get_communication_data_type({"communication_data_type": "fp33"})
+    assert all(deepspeed_keys.PASSED_ON["log_level"].accepts(level) for level in log_levels)  # type: ignore[union-attr]
+
+
+def test_the_keys_of_kernels_are_those_of_the_request() -> None:
+    assert deepspeed_keys.KERNEL_KEYS.keys() == KernelRequest.__dataclass_fields__.keys()
+    for key, names in (("attention", ATTENTIONS), ("optimizer", OPTIMIZERS), ("loss", LOSSES)):
+        kind = deepspeed_keys.KERNEL_KEYS[key]
+        assert isinstance(kind, deepspeed_keys.ValueRule)
+        assert all(kind.accepts(name) for name in names)
+        assert not kind.accepts("deepspeed_cpu")
+
+
+def test_attentions_are_those_of_transformers() -> None:
+    theirs = {name for name in ALL_ATTENTION_FUNCTIONS if name.startswith("flash_attention")} | {"sdpa", "eager"}
+    assert set(ATTENTIONS) == theirs
+
+
+def top_level_keys() -> set[str]:
+    """Every key that DeepSpeed's config module looks up in the document."""
+    asked: set[str] = set()
+
+    class Recorder(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+        def __getitem__(self, key: str) -> Any:
+            asked.add(key)
+            return super().__getitem__(key)
+
+        def __copy__(self) -> "Recorder":
+            return self
+
+        def keys(self) -> Any:
+            owner = self
+
+            class Keys:
+                def __contains__(self, key: object) -> bool:
+                    return key in owner
+
+            return Keys()
+
+    DeepSpeedConfig(Recorder(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, train_batch_size=1))
+    return asked
+
+
+ALIASES = {
+    "bfloat16": "an old name of bf16",
+    "vocabulary_size": "asked for a warning only",
+    "max_grad_norm": "an optimizer's key",
+}
+
+
+def test_every_top_level_key_of_deepspeed_is_in_a_table() -> None:
+    asked = top_level_keys()
+    assert {"zero_optimization", "train_batch_size", "prescale_gradients", "wandb"} <= asked
+    owned = {path.split(".")[0] for path in deepspeed_keys.RECIPE_OWNED}
+    tables = [
+        set(deepspeed_keys.PASSED_ON),
+        set(deepspeed_keys.REFUSED),
+        owned,
+        set(deepspeed_keys.DERIVED),
+        {"scheduler"},
+        set(deepspeed_keys.OURS),
+    ]
+    ours: set[str] = set().union(*tables)
+    assert sum(map(len, tables)) == len(ours)  # each key has one owner
+    assert asked - ours - ALIASES.keys() - deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() == set()
+    assert not ours & ALIASES.keys()
+    assert not asked & deepspeed_keys.OURS.keys()  # DeepSpeed reads past them
+    assert deepspeed_keys.OWNED_ELSEWHERE.keys() == owned | deepspeed_keys.DERIVED.keys() | {"scheduler"}
+
+
+def test_every_passed_on_key_is_one_that_deepspeed_reads() -> None:
+    source = Path(deepspeed_config.__file__).parent.parent
+    text = "\n".join(path.read_text(encoding="utf-8") for path in source.rglob("*.py") if "inference" not in path.parts)
+    for key in deepspeed_keys.PASSED_ON.keys() | deepspeed_keys.REFUSED.keys():
+        assert re.search(rf"[\"']{key}[\"']", text), key
+
+
+@pytest.mark.parametrize("hidden_size", [128, 768, 1000, 3200])
+def test_automatic_buckets_are_hugging_face_s(hidden_size: int, resolved: Callable[..., Resolved]) -> None:
+    keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    document: dict[str, Any] = {"zero_optimization": {"stage": 3, **dict.fromkeys(keys, "auto")}}
+    theirs = HfTrainerDeepSpeedConfig(json.loads(json.dumps(document)))
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size))
+    theirs.trainer_config_finalize(SimpleNamespace(get_warmup_steps=lambda _: 0), model, 1)
+    shape = target_shape(load_recipe("quickstart"))
+    assert shape is not None
+    wide = shape[0].model_copy(update={"hidden_size": hidden_size})
+    ours = resolved({**document, "train_micro_batch_size_per_gpu": 1}, shape=(wide, 4)).config["zero_optimization"]
+    assert {key: ours[key] for key in keys} == {key: theirs.get_value(f"zero_optimization.{key}") for key in keys}
+
+
+def test_without_a_shape_automatic_buckets_are_deepspeed_s(resolved: Callable[..., Resolved]) -> None:
+    document = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"reduce_bucket_size": "auto"}}
+    found = resolved(document, shape=None)
+    assert "reduce_bucket_size" not in found.config["zero_optimization"]
+    assert "zero_optimization.reduce_bucket_size: DeepSpeed's own default (auto)" in found.notes
+
+
+def accepted(config: dict[str, Any], world_size: int) -> DeepSpeedConfig:
+    """Build DeepSpeed's own config for so many ranks; it checks batch, types and unknown nested keys."""
+    mpu = SimpleNamespace(get_data_parallel_world_size=lambda: world_size)
+    parsed = DeepSpeedConfig(json.loads(json.dumps(config)), mpu=mpu)
+    assert parsed.world_size == world_size
+    return parsed
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let DeepSpeed's config ask `mpu` for the number of ranks without a process group."""
+    monkeypatch.setattr(deepspeed_config.dist, "get_rank", lambda: 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_pair_resolves_to_what_deepspeed_accepts(path: Path, world_size: int, ranks: None) -> None:
+    machine = MACHINES["cpu" if path.stem == "cpu" else "h100"]
+    for name in shipped_names():
+        recipe = load_recipe(name)
+        found = resolve(
+            read(path), recipe, origin=path.name, shape=target_shape(recipe), world_size=world_size, machine=machine
+        )
+        parsed = accepted(dict(found.config), world_size)
+        assert parsed.train_batch_size == recipe.training.batch_windows
+        assert parsed.train_micro_batch_size_per_gpu == found.micro_batch_size
+        assert parsed.gradient_accumulation_steps == found.gradient_accumulation_steps
+        assert parsed.zero_optimization_stage == found.zero_stage >= 1
+        assert parsed.bfloat16_config.enabled == (found.precision == "bf16")
+        assert parsed.gradient_clipping == recipe.optimizer.max_grad_norm
+        assert parsed.optimizer_params["lr"] == recipe.optimizer.lr
+        assert parsed.grad_accum_dtype == "fp32"
+        assert read(path)["kernels"] == found.config["kernels"]  # written out in full
+
+
+AUTO_BATCH = {
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+AUTO_BLOCKS = {
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+}
+# The examples of Hugging Face's documentation (transformers, docs/source/en/deepspeed.md).
+HUGGING_FACE_ZERO_2 = {
+    **AUTO_BLOCKS,
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "allgather_partitions": True,
+        "allgather_bucket_size": 5e8,
+        "overlap_comm": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 5e8,
+        "contiguous_gradients": True,
+        "round_robin_gradients": True,
+    },
+    **AUTO_BATCH,
+}
+HUGGING_FACE_ZERO_3 = {
+    **AUTO_BLOCKS,
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    **AUTO_BATCH,
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("document", [HUGGING_FACE_ZERO_2, HUGGING_FACE_ZERO_3], ids=["zero2", "zero3"])
+def test_a_config_of_hugging_face_s_documentation_works(
+    document: dict[str, Any], world_size: int, ranks: None, resolved: Callable[..., Resolved]
+) -> None:
+    assert HfDeepSpeedConfig(document).is_zero3() == (document["zero_optimization"]["stage"] == 3)
+    found = resolved(document, world_size=world_size)
+    assert '"auto"' not in json.dumps({key: value for key, value in found.config.items() if key != "kernels"})
+    parsed = accepted(dict(found.config), world_size)
+    assert not parsed.zero_config.round_robin_gradients, "it mixes up master weights on several ranks"
+    assert parsed.zero_optimization_stage == document["zero_optimization"]["stage"]
+    assert parsed.zero_config.offload_optimizer.device == "cpu"
+    assert parsed.scheduler_name is None
+    assert found.precision == "bf16"
+    kept = {**document["zero_optimization"]}
+    kept.pop("round_robin_gradients", None)
+    given = {key: value for key, value in kept.items() if value != "auto"}
+    assert found.config["zero_optimization"].items() >= given.items()

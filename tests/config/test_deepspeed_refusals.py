@@ -1,0 +1,199 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from inheritune_ds.config.deepspeed import Resolved
+from inheritune_ds.config.deepspeed_keys import REFUSED
+from inheritune_ds.errors import RecipeError
+
+FLAT = {"train_micro_batch_size_per_gpu": 8}
+Resolve = Callable[..., Resolved]
+
+
+def refusal(resolved: Resolve, document: dict[str, Any]) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        resolved({**FLAT, **document})
+    return caught.value
+
+
+FORMULA = "training.global_batch_tokens / (micro-batch x seq_len x ranks)"
+NVME = "(DeepSpeed does not bring a state on NVMe back as it was: a resumed run would differ)"
+STAGE_0 = "(stage 0 loses precision in bf16 and has no gradient norm)"
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"zero_optimisation": {"stage": 3}}, "ds.json: zero_optimisation: unknown key"),
+    ({"amp": {"enabled": True}}, "ds.json: amp: not usable here: it needs NVIDIA's apex and excludes ZeRO; use bf16"),
+    (
+        {"gradient_allreduce_op": "sum"},
+        f"ds.json: gradient_allreduce_op: not usable here: {REFUSED['gradient_allreduce_op']}",
+    ),
+    (
+        {"gradient_clipping": 0.25},
+        "ds.json: gradient_clipping: 0.25 stands here, but the recipe owns it as optimizer.max_grad_norm",
+    ),
+    (
+        {"optimizer": {"params": {"betas": [0.9, 0.99]}}},
+        "ds.json: optimizer.params.betas: [0.9, 0.99] stands here, but the recipe owns it as optimizer.betas",
+    ),
+    (
+        {"gradient_accumulation_steps": 4},
+        f"ds.json: gradient_accumulation_steps: 4 stands here, but it is derived: {FORMULA}",
+    ),
+    ({"optimizer": {"type": "Lion"}}, "ds.json: optimizer.type: 'Lion' is not accepted"),
+    ({"optimizer": {"params": {"amsgrad": True}}}, "ds.json: optimizer.params.amsgrad: unknown key"),
+    ({"optimizer": {"params": {"torch_adam": False}}}, "ds.json: optimizer.params.torch_adam: False is not accepted"),
+    ({"optimizer": {"params": [1]}}, "ds.json: optimizer.params: [1] is not an object"),
+    ({"optimizer": "AdamW"}, "ds.json: optimizer: 'AdamW' is not an object"),
+    (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": "auto"}}},
+        "ds.json: scheduler: warmup_num_steps stands here, but the recipe owns the schedule",
+    ),
+    ({"scheduler": "WarmupLR"}, "ds.json: scheduler: it stands here, but the recipe owns the schedule"),
+    ({"scheduler": {"params": [3]}}, "ds.json: scheduler: it stands here, but the recipe owns the schedule"),
+    ({"bf16": True}, "ds.json: bf16: True is not an object"),
+    ({"bf16": {"enabled": "yes"}}, "ds.json: bf16.enabled: 'yes' is not accepted"),
+    ({"fp16": {"enabled": 1}}, "ds.json: fp16.enabled: 1 is not accepted"),
+    ({"bf16": {"enable": True}}, "ds.json: bf16.enable: unknown key"),
+    ({"bf16": {"bf16_master_weights_and_grads": True}}, "ds.json: bf16.bf16_master_weights_and_grads: unknown key"),
+    (
+        {"reliability": {"watchdog_s": {"step": 1e10}}},
+        "ds.json: reliability.watchdog_s.step: 10000000000.0 is not accepted",
+    ),
+    ({"data_types": {"grad_dtype": "bf16"}}, "ds.json: data_types.grad_dtype: unknown key"),
+    ({"data_types": {"grad_accum_dtype": "f32"}}, "ds.json: data_types.grad_accum_dtype: 'f32' is not accepted"),
+    (
+        {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        "ds.json: fp16.enabled: bf16 and fp16 are both true",
+    ),
+    ({"zero_optimization": {"stag": 2}}, "ds.json: zero_optimization.stag: unknown key"),
+    ({"zero_optimization": [2]}, "ds.json: zero_optimization: [2] is not an object"),
+    (
+        {"zero_optimization": {"stage": 0}},
+        f"ds.json: zero_optimization.stage: 0 is not accepted {STAGE_0}",
+    ),
+    ({"zero_optimization": {"overlap_comm": "yes"}}, "ds.json: zero_optimization.overlap_comm: 'yes' is not accepted"),
+    (
+        {"zero_optimization": {"reduce_bucket_size": "5e8"}},
+        "ds.json: zero_optimization.reduce_bucket_size: '5e8' is not accepted",
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": "cpu"}},
+        "ds.json: zero_optimization.offload_optimizer: 'cpu' is not an object",
+    ),
+    ({"scheduler": {"kind": "WarmupLR"}}, "ds.json: scheduler: kind stands here, but the recipe owns the schedule"),
+    ({"steps_per_print": "often"}, "ds.json: steps_per_print: 'often' is not accepted"),
+    ({"prescale_gradients": "yes"}, "ds.json: prescale_gradients: 'yes' is not accepted"),
+    ({"communication_data_type": "fp33"}, "ds.json: communication_data_type: 'fp33' is not accepted"),
+    ({"log_level": "loud"}, "ds.json: log_level: 'loud' is not accepted"),
+    ({"gradient_predivide_factor": 0}, "ds.json: gradient_predivide_factor: 0 is not accepted"),
+    ({"fp16": {"enabled": True, "loss_scale": "big"}}, "ds.json: fp16.loss_scale: 'big' is not accepted"),
+    ({"aio": {"blocksize": 1}}, "ds.json: aio.blocksize: unknown key"),
+    ({"flops_profiler": {"enable": True}}, "ds.json: flops_profiler.enable: unknown key"),
+    ({"comms_logger": {"prof_ops": "all"}}, "ds.json: comms_logger.prof_ops: 'all' is not accepted"),
+    ({"timers": {"throughput": {"on": True}}}, "ds.json: timers.throughput.on: unknown key"),
+    ({"timers": {"throughput": 1}}, "ds.json: timers.throughput: 1 is not an object"),
+    ({"optimizer": {"parms": {}}}, "ds.json: optimizer.parms: unknown key"),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}},
+        "ds.json: zero_optimization.offload_param.devic: unknown key",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}},
+        "ds.json: zero_optimization.offload_param.device: 'gpu' is not accepted",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+        f"ds.json: zero_optimization.offload_optimizer.device: 'nvme' is not accepted {NVME}",
+    ),
+    (
+        {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+        "ds.json: zero_optimization.offload_param.device: 'cpu' needs stage 3: DeepSpeed ignores it with stage 1",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "ds.json: zero_optimization.offload_param.device: 'cpu' needs stage 3: DeepSpeed ignores it with stage 2",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "ds.json: zero_optimization.offload_optimizer.ratio: 0.5 is not accepted",
+    ),
+    ({"kernels": "fast"}, "ds.json: kernels: 'fast' is not an object"),
+    ({"kernels": {"atention": "sdpa"}}, "ds.json: kernels.atention: unknown key"),
+    (
+        {"kernels": {"attention": "flash_attention_5"}},
+        "ds.json: kernels.attention: 'flash_attention_5' is not accepted",
+    ),
+    ({"kernels": {"optimizer": "deepspeed_cpu"}}, "ds.json: kernels.optimizer: 'deepspeed_cpu' is not accepted"),
+    ({"kernels": {"liger": "yes"}}, "ds.json: kernels.liger: 'yes' is not accepted"),
+    ({"kernels": {"loss": True}}, "ds.json: kernels.loss: True is not accepted"),
+    ({"kernels": {"compile": 1}}, "ds.json: kernels.compile: 1 is not accepted"),
+    (
+        {"kernels": {"activation_checkpointing": "all"}},
+        "ds.json: kernels.activation_checkpointing: 'all' is not accepted",
+    ),
+    (
+        {"train_micro_batch_size_per_gpu": 0},
+        "ds.json: train_micro_batch_size_per_gpu: 0 is not accepted",
+    ),
+    (
+        {"train_micro_batch_size_per_gpu": 5},
+        "ds.json: train_micro_batch_size_per_gpu: 5 does not divide the 32 windows that each of 1 ranks has in a step",
+    ),
+]
+
+
+@pytest.mark.parametrize(("document", "problem"), REFUSALS, ids=[problem[9:60] for _, problem in REFUSALS])
+def test_a_config_that_cannot_be_used_is_refused_by_key_and_value(
+    document: dict[str, Any], problem: str, resolved: Resolve
+) -> None:
+    error = refusal(resolved, document)
+    assert error.problem == problem
+    assert error.exit_code == 3
+    assert error.allowed
+    assert error.action
+
+
+@pytest.mark.parametrize("stage", [True, 1.0, "1", 4, -1, [1], None])
+def test_a_stage_is_one_of_three_numbers(stage: Any, resolved: Resolve) -> None:
+    error = refusal(resolved, {"zero_optimization": {"stage": stage}})
+    assert error.problem.startswith(f"ds.json: zero_optimization.stage: {stage!r} is not accepted")
+    assert error.allowed == '1, 2 or 3, or "auto"'
+    assert error.action == 'write "auto", or remove zero_optimization.stage'
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, None, [1]])
+def test_a_bucket_size_is_a_count(value: Any, resolved: Resolve) -> None:
+    error = refusal(resolved, {"zero_optimization": {"stage3_max_live_parameters": value}})
+    assert error.problem == f"ds.json: zero_optimization.stage3_max_live_parameters: {value!r} is not accepted"
+    assert error.allowed == 'a whole number, 0 or more, or "auto"'
+
+
+@pytest.mark.parametrize(
+    ("document", "suggestion"),
+    [
+        ({"zero_optimisation": {}}, "did you mean zero_optimization?"),
+        ({"gradient_acumulation_steps": 1}, "did you mean gradient_accumulation_steps?"),
+        ({"qqq": 1}, "remove qqq"),
+        ({"zero_optimization": {"overlap_com": True}}, "did you mean zero_optimization.overlap_comm?"),
+        ({"zero_optimization": {"offload_optimiser": {}}}, "did you mean zero_optimization.offload_optimizer?"),
+        ({"bf16": {"enable": True}}, "did you mean bf16.enabled?"),
+        ({"kernel": {}}, "did you mean kernels?"),
+        ({"kernels": {"optimiser": "apex"}}, "did you mean kernels.optimizer?"),
+        ({"kernels": {"attention": "flash"}}, 'write "auto", or remove kernels.attention'),
+        ({"fp16": {"los_scale": 0}}, "did you mean fp16.loss_scale?"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}},
+            "did you mean zero_optimization.offload_param.device?",
+        ),
+        (
+            {"train_batch_size": 64},
+            'write "auto" here and training.global_batch_tokens=8192 on the command line',  # windows x 128 tokens
+        ),
+        (
+            {"optimizer": {"params": {"betas": [0.9, 0.99]}}},
+            'write "auto" here and optimizer.betas=[0.9, 0.99] on the command line',
+        ),
+    ],
+)
+def test_a_refusal_says_what_to_do(document: dict[str, Any], suggestion: str, resolved: Resolve) -> None:
+    assert refusal(resolved, document).action == suggestion

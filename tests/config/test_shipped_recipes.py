@@ -1,0 +1,180 @@
+"""The shipped recipes and DeepSpeed configs, each loaded, counted and compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from inheritune_ds.config.deepspeed import Machine, Resolved, resolve
+from inheritune_ds.config.deepspeed_checks import read
+from inheritune_ds.config.loading import DEFAULT_RECIPE, differences, load_recipe, read_document, shipped_names
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.plan.budget import layout_of
+from inheritune_ds.plan.duration import steps_in
+from inheritune_ds.plan.gpus import gpu
+from inheritune_ds.plan.memory import largest_micro_batch
+from inheritune_ds.plan.model_size import parameters
+from inheritune_ds.plan.shapes import target_shape
+
+CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+NAMES = [
+    "gpt2-medium-16l",
+    "gpt2-medium-24l",
+    "openllama-3b-13l",
+    "openllama-3b-13l-250m",
+    "quickstart",
+    "quickstart-reference",
+    "quickstart-scratch",
+]
+A6000 = Machine(kind="cuda", memory_gib=48.0, bf16=True)
+
+
+def document(name: str) -> dict[str, Any]:
+    return load_recipe(name).model_dump(mode="json")
+
+
+def test_shipped_recipes_are_those_of_the_documentation() -> None:
+    assert shipped_names() == NAMES
+    assert DEFAULT_RECIPE in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_named_as_its_file_and_fits_its_target(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert target_shape(recipe) is not None
+    assert len(recipe.description) <= 97  # `description: ` and 97 characters: the width of the plan
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_file_is_narrow_and_comments_its_numbers(name: str) -> None:
+    text, _ = read_document(name, "recipes")
+    assert max(map(len, text.splitlines())) <= 120
+    batch = next(line for line in text.splitlines() if "global_batch_tokens" in line)
+    assert "windows" in batch.partition("#")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "blocks", "steps", "windows"),
+    [
+        ("quickstart-reference", 2_631_808, 8, 240, 16),
+        ("quickstart", 1_840_256, 4, 240, 16),
+        ("quickstart-scratch", 1_840_256, 4, 240, 16),
+        ("openllama-3b-13l", 1_815_638_400, 13, 61_035, 64),
+        ("openllama-3b-13l-250m", 1_815_638_400, 13, 1_907, 64),
+        ("gpt2-medium-24l", 354_871_296, 24, 100_000, 384),
+        ("gpt2-medium-16l", 254_101_504, 16, 100_000, 384),
+    ],
+)
+def test_recipe_gives_the_numbers_of_its_comments(name: str, total: int, blocks: int, steps: int, windows: int) -> None:
+    recipe = load_recipe(name)
+    found = target_shape(recipe)
+    assert found is not None
+    assert found[1] == blocks
+    assert parameters(*found).total == total
+    assert steps_in(recipe.training, 1_000_000_000) == steps
+    assert recipe.training.batch_windows == windows
+    assert recipe.schedule.warmup_steps <= steps // 10
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("quickstart")])
+def test_full_size_recipe_validates_on_four_million_tokens(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.validation.max_tokens >= 4_000_000
+    unique = recipe.corpus.max_tokens or 9_035_582_198
+    assert unique * recipe.corpus.validation_ratio > recipe.validation.max_tokens
+
+
+def test_quickstart_scratch_is_quickstart_with_random_values() -> None:
+    changed = differences(document("quickstart"), document("quickstart-scratch"))
+    assert [line.partition(":")[0] for line in changed] == ["description", "name", "target.inherit"]
+    assert changed[-1] == "target.inherit: 'all' -> 'none'"
+
+
+def test_quickstart_and_its_reference_differ_in_the_model_only() -> None:
+    changed = differences(document("quickstart"), document("quickstart-reference"))
+    keys = {line.partition(":")[0] for line in changed}
+    assert keys == {"description", "name", "reference", "target.select", "target.shape"}
+
+
+def test_the_short_openllama_run_differs_in_stated_keys_only() -> None:
+    changed = differences(document("openllama-3b-13l"), document("openllama-3b-13l-250m"))
+    assert {line.partition(":")[0] for line in changed} == {
+        "description",
+        "name",
+        "published_claim",
+        "schedule.warmup_steps",
+        "training.duration",
+        "validation.interval_steps",
+    }
+
+
+def test_the_gpt2_target_trains_as_its_reference_did() -> None:
+    changed = differences(document("gpt2-medium-24l"), document("gpt2-medium-16l"))
+    keys = {line.partition(":")[0] for line in changed}
+    assert keys == {"description", "name", "reference", "target.select", "target.shape"}
+
+
+def test_the_paper_s_texts_are_in_the_recipes() -> None:
+    llama, medium = load_recipe("openllama-3b-13l"), load_recipe("gpt2-medium-24l")
+    assert (llama.optimizer.lr, llama.optimizer.weight_decay, llama.schedule.warmup_steps) == (3e-4, 0.1, 1000)
+    assert (llama.schedule.kind, llama.training.duration, llama.corpus.max_tokens) == ("cosine", "8B tokens", 10**9)
+    assert llama.published_claim is not None
+    assert (llama.published_claim.hours, llama.published_claim.gpu) == (12, "a6000")
+    assert medium.optimizer.lr * medium.schedule.min_lr_ratio == pytest.approx(1e-5)
+    assert medium.target.shape is not None
+    assert medium.target.shape.scale_attn_by_inverse_layer_idx
+
+
+def test_ds_configs_are_those_of_the_documentation() -> None:
+    assert [path.stem for path in CONFIGS] == ["a6000", "cpu", "zero1", "zero2", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ds_config_is_plain_deepspeed_json(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
+        assert config[key] == "auto"
+    assert config["optimizer"]["type"] == "AdamW"
+    assert set(config["optimizer"]["params"].values()) == {"auto"}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    zero = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
+    assert DeepSpeedZeroConfig(**zero).stage == config["zero_optimization"]["stage"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_runs_on_every_config(name: str, path: Path) -> None:
+    recipe = load_recipe(name)
+    resolved = resolved_for(recipe, path.stem, A6000)
+    batch = resolved.micro_batch_size * resolved.gradient_accumulation_steps
+    assert batch == recipe.training.batch_windows
+    assert resolved.precision == "bf16"
+
+
+def resolved_for(recipe: Recipe, config: str, machine: Machine) -> Resolved:
+    path = next(path for path in CONFIGS if path.stem == config)
+    return resolve(read(path), recipe, origin=config, shape=target_shape(recipe), world_size=1, machine=machine)
+
+
+def test_a6000_config_holds_the_largest_micro_batch_of_the_paper_s_model() -> None:
+    recipe = load_recipe("openllama-3b-13l")
+    config = resolved_for(recipe, "a6000", A6000).config
+    found = target_shape(recipe)
+    assert found is not None
+    largest = largest_micro_batch(
+        *found,
+        memory_gib=gpu("a6000").memory_gib,
+        batch_windows=recipe.training.batch_windows,
+        **layout_of(config, recipe, 1),
+    )
+    assert config["train_micro_batch_size_per_gpu"] == largest == 2
+
+
+@pytest.mark.parametrize(("bf16", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_cpu_config_computes_in_bf16_where_the_cpu_can(bf16: bool, precision: str) -> None:  # noqa: FBT001
+    machine = Machine(kind="cpu", memory_gib=16.0, bf16=bf16)
+    resolved = resolved_for(load_recipe("quickstart"), "cpu", machine)
+    assert (resolved.precision, resolved.micro_batch_size) == (precision, 16)

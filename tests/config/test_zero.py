@@ -1,0 +1,81 @@
+"""What of a resolved DeepSpeed config decides memory and communication."""
+
+from typing import Any
+
+import pytest
+
+from inheritune_ds.config.zero import ZeroSettings, communication_bytes, read_layout, uses_bf16_optimizer
+
+
+def read(**changes: Any) -> ZeroSettings:
+    config = {
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 1},
+    }
+    return read_layout({**config, **changes}, seq_len=8, world_size=2)
+
+
+def test_layout_of_a_config_that_says_little_is_deepspeeds_own() -> None:
+    assert read() == {
+        "seq_len": 8,
+        "zero_stage": 1,
+        "world_size": 2,
+        "precision": "bf16",
+        "accumulate_fp32": True,
+        "offload_optimizer": False,
+        "offload_parameters": False,
+        "activation_checkpointing": "none",
+        "loss": "chunked",
+        "immediate_grad_update": False,
+        "overlap_comm": False,
+        "reduce_bucket_size": 500_000_000,
+        "max_reuse_distance": 1_000_000_000,
+        "persistence_threshold": 100_000,
+        "reduce_fp32": False,
+    }
+
+
+def test_layout_takes_auto_for_deepspeeds_own() -> None:
+    zero = {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": "auto", "offload_optimizer": None}
+    assert read(zero_optimization=zero, kernels={"loss": "auto"}) == read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({"kernels": {"activation_checkpointing": "full"}}, "activation_checkpointing", "full"),
+        ({"kernels": {"loss": "plain"}}, "loss", "plain"),
+        ({"kernels": {"loss": "liger"}}, "loss", "chunked"),
+        ({"kernels": {"loss": "auto"}}, "loss", "chunked"),
+        ({"bf16": {"enabled": True, "immediate_grad_update": True}}, "immediate_grad_update", True),
+        ({"zero_optimization": {"stage": 3}}, "overlap_comm", True),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}, "reduce_bucket_size", 7),
+        ({"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 9}}, "max_reuse_distance", 9),
+        ({"communication_data_type": "fp32"}, "reduce_fp32", True),
+    ],
+)
+def test_layout_reads(changes: dict[str, Any], key: str, value: object) -> None:
+    assert read(**changes)[key] == value  # type: ignore[literal-required]
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, True),
+        ({"zero_optimization": {"stage": 2}}, False),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, False),
+        ({"bf16": {"enabled": False}}, False),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, False),
+    ],
+)
+def test_bf16_optimizer_is_taken_for_stage_1_in_bf16_with_fp32_sums(changes: dict[str, Any], taken: object) -> None:
+    assert uses_bf16_optimizer(read(**changes)) is taken
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"), [({}, 2), ({"communication_data_type": "fp32"}, 4), ({"bf16": {"enabled": False}}, 4)]
+)
+def test_gradients_travel_in_the_precision_of_the_passes(changes: dict[str, Any], size: int) -> None:
+    assert communication_bytes(read(**changes)) == size

@@ -1,0 +1,103 @@
+import bz2
+import gzip
+import random
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from inheritune_ds.data.documents import compression
+from inheritune_ds.errors import CorpusError
+
+PACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+SUFFIXES = sorted(PACK)
+CONTENT = b"some text that is long enough to be packed, some text that is long enough " + random.Random(1).randbytes(
+    300
+)
+
+
+def unpack(path: Path) -> bytes:
+    with compression.open_unpacked(path, lambda _: None) as stream:
+        return stream.read()
+
+
+def test_open_unpacked_knows_the_endings_it_names() -> None:
+    assert set(compression.SUFFIXES) == set(PACK)
+
+
+@pytest.mark.parametrize("suffix", ["", *SUFFIXES])
+def test_open_unpacked_gives_the_content_and_tells_the_size_of_the_file(tmp_path: Path, suffix: str) -> None:
+    noise = random.Random(2).randbytes(3_000_000)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(PACK[suffix](noise) if suffix else noise)
+    told: list[int] = []
+    with compression.open_unpacked(path, told.append) as stream:
+        assert stream.read() == noise
+    assert sum(told) == path.stat().st_size
+    assert len(told) > 1
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_open_unpacked_reads_all_frames_of_a_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(PACK[suffix](CONTENT) + PACK[suffix](b"") + PACK[suffix](b"end"))
+    assert unpack(path) == CONTENT + b"end"
+
+
+def test_open_unpacked_passes_over_frames_without_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.zst"
+    table = struct.pack("<II", 0x184D2A50, 4) + b"seek"  # a skippable frame, as the seekable format has it last
+    path.write_bytes(table + zstandard.compress(CONTENT) + table)
+    assert unpack(path) == CONTENT
+
+
+def test_open_unpacked_passes_over_padding_of_a_gzip_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(CONTENT) + bytes(2_000_000) + gzip.compress(b"end") + bytes(10))
+    assert unpack(path) == CONTENT + b"end"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_open_unpacked_notices_every_place_where_a_file_can_be_cut_off(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    whole = PACK[suffix](CONTENT)
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            CorpusError, match=r"(?s)it is cut off or damaged \(its end is missing\).*download it again"
+        ):
+            unpack(path)
+    path.write_bytes(whole)
+    assert unpack(path) == CONTENT
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("junk", [b"this was never packed, whatever its name says", bytes(100)])
+def test_open_unpacked_notices_what_was_never_packed(tmp_path: Path, suffix: str, junk: bytes) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(junk)
+    with pytest.raises(CorpusError, match=rf"a{suffix}: it is cut off or damaged"):
+        unpack(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_open_unpacked_notices_damage_after_the_first_frame(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(PACK[suffix](CONTENT) + b"junk that follows")
+    with pytest.raises(CorpusError, match="it is cut off or damaged"):
+        unpack(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2"])
+def test_open_unpacked_holds_little_of_what_unpacks_to_much(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(PACK[suffix](bytes(2**26)))
+    tracemalloc.start()
+    with compression.open_unpacked(path, lambda _: None) as stream:
+        assert sum(len(part) for part in iter(lambda: stream.read(2**16), b"")) == 2**26
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23

@@ -1,0 +1,160 @@
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inheritune_ds.config.corpus import Corpus, TokensSource, TrainedTokenizer
+from inheritune_ds.data.documents import nanogpt_documents
+from inheritune_ds.data.documents.records import Cursor
+from inheritune_ds.data.tokens.prepare import prepare
+from inheritune_ds.errors import CorpusError
+from tests.data.prepared import END, make_corpus, make_texts, tokens_of, word_level
+
+Documents = list[np.ndarray[Any, np.dtype[np.uint16]]]
+
+
+def make_documents(count: int, largest: int = 250, seed: int = 1) -> Documents:
+    """Token documents of different lengths, each with its end."""
+    draw = np.random.default_rng(seed)
+    bodies = [draw.integers(1, largest, int(draw.integers(0, 40))) for _ in range(count)]
+    return [np.append(body, END).astype("<u2") for body in bodies]
+
+
+def write_bin(path: Path, documents: Documents) -> str:
+    np.concatenate(documents).tofile(path)
+    return str(path)
+
+
+def source_of(train: str, **settings: Any) -> TokensSource:
+    return TokensSource(kind="nanogpt", name="gpt", train=train, **settings)
+
+
+def corpus_of(source: TokensSource, **settings: Any) -> Corpus:
+    return Corpus(**{"sources": [source], "validation_ratio": 0.2, **settings})
+
+
+def test_both_files_come_out_as_they_are(tmp_path: Path, bpe: str) -> None:
+    train, validation = make_documents(80), make_documents(9, seed=2)
+    source = source_of(write_bin(tmp_path / "train.bin", train), validation=write_bin(tmp_path / "val.bin", validation))
+    tokens = prepare(corpus_of(source), bpe, tmp_path / "cache")
+    assert tokens_of(tokens, "train", "gpt") == np.concatenate(train).tolist()
+    assert tokens_of(tokens, "validation", "gpt") == np.concatenate(validation).tolist()
+    assert (tokens.train_documents, tokens.validation_documents) == (80, 9)
+
+
+def test_without_a_validation_file_documents_are_held_out(tmp_path: Path, bpe: str) -> None:
+    documents = make_documents(100)
+    tokens = prepare(corpus_of(source_of(write_bin(tmp_path / "train.bin", documents))), bpe, tmp_path / "cache")
+    assert 5 < tokens.validation_documents < 40
+    parts = {}
+    for part in ("train", "validation"):
+        ids = np.array(tokens_of(tokens, part, "gpt"))
+        starts = [0, *(np.flatnonzero(ids == END) + 1)]
+        parts[part] = [tuple(ids[start:stop]) for start, stop in pairwise(starts)]
+    assert sorted(parts["train"] + parts["validation"]) == sorted(tuple(document) for document in documents)
+    longer = {part: {text for text in found if len(text) > 3} for part, found in parts.items()}
+    assert longer["train"].isdisjoint(longer["validation"])
+
+
+def test_duplicates_and_limits_count_for_token_files_too(tmp_path: Path, bpe: str) -> None:
+    documents = [document for document in make_documents(60) if len(document) > 5]
+    path = write_bin(tmp_path / "train.bin", [*documents, *documents[:7]])
+    corpus = corpus_of(source_of(path), duplicates="drop")
+    tokens = prepare(corpus, bpe, tmp_path / "cache")
+    assert tokens.manifest["duplicate_documents"] == 7
+    assert tokens.train_documents + tokens.validation_documents == len(documents)
+    few = prepare(corpus_of(source_of(path, max_documents=11)), bpe, tmp_path / "cache")
+    assert few.train_documents + few.validation_documents == 11
+    cut = prepare(corpus_of(source_of(path), max_tokens=201), bpe, tmp_path / "cache")
+    assert (
+        tokens_of(cut, "train", "gpt")
+        == tokens_of(prepare(corpus_of(source_of(path)), bpe, tmp_path / "cache"), "train", "gpt")[:201]
+    )
+
+
+def read(source: TokensSource, start: Cursor = Cursor()) -> Iterator[nanogpt_documents.TokenDocument]:  # noqa: B008
+    return nanogpt_documents.documents(source, start, eos_id=END, id_space=300, ratio=0.2)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 2**22])
+def test_reading_goes_on_from_every_document_whatever_the_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(nanogpt_documents, "_CHUNK_TOKENS", chunk)
+    train, validation = make_documents(20), make_documents(5, seed=2)
+    train[-1] = train[-1][:-1] if len(train[-1]) > 1 else np.array([5], "<u2")  # the last one lacks its end
+    source = source_of(write_bin(tmp_path / "train.bin", train), validation=write_bin(tmp_path / "val.bin", validation))
+    whole = list(read(source))
+    assert [document.ids.tolist() for document in whole] == [part.tolist() for part in (*train, *validation)]
+    assert [document.held_out for document in whole] == [False] * 20 + [True] * 5
+    for number, document in enumerate(whole, 1):
+        rest = [later.ids.tolist() for later in read(source, document.cursor)]
+        assert rest == [later.ids.tolist() for later in whole[number:]]
+
+
+def test_a_missing_file_is_named(tmp_path: Path, bpe: str) -> None:
+    message = r"token file .*none\.bin does not exist\n  allowed: a header-free .*\n  do: correct train and validation"
+    with pytest.raises(CorpusError, match=message):
+        prepare(corpus_of(source_of(str(tmp_path / "none.bin"))), bpe, tmp_path / "cache")
+
+
+def test_half_a_token_is_refused(tmp_path: Path, bpe: str) -> None:
+    (tmp_path / "train.bin").write_bytes(b"\1\0\2\0\3")
+    with pytest.raises(
+        CorpusError, match=r"train\.bin has 5 bytes, which is no whole number of 16-bit tokens\n  do: copy"
+    ):
+        prepare(corpus_of(source_of(str(tmp_path / "train.bin"))), bpe, tmp_path / "cache")
+
+
+def test_a_vocabulary_of_more_ids_than_16_bits_hold_is_refused(tmp_path: Path) -> None:
+    folder = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1, "dog": 69_999})
+    path = write_bin(tmp_path / "train.bin", make_documents(5))
+    message = (
+        r"train\.bin holds 16-bit ids, and the tokenizer has 70,000 ids\n  allowed: the tokenizer that made the file"
+    )
+    with pytest.raises(CorpusError, match=message):
+        prepare(corpus_of(source_of(path)), folder, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_tokenizer_that_is_trained_on_the_corpus_is_refused(tmp_path: Path) -> None:
+    path = write_bin(tmp_path / "train.bin", make_documents(5))
+    message = (
+        r"the tokenizer is trained on text, of which token files hold none\n.*\n  do: name it in corpus\.tokenizer"
+    )
+    with pytest.raises(CorpusError, match=message):
+        prepare(corpus_of(source_of(path)), TrainedTokenizer(vocab_size=300), tmp_path / "cache")
+
+
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path, bpe: str) -> None:
+    documents = [*make_documents(50), np.array([5, 60_000, END], "<u2")]
+    place = sum(map(len, documents[:-1])) + 1
+    text = make_corpus(tmp_path, make_texts(40)).sources[0]
+    corpus = Corpus(sources=[text, source_of(write_bin(tmp_path / "train.bin", documents))], validation_ratio=0.2)
+    message = rf"train\.bin has the id 60000 at token {place:,}, and the tokenizer has ids up to \d+ only\n"
+    with pytest.raises(CorpusError, match=message):
+        prepare(corpus, bpe, tmp_path / "cache")
+
+
+def test_a_file_without_ends_is_refused(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nanogpt_documents, "_CHUNK_TOKENS", 500)
+    monkeypatch.setattr(nanogpt_documents, "MAX_DOCUMENT_TOKENS", 2000)
+    path = write_bin(tmp_path / "train.bin", [np.array([5, END], "<u2"), np.full(5000, 7, "<u2")])
+    message = (
+        r"no end-of-text token \(id 0\) among 2,000 tokens from number 2 on\n  allowed: documents of at most 2,000"
+    )
+    with pytest.raises(CorpusError, match=message):
+        prepare(corpus_of(source_of(path)), bpe, tmp_path / "cache")
+
+
+def test_an_empty_file_and_one_of_wider_ids_are_refused(tmp_path: Path, bpe: str) -> None:
+    path = tmp_path / "train.bin"
+    path.touch()
+    with pytest.raises(CorpusError, match=r"token file .*train\.bin is empty"):
+        prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")
+    np.concatenate(make_documents(80)).astype("<u4").tofile(path)
+    with pytest.raises(CorpusError, match=r"train\.bin looks like one of 32-bit ids: every second 16-bit number"):
+        prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")

@@ -1,0 +1,329 @@
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.data.stream.batches import BatchStream, Coverage, build_held_out, build_stream
+from inheritune_ds.data.stream.mixture import Weights
+from inheritune_ds.data.stream.order import ShuffledOrder, order_seeds
+from inheritune_ds.data.stream.windows import TokenShards, Windows
+from inheritune_ds.errors import CorpusError
+
+NAMES = ("books", "arxiv", "web", "code")
+SOURCE_TOKENS = 10_000
+
+Row = tuple[int, int, int]
+"""Source, epoch and place."""
+
+
+def write_source(folder: Path, number: int, counts: list[int]) -> TokenShards:
+    """Shards of a source; its token t is SOURCE_TOKENS * number + t, so that a row tells where it is from."""
+    tokens = SOURCE_TOKENS * number + np.arange(sum(counts), dtype="<u4")
+    paths = [folder / f"{number}-{shard}.bin" for shard in range(len(counts))]
+    for path, part in zip(paths, np.split(tokens.astype("<u4"), np.cumsum(counts)[:-1]), strict=True):
+        part.tofile(path)
+    return TokenShards(paths, counts, "uint32")
+
+
+def sources_of(folder: Path, sizes: list[int], seq_len: int = 4) -> dict[str, Windows]:
+    """Sources of so many windows, each in two shards that end in the middle of one, with a token to spare."""
+    found = {}
+    for number, size in enumerate(sizes):
+        first = size * seq_len // 2 + 1
+        shards = write_source(folder, number, [first, size * seq_len + 2 - first])
+        found[NAMES[number]] = Windows(shards, seq_len)
+    return found
+
+
+def make_stream(
+    folder: Path, sizes: list[int], batch_windows: int, *, seq_len: int = 4, seed: int = 7, **more: Any
+) -> BatchStream:
+    return BatchStream(sources_of(folder, sizes, seq_len), seed=seed, batch_windows=batch_windows, **more)
+
+
+def rows_of(stream: BatchStream, step: int) -> list[Row]:
+    sources, epochs, places = (column.tolist() for column in stream.draw(step))
+    return list(zip(sources, epochs, places, strict=True))
+
+
+def global_rows(stream: BatchStream, step: int, world_size: int, micro_batch_size: int) -> NDArray[np.int64]:
+    """Put the rows of all ranks together in the order (micro-batch, rank, row)."""
+    per_rank = [
+        list(stream.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size))
+        for rank in range(world_size)
+    ]
+    assert {len(micro_batches) for micro_batches in per_rank} == {
+        stream.batch_windows // (world_size * micro_batch_size)
+    }
+    return np.concatenate([rows for micro_step in zip(*per_rank, strict=True) for rows in micro_step])
+
+
+def expected_rows(drawn: list[Row], seq_len: int, stride: int) -> list[list[int]]:
+    """Tokens of what was drawn."""
+    starts = [SOURCE_TOKENS * source + place * stride for source, _, place in drawn]
+    return [list(range(start, start + seq_len + 1)) for start in starts]
+
+
+def settings_of(data: st.DataObject, sizes: list[int]) -> dict[str, Any]:
+    """Sampling, weights and their changes, of any kind."""
+    sampling = data.draw(st.sampled_from(["shuffled", "random", "sequential"]))
+    if data.draw(st.booleans()):
+        return {"sampling": sampling}
+    shares = st.lists(st.integers(0, 6), min_size=len(sizes), max_size=len(sizes)).filter(any)
+    gaps = data.draw(st.lists(st.integers(1, 50), max_size=2))
+    marks = [0, *np.cumsum(gaps, dtype=int).tolist()]
+    return {"sampling": sampling, "weights": [Weights(mark, tuple(data.draw(shares))) for mark in marks]}
+
+
+def test_one_source_has_the_order_of_the_seed(tmp_path: Path) -> None:
+    for weights in (None, [Weights(0, (1,))]):
+        stream = make_stream(tmp_path, [103], 24, seed=1337, weights=weights)
+        positions = np.arange(24 * 9)
+        _, ids = ShuffledOrder([103], [1337]).at(np.zeros_like(positions), positions)
+        assert [place for step in range(9) for _, _, place in rows_of(stream, step)] == ids.tolist()
+    assert stream.num_windows == 103
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    world_size=st.integers(1, 4),
+    micro_batch_size=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    step=st.integers(0, 30),
+    data=st.data(),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_number_of_ranks_and_any_accumulation_read_the_same_sequence(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    *,
+    world_size: int,
+    micro_batch_size: int,
+    accumulation: int,
+    step: int,
+    data: st.DataObject,
+) -> None:
+    more = settings_of(data, sizes)
+    batch_windows = world_size * micro_batch_size * accumulation
+    stream = make_stream(tmp_path_factory.mktemp("stream"), sizes, batch_windows, **more)
+    rows = global_rows(stream, step, world_size, micro_batch_size)
+    stride = 1 if more["sampling"] == "random" else 4
+    assert rows.tolist() == expected_rows(rows_of(stream, step), 4, stride)
+
+
+def test_each_rank_has_its_own_rows(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, [50], 12)
+    expected = expected_rows(rows_of(stream, 2), 4, 4)
+    rows = list(stream.micro_batches(2, rank=1, world_size=3, micro_batch_size=2))
+    # micro * (world * size) + rank * size + j with world 3, size 2: rows 2, 3 and 8, 9.
+    assert [row.tolist() for row in rows] == [expected[2:4], expected[8:10]]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    batch_windows=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    start=st.integers(0, 25),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_seeking_equals_walking_whatever_the_batch(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    *,
+    batch_windows: int,
+    seed: int,
+    start: int,
+    data: st.DataObject,
+) -> None:
+    folder, more = tmp_path_factory.mktemp("stream"), settings_of(data, sizes)
+    one_by_one = make_stream(folder, sizes, 1, seed=seed, **more)
+    walked = [row for step in range(batch_windows * (start + 2)) for row in rows_of(one_by_one, step)]
+    again = make_stream(folder, sizes, batch_windows, seed=seed, **more)
+    assert [row for step in (start, start + 1) for row in rows_of(again, step)] == walked[start * batch_windows :]
+    assert walked == [row for step in range(start + 2) for row in rows_of(again, step)]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    sampling=st.sampled_from(["shuffled", "sequential"]),
+    stops=st.lists(st.integers(1, 40), min_size=20, max_size=20),
+    worlds=st.lists(st.integers(1, 4), min_size=21, max_size=21),
+)
+@settings(max_examples=15, deadline=None)
+def test_eight_epochs_with_twenty_stops_and_changed_worlds_show_every_window_once_an_epoch(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], sampling: Any, stops: list[int], worlds: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("stream")
+    total_steps = -(-8 * sum(sizes) // 12)
+    step, seen, read = 0, [], []
+    for stop, world_size in zip([*stops, total_steps], worlds, strict=True):
+        stream = make_stream(folder, sizes, 12, sampling=sampling)  # each time from nothing but the step
+        last = min(step + stop % max(1, total_steps // 10), total_steps) if stop != total_steps else total_steps
+        for number in range(step, last):
+            seen += rows_of(stream, number)
+            read += global_rows(stream, number, world_size, 12 // world_size).tolist()
+        step = last
+    assert read == expected_rows(seen, 4, 4)
+    undisturbed = make_stream(folder, sizes, 12, sampling=sampling)
+    assert seen == [row for number in range(total_steps) for row in rows_of(undisturbed, number)]
+    windows = [(source, window) for source, size in enumerate(sizes) for window in range(size)]
+    for epoch in range(8):
+        assert sorted((source, place) for source, when, place in seen if when == epoch) == windows
+
+
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=2, max_size=4),
+    steps=st.integers(0, 40),
+    batch_windows=st.integers(1, 12),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_was_seen_of_a_source_is_what_was_drawn(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], steps: int, batch_windows: int, data: st.DataObject
+) -> None:
+    more = settings_of(data, sizes)
+    stream = make_stream(tmp_path_factory.mktemp("stream"), sizes, batch_windows, **more)
+    drawn = [row for step in range(steps) for row in rows_of(stream, step)]
+    seen = stream.seen(steps)
+    assert list(seen) == list(NAMES[: len(sizes)])
+    for number, (found, size) in enumerate(zip(seen.values(), sizes, strict=True)):
+        own = [(epoch, place) for source, epoch, place in drawn if source == number]
+        unique = None if more["sampling"] == "random" else len({place for _, place in own})
+        assert found == Coverage(len(own), unique, len(own) / size)
+        # Each source wraps on its own: its epochs follow its own windows.
+        assert [epoch for epoch, _ in own] == [turn // size for turn in range(len(own))]
+        if more["sampling"] != "random":
+            assert all(Counter(own)[row] == 1 for row in own)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    batches=st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(1, 8)),
+    batch_windows=st.integers(1, 12),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_a_rollback_has_left_out_does_not_count_as_seen(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    batches: tuple[int, int, int],
+    batch_windows: int,
+    data: st.DataObject,
+) -> None:
+    more = settings_of(data, sizes)
+    stream = make_stream(tmp_path_factory.mktemp("stream"), sizes, batch_windows, **more)
+    end, first, count = batches
+    left_out = range(first, first + count)
+    drawn = [row for number in range(end) if number not in left_out for row in rows_of(stream, number)]
+    for number, (found, size) in enumerate(
+        zip(stream.seen(end, [(first, first + count)]).values(), sizes, strict=True)
+    ):
+        own = [place for source, _, place in drawn if source == number]
+        assert (found.windows, found.epochs) == (len(own), len(own) / size)
+        assert found.unique_windows in (None, len(set(own)))
+        if more["sampling"] != "random" and not any(epoch for source, epoch, _ in drawn if source == number):
+            early = [epoch for step in range(end) for source, epoch, _ in rows_of(stream, step) if source == number]
+            assert found.unique_windows is not None or any(early), "inside the first epoch it is a matter of counting"
+
+
+def test_a_source_that_is_added_does_not_reorder_the_others(tmp_path: Path) -> None:
+    def places(sizes: list[int], shares: tuple[int, ...]) -> list[int]:
+        stream = make_stream(tmp_path, sizes, 60, weights=[Weights(0, shares)])
+        return [place for step in range(3) for source, _, place in rows_of(stream, step) if source == 1][:40]
+
+    assert places([10, 33], (1, 3)) == places([10, 33, 20, 5], (2, 3, 1, 1))
+
+
+def test_sources_have_orders_of_their_own(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, [30, 30], 60, seed=3)
+    drawn = rows_of(stream, 0)
+    first, second = ([place for source, _, place in drawn if source == number] for number in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert first != second
+    seeds = order_seeds(3, NAMES[:2])
+    assert first == ShuffledOrder([30], [seeds[0]]).at(np.zeros(30, dtype=np.int64), np.arange(30))[1].tolist()
+
+
+def test_random_sampling_takes_every_place_that_nanogpt_can(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, [5], 400, sampling="random")  # 22 tokens
+    places = {place for _, _, place in rows_of(stream, 0)}
+    # torch.randint(len(data) - block_size, ...): the last target is the last token.
+    assert places == set(range(22 - 4))
+    rows = next(stream.micro_batches(0, rank=0, world_size=1, micro_batch_size=400))
+    assert rows.max() == 21
+
+
+def test_a_stream_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, [20], 12)
+    with pytest.raises(ValueError, match=r"rank 2 outside \[0, 2\)"):
+        stream.micro_batches(0, rank=2, world_size=2, micro_batch_size=1)
+    with pytest.raises(ValueError, match=r"rank -1 outside \[0, 2\)"):
+        stream.micro_batches(0, rank=-1, world_size=2, micro_batch_size=1)
+    with pytest.raises(ValueError, match="batch_windows 12 does not divide into 5 ranks x 1 windows"):
+        stream.micro_batches(0, rank=0, world_size=5, micro_batch_size=1)
+    with pytest.raises(ValueError, match="does not divide into 1 ranks x 0 windows"):
+        stream.micro_batches(0, rank=0, world_size=1, micro_batch_size=0)
+    with pytest.raises(ValueError, match="step must be at least 0, not -1"):
+        stream.micro_batches(-1, rank=0, world_size=1, micro_batch_size=1)
+    with pytest.raises(ValueError, match="step must be at least 0, not -1"):
+        stream.draw(-1)
+    with pytest.raises(ValueError, match="batch_windows must be at least 1, not 0"):
+        make_stream(tmp_path, [20], 0)
+
+
+def test_a_source_without_a_window_is_named(tmp_path: Path) -> None:
+    sources = sources_of(tmp_path, [20, 3])
+    sources["arxiv"] = Windows(write_source(tmp_path, 1, [3]), 4)
+    with pytest.raises(CorpusError) as caught:
+        BatchStream(sources, seed=1, batch_windows=4)
+    assert caught.value.problem == (
+        "the training part of source 'arxiv' has 3 tokens, less than one window of training.seq_len = 4"
+    )
+    assert "take it out of corpus.sources or lower training.seq_len" in caught.value.action
+
+
+def recipe_of(corpus: Mapping[str, Any], **training: Any) -> Recipe:
+    document = load_recipe("quickstart").model_dump(mode="json")
+    document["corpus"] = {**document["corpus"], **corpus}
+    document["training"] |= {"seq_len": 4, "global_batch_tokens": 32, "duration": "100 steps", **training}
+    return Recipe.model_validate(document)
+
+
+def test_a_recipe_is_read_as_it_says(tmp_path: Path) -> None:
+    files = {"kind": "files", "paths": ["x"]}
+    recipe = recipe_of(
+        {
+            "sources": [{**files, "name": "books", "weight": 0.75}, {**files, "name": "arxiv", "weight": 0.25}],
+            "weight_changes": [{"at": "30 tokens", "weights": {"books": 1, "arxiv": 1}}],
+        },
+        sampling="sequential",
+    )
+    shards = {"arxiv": write_source(tmp_path, 1, [41]), "books": write_source(tmp_path, 0, [20, 21])}
+    stream = build_stream(recipe, shards)
+    assert stream.batch_windows == 8
+    # 30 tokens are 8 windows: two rounds of 3 and 1, then turn by turn.
+    sources = [source for step in range(2) for source, _, _ in rows_of(stream, step)]
+    assert Counter(sources[:8]) == {0: 6, 1: 2}
+    assert sources[8:] == [0, 1] * 4
+    assert stream.seen(2) == {"books": Coverage(10, 10, 1.0), "arxiv": Coverage(6, 6, 0.6)}
+    held = build_held_out(recipe, shards)
+    assert held.used(8) == {"books": 6, "arxiv": 2}
+
+
+def test_a_recipe_without_weights_takes_its_sources_as_one(tmp_path: Path) -> None:
+    files = {"kind": "files", "paths": ["x"]}
+    recipe = recipe_of({"sources": [{**files, "name": "books"}, {**files, "name": "arxiv"}]})
+    shards = {"books": write_source(tmp_path, 0, [41]), "arxiv": write_source(tmp_path, 1, [121])}
+    stream = build_stream(recipe, shards)
+    assert stream.num_windows == 40
+    assert stream.seen(5) == {"books": Coverage(10, 10, 1.0), "arxiv": Coverage(30, 30, 1.0)}
+    assert build_held_out(recipe, shards).used(8) == {"books": 2, "arxiv": 6}

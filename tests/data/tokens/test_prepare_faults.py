@@ -1,0 +1,345 @@
+"""Bad data and a bad disk under `inheritune-ds prepare`: one message each, nothing half done, nothing lost unsaid."""
+
+import gzip
+import json
+import re
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from inheritune_ds.cli import main
+from inheritune_ds.config.corpus import Corpus
+from inheritune_ds.data.tokens import token_set
+from inheritune_ds.data.tokens.prepare import prepare
+from inheritune_ds.data.tokens.shards import ShardWriter
+from inheritune_ds.data.tokens.token_set import open_finished
+from inheritune_ds.data.tokens.tokenizer import load_tokenizer
+from inheritune_ds.data.tokens.writer import Build
+from inheritune_ds.errors import CorpusError, StorageError
+from tests.data.prepared import (
+    END,
+    files_below,
+    files_source,
+    is_held,
+    make_corpus,
+    make_texts,
+    names_in,
+    recipe_file,
+    tokens_of,
+)
+
+INTACT = "every file has the sha256 of the manifest"
+
+
+class Ended(NamedTuple):
+    """A command that has ended: exit code, lines of the standard output, text of the error output."""
+
+    code: int
+    said: list[str]
+    error: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, bpe: str, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`inheritune-ds prepare` of a corpus, into the folder `cache`."""
+
+    def start(corpus: Corpus, *arguments: str) -> Ended:
+        command = ["prepare", "--recipe", str(recipe_file(tmp_path, corpus, bpe)), "--workers", "1", *arguments]
+        code = main([*command, "--cache-dir", str(tmp_path / "cache")])
+        out, error = capsys.readouterr()
+        return Ended(code, out.splitlines(), error)
+
+    return start
+
+
+def records(texts: list[str]) -> list[bytes]:
+    """Lines of a jsonl file."""
+    return [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+
+
+def bad_line(lines: list[bytes]) -> bytes:
+    """The lines with one that is not UTF-8 at number 8."""
+    return b"".join([*lines[:7], b'{"text": "caf\xe9"}\n', *lines[7:]])
+
+
+Damage = Callable[[Path], Path]
+
+
+def write(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+BAD: dict[str, tuple[Damage, str]] = {
+    "a line that is not UTF-8": (
+        lambda folder: write(folder, "c.jsonl", bad_line(records(make_texts(40)))),
+        r"c\.jsonl:8: it is not UTF-8 text \(invalid continuation byte at byte 13 of the line\)\n.*\n  do: convert",
+    ),
+    "a text that is not UTF-8": (
+        lambda folder: write(folder, "c.txt", b"caf\xc3\xa9 " * 20_000 + b"caf\xe9 again"),
+        r"c\.txt: it is not UTF-8 text \(invalid continuation byte at byte 120,003\)",
+    ),
+    "another field": (
+        lambda folder: write(folder, "c.jsonl", b'{"body": "a cat", "n": 1}\n'),
+        r"c\.jsonl:1: there is no field 'text'\n  allowed: the fields present: body, n\n  do: set text_field",
+    ),
+    "a field that is no text": (
+        lambda folder: write(folder, "c.jsonl", b'{"text": ["a cat"]}\n'),
+        r"c\.jsonl:1: field 'text' holds list, not text",
+    ),
+    "a gzip file that is cut off": (
+        lambda folder: write(folder, "c.jsonl.gz", gzip.compress(b"".join(records(make_texts(400))))[:-400]),
+        r"c\.jsonl\.gz: it is cut off or damaged \(its end is missing\)\n  do: copy or download it again",
+    ),
+    "no file": (
+        lambda folder: folder / "c.jsonl",
+        r"corpus path '.*c\.jsonl' matches no file",
+    ),
+    "only empty documents": (
+        lambda folder: write(folder, "c.jsonl", b"".join(records(["", " \n"]))),
+        r"the corpus has no document with text in it \(2 empty, filtered or bad ones were left out\)\n  do: check",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_is_one_message_and_publishes_nothing(tmp_path: Path, run: Run, name: str) -> None:
+    make, message = BAD[name]
+    ended = run(Corpus(sources=[files_source(make(tmp_path))], validation_ratio=0.2))
+    assert ended.code == CorpusError.exit_code == 6
+    assert re.match(r"inheritune-ds: error: (corpus file )?.*" + message, ended.error), ended.error
+    assert ended.error.count("error:") == 1
+    assert ended.said == []
+    folder = tmp_path / "cache" / "tokens"
+    published = [name for name in names_in(folder) if not name.startswith(".")] if folder.exists() else []
+    assert published == []
+
+
+def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path: Path, run: Run) -> None:
+    texts = make_texts(40)
+    lines = [*records(texts)[:20], b"\n", b"no json\n", *records(["", *texts[20:]]), b'{"body": "a cat"}\n']
+    path = write(tmp_path, "corpus.jsonl", bad_line(lines))
+    ended = run(Corpus(sources=[files_source(path, bad_records="skip")], validation_ratio=0.2))
+    assert ended.code == 0, ended.error
+    assert ended.said[-1].startswith(
+        f"left out of corpus: 1 empty, 3 bad (the first bad one: {path}:8: it is not UTF-8 text (invalid cont"
+    )
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    tokens = open_finished(folder, folder.name)
+    assert tokens is not None
+    assert tokens.train_documents + tokens.validation_documents == len(texts)
+
+
+def test_zero_bytes_come_through(tmp_path: Path, bpe: str) -> None:
+    texts = [f"\0{text}\0\0 \x01" for text in make_texts(40)]
+    tokens = prepare(make_corpus(tmp_path, texts), bpe, tmp_path / "cache")
+    whole = str(load_tokenizer(bpe).decode(tokens_of(tokens)))
+    assert whole.split("<|endoftext|>") == [*(text for text in texts if not is_held(text)), ""]
+    assert tokens_of(tokens).count(END) == tokens.train_documents
+
+
+def meddle(monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], object]) -> None:
+    """Do something when a number of documents has been written."""
+    append, documents = ShardWriter.append, iter(range(10**6))
+
+    def watched(self: ShardWriter, ids: Any) -> bool:
+        if next(documents) == at:
+            what()
+        return append(self, ids)
+
+    monkeypatch.setattr(ShardWriter, "append", watched)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            Path.unlink,
+            r"it vanished while the corpus was read \(no such file or directory\)\n  do: put it back as it was",
+        ),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b"cat", b"dog")),
+            r"it was changed while the corpus was read \(it had ([0-9,]+) bytes and has \1\)\n  do: let its writer",
+        ),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:1_500_000]),
+            r"it was changed while the corpus was read \(it had [0-9,]+ bytes and has 1,500,000\)",
+        ),
+    ],
+)
+def test_what_is_read_after_a_file_has_changed_is_never_kept(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], message: str
+) -> None:
+    """Larger than any buffer, so that the change is read, too; many shards, so that it would be kept."""
+    corpus = make_corpus(tmp_path, make_texts(9000, words=60))
+    path = tmp_path / "corpus.jsonl"
+    content = path.read_bytes()
+    assert len(content) > 2**21
+    expected = files_below(prepare(corpus, bpe, tmp_path / "whole", workers=1, shard_tokens=20_000).folder)
+    with monkeypatch.context() as patch:
+        meddle(patch, 1500, lambda: change(path))
+        with pytest.raises(CorpusError, match=message):
+            prepare(corpus, bpe, tmp_path / "cache", workers=1, shard_tokens=20_000)
+    path.write_bytes(content)
+    again = prepare(corpus, bpe, tmp_path / "cache", workers=1, shard_tokens=20_000)
+    assert files_below(again.folder) == expected
+    assert names_in(tmp_path / "cache" / "tokens") == [again.fingerprint]
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int], None]]:
+    """Limits how long a file may grow: the system refuses in the middle of writing, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("size", "file"),
+    [(5000, r"progress\.sqlite"), (13_000, r"corpus/train-00000\.bin"), (40_000, r"corpus/train-00000\.bin")],
+)
+def test_a_full_disk_is_told_and_the_next_preparation_goes_on(
+    tmp_path: Path, run: Run, room: Callable[[int], None], size: int, file: str
+) -> None:
+    corpus = make_corpus(tmp_path, make_texts(4000))
+    assert run(corpus).code == 0
+    (whole,) = (tmp_path / "cache" / "tokens").iterdir()
+    expected = files_below(whole)
+    whole.rename(tmp_path / "whole")
+    room(size)
+    ended = run(corpus)
+    room(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert ended.code == StorageError.exit_code == 5
+    assert re.match(rf"inheritune-ds: error: .*{file}\S* cannot be written: .*\n  do: ", ended.error), ended.error
+    assert ended.error.count("error:") == 1
+    assert run(corpus).code == 0
+    assert files_below(whole) == expected
+    assert names_in(tmp_path / "cache" / "tokens") == [whole.name]
+
+
+def flip(path: Path) -> None:
+    """Turn one bit: the size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["corpus/train-00000.bin", "corpus/validation-00000.bin", "tokenizer/tokenizer.json"])
+def test_a_flipped_bit_is_found_and_the_tokens_are_made_anew(tmp_path: Path, run: Run, name: str) -> None:
+    corpus = make_corpus(tmp_path, make_texts(40))
+    table = run(corpus).said
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    expected = files_below(folder)
+    flip(folder / name)
+    found = files_below(folder)[name]
+    assert run(corpus).said == table, "without --verify sizes alone are compared"
+    ended = run(corpus, "--verify")
+    assert ended.code == 0
+    damage = f"{name} has sha256 {found[:12]}... not {expected[name][:12]}..."
+    warning = f"WARNING: the tokens in {folder} are damaged and are made anew from the corpus: {damage}"
+    assert ended.said == [warning, *table, INTACT]
+    assert files_below(folder) == expected
+    assert names_in(folder.parent) == [folder.name]
+    assert run(corpus, "--verify").said == [*table, INTACT]
+
+
+def test_damaged_tokens_are_not_used_when_the_corpus_is_gone(tmp_path: Path, bpe: str) -> None:
+    corpus = make_corpus(tmp_path, make_texts(40))
+    flip(prepare(corpus, bpe, tmp_path / "cache").sources[0].train[0].path)
+    (tmp_path / "corpus.jsonl").unlink()
+    with pytest.raises(CorpusError, match=r"corpus\.jsonl"):
+        prepare(corpus, bpe, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["corpus/train-00000.bin", "tokenizer/tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_incomplete_tokens_are_made_anew(tmp_path: Path, bpe: str, name: str, damage: str) -> None:
+    corpus = make_corpus(tmp_path, make_texts(40))
+    first = prepare(corpus, bpe, tmp_path / "cache")
+    content = (first.folder / name).read_bytes()
+    if damage == "cut":
+        (first.folder / name).write_bytes(content[:-2])
+    else:
+        (first.folder / name).unlink()
+    assert prepare(corpus, bpe, tmp_path / "cache", damage_of=lambda _: None) == first
+    assert (first.folder / name).read_bytes() == content
+    assert names_in(first.folder.parent) == [first.fingerprint]
+
+
+def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(tmp_path, make_texts(40))
+    tokens = prepare(corpus, bpe, tmp_path / "cache")
+
+    def refuse(path: Path, _advance: object) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(token_set, "sha256_file", refuse)
+    with pytest.raises(CorpusError, match=r"it cannot be read \(input/output error\)\n  do: .*made anew") as caught:
+        prepare(corpus, bpe, tmp_path / "cache")
+    assert str(tokens.folder) in caught.value.problem
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_preparation_that_is_stopped_in_the_middle_goes_on(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    corpus = make_corpus(tmp_path, make_texts(300))
+    expected = files_below(prepare(corpus, bpe, tmp_path / "whole", shard_tokens=1000).folder)
+
+    def stop() -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        meddle(patch, 150, stop)
+        with pytest.raises(error):
+            prepare(corpus, bpe, tmp_path / "cache", workers=1, shard_tokens=1000)
+    appended: list[int] = []
+    meddle(monkeypatch, 0, lambda: None)
+    run_build = Build.run
+
+    def counted(self: Build) -> Any:
+        appended.append(sum(shard["documents"] for part in ("train", "validation") for shard in self._kept[part]))
+        return run_build(self)
+
+    monkeypatch.setattr(Build, "run", counted)
+    tokens = prepare(corpus, bpe, tmp_path / "cache", workers=1, shard_tokens=1000)
+    assert files_below(tokens.folder) == expected
+    assert 100 < appended[0] <= 150, "finished shards were not kept"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, bpe: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"(?s)file.* cannot be written: Not a directory"):
+        prepare(make_corpus(tmp_path, make_texts(40)), bpe, tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ([], {}, "no document with text in it"),
+        (
+            5,
+            {"validation_ratio": 0.999},
+            r"training part is empty: all 5 documents were held out.*\n  do: lower corpus",
+        ),
+        (5, {"validation_ratio": 1e-9}, r"validation part is empty: none of 5 documents.*\n  do: raise corpus\.valid"),
+        (
+            60,
+            {"validation_ratio": 0.001, "max_tokens": 10},
+            r"do: raise corpus\.validation_ratio or corpus\.max_tokens",
+        ),
+    ],
+)
+def test_a_part_that_is_empty_is_told_with_the_key_that_leaves_it_so(
+    tmp_path: Path, bpe: str, texts: Any, settings: dict[str, Any], message: str
+) -> None:
+    corpus = make_corpus(tmp_path, make_texts(texts) if texts else [], **settings)
+    with pytest.raises(CorpusError, match=message):
+        prepare(corpus, bpe, tmp_path / "cache")
+    assert [name for name in names_in(tmp_path / "cache" / "tokens") if not name.startswith(".")] == []

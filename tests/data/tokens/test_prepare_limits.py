@@ -1,0 +1,209 @@
+"""Which documents are taken: filters, limits, weights, duplicates, evaluation sets."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inheritune_ds.config.corpus import Corpus, Filters
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.data.documents import sources
+from inheritune_ds.data.tokens import writer
+from inheritune_ds.data.tokens.prepare import prepare
+from inheritune_ds.data.tokens.writer import Build
+from inheritune_ds.errors import CorpusError, RecipeError
+from tests.data.prepared import END, files_source, is_held, make_corpus, make_texts, tokens_of, write_jsonl
+
+
+def two_sources(folder: Path, *settings: dict[str, Any]) -> list[Any]:
+    """Two files of 100 documents each, as sources `a` and `b`."""
+    return [
+        files_source(write_jsonl(folder / f"{name}.jsonl", make_texts(100, seed)), name=name, **told)
+        for seed, (name, told) in enumerate(zip("ab", settings, strict=True), 1)
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 50, 333])
+@pytest.mark.parametrize("job", [1, 700, 10**6])
+def test_prepare_stops_exactly_at_max_tokens(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, max_tokens: int, job: int
+) -> None:
+    texts = sorted(make_texts(60), key=lambda text: not is_held(text))
+    everything = prepare(make_corpus(tmp_path, texts), bpe, tmp_path / "cache")
+    monkeypatch.setattr(writer, "JOB_CHARACTERS", job)
+    some = prepare(make_corpus(tmp_path, texts, max_tokens=max_tokens), bpe, tmp_path / "cache")
+    assert some.train_tokens == max_tokens
+    assert tokens_of(some) == tokens_of(everything)[:max_tokens]
+    assert some.validation_tokens == everything.validation_tokens
+
+
+def test_without_weights_max_tokens_is_for_the_sources_in_their_order(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(Corpus(sources=two_sources(tmp_path, {}, {}), validation_ratio=0.2), bpe, tmp_path / "cache")
+    first = whole.sources[0].train_tokens
+    later = prepare(
+        Corpus(sources=two_sources(tmp_path, {}, {}), validation_ratio=0.2, max_tokens=first + 99),
+        bpe,
+        tmp_path / "cache",
+    )
+    assert [source.train_tokens for source in later.sources] == [first, 99]
+    opened = []
+    documents = sources.documents
+
+    def spy(source: Any, *rest: Any) -> Iterator[Any]:
+        opened.append(source.name)
+        return documents(source, *rest)
+
+    monkeypatch.setattr(sources, "documents", spy)
+    monkeypatch.setattr("inheritune_ds.data.tokens.prepare._check_tokenizer", lambda *_: {})
+    corpus = Corpus(sources=two_sources(tmp_path, {}, {}), validation_ratio=0.2, max_tokens=first - 5)
+    early = prepare(corpus, bpe, tmp_path / "cache")
+    assert [source.train_tokens for source in early.sources] == [first - 5, 0]
+    assert opened == ["a"]
+
+
+def test_with_weights_every_source_has_its_share_of_max_tokens(tmp_path: Path, bpe: str) -> None:
+    corpus = Corpus(
+        sources=two_sources(tmp_path, {"weight": 0.75}, {"weight": 0.25, "max_tokens": 190}),
+        validation_ratio=0.2,
+        max_tokens=800,
+    )
+    assert corpus.token_limits == [600, 190]
+    tokens = prepare(corpus, bpe, tmp_path / "cache")
+    assert [source.train_tokens for source in tokens.sources] == [600, 190]
+    assert tokens.train_tokens == 790
+
+
+def test_a_source_with_a_weight_and_no_tokens_is_refused(tmp_path: Path, bpe: str) -> None:
+    corpus = Corpus(
+        sources=two_sources(tmp_path, {"weight": 1}, {"weight": 1, "filters": Filters(min_characters=10**6)}),
+        validation_ratio=0.2,
+    )
+    with pytest.raises(CorpusError, match=r"source b has a weight and no token to train on\n  do: remove it"):
+        prepare(corpus, bpe, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("count", [1, 37, 100, 5000])
+def test_max_documents_counts_held_out_ones_too(tmp_path: Path, bpe: str, count: int) -> None:
+    texts = make_texts(100)
+    held_first = sorted(texts, key=lambda text: not is_held(text))[:1] + texts
+    path = write_jsonl(tmp_path / "corpus.jsonl", held_first)
+    rest = files_source(write_jsonl(tmp_path / "rest.jsonl", make_texts(30, seed=7)))
+    corpus = Corpus(sources=[files_source(path, max_documents=count), rest], validation_ratio=0.2)
+    tokens = prepare(corpus, bpe, tmp_path / "cache")
+    taken = held_first[:count]
+    entry = tokens.manifest["sources"][0]
+    assert entry["documents"] == len(taken)
+    assert entry["validation_documents"] == sum(map(is_held, taken))
+    assert tokens_of(tokens).count(END) == len(taken) - sum(map(is_held, taken))
+
+
+def test_filters_leave_out_and_count(tmp_path: Path, bpe: str) -> None:
+    kinds = itertools.cycle([("en", 1), ("en", 2), ("de", 1)])
+    texts = make_texts(90)
+    records = [{"text": text, "meta": {"lang": lang, "n": n}} for text, (lang, n) in zip(texts, kinds, strict=False)]
+    records.append({"text": "x" * 500, "meta": {"lang": "en", "n": 1}})
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    filters = Filters(keep={"meta.lang": ["en"]}, drop={"meta.n": [2]}, max_characters=499)
+    tokens = prepare(
+        Corpus(sources=[files_source(path, filters=filters)], validation_ratio=0.2), bpe, tmp_path / "cache"
+    )
+    plain = prepare(make_corpus(tmp_path / "plain", texts[::3]), bpe, tmp_path / "cache")
+    assert tokens_of(tokens) == tokens_of(plain)
+    assert tokens_of(tokens, "validation") == tokens_of(plain, "validation")
+    assert tokens.manifest["filtered_documents"] == 61
+
+
+def test_records_that_are_left_out_do_not_pile_up(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last documents of a long file are taken: what was read before them has been counted by then."""
+    monkeypatch.setattr(writer, "JOB_RECORDS", 50)
+    texts = make_texts(30, words=30)
+    path = write_jsonl(tmp_path / "corpus.jsonl", [*(["short"] * 2000), *texts])
+    longest: list[int] = []
+    collect = Build._collect
+
+    def watched(self: Build, waiting: Any, parts: Any, results: Any) -> Iterator[Any]:
+        longest.append(len(waiting))
+        return collect(self, waiting, parts, results)
+
+    monkeypatch.setattr(Build, "_collect", watched)
+    source = files_source(path, filters=Filters(min_characters=10))
+    tokens = prepare(Corpus(sources=[source], validation_ratio=0.2), bpe, tmp_path / "cache", workers=1)
+    assert tokens.manifest["filtered_documents"] == 2000
+    assert max(longest) == 50
+
+
+def copies(folder: Path) -> Corpus:
+    """`a`: 60 documents, the first 10 of them twice; `b`: 20 of `a`, and 40 of its own."""
+    first, own = make_texts(60), make_texts(40, seed=2)
+    read: list[Any] = [
+        files_source(write_jsonl(folder / "a.jsonl", [*first, *first[:10]])),
+        files_source(write_jsonl(folder / "b.jsonl", [*first[20:40], *own])),
+    ]
+    return Corpus(sources=read, validation_ratio=0.2)
+
+
+@pytest.mark.parametrize("duplicates", ["keep", "drop"])
+def test_exact_copies_are_counted_across_sources_and_parts_and_dropped_if_asked_for(
+    tmp_path: Path, bpe: str, duplicates: str
+) -> None:
+    corpus = copies(tmp_path).model_copy(update={"duplicates": duplicates})
+    tokens = prepare(corpus, bpe, tmp_path / "cache")
+    entries = {entry["name"]: entry for entry in tokens.manifest["sources"]}
+    assert {name: entry["duplicate_documents"] for name, entry in entries.items()} == {"a": 10, "b": 20}
+    written = {"a": 60, "b": 40} if duplicates == "drop" else {"a": 70, "b": 60}
+    assert {name: entry["documents"] for name, entry in entries.items()} == written
+    held = sum(map(is_held, [*make_texts(60), *make_texts(40, seed=2)]))
+    if duplicates == "drop":
+        assert tokens.validation_documents == held
+    assert tokens.manifest["duplicate_documents"] == 30
+
+
+def test_the_overlap_with_evaluation_sets_is_told(tmp_path: Path, bpe: str) -> None:
+    texts = make_texts(80, words=40)
+    trained = [text for text in texts if not is_held(text)]
+    held = next(text for text in texts if is_held(text))
+    inside = [" ".join(text.upper().split()[5:25]) + "!" for text in trained[:7]]
+    items = [
+        *inside,
+        " ".join(held.split()[5:25]),
+        "something that stands nowhere at all in these few documents",
+        "too short",
+    ]
+    evaluation = files_source(write_jsonl(tmp_path / "quiz.jsonl", items))
+    tokens = prepare(make_corpus(tmp_path, texts, overlap_with=[evaluation]), bpe, tmp_path / "cache")
+    assert tokens.manifest["overlap"] == {
+        "quiz": {"ngram": 13, "items": 10, "items_too_short": 1, "items_hit": 7, "documents_hit": 7}
+    }
+
+
+def test_a_preset_is_read_from_local_files_with_its_weights(
+    tmp_path: Path, bpe: str, tokenizer_folder: Callable[..., str]
+) -> None:
+    """As somebody without the hub would: the preset's sources with files in their place."""
+    recipe = load_recipe("openllama-3b-13l")
+    names = [source.name for source in recipe.corpus.sources]
+    weights = recipe.corpus.weights
+    assert weights is not None
+    assert len(names) == len(weights) == 7
+    local: list[Any] = [
+        files_source(write_jsonl(tmp_path / f"{name}.jsonl", make_texts(120, seed)), name=name, weight=weight)
+        for seed, (name, weight) in enumerate(zip(names, weights, strict=True))
+    ]
+    corpus = Corpus(sources=local, validation_ratio=0.2, max_tokens=2000)
+    tokens = prepare(corpus, bpe, tmp_path / "cache")
+    found = [source.train_tokens for source in tokens.sources]
+    assert found == [int(2000 * weight / sum(weights) + 1e-9) for weight in weights]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "manifest.json", "progress.sqlite"])
+def test_a_source_cannot_have_the_name_of_another_thing_in_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"a source cannot have the name '{name}'"):
+        Corpus(sources=[files_source(tmp_path / "a.jsonl", name=name)])
+    with pytest.raises(RecipeError, match=rf"corpus: a source cannot have the name '{name}'"):
+        load_recipe("quickstart", [f"corpus.sources=[{{kind: embedded, name: {name}}}]"])

@@ -1,0 +1,142 @@
+"""Several processes: workers of one preparation, and two preparations of the same corpus."""
+
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inheritune_ds.cli import main
+from inheritune_ds.data.tokens import workers, writer
+from inheritune_ds.data.tokens.encoder import TextEncoder
+from inheritune_ds.data.tokens.prepare import prepare
+from inheritune_ds.data.tokens.shards import ShardWriter
+from inheritune_ds.data.tokens.tokenizer import backend_of, load_tokenizer
+from inheritune_ds.errors import MachineError
+from tests.data.prepared import END, files_below, make_corpus, make_texts, names_in, recipe_file
+from tests.data.preparer import Preparer, check_result, make_recipe
+
+
+@pytest.fixture
+def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are started at once, and get many jobs."""
+    monkeypatch.setattr(writer, "JOB_CHARACTERS", 2000)
+    monkeypatch.setattr(workers, "JOBS_HERE", 1)
+
+
+@pytest.mark.launch
+@pytest.mark.usefixtures("small_jobs")
+def test_any_number_of_workers_makes_the_same_files(tmp_path: Path, bpe: str) -> None:
+    corpus = make_corpus(tmp_path, [*make_texts(400), *make_texts(3, words=2000)])
+    found = []
+    for count in (1, 2, 3):
+        tokens = prepare(corpus, bpe, tmp_path / f"cache{count}", workers=count, shard_tokens=1000)
+        found.append(files_below(tokens.folder))
+    assert len(found[0]) > 10
+    assert found[0] == found[1] == found[2]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.launch
+@pytest.mark.usefixtures("small_jobs")
+def test_a_killed_worker_ends_the_preparation_and_the_next_one_goes_on(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = make_corpus(tmp_path, make_texts(600))
+    recipe = recipe_file(tmp_path, corpus, bpe)
+    expected = files_below(prepare(corpus, bpe, tmp_path / "whole").folder)
+    command = ["prepare", "--recipe", str(recipe), "--cache-dir", str(tmp_path / "cache"), "--workers", "2"]
+    append, documents = ShardWriter.append, iter(range(10_000))
+
+    def kill_one(self: ShardWriter, ids: Any) -> bool:
+        if next(documents) == 200:
+            pid = multiprocessing.active_children()[0].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        return append(self, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", kill_one)
+        assert main(command) == MachineError.exit_code == 10
+    problem, action = capsys.readouterr().err.splitlines()
+    assert problem == "inheritune-ds: error: a process that tokenizes has ended by itself (exit code -9)"
+    assert action.startswith(
+        "  do: look for an out-of-memory kill (dmesg), and give the same command again, with fewer"
+    )
+    assert multiprocessing.active_children() == []
+    assert main(command) == 0
+    check_result(tmp_path / "cache", expected)
+
+
+@pytest.fixture
+def encoder(bpe: str) -> tuple[TextEncoder, tuple[str, int]]:
+    definition = backend_of(load_tokenizer(bpe)).to_str(), END
+    return TextEncoder(*definition), definition
+
+
+@pytest.mark.launch
+def test_jobs_come_back_in_their_order(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
+    texts = [[text] for text in make_texts(60, words=5)]
+    texts[20] = make_texts(300)  # takes longer than those behind it
+    found: list[Any] = []
+    with workers.EncoderPool(*encoder, workers=2) as pool:
+        for job in texts:
+            found += pool.submit(job)
+            assert len(pool._waiting) <= 4
+        found += pool.drain()
+    assert len(found) == len(texts)
+    for job, ids in zip(texts, found, strict=True):
+        assert all(np.array_equal(*pair) for pair in zip(ids, encoder[0].encode(job), strict=True))
+
+
+@pytest.mark.launch
+def test_jobs_that_are_forgotten_leave_the_workers_free(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
+    with workers.EncoderPool(*encoder, workers=2) as pool:
+        for _ in range(workers.JOBS_HERE + 3):
+            for _ in pool.submit(make_texts(20)):
+                pass
+        pool.forget()
+        ((found,),) = [*pool.submit(["a cat"]), *pool.drain()]
+    assert np.array_equal(found, encoder[0].encode(["a cat"])[0])
+
+
+@pytest.mark.launch
+def test_the_death_of_a_worker_keeps_no_job_waiting(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
+    """The thread of a dead worker takes the next job, and must not wait for the worker that another thread has."""
+    jobs = [make_texts(200) for _ in range(workers.JOBS_HERE)]
+    message = r"has ended by itself \(exit code -9\)"
+    with workers.EncoderPool(*encoder, workers=2) as pool, pytest.raises(MachineError, match=message):  # noqa: PT012
+        for job in (*jobs, *jobs):
+            for _ in pool.submit(job):
+                pass
+            for worker in pool._workers[:1]:
+                os.kill(worker.process.pid, signal.SIGKILL)
+        list(pool.drain())
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_of_two_preparations_at_once_one_works_and_the_other_takes_what_it_has_made(tmp_path: Path, bpe: str) -> None:
+    recipe = make_recipe(tmp_path, bpe, trained=False)
+    with Preparer(tmp_path, recipe) as one, Preparer(tmp_path, recipe) as other, ThreadPoolExecutor(2) as pool:
+        runs: list[Callable[[], Any]] = [
+            lambda: one.start(tmp_path / "cache", name="one"),
+            lambda: other.start(tmp_path / "cache", name="other"),
+        ]
+        found = [started.result() for started in [pool.submit(run) for run in runs]]
+        assert [attempt.code for attempt in found] == [0, 0], found
+        worked, waited = sorted(found, key=lambda attempt: "waiting" in attempt.said)
+        assert (worked.tokens > 0, waited.tokens) == (True, 0)
+        waiting, *table = waited.said.splitlines()
+        assert re.fullmatch(r"another process fills .*\.partial; waiting for it", waiting)
+        assert table == [line for line in worked.said.splitlines() if not line.startswith("WARNING: ")]
+        alone = one.start(tmp_path / "alone", name="alone")
+    assert alone.tokens == worked.tokens
+    (name,) = names_in(tmp_path / "alone" / "tokens")
+    check_result(tmp_path / "cache", files_below(tmp_path / "alone" / "tokens" / name))

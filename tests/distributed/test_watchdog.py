@@ -1,0 +1,233 @@
+"""The watchdog in processes of its own: it ends them."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from inheritune_ds.config.reliability import Reliability
+from inheritune_ds.distributed.watchdog import GRACE_S, LAST_WORDS_S, TICK_S, Watchdog
+from inheritune_ds.distributed.world import World
+from tests.launching import environment, free_port
+from tests.warm_python import WarmProcess, WarmPython
+
+LIMIT_S = 1.0
+SLACK_S = 2.0
+"""For a busy machine."""
+PROGRAM = """
+import ctypes, json, os, pathlib, sys, time
+from inheritune_ds.config.reliability import Reliability
+from inheritune_ds.distributed.watchdog import Watchdog
+from inheritune_ds.distributed.world import World
+folder, limits = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def on_hang(reason, code):
+    (folder / f"ended-{rank}.json").write_text(json.dumps([reason, code]))
+def sleep_for_ever():
+    time.sleep(600)
+if size > 1:
+    from inheritune_ds.distributed.coordination import open_store
+    store = open_store()
+watch = Watchdog(Reliability(watchdog_s=limits), World(rank, size, rank, size, "env"), folder, on_hang=on_hang)
+(folder / f"began-{rank}").write_text(repr(time.time()))
+BODY
+watch.close()
+(folder / f"done-{rank}").touch()
+"""
+
+
+class Watched(NamedTuple):
+    """A process under a watchdog, and the file of what it writes to stderr."""
+
+    process: WarmProcess
+    log: Path
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and stderr."""
+        return self.process.wait(timeout=60), self.log.read_text()
+
+
+Start = Callable[..., Watched]
+
+
+@pytest.fixture
+def start(warm: WarmPython, tmp_path: Path) -> Iterator[Start]:
+    started: list[Watched] = []
+
+    def make(body: str, limits: dict[str, float] | None = None, **extra: str) -> Watched:
+        words = ["-c", PROGRAM.replace("BODY", body), str(tmp_path), json.dumps(limits or {"step": LIMIT_S})]
+        path = tmp_path / f"errors-{len(started)}.txt"
+        with path.open("wb") as log:
+            process = warm.start(words, cwd=tmp_path, env=environment(**extra), stdout=log)
+        started.append(Watched(process, path))
+        return started[-1]
+
+    yield make
+    for watched in started:
+        watched.process.kill()
+        watched.process.wait()
+
+
+def seconds_since_begin(folder: Path, rank: int = 0) -> float:
+    return time.time() - float((folder / f"began-{rank}").read_text())
+
+
+def stacks(folder: Path, rank: int = 0) -> str:
+    (path,) = (folder / "logs").glob(f"hang-*-rank-{rank:05d}.txt")
+    return path.read_text()
+
+
+@pytest.mark.launch
+def test_a_phase_that_overruns_ends_the_process_with_stacks_and_words(start: Start, tmp_path: Path) -> None:
+    process = start("with watch.phase('step', 7):\n    sleep_for_ever()")
+    code, errors = process.end()
+    assert seconds_since_begin(tmp_path) < LIMIT_S + 3 * TICK_S + SLACK_S
+    assert code == 13
+    reason, code = json.loads((tmp_path / "ended-0.json").read_text())
+    assert (reason.startswith("hang in step at step 7 on rank 0 ("), code) == (True, 13)
+    assert reason.endswith(f": over {LIMIT_S:g} s")
+    assert errors.startswith(
+        f"inheritune-ds: error: {reason}\n  allowed: reliability.watchdog_s.step: 1\n  do: look at"
+    )
+    written = stacks(tmp_path)
+    assert written.startswith(f"{reason}\nrank 0 on ")
+    assert "is in step at step 7" in written
+    assert "in sleep_for_ever" in written
+    assert "MainThread" in written
+
+
+@pytest.mark.launch
+def test_every_rank_writes_its_stacks_and_leaves(start: Start, tmp_path: Path) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    bodies = {0: "import threading\nthreading.Lock().acquire()\ntime.sleep(600)",
+              1: "with watch.phase('step', 3), watch.phase('data', 3):\n    sleep_for_ever()"}  # fmt: skip
+    ranks = [start(bodies[rank], **meeting, RANK=str(rank)) for rank in bodies]
+    codes, errors = zip(*[rank.end() for rank in ranks], strict=True)
+    assert seconds_since_begin(tmp_path) < LIMIT_S + 6 * TICK_S + SLACK_S
+    assert codes == (13, 13)
+    reasons = [json.loads((tmp_path / f"ended-{rank}.json").read_text())[0] for rank in bodies]
+    assert reasons[0] == reasons[1]
+    assert reasons[0].startswith("hang in data at step 3 on rank 1 (")
+    assert "reliability.watchdog_s.step: 1" in errors[1]
+    assert "is in no phase that is watched" in stacks(tmp_path, 0)
+    assert "is in data at step 3" in stacks(tmp_path, 1)
+    assert len({path.name[:21] for path in (tmp_path / "logs").iterdir()}) == 1, "files of one hang share its time"
+
+
+@pytest.mark.launch
+def test_a_rank_leaves_alone_when_the_store_has_gone(start: Start, tmp_path: Path) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    main = start("os._exit(9)", **meeting, RANK="0")
+    second = start("with watch.phase('step', 3):\n    sleep_for_ever()", **meeting, RANK="1")
+    assert main.end()[0] == 9
+    assert second.end()[0] == 13
+    assert seconds_since_begin(tmp_path, 1) < LIMIT_S + 3 * TICK_S + SLACK_S
+    assert "in sleep_for_ever" in stacks(tmp_path, 1)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "before",
+    [
+        "pass",  # not one tick of the watch's thread
+        "time.sleep(1.2 * 0.5)",
+        "with watch.phase('validation', 7): pass",  # its longer limit is over with it
+    ],
+)
+def test_work_that_holds_the_interpreter_is_ended_a_little_later(before: str, start: Start, tmp_path: Path) -> None:
+    body = f"with watch.phase('step', 7):\n    {before}\n    ctypes.PyDLL(None).sleep(600)"
+    process = start(body, {"step": LIMIT_S, "validation": 60.0})
+    code, errors = process.end()
+    assert seconds_since_begin(tmp_path) < LIMIT_S + GRACE_S + 3 * TICK_S + SLACK_S
+    assert code == 1
+    assert "Timeout" in errors
+    assert '  File "<string>", line ' in errors
+
+
+@pytest.mark.launch
+def test_work_that_holds_the_interpreter_may_take_what_its_phase_allows(start: Start, tmp_path: Path) -> None:
+    # The clock of the phase before, and then of the one inside, would be over in the middle of it.
+    grace = "import inheritune_ds.distributed.watchdog as module\nmodule.GRACE_S = 0.0\n"
+    hold = "ctypes.PyDLL(None).usleep(1800000)"
+    body = (
+        f"{grace}with watch.phase('step', 7):\n    pass\nwith watch.phase('validation', 7):\n    {hold}\n"
+        f"    with watch.phase('step', 7):\n        pass\n    {hold}"
+    )
+    process = start(body, {"step": LIMIT_S, "validation": 60.0})
+    code, errors = process.end()
+    assert (code, errors) == (0, "")
+
+
+@pytest.mark.launch
+def test_it_leaves_when_a_disk_or_a_listener_never_answers(start: Start, tmp_path: Path) -> None:
+    process = start("watch._on_hang = lambda *_: time.sleep(600)\nwith watch.phase('step', 7):\n    sleep_for_ever()")
+    assert process.end()[0] == 13
+    assert seconds_since_begin(tmp_path) < LIMIT_S + 3 * TICK_S + LAST_WORDS_S + SLACK_S
+
+
+@pytest.mark.launch
+def test_only_the_innermost_phase_counts(start: Start, tmp_path: Path) -> None:
+    body = """
+with watch.phase('step', 7):
+    for _ in range(3):
+        with watch.phase('validation', 7):
+            time.sleep(1.1)
+with watch.phase('step', 8):
+    time.sleep(0.8)
+time.sleep(3.0)
+"""
+    process = start(body, {"step": LIMIT_S, "validation": 60.0})
+    code, errors = process.end()
+    assert (code, errors) == (0, "")
+    assert (tmp_path / "done-0").exists()
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("number", "grace_s"), [(signal.SIGSTOP, GRACE_S), (signal.SIGTSTP, 0.5)])
+def test_a_suspended_process_is_not_a_hung_one(
+    number: signal.Signals, grace_s: float, start: Start, tmp_path: Path
+) -> None:
+    # A stop that is announced may be as long as it likes: here it is longer than limit and grace.
+    limit_s = 2.0
+    grace = f"import inheritune_ds.distributed.watchdog as module\nmodule.GRACE_S = {grace_s}\n"
+    body = f"{grace}with watch.phase('step', 7):\n    for _ in range(20):\n        time.sleep(0.05)"
+    process = start(body, {"step": limit_s})
+    deadline_s = time.monotonic() + 60
+    while not (tmp_path / "began-0").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.002)
+    time.sleep(0.6)  # faulthandler is waiting, too
+    process.process.send_signal(number)
+    time.sleep(limit_s + 2.0)
+    assert not (tmp_path / "done-0").exists(), "it was not stopped in time"
+    process.process.send_signal(signal.SIGCONT)
+    code, errors = process.end()
+    assert (code, errors) == (0, "")
+
+
+def test_it_can_be_turned_off(tmp_path: Path) -> None:
+    before = threading.active_count()
+    watch = Watchdog(
+        Reliability(watchdog=False, watchdog_s={"step": 0.0}), World(0, 1, 0, 1, "single"), tmp_path, on_hang=print
+    )
+    with watch.phase("step", 1):
+        assert threading.active_count() == before
+        time.sleep(3 * TICK_S)
+    watch.close()
+
+
+def test_a_phase_costs_microseconds(tmp_path: Path) -> None:
+    watch = Watchdog(Reliability(), World(0, 1, 0, 1, "single"), tmp_path, on_hang=print)
+    begun = time.perf_counter()
+    for step in range(2000):
+        with watch.phase("step", step), watch.phase("data", step):
+            pass
+    seconds = time.perf_counter() - begun
+    watch.close()
+    assert seconds / 2000 < 1e-4
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,237 @@
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.distributed.environment import prepare_environment
+from inheritune_ds.distributed.world import World, detect, export
+from inheritune_ds.errors import MachineError
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2)",
+}
+
+
+def test_detect_reads_what_deepspeed_and_torchrun_set() -> None:
+    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", **SLURM}
+    assert detect(environ) == World(rank=5, size=8, local_rank=1, local_size=4, launcher="env")
+
+
+def test_detect_reads_deepspeed_s_name_for_the_ranks_of_a_machine() -> None:
+    environ = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}
+    assert detect(environ) == World(rank=9, size=16, local_rank=1, local_size=8, launcher="env")
+
+
+def test_detect_takes_all_ranks_as_local_where_the_launcher_does_not_say() -> None:
+    assert detect({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}).local_size == 2
+
+
+def test_detect_reads_a_plain_srun_step() -> None:
+    assert detect(SLURM) == World(rank=4, size=6, local_rank=1, local_size=3, launcher="slurm")
+
+
+@pytest.mark.parametrize(("tasks", "local_size"), [("6", 6), ("2", 2), ("2,4", 6), (None, 6), ("12(x1)", 12)])
+def test_detect_reads_slurm_s_tasks_per_node(tasks: str | None, local_size: int) -> None:
+    environ = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_TASKS_PER_NODE"}
+    if tasks is not None:
+        environ["SLURM_STEP_TASKS_PER_NODE"] = tasks
+    assert detect(environ).local_size == local_size
+
+
+def test_detect_sees_one_process_in_a_batch_shell() -> None:
+    batch_shell = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "6"}
+    assert detect(batch_shell) == World(0, 1, 0, 1, "single")
+    assert detect({}) == World(0, 1, 0, 1, "single")
+
+
+@pytest.mark.parametrize(
+    ("environ", "name", "value"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE", "None"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK", "None"),
+        ({"RANK": "", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK", "''"),
+        ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "WORLD_SIZE", "'two'"),
+        ({**SLURM, "SLURM_LOCALID": "x"}, "SLURM_LOCALID", "'x'"),
+    ],
+)
+def test_detect_refuses_a_half_set_environment(environ: dict[str, str], name: str, value: str) -> None:
+    with pytest.raises(MachineError) as caught:
+        detect(environ)
+    assert caught.value.problem == f"the environment variable {name} is {value}"
+    assert caught.value.allowed == "a whole number"
+    assert "unset RANK" in caught.value.action
+
+
+def test_no_rank_on_this_machine_is_refused() -> None:
+    with pytest.raises(MachineError, match="rank 0 of 1, local rank 0 of 0"):
+        detect({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"})
+
+
+def test_only_rank_zero_is_main() -> None:
+    assert World(0, 2, 0, 2, "env").is_main
+    assert not World(1, 2, 0, 1, "env").is_main
+
+
+def test_export_leaves_the_launcher_s_address_alone() -> None:
+    environ = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
+    export(World(5, 8, 1, 4, "env"), environ)
+    assert environ == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node7",
+        "MASTER_PORT": "1234",
+    }
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher", "problem"),
+    [
+        ({}, "env", "MASTER_ADDR is None, but RANK is set"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": "1"}, "env", "MASTER_ADDR is '', but RANK is set"),
+        ({"MASTER_ADDR": "a"}, "env", "MASTER_PORT is None"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "http"}, "env", "MASTER_PORT is 'http'"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "env", "MASTER_PORT is '65536'"),
+        ({"MASTER_PORT": "0"}, "single", "MASTER_PORT is '0'"),
+        ({"SLURM_JOB_ID": "abc"}, "slurm", "SLURM_JOB_ID is 'abc'"),
+    ],
+)
+def test_export_refuses_ranks_that_do_not_know_where_to_meet(
+    environ: dict[str, str], launcher: str, problem: str
+) -> None:
+    with pytest.raises(MachineError) as caught:
+        export(World(0, 1, 0, 1, launcher), environ)
+    assert caught.value.problem == f"the environment variable {problem}"
+    assert caught.value.exit_code == 10
+    assert caught.value.allowed
+    assert caught.value.action
+
+
+def test_export_gives_a_single_process_a_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ: dict[str, str] = {}
+    export(World(0, 1, 0, 1, "single"), environ)
+    assert (environ["RANK"], environ["WORLD_SIZE"], environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", int(environ["MASTER_PORT"])))
+
+
+@pytest.mark.parametrize(
+    ("job", "nodes", "address", "port"),
+    [
+        ("71234", {"SLURM_STEP_NODELIST": "alpha"}, "alpha", "31234"),
+        ("3", {"SLURM_STEP_NODELIST": "alpha,beta", "SLURM_JOB_NODELIST": "gamma"}, "alpha", "10003"),
+        ("49999", {"SLURM_JOB_NODELIST": "gamma"}, "gamma", "59999"),
+        ("50000", {}, "127.0.0.1", "10000"),
+    ],
+)
+def test_export_finds_slurm_s_first_host_and_a_port_of_the_job(
+    job: str, nodes: dict[str, str], address: str, port: str
+) -> None:
+    environ = {"SLURM_JOB_ID": job, **nodes}
+    export(World(4, 6, 1, 3, "slurm"), environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"], environ["RANK"]) == (address, port, "4")
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put a command named scontrol first on the PATH."""
+
+    def put(body: str) -> None:
+        command = tmp_path / "scontrol"
+        command.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return put
+
+
+def test_export_asks_scontrol_for_a_bracketed_list(scontrol: Callable[[str], None]) -> None:
+    scontrol('test "$*" = "show hostnames gpu[03-04],x1" && printf "gpu03\\ngpu04\\nx1\\n"')
+    environ = {"SLURM_STEP_NODELIST": "gpu[03-04],x1"}
+    export(World(0, 3, 0, 1, "slurm"), environ)
+    assert environ["MASTER_ADDR"] == "gpu03"
+
+
+@pytest.mark.parametrize("body", ["exit 1", "exit 0"])
+def test_export_says_what_to_do_when_scontrol_does_not_answer(body: str, scontrol: Callable[[str], None]) -> None:
+    scontrol(body)
+    with pytest.raises(MachineError) as caught:
+        export(World(0, 3, 0, 1, "slurm"), {"SLURM_STEP_NODELIST": "gpu[03-04]"})
+    assert "SLURM's node list 'gpu[03-04]' cannot be found: scontrol does not answer" in caught.value.problem
+    assert caught.value.action == "export MASTER_ADDR in the batch script, before srun"
+
+
+def test_export_asks_nobody_when_the_address_is_given(scontrol: Callable[[str], None]) -> None:
+    scontrol("exit 1")
+    environ = {"SLURM_STEP_NODELIST": "gpu[03-04]", "MASTER_ADDR": "10.0.0.9"}
+    export(World(0, 3, 0, 1, "slurm"), environ)
+    assert environ["MASTER_ADDR"] == "10.0.0.9"
+
+
+def test_prepare_environment_finds_the_tools_beside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    scripts = str(Path(sys.executable).parent)
+    environ = {"PATH": "/usr/bin"}
+    for _ in range(2):
+        prepare_environment(environ, kind="cuda")
+        assert environ == {"PATH": f"{scripts}:/usr/bin", "GOMP_SPINCOUNT": "2000"}
+    prepare_environment(environ, kind="cpu")
+    assert environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_prepare_environment_leaves_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    chosen = {
+        "PATH": str(Path(sys.executable).parent),
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "DS_ACCELERATOR": "cuda",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "0",
+    }
+    environ = dict(chosen)
+    prepare_environment(environ, kind="cpu")
+    assert environ == chosen
+    prepare_environment(spinning := {"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "99"}, kind="cpu")
+    assert (spinning["GOMP_SPINCOUNT"], spinning["OMP_NUM_THREADS"]) == ("7", "99")
+    assert "OMP_WAIT_POLICY" not in spinning
+    bare: dict[str, str] = {}
+    prepare_environment(bare, kind="cuda")
+    assert bare["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given", "threads", "spins"),
+    [
+        ("1", None, None, True),
+        ("2", None, "2", True),
+        ("4", None, "1", True),
+        ("8", None, "1", False),
+        ("2", "3", "3", False),
+        ("1", "4", "4", True),
+        ("1", "4,2", "4,2", False),
+    ],
+)
+def test_ranks_share_the_cores_and_spin_only_when_there_are_enough(
+    ranks: str,
+    given: str | None,
+    threads: str | None,
+    spins: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    environ = {"LOCAL_WORLD_SIZE": ranks} | ({"OMP_NUM_THREADS": given} if given else {})
+    prepare_environment(environ, kind="cpu")
+    assert environ.get("OMP_NUM_THREADS") == threads
+    assert ("GOMP_SPINCOUNT" in environ, "OMP_WAIT_POLICY" in environ) == (spins, not spins)
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("0", "0")])
+def test_ranks_outside_the_world_are_refused(rank: str, size: str) -> None:
+    with pytest.raises(MachineError, match=f"rank {rank} of {size}, local rank 0 of {size}"):
+        detect({"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": "0"})

@@ -1,0 +1,201 @@
+"""A recipe's cost as one set of figures, and the verdict on a published claim."""
+
+from typing import Any
+
+import pytest
+
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.training import Checkpointing
+from inheritune_ds.data.size import Tokens
+from inheritune_ds.errors import RecipeError
+from inheritune_ds.plan.budget import Budget, build_budget, checkpoints_staying, layout_of
+from inheritune_ds.plan.claims import amount, check_claim, short_count
+from inheritune_ds.plan.model_size import GIB
+from inheritune_ds.plan.shapes import target_shape
+
+ONE_BILLION = Tokens((1_000_000_000,), estimate=True)
+
+
+def ds_config(micro_batch_size: int = 2, accumulation: int = 32, **changes: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 1},
+        **changes,
+    }
+
+
+def budget_of(recipe: Recipe, unique: Tokens | None = ONE_BILLION, **changes: Any) -> Budget:
+    return build_budget(recipe, ds_config(**changes), shape=target_shape(recipe), unique=unique, world_size=1)
+
+
+def test_budget_of_the_paper() -> None:
+    budget = budget_of(load_recipe("openllama-3b-13l"))
+    assert budget.parameters is not None
+    assert budget.parameters.total == 1_815_638_400
+    assert (budget.steps, budget.tokens_seen) == (61_035, 61_035 * 131_072)
+    assert budget.epochs == pytest.approx(8.0, abs=1e-3)
+    assert budget.flops == pytest.approx(61_035 * 131_072 * 11.3017728e9)
+    assert budget.checkpoint_bytes == 14 * 1_815_638_400
+    assert budget.download_gib == {
+        "openlm-research/open_llama_3b": 6.4,
+        "togethercomputer/RedPajama-Data-1T-Sample": 4.7,
+    }
+    disk = dict(budget.disk_gib)
+    assert disk.pop("checkpoints (2 kept, 2 in hand)") == pytest.approx(4 * 25.42e9 / GIB, rel=1e-3)
+    assert disk.pop("target before training (fp32; less in the reference's own type)") == pytest.approx(6.76, abs=0.01)
+    assert disk.pop("export") == pytest.approx(4 * 1_815_638_400 / GIB)
+    assert disk.pop("token files") == pytest.approx(1e9 / 0.99 * 2 / GIB)
+    assert disk == {"download": pytest.approx(11.1)}
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "steps", "staying"),
+    [
+        (3, None, 100, 3),
+        (100_000, None, 30, 3),
+        (100_000, None, 31, 4),  # the last one is saved at the end, between two intervals
+        (1, 1, 100, 10),
+        (2, 3, 100, 5),  # 30, 60, 90 for good, and two more whatever step they are of
+        (2, 3, 25, 2),
+        (2, 3, None, 2),
+    ],
+)
+def test_the_most_checkpoints_that_stay_at_once(
+    keep: int, keep_every: int | None, steps: int | None, staying: int
+) -> None:
+    rule = Checkpointing(interval_steps=10, keep=keep, keep_every=keep_every)
+    assert checkpoints_staying(rule, steps) == staying
+
+
+@pytest.mark.parametrize(
+    ("duration", "rule", "told"),
+    [
+        ("240 steps", ["keep=1", "keep_every=1", "interval_steps=40"], "checkpoints (6 kept, 2 in hand)"),
+        ("240 steps", ["keep=100000"], "checkpoints (2 kept, 2 in hand)"),
+        ("2 epochs", ["keep=5"], "checkpoints (5 kept, 2 in hand)"),
+        ("2 epochs", ["keep=5", "keep_every=2"], "checkpoints (at least 5 kept, 2 in hand)"),
+    ],
+)
+def test_budget_has_room_for_the_checkpoints_that_stay(duration: str, rule: list[str], told: str) -> None:
+    changes = [f"training.duration={duration}", *(f"checkpoint.{change}" for change in rule)]
+    budget = budget_of(load_recipe("quickstart", changes), unique=None)
+    kept = int(told.partition(" kept")[0].split("(")[1].removeprefix("at least "))
+    assert budget.checkpoint_bytes is not None
+    assert budget.disk_gib[told] == pytest.approx((kept + 2) * budget.checkpoint_bytes / GIB)
+
+
+def test_budget_knows_what_it_does_not_know() -> None:
+    recipe = load_recipe("quickstart", ["reference.model=EleutherAI/pythia-160m", "training.duration=2 epochs"])
+    budget = budget_of(recipe, unique=None)
+    unknown = (budget.parameters, budget.steps, budget.tokens_seen, budget.epochs, budget.flops, budget.memory)
+    assert unknown == (None,) * 6
+    assert budget.download_gib == {"EleutherAI/pythia-160m": None}
+    assert budget.tokens_a_step == 2048
+
+
+def test_budget_counts_epochs_of_a_run_in_steps() -> None:
+    budget = budget_of(load_recipe("quickstart"), unique=Tokens((245_761,), estimate=False))
+    assert budget.epochs == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "token_bytes"),
+    [
+        ([], 2),
+        (["corpus.token_dtype=uint32"], 4),
+        (["corpus.tokenizer.vocab_size=70000", "reference.model=a/b"], 4),
+        (["corpus.tokenizer=a/b"], 2),
+    ],
+)
+def test_budget_token_files_follow_the_integer_type(overrides: list[str], token_bytes: int) -> None:
+    budget = budget_of(load_recipe("quickstart", overrides), unique=Tokens((900,), estimate=False))
+    assert budget.disk_gib["token files"] * GIB == pytest.approx(1000 * token_bytes)
+
+
+def test_budget_export_follows_its_type() -> None:
+    wide, narrow = (budget_of(load_recipe("quickstart", [f"export.dtype={t}"])) for t in ("float32", "bfloat16"))
+    assert wide.disk_gib["export"] == 2 * narrow.disk_gib["export"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision"),
+    [
+        ({}, "bf16"),
+        ({"bf16": {"enabled": False}}, "fp32"),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, "fp16"),
+    ],
+)
+def test_layout_reads_the_precision(changes: dict[str, Any], precision: str) -> None:
+    assert layout_of(ds_config(**changes), load_recipe("quickstart"), 1)["precision"] == precision
+
+
+def test_layout_reads_stage_ranks_accumulation_and_offload() -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    config = ds_config(zero_optimization=zero, data_types={"grad_accum_dtype": "bf16"})
+    layout = layout_of(config, load_recipe("quickstart"), 4)
+    assert (layout["seq_len"], layout["zero_stage"], layout["world_size"]) == (128, 3, 4)
+    assert (layout["accumulate_fp32"], layout["offload_optimizer"], layout["offload_parameters"]) == (
+        False,
+        True,
+        False,
+    )
+
+
+def test_claim_of_the_paper_cannot_fit() -> None:
+    recipe = load_recipe("openllama-3b-13l")
+    text = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION)
+    assert text is not None
+    assert text.startswith('8B tokens cannot fit the "under 12 hours on one A6000" of the paper')
+    assert "the floor is 162.2 hours at 100 % of the peak of 1 x RTX A6000 (154.8 TFLOP/s)" in text
+    assert "324.5 hours at 50 % MFU; 12 hours would need an MFU of 1352 %" in text
+
+
+@pytest.mark.parametrize(
+    ("hours", "verdict"),
+    [(160.0, "cannot fit"), (170.0, "can hardly fit"), (300.0, "can fit")],
+)
+def test_claim_verdict_follows_the_mfu_it_needs(hours: float, verdict: str) -> None:
+    recipe = load_recipe("openllama-3b-13l", [f"published_claim.hours={hours}"])
+    text = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION)
+    assert text is not None
+    assert text.startswith(f"8B tokens {verdict} the")
+
+
+def test_claim_counts_its_gpus() -> None:
+    recipe = load_recipe("openllama-3b-13l", ["published_claim.gpus=4"])
+    text = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION)
+    assert text is not None
+    assert "the floor is 40.6 hours at 100 % of the peak of 4 x RTX A6000" in text
+
+
+def test_claim_is_silent_without_one_and_open_without_flops() -> None:
+    assert check_claim(load_recipe("quickstart"), 1e18, None) is None
+    text = check_claim(load_recipe("openllama-3b-13l"), None, None)
+    assert text is not None
+    assert "cannot be checked" in text
+
+
+def test_claim_on_an_unknown_gpu_is_refused() -> None:
+    recipe = load_recipe("openllama-3b-13l", ["published_claim.gpu=a600"])
+    with pytest.raises(RecipeError, match="did you mean a6000"):
+        check_claim(recipe, 1e18, None)
+
+
+def test_amount_says_the_duration_in_words() -> None:
+    recipe = load_recipe("openllama-3b-13l", ["training.duration=8 epochs"])
+    assert amount(recipe, ONE_BILLION) == "8 epochs of 1B tokens"
+    assert amount(recipe, None) == "8 epochs"
+    assert amount(load_recipe("openllama-3b-13l-250m"), ONE_BILLION) == "250M tokens"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1_815_638_400, "1.816B"), (1e9, "1B"), (123_910_400, "123.9M"), (791_552, "791,552"), (0, "0")],
+)
+def test_short_count_keeps_four_digits(count: float, text: str) -> None:
+    assert short_count(count) == text

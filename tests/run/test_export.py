@@ -1,0 +1,247 @@
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from inheritune_ds.config.model import Shape, Target
+from inheritune_ds.errors import ExportError, StorageError
+from inheritune_ds.run import export
+from inheritune_ds.run.export import check_logits, export_model, model_card, write_probe
+from inheritune_ds.surgery.compare import weights_sha256
+from inheritune_ds.surgery.inherit import build_target
+from inheritune_ds.surgery.load import load_model
+
+PROBE = torch.arange(12).view(1, 12) % 20
+CARD = "---\nlibrary_name: transformers\n---\n# a card\n"
+
+
+@pytest.fixture
+def target_folder(tmp_path: Path) -> Callable[[str], Path]:
+    """Build a tiny target from scratch, with its tokenizer."""
+
+    def make(family: str) -> Path:
+        gpt2 = family == "gpt2"
+        shape = Shape(
+            model_type="gpt2" if gpt2 else "llama",
+            vocab_size=20,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            intermediate_size=12,
+            tie_word_embeddings=gpt2,
+        )
+        words = {word: number for number, word in enumerate(["<s>", "</s>", *(f"w{n}" for n in range(18))])}
+        model = Tokenizer(WordLevel(words, unk_token="<s>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+        return build_target(
+            Target(shape=shape),
+            reference=None,
+            reference_config=None,
+            tokenizer=tokenizer,
+            seed=1,
+            folder=tmp_path / f"target-{family}",
+            identity={},
+            command="make it",
+            say=lambda _: None,
+        ).folder
+
+    return make
+
+
+def trained(folder: Path) -> PreTrainedModel:
+    """The target with other values in every parameter, as training leaves it."""
+    model = load_model(folder)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    model.eval()
+    return model
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Export a trained model."""
+
+    def make(target: Path, model: PreTrainedModel, *, dtype: str = "float32", **parameters: torch.Tensor) -> str:
+        values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return export_model(
+            tmp_path / "export",
+            target_folder=target,
+            tokenizer_folder=target,
+            parameters={**values, **parameters},
+            dtype=dtype,
+            card=CARD,
+            recipe_fingerprint="abc",
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_export_loads_anywhere_as_the_trained_model(
+    family: str, target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder(family)
+    model = trained(target)
+    digest = write(target, model)
+    folder = tmp_path / "export"
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    assert digest == weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
+    with torch.no_grad():
+        logits = model(input_ids=PROBE).logits
+        assert torch.equal(loaded(input_ids=PROBE).logits, logits)
+    check_logits(folder, PROBE, logits)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
+    assert (folder / "README.md").read_text(encoding="utf-8") == CARD
+    names = {"README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert not (folder / "inheritance.json").exists()
+    assert loaded.dtype == torch.float32
+
+
+def test_export_in_bfloat16_rounds_every_value(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder("llama")
+    model = trained(target)
+    write(target, model, dtype="bfloat16")
+    stored = load_file(tmp_path / "export" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(stored[name], parameter.detach().to(torch.bfloat16)), name
+    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["dtype"] == "bfloat16"
+
+
+def test_export_says_whose_it_is_and_what_is_in_it(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder("llama")
+    digest = write(target, trained(target))
+    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["weights_sha256"] == digest
+    assert manifest["recipe_fingerprint"] == "abc"
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= manifest["files"].keys()
+
+
+def test_a_disk_that_fills_during_the_export_is_a_storage_error(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder("llama")
+    model = trained(target)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="export cannot be written: File too large"):
+            write(target, model)
+        with pytest.raises(StorageError, match=r"probe.safetensors cannot be written: File too large"):
+            write_probe(tmp_path / "probe.safetensors", torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, 4096))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "export").exists()
+
+
+def test_export_refuses_parameters_that_are_not_the_target_s(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder("llama")
+    with pytest.raises(
+        ExportError, match=r"the trained parameters are not the target's: \['module\.extra'\]"
+    ) as caught:
+        write(target, trained(target), **{"module.extra": torch.zeros(1)})
+    assert caught.value.exit_code == 12
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_export_that_reads_back_otherwise_is_not_published(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = target_folder("llama")
+    model = trained(target)
+
+    def bent(folder: Path, **options: Any) -> PreTrainedModel:
+        loaded = load_model(folder, **options)
+        if folder != target:
+            with torch.no_grad():
+                loaded.get_parameter("model.norm.weight")[0] *= -1
+        return loaded
+
+    monkeypatch.setattr(export, "load_model", bent)
+    with pytest.raises(ExportError, match="does not load as the trained model") as caught:
+        write(target, model)
+    assert caught.value.action.startswith("check the disk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target-llama"]
+
+
+def test_check_logits_tells_how_far_they_are_apart(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder("llama")
+    model = trained(target)
+    write(target, model)
+    with torch.no_grad():
+        logits = model(input_ids=PROBE).logits
+    bent = logits.clone()
+    bent[0, 3, 5] += 0.25
+    with pytest.raises(ExportError, match=r"export differ from the trained state's by up to 0\.25$"):
+        check_logits(tmp_path / "export", PROBE, bent)
+
+
+def test_write_probe_keeps_tokens_and_logits(tmp_path: Path) -> None:
+    logits = torch.randn(1, 20, 12).transpose(1, 2)
+    write_probe(tmp_path / "probe.safetensors", PROBE, logits)
+    found = load_file(tmp_path / "probe.safetensors")
+    assert torch.equal(found["tokens"], PROBE)
+    assert torch.equal(found["logits"], logits)
+
+
+RESULT = {
+    "parameters": 1_840_256,
+    "block_parameters": 791_552,
+    "blocks": 4,
+    "steps": 200,
+    "tokens_seen": 819_200,
+    "unique_tokens": 700_000,
+    "precision": "fp32",
+    "zero_stage": 1,
+    "world_size": 2,
+    "val_loss": 3.14159,
+    "val_stderr": 0.02,
+    "version": "0.1.0",
+}
+
+
+def test_model_card_tells_the_lineage() -> None:
+    report = {
+        "selection": [0, 1, 2, 3],
+        "reference": {"name": "org/model", "commit": "0123abc", "weights_sha256": {}},
+        "width": "full",
+        "tensors": [*[{"inherited": True, "part": "mlp"}] * 2, {"inherited": False, "part": "final_norm"}],
+    }
+    recipe = {"name": "mine", "description": "what it is", "seed": 7}
+    card = model_card(recipe, report, RESULT)
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for text in (
+        "# mine",
+        "blocks [0, 1, 2, 3] of `org/model` at commit `0123abc`",
+        "1 of 3 tensors were fresh (final_norm).",
+        "1,840,256 (791,552 in 4 blocks)",
+        "819,200 tokens seen (700,000 unique)",
+        "precision fp32, ZeRO stage 1, 2 rank(s)",
+        "3.1416 +- 0.0200 nats a token",
+        '"seed": 7',
+    ):
+        assert text in card
+    folder = {**report, "reference": {"name": "./here", "commit": "", "weights_sha256": {}}}
+    assert "of `./here`; 1 of 3" in model_card(recipe, folder, RESULT)
+    scratch = {"selection": [], "reference": None, "tensors": [{"inherited": False}]}
+    assert "random values; nothing was inherited." in model_card(recipe, scratch, RESULT)

@@ -1,0 +1,339 @@
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.errors import RunFolderError, StorageError
+from inheritune_ds.run import folder as run_folder
+from inheritune_ds.run.folder import PACKAGES, FolderBusyError, RunFolder
+
+HOLDER = """
+import sys
+from pathlib import Path
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.run.folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+folder.claim(load_recipe("quickstart"))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("quickstart")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    made = RunFolder(tmp_path / "runs" / "quickstart")
+    yield made
+    made.release()
+
+
+def test_claim_makes_the_folder_and_writes_the_resolved_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    assert folder.checkpoints.is_dir()
+    assert folder.eval.is_dir()
+    assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == recipe
+    assert (folder.target, folder.export) == (folder.path / "target", folder.path / "export")
+
+
+def test_claim_removes_what_a_killed_launch_was_writing(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.release()
+    (folder.path / "report").mkdir()
+    killed = [
+        folder.path / ".status.json.4711.tmp",
+        folder.eval / ".validation-step-00000004.json.4711.tmp",
+        folder.path / "report" / ".report.md.4711.tmp",
+    ]
+    others = [folder.path / ".notes.tmp", folder.path / ".status.json.tmp", folder.path / "status.json.4711.tmp"]
+    for path in killed + others:
+        path.write_text("{")
+    staging = folder.path / ".export.node-1.4711.tmp"  # publish.py's, of another machine perhaps
+    staging.mkdir()
+    folder.claim(recipe)
+    assert not any(path.exists() for path in killed)
+    assert all(path.exists() for path in [*others, staging])
+
+
+def test_the_same_recipe_claims_again(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    written = (folder.path / "recipe.resolved.yaml").stat().st_mtime_ns
+    folder.release()
+    folder.claim(recipe)
+    assert (folder.path / "recipe.resolved.yaml").stat().st_mtime_ns == written
+
+
+def test_names_logging_and_checkpoints_may_change(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.release()
+    changed = load_recipe("quickstart", ["description=another", "logging.interval_steps=3", "checkpoint.keep=7"])
+    folder.claim(changed)
+    assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == changed
+
+
+def test_a_folder_in_which_nothing_was_trained_goes_to_the_corrected_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.release()
+    corrected = load_recipe("quickstart", ["seed=7"])
+    folder.claim(corrected)
+    assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == corrected
+    folder.release()
+    (folder.checkpoints / "step-00000001").mkdir()
+    with pytest.raises(RunFolderError, match="belongs to another recipe"):
+        folder.claim(recipe)
+
+
+def test_a_folder_of_another_recipe_is_refused_by_key(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    (folder.path / "metrics.jsonl").touch()
+    folder.release()
+    before = (folder.path / "recipe.resolved.yaml").read_bytes()
+    other = load_recipe("quickstart", ["seed=7", "optimizer.lr=2e-3", "logging.interval_steps=3"])
+    with pytest.raises(RunFolderError) as caught:
+        folder.claim(other)
+    assert caught.value.exit_code == 8
+    assert caught.value.problem.splitlines() == [
+        f"{folder.path} belongs to another recipe; it differs in",
+        f"    optimizer.lr: {recipe.optimizer.lr} -> 0.002",
+        f"    seed: {recipe.seed} -> 7",
+    ]
+    assert "--runs-dir DIR" in caught.value.action
+    assert (folder.path / "recipe.resolved.yaml").read_bytes() == before
+    assert not folder.is_claimed, "its status is not this launch's to write"
+
+
+def test_a_damaged_resolved_recipe_is_named(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    (folder.path / "metrics.jsonl").touch()
+    folder.release()
+    path = folder.path / "recipe.resolved.yaml"
+    for content, told in ((b"name: [", "line 1"), (b"\xff", "can't decode byte"), (b"", "not a mapping")):
+        path.write_bytes(content)
+        with pytest.raises(RunFolderError, match=rf"not as it was written: .*recipe\.resolved\.yaml.*{told}") as caught:
+            folder.claim(recipe)
+        assert "--fresh" in caught.value.action
+        assert not folder.is_claimed
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Another process has the folder; it is killed at the end."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "claimed\n"
+        yield
+    finally:
+        holder.kill()  # a killed process lets go as well
+        holder.communicate()
+
+
+def test_a_folder_that_another_process_has_is_refused(folder: RunFolder, recipe: Recipe) -> None:
+    with held(folder.path):
+        with pytest.raises(FolderBusyError) as caught:
+            folder.claim(recipe)
+        assert not folder.is_claimed
+        assert caught.value.problem == f"another process is writing to {folder.path}"
+        assert "name=OTHER" in caught.value.action
+    folder.claim(recipe)
+
+
+def test_claim_below_a_file_is_a_storage_error(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(StorageError, match="cannot be written: Not a directory") as caught:
+        RunFolder(tmp_path / "runs" / "quickstart").claim(recipe)
+    assert "choose a folder that you may write to" in caught.value.action
+
+
+def test_claim_in_a_read_only_folder_is_a_storage_error(
+    folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: int) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageError, match=r"\.lock cannot be written: Permission denied"):
+        folder.claim(recipe)
+
+
+def test_status_is_read_back(folder: RunFolder, recipe: Recipe) -> None:
+    assert folder.status() == {}
+    folder.claim(recipe)
+    start = datetime.now(UTC).replace(microsecond=0)
+    folder.write_status("requeue", step=42, reason="SIGUSR1: saved", exit_code=0)
+    status = folder.status()
+    assert {key: status[key] for key in ("state", "step", "reason", "exit_code", "pid")} == {
+        "state": "requeue",
+        "step": 42,
+        "reason": "SIGUSR1: saved",
+        "exit_code": 0,
+        "pid": os.getpid(),
+    }
+    assert datetime.fromisoformat(status["time"]) >= start
+    folder.write_status("running")
+    assert (folder.status()["state"], folder.status()["step"], folder.status()["reason"]) == ("running", 0, "")
+
+
+def test_a_run_has_finished_when_status_summary_and_whole_export_say_so(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.export.mkdir()
+    weights = folder.export / "model.safetensors"
+    weights.write_bytes(bytes(8))
+    manifest = {"recipe_fingerprint": recipe.fingerprint, "files": {"model.safetensors": {"bytes": 8}}}
+    (folder.export / "manifest.json").write_text(json.dumps(manifest))
+    folder.write_status("finished")
+    assert not folder.has_finished(recipe), "run.json is missing"
+    (folder.path / "run.json").write_text("{}")
+    assert folder.has_finished(recipe)
+    assert not folder.has_finished(load_recipe("quickstart", ["seed=7"]))
+    assert folder.finished_before == f"quickstart: finished before; see {folder.path / 'report' / 'report.md'}"
+    folder.write_status("running")
+    assert not folder.has_finished(recipe)
+    folder.write_status("finished")
+    weights.write_bytes(bytes(7))
+    assert not folder.has_finished(recipe)
+    (folder.export / "manifest.json").unlink()
+    assert not folder.has_finished(recipe)
+
+
+def test_provenance_tells_versions_and_command_and_no_secret(
+    folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "MY_VARIABLE"):
+        monkeypatch.setenv(name, f"value-of-{name}")
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--recipe", "quickstart"])
+    folder.claim(recipe)
+    folder.write_provenance({"world_size": 2})
+    text = (folder.path / "provenance.json").read_text(encoding="utf-8")
+    document = json.loads(text)
+    assert document["command"] == ["train.py", "--recipe", "quickstart"]
+    assert (document["world_size"], document["slurm_job_id"]) == (2, "123")
+    assert set(document["packages"]) == set(PACKAGES)
+    assert document["packages"]["torch"].startswith("2.")
+    assert "value-of" not in text
+    assert os.environ["PATH"] not in text
+
+
+def test_git_state_is_none_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "site-packages" / "inheritune_ds" / "run" / "folder.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert run_folder._git_state() is None
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
+    assert run_folder._git_state() is None
+
+
+def test_git_state_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "inheritune_ds" / "run"
+    package.mkdir(parents=True)
+    (package / "folder.py").write_text("one\n", encoding="utf-8")
+    monkeypatch.setattr(run_folder, "__file__", str(package / "folder.py"))
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "HEAD")
+    assert run_folder._git_state() == {"commit": commit, "changed": False}
+    (tmp_path / "untracked").touch()
+    assert run_folder._git_state() == {"commit": commit, "changed": False}
+    (package / "folder.py").write_text("two\n", encoding="utf-8")
+    assert run_folder._git_state() == {"commit": commit, "changed": True}
+
+
+def test_set_aside_renames_the_whole_folder_and_lets_it_go(folder: RunFolder, recipe: Recipe) -> None:
+    assert folder.set_aside() is None
+    folder.claim(recipe)
+    (folder.checkpoints / "step-00000004").mkdir()
+    folder.release()
+    aside = folder.set_aside()
+    assert aside is not None
+    assert re.fullmatch(r"quickstart\.before-\d{8}T\d{6}Z", aside.name)
+    assert (aside / "checkpoints" / "step-00000004").is_dir()
+    assert not folder.path.exists()
+    assert not folder.is_claimed
+    folder.claim(load_recipe("quickstart", ["seed=7"]))  # nobody's any more
+
+
+def test_two_runs_set_aside_in_one_second_both_stay(folder: RunFolder, recipe: Recipe) -> None:
+    kept: set[str] = set()
+    for _ in range(3):
+        folder.claim(recipe)
+        folder.release()
+        aside = folder.set_aside()
+        assert aside is not None
+        kept.add(aside.name)
+    assert {path.name for path in folder.path.parent.iterdir()} == kept
+    assert len(kept) == 3
+
+
+def test_set_aside_refuses_a_folder_that_another_process_has(folder: RunFolder) -> None:
+    with held(folder.path):
+        with pytest.raises(FolderBusyError, match="another process is writing to"):
+            folder.set_aside()
+        assert folder.path.is_dir()
+    assert [path.name for path in folder.path.parent.iterdir()] == ["quickstart"]
+
+
+def test_a_lock_on_a_folder_that_was_set_aside_meanwhile_is_taken_again(
+    folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.claim(recipe)
+    folder.release()
+    real = fcntl.flock
+    moved = folder.path.with_name("moved")
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not moved.exists():
+            folder.path.rename(moved)  # between the opening and the locking
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder.lock()
+    with pytest.raises(FolderBusyError):
+        RunFolder(folder.path).lock()
+    RunFolder(moved).lock()  # nobody holds the old one
+
+
+@pytest.mark.parametrize("content", ["3", '"x"', "[1]", "\x00\x00", '{"state'])
+def test_a_status_that_is_no_object_is_none(content: str, folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    (folder.path / "status.json").write_text(content)
+    assert folder.status() == {}
+    folder.write_status("running", step=8)
+    assert folder.status()["step"] == 8
+
+
+def test_the_latest_step_ever_saved_stays_in_the_status(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.write_status("running", step=8)
+    folder.write_status("failed", step=0, reason="its checkpoints have gone", exit_code=4)
+    assert (folder.status()["step"], folder.status()["saved_step"]) == (0, 8)
+
+
+def test_a_claimed_folder_is_closed_to_others_whatever_the_umask(folder: RunFolder, recipe: Recipe) -> None:
+    before = os.umask(0)
+    try:
+        folder.claim(recipe)
+    finally:
+        os.umask(before)
+    assert folder.checkpoints.stat().st_mode & 0o002 == 0

@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+
+from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.errors import CheckpointError
+from inheritune_ds.run.folder import RunFolder
+from inheritune_ds.run.resume import Resumption
+
+LAYOUT = SavedLayout(2, 1, "bf16")
+
+
+def saved(run: Path, *overrides: str, data: str | None = "d" * 64, precision: str = "bf16") -> Path:
+    """A run folder with one checkpoint, that of step 4."""
+    store = CheckpointStore(run / "checkpoints", keep=3)
+    temporary = store.begin(4)
+    (temporary / "state.pt").write_bytes(b"state")
+    files = {"state.pt": {"bytes": 5, "blake3": blake3(b"state").hexdigest()}}
+    fields: dict[str, Any] = {
+        "state": TrainState(4).as_dict(),
+        "layout": {"world_size": 4, "zero_stage": 3, "precision": precision},
+        "fingerprints": {"recipe": load_recipe("quickstart", list(overrides)).fingerprint, "data": data, "code": {}},
+    }
+    return store.publish(temporary, 4, fields, files, print)
+
+
+def resumption(run: Path, *overrides: str) -> Resumption:
+    """The way back of the quickstart in a folder."""
+    return Resumption(RunFolder(run), load_recipe("quickstart", list(overrides)), LAYOUT, print)
+
+
+def test_the_newest_checkpoint_is_chosen_whatever_ranks_and_stage_have_saved_it(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps({"fingerprint": "d" * 64}))
+    assert resumption(tmp_path).choose() == str(checkpoint)
+    assert resumption(tmp_path / "other").choose() is None
+
+
+def test_a_checkpoint_of_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps({"fingerprint": "e" * 64}))
+    with pytest.raises(CheckpointError, match=r"step-00000004 was made from other data than this run: .* dddddddddddd"):
+        resumption(tmp_path).choose()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "optimizer.lr=5e-3")
+    with pytest.raises(CheckpointError, match="step-00000004 was made by another recipe than this run: fingerprint "):
+        resumption(tmp_path).choose()
+    assert resumption(tmp_path, "optimizer.lr=5e-3", "checkpoint.keep=1").choose() is not None
+
+
+def test_a_checkpoint_in_another_precision_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, precision="fp32")
+    with pytest.raises(CheckpointError, match="was saved in fp32, and this launch computes in bf16"):
+        resumption(tmp_path).choose()
+
+
+def test_a_recipe_may_forbid_to_go_on(tmp_path: Path) -> None:
+    resumption(tmp_path / "new", "checkpoint.resume=never").begin()
+    saved(tmp_path)
+    resumption(tmp_path).begin()
+    with pytest.raises(CheckpointError, match=r"checkpoint.resume: never\n.*without checkpoints\n.*--fresh"):
+        resumption(tmp_path, "checkpoint.resume=never").begin()

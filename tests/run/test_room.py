@@ -1,0 +1,64 @@
+"""The room that a run asks for before it trains."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from inheritune_ds.cli import main
+from inheritune_ds.data.tokens.token_set import TokenSet
+from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.errors import StorageError
+from inheritune_ds.run import execute
+
+CPU = str(Path(__file__).parents[2] / "ds_configs" / "cpu.json")
+
+
+def asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, there: int = 0) -> int:
+    """How many checkpoints a run of 30 steps wants room for; its preparation is left out."""
+    asked: list[int] = []
+
+    def refuse(_folder: Path, _bytes: int, *, count: int) -> None:
+        asked.append(count)
+        raise StorageError("no room")
+
+    def prepare_run(*_: Any, **__: Any) -> Any:
+        entry = {"name": "embedded", "train": [{"file": "train.bin", "tokens": 100_000}], "validation": []}
+        (tmp_path / "embedded").mkdir()
+        np.zeros(100_000, "<u2").tofile(tmp_path / "embedded" / "train.bin")
+        tokens = TokenSet(tmp_path, {"token_dtype": "uint16", "sources": [entry]})
+        for step in range(1, there + 1):
+            (tmp_path / "runs" / "quickstart-reference" / "checkpoints" / f"step-{step:08d}").mkdir()
+        return SimpleNamespace(tokens=tokens, target=SimpleNamespace(report={"parameters": 1000}))
+
+    monkeypatch.setattr(execute, "require_space", refuse)
+    monkeypatch.setattr(execute, "prepare_run", prepare_run)
+    for name in ("install", "leave_from_anywhere"):
+        monkeypatch.setattr(StopSignal, name, lambda _: None)
+    words = ["train", "--recipe", "quickstart-reference", "--deepspeed_config", CPU]
+    words += ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
+    with patch.dict(os.environ):
+        code = main([*words, "training.duration=30 steps", "checkpoint.interval_steps=10", *overrides])
+    assert code == StorageError.exit_code
+    return asked[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "there", "count"),
+    [
+        (["checkpoint.keep=1"], 0, 3),
+        (["checkpoint.keep=100000"], 0, 5),
+        (["checkpoint.keep=1", "checkpoint.keep_every=1"], 0, 5),
+        (["checkpoint.keep=1", "checkpoint.keep_every=1"], 2, 3),
+        (["checkpoint.keep=1"], 3, 2),
+    ],
+    ids=["keep", "keep more than are saved", "keep all for good", "some are there", "more are there than stay"],
+)
+def test_a_run_asks_for_room_for_the_checkpoints_that_will_lie_there(
+    overrides: list[str], there: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert asked_for(tmp_path, monkeypatch, *overrides, there=there) == count

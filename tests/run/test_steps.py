@@ -1,0 +1,59 @@
+"""How long a run is, once its token files tell how many windows there are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.data.tokens.token_set import TokenSet
+from inheritune_ds.errors import CorpusError, RecipeError
+from inheritune_ds.run.data import RunData
+from inheritune_ds.training.packing import DocumentPacking
+
+
+def total_steps(folder: Path, *overrides: str, train_tokens: tuple[int, ...]) -> int:
+    given = ["training.seq_len=128", "training.global_batch_tokens=2048", *overrides]
+    sources = []
+    for number, tokens in enumerate(train_tokens):
+        name = f"source-{number}"
+        (folder / name).mkdir(exist_ok=True)
+        np.zeros(tokens, "<u2").tofile(folder / name / "train-00000.bin")
+        sources.append({"name": name, "train": [{"file": "train-00000.bin", "tokens": tokens}], "validation": []})
+        given.append(f"corpus.sources.{number}={{kind: embedded, name: {name}}}")
+    recipe = load_recipe("quickstart", [f"corpus.sources={[{'kind': 'embedded'}] * len(sources)}", *given])
+    return RunData(recipe, TokenSet(folder, {"token_dtype": "uint16", "sources": sources})).total_steps
+
+
+def test_a_warm_up_that_only_the_tokens_show_to_be_too_long_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+    assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1,)) == 22
+    with pytest.raises(RecipeError, match=r"schedule\.warmup_steps 20 is too long for the 21 steps of the run"):
+        total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(21 * 2048 + 1,))
+
+
+def test_an_epoch_has_the_windows_of_every_source(tmp_path: Path) -> None:
+    """The 100 tokens that each source has over do not make a window together."""
+    assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(11 * 2048 + 100, 11 * 2048 + 100)) == 22
+
+
+@pytest.mark.parametrize(
+    ("form", "refused"), [("<s> text </s>", False), ("text </s>", False), ("</s> text </s>", True)]
+)
+def test_documents_are_kept_apart_only_where_their_ends_tell_of_them(
+    tmp_path: Path, form: str, *, refused: bool
+) -> None:
+    recipe = load_recipe("quickstart", ["training.packing=documents"])
+    data = RunData(recipe, TokenSet(tmp_path, {"document_form": form, "eos_id": 2}))
+    if not refused:
+        assert data.packing == DocumentPacking(2)
+        return
+    with pytest.raises(
+        RecipeError, match=r"(?s)makes '</s> text </s>' of one.*another token than </s>.*packing: windows"
+    ):
+        _ = data.packing
+
+
+def test_a_source_without_a_token_has_no_part_in_a_run_without_weights(tmp_path: Path) -> None:
+    assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1, 0)) == 22
+    with pytest.raises(CorpusError, match="'source-1' has 100 tokens, less than one window"):
+        total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1, 100))

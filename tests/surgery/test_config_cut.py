@@ -1,0 +1,273 @@
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given as for_all
+from hypothesis import strategies as st
+from transformers import AutoConfig, PreTrainedConfig
+
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.surgery import config_cut
+from inheritune_ds.surgery.config_cut import cut_config, set_dropout
+
+SELECTIONS = st.lists(st.integers(0, 11), min_size=1, max_size=8)
+
+LISTS: list[tuple[str, dict[str, Any], dict[str, list[Any]]]] = [
+    (
+        "qwen2",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]},
+        {"layer_types": ["sliding_attention", "sliding_attention"]},
+    ),
+    (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1, 0], "layer_types": ["full_attention"] * 4},
+        {"no_rope_layers": [0, 0], "layer_types": ["full_attention"] * 2},
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "given", "expected"), LISTS)
+def test_cut_config_cuts_every_list_with_the_selection(
+    family: str, given: dict[str, Any], expected: dict[str, list[Any]]
+) -> None:
+    config = AutoConfig.for_model(family, num_hidden_layers=4, **given)
+    before = config.to_dict()
+    cut = cut_config(config, (1, 3))
+    assert cut.num_hidden_layers == 2
+    assert {key: getattr(cut, key) for key in expected} == expected
+    assert config.to_dict() == before
+    # and nothing else is another
+    changed = {key for key, value in cut.to_dict().items() if value != before[key]}
+    assert changed == {"num_hidden_layers", *(key for key in expected if before[key] != expected[key])}
+
+
+def test_cut_config_leaves_lists_of_another_length_or_meaning() -> None:
+    config = AutoConfig.for_model("llama", num_hidden_layers=3, eos_token_id=[2, 7, 9], layer_notes=["a", "b"])
+    cut = cut_config(config, (0, 1))
+    assert cut.eos_token_id == [2, 7, 9]
+    assert cut.layer_notes == ["a", "b"]
+
+
+def test_cut_config_knows_the_depth_by_the_family_s_own_name() -> None:
+    config = AutoConfig.for_model("gpt2", n_layer=12)
+    cut = cut_config(config, tuple(range(5)))
+    assert (cut.n_layer, cut.num_hidden_layers) == (5, 5)
+    assert "num_hidden_layers" not in cut.to_dict()
+    assert config.n_layer == 12
+
+
+def test_cut_config_of_all_blocks_changes_nothing() -> None:
+    config = AutoConfig.for_model("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2)
+    assert cut_config(config, (0, 1, 2, 3)).to_dict() == config.to_dict()
+
+
+def test_cut_config_leaves_the_names_of_classes() -> None:
+    config = AutoConfig.for_model("llama", num_hidden_layers=4)
+    cut = cut_config(config, (3, 1, 1))
+    assert (cut.id2label, cut.label2id) == (config.id2label, config.label2id)
+
+
+def test_a_switch_by_place_allows_the_first_blocks_only() -> None:
+    config = AutoConfig.for_model("gpt2", n_layer=4, scale_attn_by_inverse_layer_idx=True)
+    assert cut_config(config, (0, 1)).scale_attn_by_inverse_layer_idx is True
+    with pytest.raises(SurgeryError) as caught:
+        cut_config(config, (0, 2))
+    assert caught.value.problem == (
+        "gpt2: with scale_attn_by_inverse_layer_idx = True a block computes by its place, and this selection moves "
+        "blocks to other places"
+    )
+    assert caught.value.allowed == "a selection that leaves every block in its place: first:n"
+    assert cut_config(AutoConfig.for_model("gpt2", n_layer=4), (0, 2)).n_layer == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "blocks", "expected"),
+    [
+        (
+            "qwen2_moe",  # with experts: 1 and 5; 3 is named dense
+            {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+            (1, 2, 5, 3),
+            {"decoder_sparse_step": 1, "mlp_only_layers": [1, 3]},
+        ),
+        ("bamba", {"num_hidden_layers": 6, "attn_layer_indices": [1, 4]}, (4, 5, 1), {"attn_layer_indices": [0, 2]}),
+        (
+            "jamba",  # attention in 3 and 7, experts in every odd one
+            {
+                "num_hidden_layers": 8,
+                "attn_layer_period": 4,
+                "attn_layer_offset": 3,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+            },
+            (2, 3, 6, 7),
+            {
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+            },
+        ),
+        ("deepseek_v2", {"num_hidden_layers": 6, "first_k_dense_replace": 2}, (1, 3, 5), {"first_k_dense_replace": 1}),
+        (
+            "gpt_neo",
+            {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+            (1, 2, 3),
+            {"attention_types": [[["local"], 1], [["global"], 1], [["local"], 1]]},
+        ),
+    ],
+)
+def test_cut_config_rewrites_what_says_which_block_is_what(
+    family: str, given: dict[str, Any], blocks: tuple[int, ...], expected: dict[str, Any]
+) -> None:
+    config: PreTrainedConfig = AutoConfig.for_model(family, **given)
+    cut = cut_config(config, blocks)
+    assert {key: getattr(cut, key) for key in expected} == expected
+    assert cut.num_hidden_layers == len(blocks)
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "blocks", "problem", "allowed"),
+    [
+        (
+            "deepseek_v2",
+            {"num_hidden_layers": 6, "first_k_dense_replace": 2},
+            (3, 1),
+            "first_k_dense_replace = 2: the selection puts a dense block after one with experts",
+            "selections with all blocks below 2 before the others",
+        ),
+        (
+            "jamba",
+            {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 3},
+            (3, 3, 0, 3),
+            "attn_layer_period = 4, attn_layer_offset = 3: no period and offset describe the selected blocks",
+            "a selection in which the special blocks (number % 4 == 3) stand at even distances",
+        ),
+    ],
+)
+def test_cut_config_refuses_what_no_value_expresses(
+    family: str, given: dict[str, Any], blocks: tuple[int, ...], problem: str, allowed: str
+) -> None:
+    with pytest.raises(SurgeryError) as caught:
+        cut_config(AutoConfig.for_model(family, **given), blocks)
+    assert caught.value.problem.startswith(problem)
+    assert caught.value.allowed == allowed
+
+
+def apply(rule: config_cut.Rule, values: dict[str, Any], blocks: Sequence[int]) -> dict[str, Any] | None:
+    """What a rule makes of the keys; None if it refuses."""
+    try:
+        return values | rule(values, 12, blocks)
+    except SurgeryError:
+        return None
+
+
+@for_all(SELECTIONS, st.integers(1, 6), st.data())
+def test_periods_mark_the_same_blocks_or_are_refused(blocks: list[int], period: int, data: st.DataObject) -> None:
+    values = {"period": period, "offset": data.draw(st.integers(0, period - 1))}
+    wanted = [block % period == values["offset"] for block in blocks]
+    found = apply(config_cut._periods("period", "offset"), values, blocks)
+    if found is not None:
+        assert [place % found["period"] == found["offset"] for place in range(len(blocks))] == wanted
+        assert 0 <= found["offset"] < found["period"]
+    if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+        assert found is not None  # neighbours keep their distances
+
+
+@for_all(SELECTIONS, st.integers(0, 4), st.lists(st.integers(0, 11), unique=True))
+def test_sparse_steps_mark_the_same_blocks(blocks: list[int], step: int, dense: list[int]) -> None:
+    values = {"decoder_sparse_step": step, "mlp_only_layers": sorted(dense)}
+    found = apply(config_cut._sparse_step, values, blocks)
+    assert found is not None
+
+    def has_experts(keys: dict[str, Any], block: int) -> bool:
+        every = keys["decoder_sparse_step"]
+        return bool(block not in keys["mlp_only_layers"] and every > 0 and (block + 1) % every == 0)
+
+    for place, block in enumerate(blocks):
+        assert has_experts(found, place) == has_experts(values, block)
+
+
+@for_all(SELECTIONS, st.integers(0, 12))
+def test_dense_blocks_come_first_or_are_refused(blocks: list[int], first: int) -> None:
+    found = apply(config_cut._dense_first, {"first_k_dense_replace": first}, blocks)
+    if found is None:
+        assert any(one >= first > other for one, other in pairwise(blocks))
+    else:
+        assert [place < found["first_k_dense_replace"] for place in range(len(blocks))] == [
+            block < first for block in blocks
+        ]
+
+
+@for_all(SELECTIONS, st.integers(0, 11), st.integers(-1, 11), st.integers(1, 4))
+def test_spans_of_experts_mark_the_same_blocks_or_are_refused(
+    blocks: list[int], start: int, end: int, interval: int
+) -> None:
+    values = {"moe_layer_start_index": start, "moe_layer_end_index": end, "moe_layer_interval": interval}
+
+    def has_experts(keys: dict[str, Any], block: int, depth: int) -> bool:
+        last = keys["moe_layer_end_index"] if keys["moe_layer_end_index"] >= 0 else depth - 1
+        return bool(keys["moe_layer_start_index"] <= block <= last and (block + 1) % keys["moe_layer_interval"] == 0)
+
+    found = apply(config_cut._moe_span, values, blocks)
+    if found is not None:
+        for place, block in enumerate(blocks):
+            assert has_experts(found, place, len(blocks)) == has_experts(values, block, 12)
+
+
+@for_all(SELECTIONS, st.lists(st.sampled_from(["recurrent", "attention"]), min_size=1, max_size=5))
+def test_cycles_are_unrolled(blocks: list[int], pattern: list[str]) -> None:
+    found = apply(config_cut._cycle, {"block_types": pattern}, blocks)
+    assert found is not None
+    assert found["block_types"] == [(pattern * 12)[block] for block in blocks]
+
+
+@for_all(st.integers(1, 12), st.floats(0.1, 20))
+def test_residual_scale_stays_what_it_was_in_every_block(count: int, scale: float) -> None:
+    found = apply(config_cut._residual_scale, {"scale_depth": scale}, range(count))
+    assert found is not None
+    assert found["scale_depth"] / math.sqrt(count) == pytest.approx(scale / math.sqrt(12), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("layer_types", ["a", "b", "c", "d"], ["d", "b"]),
+        ("layer_types", ["a", "b", "c"], ["a", "b", "c"]),
+        ("eos_token_id", [5, 6, 7, 8], [5, 6, 7, 8]),
+        ("mlp_only_layers", [1, 2], [1]),
+        ("mlp_only_layers", [], []),
+        ("mlp_only_layers", [7], [7]),
+        ("no_rope_layers", [0, 1, 1, 0], [0, 1]),
+        ("attn_layer_indices", [3], [0]),
+        ("vocabulary", [1, 2], [1, 2]),
+        ("num_key_value_heads", [1, 2, 3, 4], [4, 2]),
+    ],
+)
+def test_lists_are_cut_if_they_speak_of_blocks(key: str, value: list[Any], expected: list[Any]) -> None:
+    assert config_cut._cut_list(key, value, 4, (3, 1)) == expected
+
+
+@pytest.mark.parametrize(("table", "expected"), [({0: "a", 3: "b"}, {0: "b"}), ({"1": "c", "2": "d"}, {"1": "c"})])
+def test_tables_by_block_number_are_cut(table: dict[Any, str], expected: dict[Any, str]) -> None:
+    assert config_cut._renumber(table, (3, 1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("gpt2", {"attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"}),
+        ("llama", {"attention_dropout"}),
+        ("opt", {"attention_dropout", "dropout"}),
+        ("gpt_neox", {"attention_dropout", "classifier_dropout", "hidden_dropout"}),
+        ("gpt_neo", {"attention_dropout", "classifier_dropout", "embed_dropout", "resid_dropout"}),
+    ],
+)
+def test_set_dropout_writes_every_dropout_key_and_no_other(family: str, keys: set[str]) -> None:
+    config = AutoConfig.for_model(family)
+    before = config.to_dict()
+    set_dropout(config, 0.375)
+    after = config.to_dict()
+    assert {key for key in after if after[key] != before[key]} == keys
+    assert {after[key] for key in keys} == {0.375}

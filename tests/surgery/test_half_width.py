@@ -1,0 +1,186 @@
+"""Half the width: which heads, units and channels every tensor of the target holds."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.surgery.half_width import FAMILIES, halve_config, leading_half
+from tests.surgery import tiny
+
+CHANNELS, HEADS, KV_HEADS, HEAD_SIZE, UNITS = 32, 4, 2, 8, 48
+VALUES: dict[str, Any] = {
+    **tiny.IDS,
+    "hidden_size": CHANNELS,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "intermediate_size": UNITS,
+    "max_position_embeddings": 24,
+    "tie_word_embeddings": False,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": UNITS, "tie_word_embeddings": True, "num_key_value_heads": None, "intermediate_size": None},
+    "opt": {"ffn_dim": UNITS, "word_embed_proj_dim": CHANNELS, "num_key_value_heads": None, "intermediate_size": None},
+    "gpt_neox": {"num_key_value_heads": None},
+    "qwen3": {"head_dim": HEAD_SIZE},
+    "stablelm": {"use_qkv_bias": True},
+}
+
+
+def first_heads(heads: int, *, pieces: int = 1) -> list[int]:
+    """Places of the first half of the heads where a head has so many vectors one after the other."""
+    size = pieces * HEAD_SIZE
+    return [head * size + at for head in range(heads // 2) for at in range(size)]
+
+
+# What the places along a dimension are: those that the half holds.
+CHANNEL = list(range(CHANNELS // 2))
+UNIT = list(range(UNITS // 2))
+QUERY, KEY = first_heads(HEADS), first_heads(KV_HEADS)
+ALL_THREE = [piece * HEADS * HEAD_SIZE + at for piece in range(3) for at in QUERY]  # GPT-2: all q, all k, all v
+EACH_THREE = first_heads(HEADS, pieces=3)  # GPT-NeoX: q, k and v of head 0, of head 1, ...
+WHOLE = None
+AXES: dict[str, list[tuple[str, tuple[list[int] | None, ...]]]] = {
+    "gpt2": [
+        (r"wte|wpe|lm_head", (WHOLE, CHANNEL)),
+        (r"attn\.c_attn", (CHANNEL, ALL_THREE)),
+        (r"attn\.c_proj", (QUERY, CHANNEL)),
+        (r"mlp\.c_fc", (CHANNEL, UNIT)),
+        (r"mlp\.c_proj", (UNIT, CHANNEL)),
+    ],
+    "gpt_neox": [
+        (r"embed_in|embed_out|lm_head", (WHOLE, CHANNEL)),
+        (r"query_key_value", (EACH_THREE, CHANNEL)),
+        (r"attention\.dense", (CHANNEL, QUERY)),
+        (r"dense_h_to_4h", (UNIT, CHANNEL)),
+        (r"dense_4h_to_h", (CHANNEL, UNIT)),
+    ],
+    "others": [
+        (r"embed_tokens|embed_positions|lm_head", (WHOLE, CHANNEL)),
+        (r"q_proj", (QUERY, CHANNEL)),
+        (r"[kv]_proj", (KEY, CHANNEL)),
+        (r"o_proj|out_proj", (CHANNEL, QUERY)),
+        (r"gate_proj|up_proj|fc1|c_fc", (UNIT, CHANNEL)),
+        (r"down_proj|fc2|c_proj", (CHANNEL, UNIT)),
+        (r"[qk]_norm", (WHOLE,)),
+    ],
+}
+
+
+def half_of(family: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The half that a tensor must be, by what its places mean."""
+    rules = AXES.get(family, AXES["others"])
+    axes = next((axes for pattern, axes in rules if re.search(pattern, name)), (CHANNEL,))
+    if family == "opt" and re.search(r"[kv]_proj", name):
+        axes = (QUERY, CHANNEL)  # as many heads for keys and values as for queries
+    if name.endswith("bias"):
+        axes = (axes[-1],) if family == "gpt2" else (axes[0],)
+    assert len(axes) == tensor.dim(), name
+    for dimension, places in enumerate(axes):
+        if places is not WHOLE:
+            tensor = tensor.index_select(dimension, torch.tensor(places))
+    return tensor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_holds_the_first_heads_units_and_channels(family: str, tmp_path: Path) -> None:
+    values = {key: value for key, value in {**VALUES, **OWN.get(family, {})}.items() if value is not None}
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
+    with torch.no_grad():
+        for number, parameter in enumerate(reference.parameters()):
+            # no two numbers of a tensor are the same: each tells its place
+            places = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(number))
+            parameter.copy_((places + 1).view(parameter.shape) / parameter.numel())
+    reference.save_pretrained(tmp_path / "reference")
+    built = tiny.cut(tmp_path / "reference", tmp_path / "half", select="first:2", width="half")
+    target = tiny.plain(built.folder)
+    source = reference.state_dict()
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, half_of(family, name, source[name])), name
+    config = target.config
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (CHANNELS // 2, HEADS // 2, 2)
+    assert config.hidden_size // config.num_attention_heads == HEAD_SIZE
+    assert getattr(config, "head_dim", None) in (None, HEAD_SIZE)
+    assert getattr(config, "num_key_value_heads", None) in (None, KV_HEADS // 2, HEADS // 2)
+    assert all(tensor["inherited"] for tensor in built.report["tensors"])
+    assert built.report["width"] == "half"
+    assert built.report["proof"]["hidden_state"] is None
+    assert built.report["proof"]["hidden_state_reason"] == "not comparable: half the width"
+
+
+def test_gpt2_halves_queries_keys_and_values_each() -> None:
+    pieces = torch.cat([torch.full((4, 6), float(piece)) for piece in (1, 2, 3)], dim=1)
+    half = leading_half(pieces, (2, 9), "transformer.h.0.attn.c_attn.weight")
+    assert half.tolist() == [[1.0] * 3 + [2.0] * 3 + [3.0] * 3] * 2
+    bias = leading_half(torch.arange(12.0), (6,), "transformer.h.0.attn.c_attn.bias")
+    assert bias.tolist() == [0.0, 1.0, 4.0, 5.0, 8.0, 9.0]
+    assert leading_half(torch.arange(12.0), (6,), "transformer.h.0.mlp.c_fc.bias").tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 2, 1), (5, 4)])
+def test_what_is_neither_whole_nor_half_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(SurgeryError) as caught:
+        leading_half(torch.zeros(4, 4), shape, "a.weight")
+    assert caught.value.problem == f"width half: a.weight has shape [4, 4], the target's is {list(shape)}"
+
+
+def test_a_family_of_unknown_layout_is_refused() -> None:
+    with pytest.raises(SurgeryError) as caught:
+        halve_config(AutoConfig.for_model("bloom"))
+    assert caught.value.problem == "width half: the tensors of a bloom model cannot be halved head by head"
+    assert caught.value.allowed == f"one of {', '.join(FAMILIES)}"
+
+
+def test_an_odd_size_is_refused_and_named() -> None:
+    config = AutoConfig.for_model("llama", **{**VALUES, "num_key_value_heads": 1})
+    with pytest.raises(SurgeryError) as caught:
+        halve_config(config)
+    assert caught.value.problem == "width half: num_key_value_heads is 1, an odd number"
+    gpt2 = AutoConfig.for_model("gpt2", n_embd=9, n_head=3)
+    with pytest.raises(SurgeryError, match="n_embd is 9, an odd number"):
+        halve_config(gpt2)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        (
+            "opt",
+            {"word_embed_proj_dim": 16},
+            "the embeddings have a width of their own (word_embed_proj_dim is 16, hidden_size 32)",
+        ),
+        (
+            "stablelm",
+            {"qk_layernorm": True},
+            "every head has a norm of its own (qk_layernorm is true), and half of them would be left over",
+        ),
+    ],
+)
+def test_settings_that_have_no_half_are_refused(family: str, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SurgeryError) as caught:
+        halve_config(AutoConfig.for_model(family, **{**VALUES, **changes}))
+    assert caught.value.problem == f"width half: {problem}"
+    assert caught.value.allowed.startswith("a reference w")
+
+
+def test_a_tensor_that_the_half_has_no_place_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**VALUES, "attention_bias": True}))
+    reference.save_pretrained(tmp_path / "reference")
+
+    def without_biases(config: Any) -> Any:
+        half = halve_config(config)
+        half.attention_bias = False
+        return half
+
+    monkeypatch.setattr("inheritune_ds.surgery.inherit.halve_config", without_biases)
+    with pytest.raises(SurgeryError) as caught:
+        tiny.cut(tmp_path / "reference", tmp_path / "half", select="first:2", width="half")
+    assert caught.value.problem == (
+        "the target, a llama model of 2 blocks, has no place for model.layers.0.self_attn.k_proj.bias of the reference"
+    )
+    assert caught.value.allowed == "another selection, or width: full"

@@ -1,0 +1,178 @@
+"""Models without weights: which are refused, and which blocks would compute something else in another place."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.surgery.meta_model import MetaModel, check_same_blocks, contradiction, not_a_decoder
+from tests.surgery import tiny
+
+
+def config(family: str, **changes: Any) -> PreTrainedConfig:
+    values = {**tiny.IDS, **tiny.FAMILIES.get(family, tiny.WIDE), "tie_word_embeddings": False, **changes}
+    made: PreTrainedConfig = AutoConfig.for_model(family, **values)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("t5", {}, "it is of an encoder-decoder family"),
+        ("bart", {}, "it is of an encoder-decoder family"),
+        ("musicgen", {}, "it is of an encoder-decoder family"),
+        ("musicgen_melody", {}, "it is of an encoder-decoder family"),
+        ("gemma3", {}, "it is made of several models (text_config, vision_config)"),
+        ("vit", {}, "transformers has no causal language model for it"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
+        (
+            "gemma3n_text",
+            {"num_kv_shared_layers": 2},
+            "blocks share keys and values across layers (num_kv_shared_layers is 2)",
+        ),
+    ],
+)
+def test_what_is_no_decoder_is_refused_with_the_reason(family: str, changes: dict[str, Any], reason: str) -> None:
+    asked = AutoConfig.for_model(family, **changes)
+    assert not_a_decoder(asked).startswith(reason)
+    with pytest.raises(SurgeryError) as caught:
+        MetaModel(asked)
+    assert caught.value.problem.startswith(f"a {family} model cannot be cut: {reason}")
+    assert caught.value.allowed == "a decoder-only causal language model of the installed transformers"
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_decoder_is_taken(family: str) -> None:
+    skeleton = MetaModel(config(family, tie_word_embeddings=family in tiny.TIED), torch.bfloat16)
+    model = tiny.make_model(family)
+    assert not_a_decoder(skeleton.config) == ""
+    assert skeleton.blocks.path == tiny.PATHS[family]
+    assert skeleton.shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
+    assert {parameter.dtype for parameter in skeleton.model.parameters()} == {torch.bfloat16}
+    assert skeleton.required == dict(model.named_parameters()).keys()
+
+
+def test_values_that_no_model_can_have_are_refused() -> None:
+    with pytest.raises(SurgeryError) as caught:
+        MetaModel(config("llama", hidden_act="no-such-function"))
+    assert caught.value.problem == ("no causal language model can be built from this llama config: 'no-such-function'")
+
+
+@pytest.mark.parametrize("depth", [None, 0, -1, True, "two"])
+def test_a_config_without_a_number_of_blocks_is_refused(depth: Any) -> None:
+    from inheritune_ds.surgery.config_cut import num_blocks
+
+    asked = config("llama")
+    object.__setattr__(asked, "num_hidden_layers", depth)
+    with pytest.raises(SurgeryError) as caught:
+        num_blocks(asked)
+    assert caught.value.problem == f"a llama config has no number of blocks (num_hidden_layers is {depth!r})"
+
+
+def test_module_names_follow_the_loader() -> None:
+    skeleton = MetaModel(config("gpt2", tie_word_embeddings=True))
+    assert skeleton.module_names(["h.3.mlp.c_fc.weight", "transformer.ln_f.bias", "odd"]) == {
+        "h.3.mlp.c_fc.weight": "transformer.h.3.mlp.c_fc.weight",
+        "transformer.ln_f.bias": "transformer.ln_f.bias",
+        "odd": "odd",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        ("transformer.h.0.attn.masked_bias", True),
+        ("transformer.h.0.attn.attention.bias", True),
+        ("transformer.h.0.attn.attention.masked_bias", True),
+        ("transformer.h.0.attn.causal_mask", True),
+        ("transformer.h.0.attn.attention.q_proj.bias", False),
+        ("position_ids", True),
+        ("model.layers.0.self_attn.q_proj.weight", False),
+        ("my_position_ids", False),
+    ],
+)
+def test_leftovers_of_older_versions_are_known(name: str, *, ignored: bool) -> None:
+    assert MetaModel(config("llama")).is_ignored(name) is ignored
+
+
+def test_load_names_what_does_not_fit() -> None:
+    skeleton = MetaModel(config("llama"))
+    with pytest.raises(SurgeryError) as caught:
+        skeleton.load(
+            {
+                "model.norm.weight": torch.empty(17, device="meta"),
+                "model.norm.wait": torch.empty(16, device="meta"),
+            }
+        )
+    assert caught.value.problem.split("\n    ")[1:] == [
+        "model.norm.wait has no place in the model",
+        "model.norm.weight has shape [17], the config asks for [16]",
+    ]
+
+
+def test_contradiction_shows_five_and_counts_the_others() -> None:
+    lines = contradiction([f"tensor {number}" for number in range(9)]).problem.split("\n")
+    assert lines[1:] == [*(f"    tensor {number}" for number in range(5)), "    and 4 more"]
+    assert "more" not in contradiction(["tensor"] * 5).problem
+
+
+def refused(reference: MetaModel, block: int, target: MetaModel, place: int) -> str:
+    """What differs between a block and the one that would take its place."""
+    with pytest.raises(SurgeryError) as caught:
+        check_same_blocks(reference, block, target, place)
+    kind = reference.config.model_type
+    beginning = f"{kind}: block {block} of the reference would not compute the same as block {place} of the target: "
+    assert caught.value.problem.startswith(beginning)
+    assert caught.value.problem.endswith("and the config cannot express the selection")
+    assert caught.value.allowed.startswith("a selection that leaves blocks in their places (first:n)")
+    return caught.value.problem.removeprefix(beginning).partition(". What it does")[0]
+
+
+def test_blocks_that_compute_the_same_may_take_any_place() -> None:
+    llama = MetaModel(config("llama"))
+    check_same_blocks(llama, 3, MetaModel(config("llama", attention_dropout=0.5)), 0)
+    gpt2 = MetaModel(config("gpt2"))
+    check_same_blocks(gpt2, 2, MetaModel(config("gpt2", attn_pdrop=0.3, resid_pdrop=0.0)), 2)
+
+
+def test_blocks_with_other_settings_are_refused() -> None:
+    ours = MetaModel(config("llama"))
+    wide = MetaModel(config("llama", intermediate_size=32))
+    assert refused(ours, 1, wide, 0).startswith("mlp.intermediate_size is 24 there and 32 here")
+    exact = MetaModel(config("llama", rms_norm_eps=1e-3))
+    assert refused(ours, 0, exact, 0) == "input_layernorm.variance_epsilon is 1e-06 there and 0.001 here"
+    biased = MetaModel(config("llama", attention_bias=True))
+    assert refused(ours, 0, biased, 0) == "self_attn.q_proj.bias is None there and [16] here"
+
+
+def test_a_number_that_is_not_the_block_s_own_may_not_differ() -> None:
+    ours, other = MetaModel(config("llama")), MetaModel(config("llama"))
+    other.block(2).self_attn.layer_idx = 1  # type: ignore[union-attr]
+    assert refused(ours, 0, other, 2) == "self_attn.layer_idx is 0 there and 1 here"
+
+
+def test_blocks_of_other_modules_are_refused() -> None:
+    ours = MetaModel(config("llama"))
+    other = MetaModel(config("llama"))
+    other.block(1).mlp = torch.nn.Identity()
+    assert refused(ours, 1, other, 1) == "mlp is a LlamaMLP there and a Identity here"
+    del other.block(1).mlp
+    assert refused(ours, 1, other, 1) == "mlp is a LlamaMLP there and a nothing here"
+
+
+@pytest.mark.parametrize(("kinds", "same"), [((0, 2), True), ((0, 1), False)])
+def test_windows_by_place_are_seen(kinds: tuple[int, int], *, same: bool) -> None:
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    reference = MetaModel(config("qwen2", layer_types=types))
+    target = MetaModel(config("qwen2", num_hidden_layers=2, layer_types=[types[0], types[0]], max_window_layers=0))
+    block = kinds[1]
+    if same:
+        check_same_blocks(reference, block, target, 1)
+    else:
+        assert "full_attention" in refused(reference, block, target, 1) or "sliding_window" in refused(
+            reference, block, target, 1
+        )

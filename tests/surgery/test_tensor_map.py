@@ -1,0 +1,250 @@
+"""What the sources' files hold, and which tensor of the target comes from which of theirs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file, save_model
+
+from inheritune_ds.errors import SurgeryError
+from inheritune_ds.surgery import tensor_map
+from inheritune_ds.surgery.blocks import part_of
+from inheritune_ds.surgery.inherit import TargetModel
+from inheritune_ds.surgery.load import load_config
+from inheritune_ds.surgery.tensor_map import SourceModel
+from tests.surgery import tiny
+from tests.surgery.tiny import make_model, plain
+
+Tensors = dict[str, torch.Tensor]
+HINT = "bring both from the same place again; weights are never filled in at random"
+
+
+def source(folder: Path) -> SourceModel:
+    return SourceModel("reference", folder, load_config(folder))
+
+
+def refused(folder: Path) -> list[str]:
+    """Lines of the error that says that config and weights contradict each other."""
+    with pytest.raises(SurgeryError) as caught:
+        source(folder)
+    first, *lines = caught.value.problem.split("\n")
+    assert first == "the config contradicts the weights:"
+    assert caught.value.action == HINT
+    return [line.strip() for line in lines]
+
+
+def test_every_tensor_of_a_kept_block_gets_the_number_of_its_place(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("gpt_neox")
+    built = build(folder, select="3,1,3")
+    origin, own = load_file(folder / "model.safetensors"), load_file(built.folder / "model.safetensors")
+    for name, tensor in own.items():
+        words = name.split(".")
+        if name.startswith("gpt_neox.layers."):
+            words[2] = str((3, 1, 3)[int(words[2])])
+        assert torch.equal(tensor, origin[".".join(words)]), name
+    blocks = [tensor["source"]["block"] for tensor in built.report["tensors"] if tensor["block"] is not None]
+    assert blocks == [(3, 1, 3)[place] for place in range(3) for _ in range(len(blocks) // 3)]
+
+
+def test_leftovers_of_older_versions_are_dropped_and_reported(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("gpt2")
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.uint8)
+    more = {f"transformer.h.{block}.attn.bias": mask.clone() for block in range(4)}
+    tiny.edit_weights(folder, lambda tensors: tensors.update(more))
+    built = build(folder, select="first:2")
+    assert built.report["left_out"] == sorted(more)
+    assert not more.keys() & load_file(built.folder / "model.safetensors").keys()
+    plain(built.folder)
+
+
+def test_tensors_outside_the_blocks_without_a_place_are_reported(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("llama")
+    tiny.edit_weights(folder, lambda tensors: tensors.update({"v_head.weight": torch.ones(1, 16)}))
+    built = build(folder, select="first:2")
+    assert built.report["left_out"] == ["v_head.weight"]
+    plain(built.folder)
+
+
+def test_files_without_the_model_s_prefix_are_read_and_written_so(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("gpt2")
+    expected = plain(folder).state_dict()
+    path = folder / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(bare, path, metadata={"format": "pt"})
+    built = build(folder, select="first:3")
+    assert {tensor["name"] for tensor in built.report["tensors"]} == {
+        name for name in bare if not name.startswith("h.3.")
+    }
+    for name, tensor in plain(built.folder).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def pickled(folder: Path, change: Callable[[Tensors], object]) -> None:
+    """Turn the weights into a pickle file, with the tied head in it as older versions wrote it."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def test_a_tied_head_that_is_a_copy_is_left_out(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("gpt2")
+    pickled(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
+    built = build(folder, select="first:2")
+    assert built.report["left_out"] == ["lm_head.weight"]
+    target = plain(built.folder)
+    assert target.get_output_embeddings().weight is target.get_input_embeddings().weight
+
+
+def test_a_tied_head_that_is_no_copy_is_refused(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("gpt2")
+    pickled(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
+    assert refused(folder) == ["lm_head.weight differs from transformer.wte.weight, but the config ties them"]
+
+
+@pytest.mark.parametrize(("family", "embedding"), [("gpt2", "transformer.wte"), ("llama", "model.embed_tokens")])
+@pytest.mark.parametrize("inherit", ["all", "mlp-only", "paper-scripts"])
+def test_a_tied_head_alone_is_the_embedding(
+    family: str,
+    embedding: str,
+    inherit: str,
+    reference_folder: Callable[..., Path],
+    build: Callable[..., TargetModel],
+) -> None:
+    folder = reference_folder(family, tie_word_embeddings=True)
+    (folder / "model.safetensors").unlink()
+    save_model(
+        make_model(family, tie_word_embeddings=True), str(folder / "model.safetensors"), metadata={"format": "pt"}
+    )
+    origin = load_file(folder / "model.safetensors")
+    assert f"{embedding}.weight" not in origin  # else this tests nothing
+    built = build(folder, select="first:2", inherit=inherit)
+    target = plain(built.folder)
+    assert torch.equal(target.state_dict()[f"{embedding}.weight"], origin["lm_head.weight"])
+    assert target.get_output_embeddings().weight is target.get_input_embeddings().weight
+    entry = next(tensor for tensor in built.report["tensors"] if tensor["name"] == f"{embedding}.weight")
+    assert entry["part"] == "token_embeddings"
+    assert (entry["source"]["tensor"], entry["source"]["file"]) == ("lm_head.weight", "model.safetensors")
+    assert (built.report["proof"]["hidden_state"] is None) == (inherit == "mlp-only")
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "expected"),
+    [
+        ("llama", {"num_hidden_layers": 3}, "model.layers.3.input_layernorm.weight belongs to no block of the config"),
+        ("llama", {"num_hidden_layers": 5}, "model.layers.4.input_layernorm.weight is not in the files"),
+        ("gpt2", {"n_layer": 3}, "transformer.h.3.attn.c_attn.weight belongs to no block of the config"),
+        ("llama", {"hidden_size": 32}, "lm_head.weight has shape [40, 16], the config asks for [40, 32]"),
+        ("llama", {"vocab_size": 41}, "lm_head.weight has shape [40, 16], the config asks for [41, 16]"),
+        (
+            "llama",
+            {"intermediate_size": 32},
+            "model.layers.0.mlp.down_proj.weight has shape [16, 24], the config asks for [16, 32]",
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 2},
+            "model.layers.0.self_attn.k_proj.weight has shape [8, 16], the config asks for [16, 16]",
+        ),
+        ("llama", {"attention_bias": True}, "model.layers.0.self_attn.k_proj.bias is not in the files"),
+        ("llama", {"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+        ("qwen2", {"tie_word_embeddings": False}, "lm_head.weight is not in the files"),
+        ("gpt2", {"n_positions": 16}, "transformer.wpe.weight has shape [32, 16], the config asks for [16, 16]"),
+    ],
+)
+def test_a_config_that_contradicts_the_weights_is_refused(
+    family: str, config: dict[str, Any], expected: str, reference_folder: Callable[..., Path]
+) -> None:
+    folder = reference_folder(family)
+    tiny.edit_config(folder, **config)
+    assert refused(folder)[0].startswith(expected)
+
+
+def test_a_bias_that_the_config_does_not_have_is_refused(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama", attention_bias=True)
+    tiny.edit_config(folder, attention_bias=False)
+    lines = refused(folder)
+    assert lines[0] == "model.layers.0.self_attn.k_proj.bias belongs to no block of the config"
+    assert lines[-1] == "and 11 more"  # four biases in each of four blocks; five lines are shown
+
+
+def double(tensors: Tensors) -> None:
+    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+
+
+def whole_numbers(tensors: Tensors) -> None:
+    tensors["model.norm.weight"] = torch.arange(16, dtype=torch.int32)
+
+
+def scalar(tensors: Tensors) -> None:
+    tensors["model.norm.weight"] = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight is not in the files"),
+        (double, "model.norm.weight and norm.weight are both model.norm.weight of the model"),
+        (whole_numbers, "model.norm.weight holds numbers of type int32, the model's are of floating point"),
+        (scalar, "model.norm.weight has shape [], the config asks for [16]"),
+    ],
+    ids=["missing", "double", "whole numbers", "scalar"],
+)
+def test_tensors_that_are_not_the_model_s_are_refused(
+    change: Callable[[Tensors], object], expected: str, reference_folder: Callable[..., Path]
+) -> None:
+    folder = reference_folder("llama")
+    tiny.edit_weights(folder, change)
+    assert refused(folder) == [expected]
+
+
+def test_quantised_types_are_refused(reference_folder: Callable[..., Path]) -> None:
+    folder = reference_folder("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tiny.edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(SurgeryError) as caught:
+        source(folder)
+    assert caught.value.problem == (
+        f"the reference's weights are quantised: {folder} holds tensors of torch.float8_e4m3fn"
+    )
+    assert "BF16" in caught.value.allowed
+
+
+def test_every_tensor_keeps_its_own_type(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+) -> None:
+    folder = reference_folder("llama", dtype="bfloat16")
+    tiny.edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.linspace(0.1, 0.7, 16)}))
+    built = build(folder, select="1,3")
+    own = load_file(built.folder / "model.safetensors")
+    assert {name for name, tensor in own.items() if tensor.dtype == torch.float32} == {"model.norm.weight"}
+    assert torch.equal(own["model.norm.weight"], torch.linspace(0.1, 0.7, 16))
+    assert built.report["proof"]["dtype"] == "bfloat16"
+
+
+def test_a_tensor_of_no_part_needs_everything_to_be_inherited(
+    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = reference_folder("llama")
+    known = part_of
+    monkeypatch.setattr(tensor_map, "part_of", lambda *given: known(*given) if "up_proj" not in given[2] else "")
+    with pytest.raises(SurgeryError) as caught:
+        build(folder, select="first:2", inherit="mlp-only")
+    assert caught.value.problem.endswith(
+        " of a llama model belongs to none of the parts that can be inherited by themselves"
+    )
+    assert caught.value.allowed == "inherit: all"
+    tensors = build(folder, select="first:2").report["tensors"]
+    assert {tensor["part"] == "" for tensor in tensors if "up_proj" in tensor["name"]} == {True}

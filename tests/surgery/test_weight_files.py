@@ -1,0 +1,274 @@
+"""Reading a model's weight files, and everything that can be wrong with them."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inheritune_ds.errors import RecipeError, SurgeryError
+from inheritune_ds.surgery.weight_files import WeightFiles, weight_files
+from tests.surgery import tiny
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(reference_folder: Callable[..., Path]) -> Path:
+    return reference_folder("llama")
+
+
+def refused(folder: Path) -> SurgeryError:
+    """The error that a folder is met with."""
+    with pytest.raises(SurgeryError) as caught:
+        WeightFiles(folder, "it")
+    return caught.value
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / INDEX
+    document = json.loads(path.read_text(encoding="utf-8"))
+    change(document)
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def test_weight_files_prefers_safetensors_and_one_file(tmp_path: Path) -> None:
+    names = [
+        "pytorch_model.bin.index.json",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "model.safetensors",
+    ]
+    for stem in ("pytorch_model", "model"):
+        suffix = "bin" if stem == "pytorch_model" else "safetensors"
+        for number in (2, 1):
+            (tmp_path / f"{stem}-{number}.{suffix}").touch()
+    with pytest.raises(RecipeError) as caught:
+        weight_files(tmp_path, "it")
+    assert caught.value.problem == "reference.model: it holds no weights"
+    assert caught.value.allowed == (
+        "model.safetensors or model.safetensors.index.json with its shards (or pytorch_model.bin, "
+        "pytorch_model.bin.index.json) beside config.json"
+    )
+    found = []
+    for name in names:
+        stem, suffix = ("pytorch_model", "bin") if "bin" in name else ("model", "safetensors")
+        weight_map = {"a": f"{stem}-2.{suffix}", "b": f"{stem}-1.{suffix}", "c": f"{stem}-2.{suffix}"}
+        (tmp_path / name).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+        found.append([path.name for path in weight_files(tmp_path, "it")])
+    assert found == [
+        ["pytorch_model-1.bin", "pytorch_model-2.bin"],
+        ["pytorch_model.bin"],
+        ["model-1.safetensors", "model-2.safetensors"],
+        ["model.safetensors"],
+    ]
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tensors_are_read_from_whatever_files_there_are(folder: Path, shards: int, *, pickled: bool) -> None:
+    expected = load_file(folder / "model.safetensors")
+    if shards > 1:
+        tiny.shard(folder, shards, pickled=pickled)
+    elif pickled:
+        torch.save(expected, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    files = WeightFiles(folder, "it")
+    assert (files.is_pickle, len(files)) == (pickled, len(expected))
+    assert set(files) == expected.keys()
+    assert len(set(files.file_of.values())) == shards
+    for name, tensor in expected.items():
+        assert torch.equal(files.tensor(name), tensor)
+        meta = files.meta(name)
+        assert (meta.device.type, meta.shape, meta.dtype) == ("meta", tensor.shape, tensor.dtype)
+
+
+def test_span_is_where_the_bytes_lie(folder: Path) -> None:
+    files = WeightFiles(folder, "it")
+    for name in files:
+        span = files.span(name)
+        assert span is not None
+        content = span.path.read_bytes()[span.offset : span.offset + span.size]
+        assert content == files.tensor(name).numpy().tobytes()
+    tiny.shard(folder, 2, pickled=True)
+    assert WeightFiles(folder, "it").span("model.norm.weight") is None
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    lost = tiny.shard(folder)[1]
+    lost.unlink()
+    error = refused(folder)
+    assert error.problem == f"{lost} is missing; {INDEX} names it"
+    assert error.action == "complete the folder: download the missing file, or the whole model again"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda index: index["weight_map"].update({"model.gone.weight": "model-00001-of-00002.safetensors"}),
+            "names model.gone.weight in model-00001-of-00002.safetensors, which does not hold it (1 tensors differ)",
+        ),
+        (
+            lambda index: index["weight_map"].pop("model.norm.weight"),
+            "does not name model.norm.weight (1 tensors differ)",
+        ),
+        (
+            lambda index: index["weight_map"].update(
+                dict.fromkeys(index["weight_map"], "model-00002-of-00002.safetensors")
+            ),
+            "which does not hold it (",
+        ),
+    ],
+    ids=["absent", "unlisted", "other shard"],
+)
+def test_an_index_must_name_what_its_shards_hold(folder: Path, change: Callable[[Any], object], message: str) -> None:
+    tiny.shard(folder)
+    edit_index(folder, change)
+    error = refused(folder)
+    assert error.problem.startswith(f"{folder / INDEX} ")
+    assert message in error.problem
+    assert error.allowed == "an index that names every tensor of its shards"
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "./m.safetensors"])
+def test_an_index_cannot_name_files_elsewhere(folder: Path, file: str) -> None:
+    tiny.shard(folder)
+    (folder / "sub").mkdir()
+    edit_index(folder, lambda index: index["weight_map"].update({"model.norm.weight": file}))
+    error = refused(folder)
+    assert error.problem == f"{folder / INDEX} names {file!r}"
+    assert error.allowed == "names of files in the same folder"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}', '"\\ud800"'],
+)
+def test_an_index_must_be_one(folder: Path, text: str) -> None:
+    tiny.shard(folder)
+    (folder / INDEX).write_text(text, encoding="utf-8")
+    error = refused(folder)
+    assert error.problem == f"{folder / INDEX} is no index of weight files"
+    assert error.allowed == '{"weight_map": {"tensor": "file", ...}}'
+
+
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    first, second = tiny.shard(folder)
+    tensors = load_file(second)
+    name = next(iter(load_file(first)))
+    save_file({**tensors, name: torch.zeros(1)}, second, metadata={"format": "pt"})
+    error = refused(folder)
+    assert error.problem == f"{folder}: tensor {name} is in both {first.name} and {second.name}"
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
+def test_a_safetensors_file_that_is_cut_short_is_refused(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    error = refused(folder)
+    assert error.problem.startswith(f"{path} is damaged or cut short: ")
+    assert len(error.problem.splitlines()) == 1
+    assert error.action == "bring the file again and compare its sha256 with the source's"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"{", b"["),
+        (b'"F32"', b'"F33"'),
+        (b'"shape":[16]', b'"shape":[17]'),
+        (b"data_offsets", b"data_offsetz"),
+    ],
+)
+def test_a_safetensors_header_with_other_bytes_is_refused(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+    assert refused(folder).problem.startswith(f"{path} is damaged or cut short: ")
+
+
+class Evil:
+    """Runs a command when it is unpickled without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_pickle_with_code_is_not_run(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    path, mark = folder / "pytorch_model.bin", tmp_path / "ran"
+    torch.save({"model.norm.weight": torch.ones(16), "more": Evil(mark)}, path)
+    error = refused(folder)
+    assert error.problem == f"{path} holds more than tensors: pickle that would run code is not loaded"
+    assert error.allowed == "a file that torch.load(weights_only=True) reads, or safetensors"
+    assert not mark.exists()
+
+
+def test_pickle_of_old_versions_is_refused_with_the_way_to_convert_it(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    error = refused(folder)
+    assert error.problem == f"{path} is in the format of torch before 1.6, which cannot be read part by part"
+    assert f"p = {str(path)!r}; torch.save(torch.load(p, weights_only=True), p)" in error.action
+    torch.save(torch.load(path, weights_only=True), path)  # what it says
+    assert set(WeightFiles(folder, "it")) == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [[torch.ones(2)], {"step": 3}, {"model": {"norm.weight": torch.ones(2)}}, {3: torch.ones(2)}],
+    ids=["list", "number", "nested", "numbered"],
+)
+def test_pickle_of_something_else_is_refused(folder: Path, document: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(document, path)
+    error = refused(folder)
+    assert error.problem == f"{path} is no plain table of tensors"
+    assert error.allowed == "a state dict: tensors by name"
+
+
+def test_sparse_tensors_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": torch.eye(3).to_sparse()}, folder / "pytorch_model.bin")
+    assert refused(folder).problem.endswith("is no plain table of tensors")
+
+
+@pytest.mark.parametrize("harm", ["short", "empty", "no pickle"])
+def test_a_damaged_pickle_file_is_refused(folder: Path, harm: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    if harm == "no pickle":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", b"none")
+    else:
+        torch.save(tensors, path)
+        path.write_bytes(path.read_bytes()[: -400 if harm == "short" else 0])
+    error = refused(folder)
+    assert str(path) in error.problem
+    assert error.action or error.allowed
+
+
+def test_a_file_that_changes_under_its_reader_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = WeightFiles(folder, "it")
+
+    class Gone:
+        def get_tensor(self, name: str) -> torch.Tensor:
+            raise OSError(5, f"Input/output error: {name}")
+
+    monkeypatch.setitem(files._open, "model.safetensors", Gone())
+    with pytest.raises(SurgeryError, match=r"model\.safetensors is damaged or cut short: .*Input/output error"):
+        files.tensor("model.norm.weight")

@@ -1,0 +1,401 @@
+import io
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inheritune_ds import console
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.console import RunProgress
+from inheritune_ds.errors import RunFolderError, StorageError, TrainingError
+from inheritune_ds.tracking import wandb
+from inheritune_ds.tracking.metrics import METRICS, read_metrics
+from inheritune_ds.tracking.recorder import Tracker
+
+RECIPE = load_recipe("quickstart")
+
+
+class FakeRun:
+    """A W&B run that keeps what it is given; `broken` names a method that raises."""
+
+    offline = False
+    url = "https://example.invalid/run"
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken = broken
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.axes: list[tuple[str, str | None]] = []
+        self.finished = 0
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, row: dict[str, float], *, step: int) -> None:
+        if self.broken == "log":
+            raise RuntimeError("service is gone\nsecond line")
+        self.rows.append((step, row))
+
+    def finish(self) -> None:
+        self.finished += 1
+        if self.broken == "finish":
+            raise RuntimeError("no answer")
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture
+def wandb_gives(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeRun | Exception], dict[str, Any]]:
+    """Make wandb.init return a fake run or raise; the dict receives its arguments."""
+
+    def install(result: FakeRun | Exception) -> dict[str, Any]:
+        import wandb
+
+        arguments: dict[str, Any] = {}
+
+        def init(**given: Any) -> FakeRun:
+            arguments.update(given)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(wandb, "init", init)
+        return arguments
+
+    return install
+
+
+def track(run_dir: Path, rows: list[tuple[int, dict[str, float]]], resume_step: int | None = None) -> None:
+    tracker = Tracker(run_dir, RECIPE, resume_step=resume_step)
+    for step, values in rows:
+        tracker.log(step, step * 4096, values)
+    tracker.close()
+
+
+def test_metrics_table_gives_each_name_a_unit_and_a_meaning() -> None:
+    assert all(metric.unit and metric.meaning for metric in METRICS.values())
+    assert {name.split("/")[0] for name in METRICS} == {"train", "val", "data", "perf", "mem"}
+
+
+def test_tracker_writes_floats_at_full_precision(tmp_path: Path) -> None:
+    loss = math.pi / 3
+    track(tmp_path, [(1, {"train/loss": loss, "train/skipped_steps": 0})])
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert line == f'{{"step": 1, "train/tokens": 4096, "train/loss": {loss!r}, "train/skipped_steps": 0}}'
+
+
+def test_tracker_flushes_each_row(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, RECIPE, resume_step=None)
+    tracker.log(1, 10, {"train/loss": 2.0})
+    assert read_metrics(tmp_path) == [{"step": 1, "train/tokens": 10, "train/loss": 2.0}]
+    tracker.close()
+    tracker.close()
+
+
+@pytest.mark.parametrize("name", ["train/los", "step", "train/tokens"])
+def test_tracker_refuses_a_name_that_is_not_listed(tmp_path: Path, name: str) -> None:
+    tracker = Tracker(tmp_path, RECIPE, resume_step=None)
+    with pytest.raises(ValueError, match=f"{name}: not a metric that may be logged; tracking.METRICS lists them"):
+        tracker.log(1, 10, {name: 2.0})
+    tracker.close()
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_tracker_never_writes_a_value_that_is_not_finite(tmp_path: Path, value: float) -> None:
+    tracker = Tracker(tmp_path, RECIPE, resume_step=None)
+    with pytest.raises(TrainingError, match=f"step 7: train/loss is {value}\n.*finite number\n.*lower optimizer.lr"):
+        tracker.log(7, 10, {"train/lr": 0.1, "train/loss": value})
+    tracker.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_tracker_drops_rows_after_the_checkpoint_and_keeps_its_validation(tmp_path: Path) -> None:
+    rows: list[tuple[int, dict[str, float]]] = [
+        (0, {"val/loss": 8.0}), (1, {"train/loss": 7.0}), (2, {"train/loss": 6.0}), (2, {"val/loss": 6.5}),
+        (3, {"train/loss": 5.0}),
+    ]  # fmt: skip
+    track(tmp_path, rows)
+    track(tmp_path, [(3, {"train/loss": 4.0})], resume_step=2)
+    assert [(row["step"], row.get("train/loss"), row.get("val/loss")) for row in read_metrics(tmp_path)] == [
+        (0, None, 8.0), (1, 7.0, None), (2, 6.0, None), (2, None, 6.5), (3, 4.0, None),
+    ]  # fmt: skip
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_tracker_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
+    track(tmp_path, [(1, {"train/loss": 7.0})])
+    track(tmp_path, [])
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("tail", ['{"step": 2, "tra', '{"step": 2, "train/loss": 1.5', "\x00\x00\x00"])
+def test_tracker_drops_the_incomplete_last_line_of_a_killed_writer(tmp_path: Path, tail: str) -> None:
+    track(tmp_path, [(1, {"train/loss": 7.0})])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + tail)
+    track(tmp_path, [(2, {"train/loss": 6.0})], resume_step=2)
+    assert [json.loads(line)["train/loss"] for line in path.read_text().splitlines()] == [7.0, 6.0]
+
+
+def test_tracker_keeps_the_old_file_when_the_rewrite_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track(tmp_path, [(1, {"train/loss": 7.0}), (2, {"train/loss": 6.0})])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def disk_full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(
+        StorageError, match=r"metrics.jsonl cannot be written: No space left on device\n.*free some space"
+    ):
+        Tracker(tmp_path, RECIPE, resume_step=1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_tracker_keeps_rows_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(tmp_path, RECIPE, resume_step=None)
+    tracker.log(1, 10, {"train/loss": 3.0})
+    write = os.write
+
+    def full(descriptor: int, data: memoryview) -> int:
+        if len(data) > 10:
+            return write(descriptor, data[:10])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        tracker.log(2, 20, {"train/loss": 2.0})
+        tracker.log(3, 30, {"train/loss": 1.0})
+    assert capsys.readouterr().out.count("cannot be written: No space left on device. The run goes on") == 1
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1], "no half row"
+    tracker.log(4, 40, {"train/loss": 0.5})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        tracker.log(5, 50, {"train/loss": 0.4})
+        with pytest.raises(
+            StorageError, match=r"metrics.jsonl cannot be written: No space left .*; 1 rows are missing"
+        ):
+            tracker.close()
+    tracker.close()
+
+
+def test_tracker_refuses_a_damaged_line_inside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/tokens": 8}\n[2]\n{"step": 3}\n')
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl, line 2 is not a row of metrics: '\[2\]'"):
+        Tracker(tmp_path, RECIPE, resume_step=3)
+
+
+def test_wandb_gets_rows_by_step_with_tokens_as_axis(
+    tmp_path: Path, wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]]
+) -> None:
+    run = FakeRun()
+    arguments = wandb_gives(run)
+    track(tmp_path, [(5, {"train/loss": 7.0})])
+    assert run.rows == [(5, {"train/tokens": 20480, "train/loss": 7.0})]
+    assert run.axes == [("train/tokens", None), ("*", "train/tokens")]
+    assert run.finished == 1
+    assert (arguments["project"], arguments["name"], arguments["resume"]) == ("inheritune_ds", "quickstart", "allow")
+    assert arguments["dir"] == str(tmp_path)
+    assert arguments["mode"] is None  # WANDB_MODE is set
+    assert arguments["config"]["training"]["seq_len"] == RECIPE.training.seq_len
+
+
+def test_wandb_id_stays_the_same_over_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]]
+) -> None:
+    arguments = wandb_gives(FakeRun())
+    track(tmp_path, [])
+    first = arguments["id"]
+    assert len(first) == 8
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    track(tmp_path, [], resume_step=0)
+    assert arguments["id"] == first == (tmp_path / "wandb_id").read_text().strip()
+
+
+def test_wandb_id_is_taken_from_the_environment_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]]
+) -> None:
+    arguments = wandb_gives(FakeRun())
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    track(tmp_path, [])
+    assert arguments["id"] == "mine" == (tmp_path / "wandb_id").read_text().strip()
+
+
+@pytest.mark.parametrize(
+    ("netrc", "variables", "mode"),
+    [
+        ("", {}, "offline"),
+        ("", {"WANDB_API_KEY": "key"}, "online"),
+        ("machine api.wandb.ai login user password key\n", {}, "online"),
+        ("machine example.com login user password key\n", {}, "offline"),
+        ("machine\n", {}, "offline"),
+        ("", {"WANDB_API_KEY": "key", "WANDB_MODE": "offline"}, None),
+    ],
+)
+def test_wandb_mode_is_offline_unless_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, netrc: str, variables: dict[str, str], mode: str | None
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if netrc:
+        (tmp_path / ".netrc").write_text(netrc)
+    assert wandb._wandb_mode() == mode
+
+
+def test_tracker_goes_on_when_wandb_cannot_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]]
+) -> None:
+    wandb_gives(ValueError("bad key\nlong story"))
+    track(tmp_path, [(1, {"train/loss": 7.0})])
+    said = "W&B could not start: bad key. The run goes on; metrics.jsonl holds every metric.\n"
+    assert capsys.readouterr().out == said
+    assert len(read_metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"), [("log", "W&B stopped: service is gone."), ("finish", "W&B did not finish: no answer.")]
+)
+def test_tracker_goes_on_when_wandb_breaks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str, said: str,
+    wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]],
+) -> None:  # fmt: skip
+    wandb_gives(FakeRun(broken))
+    track(tmp_path, [(1, {"train/loss": 7.0}), (2, {"train/loss": 6.0})])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "W&B: https://example.invalid/run"
+    assert [line for line in lines[1:] if line.startswith(said)] == lines[1:]
+    assert len(lines) == 2
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def test_wandb_can_be_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    track(tmp_path, [(1, {"train/loss": 7.0})])
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "wandb").exists()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.tracking.recorder import Tracker
+tracker = Tracker(Path(sys.argv[1]), load_recipe("quickstart"), resume_step=int(sys.argv[2]) or None)
+tracker.log(5, 500, {"train/loss": 7.0})
+tracker.close()
+"""
+
+
+def test_real_wandb_writes_one_run_offline_and_no_secret(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    canaries = {
+        "WANDB_API_KEY": "canary0123456789canary0123456789canary01",
+        "HF_TOKEN": "hf_canarycanarycanary",
+        "SOME_PASSWORD": "canary-password",
+    }
+    environment = {**os.environ, **canaries, "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    for resume_step in ("0", "4"):  # the second launch stands for a requeued job
+        command = [sys.executable, "-W", "error", "-c", WRITER, str(run_dir), resume_step, "--key=canary-argument"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stderr == ""
+        assert done.stdout.startswith("W&B: offline; to upload later: wandb sync ")
+    identity = (run_dir / "wandb_id").read_text().strip()
+    records = list(run_dir.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))
+    assert records
+    content = b"".join(path.read_bytes() for path in records)
+    assert b"train/loss" in content  # the record is not compressed, so the search below can find something
+    assert b"global_batch_tokens" in content
+    holders = [path for path in run_dir.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert holders == []
+    environment_values = [b"canary", os.environ["PATH"].encode()]
+    assert not any(value in content for value in environment_values)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    def set_to(seconds: float) -> None:
+        monkeypatch.setattr(console, "monotonic", lambda: seconds)
+
+    return set_to
+
+
+def test_progress_prints_a_plain_line_every_ten_seconds_and_the_last(clock: Callable[[float], None]) -> None:
+    out = io.StringIO()
+    progress = RunProgress(40, 10, "quickstart", file=out)
+    for step in range(11, 41):
+        clock(step * 1.0)
+        progress.update(step, 5.0, 12345.6)
+    progress.close()
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        "quickstart  step 11/40  loss 5.0000  12,346 tokens/s  time left unknown",
+        "quickstart  step 21/40  loss 5.0000  12,346 tokens/s  0:00:19 left",
+        "quickstart  step 31/40  loss 5.0000  12,346 tokens/s  0:00:09 left",
+        "quickstart  step 40/40  loss 5.0000  12,346 tokens/s  done",
+    ]
+
+
+def test_progress_shows_hours_left(clock: Callable[[float], None]) -> None:
+    out = io.StringIO()
+    progress = RunProgress(1000, 0, "long", file=out)
+    clock(0.0)
+    progress.update(1, 5.0, 1.0)
+    clock(100.0)
+    progress.update(11, 5.0, 1.0)
+    assert out.getvalue().splitlines()[-1].endswith("2:44:50 left")
+
+
+def test_progress_prints_nothing_without_an_update() -> None:
+    out = io.StringIO()
+    progress = RunProgress(10, 10, "quickstart", file=out)
+    progress.say("checkpoint saved")
+    progress.close()
+    assert out.getvalue() == "checkpoint saved\n"
+
+
+def read_all(reader: int) -> str:
+    """Read a pseudo-terminal whose other end is closed; Linux ends it with an error instead of b""."""
+    chunks = []
+    with suppress(OSError):
+        while chunk := os.read(reader, 65536):
+            chunks.append(chunk)
+    os.close(reader)
+    return b"".join(chunks).decode()
+
+
+def test_progress_draws_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        progress = RunProgress(200, 0, "quickstart", file=terminal)
+        progress.update(100, 4.25, 9876.0)
+        progress.say("checkpoint [saved]")
+        progress.update(200, 4.0, 9876.0)
+        progress.close()
+    text = read_all(reader)
+    assert "checkpoint [saved]" in text
+    last = text[text.rindex("quickstart") :]
+    assert "200/200" in last
+    assert "loss 4.0000" in last
+    assert "9,876 tokens/s" in last
+    assert "━" in last
