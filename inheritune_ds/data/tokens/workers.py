@@ -1,19 +1,22 @@
-"""Processes that turn text into token ids, in order and with a bounded number of jobs on the way.
+"""Processes that turn text into token ids, in order and with a bounded number of jobs under way.
 
 Processes and not threads: the `tokenizers` library shares one cache among its threads, and turning ids into an array
-holds Python's lock. A worker ends by itself when this process is gone, however it went: its pipe is closed then.
+holds Python's lock. Every thread of a pool has one process and a pipe to it. A `ProcessPoolExecutor` has one pipe for
+the results of all its processes, and waits forever when one of them is killed while it sends. A process ends by itself
+when this one is gone: its pipe is closed then.
 """
 
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
+from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +30,10 @@ JOBS_HERE = 8
 """Jobs that this process does itself before it starts workers: a small corpus is done by then."""
 
 
-class _Worker(NamedTuple):
-    process: Any
+class _Worker(threading.local):
+    """The process of a thread, started when the thread gets its first job."""
+
+    process: SpawnProcess | None = None
     pipe: Connection
 
 
@@ -44,10 +49,9 @@ class EncoderPool:
     def __init__(self, encoder: TextEncoder, definition: tuple[str, int], workers: int) -> None:
         self._encoder, self._definition, self._count = encoder, definition, workers
         self._jobs = 0
-        self._workers: list[_Worker] = []
-        self._free: SimpleQueue[_Worker] = SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
-        self._waiting: deque[Future[list[Ids]]] = deque()
+        self._own = _Worker()
+        self._processes: list[SpawnProcess] = []
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
 
     def __enter__(self) -> Self:
         return self
@@ -55,75 +59,60 @@ class EncoderPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self._workers:
-            worker.process.terminate()
-        for worker in self._workers:
-            worker.process.join()
-            worker.pipe.close()
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.terminate()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.join()
 
-    def submit(self, pieces: list[str]) -> Iterator[list[Ids]]:
-        """Hand in a job; yields the ids of earlier jobs that have to be taken first.
+    def encode(self, jobs: Iterable[list[str]]) -> Iterator[list[Ids]]:
+        """Yield the ids of every job, in order; whoever stops early drops the jobs that are under way.
 
         Args:
-            pieces: Texts, each encoded on its own.
+            jobs: Lists of texts, each text encoded on its own; taken as the workers get along.
 
         Raises:
             MachineError: A worker has died.
         """
-        self._jobs += 1
-        if self._count == 1 or self._jobs <= JOBS_HERE:
-            done: Future[list[Ids]] = Future()
-            done.set_result(self._encoder.encode(pieces))
-            self._waiting.append(done)
-        else:
-            if self._threads is None:
-                self._start()
-            assert self._threads is not None
-            self._waiting.append(self._threads.submit(self._ask, pieces))
-        while len(self._waiting) > 2 * self._count or (self._waiting and self._waiting[0].done()):
-            yield self._waiting.popleft().result()
-
-    def drain(self) -> Iterator[list[Ids]]:
-        """Yield the ids of all jobs that are still under way."""
-        while self._waiting:
-            yield self._waiting.popleft().result()
-
-    def forget(self) -> None:
-        """Drop the jobs that are under way."""
-        for job in self._waiting:
-            if not job.cancel():
-                job.result()
-        self._waiting.clear()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        for _ in range(self._count):
-            own, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._definition), daemon=True)
-            process.start()
-            theirs.close()
-            worker = _Worker(process, own)
-            self._workers.append(worker)
-            self._free.put(worker)
-        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="encode")
+        waiting: deque[Future[list[Ids]]] = deque()
+        try:
+            for pieces in jobs:
+                self._jobs += 1
+                if self._count == 1 or self._jobs <= JOBS_HERE:
+                    yield self._encoder.encode(pieces)
+                    continue
+                waiting.append(self._threads.submit(self._ask, pieces))
+                while len(waiting) > 2 * self._count or (waiting and waiting[0].done()):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for job in waiting:
+                job.cancel()
 
     def _ask(self, pieces: list[str]) -> list[Ids]:
-        worker = self._free.get()
+        process = self._own.process or self._start()
         try:
-            worker.pipe.send(pieces)
-            found: list[Ids] = worker.pipe.recv()
+            self._own.pipe.send(pieces)
+            found: list[Ids] = self._own.pipe.recv()
         except (EOFError, OSError):
-            worker.process.join(timeout=1.0)
+            process.join(timeout=1.0)
             raise MachineError(
-                f"a process that tokenizes has ended by itself (exit code {worker.process.exitcode})",
+                f"a process that tokenizes has ended by itself (exit code {process.exitcode})",
                 action="look for an out-of-memory kill (dmesg), and give the same command again, with fewer --workers: "
                 "finished shards are kept",
             ) from None
-        finally:
-            self._free.put(worker)  # a dead one too: else a thread that waits for one would wait for ever
         return found
+
+    def _start(self) -> SpawnProcess:
+        context = multiprocessing.get_context("spawn")
+        self._own.pipe, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, self._definition), daemon=True)
+        process.start()
+        theirs.close()
+        self._own.process = process
+        self._processes.append(process)
+        return process
 
 
 def _work(pipe: Connection, definition: tuple[str, int]) -> None:

@@ -8,7 +8,7 @@ often the preparation was killed.
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,7 +236,6 @@ class Build:
         for item, ids in self._encoded(source):
             self._keep(at_once=self._take(item, ids))
             if not self._now.wants_more:
-                self._pool.forget()
                 return
 
     def _encoded(self, source: TextSource) -> Iterator[tuple[_Item, npt.NDArray[Any]]]:
@@ -246,10 +245,21 @@ class Build:
         """
         waiting: deque[_Item] = deque()
         parts: deque[npt.NDArray[Any]] = deque()
+        failed: list[InherituneError] = []
+        documents = _until_error(sources.documents(source, self._now.cursor, self._read), failed)
+        for found in self._pool.encode(self._jobs(documents, waiting)):
+            parts.extend(found)
+            while waiting and waiting[0].pieces <= len(parts):
+                item = waiting.popleft()
+                yield item, self._encoder.document([parts.popleft() for _ in range(item.pieces)])
+        for error in failed:
+            raise error
+
+    def _jobs(self, documents: Iterator[Document], waiting: deque[_Item]) -> Iterator[list[str]]:
+        """Yield the pieces of the documents in lists of bounded size; the documents come into `waiting`."""
         job: list[str] = []
         characters = records = 0
-        failed: list[InherituneError] = []
-        for document in _until_error(sources.documents(source, self._now.cursor, self._read), failed):
+        for document in documents:
             forced_before = self._encoder.forced_cuts
             pieces = self._encoder.pieces(document.text) if document.text else []
             waiting.append(self._examine(document, len(pieces), self._encoder.forced_cuts - forced_before))
@@ -258,25 +268,12 @@ class Build:
                 job.append(piece)
                 characters += len(piece)
                 if characters >= JOB_CHARACTERS or len(job) == JOB_PIECES:
-                    yield from self._collect(waiting, parts, self._pool.submit(job))
+                    yield job
                     job, characters, records = [], 0, 0
             if records == JOB_RECORDS:
-                yield from self._collect(waiting, parts, self._pool.submit(job))
+                yield job
                 job, characters, records = [], 0, 0
-        yield from self._collect(waiting, parts, self._pool.submit(job))
-        yield from self._collect(waiting, parts, self._pool.drain())
-        for error in failed:
-            raise error
-
-    def _collect(
-        self, waiting: deque[_Item], parts: deque[npt.NDArray[Any]], results: Iterable[list[npt.NDArray[Any]]]
-    ) -> Iterator[tuple[_Item, npt.NDArray[Any]]]:
-        """Put the pieces of documents together again."""
-        for found in results:
-            parts.extend(found)
-            while waiting and waiting[0].pieces <= len(parts):
-                item = waiting.popleft()
-                yield item, self._encoder.document([parts.popleft() for _ in range(item.pieces)])
+        yield job
 
     def _examine(self, document: Document, pieces: int, forced_cuts: int) -> _Item:
         text = document.text

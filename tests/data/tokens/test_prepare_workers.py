@@ -4,8 +4,9 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -84,40 +85,60 @@ def encoder(bpe: str) -> tuple[TextEncoder, tuple[str, int]]:
 def test_jobs_come_back_in_their_order(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
     texts = [[text] for text in make_texts(60, words=5)]
     texts[20] = make_texts(300)  # takes longer than those behind it
-    found: list[Any] = []
+    taken = 0
+
+    def jobs() -> Iterator[list[str]]:
+        nonlocal taken
+        for taken, job in enumerate(texts, 1):  # noqa: B007 - looked at below
+            yield job
+
     with workers.EncoderPool(*encoder, workers=2) as pool:
-        for job in texts:
-            found += pool.submit(job)
-            assert len(pool._waiting) <= 4
-        found += pool.drain()
-    assert len(found) == len(texts)
-    for job, ids in zip(texts, found, strict=True):
-        assert all(np.array_equal(*pair) for pair in zip(ids, encoder[0].encode(job), strict=True))
+        for number, (job, ids) in enumerate(zip(texts, pool.encode(jobs()), strict=True), 1):
+            assert taken - number <= 4
+            assert all(np.array_equal(*pair) for pair in zip(ids, encoder[0].encode(job), strict=True))
 
 
 @pytest.mark.launch
-def test_jobs_that_are_forgotten_leave_the_workers_free(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
+def test_jobs_that_are_dropped_leave_the_workers_free(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
     with workers.EncoderPool(*encoder, workers=2) as pool:
-        for _ in range(workers.JOBS_HERE + 3):
-            for _ in pool.submit(make_texts(20)):
-                pass
-        pool.forget()
-        ((found,),) = [*pool.submit(["a cat"]), *pool.drain()]
+        for number, _ in enumerate(pool.encode(make_texts(20) for _ in range(50))):
+            if number == workers.JOBS_HERE + 3:
+                break
+        ((found,),) = pool.encode([["a cat"]])
     assert np.array_equal(found, encoder[0].encode(["a cat"])[0])
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.launch
 def test_the_death_of_a_worker_keeps_no_job_waiting(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
     """The thread of a dead worker takes the next job, and must not wait for the worker that another thread has."""
-    jobs = [make_texts(200) for _ in range(workers.JOBS_HERE)]
+    jobs = [make_texts(200) for _ in range(3 * workers.JOBS_HERE)]
     message = r"has ended by itself \(exit code -9\)"
     with workers.EncoderPool(*encoder, workers=2) as pool, pytest.raises(MachineError, match=message):  # noqa: PT012
-        for job in (*jobs, *jobs):
-            for _ in pool.submit(job):
-                pass
-            for worker in pool._workers[:1]:
-                os.kill(worker.process.pid, signal.SIGKILL)
-        list(pool.drain())
+        for _ in pool.encode(jobs):
+            for worker in multiprocessing.active_children()[:1]:
+                assert worker.pid is not None
+                os.kill(worker.pid, signal.SIGKILL)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.launch
+def test_the_death_of_a_worker_that_sends_is_noticed(
+    encoder: tuple[TextEncoder, tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids are more than a pipe holds, so the worker is killed before it has sent them all."""
+    jobs = [["a cat"]] * workers.JOBS_HERE + [["a cat " * 500_000]]
+    receive = Connection.recv
+
+    def kill_and_receive(self: Any) -> Any:
+        assert self.poll(60)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        return receive(self)
+
+    monkeypatch.setattr(Connection, "recv", kill_and_receive)
+    with workers.EncoderPool(*encoder, workers=2) as pool, pytest.raises(MachineError, match="has ended by itself"):
+        list(pool.encode(jobs))
 
 
 @pytest.mark.slow
