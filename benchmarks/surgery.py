@@ -73,17 +73,21 @@ def make_reference(folder: Path) -> None:
 def cut(reference: Path, folder: Path) -> float:
     """Plan and write the target; seconds."""
     from inheritune_ds.config.model import Target
-    from inheritune_ds.surgery.inherit import make_config, plan_target
+    from inheritune_ds.surgery.inherit import Cut, make_config, plan_target
     from inheritune_ds.surgery.load import load_config
     from inheritune_ds.surgery.reference import ReferenceModel
-    from inheritune_ds.surgery.tensor_values import TargetValues
     from inheritune_ds.surgery.write_shards import write_shards
 
     start = time.perf_counter()
-    target = Target(select=SELECT)
-    config, selection = make_config(target, load_config(reference))
-    plan, skeleton = plan_target(target, config, selection, ReferenceModel("reference", reference, "", {}), None)
-    values = TargetValues(skeleton, plan, half=False, seed=0)
+    chosen = Cut(
+        target=Target(select=SELECT),
+        seed=0,
+        identity={},
+        command="",
+        reference=ReferenceModel("reference", reference, "", {}),
+        reference_config=load_config(reference),
+    )
+    plan, _, values = plan_target(chosen, *make_config(chosen.target, chosen.reference_config))
     folder.mkdir()
     write_shards(folder, plan.grafts, values)
     return time.perf_counter() - start

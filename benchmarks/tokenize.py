@@ -79,7 +79,7 @@ def subjects(texts: list[str], paths: list[str], tokenizer: str, scratch: Path) 
 
     def project() -> int:
         with tempfile.TemporaryDirectory(dir=scratch) as cache:
-            tokens = prepare(corpus_of(paths), tokenizer, Path(cache), say=lambda _: None)
+            tokens = prepare(corpus_of(paths), tokenizer, Path(cache))
         return tokens.train_tokens + tokens.validation_tokens
 
     def encode_batch() -> int:

@@ -1,113 +1,42 @@
-"""Progress on the console: a bar on a terminal, plain lines elsewhere."""
+"""What the package prints: the log lines of rank 0, and the progress of long work.
 
-import math
+Progress is a bar on a terminal and a plain line every ten seconds elsewhere.
+"""
+
+import logging
 import sys
 import time
-from time import monotonic
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-PLAIN_INTERVAL_S = 10.0
-"""Seconds between the progress lines of a run whose output is not a terminal."""
-
-
-class RunProgress:
-    """The progress of a run: a bar on a terminal, a plain line every ten seconds elsewhere.
-
-    Args:
-        total_steps: Steps of the whole run.
-        start_step: Steps done before this launch.
-        label: What the line begins with, the run's name.
-        file: Where to write; standard output when left out.
-    """
-
-    def __init__(self, total_steps: int, start_step: int, label: str, *, file: IO[str] | None = None) -> None:
-        self._total_steps = total_steps
-        self._label = label
-        self._file = file or sys.stdout
-        self._begun: tuple[float, int] | None = None
-        self._printed_at = -math.inf
-        self._pending = ""
-        self._bar: Any = None
-        self._task: Any = None
-        if self._file.isatty():
-            self._bar, self._task = self._make_bar(start_step)
-
-    def _make_bar(self, start_step: int) -> tuple[Any, Any]:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as RichProgress
-
-        bar = RichProgress(
-            TextColumn("{task.description}", style="bold"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[numbers]}"),
-            console=Console(file=self._file),
-            expand=True,
-        )
-        task = bar.add_task(self._label, total=self._total_steps, completed=start_step, numbers="")
-        bar.start()
-        return bar, task
-
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Show a step.
-
-        Args:
-            step: Steps done.
-            loss: Training loss of the step, nats per token.
-            tokens_per_s: Speed, all ranks together.
-        """
-        now = monotonic()
-        numbers = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {self._time_left(now, step)}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
-            return
-        self._pending = f"{self._label}  step {step}/{self._total_steps}  {numbers}"
-        if now - self._printed_at >= PLAIN_INTERVAL_S:
-            self._printed_at = now
-            self._print_pending()
-
-    def say(self, line: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=self._file, flush=True)
-
-    def close(self) -> None:
-        """Leave the last state on the screen; a second call does nothing."""
-        if self._bar is not None:
-            self._bar.stop()
-        self._print_pending()
-
-    def _print_pending(self) -> None:
-        if self._pending:
-            print(self._pending, file=self._file, flush=True)
-            self._pending = ""
-
-    def _time_left(self, now: float, step: int) -> str:
-        # From the first update on, since what comes before it (compiling, the first step) is paid once.
-        if self._begun is None:
-            self._begun = now, step
-        begun_at, begun_step = self._begun
-        if step == begun_step:
-            return "time left unknown" if step < self._total_steps else "done"
-        seconds = round((now - begun_at) / (step - begun_step) * (self._total_steps - step))
-        if step >= self._total_steps:
-            return "done"
-        hours, rest = divmod(seconds, 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d} left"
-
-
 LINE_INTERVAL_S = 10.0
 
 
+def log_to_console(*, is_main: bool = True) -> None:
+    """Print what the package logs on standard output, one plain line a record; on rank 0 only.
+
+    Args:
+        is_main: Whether this process is rank 0.
+    """
+    logger = logging.getLogger("inheritune_ds")
+    logger.handlers[:] = [_ConsoleHandler() if is_main else logging.NullHandler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a handler that a library gives the root logger would print each line again
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints to what `sys.stdout` is at that moment: a bar that is shown redirects it to the lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname}: " if record.levelno > logging.INFO else ""
+        print(f"{level}{record.getMessage()}", flush=True)
+
+
 class Meter:
-    """Counts what was done and shows it; use it as a context manager.
+    """Counts what was done and shows it on stderr; use it as a context manager.
 
     Args:
         title: What is being done, such as `tokenizing`.
@@ -128,8 +57,7 @@ class Meter:
     def __enter__(self) -> Self:
         self._started_s = time.monotonic()
         self._line_due_s = self._started_s + LINE_INTERVAL_S
-        if sys.stderr.isatty():
-            self._bar = _open_bar(self.title, self.total)
+        self._bar = _open_bar(sys.stderr, self.title, self.total, transient=True)
         return self
 
     def __exit__(
@@ -153,16 +81,17 @@ class Meter:
         self._share = share
         now_s = time.monotonic()
         if self._bar:
-            progress, task = self._bar
-            progress.update(task, completed=self.done, note=self._state(now_s, note))
+            bar, task = self._bar
+            bar.update(task, completed=self.done, state=self._state(now_s, note))
         elif now_s >= self._line_due_s:
             self._line_due_s = now_s + LINE_INTERVAL_S
             print(f"{self.title}: {self._state(now_s, note)}", file=sys.stderr, flush=True)
 
     def _state(self, now_s: float, note: str) -> str:
         per_s = self.done / max(now_s - self._started_s, 1e-9)
+        rate = f"{per_s:,.0f}" if per_s >= 1 else f"{per_s:.2g}"
         of_total = f" of {self.total:,}" if self.total else ""
-        parts = [f"{self.done:,}{of_total} {self.unit}", note, f"{per_s:,.0f} {self.unit}/s"]
+        parts = [f"{self.done:,}{of_total} {self.unit}", note, f"{rate} {self.unit}/s"]
         left_s = self._left_s(now_s, per_s)
         if left_s is not None:
             parts.append(f"{left_s:,.0f} s left")
@@ -176,16 +105,84 @@ class Meter:
         return max(0, self.total - self.done) / per_s if self.total and self.done else None
 
 
-def _open_bar(title: str, total: int | None) -> "tuple[Progress, TaskID]":
+class TrainingProgress:
+    """The steps of a run on standard output; the last one stays.
+
+    Args:
+        total_steps: Steps of the whole run.
+        start_step: Steps done before this launch.
+        label: What the line begins with, the run's name.
+    """
+
+    def __init__(self, total_steps: int, start_step: int, label: str) -> None:
+        self._total_steps = total_steps
+        self._label = label
+        self._begun: tuple[float, int] | None = None
+        self._line_due_s = 0.0
+        self._pending = ""
+        self._bar = _open_bar(sys.stdout, label, total_steps, done=start_step, transient=False)
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Show a step.
+
+        Args:
+            step: Steps done.
+            loss: Training loss of the step, nats per token.
+            tokens_per_s: Speed, all ranks together.
+        """
+        now_s = time.monotonic()
+        left = self._time_left(now_s, step)
+        state = f"{step}/{self._total_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {left}"
+        if self._bar:
+            bar, task = self._bar
+            bar.update(task, completed=step, state=state)
+            return
+        self._pending = f"{self._label}  step {state}"
+        if now_s >= self._line_due_s:
+            self._line_due_s = now_s + LINE_INTERVAL_S
+            self._print_pending()
+
+    def close(self) -> None:
+        """Leave the last state on the screen; a second call does nothing."""
+        if self._bar:
+            self._bar[0].stop()
+        self._print_pending()
+
+    def _print_pending(self) -> None:
+        if self._pending:
+            print(self._pending, flush=True)
+            self._pending = ""
+
+    def _time_left(self, now_s: float, step: int) -> str:
+        # From the first update on, since what comes before it (compiling, the first step) is paid once.
+        if self._begun is None:
+            self._begun = now_s, step
+        begun_s, begun_step = self._begun
+        if step == begun_step:
+            return "time left unknown" if step < self._total_steps else "done"
+        seconds = round((now_s - begun_s) / (step - begun_step) * (self._total_steps - step))
+        if step >= self._total_steps:
+            return "done"
+        hours, rest = divmod(seconds, 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d} left"
+
+
+def _open_bar(
+    file: IO[str], title: str, total: int | None, *, done: int = 0, transient: bool
+) -> "tuple[Progress, TaskID] | None":
+    """Show a bar if `file` is a terminal; what is printed from then on appears above it."""
+    if not file.isatty():
+        return None
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-        transient=True,
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
+    bar = Progress(
+        *columns,
+        console=Console(file=file, soft_wrap=True),
+        transient=transient,
+        redirect_stdout=sys.stdout.isatty(),  # one that is a file keeps its lines
+        redirect_stderr=sys.stderr.isatty(),
     )
-    progress.start()
-    return progress, progress.add_task(title, total=total, note="")
+    bar.start()
+    return bar, bar.add_task(title, total=total, completed=done, state="")

@@ -12,6 +12,7 @@ from inheritune_ds.config.deepspeed import Machine, Resolved, resolve
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.console import log_to_console
 from tests.hub_client import HubClient
 from tests.hub_server import HubServer
 from tests.launching import warm_python
@@ -43,6 +44,17 @@ def own_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def logged(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
+    """Gives the lines that the package has logged since the last call."""
+    log_to_console()
+
+    def lines() -> list[str]:
+        return capsys.readouterr().out.splitlines()
+
+    return lines
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from inheritune_ds.config.model import Reference, Target
     from inheritune_ds.errors import RecipeError
     from inheritune_ds.surgery.inherit import Previous, TargetModel
-    from inheritune_ds.surgery.reference import ReferenceModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Build the target; the same command again finds it built."""
+    from inheritune_ds.console import log_to_console
     from inheritune_ds.distributed.environment import prepare_environment
     from inheritune_ds.errors import RecipeError
 
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             _check_outside(args, output, role, folder)
     # The surgery computes on the CPU; a GPU machine need not have its GPU free for it.
     prepare_environment(os.environ, kind="cpu")
+    log_to_console()
     with _stoppable():
         return _run(args, output, reference, target, local)
 
@@ -66,8 +67,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 def _run(args: argparse.Namespace, output: Path, reference: "Reference", target: "Target", local: Path | None) -> int:
     """Check what can be checked at once, then hash the reference, then find the target or build it."""
     from inheritune_ds.config.block_scores import read_scores
-    from inheritune_ds.surgery.inherit import make_config
-    from inheritune_ds.surgery.load import load_config
+    from inheritune_ds.surgery.inherit import Cut, build_target, make_config
+    from inheritune_ds.surgery.load import load_config, own_tokenizer
     from inheritune_ds.surgery.reference import locate, read_config
     from inheritune_ds.surgery.report import target_summary
 
@@ -87,38 +88,22 @@ def _run(args: argparse.Namespace, output: Path, reference: "Reference", target:
     found = _find(args.output, output, identity)
     built_before = found is not None
     if found is None:
-        found = _build(args, output, target, located, previous, identity)
+        cut = Cut(
+            target=target,
+            seed=args.seed,
+            identity=identity,
+            command=_command(args, located.commit),
+            reference=None if target.inherits_nothing else located,
+            reference_config=load_config(located.folder),
+            previous=previous,
+            tokenizer=own_tokenizer(located.folder),
+            tokenizer_source=located.folder,
+        )
+        found = build_target(cut, output, replace=False)
     print(target_summary(found.report, Path(args.output)))
     if built_before:
         print("  state         built before, files verified")
     return 0
-
-
-def _build(  # noqa: PLR0913, PLR0917 - what `build_target` needs
-    args: argparse.Namespace,
-    output: Path,
-    target: "Target",
-    reference: "ReferenceModel",
-    previous: "Previous | None",
-    identity: Mapping[str, Any],
-) -> "TargetModel":
-    from inheritune_ds.surgery.inherit import build_target
-    from inheritune_ds.surgery.load import load_config, own_tokenizer
-
-    return build_target(
-        target,
-        reference=None if target.inherits_nothing else reference,
-        reference_config=load_config(reference.folder),
-        tokenizer=own_tokenizer(reference.folder),
-        tokenizer_source=reference.folder,
-        seed=args.seed,
-        folder=output,
-        identity=identity,
-        command=_command(args, reference.commit),
-        say=lambda line: print(line, flush=True),
-        previous=previous,
-        replace=False,
-    )
 
 
 @contextmanager

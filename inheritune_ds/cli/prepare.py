@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Make the token files of a recipe, and tell what is in them."""
     from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe
+    from inheritune_ds.console import log_to_console
     from inheritune_ds.errors import RecipeError
 
     if args.workers is not None and args.workers < 1:
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from inheritune_ds.data.tokens.token_set import find_damage
     from inheritune_ds.data.tokens.tokenizer import tokenizer_of
 
+    log_to_console()
     tokenizer, revision = tokenizer_of(recipe, _trained_reference(recipe, args.runs_dir))
     tokens = prepare(
         recipe.corpus,
@@ -44,7 +46,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         revision=revision,
         workers=args.workers,
         damage_of=find_damage if args.verify else lambda _: None,
-        say=lambda line: print(line, flush=True),
     )
     print(_table(tokens), flush=True)
     if args.verify:

@@ -55,6 +55,7 @@ def _starts_over(args: argparse.Namespace, *, tells: bool) -> bool:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
     from inheritune_ds.config.deepspeed import MICRO_BATCH
+    from inheritune_ds.console import log_to_console
     from inheritune_ds.distributed.environment import prepare_environment
     from inheritune_ds.distributed.signals import StopSignal
     from inheritune_ds.distributed.world import detect, export
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from inheritune_ds.run.folder import RunFolder
 
     world = detect(os.environ)
+    log_to_console(is_main=world.is_main)
     recipe, document, origin = read_experiment(args, overrides)
     given = document.get(MICRO_BATCH)
     if args.auto_micro_batch and (given in (None, "auto") or type(given) is int):

@@ -187,7 +187,6 @@ class _Run:
                 folder,
                 cache_dir=launch.cache_dir,
                 export_of=lambda name: launch.runs_dir / load_recipe(name).name / "export",
-                say=launch.say,
             )
             parameters = prepared.target.report["parameters"]
             rule, there = self._recipe.checkpoint, sum(1 for _ in published(folder.checkpoints))

@@ -1,5 +1,6 @@
 """Everything before the first step: tokens, reference, target. Rank 0 builds, all ranks open what it has built."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from inheritune_ds.checkpoints.manifest import newest_step
 from inheritune_ds.config.block_scores import read_scores
 from inheritune_ds.config.loading import differences, load_recipe
 from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.console import Meter
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.data.tokens.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer, tokenizer_of
@@ -21,7 +23,7 @@ from inheritune_ds.errors import CorpusError, RunFolderError, SurgeryError
 from inheritune_ds.run.data import DataRecord, RunData
 from inheritune_ds.run.folder import RunFolder, with_revisions
 from inheritune_ds.storage.files import read_json, write_json
-from inheritune_ds.surgery.inherit import MANIFEST, TargetModel, build_target, find_target, make_config
+from inheritune_ds.surgery.inherit import MANIFEST, Cut, TargetModel, build_target, find_target, make_config
 from inheritune_ds.surgery.load import load_config, load_model
 from inheritune_ds.surgery.reference import ReferenceModel, locate
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses
@@ -29,6 +31,8 @@ from inheritune_ds.training.validation import ValidationResult, Validator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 VISIBLE_S = 60.0
@@ -49,9 +53,7 @@ class Prepared:
         return {"tokens": str(self.tokens.folder.resolve()), "fingerprint": self.tokens.fingerprint}
 
 
-def prepare_run(
-    recipe: Recipe, folder: RunFolder, *, cache_dir: Path, export_of: Callable[[str], Path], say: Callable[[str], None]
-) -> Prepared:
+def prepare_run(recipe: Recipe, folder: RunFolder, *, cache_dir: Path, export_of: Callable[[str], Path]) -> Prepared:
     """Find or build every stage before training; only rank 0 calls it.
 
     Args:
@@ -59,22 +61,20 @@ def prepare_run(
         folder: Its run folder, claimed.
         cache_dir: Where token files are shared between runs.
         export_of: Gives the exported folder of a `recipe:NAME` reference (trained by then).
-        say: Prints one line.
     """
     recipe = with_revisions(recipe, folder.pin)
     folder.write_resolved(recipe)
     reference = None
     if recipe.reference is not None and not recipe.target.inherits_nothing:
-        say(f"reference: {recipe.reference.model}")
+        logger.info("reference: %s", recipe.reference.model)
         reference = locate(recipe.reference, export_of)
     record = DataRecord(folder.path)
     tokenizer, revision = tokenizer_of(recipe, reference.folder if reference is not None else None)
-    tokens = prepare(recipe.corpus, tokenizer, cache_dir, revision=revision, damage_of=record.damage_of, say=say)
+    tokens = prepare(recipe.corpus, tokenizer, cache_dir, revision=revision, damage_of=record.damage_of)
     record.settle(recipe, tokens, has_checkpoints=bool(newest_step(folder.checkpoints)))
     counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} held-out tokens"
-    say(f"tokens: {counts} in {tokens.folder}")
-    for line in data_lines(recipe, tokens):
-        say(line)
+    logger.info("tokens: %s in %s", counts, tokens.folder)
+    log_data(recipe, tokens)
     identity: dict[str, Any] = {
         "reference": reference.identity if reference else None,
         "target": recipe.target.model_dump(mode="json"),
@@ -85,50 +85,44 @@ def prepare_run(
     _check_same_start(folder, identity)
     target = find_target(folder.target, identity)
     if target is None:
-        target = build_target(
-            recipe.target,
+        cut = Cut(
+            target=recipe.target,
+            seed=recipe.seed,
+            identity=identity,
+            command=f"python train.py --recipe {folder.path / 'recipe.resolved.yaml'}",
             reference=reference,
             reference_config=_reference_config(recipe, reference),
             tokenizer=load_tokenizer(str(tokens.tokenizer_dir), "main"),
-            seed=recipe.seed,
-            folder=folder.target,
-            identity=identity,
-            command=f"python train.py --recipe {folder.path / 'recipe.resolved.yaml'}",
-            say=say,
         )
+        target = build_target(cut, folder.target)
     _check_ids(tokens, load_config(folder.target).vocab_size)
     write_json(folder.path / "inheritance.json", target.report)
     kept = sum(tensor["inherited"] for tensor in target.report["tensors"])
-    say(
-        f"target: {target.report['blocks']} blocks, {target.report['parameters']:,} parameters, "
-        f"{kept} of {len(target.report['tensors'])} tensors inherited"
-    )
+    parts = f"{target.report['blocks']} blocks, {target.report['parameters']:,} parameters"
+    logger.info("target: %s, %d of %d tensors inherited", parts, kept, len(target.report["tensors"]))
     if reference is not None:
-        _score_reference(reference, recipe, tokens, folder, say)
+        _score_reference(reference, recipe, tokens, folder)
     return Prepared(tokens, target)
 
 
-def data_lines(recipe: Recipe, tokens: TokenSet) -> list[str]:
-    """Say what the validation reads, and what of the corpus has no part in the run: neither must go unnoticed."""
+def log_data(recipe: Recipe, tokens: TokenSet) -> None:
+    """Log what the validation reads; warn of parts of the corpus and of the mixture that the run does not use."""
     data = RunData(recipe, tokens)
     held_out = data.held_out
     count = min(len(held_out), recipe.validation.max_tokens // recipe.training.seq_len)
     used = held_out.used(count)
     by_source = f" ({', '.join(f'{name} {windows:,}' for name, windows in used.items())})" if len(used) > 1 else ""
-    lines = [f"validation: {count:,} windows of {recipe.training.seq_len} tokens{by_source}"]
+    logger.info("validation: %s windows of %d tokens%s", f"{count:,}", recipe.training.seq_len, by_source)
     untrained = [source.name for source in tokens.sources if not source.train_tokens]
     if untrained:
-        lines.append(
-            f"WARNING: no token of {', '.join(untrained)} is trained on: empty, held out, or behind max_tokens"
-        )
+        logger.warning("no token of %s is trained on: empty, held out, or behind max_tokens", ", ".join(untrained))
     unseen = [name for name, windows in used.items() if not windows and name not in untrained]
     if unseen:
-        lines.append(f"WARNING: no window of {', '.join(unseen)} is validated on: the loss tells nothing of it")
+        logger.warning("no window of %s is validated on: the loss tells nothing of it", ", ".join(unseen))
     for change in recipe.corpus.weight_changes:
         end = data.total_steps * recipe.training.global_batch_tokens
         if change.tokens >= end:
-            lines.append(f"WARNING: weight_changes at {change.at} never come: the run ends at {end:,} tokens")
-    return lines
+            logger.warning("weight_changes at %s never come: the run ends at %s tokens", change.at, f"{end:,}")
 
 
 def _check_ids(tokens: TokenSet, vocabulary: int) -> None:
@@ -209,20 +203,16 @@ class ReferenceScorer:
 
     Args:
         model: The reference.
-        say: Prints one line.
         packing: How documents inside a window are kept apart, as for the target; None if they are not.
     """
 
-    def __init__(
-        self, model: "PreTrainedModel", say: Callable[[str], None], packing: DocumentPacking | None = None
-    ) -> None:
+    def __init__(self, model: "PreTrainedModel", packing: DocumentPacking | None = None) -> None:
         import torch
 
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module: torch.nn.Module = model  # the plain type: transformers' own `to` is a wrapper
         self._model = module.to(self._device).eval()
         self._windows = WindowInputs(packing, "sdpa")  # or eager, which takes the same: the default of transformers
-        self._say = say
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
         """Mean loss of every window over its counted targets, in nats a token."""
@@ -230,20 +220,16 @@ class ReferenceScorer:
         from torch.nn import functional
 
         losses = []
-        told_s = start_s = time.monotonic()
-        for number, batch in enumerate(batches, 1):
-            tokens_BT1 = torch.from_numpy(batch)  # noqa: N806 - shape suffix
-            inputs = self._windows.with_targets(tokens_BT1, self._device)
-            targets = inputs.pop("targets").flatten()
-            with torch.no_grad(), self._windows.apart():
-                logits_BTV = self._model(**inputs).logits  # noqa: N806
-                flat = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="none")
-            losses.append(mean_losses(flat, tokens_BT1, self._windows.packing))
-            now_s = time.monotonic()
-            if now_s - told_s > 10.0:
-                told_s = now_s
-                left_s = (now_s - start_s) / number * (len(batches) - number)
-                self._say(f"reference validation: {number} of {len(batches)} batches, {left_s:.0f} s left")
+        with Meter("reference validation", "batches", len(batches)) as meter:
+            for batch in batches:
+                tokens_BT1 = torch.from_numpy(batch)  # noqa: N806 - shape suffix
+                inputs = self._windows.with_targets(tokens_BT1, self._device)
+                targets = inputs.pop("targets").flatten()
+                with torch.no_grad(), self._windows.apart():
+                    logits_BTV = self._model(**inputs).logits  # noqa: N806
+                    flat = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="none")
+                losses.append(mean_losses(flat, tokens_BT1, self._windows.packing))
+                meter.advance(1)
         return losses
 
 
@@ -259,9 +245,7 @@ def validator_for(recipe: Recipe, data: RunData, *, batch_size: int, rank: int =
     )
 
 
-def _score_reference(
-    reference: ReferenceModel, recipe: Recipe, tokens: TokenSet, folder: RunFolder, say: Callable[[str], None]
-) -> None:
+def _score_reference(reference: ReferenceModel, recipe: Recipe, tokens: TokenSet, folder: RunFolder) -> None:
     """Write eval/reference.json: the reference's loss on the windows that the target is measured on.
 
     Raises:
@@ -282,7 +266,7 @@ def _score_reference(
         return
     model = load_model(reference.folder, dtype="float32")
     data = RunData(recipe, tokens)
-    scorer = ReferenceScorer(model, say, data.packing)
+    scorer = ReferenceScorer(model, data.packing)
     result: ValidationResult = validator_for(recipe, data, batch_size=8).validate(scorer)
     if not math.isfinite(result.loss):
         bad = sum(not math.isfinite(loss) for loss in result.windows)
@@ -293,4 +277,4 @@ def _score_reference(
             action=f"look for NaN or infinite values in the weights in {reference.folder}, or take another reference",
         )
     result.write(path, identity=identity, model=reference.name, parameters=model.num_parameters())
-    say(f"reference: val loss {result.loss:.4f} +- {result.stderr:.4f}")
+    logger.info("reference: val loss %.4f +- %.4f", result.loss, result.stderr)

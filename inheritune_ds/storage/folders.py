@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from typing import Any
 
 from inheritune_ds.errors import RunFolderError
 from inheritune_ds.storage.files import sha256_file, storage_errors, sync_folder, sync_path
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -50,14 +53,13 @@ def staged(
 
 
 @contextmanager
-def exclusive(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Make a folder and be the only process that fills it; another one waits until this one is done or gone.
 
     Unlike `staged`, what was filled stays after an error or a kill, so that it can be gone on with.
 
     Args:
         folder: To be filled.
-        say: Prints a line if this process has to wait.
 
     Raises:
         StorageError: The folder or its lock cannot be made.
@@ -66,7 +68,7 @@ def exclusive(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent, socket.gethostname())
-        descriptor = _lock(lock, say)
+        descriptor = _lock(lock)
     try:
         with storage_errors(folder):
             folder.mkdir(exist_ok=True)
@@ -79,13 +81,13 @@ def exclusive(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(path: Path, say: Callable[[str], None]) -> int:
+def _lock(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"another process fills {path.with_suffix('')}; waiting for it")
+            logger.info("another process fills %s; waiting for it", path.with_suffix(""))
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             if os.fstat(descriptor).st_ino == path.stat().st_ino:

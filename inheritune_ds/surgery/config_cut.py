@@ -62,27 +62,8 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
     values = config.to_dict()
     if tuple(blocks) == tuple(range(depth)):
         return type(config).from_dict(values)
-    moved = any(place != block for place, block in enumerate(blocks))
-    for key in _PLACE_KEYS:
-        if moved and values.get(key):
-            raise SurgeryError(
-                f"{config.model_type}: with {key} = {values[key]} a block computes by its place, and this selection "
-                "moves blocks to other places",
-                allowed="a selection that leaves every block in its place: first:n",
-            )
-    cut: Values = {
-        key: _cut_list(key, list(value), depth, blocks)
-        for key, value in values.items()
-        if isinstance(value, list | tuple)
-    }
-    cut |= {
-        key: _renumber(value, blocks)
-        for key, value in values.items()
-        if isinstance(value, dict) and value and key != "id2label" and all(str(at).isdecimal() for at in value)
-    }
-    for rule in _RULES:
-        cut |= rule(values, depth, blocks)
-    values |= cut
+    _refuse_by_place(config.model_type, values, blocks)
+    values |= _cut_values(values, depth, blocks)
     depth_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values |= {key: len(blocks) for key in (*_DEPTH_KEYS, depth_key) if values.get(key) == depth}
     try:
@@ -92,6 +73,32 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
             f"a {config.model_type} config for {len(blocks)} blocks is refused by its own class: {error}",
             allowed="another selection",
         ) from None
+
+
+def _refuse_by_place(model_type: str, values: Values, blocks: Sequence[int]) -> None:
+    """Refuse a selection that moves blocks which compute by their place."""
+    if tuple(blocks) == tuple(range(len(blocks))):
+        return
+    for key in _PLACE_KEYS:
+        if values.get(key):
+            raise SurgeryError(
+                f"{model_type}: with {key} = {values[key]} a block computes by its place, and this selection "
+                "moves blocks to other places",
+                allowed="a selection that leaves every block in its place: first:n",
+            )
+
+
+def _cut_values(values: Values, depth: int, blocks: Sequence[int]) -> Values:
+    """The keys with lists, tables and numbers by block after the cut."""
+    cut: Values = {}
+    for key, value in values.items():
+        if isinstance(value, list | tuple):
+            cut[key] = _cut_list(key, list(value), depth, blocks)
+        elif isinstance(value, dict) and value and key != "id2label" and all(str(at).isdecimal() for at in value):
+            cut[key] = _renumber(value, blocks)
+    for rule in _RULES:
+        cut |= rule(values, depth, blocks)
+    return cut
 
 
 def _cut_list(key: str, value: list[Any], depth: int, blocks: Sequence[int]) -> list[Any]:

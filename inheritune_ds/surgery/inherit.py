@@ -6,8 +6,9 @@ the same (`proof`), publish. Nothing is published unless all of it succeeds. Wit
 scratch, all tensors are fresh.
 """
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ from inheritune_ds.surgery.write_shards import write_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 REPORT = "inheritance.json"
@@ -114,36 +117,40 @@ def may_replace(folder: Path, identity: Mapping[str, Any]) -> bool:
     return all(path.relative_to(folder).as_posix() in own for path in folder.rglob("*") if not path.is_dir())
 
 
-def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
-    target: Target,
-    *,
-    reference: ReferenceModel | None,
-    reference_config: "PreTrainedConfig | None",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    tokenizer_source: Path | None = None,
-    seed: int,
-    folder: Path,
-    identity: Mapping[str, Any],
-    command: str,
-    say: Callable[[str], None],
-    previous: Previous | None = None,
-    replace: bool = True,
-) -> TargetModel:
-    """Build the target, prove it, and publish it as a Hugging Face folder.
+@dataclass(frozen=True)
+class Cut:
+    """What a target is built from.
 
-    Args:
+    Attributes:
         target: From the recipe.
+        seed: Of the random values of fresh tensors.
+        identity: Recorded, so that `find_target` knows whose the target is.
+        command: That builds this target, for the model card.
         reference: Weights to inherit from; None with `inherit: none` or from scratch.
         reference_config: Config the target's is cut from; None from scratch.
+        previous: Its blocks become the first ones; the selection's further blocks come from the reference.
         tokenizer: Travels along, and so do its special ids if the reference's are not its own. None: no tokenizer
             that could be read.
         tokenizer_source: Folder whose tokenizer files are copied as they are, over those of `tokenizer`.
-        seed: Of the random values of fresh tensors.
+    """
+
+    target: Target
+    seed: int
+    identity: Mapping[str, Any]
+    command: str
+    reference: ReferenceModel | None
+    reference_config: "PreTrainedConfig | None"
+    previous: Previous | None = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    tokenizer_source: Path | None = None
+
+
+def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel:
+    """Build the target, prove it, and publish it as a Hugging Face folder.
+
+    Args:
+        cut: What to build.
         folder: Where the target goes.
-        identity: Recorded, so that `find_target` knows whose it is.
-        command: That builds this target, for the model card.
-        say: Prints one line.
-        previous: Its blocks become the first ones; the selection's further blocks come from the reference.
         replace: Whether an older target in `folder`, or whatever is there, is replaced. If not, only an empty folder
             or a damaged target of this identity is, and one that is whole is taken instead.
 
@@ -153,60 +160,71 @@ def build_target(  # noqa: PLR0913 - the parts that make a target, each by name
         CorpusError: If the tokenizer has ids that the model has no embedding for.
         StorageError: If the folder cannot be written.
     """
-    config, selection = make_config(target, reference_config)
-    foreign = reference is None
-    if tokenizer is not None:
-        check_vocabulary(len(tokenizer), config.vocab_size)
-        foreign = foreign or not is_own_tokenizer(tokenizer, reference)
-        if foreign:
-            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if foreign and reference is not None:
-            config.pad_token_id = tokenizer.pad_token_id
-            say("tokenizer: not the reference's own, so the inherited embeddings and head belong to other tokens")
+    config, selection, foreign = _fitted_config(cut)
     clock = _Clock()
-    plan, skeleton = plan_target(target, config, selection, reference, previous)
-    values = TargetValues(skeleton, plan, half=target.width == "half", seed=seed)
+    plan, skeleton, values = plan_target(cut, config, selection)
     for source in plan.sources:
         if source.files.is_pickle:
-            say(f"{source.role}: pickle files, read with torch.load(mmap=True, weights_only=True)")
-    keeps = (lambda _: False) if replace else lambda there: find_target(there, identity, verify=True) is not None
-    replaces = (lambda _: True) if replace else lambda there: may_replace(there, identity)
+            logger.info("%s: pickle files, read with torch.load(mmap=True, weights_only=True)", source.role)
+    keeps = (lambda _: False) if replace else lambda there: find_target(there, cut.identity, verify=True) is not None
+    replaces = (lambda _: True) if replace else lambda there: may_replace(there, cut.identity)
     with staged(folder, keeps, replaces) as temporary, storage_errors(folder):
-        write_configs(temporary, skeleton, None if foreign else reference)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if tokenizer_source is not None:
-            copy_tokenizer(tokenizer_source, temporary)
+        write_configs(temporary, skeleton, None if foreign else cut.reference)
+        if cut.tokenizer is not None:
+            cut.tokenizer.save_pretrained(temporary)
+        if cut.tokenizer_source is not None:
+            copy_tokenizer(cut.tokenizer_source, temporary)
         clock.lap("plan")
         write_shards(temporary, plan.grafts, values)
         clock.lap("write")
         tensors = describe_tensors(temporary, plan.grafts, values.of)
         values.drop_fresh()
         clock.lap("compare and hash")
-        proven = prove(temporary, plan, skeleton, half=target.width == "half")
+        proven = prove(temporary, plan, skeleton, half=cut.target.width == "half")
         clock.lap("proof")
-        report = {
-            "reference": reference.identity if reference else None,
-            "previous": previous.identity if previous else None,
-            "previous_blocks": sum(source.role == "previous" for source, _ in plan.steps),
-            "select": target.select,
-            "selection": list(selection),
-            "inherit": target.inherit if reference else "none",
-            "width": target.width,
-            "seed": seed,
-            "blocks": skeleton.blocks.depth,
-            **count_parameters(skeleton),
-            **_kept(plan, values, skeleton),
-            "left_out": plan.left_out,
-            "proof": proven,
-            "tensors": tensors,
-        }
+        report = {**_describe(cut, selection, plan, skeleton, values), "proof": proven, "tensors": tensors}
         write_json(temporary / REPORT, report)
-        licence = copy_licence(reference.folder, temporary) if reference else ""
-        write_text(temporary / "README.md", target_card(report, licence, command))
-        write_json(temporary / MANIFEST, {"identity": identity, "files": describe_files(temporary)})
+        licence = copy_licence(cut.reference.folder, temporary) if cut.reference else ""
+        write_text(temporary / "README.md", target_card(report, licence, cut.command))
+        write_json(temporary / MANIFEST, {"identity": cut.identity, "files": describe_files(temporary)})
     clock.lap("publish")
     return TargetModel(folder, report, clock.seconds)
+
+
+def _fitted_config(cut: Cut) -> "tuple[PreTrainedConfig, tuple[int, ...], bool]":
+    """The target's config with its tokenizer's special ids, the selection, and whether that tokenizer is foreign."""
+    config, selection = make_config(cut.target, cut.reference_config)
+    tokenizer, reference = cut.tokenizer, cut.reference
+    if tokenizer is None:
+        return config, selection, reference is None
+    check_vocabulary(len(tokenizer), config.vocab_size)
+    foreign = reference is None or not is_own_tokenizer(tokenizer, reference)
+    if foreign:
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if foreign and reference is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+        logger.info("tokenizer: not the reference's own, so the inherited embeddings and head belong to other tokens")
+    return config, selection, foreign
+
+
+def _describe(
+    cut: Cut, selection: tuple[int, ...], plan: TensorMap, skeleton: MetaModel, values: TargetValues
+) -> dict[str, Any]:
+    """What inheritance.json says of a target as a whole."""
+    return {
+        "reference": cut.reference.identity if cut.reference else None,
+        "previous": cut.previous.identity if cut.previous else None,
+        "previous_blocks": sum(source.role == "previous" for source, _ in plan.steps),
+        "select": cut.target.select,
+        "selection": list(selection),
+        "inherit": cut.target.inherit if cut.reference else "none",
+        "width": cut.target.width,
+        "seed": cut.seed,
+        "blocks": skeleton.blocks.depth,
+        **count_parameters(skeleton),
+        **_kept(plan, values, skeleton),
+        "left_out": plan.left_out,
+    }
 
 
 class _Clock:
@@ -243,24 +261,19 @@ def make_config(
 
 
 def plan_target(
-    target: Target,
-    config: "PreTrainedConfig",
-    selection: tuple[int, ...],
-    reference: ReferenceModel | None,
-    previous: Previous | None,
-) -> tuple[TensorMap, MetaModel]:
+    cut: Cut, config: "PreTrainedConfig", selection: tuple[int, ...]
+) -> tuple[TensorMap, MetaModel, TargetValues]:
     """List every tensor of the target with its source, and check that the model takes them all.
 
     Args:
-        target: From the recipe.
+        cut: What to build.
         config: The target's (`make_config`).
         selection: Kept blocks of the reference.
-        reference: Where they come from; None if nothing is inherited.
-        previous: The target that grows.
 
     Raises:
         SurgeryError: If the sources are damaged, or the model cannot be cut so.
     """
+    target, reference, previous = cut.target, cut.reference, cut.previous
     if previous is not None and (target.inherit != "all" or target.width != "full"):
         raise SurgeryError(
             f"previous: {previous.name} grows as it is, nothing of it is made anew",
@@ -268,7 +281,8 @@ def plan_target(
         )
     if reference is None:
         skeleton = MetaModel(config)
-        return plan_copies(skeleton, [], None, ()), skeleton
+        plan = plan_copies(skeleton, [], None, ())
+        return plan, skeleton, TargetValues(skeleton, plan, half=target.width == "half", seed=cut.seed)
     origin = SourceModel("reference", reference.folder, load_config(reference.folder))
     steps, outer = [(origin, block) for block in selection], origin
     if previous is not None:
@@ -279,7 +293,7 @@ def plan_target(
         for place, (source, block) in enumerate(steps):
             check_same_blocks(source.skeleton, block, skeleton, place)
     plan = plan_copies(skeleton, steps, outer, inherited_parts(target.inherit))
-    values = TargetValues(skeleton, plan, half=target.width == "half", seed=0)
+    values = TargetValues(skeleton, plan, half=target.width == "half", seed=cut.seed)
     try:
         skeleton.load({graft.name: values.meta(graft) for graft in plan.grafts if graft.source})
     except SurgeryError as error:
@@ -288,7 +302,7 @@ def plan_target(
             f"the blocks are not alike\n{error.problem.partition(chr(10))[2]}",
             allowed="a model whose blocks are all that depends on their number",
         ) from None
-    return plan, skeleton
+    return plan, skeleton, values
 
 
 def _earlier(

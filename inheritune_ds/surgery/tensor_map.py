@@ -6,7 +6,7 @@ reference's, whatever it renames or fuses when it loads them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -202,13 +202,11 @@ class TensorMap:
         grafts: One for each tensor of its files; fresh ones have no source.
         steps: For every block of the target, its source and its number there.
         outer: The source of everything outside the blocks; None if nothing is inherited.
-        left_out: Tensors of the sources' files that no model has a place for.
     """
 
     grafts: list[TensorCopy]
     steps: list[tuple[SourceModel, int]]
     outer: SourceModel | None
-    left_out: list[str] = field(default_factory=list)
 
     @property
     def sources(self) -> list["SourceModel"]:
@@ -216,6 +214,11 @@ class TensorMap:
         return list(
             {source.role: source for source in [self.outer, *(source for source, _ in self.steps)] if source}.values()
         )
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tensors of the sources' files that no model has a place for."""
+        return sorted({name for source in self.sources for name in source.leftovers})
 
 
 def plan_copies(
@@ -233,16 +236,33 @@ def plan_copies(
         SurgeryError: If the target has no tensor of a part that is asked for, no place for a tensor of a source, or
             a tensor of no known part, unless everything is inherited.
     """
-    everything = set(parts) == set(PARTS)
     _check_parts(target, parts)
-    origins: dict[str, tuple[SourceModel, str, int | None]] = {}
+    origins: dict[str, _Origin] = {}
     if outer is not None:
         origins |= {outer.loaded_as(name): (outer, name, None) for name in outer.by_block.get(None, [])}
     for place, (source, block) in enumerate(steps):
         origins |= {source.moved(name, place): (source, name, place) for name in source.by_block.get(block, [])}
+    grafts = _inherited(target, origins, parts)
+    covered = {graft.module_name for graft in grafts}
+    tied_too = {target.tied[module] for module in covered if module in target.tied}
+    grafts += [
+        TensorCopy(module, module, target.blocks.index_of(module), part_of(target.model, target.blocks, module))
+        for module in target.shapes
+        if module in target.required - covered - tied_too
+    ]
+    return TensorMap(grafts, list(steps), outer)
+
+
+_Origin = tuple[SourceModel, str, int | None]
+"""Source of a tensor, its name in the source's files, and its block in the target."""
+
+
+def _inherited(target: MetaModel, origins: Mapping[str, _Origin], parts: Collection[str]) -> list[TensorCopy]:
+    """The tensors of `origins`, by their names in the target's files, that belong to one of the parts."""
+    everything = set(parts) == set(PARTS)
     grafts: list[TensorCopy] = []
     for name, module in target.module_names(origins).items():
-        source, source_name, block_here = origins[name]
+        source, source_name, place = origins[name]
         if module not in target.shapes:
             raise SurgeryError(
                 f"the target, a {target.config.model_type} model of {target.blocks.depth} blocks, has no place for "
@@ -258,16 +278,8 @@ def plan_copies(
             )
         if everything or _is_inherited(target, module, part, parts):
             source_block = source.skeleton.blocks.index_of(source.module_of[source_name])
-            grafts.append(TensorCopy(name, module, block_here, part, source, source_name, source_block))
-    covered = {graft.module_name for graft in grafts}
-    tied_too = {target.tied[module] for module in covered if module in target.tied}
-    grafts += [
-        TensorCopy(module, module, target.blocks.index_of(module), part_of(target.model, target.blocks, module))
-        for module in target.shapes
-        if module in target.required - covered - tied_too
-    ]
-    plan = TensorMap(grafts, list(steps), outer)
-    return replace(plan, left_out=sorted({name for source in plan.sources for name in source.leftovers}))
+            grafts.append(TensorCopy(name, module, place, part, source, source_name, source_block))
+    return grafts
 
 
 def _check_parts(target: MetaModel, parts: Collection[str]) -> None:

@@ -8,8 +8,7 @@ reference's own doing.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,28 +223,23 @@ class _Runner:
         names = self._source.by_block.get(index, [])
         skeleton.fill(self._read(names), lambda name: skeleton.blocks.index_of(name) == index)
         del block.forward  # the class's own again
+        compute = block.forward
 
-        def put(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if hidden is None:
-                return None
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        def compute_and_stop(*args: Any, **kwargs: Any) -> Any:
+            if hidden is not None and args:
+                args = (hidden, *args[1:])
+            elif hidden is not None:
+                kwargs["hidden_states"] = hidden
+            raise _Stop(_hidden(compute(*args, **kwargs)))
 
-        def stop(_: nn.Module, __: Any, output: Any) -> None:
-            raise _Stop(_hidden(output))
-
+        block.forward = compute_and_stop
         try:
-            with _hooked(block.register_forward_pre_hook(put, with_kwargs=True)):
-                return self._pass(tokens_BT, block.register_forward_hook(stop))
+            _forward(skeleton.model, tokens_BT)
+        except _Stop as stop:
+            return stop.hidden
         finally:
             block.forward = self._bypass
             skeleton.empty_block(index)
-
-    def _pass(self, tokens_BT: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: N803 - shape suffix
-        with _hooked(hook):
-            try:
-                _forward(self._skeleton.model, tokens_BT)
-            except _Stop as stop:
-                return stop.hidden
         raise SurgeryError(
             f"a {self._source.config.model_type} model cannot be proven: its forward pass does not call its blocks"
         )
@@ -263,14 +257,6 @@ def _forward(model: "PreTrainedModel", tokens_BT: torch.Tensor) -> None:  # noqa
             f"fails: {reason}",
             allowed="a causal language model that takes input_ids alone",
         ) from None
-
-
-@contextmanager
-def _hooked(hook: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _hidden(output: Any) -> torch.Tensor:

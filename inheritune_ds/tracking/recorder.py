@@ -8,7 +8,7 @@ from pathlib import Path
 
 from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.console import RunProgress
+from inheritune_ds.console import TrainingProgress
 from inheritune_ds.errors import StorageError, TrainingError
 from inheritune_ds.run.folder import RunFolder
 from inheritune_ds.storage.files import write_exact
@@ -24,7 +24,7 @@ class RunRecorder:
         start = state.step if state else 0
         self._folder = folder
         self._tracker = Tracker(folder.path, recipe, resume_step=state.step if state else None)
-        self._progress = RunProgress(total_steps, start, recipe.name)
+        self._progress = TrainingProgress(total_steps, start, recipe.name)
 
     def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
         """Record metrics at a step."""
@@ -35,8 +35,8 @@ class RunRecorder:
         self._progress.update(step, loss, tokens_per_s)
 
     def say(self, line: str) -> None:
-        """Print one line."""
-        self._progress.say(line)
+        """Print one line, above the bar where there is one."""
+        print(line, flush=True)
 
     def saved(self, step: int) -> None:
         """Note that the run can go on from a step; a disk that refuses it ends nothing."""

@@ -16,7 +16,7 @@ from inheritune_ds.errors import ExportError, StorageError
 from inheritune_ds.run import export
 from inheritune_ds.run.export import check_logits, export_model, model_card, write_probe
 from inheritune_ds.surgery.compare import weights_sha256
-from inheritune_ds.surgery.inherit import build_target
+from inheritune_ds.surgery.inherit import Cut, build_target
 from inheritune_ds.surgery.load import load_model
 
 PROBE = torch.arange(12).view(1, 12) % 20
@@ -42,17 +42,16 @@ def target_folder(tmp_path: Path) -> Callable[[str], Path]:
         words = {word: number for number, word in enumerate(["<s>", "</s>", *(f"w{n}" for n in range(18))])}
         model = Tokenizer(WordLevel(words, unk_token="<s>"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
-        return build_target(
-            Target(shape=shape),
+        cut = Cut(
+            target=Target(shape=shape),
+            seed=1,
+            identity={},
+            command="make it",
             reference=None,
             reference_config=None,
             tokenizer=tokenizer,
-            seed=1,
-            folder=tmp_path / f"target-{family}",
-            identity={},
-            command="make it",
-            say=lambda _: None,
-        ).folder
+        )
+        return build_target(cut, tmp_path / f"target-{family}").folder
 
     return make
 

@@ -152,7 +152,7 @@ def test_a_reference_without_a_finite_loss_is_refused_by_name(
     monkeypatch.setattr(prepare, "load_model", lambda *_, **__: None)
     monkeypatch.setattr(prepare, "ReferenceScorer", lambda *_: Constant(last))
     with pytest.raises(SurgeryError) as caught:
-        prepare._score_reference(reference, load_recipe("quickstart"), tokens, folder, print)
+        prepare._score_reference(reference, load_recipe("quickstart"), tokens, folder)
     assert caught.value.problem == (
         "the reference models/broken is of no use: its loss on 1 of 4 validation windows is not a finite number"
     )
@@ -173,24 +173,26 @@ def token_set(folder: Path, **held_out: int) -> TokenSet:
     return TokenSet(folder, {"token_dtype": "uint16", "sources": entries})
 
 
-def test_data_lines_tell_how_much_is_validated_on_and_of_what(folder: RunFolder) -> None:
+def test_log_data_tells_how_much_is_validated_on_and_of_what(
+    folder: RunFolder, logged: Callable[[], list[str]]
+) -> None:
     names = "corpus.sources=[{kind: embedded, name: a}, {kind: embedded, name: b}, {kind: embedded, name: c}]"
     recipe = load_recipe("quickstart", [names, "training.seq_len=128", "validation.max_tokens=512"])
-    lines = prepare.data_lines(recipe, token_set(folder.path, a=0, b=2 * 128 + 1, c=2 * 128 + 1))
-    assert lines == [
+    prepare.log_data(recipe, token_set(folder.path, a=0, b=2 * 128 + 1, c=2 * 128 + 1))
+    assert logged() == [
         "validation: 4 windows of 128 tokens (a 0, b 2, c 2)",
         "WARNING: no token of b, c is trained on: empty, held out, or behind max_tokens",
         "WARNING: no window of a is validated on: the loss tells nothing of it",
     ]
 
 
-def test_data_lines_are_one_where_nothing_is_amiss(folder: RunFolder) -> None:
+def test_log_data_is_one_line_where_nothing_is_amiss(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
     recipe = load_recipe("quickstart", ["training.seq_len=128", "validation.max_tokens=512"])
-    lines = prepare.data_lines(recipe, token_set(folder.path, embedded=3 * 128 + 1))
-    assert lines == ["validation: 3 windows of 128 tokens"]
+    prepare.log_data(recipe, token_set(folder.path, embedded=3 * 128 + 1))
+    assert logged() == ["validation: 3 windows of 128 tokens"]
 
 
-def test_data_lines_tell_of_weights_that_never_come(folder: RunFolder) -> None:
+def test_log_data_tells_of_weights_that_never_come(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
     sources = "corpus.sources=[{kind: embedded, name: a, weight: 1}, {kind: embedded, name: b, weight: 1}]"
     changes = "corpus.weight_changes=[{at: 1K tokens, weights: {a: 2, b: 1}}, {at: 10M tokens, weights: {a: 1, b: 0}}]"
     recipe = load_recipe("quickstart", [sources, changes, "training.seq_len=128", "training.duration=30 steps"])
@@ -198,7 +200,8 @@ def test_data_lines_tell_of_weights_that_never_come(folder: RunFolder) -> None:
     for entry in tokens.manifest["sources"]:
         np.zeros(1000, "<u2").tofile(folder.path / entry["name"] / "train-00000.bin")
         entry["train"] = [{"file": "train-00000.bin", "tokens": 1000}]
-    assert prepare.data_lines(recipe, tokens) == [
+    prepare.log_data(recipe, tokens)
+    assert logged() == [
         "validation: 4 windows of 128 tokens (a 2, b 2)",
         "WARNING: weight_changes at 10M tokens never come: the run ends at 61,440 tokens",
     ]

@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -231,17 +232,18 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     assert damaged_files(tmp_path, None) == ["the list of files"]
 
 
-def test_exclusive_keeps_what_was_filled_in_and_leaves_nothing_else(tmp_path: Path) -> None:
-    lines: list[str] = []
-    with exclusive(tmp_path / "empty", lines.append):
+def test_exclusive_keeps_what_was_filled_in_and_leaves_nothing_else(
+    tmp_path: Path, logged: Callable[[], list[str]]
+) -> None:
+    with exclusive(tmp_path / "empty"):
         assert (tmp_path / "empty").is_dir()
-    with pytest.raises(RuntimeError), exclusive(tmp_path / "half", lines.append):  # noqa: PT012
+    with pytest.raises(RuntimeError), exclusive(tmp_path / "half"):  # noqa: PT012
         (tmp_path / "half" / "file").touch()
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["half"]
-    with exclusive(tmp_path / "half", lines.append):
+    with exclusive(tmp_path / "half"):
         assert (tmp_path / "half" / "file").exists()
-    assert lines == []
+    assert logged() == []
 
 
 def test_tidy_removes_what_a_killed_process_has_left_beside_the_published_folder(tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_tidy_removes_what_a_killed_process_has_left_beside_the_published_folder
 
 
 def test_tidy_leaves_a_lock_that_is_held_and_a_folder_with_something_in_it(tmp_path: Path) -> None:
-    with exclusive(tmp_path / "partial", print):
+    with exclusive(tmp_path / "partial"):
         tidy(tmp_path / "partial")
         assert {path.name for path in tmp_path.iterdir()} == {"partial", "partial.lock"}
         (tmp_path / "partial" / "file").touch()

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from inheritune_ds.config.model import Reference, Target
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.blocks import find_blocks
-from inheritune_ds.surgery.inherit import TargetModel, build_target
+from inheritune_ds.surgery.inherit import Cut, TargetModel, build_target
 from inheritune_ds.surgery.load import load_config
 from inheritune_ds.surgery.reference import locate
 from tests.surgery.families import NOT_TINY, TINY, VARIANTS, own_memory, tiny_config
@@ -32,17 +32,15 @@ def make_reference(name: str, folder: Path) -> None:
 
 
 def cut(folder: Path, select: str, output: Path) -> TargetModel:
-    return build_target(
-        Target(select=select),
-        reference=locate(Reference(model=str(folder)), Path),
-        reference_config=load_config(folder),
-        tokenizer=None,
+    chosen = Cut(
+        target=Target(select=select),
         seed=1,
-        folder=output,
         identity={},
         command="",
-        say=lambda _: None,
+        reference=locate(Reference(model=str(folder)), Path),
+        reference_config=load_config(folder),
     )
+    return build_target(chosen, output)
 
 
 def state_after(folder: Path, block: int = 2) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from inheritune_ds.config.model import Reference, Target
 from inheritune_ds.storage.files import sha256_file
-from inheritune_ds.surgery.inherit import Previous, TargetModel, build_target
+from inheritune_ds.surgery.inherit import Cut, Previous, TargetModel, build_target
 from inheritune_ds.surgery.load import load_config
 from inheritune_ds.surgery.reference import locate
 
@@ -91,24 +91,22 @@ def cut(
     seed: int = 1,
     words: int | None = VOCABULARY,
     previous: Previous | None = None,
-    say: Callable[[str], None] = lambda _: None,
     **target: Any,
 ) -> TargetModel:
     """Build a target from a saved reference; `folder=None` is from scratch."""
     part = Target(**target)
     located = locate(Reference(model=str(folder)), Path) if folder else None
-    return build_target(
-        part,
-        reference=None if part.inherits_nothing else located,
-        reference_config=load_config(folder) if folder else None,
-        tokenizer=make_tokenizer(words) if words else None,
+    cut = Cut(
+        target=part,
         seed=seed,
-        folder=to,
         identity=IDENTITY,
         command="make it",
-        say=say,
+        reference=None if part.inherits_nothing else located,
+        reference_config=load_config(folder) if folder else None,
         previous=previous,
+        tokenizer=make_tokenizer(words) if words else None,
     )
+    return build_target(cut, to)
 
 
 def plain(folder: Path) -> PreTrainedModel:

@@ -1,20 +1,15 @@
-import io
 import json
 import math
 import os
-import pty
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from inheritune_ds import console
 from inheritune_ds.config.loading import load_recipe
-from inheritune_ds.console import RunProgress
 from inheritune_ds.errors import RunFolderError, StorageError, TrainingError
 from inheritune_ds.tracking import wandb
 from inheritune_ds.tracking.metrics import METRICS, read_metrics
@@ -328,74 +323,3 @@ def test_real_wandb_writes_one_run_offline_and_no_secret(tmp_path: Path) -> None
     assert holders == []
     environment_values = [b"canary", os.environ["PATH"].encode()]
     assert not any(value in content for value in environment_values)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    def set_to(seconds: float) -> None:
-        monkeypatch.setattr(console, "monotonic", lambda: seconds)
-
-    return set_to
-
-
-def test_progress_prints_a_plain_line_every_ten_seconds_and_the_last(clock: Callable[[float], None]) -> None:
-    out = io.StringIO()
-    progress = RunProgress(40, 10, "quickstart", file=out)
-    for step in range(11, 41):
-        clock(step * 1.0)
-        progress.update(step, 5.0, 12345.6)
-    progress.close()
-    progress.close()
-    assert out.getvalue().splitlines() == [
-        "quickstart  step 11/40  loss 5.0000  12,346 tokens/s  time left unknown",
-        "quickstart  step 21/40  loss 5.0000  12,346 tokens/s  0:00:19 left",
-        "quickstart  step 31/40  loss 5.0000  12,346 tokens/s  0:00:09 left",
-        "quickstart  step 40/40  loss 5.0000  12,346 tokens/s  done",
-    ]
-
-
-def test_progress_shows_hours_left(clock: Callable[[float], None]) -> None:
-    out = io.StringIO()
-    progress = RunProgress(1000, 0, "long", file=out)
-    clock(0.0)
-    progress.update(1, 5.0, 1.0)
-    clock(100.0)
-    progress.update(11, 5.0, 1.0)
-    assert out.getvalue().splitlines()[-1].endswith("2:44:50 left")
-
-
-def test_progress_prints_nothing_without_an_update() -> None:
-    out = io.StringIO()
-    progress = RunProgress(10, 10, "quickstart", file=out)
-    progress.say("checkpoint saved")
-    progress.close()
-    assert out.getvalue() == "checkpoint saved\n"
-
-
-def read_all(reader: int) -> str:
-    """Read a pseudo-terminal whose other end is closed; Linux ends it with an error instead of b""."""
-    chunks = []
-    with suppress(OSError):
-        while chunk := os.read(reader, 65536):
-            chunks.append(chunk)
-    os.close(reader)
-    return b"".join(chunks).decode()
-
-
-def test_progress_draws_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    reader, writer = pty.openpty()
-    with os.fdopen(writer, "w") as terminal:
-        progress = RunProgress(200, 0, "quickstart", file=terminal)
-        progress.update(100, 4.25, 9876.0)
-        progress.say("checkpoint [saved]")
-        progress.update(200, 4.0, 9876.0)
-        progress.close()
-    text = read_all(reader)
-    assert "checkpoint [saved]" in text
-    last = text[text.rindex("quickstart") :]
-    assert "200/200" in last
-    assert "loss 4.0000" in last
-    assert "9,876 tokens/s" in last
-    assert "━" in last

@@ -10,6 +10,7 @@ one end-of-text token; documents follow one another without padding. While it is
 import hashlib
 import itertools
 import json
+import logging
 import os
 import platform
 import shutil
@@ -45,6 +46,8 @@ from inheritune_ds.storage.folders import describe_files, exclusive, publish, ti
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 2
 """Version of the token files: raised whenever the same corpus would give other bytes."""
 SAMPLE_DOCUMENTS = 32
@@ -60,7 +63,6 @@ def prepare(  # noqa: PLR0913 - one argument for each thing that decides
     workers: int | None = None,
     damage_of: Callable[[TokenSet], str | None] = find_damage,
     shard_tokens: int = SHARD_TOKENS,
-    say: Callable[[str], None] = print,
 ) -> TokenSet:
     """Return the tokens of a corpus, made now unless they are there.
 
@@ -72,7 +74,6 @@ def prepare(  # noqa: PLR0913 - one argument for each thing that decides
         workers: Processes that encode; as many as this process may use cores when left out.
         damage_of: Says what is wrong with finished token files whose sizes are right; None if nothing is.
         shard_tokens: When a shard is closed.
-        say: Prints one line.
 
     Raises:
         CorpusError: A corpus file is missing or damaged, a part is empty, or the tokens do not fit.
@@ -81,16 +82,17 @@ def prepare(  # noqa: PLR0913 - one argument for each thing that decides
     """
     plan = _Plan.of(corpus, tokenizer, revision, shard_tokens)
     folder = plan.folder(cache_dir)
-    found = _usable(plan, folder, damage_of, say)
+    found, damage = _finished(plan, folder, damage_of)
     partial = folder.with_name(f".{folder.name}.partial")
     if found is not None:
         tidy(partial)
         return found
-    with exclusive(partial, say):
-        # Another process may have made it meanwhile; what is damaged was told already.
-        found = _usable(plan, folder, damage_of, lambda _: None)
+    if damage:
+        logger.warning("the tokens in %s are damaged and are made anew from the corpus: %s", folder, damage)
+    with exclusive(partial):
+        found, _ = _finished(plan, folder, damage_of)  # another process may have made it meanwhile
         if found is None:
-            _fill(plan, partial, workers or len(os.sched_getaffinity(0)), say)
+            _fill(plan, partial, workers or len(os.sched_getaffinity(0)))
             with storage_errors(folder):
                 publish(partial, folder)
             found = open_finished(folder, plan.fingerprint)
@@ -98,14 +100,13 @@ def prepare(  # noqa: PLR0913 - one argument for each thing that decides
     return found
 
 
-def _usable(
-    plan: "_Plan", folder: Path, damage_of: Callable[[TokenSet], str | None], say: Callable[[str], None]
-) -> TokenSet | None:
+def _finished(
+    plan: "_Plan", folder: Path, damage_of: Callable[[TokenSet], str | None]
+) -> tuple[TokenSet | None, str | None]:
+    """The tokens that are there and intact, and what is damaged of those that are there."""
     found = open_finished(folder, plan.fingerprint)
     damage = damage_of(found) if found else "a file is missing or has another size" if folder.exists() else None
-    if damage:
-        say(f"WARNING: the tokens in {folder} are damaged and are made anew from the corpus: {damage}")
-    return None if damage else found
+    return None if damage else found, damage
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _check_dtype(corpus: Corpus, id_space: int) -> None:
         )
 
 
-def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) -> None:
+def _fill(plan: _Plan, partial: Path, workers: int) -> None:
     """Make the folder complete: tokenizer, shards, and the manifest last."""
     if open_finished(partial, plan.fingerprint) is not None:  # killed between the manifest and the rename
         remove_journal(partial)
@@ -220,7 +221,7 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
         if dtype == "auto":
             dtype = "uint16" if id_space <= 2**16 else "uint32"
         encoder = TextEncoder(*definition)
-        fidelity = _check_tokenizer(plan, encoder, say)
+        fidelity = _check_tokenizer(plan, encoder)
         build = Build(
             plan.corpus,
             partial,
@@ -229,7 +230,7 @@ def _fill(plan: _Plan, partial: Path, workers: int, say: Callable[[str], None]) 
             tokenizer=definition,
             journal=journal,
             workers=workers,
-            index=_overlap_index(plan.corpus, say),
+            index=_overlap_index(plan.corpus),
             check_files=plan.check_files,
         )
         counts = build.run()
@@ -308,21 +309,21 @@ def _texts(source: Source) -> Iterator[str]:
     return itertools.islice(texts, source.max_documents)
 
 
-def _check_tokenizer(plan: _Plan, encoder: TextEncoder, say: Callable[[str], None]) -> dict[str, Any]:
+def _check_tokenizer(plan: _Plan, encoder: TextEncoder) -> dict[str, Any]:
     """Try the tokenizer on the first documents of every source; returns what the manifest says of it."""
     sample = (text for source in plan.corpus.sources for text in itertools.islice(_texts(source), SAMPLE_DOCUMENTS))
     found: Fidelity = check_fidelity(encoder, sample, plan.sentencepiece)
     if found.warning:
-        say(f"WARNING: {found.warning}")
+        logger.warning(found.warning)
     return found.as_dict()
 
 
-def _overlap_index(corpus: Corpus, say: Callable[[str], None]) -> OverlapIndex | None:
+def _overlap_index(corpus: Corpus) -> OverlapIndex | None:
     if not corpus.overlap_with:
         return None
     blind = [source.name for source in corpus.sources if isinstance(source, TokensSource)]
     if blind:
-        say(f"WARNING: overlap is not looked for in {', '.join(blind)}: token files hold no text")
+        logger.warning("overlap is not looked for in %s: token files hold no text", ", ".join(blind))
     return OverlapIndex.build({source.name: _texts(source) for source in corpus.overlap_with}, corpus.overlap_ngram)
 
 

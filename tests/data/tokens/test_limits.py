@@ -1,5 +1,6 @@
 """Where a source ends that has a limit or an error in it, and what is held out and kept of it then."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def test_a_tokenizer_is_trained_on_the_documents_that_a_limit_leaves(tmp_path: P
     assert trained(all_of_them, max_documents=30) == trained(few) != trained(all_of_them)
 
 
-def test_an_evaluation_set_is_as_long_as_its_limit_and_not_looked_for_in_token_files(tmp_path: Path, bpe: str) -> None:
+def test_an_evaluation_set_is_as_long_as_its_limit_and_not_looked_for_in_token_files(
+    tmp_path: Path, bpe: str, logged: Callable[[], list[str]]
+) -> None:
     write_tokens(tmp_path / "train.bin", 0, 50)
     texts = make_texts(40)
     items = files_source(write_jsonl(tmp_path / "items.jsonl", texts), max_documents=15)
@@ -120,10 +123,7 @@ def test_an_evaluation_set_is_as_long_as_its_limit_and_not_looked_for_in_token_f
         files_source(write_jsonl(tmp_path / "corpus.jsonl", texts)),
         TokensSource(kind="nanogpt", name="imported", train=f"{tmp_path}/train.bin"),
     ]
-    said: list[str] = []
-    found = prepare(
-        Corpus(sources=sources, validation_ratio=0.2, overlap_with=[items]), bpe, tmp_path / "cache", say=said.append
-    )
+    found = prepare(Corpus(sources=sources, validation_ratio=0.2, overlap_with=[items]), bpe, tmp_path / "cache")
     overlap = found.manifest["overlap"]["items"]
     assert (overlap["items"], overlap["items_hit"]) == (15, sum(not is_held(text) for text in texts[:15]))
-    assert said == ["WARNING: overlap is not looked for in imported: token files hold no text"]
+    assert logged() == ["WARNING: overlap is not looked for in imported: token files hold no text"]

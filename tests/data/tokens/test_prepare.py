@@ -140,22 +140,22 @@ def test_no_held_out_document_is_trained_on_whatever_the_order_of_the_files(tmp_
     assert len(found[0]["validation"]) == 1 + sum(map(is_held, texts))
 
 
-def test_a_tokenizer_that_loses_text_is_told_and_noted(tmp_path: Path) -> None:
+def test_a_tokenizer_that_loses_text_is_told_and_noted(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
     folder = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1})
-    lines: list[str] = []
-    tokens = prepare(make_corpus(tmp_path, make_texts(40)), folder, tmp_path / "cache", say=lines.append)
-    (line,) = lines
+    tokens = prepare(make_corpus(tmp_path, make_texts(40)), folder, tmp_path / "cache")
+    (line,) = logged()
     assert line.startswith("WARNING: the tokenizer does not give texts back: 32 of 32 sample documents")
     assert tokens.manifest["fidelity"]["lossy"] == 32
 
 
-def test_prepare_finds_its_own_result(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_finds_its_own_result(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
+) -> None:
     corpus = make_corpus(tmp_path, make_texts(40))
-    lines: list[str] = []
-    first = prepare(corpus, bpe, tmp_path / "cache", say=lines.append)
+    first = prepare(corpus, bpe, tmp_path / "cache")
     monkeypatch.setattr(Build, "run", lambda _: pytest.fail("built twice"))
-    assert prepare(corpus, bpe, tmp_path / "cache", say=lines.append) == first
-    assert lines == []
+    assert prepare(corpus, bpe, tmp_path / "cache") == first
+    assert logged() == []
 
 
 def test_fingerprint_follows_everything_that_decides_the_tokens(tmp_path: Path, bpe: str) -> None:
