@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from benchmarks.record import RESULTS, write_result
-from inheritune_ds.config.kernels import KernelRequest
+from inheritune_ds.config.kernels import Attention, KernelRequest
 from inheritune_ds.config.model import Shape
 from inheritune_ds.surgery.load import build_config
 from inheritune_ds.training import engine
@@ -51,7 +51,7 @@ class Setting:
     windows: int
     device: str
     dtype: torch.dtype
-    attention: str
+    attention: Attention
     compiled: bool = False
 
     @property

@@ -22,8 +22,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from inheritune_ds import errors
-from inheritune_ds.config import deepspeed_keys, fields, recipe, training
-from inheritune_ds.config.kernels import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU
+from inheritune_ds.config import deepspeed_keys, fields, recipe
+from inheritune_ds.config.kernels import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU, KernelRequest
+from inheritune_ds.config.messages import words
 from inheritune_ds.config.reliability import WATCHDOG_S, Reliability
 from inheritune_ds.storage.files import read_json
 from inheritune_ds.tracking.metrics import METRICS
@@ -31,12 +32,6 @@ from inheritune_ds.tracking.metrics import METRICS
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))  # for the lists that the tests hold
 SECTION = re.compile(r"(<!-- generated: (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-FORMS = {
-    training.DURATION_PATTERN: "`N steps`, `N tokens` or `N epochs`; N may end in K, M or B",
-    f"{fields.AMOUNT} tokens": "`N tokens`; N may end in K, M or B",
-    "[A-Za-z0-9][A-Za-z0-9._-]*": "text of letters, digits, `.`, `_`, `-`",
-}
-
 MEANINGS = {
     "Recipe.name": "Name of the run folder; for a shipped recipe, also what `--recipe` takes.",
     "Recipe.description": "One line, shown by `inheritune-ds recipes`.",
@@ -144,14 +139,9 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
         return f"mapping of {' to '.join(inner)}" if origin is dict else f"list of {count}{inner[0]}"
     if issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-    name = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}[annotation]
-    forms = [form for item in metadata if (form := _pattern(item))]
-    return forms[0] if forms else " ".join([name, " and ".join(_bounds(metadata))]).strip()
-
-
-def _pattern(item: Any) -> str | None:
-    pattern = getattr(item, "pattern", None)
-    return next((form for known, form in FORMS.items() if pattern and known in pattern), None)
+    name = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}.get(annotation, "")
+    stated = [mark.words for mark in metadata if isinstance(mark, fields.Allowed)]
+    return stated[0] if stated else " ".join([name, " and ".join(_bounds(metadata))]).strip()
 
 
 def _bounds(metadata: list[Any]) -> Iterator[str]:
@@ -232,17 +222,20 @@ def ds_owned() -> str:
 
 def ds_passed_on() -> str:
     """DeepSpeed keys that reach DeepSpeed as they are written."""
-    keys = ", ".join(f"`{key}`" for key in sorted(deepspeed_keys.PASSED_ON))
-    zero = ", ".join(f"`{key}`" for key in deepspeed_keys.ZERO_KEYS)
+    keys = ", ".join(f"`{key}`" for key in sorted(deepspeed_keys.PassedOn.model_fields))
+    zero = ", ".join(f"`{key}`" for key in deepspeed_keys.Zero.model_fields)
     return f"Top level: {keys}.\n\nInside `zero_optimization`: {zero}.\n"
+
+
+def _values(field: FieldInfo) -> str:
+    return words(field.annotation).removesuffix(', or "auto"')
 
 
 def ds_kernels() -> str:
     """Keys of the `kernels` block: values, and what auto takes."""
     rows = ["| key | value | `auto` takes |", "|---|---|---|"]
-    for key, kind in deepspeed_keys.KERNEL_KEYS.items():
-        assert isinstance(kind, deepspeed_keys.ValueRule)
-        rows.append(f"| `{key}` | {kind.allowed}, or `auto` | {AUTO_KERNELS[key]} |")
+    for key, field in KernelRequest.model_fields.items():
+        rows.append(f"| `{key}` | {_values(field)}, or `auto` | {AUTO_KERNELS[key]} |")
     return "\n".join(rows) + "\n"
 
 
@@ -250,10 +243,10 @@ def ds_reliability() -> str:
     """Keys of the `reliability` block: values, defaults and meanings."""
     given = Reliability()
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for key, kind in deepspeed_keys.RELIABILITY_KEYS.items():
-        if isinstance(kind, deepspeed_keys.ValueRule):
+    for key, field in deepspeed_keys.ReliabilityBlock.model_fields.items():
+        if key in RELIABILITY:
             default = str(getattr(given, key)).lower()
-            rows.append(f"| `{key}` | {kind.allowed} | `{default}` | {RELIABILITY[key]} |")
+            rows.append(f"| `{key}` | {_values(field)} | `{default}` | {RELIABILITY[key]} |")
     for key, seconds in WATCHDOG_S.items():
         rows.append(f"| `watchdog_s.{key}` | seconds | `{seconds:g}` | {RELIABILITY[key]} |")
     return "\n".join(rows) + "\n"

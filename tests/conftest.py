@@ -13,6 +13,7 @@ from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.console import log_to_console
+from inheritune_ds.plan.micro_batch import fit
 from tests.hub_client import HubClient
 from tests.hub_server import HubServer
 from tests.launching import warm_python
@@ -120,13 +121,8 @@ def recipe() -> Recipe:
 @pytest.fixture
 def resolved(recipe: Recipe, wide: Shape) -> Callable[..., Resolved]:
     def make(document: dict[str, Any], *, machine: Machine = A6000, world_size: int = 1, **options: Any) -> Resolved:
-        return resolve(
-            document,
-            options.get("recipe", recipe),
-            origin="ds.json",
-            shape=options.get("shape", (wide, 4)),
-            world_size=world_size,
-            machine=machine,
-        )
+        given = options.get("recipe", recipe)
+        on: dict[str, Any] = {"origin": "ds.json", "world_size": world_size, "machine": machine}
+        return fit(resolve(document, given, shape=options.get("shape", (wide, 4)), **on), given, **on)
 
     return make

@@ -89,7 +89,8 @@ def main() -> None:
         # The figures take longer than the training, and are drawn of the rows that are compared.
         with recorded_windows() as windows, patch("inheritune_ds.run.finish.write_run_report", lambda run: run):
             ds_config = args.then if step and args.then else args.ds_config
-            assert execute(recipe.model_copy(update={"name": name}), launched(ds_config))
+            named, launch = recipe.model_copy(update={"name": name}), launched(ds_config)
+            assert execute(named, launch.resolve(named), launch)
         seen[step] = {"rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), "windows": windows}
     write_json(args.folder / f"{args.out}.rank{world.rank}.json", seen)
     leave_process_group()

@@ -41,6 +41,7 @@ from inheritune_ds.distributed.watchdog import Watchdog
 from inheritune_ds.distributed.world import World, detect, export
 from inheritune_ds.plan.gpus import identify, mfu
 from inheritune_ds.plan.machine import host_memory_gib
+from inheritune_ds.plan.micro_batch import fit
 from inheritune_ds.plan.model_size import GIB, flops_per_token
 from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import choose_kernels
@@ -131,14 +132,9 @@ def _documents(case: Case, folder: Path) -> tuple[Recipe, Resolved]:
         document[MICRO_BATCH] = case.micro_batch
     memory_gib = case.memory_gib or (_TOY_MEMORY_GIB if case.device == "cpu" else host_memory_gib())
     shape = Shape.model_validate(case.shape)
-    return recipe, resolve(
-        document,
-        recipe,
-        origin=case.ds_config,
-        shape=(shape, shape.num_hidden_layers),
-        world_size=1,
-        machine=Machine(case.device, memory_gib, bf16=True),
-    )
+    machine = Machine(case.device, memory_gib, bf16=True)
+    on: dict[str, Any] = {"origin": case.ds_config, "world_size": 1, "machine": machine}
+    return recipe, fit(resolve(document, recipe, shape=(shape, shape.num_hidden_layers), **on), recipe, **on)
 
 
 def _predicted_rate(case: Case, shape: Shape, resolved: Resolved) -> float | None:

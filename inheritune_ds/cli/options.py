@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inheritune_ds.config.deepspeed import Machine, Resolved
+    from inheritune_ds.config.deepspeed import Machine
     from inheritune_ds.config.recipe import Recipe
 
 
@@ -105,22 +105,3 @@ def machine_for(gpu_name: str | None, local_size: int) -> "Machine":
     if found:
         return Machine("cuda", min(device.memory_gib for device in found), all(device.bf16 for device in found))
     return Machine("cpu", host_memory_gib() / local_size, cpu_has_bf16())
-
-
-def resolve_for(
-    recipe: "Recipe", document: dict[str, Any], origin: str, *, world_size: int, machine: "Machine"
-) -> "Resolved":
-    """Fill in a DeepSpeed config for a recipe."""
-    from inheritune_ds.config import deepspeed_checks
-    from inheritune_ds.config.deepspeed import resolve
-    from inheritune_ds.errors import InherituneError, RecipeError
-    from inheritune_ds.plan.shapes import target_shape
-
-    try:
-        shape = target_shape(recipe)
-    except InherituneError as error:
-        problems = deepspeed_checks.problems(document, origin, recipe.training.seq_len)
-        if not problems:
-            raise
-        raise RecipeError.of([error, *problems]) from None
-    return resolve(document, recipe, origin=origin, shape=shape, world_size=world_size, machine=machine)

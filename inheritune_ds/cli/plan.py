@@ -2,7 +2,7 @@
 
 import argparse
 
-from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment, resolve_for
+from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan; imports no torch."""
+    from inheritune_ds.data.size import count_tokens
     from inheritune_ds.errors import RecipeError
     from inheritune_ds.plan.gpus import PLANNING_MFU
-    from inheritune_ds.plan.text import plan, refuse_what_does_not_fit
+    from inheritune_ds.plan.micro_batch import resolve_for
+    from inheritune_ds.plan.text import checked_budget, plan, refuse_what_does_not_fit
 
     if args.gpus < 1:
         raise RecipeError(f"--gpus {args.gpus} is not accepted", allowed="1, 2, 3, ...", action="change --gpus")
@@ -28,16 +30,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     gpu, chosen = planned_gpu(args.gpu)
     machine = machine_for(gpu, args.gpus)
     resolved = resolve_for(recipe, document, origin, world_size=args.gpus, machine=machine)
-    print(
-        plan(
-            recipe,
-            resolved.config,
-            notes=[*chosen, *resolved.notes],
-            world_size=args.gpus,
-            gpu=args.gpu,
-            cache_dir=args.cache_dir,
-            mfu=PLANNING_MFU if args.mfu is None else args.mfu,
-        )
-    )
-    refuse_what_does_not_fit(recipe, resolved.config, world_size=args.gpus, memory_gib=machine.memory_gib)
+    budget = checked_budget(recipe, resolved, count_tokens(recipe.corpus, args.cache_dir), args.gpus)
+    mfu = PLANNING_MFU if args.mfu is None else args.mfu
+    print(plan(budget, resolved.config, notes=[*chosen, *resolved.notes], gpu=args.gpu, mfu=mfu))
+    refuse_what_does_not_fit(budget, machine.memory_gib)
     return 0

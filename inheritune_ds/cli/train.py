@@ -3,8 +3,13 @@
 import argparse
 import math
 import os
+from typing import TYPE_CHECKING, Any
 
-from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment, resolve_for
+from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment
+
+if TYPE_CHECKING:
+    from inheritune_ds.config.deepspeed import Resolved
+    from inheritune_ds.config.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,43 +57,69 @@ def _starts_over(args: argparse.Namespace, *, tells: bool) -> bool:
     return bool(args.fresh)
 
 
+def _without_micro_batch(args: argparse.Namespace, document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The DeepSpeed JSON with 1 for the micro-batch that --auto-micro-batch will find, and a line on that."""
+    from inheritune_ds.config.deepspeed import MICRO_BATCH
+
+    if not args.auto_micro_batch:
+        return document, []
+    given = document.get(MICRO_BATCH)
+    aside = f"; the config's {given} is put aside" if type(given) is int else ""
+    note = f"{MICRO_BATCH}: found by trying when training starts (--auto-micro-batch){aside}; 1 stands for it here"
+    if given in (None, "auto") or type(given) is int:
+        document = {**document, MICRO_BATCH: 1}
+    return document, [note]
+
+
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
-    from inheritune_ds.config.deepspeed import MICRO_BATCH
     from inheritune_ds.console import log_to_console
-    from inheritune_ds.distributed.environment import prepare_environment
-    from inheritune_ds.distributed.signals import StopSignal
-    from inheritune_ds.distributed.world import detect, export
-    from inheritune_ds.plan.text import budget_text, plan, refuse_what_does_not_fit
+    from inheritune_ds.data.size import count_tokens
+    from inheritune_ds.distributed.world import detect
+    from inheritune_ds.plan.micro_batch import resolve_for
+    from inheritune_ds.plan.text import budget_text, checked_budget, plan, refuse_what_does_not_fit
     from inheritune_ds.run.folder import RunFolder
 
     world = detect(os.environ)
     log_to_console(is_main=world.is_main)
     recipe, document, origin = read_experiment(args, overrides)
-    given = document.get(MICRO_BATCH)
-    if args.auto_micro_batch and (given in (None, "auto") or type(given) is int):
-        document = {**document, MICRO_BATCH: 1}  # until the run has tried
+    document, tries = _without_micro_batch(args, document)
     # A run takes the machine that is here; --gpu only says for which one its hours are told.
     gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (None, [])
     machine = machine_for(gpu, world.local_size)
     resolved = resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
     folder = RunFolder(args.runs_dir / recipe.name)
     fresh = _starts_over(args, tells=world.is_main)
-    keeps = not args.dry_run and not fresh
-    if keeps and folder.has_finished(recipe):  # neither corpus nor reference need be there for that
-        if world.is_main:
+    if not args.dry_run and not fresh and folder.has_finished(recipe):
+        if world.is_main:  # before the budget: neither corpus nor reference need be there for that
             print(folder.finished_before)
         return 0
-    aside = f"; the config's {given} is put aside" if type(given) is int else ""
-    tries = [f"{MICRO_BATCH}: found by trying when training starts (--auto-micro-batch){aside}; 1 stands for it here"]
-    notes = [*chosen, *resolved.notes, *(tries if args.auto_micro_batch else [])]
-    told = {"notes": notes, "world_size": world.size, "gpu": args.gpu, "cache_dir": args.cache_dir}
-    text = (plan if args.dry_run else budget_text)(recipe, resolved.config, **told)  # on every rank: it checks, too
+    # On every rank: the budget and its text check, too.
+    budget = checked_budget(recipe, resolved, count_tokens(recipe.corpus, args.cache_dir), world.size)
+    notes = [*chosen, *resolved.notes, *tries]
+    if args.dry_run:
+        text = plan(budget, resolved.config, notes=notes, gpu=args.gpu)
+    else:
+        text = budget_text(budget, notes=notes, gpu=args.gpu)
     if world.is_main:
         print(text, flush=True)
     if args.dry_run:
-        refuse_what_does_not_fit(recipe, resolved.config, world_size=world.size, memory_gib=machine.memory_gib)
-        return 0
+        refuse_what_does_not_fit(budget, machine.memory_gib)
+    else:
+        settings = {"ds_document": document, "ds_origin": origin, "machine": machine, "world": world}
+        _train(args, recipe, resolved, settings, fresh=fresh)
+    return 0
+
+
+def _train(
+    args: argparse.Namespace, recipe: "Recipe", resolved: "Resolved", settings: dict[str, Any], *, fresh: bool
+) -> None:
+    """Start the run; torch is imported here."""
+    from inheritune_ds.distributed.environment import prepare_environment
+    from inheritune_ds.distributed.signals import StopSignal
+    from inheritune_ds.distributed.world import export
+
+    machine, world = settings["machine"], settings["world"]
     stop = StopSignal()
     stop.install()
     stop.leave_from_anywhere()
@@ -101,19 +132,15 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
     check_device(machine.kind, world, offload=resolved.offloads)
     launch = Launch(
-        document,
-        origin,
-        machine,
-        world,
-        stop,
-        args.runs_dir,
-        args.cache_dir,
+        **settings,
+        stop=stop,
+        runs_dir=args.runs_dir,
+        cache_dir=args.cache_dir,
         auto_micro_batch=args.auto_micro_batch,
         max_minutes=args.max_minutes,
     )
     try:
-        execute(recipe, launch, fresh=fresh)
+        execute(recipe, resolved, launch, fresh=fresh)
     finally:
         leave_process_group()
         stop.retire()
-    return 0

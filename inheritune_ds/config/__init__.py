@@ -1,1 +1,1 @@
-"""Both documents: the recipe (YAML) and the DeepSpeed config (JSON). Needs no torch."""
+"""The two documents of a run: the recipe and the DeepSpeed config."""

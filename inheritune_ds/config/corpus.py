@@ -7,9 +7,18 @@ from fractions import Fraction
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from inheritune_ds.config.fields import AMOUNT, ConfigModel, Name, Text, amount_and_unit
+from inheritune_ds.config.fields import NAME_FORM, ConfigModel, Name, Text, TokenCount
 
 Weight = Annotated[float, Field(ge=0.0)]
 Scalar = str | int | float | bool | None
@@ -45,7 +54,7 @@ class Filters(ConfigModel):
 class _AnySource(ConfigModel):
     """What every source has."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
+    name: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$"), NAME_FORM] = ""
     """In metrics and file names; made of the kind, dataset or path when left out."""
     weight: Weight | None = None
     """Share of the windows, relative to the other sources; all sources have one, or none."""
@@ -149,15 +158,15 @@ class TrainedTokenizer(ConfigModel):
 class WeightChange(ConfigModel):
     """Other weights from a point of the run on."""
 
-    at: Annotated[str, StringConstraints(pattern=f"^{AMOUNT} tokens$")]
-    """Tokens seen, such as `500M tokens`; it takes effect where the first round after it begins."""
+    at: TokenCount
+    """Tokens seen, such as `500M tokens` (or K or B); it takes effect where the first round after it begins."""
     weights: Annotated[dict[Name, Weight], Field(min_length=1)]
     """Name of a source -> weight, for every source."""
 
     @property
     def tokens(self) -> int:
         """`at` as a number."""
-        return amount_and_unit(self.at)[0]
+        return self.at.amount
 
     @field_validator("weights")
     @classmethod
@@ -172,7 +181,13 @@ class Corpus(ConfigModel):
     sources: Annotated[list[Source], Field(min_length=1)]
     weight_changes: list[WeightChange] = Field(default=[])
     """Later weights, in the order of their marks."""
-    tokenizer: Text | TrainedTokenizer | None = None
+    tokenizer: (
+        Annotated[
+            Annotated[Text, Tag("text")] | Annotated[TrainedTokenizer, Tag("mapping")],
+            Discriminator(lambda value: "mapping" if isinstance(value, dict | TrainedTokenizer) else "text"),
+        ]
+        | None
+    ) = None
     """Hub id or local folder, or `{vocab_size: n}` to train one; the reference's when left out."""
     max_tokens: PositiveInt | None = None
     """Stop after this many training tokens: shared by weight, or in the order of sources that have none."""
@@ -227,16 +242,17 @@ class Corpus(ConfigModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [source.name for source in self.sources]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two sources have the name {twice[0]!r}: give each a name of its own")
-        taken = next((name for name in names if name in OTHER_NAMES), None)
-        if taken is not None:
-            raise ValueError(f"a source cannot have the name {taken!r}: something else in the token folder has it")
+        _check_names(names)
+        self._check_weights(names)
+        self._check_changes(set(names))
+        self._check_evaluation_sets()
+        return self
+
+    def _check_weights(self, names: Sequence[str]) -> None:
         weights = self.weights
         if weights is not None and len(weights) < len(names):
-            missing = [source.name for source in self.sources if source.weight is None]
-            raise ValueError(f"source {missing[0]!r} has no weight and others have: give all of them one, or none")
+            missing = next(source for source in self.sources if source.weight is None)
+            raise ValueError(f"source {missing.name!r} has no weight and others have: give all of them one, or none")
         if weights is not None:
             shares(weights)
         if 0 in self.token_limits:
@@ -245,27 +261,36 @@ class Corpus(ConfigModel):
                 f"nothing of max_tokens is left to source {without.name!r}, whose weight at the start is "
                 f"{without.weight:g}: give every source a max_tokens of its own in its place, or take the source out"
             )
-        self._check_changes(set(names))
-        evaluation_sets = [source.name for source in self.overlap_with]
-        if len(set(evaluation_sets)) < len(evaluation_sets):
-            raise ValueError("two sets of overlap_with have the same name: give each a name of its own")
-        if any(source.weight is not None for source in self.overlap_with):
-            raise ValueError("a set of overlap_with is not trained on: it has no weight")
-        if any(source.max_tokens is not None for source in self.overlap_with):
-            raise ValueError("a set of overlap_with is not made into tokens: limit it with max_documents")
-        return self
 
     def _check_changes(self, names: set[str]) -> None:
         if self.weight_changes and self.weights is None:
             raise ValueError("weight_changes needs weights of the sources to begin with")
         marks = [change.tokens for change in self.weight_changes]
-        if marks != sorted(set(marks)) or 0 in marks:
+        if marks != sorted(set(marks)):
             raise ValueError("weight_changes must stand in the order of their marks, each later than the one before")
         for change in self.weight_changes:
             if set(change.weights) != names:
                 raise ValueError(
                     f"weight_changes at {change.at} must name every source once: {', '.join(sorted(names))}"
                 )
+
+    def _check_evaluation_sets(self) -> None:
+        names = [source.name for source in self.overlap_with]
+        if len(set(names)) < len(names):
+            raise ValueError("two sets of overlap_with have the same name: give each a name of its own")
+        if any(source.weight is not None for source in self.overlap_with):
+            raise ValueError("a set of overlap_with is not trained on: it has no weight")
+        if any(source.max_tokens is not None for source in self.overlap_with):
+            raise ValueError("a set of overlap_with is not made into tokens: limit it with max_documents")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two sources have the name {twice[0]!r}: give each a name of its own")
+    taken = next((name for name in names if name in OTHER_NAMES), None)
+    if taken is not None:
+        raise ValueError(f"a source cannot have the name {taken!r}: something else in the token folder has it")
 
 
 def shares(weights: Sequence[float]) -> list[int]:

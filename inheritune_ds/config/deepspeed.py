@@ -9,22 +9,13 @@ from typing import Any, Literal
 
 from inheritune_ds.config import deepspeed_checks
 from inheritune_ds.config.deepspeed_checks import DEFAULT_STAGE, block, is_off, offload_device
-from inheritune_ds.config.deepspeed_keys import (
-    AUTO,
-    KERNEL_KEYS,
-    OPTIMIZER_TYPE,
-    PASSED_ON,
-    RECIPE_OWNED,
-    REFUSED,
-    STAGES,
-)
+from inheritune_ds.config.deepspeed_keys import OPTIMIZER_TYPE, RECIPE_OWNED, REFUSED, PassedOn
+from inheritune_ds.config.fields import AUTO
 from inheritune_ds.config.kernels import OPTIMIZERS, KernelRequest
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.reliability import Reliability
-from inheritune_ds.config.zero import read_layout
-from inheritune_ds.errors import InherituneError, RecipeError
-from inheritune_ds.plan.memory import largest_micro_batch
+from inheritune_ds.errors import RecipeError
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 
@@ -46,10 +37,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A DeepSpeed config with every number written out, and a line on each choice that was made."""
+    """A DeepSpeed config with every number written out.
+
+    Attributes:
+        config: What DeepSpeed is given, with the blocks `kernels` and `reliability`.
+        notes: A line on each choice that was made.
+        shape: The target's shape and blocks; None if not known.
+    """
 
     config: Mapping[str, Any]
     notes: tuple[str, ...]
+    shape: tuple[Shape, int] | None = None
 
     @property
     def zero_stage(self) -> int:
@@ -87,7 +85,7 @@ class Resolved:
     @property
     def kernels(self) -> KernelRequest:
         """Which implementations are asked for."""
-        return KernelRequest.of(self.config["kernels"])
+        return KernelRequest(**self.config["kernels"])
 
     @property
     def reliability(self) -> Reliability:
@@ -102,10 +100,10 @@ class _Resolver:
     document: dict[str, Any]
     recipe: Recipe
     origin: str
-    problems: list[InherituneError]
+    problems: list[RecipeError]
     config: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    request: dict[str, Any] = field(default_factory=lambda: asdict(KernelRequest()))
+    request: dict[str, Any] = field(default_factory=lambda: KernelRequest().model_dump())
 
     def refuse(self, key: str, problem: str, *, allowed: str, action: str) -> None:
         self.problems.append(RecipeError(f"{self.origin}: {key}: {problem}", allowed=allowed, action=action))
@@ -113,7 +111,7 @@ class _Resolver:
     def passed_on(self) -> None:
         """Take over what the user's file owns, and drop what says nothing."""
         for key, value in self.document.items():
-            if key in PASSED_ON and value not in (AUTO, None):
+            if key in PassedOn.model_fields and value not in (AUTO, None):
                 self.config[key] = value
             elif key in REFUSED and is_off(value):
                 self.notes.append(f"{key}: dropped, it is not enabled")
@@ -162,7 +160,7 @@ class _Resolver:
         if stage == AUTO:
             stage = DEFAULT_STAGE
             self.notes.append(f"zero_optimization.stage: {stage} (auto: the fastest that keeps exact sums)")
-        zero["stage"] = stage if stage in STAGES else DEFAULT_STAGE
+        zero["stage"] = stage if stage in (1, 2, 3) else DEFAULT_STAGE
         # The formulas are Hugging Face's (transformers.integrations.deepspeed, `auto` values).
         formulas: dict[str, Callable[[int], int]] = {
             "reduce_bucket_size": lambda hidden: hidden * hidden,
@@ -183,9 +181,9 @@ class _Resolver:
     def kernels(self, machine: Machine) -> None:
         """Write the block out in full, and refuse what the machine or another key of this file excludes."""
         given = block(self.document, "kernels")
-        self.request |= {key: value for key, value in given.items() if key in KERNEL_KEYS}
+        self.request |= {key: value for key, value in given.items() if key in KernelRequest.model_fields}
         if self.request["activation_checkpointing"] == AUTO:
-            self.request["activation_checkpointing"] = KernelRequest.activation_checkpointing
+            self.request["activation_checkpointing"] = "none"
             self.notes.append("kernels.activation_checkpointing: none (auto: it costs a second forward pass)")
         if str(self.request["attention"]).startswith("flash_attention"):
             self._flash_attention(self.request["attention"], machine)
@@ -231,9 +229,11 @@ class _Resolver:
             self.request["optimizer"] = "torch_fused"
             self.notes.append("kernels.optimizer: torch_fused (optimizer.params.torch_adam asks for torch's)")
 
-    def batch(self, shape: tuple[Shape, int] | None, world_size: int, machine: Machine) -> None:
+    def batch(self, world_size: int) -> None:
+        """Check that the ranks share a step evenly; an `auto` micro-batch is left to `fit`."""
         windows = self.recipe.training.batch_windows
         given = self.document.get(MICRO_BATCH, AUTO)
+        self.config.pop(MICRO_BATCH, None)
         if windows % world_size:
             self.problems.append(
                 RecipeError(
@@ -244,10 +244,10 @@ class _Resolver:
                 )
             )
             return
+        if type(given) is not int or given < 1:
+            return
         per_rank = windows // world_size
-        if given == AUTO:
-            given = self._fitting_micro_batch(shape, world_size, machine)
-        elif type(given) is int and given >= 1 and per_rank % given:
+        if per_rank % given:
             divisors = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
             self.refuse(
                 MICRO_BATCH,
@@ -256,38 +256,7 @@ class _Resolver:
                 action='write one of these, or "auto"',
             )
             return
-        if type(given) is int and given >= 1:
-            self.config[MICRO_BATCH] = given
-            self.config["gradient_accumulation_steps"] = per_rank // given
-
-    def _fitting_micro_batch(self, shape: tuple[Shape, int] | None, world_size: int, machine: Machine) -> int | None:
-        if shape is None:
-            model = self.recipe.reference.model if self.recipe.reference else "the target"
-            self.refuse(
-                MICRO_BATCH,
-                f"auto needs the shape of the model, which is not known for {model}",
-                allowed="reference.shape in the recipe (families gpt2 and llama), or a number in the DeepSpeed config",
-                action=f'write "{MICRO_BATCH}": 8, or another number of sequences that fits',
-            )
-            return None
-        if self.problems:  # stage and precision may be wrong: the estimate would be one of something else
-            return None
-        layout = read_layout(
-            {**self.config, "kernels": self.request}, seq_len=self.recipe.training.seq_len, world_size=world_size
-        )
-        try:
-            size = largest_micro_batch(
-                shape[0],
-                shape[1],
-                memory_gib=machine.memory_gib,
-                batch_windows=self.recipe.training.batch_windows,
-                **layout,
-            )
-        except InherituneError as error:
-            self.problems.append(error)
-            return None
-        self.notes.append(f"{MICRO_BATCH}: {size} (auto: the largest that {machine.memory_gib:.0f} GiB hold)")
-        return size
+        self.config |= batch_of(given, per_rank)
 
     def without_auto(self, given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         """Leave to DeepSpeed what is `auto` (or null) still; Hugging Face writes `auto` for such settings, too."""
@@ -302,6 +271,16 @@ class _Resolver:
         return kept
 
 
+def batch_of(micro_batch_size: int, windows: int) -> dict[str, int]:
+    """DeepSpeed's two keys for a rank's windows of a step.
+
+    Args:
+        micro_batch_size: Sequences a rank holds at once.
+        windows: Of a rank.
+    """
+    return {MICRO_BATCH: micro_batch_size, "gradient_accumulation_steps": windows // micro_batch_size}
+
+
 def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     document: dict[str, Any],
     recipe: Recipe,
@@ -311,7 +290,7 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     world_size: int,
     machine: Machine,
 ) -> Resolved:
-    """Fill in every `auto` of a DeepSpeed config and check all of it.
+    """Fill in every `auto` of a DeepSpeed config and check all of it; an `auto` micro-batch is filled in by `fit`.
 
     Args:
         document: The user's JSON as `ds_document.read` returns it.
@@ -332,10 +311,10 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     resolver.zero(shape[0].hidden_size if shape else None)
     resolver.kernels(machine)
     resolver.config.setdefault("steps_per_print", 2**31 - 1)  # the trainer prints its own progress
-    resolver.batch(shape, world_size, machine)
+    resolver.batch(world_size)
     if resolver.problems:
         raise RecipeError.of(resolver.problems)
     config = resolver.without_auto(resolver.config)
     config["kernels"] = resolver.request  # its auto stays: what works is known only where torch is
     config["reliability"] = asdict(Reliability.of(block(document, "reliability")))
-    return Resolved(dict(sorted(config.items())), tuple(resolver.notes))
+    return Resolved(dict(sorted(config.items())), tuple(resolver.notes), shape)

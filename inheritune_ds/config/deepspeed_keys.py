@@ -1,202 +1,257 @@
-"""Which keys of a DeepSpeed config are passed on, owned by the recipe, or refused, and why.
+"""The keys of a DeepSpeed config: passed on, owned by the recipe, or refused, and why.
 
 The keys are those of DeepSpeed 0.19; a test compares them with the installed package.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from inheritune_ds.config.kernels import ACTIVATION_CHECKPOINTING, ATTENTIONS, LOSSES, OPTIMIZERS
+from annotated_types import Ge, Gt, Le, Predicate
+from pydantic import BeforeValidator, StringConstraints
+
+from inheritune_ds.config.fields import AUTO, Allowed, Auto, ConfigModel
+from inheritune_ds.config.kernels import KernelRequest
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.config.reliability import SAVE_ERROR_POLICIES, WATCHDOG_S
+from inheritune_ds.config.reliability import SaveErrorPolicy
 
-AUTO = "auto"
-STAGES = (1, 2, 3)
-OPTIMIZER_TYPE = "AdamW"
+OPTIMIZER_TYPE: Literal["AdamW"] = "AdamW"
+
+WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+"""5e8 is a float in JSON, and whole."""
+Switch = Auto[bool]
+AlwaysOn = Auto[Annotated[bool, Predicate(bool), Allowed("true")]]
+Count = Auto[Annotated[int, Ge(0), WHOLE]]
+Positive = Auto[Annotated[int, Ge(1), WHOLE]]
+Number = Auto[Annotated[float, Ge(0)]]
+Path = Auto[Annotated[Annotated[str, StringConstraints(min_length=1)] | None, Allowed("a path, or null")]]
+Precision = Auto[Literal["fp32", "bf16", "fp16"]]
+OffloadDevice = Auto[
+    Annotated[
+        Literal["none", "cpu"],
+        Allowed(
+            refused="nvme",
+            reason="DeepSpeed does not bring a state on NVMe back as it was: a resumed run would differ",
+        ),
+    ]
+]
 
 
-@dataclass(frozen=True)
-class ValueRule:
-    """What may stand behind a key; DeepSpeed would stop with a traceback at anything else, or ignore it.
+class OffloadParam(ConfigModel):
+    """Where ZeRO-3 keeps the weights."""
 
-    Attributes:
-        allowed: In words.
-        accepts: Whether a value of the JSON document is of this kind.
-        why: A value that DeepSpeed has and this program has not, and the reason; `(None, "")` if there is none.
+    device: OffloadDevice = AUTO
+    nvme_path: Path = AUTO
+    pin_memory: Switch = AUTO
+    buffer_count: Count = AUTO
+    buffer_size: Count = AUTO
+    max_in_cpu: Count = AUTO
+
+
+class OffloadOptimizer(ConfigModel):
+    """Where the optimizer's state is."""
+
+    device: OffloadDevice = AUTO
+    nvme_path: Path = AUTO
+    pin_memory: Switch = AUTO
+    buffer_count: Count = AUTO
+    pipeline_read: Switch = AUTO
+    pipeline_write: Switch = AUTO
+    fast_init: Switch = AUTO
+    ratio: Auto[
+        Annotated[float, Ge(1), Le(1), Allowed("1; with less DeepSpeed does not save the moments that stay on the GPU")]
+    ] = AUTO
+
+
+class Zero(ConfigModel):
+    """How ZeRO shares states and communicates."""
+
+    stage: Auto[
+        Annotated[
+            int,
+            Ge(1),
+            Le(3),
+            Allowed("1, 2 or 3", refused=0, reason="stage 0 loses precision in bf16 and has no gradient norm"),
+        ]
+    ] = AUTO
+    contiguous_gradients: Switch = AUTO
+    reduce_scatter: Switch = AUTO
+    reduce_bucket_size: Positive = AUTO
+    use_multi_rank_bucket_allreduce: Switch = AUTO
+    allgather_partitions: Switch = AUTO
+    allgather_bucket_size: Count = AUTO
+    overlap_comm: Switch = AUTO
+    offload_param: Auto[OffloadParam | None] = AUTO
+    offload_optimizer: Auto[OffloadOptimizer | None] = AUTO
+    sub_group_size: Count = AUTO
+    stage3_prefetch_bucket_size: Count = AUTO
+    stage3_param_persistence_threshold: Count = AUTO
+    stage3_model_persistence_threshold: Count = AUTO
+    stage3_max_live_parameters: Count = AUTO
+    stage3_max_reuse_distance: Count = AUTO
+    stage3_gather_16bit_weights_on_model_save: Switch = AUTO
+    stage3_use_all_reduce_for_fetch_params: Switch = AUTO
+    round_robin_gradients: Switch = AUTO
+    ignore_unused_parameters: Switch = AUTO
+    memory_efficient_linear: Switch = AUTO
+
+
+class Aio(ConfigModel):
+    """Asynchronous input and output."""
+
+    block_size: Positive = AUTO
+    queue_depth: Positive = AUTO
+    intra_op_parallelism: Positive = AUTO
+    single_submit: Switch = AUTO
+    overlap_events: Switch = AUTO
+    use_gds: Switch = AUTO
+
+
+class Bf16(ConfigModel):
+    """Training in bfloat16."""
+
+    enabled: Switch = AUTO
+    check_grad_overflow: Switch = AUTO
+    immediate_grad_update: Switch = AUTO
+
+
+class CommsLogger(ConfigModel):
+    """DeepSpeed's log of collectives."""
+
+    enabled: Switch = AUTO
+    verbose: Switch = AUTO
+    prof_all: Switch = AUTO
+    debug: Switch = AUTO
+    prof_ops: Auto[Annotated[list[str], Allowed('a list of names, such as ["all_reduce"]')]] = AUTO
+
+
+class DataTypes(ConfigModel):
+    """Types of what is summed."""
+
+    grad_accum_dtype: Precision = AUTO
+
+
+class FlopsProfiler(ConfigModel):
+    """DeepSpeed's own profile of a step."""
+
+    enabled: Switch = AUTO
+    recompute_fwd_factor: Number = AUTO
+    profile_step: Positive = AUTO
+    module_depth: Auto[Annotated[int, Ge(-1), WHOLE]] = AUTO
+    top_modules: Positive = AUTO
+    detailed: Switch = AUTO
+    output_file: Path = AUTO
+
+
+class Fp16(ConfigModel):
+    """Training in half precision, with a scaled loss."""
+
+    enabled: Switch = AUTO
+    auto_cast: Switch = AUTO
+    loss_scale: Number = AUTO
+    initial_scale_power: Count = AUTO
+    loss_scale_window: Positive = AUTO
+    hysteresis: Positive = AUTO
+    consecutive_hysteresis: Switch = AUTO
+    min_loss_scale: Positive = AUTO
+
+
+class Throughput(ConfigModel):
+    """DeepSpeed's timer of samples a second."""
+
+    enabled: Switch = AUTO
+    synchronized: Switch = AUTO
+
+
+class Timers(ConfigModel):
+    """DeepSpeed's timers."""
+
+    throughput: Auto[Throughput | None] = AUTO
+
+
+class PassedOn(ConfigModel):
+    """Keys that reach DeepSpeed as they are written; it ignores a top-level key that it does not know.
+
+    Its other keys inside bf16, fp16 and data_types keep masters or buffers in half precision.
     """
 
-    allowed: str
-    accepts: Callable[[Any], bool]
-    why: tuple[Any, str] = (None, "")
-
-    def reason(self, value: Any) -> str:
-        """What a refusal of a value adds, in brackets."""
-        refused, text = self.why
-        return f" ({text})" if text and type(value) is type(refused) and value == refused else ""
-
-
-Kinds: TypeAlias = Mapping[str, "ValueRule | Kinds"]
-"""The keys of an object; a key is a value of some kind or an object again."""
-
-
-def _whole(value: Any) -> bool:
-    """Whether a value is a whole number; 5e8 is a float in JSON."""
-    return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def one_of(*values: Any, why: tuple[Any, str] = (None, "")) -> ValueRule:
-    """One of a few values, of exactly the same type (JSON's 1 is not true)."""
-    return ValueRule(
-        " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1])))),
-        lambda given: any(type(given) is type(value) and given == value for value in values),
-        why,
-    )
+    aio: Auto[Aio | None] = AUTO
+    bf16: Auto[Bf16 | None] = AUTO
+    comms_logger: Auto[CommsLogger | None] = AUTO
+    communication_data_type: Precision = AUTO
+    data_types: Auto[DataTypes | None] = AUTO
+    disable_allgather: Switch = AUTO
+    disable_python_gc: Switch = AUTO
+    dump_state: Switch = AUTO
+    flops_profiler: Auto[FlopsProfiler | None] = AUTO
+    fp16: Auto[Fp16 | None] = AUTO
+    gradient_predivide_factor: Auto[Annotated[float, Gt(0)]] = AUTO
+    log_level: Auto[Literal["debug", "info", "warning", "error", "critical"]] = AUTO
+    memory_breakdown: Switch = AUTO
+    prescale_gradients: Switch = AUTO
+    steps_per_print: Positive = AUTO
+    timers: Auto[Timers | None] = AUTO
+    train_micro_batch_size_per_gpu: Auto[Annotated[int, Ge(1)]] = AUTO
+    wall_clock_breakdown: Switch = AUTO
+    zero_allow_untested_optimizer: Switch = AUTO
+    zero_force_ds_cpu_optimizer: Switch = AUTO
+    zero_optimization: Auto[Zero | None] = AUTO
 
 
-SWITCH = ValueRule("true or false", lambda value: isinstance(value, bool))
-ALWAYS = ValueRule("true", lambda value: value is True)
-COUNT = ValueRule("a whole number, 0 or more", lambda value: _whole(value) and value >= 0)
-POSITIVE = ValueRule("a whole number, 1 or more", lambda value: _whole(value) and value >= 1)
-DEPTH = ValueRule("a whole number, -1 or more", lambda value: _whole(value) and value >= -1)
-NUMBER = ValueRule("a number, 0 or more", lambda value: _number(value) and value >= 0)
-FACTOR = ValueRule("a number above 0", lambda value: _number(value) and value > 0)
-# faulthandler's clock counts nanoseconds in 63 bits: it takes 9.2e9 s.
-LIMIT_S = ValueRule(
-    'seconds above 0, at most 1e9 ("watchdog": false for none)', lambda value: _number(value) and 0 < value <= 1e9
-)
-NAMES = ValueRule(
-    'a list of names, such as ["all_reduce"]',
-    lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
-)
-PATH = ValueRule("a path, or null", lambda value: value is None or (isinstance(value, str) and value != ""))
-ANY = ValueRule('"auto"', lambda _: True)
-"""A key with an owner of its own, who says what is wrong with a value."""
+class OptimizerParams(ConfigModel):
+    """The recipe's numbers, and which AdamW."""
 
-OFFLOAD_DEVICE = one_of(
-    "none", "cpu", why=("nvme", "DeepSpeed does not bring a state on NVMe back as it was: a resumed run would differ")
-)
-ZERO_KEYS: Kinds = {
-    "stage": one_of(*STAGES, why=(0, "stage 0 loses precision in bf16 and has no gradient norm")),
-    "contiguous_gradients": SWITCH,
-    "reduce_scatter": SWITCH,
-    "reduce_bucket_size": POSITIVE,
-    "use_multi_rank_bucket_allreduce": SWITCH,
-    "allgather_partitions": SWITCH,
-    "allgather_bucket_size": COUNT,
-    "overlap_comm": SWITCH,
-    "offload_param": {
-        "device": OFFLOAD_DEVICE,
-        "nvme_path": PATH,
-        "pin_memory": SWITCH,
-        "buffer_count": COUNT,
-        "buffer_size": COUNT,
-        "max_in_cpu": COUNT,
-    },
-    "offload_optimizer": {
-        "device": OFFLOAD_DEVICE,
-        "nvme_path": PATH,
-        "pin_memory": SWITCH,
-        "buffer_count": COUNT,
-        "pipeline_read": SWITCH,
-        "pipeline_write": SWITCH,
-        "fast_init": SWITCH,
-        "ratio": ValueRule(
-            "1; with less DeepSpeed does not save the moments that stay on the GPU",
-            lambda value: _number(value) and value == 1,
-        ),
-    },
-    "sub_group_size": COUNT,
-    "stage3_prefetch_bucket_size": COUNT,
-    "stage3_param_persistence_threshold": COUNT,
-    "stage3_model_persistence_threshold": COUNT,
-    "stage3_max_live_parameters": COUNT,
-    "stage3_max_reuse_distance": COUNT,
-    "stage3_gather_16bit_weights_on_model_save": SWITCH,
-    "stage3_use_all_reduce_for_fetch_params": SWITCH,
-    "round_robin_gradients": SWITCH,
-    "ignore_unused_parameters": SWITCH,
-    "memory_efficient_linear": SWITCH,
-}
+    lr: Any = AUTO
+    betas: Any = AUTO
+    eps: Any = AUTO
+    weight_decay: Any = AUTO
+    torch_adam: AlwaysOn = AUTO
+    adam_w_mode: AlwaysOn = AUTO
 
-PASSED_ON: Kinds = {
-    "aio": {
-        "block_size": POSITIVE,
-        "queue_depth": POSITIVE,
-        "intra_op_parallelism": POSITIVE,
-        "single_submit": SWITCH,
-        "overlap_events": SWITCH,
-        "use_gds": SWITCH,
-    },
-    "bf16": {"enabled": SWITCH, "check_grad_overflow": SWITCH, "immediate_grad_update": SWITCH},
-    "comms_logger": {
-        "enabled": SWITCH,
-        "verbose": SWITCH,
-        "prof_all": SWITCH,
-        "debug": SWITCH,
-        "prof_ops": NAMES,
-    },
-    "communication_data_type": one_of("fp32", "bf16", "fp16"),
-    "data_types": {"grad_accum_dtype": one_of("fp32", "bf16", "fp16")},
-    "disable_allgather": SWITCH,
-    "disable_python_gc": SWITCH,
-    "dump_state": SWITCH,
-    "flops_profiler": {
-        "enabled": SWITCH,
-        "recompute_fwd_factor": NUMBER,
-        "profile_step": POSITIVE,
-        "module_depth": DEPTH,
-        "top_modules": POSITIVE,
-        "detailed": SWITCH,
-        "output_file": PATH,
-    },
-    "fp16": {
-        "enabled": SWITCH,
-        "auto_cast": SWITCH,
-        "loss_scale": NUMBER,
-        "initial_scale_power": COUNT,
-        "loss_scale_window": POSITIVE,
-        "hysteresis": POSITIVE,
-        "consecutive_hysteresis": SWITCH,
-        "min_loss_scale": POSITIVE,
-    },
-    "gradient_predivide_factor": FACTOR,
-    "log_level": one_of("debug", "info", "warning", "error", "critical"),
-    "memory_breakdown": SWITCH,
-    "prescale_gradients": SWITCH,
-    "steps_per_print": POSITIVE,
-    "timers": {"throughput": {"enabled": SWITCH, "synchronized": SWITCH}},
-    "train_micro_batch_size_per_gpu": ValueRule("1, 2, 3, ...", lambda value: type(value) is int and value >= 1),
-    "wall_clock_breakdown": SWITCH,
-    "zero_allow_untested_optimizer": SWITCH,
-    "zero_force_ds_cpu_optimizer": SWITCH,
-    "zero_optimization": ZERO_KEYS,
-}
-"""Keys that this file owns; DeepSpeed itself ignores a top-level key it does not know. Its other keys inside
-bf16, fp16 and data_types keep masters or buffers in half precision."""
 
-KERNEL_KEYS: Kinds = {
-    "attention": one_of(*ATTENTIONS),
-    "optimizer": one_of(*OPTIMIZERS),
-    "liger": SWITCH,
-    "loss": one_of(*LOSSES),
-    "compile": SWITCH,
-    "activation_checkpointing": one_of(*ACTIVATION_CHECKPOINTING),
-}
+class Optimizer(ConfigModel):
+    """The optimizer, whose numbers are the recipe's."""
 
-RELIABILITY_KEYS: Kinds = {
-    "async_save": SWITCH,
-    "on_save_error": one_of(*SAVE_ERROR_POLICIES),
-    "watchdog": SWITCH,
-    "watchdog_s": dict.fromkeys(WATCHDOG_S, LIMIT_S),
-}
+    type: Auto[Literal["AdamW"]] = AUTO
+    params: Auto[OptimizerParams | None] = AUTO
 
-OURS: Kinds = {"kernels": KERNEL_KEYS, "reliability": RELIABILITY_KEYS}
+
+Seconds = Auto[Annotated[float, Gt(0), Le(1e9), Allowed('seconds above 0, at most 1e9 ("watchdog": false for none)')]]
+"""faulthandler's clock counts nanoseconds in 63 bits: it takes 9.2e9 s."""
+
+
+class Limits(ConfigModel):
+    """The seconds of every phase."""
+
+    start: Seconds = AUTO
+    first_step: Seconds = AUTO
+    step: Seconds = AUTO
+    validation: Seconds = AUTO
+    save: Seconds = AUTO
+    finish: Seconds = AUTO
+
+
+class ReliabilityBlock(ConfigModel):
+    """How this machine saves, and how long it waits."""
+
+    async_save: Switch = AUTO
+    on_save_error: Auto[SaveErrorPolicy] = AUTO
+    watchdog: Switch = AUTO
+    watchdog_s: Auto[Limits | None] = AUTO
+
+
+class Document(PassedOn):
+    """All keys that a DeepSpeed config may have; a value of `Any` has an owner who says what is wrong with it."""
+
+    train_batch_size: Any = AUTO
+    gradient_clipping: Any = AUTO
+    gradient_accumulation_steps: Any = AUTO
+    optimizer: Auto[Optimizer | None] = AUTO
+    scheduler: Any = AUTO
+    kernels: Auto[KernelRequest | None] = AUTO
+    reliability: Auto[ReliabilityBlock | None] = AUTO
+
+
+OURS = ("kernels", "reliability")
 """Blocks of this program; DeepSpeed's tools read past them."""
 
 REFUSED = {
@@ -242,22 +297,3 @@ RECIPE_OWNED: dict[str, tuple[str, Callable[[Recipe], Any]]] = {
 }
 
 DERIVED = {"gradient_accumulation_steps": "training.global_batch_tokens / (micro-batch x seq_len x ranks)"}
-
-OWNED_ELSEWHERE: Kinds = {
-    "train_batch_size": ANY,
-    "gradient_clipping": ANY,
-    "gradient_accumulation_steps": ANY,
-    "optimizer": {
-        "type": one_of(OPTIMIZER_TYPE),
-        "params": {
-            "lr": ANY,
-            "betas": ANY,
-            "eps": ANY,
-            "weight_decay": ANY,
-            "torch_adam": ALWAYS,
-            "adam_w_mode": ALWAYS,
-        },
-    },
-    "scheduler": ANY,
-}
-"""Keys that the recipe owns, and what else may stand beside them."""

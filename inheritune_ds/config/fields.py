@@ -1,11 +1,22 @@
-"""What every model of a recipe is built from: the base class, plain types and amounts such as `500M tokens`."""
+"""What the models of both documents are built from: the base class, plain types, `auto` and durations."""
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StringConstraints,
+    Tag,
+)
+from pydantic_core import PydanticCustomError
 
 from inheritune_ds.errors import RecipeError
 
@@ -18,29 +29,85 @@ def as_value_error(check: Callable[[], object]) -> None:
         raise ValueError(str(error)) from None
 
 
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-AMOUNT = r"([0-9][0-9_]*)(K|M|B)?"
-_SCALES = {None: 1, "K": 10**3, "M": 10**6, "B": 10**9}
+T = TypeVar("T")
+AUTO: Literal["auto"] = "auto"
+Auto: TypeAlias = Annotated[
+    Annotated[T, Tag("value")] | Annotated[Literal["auto"], Tag(AUTO)],
+    Discriminator(lambda value: AUTO if value == AUTO else "value"),
+]
+"""`Auto[int]`: a whole number, or "auto"."""
 
 
 class ConfigModel(BaseModel):
-    """Base of every recipe model: frozen, and a key that it does not know is an error."""
+    """Base of every model: frozen, and a key that it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def amount_and_unit(text: str) -> tuple[int, str]:
-    """Read an amount such as `8 epochs`, `100_000 steps` or `250M tokens`.
+@dataclass(frozen=True)
+class Allowed:
+    """Mark of a type: what it allows in words, where its bounds do not say it; and what is refused for a reason.
 
-    Args:
-        text: `AMOUNT`, a space and a unit; the field's pattern has checked it.
+    Attributes:
+        words: For messages and the docs; made from the type when left out.
+        refused: A value that DeepSpeed takes and this program refuses.
+        reason: Why it is refused.
     """
-    match = re.fullmatch(f"{AMOUNT} ([a-z]+)", text)
-    assert match is not None  # the field's pattern
-    return int(match.group(1)) * _SCALES[match.group(2)], match.group(3)
+
+    words: str = ""
+    refused: Any = None
+    reason: str = ""
+
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+NAME_FORM = Allowed("a name of letters, digits, '.', '_' and '-', starting with a letter or digit")
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), NAME_FORM]
+
+_SCALES = {None: 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training, such as `8 epochs`, `100_000 steps` or `250M tokens`.
+
+    Attributes:
+        amount: How many.
+        unit: steps, tokens or epochs.
+        text: As it is written.
+    """
+
+    amount: int
+    unit: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _parsed(*units: str) -> PlainValidator:
+    """Read a duration of one of some units."""
+    form = re.compile(rf"([0-9][0-9_]*)(K|M|B)? ({'|'.join(units)})")
+
+    def parse(value: Any) -> Duration:
+        match = form.fullmatch(str(value))
+        if match is None:
+            raise PydanticCustomError("duration_form", "not a duration")
+        amount, unit = int(match[1]) * _SCALES[match[2]], match[3]
+        if amount == 0:
+            raise ValueError("the duration must be at least 1")
+        return Duration(amount, unit, str(value))
+
+    return PlainValidator(parse)
+
+
+TrainingDuration = Annotated[
+    Duration,
+    _parsed("steps", "tokens", "epochs"),
+    PlainSerializer(str),
+    Allowed("a count and a unit: 8 epochs, 100_000 steps, 250M tokens"),
+]
+TokenCount = Annotated[Duration, _parsed("tokens"), PlainSerializer(str), Allowed("a count of tokens: 500M tokens")]
 
 
 def is_local_path(name: str) -> bool:

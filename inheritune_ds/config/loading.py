@@ -1,5 +1,6 @@
 """Reading recipes and studies: strict YAML 1.2, `key.path=value` overrides, all problems at once."""
 
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from inheritune_ds.config.messages import check, is_nan, nearest, short
+from inheritune_ds.config.messages import check, nearest, short
 from inheritune_ds.config.overrides import apply
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.yaml import parse_yaml, write_yaml
@@ -130,3 +131,7 @@ def _numbered(value: Any) -> dict[str, Any]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return {}
     return {str(number): item for number, item in enumerate(value)}
+
+
+def is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

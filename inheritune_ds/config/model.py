@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, field_validator, model_validator
 
 from inheritune_ds.config.fields import ConfigModel, Text, as_value_error, is_local_path
 from inheritune_ds.config.inheritance import inherited_parts
@@ -95,7 +95,10 @@ class Target(ConfigModel):
 
     select: Text | None = None
     """Which blocks of the reference are kept, such as `first:13` ([surgery.md](surgery.md#selections))."""
-    inherit: Text | list[Text] = "all"
+    inherit: Annotated[
+        Annotated[Text, Tag("text")] | Annotated[list[Text], Tag("list")],
+        Discriminator(lambda value: "list" if isinstance(value, list) else "text"),
+    ] = "all"
     """What of the reference is inherited: a preset or a list of parts ([surgery.md](surgery.md#inheritance))."""
     width: Literal["full", "half"] = "full"
     """`half`: the first half of the heads and MLP units of every kept block, the paper's half-width baseline."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from inheritune_ds.config.messages import locate
+from inheritune_ds.config.messages import models_at
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.yaml import parse_yaml
 from inheritune_ds.errors import RecipeError
@@ -49,8 +49,8 @@ def apply(document: dict[str, Any], override: str) -> None:
 
 def _made_for(path: Sequence[str], inner: str) -> dict[str, Any] | list[Any]:
     """What an override makes of a key that the document leaves out: its default, if a position in a list is meant."""
-    _, models = locate(Recipe, path[:-1])
-    defaults = [model.model_fields[path[-1]].default for model in models if path[-1] in model.model_fields]
+    fields = [model.model_fields for model in models_at(Recipe, path[:-1])]
+    defaults = [known[path[-1]].default for known in fields if path[-1] in known]
     lists = [list(default) for default in defaults if isinstance(default, list | tuple)]
     return lists[0] if lists and inner.isdecimal() else {}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SAVE_ERROR_POLICIES = ("continue", "stop")
+SaveErrorPolicy = Literal["continue", "stop"]
 WATCHDOG_S: Mapping[str, float] = {
     "start": 1800.0,
     "first_step": 1800.0,
@@ -32,7 +32,7 @@ class Reliability:
     """
 
     async_save: bool = False
-    on_save_error: Literal["continue", "stop"] = "continue"
+    on_save_error: SaveErrorPolicy = "continue"
     watchdog: bool = True
     watchdog_s: Mapping[str, float] = field(default_factory=lambda: dict(WATCHDOG_S))
 

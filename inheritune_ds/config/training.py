@@ -1,13 +1,10 @@
 """The training keys of a recipe: length, optimizer, schedule, validation, checkpoints, faults, logging, export."""
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from inheritune_ds.config.fields import AMOUNT, ConfigModel, Ratio, Text, amount_and_unit
-
-DURATION_PATTERN = f"{AMOUNT} (steps|tokens|epochs)"
+from inheritune_ds.config.fields import ConfigModel, Ratio, Text, TrainingDuration
 
 
 class Training(ConfigModel):
@@ -17,26 +14,14 @@ class Training(ConfigModel):
     """Tokens a window."""
     global_batch_tokens: PositiveInt
     """Tokens an optimizer step, over all ranks and micro-steps."""
-    duration: Annotated[str, StringConstraints(pattern=f"^{DURATION_PATTERN}$")]
-    """`8 epochs`, `100_000 steps` or `250M tokens`."""
+    duration: TrainingDuration
+    """`8 epochs`, `100_000 steps` or `250M tokens`; the count may end in K, M or B."""
     sampling: Literal["shuffled", "random", "sequential"] = "shuffled"
     """`shuffled`: every window once an epoch, each epoch in another order; `random`: windows at random places, with
     replacement, as the paper's GPT-2 scripts; `sequential`: in the order of the text."""
     packing: Literal["windows", "documents"] = "windows"
     """`windows`: attention crosses documents inside a window, as in the paper; `documents`: it does not, positions
     begin anew at every document, and no loss is counted for the first token of one."""
-
-    @property
-    def duration_parts(self) -> tuple[int, str]:
-        """The duration as (count, unit), unit one of steps, tokens, epochs."""
-        return amount_and_unit(self.duration)
-
-    @field_validator("duration")
-    @classmethod
-    def _positive(cls, duration: str) -> str:
-        if re.match(r"[0_]+[KMB]? ", duration):
-            raise ValueError("the duration must be at least 1")
-        return duration
 
     @model_validator(mode="after")
     def _whole_windows(self) -> Self:

@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from inheritune_ds.config.corpus import (
 )
 from inheritune_ds.data.documents.files import expand
 from inheritune_ds.data.documents.nanogpt import token_files
+from inheritune_ds.plan.budget import Tokens
 from inheritune_ds.plan.model_size import GIB
 
 _BYTES_A_TOKEN = 4.0
@@ -25,24 +25,6 @@ _BYTES_A_TOKEN = 4.0
 _EMBEDDED_BYTES = 2_400_000
 _EXPANSION = {".gz": 3.0, ".bz2": 3.5, ".zst": 3.0, ".parquet": 1.7}
 """Bytes of text a byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Training tokens of a corpus.
-
-    Attributes:
-        parts: Tokens of every source; of all together as long as they are estimated.
-        estimate: Until the token files are written.
-    """
-
-    parts: tuple[int, ...]
-    estimate: bool
-
-    @property
-    def count(self) -> int:
-        """Tokens of all sources."""
-        return sum(self.parts)
 
 
 def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.training import Checkpointing
 from inheritune_ds.config.zero import ZeroSettings, read_layout
-from inheritune_ds.data.size import Tokens
-from inheritune_ds.plan.duration import steps_in, tokens_an_epoch
+from inheritune_ds.plan.duration import steps_in, windows_in
 from inheritune_ds.plan.memory import Memory, memory
 from inheritune_ds.plan.model_size import GIB, Parameters, checkpoint_bytes, flops_per_token, parameters
 from inheritune_ds.plan.scaling import Job
@@ -24,46 +24,101 @@ CHECKPOINTS_IN_HAND = 2
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Training tokens of a corpus.
+
+    Attributes:
+        parts: Tokens of every source; of all together as long as they are estimated.
+        estimate: Until the token files are written.
+    """
+
+    parts: tuple[int, ...]
+    estimate: bool
+
+    @property
+    def count(self) -> int:
+        """Tokens of all sources."""
+        return sum(self.parts)
+
+
+@dataclass(frozen=True)
 class Budget:
     """All figures of one recipe on given ranks; None where the model or the corpus is not known yet.
 
     Attributes:
-        num_blocks: Transformer blocks of the target.
-        parameters: Of the target.
+        recipe: The experiment.
+        layout: How DeepSpeed lays the model out.
         micro_batch_size: Sequences a rank holds at once.
         accumulation: Micro-steps a step.
-        layout: How DeepSpeed lays the model out.
-        tokens_a_step: Over all ranks.
-        steps: Optimizer steps.
-        unique: Tokens of the corpus.
-        tokens_seen: steps x tokens_a_step.
-        epochs: Passes over the whole windows of the corpus.
-        flops_a_token: Forward and backward, see `budget`.
-        flops: Of the whole run.
-        checkpoint_bytes: One checkpoint, all ranks.
-        disk_gib: What the run and its inputs take on disk, by part.
-        download_gib: What is fetched, by name; None for a size that is not known.
-        memory: Of one GPU.
         job: One step of the target.
+        unique: Training tokens of the corpus.
+        steps: Optimizer steps.
     """
 
-    num_blocks: int | None
-    parameters: Parameters | None
+    recipe: Recipe
+    layout: ZeroSettings
     micro_batch_size: int
     accumulation: int
-    layout: ZeroSettings
-    tokens_a_step: int
-    steps: int | None
-    unique: Tokens | None
-    tokens_seen: int | None
-    epochs: float | None
-    flops_a_token: float | None
-    flops: float | None
-    checkpoint_bytes: int | None
-    disk_gib: Mapping[str, float]
-    download_gib: Mapping[str, float | None]
-    memory: Memory | None
     job: Job | None
+    unique: Tokens | None
+    steps: int | None
+
+    @cached_property
+    def parameters(self) -> Parameters | None:
+        """Of the target."""
+        return parameters(self.job.shape, self.job.num_blocks) if self.job else None
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Over all ranks."""
+        return self.recipe.training.global_batch_tokens
+
+    @property
+    def tokens_seen(self) -> int | None:
+        """In the whole run."""
+        return None if self.steps is None else self.steps * self.tokens_a_step
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the whole windows of the corpus."""
+        windows = epoch_windows(self.recipe, self.unique)
+        return self.tokens_seen / (windows * self.recipe.training.seq_len) if self.tokens_seen and windows else None
+
+    @property
+    def flops_a_token(self) -> float | None:
+        """Forward and backward, see `budget`."""
+        job = self.job
+        return flops_per_token(job.shape, job.num_blocks, self.recipe.training.seq_len) if job else None
+
+    @property
+    def flops(self) -> float | None:
+        """Of the whole run."""
+        return self.flops_a_token * self.tokens_seen if self.flops_a_token and self.tokens_seen else None
+
+    @property
+    def checkpoint_bytes(self) -> int | None:
+        """One checkpoint, all ranks."""
+        return checkpoint_bytes(self.parameters.total, self.layout["precision"]) if self.parameters else None
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """Of one GPU."""
+        job, sizes = self.job, {"micro_batch_size": self.micro_batch_size, "accumulation": self.accumulation}
+        return memory(job.shape, job.num_blocks, **sizes, **self.layout) if job else None
+
+    @cached_property
+    def download_gib(self) -> dict[str, float | None]:
+        """What is fetched, by name; None for a size that is not known."""
+        return _downloads(self.recipe)
+
+    @property
+    def disk_gib(self) -> dict[str, float]:
+        """What the run and its inputs take on disk, by part."""
+        return {
+            **_checkpoints(self),
+            **_disk(self),
+            "download": sum(size or 0.0 for size in self.download_gib.values()),
+        }
 
 
 def build_budget(
@@ -74,7 +129,7 @@ def build_budget(
     unique: Tokens | None,
     world_size: int,
 ) -> Budget:
-    """Gather every figure.
+    """Gather what all figures follow from.
 
     Args:
         recipe: The experiment.
@@ -86,42 +141,15 @@ def build_budget(
     Raises:
         RecipeError: When the duration is shorter than one step.
     """
-    training, layout = recipe.training, layout_of(ds_config, recipe, world_size)
-    micro_batch_size = int(ds_config["train_micro_batch_size_per_gpu"])
-    accumulation = int(ds_config["gradient_accumulation_steps"])
-    epoch = sum(tokens_an_epoch(part, training.seq_len) for part in unique.parts) if unique else None
-    steps = steps_in(training, epoch)
-    seen = None if steps is None else steps * training.global_batch_tokens
-    count = parameters(*shape) if shape else None
-    a_token = flops_per_token(*shape, training.seq_len) if shape else None
-    saved = checkpoint_bytes(count.total, layout["precision"]) if count else None
-    download = _downloads(recipe)
-    fetched = sum(size or 0.0 for size in download.values())
-    return Budget(
-        num_blocks=shape[1] if shape else None,
-        parameters=count,
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        layout=layout,
-        tokens_a_step=training.global_batch_tokens,
-        steps=steps,
-        unique=unique,
-        tokens_seen=seen,
-        epochs=seen / epoch if seen and epoch else None,
-        flops_a_token=a_token,
-        flops=a_token * seen if a_token and seen else None,
-        checkpoint_bytes=saved,
-        disk_gib={
-            **(_checkpoints(recipe.checkpoint, steps, saved) if saved else {}),
-            **_disk(recipe, count, unique, shape),
-            "download": fetched,
-        },
-        download_gib=download,
-        memory=memory(*shape, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
-        if shape
-        else None,
-        job=Job(*shape, layout, micro_batch_size, accumulation, training.batch_windows) if shape else None,
-    )
+    layout = layout_of(ds_config, recipe, world_size)
+    sizes = int(ds_config["train_micro_batch_size_per_gpu"]), int(ds_config["gradient_accumulation_steps"])
+    job = Job(*shape, layout, *sizes, recipe.training.batch_windows) if shape else None
+    return Budget(recipe, layout, *sizes, job, unique, steps_in(recipe.training, epoch_windows(recipe, unique)))
+
+
+def epoch_windows(recipe: Recipe, unique: Tokens | None) -> int | None:
+    """Windows of a corpus; None when its tokens are not known."""
+    return sum(windows_in(part, recipe.training.seq_len) for part in unique.parts) if unique else None
 
 
 def layout_of(ds_config: Mapping[str, Any], recipe: Recipe, world_size: int) -> ZeroSettings:
@@ -162,34 +190,35 @@ def checkpoints_staying(rule: Checkpointing, steps: int | None) -> int:
     return min(saves, rule.keep + for_good)
 
 
-def _checkpoints(rule: Checkpointing, steps: int | None, saved: int) -> dict[str, float]:
+def _checkpoints(budget: Budget) -> dict[str, float]:
     """GiB of all checkpoints that lie there at once."""
+    if budget.checkpoint_bytes is None:
+        return {}
+    rule, steps = budget.recipe.checkpoint, budget.steps
     staying = checkpoints_staying(rule, steps)
     at_least = "at least " if steps is None and rule.keep_every else ""
     name = f"checkpoints ({at_least}{staying} kept, {CHECKPOINTS_IN_HAND} in hand)"
-    return {name: (staying + CHECKPOINTS_IN_HAND) * saved / GIB}
+    return {name: (staying + CHECKPOINTS_IN_HAND) * budget.checkpoint_bytes / GIB}
 
 
-def _disk(
-    recipe: Recipe, count: Parameters | None, unique: Tokens | None, shape: tuple[Shape, int] | None
-) -> dict[str, float]:
+def _disk(budget: Budget) -> dict[str, float]:
     """GiB of what else a run writes."""
     parts: dict[str, float] = {}
+    recipe, count = budget.recipe, budget.parameters
     if count:
         parts["target before training (fp32; less in the reference's own type)"] = count.total * 4 / GIB
         parts["export"] = count.total * _EXPORT_BYTES[recipe.export.dtype] / GIB
-    if unique:
-        all_tokens = unique.count / (1.0 - recipe.corpus.validation_ratio)
-        parts["token files"] = all_tokens * _token_bytes(recipe, shape) / GIB
+    if budget.unique:
+        all_tokens = budget.unique.count / (1.0 - recipe.corpus.validation_ratio)
+        parts["token files"] = all_tokens * _token_bytes(recipe, budget.job) / GIB
     return parts
 
 
-def _token_bytes(recipe: Recipe, shape: tuple[Shape, int] | None) -> int:
+def _token_bytes(recipe: Recipe, job: Job | None) -> int:
     """Bytes of one token in the token files: 2 up to a vocabulary of 65,536, else 4."""
     number_type, tokenizer = recipe.corpus.token_dtype, recipe.corpus.tokenizer
     if number_type == "auto":
-        entries = (
-            tokenizer.vocab_size if isinstance(tokenizer, TrainedTokenizer) else shape[0].vocab_size if shape else 0
-        )
+        vocabulary = tokenizer if isinstance(tokenizer, TrainedTokenizer) else job.shape if job else None
+        entries = vocabulary.vocab_size if vocabulary else 0
         return 2 if entries <= 2**16 else 4
     return {"uint16": 2, "uint32": 4}[number_type]

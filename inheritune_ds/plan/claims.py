@@ -1,7 +1,7 @@
 """Check the published cost of a recipe against the floor in hours."""
 
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.data.size import Tokens
+from inheritune_ds.plan.budget import Tokens
 from inheritune_ds.plan.gpus import PLANNING_MFU, gpu, hours
 
 BEST_PUBLISHED_MFU = 0.64
@@ -10,9 +10,9 @@ BEST_PUBLISHED_MFU = 0.64
 
 def amount(recipe: Recipe, unique: Tokens | None) -> str:
     """The duration in words, such as `8 epochs of 1B tokens`."""
-    if recipe.training.duration_parts[1] == "epochs" and unique:
+    if recipe.training.duration.unit == "epochs" and unique:
         return f"{recipe.training.duration} of {short_count(unique.count)} tokens"
-    return recipe.training.duration
+    return str(recipe.training.duration)
 
 
 def short_count(count: float) -> str:

@@ -4,32 +4,40 @@ from inheritune_ds.config.training import Training
 from inheritune_ds.errors import RecipeError
 
 
-def tokens_an_epoch(unique_tokens: int, seq_len: int) -> int:
-    """Tokens predicted in one pass over the whole windows (a window needs one token more than it predicts)."""
-    return max(unique_tokens - 1, 0) // seq_len * seq_len
+def windows_in(num_tokens: int, seq_len: int) -> int:
+    """Count the windows of a source.
+
+    Window w is `tokens[w * T : w * T + T + 1]`: neighbours share one token, the last of one being
+    the first of the next, so every token but the first is a target exactly once.
+
+    Args:
+        num_tokens: Tokens of the source.
+        seq_len: T, the inputs of a window.
+    """
+    return max(0, num_tokens - 1) // seq_len
 
 
-def steps_in(training: Training, epoch_tokens: int | None) -> int | None:
+def steps_in(training: Training, epoch_windows: int | None) -> int | None:
     """Optimizer steps of a recipe: the whole steps that fit its duration; None for epochs of unknown length.
 
     Args:
         training: Duration and batch.
-        epoch_tokens: Tokens of all windows of the corpus; None when it is not known yet.
+        epoch_windows: Windows of the corpus; None when they are not known yet.
 
     Raises:
         RecipeError: When the duration is shorter than one step.
     """
-    count, unit = training.duration_parts
+    count, unit = training.duration.amount, training.duration.unit
     if unit == "steps":
         return count
     if unit == "epochs":
-        if epoch_tokens is None:
+        if epoch_windows is None:
             return None
-        count *= epoch_tokens
+        count *= epoch_windows * training.seq_len
     steps = count // training.global_batch_tokens
     if steps == 0:
         raise RecipeError(
-            f"training.duration {training.duration!r} is {count} tokens, less than one step of "
+            f"training.duration '{training.duration}' is {count} tokens, less than one step of "
             f"{training.global_batch_tokens} tokens",
             allowed=f"at least {training.global_batch_tokens} tokens",
             action="make training.duration longer or training.global_batch_tokens smaller",

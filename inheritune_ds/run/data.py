@@ -58,7 +58,7 @@ class RunData:
             RecipeError: The duration is shorter than a step, or the lengths do not go together.
         """
         training = self._recipe.training
-        total = steps_in(training, self.stream.num_windows * training.seq_len)
+        total = steps_in(training, self.stream.num_windows)
         assert total is not None  # unknown only while the corpus is not prepared
         check_lengths(self._recipe, total)
         return total

@@ -23,7 +23,6 @@ from inheritune_ds.plan.budget import CHECKPOINTS_IN_HAND, checkpoints_staying
 from inheritune_ds.plan.gpus import identify, mfu
 from inheritune_ds.plan.machine import detect_gpus
 from inheritune_ds.plan.model_size import checkpoint_bytes, flops_per_token
-from inheritune_ds.plan.shapes import target_shape
 from inheritune_ds.run.data import RECORD as DATA_RECORD
 from inheritune_ds.run.data import RunData
 from inheritune_ds.run.export import PROBE_TOKENS
@@ -49,11 +48,14 @@ if TYPE_CHECKING:
 _TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False, waiting: Sequence[RunFolder] = ()) -> bool:
+def execute(
+    recipe: Recipe, resolved: Resolved, launch: Launch, *, fresh: bool = False, waiting: Sequence[RunFolder] = ()
+) -> bool:
     """Bring a recipe to its end, its reference first if that is a recipe of its own.
 
     Args:
         recipe: The experiment.
+        resolved: Its DeepSpeed config on this machine.
         launch: How this process was started.
         fresh: Whether the run starts over; what is there is set aside.
         waiting: Folders of the runs that this one is the reference of; their status tells how it ends.
@@ -64,7 +66,6 @@ def execute(recipe: Recipe, launch: Launch, *, fresh: bool = False, waiting: Seq
     Raises:
         InherituneError: For everything a user can act on; status.json then says `failed`.
     """
-    resolved = launch.resolve(recipe)  # every recipe of the chain is checked before any of them trains
     folder = RunFolder(launch.runs_dir / recipe.name)
     if not fresh and launch.meeting.run_on_rank0(lambda: folder.has_finished(recipe)):
         launch.say(folder.finished_before)
@@ -127,7 +128,8 @@ def _reference_ready(recipe: Recipe, launch: Launch, waiting: Sequence[RunFolder
     folder = waiting[0]
     _mark(folder, "preparing", f"waits for its reference {reference.name}")
     try:
-        if execute(reference, launch, waiting=waiting):
+        # Every recipe of the chain is checked before any of them trains.
+        if execute(reference, launch.resolve(reference), launch, waiting=waiting):
             return True
     except FolderBusyError as error:
         raise RunFolderError(
@@ -339,7 +341,7 @@ class _Run:
 
     def _utilisation(self) -> Any:
         """tokens/s -> MFU, on a GPU whose peak is known."""
-        shape, gpus = target_shape(self._recipe), detect_gpus()
+        shape, gpus = self._resolved.shape, detect_gpus()
         gpu = identify(gpus[0].name) if gpus else None
         if self._launch.machine.kind != "cuda" or shape is None or gpu is None:
             return None

@@ -1,7 +1,6 @@
 """The kernels of a run that has begun: later launches keep to them, on whatever machine they are."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def kept_request(run_dir: Path, request: KernelRequest, say: Callable[[str], Non
     taken: dict[str, Any] | None = read_json(run_dir / RECORD)
     if taken is None or newest_step(run_dir / "checkpoints") == 0:
         return request
-    wanted = asdict(request)
+    wanted = request.model_dump()
     optimizer = wanted["optimizer"]
     if optimizer not in ("auto", taken["optimizer"]):
         raise RunFolderError(

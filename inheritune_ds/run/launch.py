@@ -5,12 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.config.deepspeed import Machine, Resolved, resolve
+from inheritune_ds.config.deepspeed import Machine, Resolved
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.distributed.coordination import Meeting
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World
-from inheritune_ds.plan.shapes import target_shape
+from inheritune_ds.plan.micro_batch import resolve_for
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,7 @@ class Launch:
 
     def resolve(self, recipe: Recipe) -> Resolved:
         """The DeepSpeed config of a recipe on this machine."""
-        return resolve(
-            self.ds_document,
-            recipe,
-            origin=self.ds_origin,
-            shape=target_shape(recipe),
-            world_size=self.world.size,
-            machine=self.machine,
-        )
+        return resolve_for(recipe, self.ds_document, self.ds_origin, world_size=self.world.size, machine=self.machine)
 
     def say(self, line: str) -> None:
         """Print a line, on rank 0."""

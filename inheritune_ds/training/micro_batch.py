@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 
 from inheritune_ds.checkpoints.manifest import newest_step
-from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved
+from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, batch_of
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.zero import read_layout
 from inheritune_ds.distributed.coordination import Meeting
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import MachineError, RecipeError
 from inheritune_ds.plan.memory import memory
-from inheritune_ds.plan.shapes import target_shape
 from inheritune_ds.storage.files import read_json, write_json
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.training.engine import Engine
@@ -100,7 +99,7 @@ def with_tried_micro_batch(  # noqa: PLR0913 - two of them by name
 
     limit = smallest(USABLE_RATIO * launch.machine.memory_gib)
     launch.say("trying micro-batches with real steps (--auto-micro-batch)")
-    sequence = _sequence_gib(resolved, recipe, world.size)
+    sequence = _sequence_gib(resolved, recipe.training.seq_len, world.size)
     size = largest_that_fits(divisors(per_rank), limit, measure, launch.say, sequence_gib=sequence)
     launch.say(f"{MICRO_BATCH}: {size} (the largest that stays below {limit:.1f} GiB a rank)")
     launch.meeting.run_on_rank0(lambda: write_json(run_dir / RECORD, {MICRO_BATCH: size, "usable_gib": limit}))
@@ -115,19 +114,19 @@ def _recorded(run_dir: Path, per_rank: int) -> int:
     return size if begun and isinstance(size, int) and size > 0 and per_rank % size == 0 else 0
 
 
-def _sequence_gib(resolved: Resolved, recipe: Recipe, world_size: int) -> float:
+def _sequence_gib(resolved: Resolved, seq_len: int, world_size: int) -> float:
     """What one more sequence adds to the backward pass by the plan; 0 for a family that the plan does not know."""
-    shape = target_shape(recipe)
-    if shape is None:
+    if resolved.shape is None:
         return 0.0
-    layout = read_layout(resolved.config, seq_len=recipe.training.seq_len, world_size=world_size)
-    one, two = (sum(memory(*shape, micro_batch_size=n, accumulation=2, **layout).backward.values()) for n in (1, 2))
+    layout = read_layout(resolved.config, seq_len=seq_len, world_size=world_size)
+    one, two = (
+        sum(memory(*resolved.shape, micro_batch_size=n, accumulation=2, **layout).backward.values()) for n in (1, 2)
+    )
     return two - one
 
 
 def _with_size(resolved: Resolved, size: int, accumulation: int) -> Resolved:
-    config = {**resolved.config, MICRO_BATCH: size, "gradient_accumulation_steps": accumulation}
-    return replace(resolved, config=config)
+    return replace(resolved, config={**resolved.config, **batch_of(size, size * accumulation)})
 
 
 def _vocabulary(target: Path) -> int:

@@ -160,8 +160,8 @@ def test_keys_of_the_deepspeed_config_are_checked_when_the_recipe_fails(tmp_path
     assert lines == [
         "3 problems found",
         "1. quickstart: sede: unknown key",
-        f"2. {path}: zero_optimisation: unknown key",
-        f"3. {path}: bf16.enable: unknown key",
+        f"2. {path}: bf16.enable: unknown key",
+        f"3. {path}: zero_optimisation: unknown key",
     ]
 
 

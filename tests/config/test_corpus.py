@@ -52,7 +52,7 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
         ),
         (
             {"sources": WEIGHTED, "weight_changes": [change("0 tokens", a=1.0, b=1.0)]},
-            "weight_changes must stand in the order of their marks",
+            "the duration must be at least 1",
         ),
         (
             {"sources": WEIGHTED, "weight_changes": [change("1M tokens", a=1.0)]},

@@ -73,9 +73,9 @@ def test_no_auto_is_left_and_the_user_s_document_stays(resolved: Resolve) -> Non
         "data_types.grad_accum_dtype",
         "zero_optimization.stage",
         "zero_optimization.reduce_bucket_size",
-        "train_micro_batch_size_per_gpu",
         "fp16.loss_scale",
         "zero_optimization.sub_group_size",
+        "train_micro_batch_size_per_gpu",
     ]
 
 
@@ -189,10 +189,10 @@ def test_all_problems_are_told_at_once(resolved: Resolve) -> None:
     }
     keys = [line.split(": ")[1] for line in problems(resolved, document)]
     assert keys == [
-        "zero_optimisation",
         "data_types.grad_accum_dtype",
         "zero_optimization.stage",
         "zero_optimization.sub_group_sice",
+        "zero_optimisation",
         "gradient_clipping",
         "scheduler",
         "train_micro_batch_size_per_gpu",

@@ -44,8 +44,8 @@ def test_problems_need_no_recipe() -> None:
     document = {"zero_optimisation": {}, "train_batch_size": 8, "bf16": {"enable": True}}
     found = [str(problem) for problem in problems(document, "ds.json")]
     assert [text.splitlines()[0] for text in found] == [
-        "ds.json: zero_optimisation: unknown key",
         "ds.json: bf16.enable: unknown key",
+        "ds.json: zero_optimisation: unknown key",
         "ds.json: train_batch_size: 8 stands here, but the recipe owns it as training.global_batch_tokens",
     ]
     assert "training.global_batch_tokens=8 x training.seq_len on the command line" in found[2]

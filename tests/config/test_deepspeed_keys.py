@@ -22,10 +22,13 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, HfTrainerDeep
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from inheritune_ds.config import deepspeed_keys
-from inheritune_ds.config.deepspeed import Machine, Resolved, resolve
+from inheritune_ds.config.deepspeed import Machine, Resolved
 from inheritune_ds.config.deepspeed_checks import read
-from inheritune_ds.config.kernels import ATTENTIONS, LOSSES, OPTIMIZERS, KernelRequest
+from inheritune_ds.config.fields import ConfigModel
+from inheritune_ds.config.kernels import ATTENTIONS
 from inheritune_ds.config.loading import load_recipe, shipped_names
+from inheritune_ds.config.reliability import WATCHDOG_S
+from inheritune_ds.plan.micro_batch import resolve_for
 from inheritune_ds.plan.shapes import target_shape
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -65,54 +68,49 @@ OFFLOAD_LEFT_OUT = {"super_offload", "cpuadam_cores_perc"}  # for superchips; no
 
 def test_every_zero_key_of_deepspeed_is_known_or_left_out_for_a_reason() -> None:
     theirs = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    assert not deepspeed_keys.ZERO_KEYS.keys() & LEFT_OUT.keys()
-    assert theirs == deepspeed_keys.ZERO_KEYS.keys() | LEFT_OUT.keys()
+    assert not deepspeed_keys.Zero.model_fields.keys() & LEFT_OUT.keys()
+    assert theirs == deepspeed_keys.Zero.model_fields.keys() | LEFT_OUT.keys()
     assert all(LEFT_OUT.values())
 
 
-SAMPLES: dict[deepspeed_keys.ValueRule, tuple[Any, Any]] = {
-    deepspeed_keys.SWITCH: (True, "maybe"),
-    deepspeed_keys.COUNT: (500_000_000.0, -3.5),
-    deepspeed_keys.POSITIVE: (5e8, "half"),
-    deepspeed_keys.PATH: ("/tmp/nvme", 3),
-    deepspeed_keys.NUMBER: (0.5, "much"),
-    deepspeed_keys.OFFLOAD_DEVICE: ("cpu", "gpu"),
-    deepspeed_keys.ZERO_KEYS["stage"]: (3, 4),  # type: ignore[dict-item]
-}
-"""A value that a kind accepts and DeepSpeed does, and one that neither does."""
-MODELS: list[tuple[type[Any], deepspeed_keys.Kinds]] = [
-    (DeepSpeedZeroConfig, deepspeed_keys.ZERO_KEYS),
-    (DeepSpeedZeroOffloadParamConfig, deepspeed_keys.ZERO_KEYS["offload_param"]),  # type: ignore[list-item]
-    (DeepSpeedZeroOffloadOptimizerConfig, deepspeed_keys.ZERO_KEYS["offload_optimizer"]),  # type: ignore[list-item]
-    (DeepSpeedBF16Config, deepspeed_keys.PASSED_ON["bf16"]),  # type: ignore[list-item]
-    (DeepSpeedFP16Config, deepspeed_keys.PASSED_ON["fp16"]),  # type: ignore[list-item]
-    (CommsLoggerConfig, deepspeed_keys.PASSED_ON["comms_logger"]),  # type: ignore[list-item]
-    (DeepSpeedThroughputTimerConfig, deepspeed_keys.PASSED_ON["timers"]["throughput"]),  # type: ignore[index,list-item]
+SAMPLES: list[tuple[Any, Any, Any]] = [
+    (deepspeed_keys.Switch, True, "maybe"),
+    (deepspeed_keys.Count, 500_000_000.0, -3.5),
+    (deepspeed_keys.Positive, 5e8, "half"),
+    (deepspeed_keys.Path, "/tmp/nvme", 3),
+    (deepspeed_keys.Number, 0.5, "much"),
+    (deepspeed_keys.OffloadDevice, "cpu", "gpu"),
+    (deepspeed_keys.Zero.__annotations__["stage"], 3, 4),
+]
+"""A type, a value that it accepts and DeepSpeed does, and one that neither does."""
+MODELS: list[tuple[type[Any], type[ConfigModel]]] = [
+    (DeepSpeedZeroConfig, deepspeed_keys.Zero),
+    (DeepSpeedZeroOffloadParamConfig, deepspeed_keys.OffloadParam),
+    (DeepSpeedZeroOffloadOptimizerConfig, deepspeed_keys.OffloadOptimizer),
+    (DeepSpeedBF16Config, deepspeed_keys.Bf16),
+    (DeepSpeedFP16Config, deepspeed_keys.Fp16),
+    (CommsLoggerConfig, deepspeed_keys.CommsLogger),
+    (DeepSpeedThroughputTimerConfig, deepspeed_keys.Throughput),
 ]
 
 
-@pytest.mark.parametrize(("model", "kinds"), MODELS, ids=[model.__name__ for model, _ in MODELS])
-def test_what_a_kind_accepts_is_what_deepspeed_accepts(model: type[Any], kinds: deepspeed_keys.Kinds) -> None:
-    tried = {
-        key: SAMPLES[kind]
-        for key, kind in kinds.items()
-        if isinstance(kind, deepspeed_keys.ValueRule) and kind in SAMPLES
-    }
+@pytest.mark.parametrize(("theirs", "ours"), MODELS, ids=[theirs.__name__ for theirs, _ in MODELS])
+def test_what_a_model_accepts_is_what_deepspeed_accepts(theirs: type[Any], ours: type[ConfigModel]) -> None:
+    tried = 0
+    for key, annotation in ours.__annotations__.items():
+        for right, wrong in [(right, wrong) for sample, right, wrong in SAMPLES if sample == annotation]:
+            tried += 1
+            for model in (theirs, ours):
+                model(**{key: right})
+                with pytest.raises(ValueError, match="validation error"):
+                    model(**{key: wrong})
     assert tried
-    for key, (right, wrong) in tried.items():
-        kind = kinds[key]
-        assert isinstance(kind, deepspeed_keys.ValueRule)
-        assert kind.accepts(right)
-        assert not kind.accepts(wrong)
-        model(**{key: right})
-        with pytest.raises(ValueError, match="validation error"):
-            model(**{key: wrong})
 
 
-def test_a_bucket_of_nothing_is_refused_here_as_there() -> None:
-    with pytest.raises(ValueError, match="greater than 0"):
-        DeepSpeedZeroConfig(reduce_bucket_size=0)
-    assert not deepspeed_keys.POSITIVE.accepts(0)
+@pytest.mark.parametrize("model", [DeepSpeedZeroConfig, deepspeed_keys.Zero])
+def test_a_bucket_of_nothing_is_refused_here_as_there(model: type[Any]) -> None:
+    with pytest.raises(ValueError, match="greater than"):
+        model(reduce_bucket_size=0)
 
 
 def test_keys_inside_the_blocks_are_deepspeed_s() -> None:
@@ -121,36 +119,38 @@ def test_keys_inside_the_blocks_are_deepspeed_s() -> None:
         DeepSpeedFP16Config: FP16_LEFT_OUT,
         DeepSpeedZeroOffloadOptimizerConfig: OFFLOAD_LEFT_OUT,
     }
-    for model, kinds in MODELS[1:]:
-        assert model.model_fields.keys() == kinds.keys() | left_out.get(model, set()), model
-    assert deepspeed_keys.PASSED_ON["aio"].keys() == AIO_DEFAULT_DICT.keys()  # type: ignore[union-attr]
+    for theirs, ours in MODELS[1:]:
+        assert theirs.model_fields.keys() == ours.model_fields.keys() | left_out.get(theirs, set()), theirs
+    assert deepspeed_keys.Aio.model_fields.keys() == AIO_DEFAULT_DICT.keys()
     names = {
         value
         for name, value in vars(profiling_constants).items()
         if name.startswith("FLOPS_PROFILER_") and not name.endswith(("_DEFAULT", "_FORMAT"))
     }
-    assert deepspeed_keys.PASSED_ON["flops_profiler"].keys() == names  # type: ignore[union-attr]
+    assert deepspeed_keys.FlopsProfiler.model_fields.keys() == names
 
 
 @pytest.mark.parametrize("text", ["fp32", "bf16", "fp16"])
-def test_types_and_levels_are_deepspeed_s(text: str) -> None:
-    for key in ("communication_data_type", "log_level"):
-        kind = deepspeed_keys.PASSED_ON[key]
-        assert isinstance(kind, deepspeed_keys.ValueRule)
-        assert not kind.accepts("fp33")
+def test_types_are_deepspeed_s(text: str) -> None:
+    deepspeed_keys.PassedOn.model_validate({"communication_data_type": text})
     assert deepspeed_config.get_communication_data_type({"communication_data_type": text}) is not None
     with pytest.raises(ValueError, match="Invalid communication_data_type"):
         deepspeed_config.get_communication_data_type({"communication_data_type": "fp33"})
-    assert all(deepspeed_keys.PASSED_ON["log_level"].accepts(level) for level in log_levels)  # type: ignore[union-attr]
 
 
-def test_the_keys_of_kernels_are_those_of_the_request() -> None:
-    assert deepspeed_keys.KERNEL_KEYS.keys() == KernelRequest.__dataclass_fields__.keys()
-    for key, names in (("attention", ATTENTIONS), ("optimizer", OPTIMIZERS), ("loss", LOSSES)):
-        kind = deepspeed_keys.KERNEL_KEYS[key]
-        assert isinstance(kind, deepspeed_keys.ValueRule)
-        assert all(kind.accepts(name) for name in names)
-        assert not kind.accepts("deepspeed_cpu")
+@pytest.mark.parametrize("level", log_levels)
+def test_levels_are_deepspeed_s(level: str) -> None:
+    deepspeed_keys.PassedOn.model_validate({"log_level": level})
+
+
+@pytest.mark.parametrize("key", ["communication_data_type", "log_level"])
+def test_another_name_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        deepspeed_keys.PassedOn.model_validate({key: "fp33"})
+
+
+def test_every_phase_of_the_watchdog_has_a_limit() -> None:
+    assert list(deepspeed_keys.Limits.model_fields) == list(WATCHDOG_S)
 
 
 def test_attentions_are_those_of_transformers() -> None:
@@ -203,7 +203,7 @@ def test_every_top_level_key_of_deepspeed_is_in_a_table() -> None:
     assert {"zero_optimization", "train_batch_size", "prescale_gradients", "wandb"} <= asked
     owned = {path.split(".")[0] for path in deepspeed_keys.RECIPE_OWNED}
     tables = [
-        set(deepspeed_keys.PASSED_ON),
+        set(deepspeed_keys.PassedOn.model_fields),
         set(deepspeed_keys.REFUSED),
         owned,
         set(deepspeed_keys.DERIVED),
@@ -214,14 +214,14 @@ def test_every_top_level_key_of_deepspeed_is_in_a_table() -> None:
     assert sum(map(len, tables)) == len(ours)  # each key has one owner
     assert asked - ours - ALIASES.keys() - deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() == set()
     assert not ours & ALIASES.keys()
-    assert not asked & deepspeed_keys.OURS.keys()  # DeepSpeed reads past them
-    assert deepspeed_keys.OWNED_ELSEWHERE.keys() == owned | deepspeed_keys.DERIVED.keys() | {"scheduler"}
+    assert not asked & set(deepspeed_keys.OURS)  # DeepSpeed reads past them
+    assert deepspeed_keys.Document.model_fields.keys() == ours - deepspeed_keys.REFUSED.keys()
 
 
 def test_every_passed_on_key_is_one_that_deepspeed_reads() -> None:
     source = Path(deepspeed_config.__file__).parent.parent
     text = "\n".join(path.read_text(encoding="utf-8") for path in source.rglob("*.py") if "inference" not in path.parts)
-    for key in deepspeed_keys.PASSED_ON.keys() | deepspeed_keys.REFUSED.keys():
+    for key in deepspeed_keys.PassedOn.model_fields.keys() | deepspeed_keys.REFUSED.keys():
         assert re.search(rf"[\"']{key}[\"']", text), key
 
 
@@ -266,9 +266,7 @@ def test_every_shipped_pair_resolves_to_what_deepspeed_accepts(path: Path, world
     machine = MACHINES["cpu" if path.stem == "cpu" else "h100"]
     for name in shipped_names():
         recipe = load_recipe(name)
-        found = resolve(
-            read(path), recipe, origin=path.name, shape=target_shape(recipe), world_size=world_size, machine=machine
-        )
+        found = resolve_for(recipe, read(path), path.name, world_size=world_size, machine=machine)
         parsed = accepted(dict(found.config), world_size)
         assert parsed.train_batch_size == recipe.training.batch_windows
         assert parsed.train_micro_batch_size_per_gpu == found.micro_batch_size

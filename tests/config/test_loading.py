@@ -36,7 +36,7 @@ def test_overrides_are_applied_in_order_and_reach_into_lists() -> None:
     assert recipe.optimizer.lr == 3e-4
     assert recipe.corpus.sources[0].model_dump()["paths"] == ["a.txt", "c.txt"]
     assert recipe.optimizer.betas == (0.8, 0.9)
-    assert recipe.training.duration == "7 steps"
+    assert str(recipe.training.duration) == "7 steps"
 
 
 def test_an_override_reaches_into_a_list_that_is_a_default() -> None:
@@ -88,7 +88,7 @@ def test_parse_yaml_refuses_what_is_not_one_strict_mapping(text: str, problem: s
 
 def test_validate_refuses_keys_that_are_no_text() -> None:
     document = load_recipe("quickstart").model_dump(mode="json")
-    with pytest.raises(RecipeError, match="Keys should be strings"):
+    with pytest.raises(RecipeError, match="x: 1: unknown key"):
         validate(Recipe, {**document, 1: 2}, "x")  # type: ignore[dict-item]
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from inheritune_ds.config.corpus import Corpus, TrainedTokenizer
-from inheritune_ds.data.size import Tokens, count_tokens, estimate_tokens
+from inheritune_ds.data.size import count_tokens, estimate_tokens
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.plan.budget import Tokens
 
 TOKENIZER = {"vocab_size": 300}
 

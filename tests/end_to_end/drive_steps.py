@@ -155,9 +155,8 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
         seen.append((starts // recipe.training.seq_len).tolist())
         return read(tokens, sources, starts)
 
-    count, _ = recipe.training.duration_parts
     with patch.object(SourceTokens, "read", recording):
-        train(parts, count, None)
+        train(parts, recipe.training.duration.amount, None)
     state = dict(engine.full_parameters())
     engine.close()
     rows = [row for row in collector.rows if "train/loss" in row]

@@ -7,9 +7,8 @@ import pytest
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.training import Checkpointing
-from inheritune_ds.data.size import Tokens
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.plan.budget import Budget, build_budget, checkpoints_staying, layout_of
+from inheritune_ds.plan.budget import Budget, Tokens, build_budget, checkpoints_staying, layout_of
 from inheritune_ds.plan.claims import amount, check_claim, short_count
 from inheritune_ds.plan.model_size import GIB
 from inheritune_ds.plan.shapes import target_shape

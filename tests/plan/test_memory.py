@@ -13,7 +13,7 @@ from inheritune_ds.config.training import Training
 from inheritune_ds.config.zero import ZeroSettings
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.plan.activations import mlp_size
-from inheritune_ds.plan.duration import steps_in, tokens_an_epoch
+from inheritune_ds.plan.duration import steps_in, windows_in
 from inheritune_ds.plan.memory import Memory, does_not_fit, largest_micro_batch, memory
 from inheritune_ds.plan.model_size import (
     GIB,
@@ -326,34 +326,36 @@ def test_hardware_flops_count_the_forward_pass_of_the_blocks_again(recomputation
 
 
 def training(duration: str, batch: int = 131_072) -> Training:
-    return Training(seq_len=2048, global_batch_tokens=batch, duration=duration)
+    return Training.model_validate({"seq_len": 2048, "global_batch_tokens": batch, "duration": duration})
 
 
 def test_steps_in_takes_whole_steps_of_each_unit() -> None:
     assert steps_in(training("100_000 steps"), None) == 100_000
     assert steps_in(training("250M tokens"), None) == 1907
-    assert steps_in(training("8 epochs"), tokens_an_epoch(1_000_000_000, 2048)) == 61_035
+    assert steps_in(training("8 epochs"), windows_in(1_000_000_000, 2048)) == 61_035
     assert steps_in(training("8 epochs"), None) is None
 
 
 @given(epochs=st.integers(1, 9), unique=st.integers(200_000, 10_000_000))
 def test_steps_in_never_sees_more_than_the_epochs_asked_for(epochs: int, unique: int) -> None:
-    an_epoch = tokens_an_epoch(unique, 2048)
-    steps = steps_in(training(f"{epochs} epochs"), an_epoch)
-    asked = epochs * an_epoch
+    windows = windows_in(unique, 2048)
+    steps = steps_in(training(f"{epochs} epochs"), windows)
+    asked = epochs * windows * 2048
     assert steps is not None
     assert steps * 131_072 <= asked < (steps + 1) * 131_072
 
 
 def test_steps_in_refuses_less_than_one_step() -> None:
     with pytest.raises(RecipeError, match=r"'1 epochs' is 98304 tokens, less than one step of 131072 tokens"):
-        steps_in(training("1 epochs"), tokens_an_epoch(100_000, 2048))
+        steps_in(training("1 epochs"), windows_in(100_000, 2048))
 
 
-def test_tokens_an_epoch_leaves_out_the_token_that_is_only_a_target() -> None:
-    assert tokens_an_epoch(2049, 2048) == 2048
-    assert tokens_an_epoch(2048, 2048) == 0
-    assert tokens_an_epoch(0, 2048) == 0
+@pytest.mark.parametrize(
+    ("num_tokens", "seq_len", "expected"),
+    [(0, 4, 0), (1, 4, 0), (4, 4, 0), (5, 4, 1), (8, 4, 1), (9, 4, 2), (10, 4, 2), (13, 4, 3), (2, 1, 1)],
+)
+def test_windows_in_counts_windows_with_a_next_token(num_tokens: int, seq_len: int, expected: int) -> None:
+    assert windows_in(num_tokens, seq_len) == expected
 
 
 def test_checkpoint_bytes_of_the_paper_are_25_gb() -> None:

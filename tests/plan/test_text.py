@@ -4,18 +4,20 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from inheritune_ds.config.deepspeed import Machine, resolve
+from inheritune_ds.config.deepspeed import Machine
 from inheritune_ds.config.deepspeed_checks import read
 from inheritune_ds.config.loading import load_recipe, shipped_names
-from inheritune_ds.errors import CorpusError, RecipeError, SurgeryError
+from inheritune_ds.data.size import count_tokens
+from inheritune_ds.errors import CorpusError, InherituneError, RecipeError, SurgeryError
 from inheritune_ds.plan.machine import DetectedGpu
-from inheritune_ds.plan.shapes import target_shape
+from inheritune_ds.plan.micro_batch import resolve_for
 from inheritune_ds.plan.tables import WIDTH
-from inheritune_ds.plan.text import budget_text, plan, refuse_what_does_not_fit
+from inheritune_ds.plan.text import budget_text, checked_budget, plan, refuse_what_does_not_fit
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 A6000 = Machine(kind="cuda", memory_gib=48.0, bf16=True)
@@ -33,11 +35,9 @@ def plan_of(
 ) -> str:
     recipe = load_recipe(name, overrides)
     path = CONFIGS / f"{config}.json"
-    resolved = resolve(
-        read(path), recipe, origin=str(path), shape=target_shape(recipe), world_size=world_size, machine=machine
-    )
-    told = {"notes": resolved.notes, "world_size": world_size, "gpu": gpu, "cache_dir": cache_dir, "mfu": mfu}
-    return plan(recipe, resolved.config, **told)  # type: ignore[arg-type]
+    resolved = resolve_for(recipe, read(path), str(path), world_size=world_size, machine=machine)
+    budget = checked_budget(recipe, resolved, count_tokens(recipe.corpus, cache_dir), world_size)
+    return plan(budget, resolved.config, notes=resolved.notes, gpu=gpu, mfu=mfu)
 
 
 def section(text: str, title: str) -> str:
@@ -145,21 +145,16 @@ def test_plan_counts_with_the_mfu_that_is_given() -> None:
 
 def test_plan_tells_the_hfu_of_full_recomputation_and_counts_it_in_the_floor() -> None:
     recipe = load_recipe("openllama-3b-13l")
-    config = resolve(
-        {"kernels": {"activation_checkpointing": "full"}},
-        recipe,
-        origin="test",
-        shape=target_shape(recipe),
-        world_size=1,
-        machine=A6000,
-    ).config
-    told = budget_text(recipe, config, notes=(), world_size=1, gpu="a6000", cache_dir=Path("none"))
+    document = {"kernels": {"activation_checkpointing": "full"}}
+    resolved = resolve_for(recipe, document, "test", world_size=1, machine=A6000)
+    budget = checked_budget(recipe, resolved, None, 1)
+    told = budget_text(budget, notes=(), gpu="a6000")
     hours = section(told, "hours")
     assert "Activations are computed again: 14.86 GFLOP a token, so that 50 % MFU is 66 % HFU." in hours
     assert "324.5 213.4" in hours
     assert "--- scaling" not in told
     with pytest.raises(RecipeError, match=r"MFU 0\.9 is 118% of the peak when activations are computed again"):
-        budget_text(recipe, config, notes=(), world_size=1, gpu="a6000", cache_dir=Path("none"), mfu=0.9)
+        budget_text(budget, notes=(), gpu="a6000", mfu=0.9)
 
 
 def test_plan_is_for_the_gpu_that_is_here_when_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,15 +191,14 @@ def test_plan_scales_to_512_gpus_and_marks_what_cannot_be_shared() -> None:
 
 def test_what_does_not_fit_is_refused_with_advice() -> None:
     recipe = load_recipe("openllama-3b-13l")
-    config = resolve(
-        read(CONFIGS / "a6000.json"), recipe, origin="a6000", shape=target_shape(recipe), world_size=1, machine=A6000
-    ).config
-    refuse_what_does_not_fit(recipe, config, world_size=1, memory_gib=48.0)
+    resolved = resolve_for(recipe, read(CONFIGS / "a6000.json"), "a6000", world_size=1, machine=A6000)
+    budget = checked_budget(recipe, resolved, None, 1)
+    refuse_what_does_not_fit(budget, 48.0)
     with pytest.raises(RecipeError, match=r"2 sequences of 2048 tokens need 45\.2 GiB") as caught:
-        refuse_what_does_not_fit(recipe, config, world_size=1, memory_gib=44.0)
+        refuse_what_does_not_fit(budget, 44.0)
     assert caught.value.action == "set train_micro_batch_size_per_gpu to 1"
     unknown = load_recipe("quickstart", ["reference.model=EleutherAI/pythia-160m"])
-    refuse_what_does_not_fit(unknown, config, world_size=1, memory_gib=0.1)
+    refuse_what_does_not_fit(checked_budget(unknown, replace(resolved, shape=None), None, 1), 0.1)
 
 
 def test_plan_marks_counts_as_an_estimate_only_where_they_are(tmp_path: Path) -> None:
@@ -260,22 +254,17 @@ def test_plan_tells_that_a_recipe_is_trained_first() -> None:
     assert "download nothing recipe:quickstart-reference is trained first when it is missing" in budget
 
 
-def test_plan_refuses_what_does_not_fit() -> None:
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": 1},
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-    for override, kind in [
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
         ("target.select=first:9", SurgeryError),
         ("corpus.sources=[{kind: files, paths: [nowhere.txt]}]", CorpusError),
         ("training.duration=9 tokens", RecipeError),
-    ]:
-        with pytest.raises(kind):
-            plan(
-                load_recipe("quickstart", [override]), config, notes=(), world_size=1, gpu=None, cache_dir=Path("none")
-            )
+    ],
+)
+def test_plan_refuses_what_does_not_fit(override: str, kind: type[InherituneError]) -> None:
+    with pytest.raises(kind):
+        plan_of("quickstart", override, config="zero1")
 
 
 @pytest.mark.parametrize("duration", ["20 steps", "40_960 tokens", "5 epochs"])

@@ -12,21 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.plan.duration import windows_in
 
 _HASH_TOKENS = 1 << 20
-
-
-def windows_in(num_tokens: int, seq_len: int) -> int:
-    """Count the windows of a source.
-
-    Window w is `tokens[w * T : w * T + T + 1]`: neighbours share one token, the last of one being
-    the first of the next, so every token but the first is a target exactly once.
-
-    Args:
-        num_tokens: Tokens of the source.
-        seq_len: T, the inputs of a window.
-    """
-    return max(0, num_tokens - 1) // seq_len
 
 
 class TokenShards:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inheritune_ds.data.stream.windows import SourceTokens, TokenShards, Windows, windows_in
+from inheritune_ds.data.stream.windows import SourceTokens, TokenShards, Windows
 from inheritune_ds.errors import CorpusError
 
 
@@ -26,14 +26,6 @@ def shards_of(folder: Path, counts: list[int]) -> tuple[TokenShards, list[int]]:
     for path, part in zip(paths, np.split(tokens, np.cumsum(counts)[:-1]), strict=True):
         part.tofile(path)
     return TokenShards(paths, counts, "uint16"), tokens.tolist()
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "seq_len", "expected"),
-    [(0, 4, 0), (1, 4, 0), (4, 4, 0), (5, 4, 1), (8, 4, 1), (9, 4, 2), (10, 4, 2), (13, 4, 3), (2, 1, 1)],
-)
-def test_windows_in_counts_windows_with_a_next_token(num_tokens: int, seq_len: int, expected: int) -> None:
-    assert windows_in(num_tokens, seq_len) == expected
 
 
 @given(

@@ -1,0 +1,72 @@
+"""The `auto` micro-batch: the largest that the plan says fits, and the config of a recipe with it."""
+
+from dataclasses import replace
+from typing import Any
+
+from inheritune_ds.config import deepspeed_checks
+from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, batch_of, resolve
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.zero import read_layout
+from inheritune_ds.errors import InherituneError, RecipeError
+from inheritune_ds.plan.memory import largest_micro_batch
+from inheritune_ds.plan.shapes import target_shape
+
+
+def resolve_for(
+    recipe: Recipe, document: dict[str, Any], origin: str, *, world_size: int, machine: Machine
+) -> Resolved:
+    """Fill in all of a DeepSpeed config for a recipe: the shape of its target is found, and every `auto` is a number.
+
+    Args:
+        recipe: The experiment.
+        document: The user's JSON as `ds_document.read` returns it.
+        origin: How to call it in messages.
+        world_size: Number of ranks.
+        machine: What one rank has.
+
+    Raises:
+        InherituneError: With every problem found.
+    """
+    try:
+        shape = target_shape(recipe)
+    except InherituneError as error:
+        problems = deepspeed_checks.problems(document, origin, recipe.training.seq_len)
+        if not problems:
+            raise
+        raise RecipeError.of([error, *problems]) from None
+    resolved = resolve(document, recipe, origin=origin, shape=shape, world_size=world_size, machine=machine)
+    return fit(resolved, recipe, origin=origin, world_size=world_size, machine=machine)
+
+
+def fit(resolved: Resolved, recipe: Recipe, *, origin: str, world_size: int, machine: Machine) -> Resolved:
+    """Give a config without a micro-batch the largest that fits; another config is returned as it is.
+
+    Args:
+        resolved: The config of the recipe.
+        recipe: Owner of the global batch.
+        origin: How to call the user's JSON in messages.
+        world_size: Number of ranks; they share the batch evenly.
+        machine: What one rank has.
+
+    Raises:
+        RecipeError: The shape of the model is not known, or not even one sequence fits.
+    """
+    if MICRO_BATCH in resolved.config:
+        return resolved
+    if resolved.shape is None:
+        model = recipe.reference.model if recipe.reference else "the target"
+        raise RecipeError(
+            f"{origin}: {MICRO_BATCH}: auto needs the shape of the model, which is not known for {model}",
+            allowed="reference.shape in the recipe (families gpt2 and llama), or a number in the DeepSpeed config",
+            action=f'write "{MICRO_BATCH}": 8, or another number of sequences that fits',
+        )
+    windows = recipe.training.batch_windows
+    size = largest_micro_batch(
+        *resolved.shape,
+        memory_gib=machine.memory_gib,
+        batch_windows=windows,
+        **read_layout(resolved.config, seq_len=recipe.training.seq_len, world_size=world_size),
+    )
+    note = f"{MICRO_BATCH}: {size} (auto: the largest that {machine.memory_gib:.0f} GiB hold)"
+    config = {**resolved.config, **batch_of(size, windows // world_size)}
+    return replace(resolved, config=dict(sorted(config.items())), notes=(*resolved.notes, note))
