@@ -26,10 +26,15 @@ ALLOWED = (
     "first:n, last:n, range:a-b, every:k, even:n, drop:a-b, by:SCORE:n, or a list of blocks such as 0-7,20-23; "
     "blocks count from 0, both ends of a-b are included"
 )
-_COUNTED = ("first", "last", "every", "even")
-_RANGED = ("range", "drop")
-_NUMBER = re.compile(r"[0-9]{1,18}")
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_NUMBER = ("[0-9]{1,18}", "a number")
+_RANGE = (_NUMBER, ("-", "'-' and the last block"), _NUMBER)
+_NAME = ("[A-Za-z][A-Za-z0-9_-]*", "a score's name, such as rank or influence")
+_FORMS = {
+    **dict.fromkeys(("first", "last", "every", "even"), (_NUMBER,)),
+    **dict.fromkeys(("range", "drop"), _RANGE),
+    "by": (_NAME, (":", "':' and a number of blocks"), _NUMBER),
+}
+"""What follows the colon of a form, piece by piece: a regular expression, and what a refusal says is expected."""
 
 
 @dataclass(frozen=True)
@@ -140,74 +145,59 @@ def parse(text: str) -> Selection:
     Raises:
         RecipeError: Pointing at the character that cannot be read.
     """
-    head, colon, rest = text.partition(":")
-    start = len(head) + 1
-    if not colon:
+    form, colon, _ = text.partition(":")
+    if not colon and (not text or text[0].isdigit()):
         return Selection(text, "list", ranges=_list(text))
-    if head in _COUNTED:
-        count, end = _number(text, start)
-        _check_end(text, end)
-        return Selection(text, head, count=_positive(text, count, start))
-    if head in _RANGED:
-        pair, end = _range(text, start, required=True)
-        _check_end(text, end)
-        return Selection(text, head, ranges=(pair,))
-    if head == "by":
-        name = _NAME.match(rest)
-        if name is None:
-            raise _refusal(text, start, "a score's name, such as rank or influence")
-        end = start + name.end()
-        if text[end : end + 1] != ":":
-            raise _refusal(text, end, "':' and a number of blocks")
-        count, stop = _number(text, end + 1)
-        _check_end(text, stop)
-        return Selection(text, "by", count=_positive(text, count, end + 1), score=name.group())
-    nearest = difflib.get_close_matches(head, [*_COUNTED, *_RANGED, "by"], n=1)
-    raise _refusal(text, 0, f"'{nearest[0]}:'" if nearest else "a form or a block's number")
+    if not colon or form not in _FORMS:
+        nearest = difflib.get_close_matches(form, _FORMS, n=1)
+        named = f"'{nearest[0]}:'" + " and a number" * (not colon) if nearest else "a form or a block's number"
+        raise _refusal(text, 0, named)
+    found = _read(text, len(form) + 1, len(text), _FORMS[form], "nothing more")
+    if _FORMS[form] is _RANGE:
+        return Selection(text, form, ranges=(_pair(text, found[0], found[-1]),))
+    count = found[-1]
+    if int(count[0]) == 0:
+        raise _refusal(text, count.start(), "a number of at least 1")
+    return Selection(text, form, count=int(count[0]), score=found[0][0] if form == "by" else "")
 
 
 def _list(text: str) -> tuple[tuple[int, int], ...]:
-    if text and not text[0].isdigit():
-        nearest = difflib.get_close_matches(text, [*_COUNTED, *_RANGED, "by"], n=1)
-        raise _refusal(text, 0, f"'{nearest[0]}:' and a number" if nearest else "a form or a block's number")
-    ranges, end = [], -1
-    while end < len(text):
-        pair, end = _range(text, end + 1, required=False)
-        ranges.append(pair)
-        if end < len(text) and text[end] != ",":
-            raise _refusal(text, end, "',' or '-'" if pair[0] == pair[1] else "','")
+    """Read blocks and ranges of blocks between commas."""
+    ranges, start = [], 0
+    for item in text.split(","):
+        pieces, after = (_RANGE, "','") if re.match("[0-9]+-", item) else ((_NUMBER,), "',' or '-'")
+        found = _read(text, start, start + len(item), pieces, after)
+        ranges.append(_pair(text, found[0], found[-1]))
+        start += len(item) + 1
     return tuple(ranges)
 
 
-def _range(text: str, start: int, *, required: bool) -> tuple[tuple[int, int], int]:
-    """Read `a-b`, or `a` alone unless the dash is required; return the pair and where it ends."""
-    first, end = _number(text, start)
-    if text[end : end + 1] != "-":
-        if required:
-            raise _refusal(text, end, "'-' and the last block")
-        return (first, first), end
-    last, stop = _number(text, end + 1)
-    if last < first:
-        raise _refusal(text, end + 1, f"a block not before {first}")
-    return (first, last), stop
+def _read(text: str, start: int, end: int, pieces: Sequence[tuple[str, str]], after: str) -> list[re.Match[str]]:
+    """Match pieces one after the other, from start to end; nothing may be left.
+
+    Args:
+        text: The selection.
+        start: Where the first piece begins.
+        end: Where the last one ends.
+        pieces: Regular expressions, and what a refusal says is expected.
+        after: What a refusal says is expected behind the last piece.
+    """
+    found: list[re.Match[str]] = []
+    for pattern, expected in pieces:
+        match = re.compile(pattern).match(text, start, end)
+        if match is None:
+            raise _refusal(text, start, expected)
+        found.append(match)
+        start = match.end()
+    if start < end:
+        raise _refusal(text, start, after)
+    return found
 
 
-def _number(text: str, start: int) -> tuple[int, int]:
-    match = _NUMBER.match(text, start)
-    if match is None:
-        raise _refusal(text, start, "a number")
-    return int(match.group()), match.end()
-
-
-def _positive(text: str, count: int, start: int) -> int:
-    if count == 0:
-        raise _refusal(text, start, "a number of at least 1")
-    return count
-
-
-def _check_end(text: str, end: int) -> None:
-    if end < len(text):
-        raise _refusal(text, end, "nothing more")
+def _pair(text: str, first: re.Match[str], last: re.Match[str]) -> tuple[int, int]:
+    if int(last[0]) < int(first[0]):
+        raise _refusal(text, last.start(), f"a block not before {int(first[0])}")
+    return int(first[0]), int(last[0])
 
 
 def _refusal(text: str, position: int, expected: str) -> RecipeError:
