@@ -7,10 +7,11 @@ import torch
 
 from benchmarks.gpu_parts.part import Part
 from benchmarks.packing import PACKING, Setting, build, errors, times
+from inheritune_ds.config.kernels import Attention
 from inheritune_ds.errors import InherituneError
 from inheritune_ds.training.packing import WindowInputs, prove_apart
 
-ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+ATTENTIONS: tuple[Attention, ...] = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 LOSS_LIMIT, GRADIENT_LIMIT = {"fp32": 1e-5, "bf16": 5e-3}, {"fp32": 1e-4, "bf16": 2e-2}
 """fp32: the loss as promised for CPU and GPU alike. bf16: a pass by itself is off by as much (`kernel_parity`)."""
 _LLAMA = {"model_type": "llama", "num_key_value_heads": 4}

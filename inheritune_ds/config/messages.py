@@ -186,11 +186,12 @@ def _locate(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str]
 
 def _inside(outer: _Type, part: int | str) -> list[_Type]:
     """The type of a key of a model or a mapping, or of an item of a list."""
-    annotation, origin = outer[0], get_origin(outer[0])
+    annotation: Any = outer[0]
+    origin, parts = get_origin(annotation), get_args(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(str(part))
         return [(field.annotation, field.metadata)] if field else []
-    return [(get_args(annotation)[-1], ())] if origin is list or origin is tuple or origin is dict else []
+    return [(parts[-1], ())] if origin in (list, tuple, dict) else []
 
 
 def _branches(annotation: Any, metadata: Sequence[Any]) -> Iterator[_Type]:
