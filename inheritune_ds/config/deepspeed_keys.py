@@ -6,8 +6,7 @@ The keys are those of DeepSpeed 0.19; a test compares them with the installed pa
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Predicate
-from pydantic import BeforeValidator, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from inheritune_ds.config.fields import AUTO, Allowed, Auto, ConfigModel
 from inheritune_ds.config.kernels import KernelRequest
@@ -16,13 +15,20 @@ from inheritune_ds.config.reliability import SaveErrorPolicy
 
 OPTIMIZER_TYPE: Literal["AdamW"] = "AdamW"
 
+
+def _on(value: bool) -> bool:  # noqa: FBT001 - a validator
+    if not value:
+        raise ValueError
+    return value
+
+
 WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 """5e8 is a float in JSON, and whole."""
 Switch = Auto[bool]
-AlwaysOn = Auto[Annotated[bool, Predicate(bool), Allowed("true")]]
-Count = Auto[Annotated[int, Ge(0), WHOLE]]
-Positive = Auto[Annotated[int, Ge(1), WHOLE]]
-Number = Auto[Annotated[float, Ge(0)]]
+AlwaysOn = Auto[Annotated[bool, AfterValidator(_on), Allowed("true")]]
+Count = Auto[Annotated[int, Field(ge=0), WHOLE]]
+Positive = Auto[Annotated[int, Field(ge=1), WHOLE]]
+Number = Auto[Annotated[float, Field(ge=0)]]
 Path = Auto[Annotated[Annotated[str, StringConstraints(min_length=1)] | None, Allowed("a path, or null")]]
 Precision = Auto[Literal["fp32", "bf16", "fp16"]]
 OffloadDevice = Auto[
@@ -58,7 +64,9 @@ class OffloadOptimizer(ConfigModel):
     pipeline_write: Switch = AUTO
     fast_init: Switch = AUTO
     ratio: Auto[
-        Annotated[float, Ge(1), Le(1), Allowed("1; with less DeepSpeed does not save the moments that stay on the GPU")]
+        Annotated[
+            float, Field(ge=1, le=1), Allowed("1; with less DeepSpeed does not save the moments that stay on the GPU")
+        ]
     ] = AUTO
 
 
@@ -68,8 +76,7 @@ class Zero(ConfigModel):
     stage: Auto[
         Annotated[
             int,
-            Ge(1),
-            Le(3),
+            Field(ge=1, le=3),
             Allowed("1, 2 or 3", refused=0, reason="stage 0 loses precision in bf16 and has no gradient norm"),
         ]
     ] = AUTO
@@ -136,7 +143,7 @@ class FlopsProfiler(ConfigModel):
     enabled: Switch = AUTO
     recompute_fwd_factor: Number = AUTO
     profile_step: Positive = AUTO
-    module_depth: Auto[Annotated[int, Ge(-1), WHOLE]] = AUTO
+    module_depth: Auto[Annotated[int, Field(ge=-1), WHOLE]] = AUTO
     top_modules: Positive = AUTO
     detailed: Switch = AUTO
     output_file: Path = AUTO
@@ -184,13 +191,13 @@ class PassedOn(ConfigModel):
     dump_state: Switch = AUTO
     flops_profiler: Auto[FlopsProfiler | None] = AUTO
     fp16: Auto[Fp16 | None] = AUTO
-    gradient_predivide_factor: Auto[Annotated[float, Gt(0)]] = AUTO
+    gradient_predivide_factor: Auto[Annotated[float, Field(gt=0)]] = AUTO
     log_level: Auto[Literal["debug", "info", "warning", "error", "critical"]] = AUTO
     memory_breakdown: Switch = AUTO
     prescale_gradients: Switch = AUTO
     steps_per_print: Positive = AUTO
     timers: Auto[Timers | None] = AUTO
-    train_micro_batch_size_per_gpu: Auto[Annotated[int, Ge(1)]] = AUTO
+    train_micro_batch_size_per_gpu: Auto[Annotated[int, Field(ge=1)]] = AUTO
     wall_clock_breakdown: Switch = AUTO
     zero_allow_untested_optimizer: Switch = AUTO
     zero_force_ds_cpu_optimizer: Switch = AUTO
@@ -215,7 +222,9 @@ class Optimizer(ConfigModel):
     params: Auto[OptimizerParams | None] = AUTO
 
 
-Seconds = Auto[Annotated[float, Gt(0), Le(1e9), Allowed('seconds above 0, at most 1e9 ("watchdog": false for none)')]]
+Seconds = Auto[
+    Annotated[float, Field(gt=0, le=1e9), Allowed('seconds above 0, at most 1e9 ("watchdog": false for none)')]
+]
 """faulthandler's clock counts nanoseconds in 63 bits: it takes 9.2e9 s."""
 
 

@@ -16,7 +16,6 @@ from pydantic import (
     StringConstraints,
     Tag,
 )
-from pydantic_core import PydanticCustomError
 
 from inheritune_ds.errors import RecipeError
 
@@ -92,7 +91,7 @@ def _parsed(*units: str) -> PlainValidator:
     def parse(value: Any) -> Duration:
         match = form.fullmatch(str(value))
         if match is None:
-            raise PydanticCustomError("duration_form", "not a duration")
+            raise ValueError  # without a text: the words of `Allowed` say what is right
         amount, unit = int(match[1]) * _SCALES[match[2]], match[3]
         if amount == 0:
             raise ValueError("the duration must be at least 1")

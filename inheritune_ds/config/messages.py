@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -49,7 +48,7 @@ def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
         return _unknown_key(
             where, path, sorted({key for at in models_at(model, item["loc"][:-1]) for key in at.model_fields})
         )
-    if kind == "value_error":
+    if kind == "value_error" and str(context["error"]):
         return RecipeError(f"{where}: {context['error']}")
     if kind == "missing":
         return RecipeError(f"{where}: required key is missing", allowed=words(*field), action=f"add {key}")
@@ -131,7 +130,7 @@ def _plain(annotation: Any, metadata: Sequence[Any]) -> str:
         return '"auto"' if parts == ("auto",) else _any_of(parts)
     if origin in (list, tuple):
         items = "a list of text" if words(parts[0]) == "text" else "a list"
-        return items + " with at least one item" * any(isinstance(mark, MinLen) for mark in metadata)
+        return items + " with at least one item" * any(hasattr(mark, "min_length") for mark in metadata)
     if origin is dict:
         return "a mapping of keys to values"
     if issubclass(annotation, BaseModel):
@@ -145,12 +144,12 @@ def _any_of(items: Sequence[str]) -> str:
 
 
 def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
-    forms = ((Ge, "ge", ", {} or more"), (Gt, "gt", " above {}"), (Le, "le", ", at most {}"), (Lt, "lt", ", below {}"))
+    forms = {"ge": ", {} or more", "gt": " above {}", "le": ", at most {}", "lt": ", below {}"}
     for mark in metadata:
         for bound in mark.metadata if isinstance(mark, FieldInfo) else [mark]:
-            for kind, name, form in forms:
-                if isinstance(bound, kind):
-                    value = getattr(bound, name)
+            for name, form in forms.items():
+                value = getattr(bound, name, None)
+                if value is not None:
                     yield form.format(f"{value:g}" if isinstance(value, float) else value)
 
 
