@@ -121,7 +121,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
             lines += differences(before, after, f"{prefix}{key}.")
         elif _numbered(before) and _numbered(after):
             lines += differences(_numbered(before), _numbered(after), f"{prefix}{key}.")
-        elif before != after and not (is_nan(before) and is_nan(after)):
+        elif before != after and not (_is_nan(before) and _is_nan(after)):
             lines.append(f"{prefix}{key}: {short(before)} -> {short(after)}")
     return lines
 
@@ -133,5 +133,5 @@ def _numbered(value: Any) -> dict[str, Any]:
     return {str(number): item for number, item in enumerate(value)}
 
 
-def is_nan(value: Any) -> bool:
+def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
