@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +11,7 @@ import pytest
 
 from inheritune_ds.cli import main
 from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.plan import micro_batch
 from inheritune_ds.run import execute
 from inheritune_ds.run.folder import RunFolder
 
@@ -22,7 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     seen: list[bool] = []
     for name in ("install", "leave_from_anywhere"):
         monkeypatch.setattr(StopSignal, name, lambda _: None)
-    monkeypatch.setattr(execute, "execute", lambda _recipe, _launch, *, fresh: seen.append(fresh))
+    monkeypatch.setattr(execute, "execute", lambda _recipe, _resolved, _launch, *, fresh: seen.append(fresh))
     monkeypatch.setattr(RunFolder, "has_finished", lambda *_: True)
     with patch.dict(os.environ):
         for name in ("RANK", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
@@ -40,6 +42,17 @@ def test_fresh_starts_over_where_a_run_has_finished(tmp_path: Path, asked: list[
     assert asked == []
     assert train(tmp_path, "--fresh") == 0
     assert asked == [True]
+
+
+def test_a_launch_resolves_its_config_and_finds_its_target_once(tmp_path: Path, asked: list[bool]) -> None:
+    names = ("target_shape", "resolve", "fit")
+    with ExitStack() as stack:
+        watched = [
+            stack.enter_context(patch.object(micro_batch, name, wraps=getattr(micro_batch, name))) for name in names
+        ]
+        assert train(tmp_path, "--fresh") == 0
+    assert asked == [True]
+    assert [function.call_count for function in watched] == [1, 1, 1]
 
 
 def test_a_dry_run_with_fresh_changes_nothing(tmp_path: Path, asked: list[bool]) -> None:
