@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from inheritune_ds.errors import SurgeryError
+from inheritune_ds.storage.hub import first_line
 from inheritune_ds.surgery.blocks import find_blocks
 from inheritune_ds.surgery.config_cut import num_blocks
 from inheritune_ds.surgery.load import quiet_transformers
@@ -123,9 +124,8 @@ class MetaModel:
             with quiet_transformers():
                 info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), load_config)
         except Exception as error:  # noqa: BLE001 - whatever a family's own conversion raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise SurgeryError(
-                f"the weights of a {self.config.model_type} model cannot be loaded part by part: {reason}",
+                f"the weights of a {self.config.model_type} model cannot be loaded part by part: {first_line(error)}",
                 allowed="a model whose weights are converted block by block",
             ) from None
         self.model.tie_weights(recompute_mapping=False)
@@ -239,9 +239,8 @@ def _build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
         with torch.device("meta"), quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - model classes refuse configs with errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise SurgeryError(
-            f"no causal language model can be built from this {config.model_type} config: {reason}",
+            f"no causal language model can be built from this {config.model_type} config: {first_line(error)}",
             allowed="a decoder-only model, such as gpt2 or llama",
         ) from None
     model.eval()

@@ -18,6 +18,7 @@ from torch import nn
 from inheritune_ds.console import Meter
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.plan import model_size
+from inheritune_ds.storage.hub import first_line
 from inheritune_ds.surgery.compare import as_bytes
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.surgery.meta_model import MetaModel
@@ -251,10 +252,9 @@ def _forward(model: "PreTrainedModel", tokens_BT: torch.Tensor) -> None:  # noqa
     except _Stop:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a model's own code raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise SurgeryError(
             f"a {model.config.model_type} model cannot be proven: its forward pass on {tokens_BT.shape[1]} token ids "
-            f"fails: {reason}",
+            f"fails: {first_line(error)}",
             allowed="a causal language model that takes input_ids alone",
         ) from None
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from inheritune_ds.errors import RecipeError, SurgeryError
+from inheritune_ds.storage.hub import first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -208,8 +209,7 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _unreadable(path: Path, error: Exception) -> SurgeryError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     return SurgeryError(
-        f"{path} is damaged or cut short: {reason}",
+        f"{path} is damaged or cut short: {first_line(error)}",
         action="bring the file again and compare its sha256 with the source's",
     )

@@ -125,13 +125,14 @@ def test_records_that_are_left_out_do_not_pile_up(tmp_path: Path, bpe: str, monk
     texts = make_texts(30, words=30)
     path = write_jsonl(tmp_path / "corpus.jsonl", [*(["short"] * 2000), *texts])
     longest: list[int] = []
-    collect = Build._collect
+    jobs = Build._jobs
 
-    def watched(self: Build, waiting: Any, parts: Any, results: Any) -> Iterator[Any]:
-        longest.append(len(waiting))
-        return collect(self, waiting, parts, results)
+    def watched(self: Build, documents: Any, waiting: Any) -> Iterator[Any]:
+        for job in jobs(self, documents, waiting):
+            longest.append(len(waiting))
+            yield job
 
-    monkeypatch.setattr(Build, "_collect", watched)
+    monkeypatch.setattr(Build, "_jobs", watched)
     source = files_source(path, filters=Filters(min_characters=10))
     tokens = prepare(Corpus(sources=[source], validation_ratio=0.2), bpe, tmp_path / "cache", workers=1)
     assert tokens.manifest["filtered_documents"] == 2000
