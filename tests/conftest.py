@@ -1,5 +1,6 @@
 """Settings of the whole suite, the stand-in of the hub, and resolving a DeepSpeed config against a small recipe."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,16 @@ def own_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verb sets variables for the libraries that it loads; they are taken back."""
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    names = "DS_ACCELERATOR OMP_WAIT_POLICY GOMP_SPINCOUNT OMP_NUM_THREADS HF_HUB_DISABLE_PROGRESS_BARS"
+    for name in names.split():
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture

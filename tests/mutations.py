@@ -238,8 +238,8 @@ MUTATIONS = [
     Mutation(
         "blocks that divide their attention by their place could be moved",
         CONFIGS,
-        "if moved and values.get(key):",
-        "if not moved and values.get(key):",
+        "if tuple(blocks) == tuple(range(len(blocks))):",
+        "if tuple(blocks) != tuple(range(len(blocks))):",
     ),
     Mutation(
         "the reference's own config would be changed under its feet",

@@ -7,9 +7,8 @@ scratch, all tensors are fresh.
 """
 
 import logging
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +52,10 @@ class TargetModel:
     Attributes:
         folder: A Hugging Face folder.
         report: Its inheritance report.
-        seconds: What each phase of building it took; empty if it was found built.
     """
 
     folder: Path
     report: Mapping[str, Any]
-    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,6 @@ def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel
         StorageError: If the folder cannot be written.
     """
     config, selection, foreign = _fitted_config(cut)
-    clock = _Clock()
     plan, skeleton, values = plan_target(cut, config, selection)
     for source in plan.sources:
         if source.files.is_pickle:
@@ -174,21 +170,16 @@ def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel
             cut.tokenizer.save_pretrained(temporary)
         if cut.tokenizer_source is not None:
             copy_tokenizer(cut.tokenizer_source, temporary)
-        clock.lap("plan")
         write_shards(temporary, plan.grafts, values)
-        clock.lap("write")
         tensors = describe_tensors(temporary, plan.grafts, values.of)
         values.drop_fresh()
-        clock.lap("compare and hash")
         proven = prove(temporary, plan, skeleton, half=cut.target.width == "half")
-        clock.lap("proof")
         report = {**_describe(cut, selection, plan, skeleton, values), "proof": proven, "tensors": tensors}
         write_json(temporary / REPORT, report)
         licence = copy_licence(cut.reference.folder, temporary) if cut.reference else ""
         write_text(temporary / "README.md", target_card(report, licence, cut.command))
         write_json(temporary / MANIFEST, {"identity": cut.identity, "files": describe_files(temporary)})
-    clock.lap("publish")
-    return TargetModel(folder, report, clock.seconds)
+    return TargetModel(folder, report)
 
 
 def _fitted_config(cut: Cut) -> "tuple[PreTrainedConfig, tuple[int, ...], bool]":
@@ -225,19 +216,6 @@ def _describe(
         **_kept(plan, values, skeleton),
         "left_out": plan.left_out,
     }
-
-
-class _Clock:
-    """Seconds between laps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now
 
 
 def make_config(

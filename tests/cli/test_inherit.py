@@ -4,7 +4,6 @@ Whatever is refused leaves no output and the reference's folder as it was, byte 
 """
 
 import json
-import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -24,19 +23,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verb sets variables for the libraries that it loads; they are taken back."""
-    monkeypatch.setenv("PATH", os.environ["PATH"])
-    for name in (
-        "DS_ACCELERATOR",
-        "OMP_WAIT_POLICY",
-        "GOMP_SPINCOUNT",
-        "OMP_NUM_THREADS",
-        "HF_HUB_DISABLE_PROGRESS_BARS",
-    ):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 
 @pytest.fixture

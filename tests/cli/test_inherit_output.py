@@ -1,7 +1,6 @@
 """`inheritune-ds inherit`: where the target goes, and what is there already."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,19 +20,7 @@ WEIGHTS = "model.safetensors"
 BUILT = "holds a target that was built from something else"
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verb sets variables for the libraries that it loads; they are taken back."""
-    monkeypatch.setenv("PATH", os.environ["PATH"])
-    for name in (
-        "DS_ACCELERATOR",
-        "OMP_WAIT_POLICY",
-        "GOMP_SPINCOUNT",
-        "OMP_NUM_THREADS",
-        "HF_HUB_DISABLE_PROGRESS_BARS",
-    ):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 
 @pytest.fixture

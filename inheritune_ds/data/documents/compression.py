@@ -25,12 +25,14 @@ _ZSTD_PIECE_BYTES = 2**12
 _ZSTD_WINDOW_BYTES = 2**31
 
 
-def open_unpacked(path: Path, on_bytes: Callable[[int], None]) -> io.BufferedReader:
+def open_unpacked(path: Path, on_bytes: Callable[[int], None], file: io.RawIOBase | None = None) -> io.BufferedReader:
     """Open a file for reading what is packed in it; one without such an ending is read as it is.
 
     Args:
-        path: The file.
+        path: The file; its ending tells how it is packed.
         on_bytes: Told the bytes of every part of the file (packed) as it is read.
+        file: The file where it is open already, at its beginning, such as one on another machine; closed with the
+            stream. `path` is then its name only.
 
     Returns:
         A stream whose `read` raises CorpusError where the file is cut off or damaged.
@@ -38,18 +40,7 @@ def open_unpacked(path: Path, on_bytes: Callable[[int], None]) -> io.BufferedRea
     Raises:
         OSError: The file cannot be opened.
     """
-    return unpacked(path.open("rb", buffering=0), path, on_bytes)
-
-
-def unpacked(file: io.RawIOBase, path: Path, on_bytes: Callable[[int], None]) -> io.BufferedReader:
-    """Read what is packed in a file that is open already, such as one on another machine.
-
-    Args:
-        file: Open at its beginning; closed with the stream.
-        path: How to call it in messages; its ending tells how it is packed.
-        on_bytes: As for `open_unpacked`.
-    """
-    return io.BufferedReader(_Unpacked(path, file, on_bytes), _CHUNK_BYTES)
+    return io.BufferedReader(_Unpacked(path, file or path.open("rb", buffering=0), on_bytes), _CHUNK_BYTES)
 
 
 class _Frame(Protocol):

@@ -4,6 +4,7 @@ Every problem is told with the file and the line or row it stands in. What is le
 every record that is read gives one, with the reason if it has no text to train on.
 """
 
+import io
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -148,10 +149,13 @@ def read(
         begin = Cursor(number, start.record if number == start.file else 0)
         told = _Told(on_bytes)
         try:
-            found = yield from _file(path, rules, separator, begin, told)
+            found = yield from records(path, rules, separator, begin, told)
         except CorpusError:
             mark.check()  # a change is the cause of whatever was found wrong
             raise
+        except OSError as error:
+            mark.check()
+            raise cannot_read(path, error) from None
         mark.check()
         if found < begin.record:
             raise CorpusError(
@@ -188,17 +192,34 @@ class _Told:
         self._on_bytes(amount)
 
 
-def _file(
-    path: Path, rules: RecordRules, separator: str | None, start: Cursor, on_bytes: Callable[[int], None]
+def records(  # noqa: PLR0913, PLR0917 - what the readers of all formats need together
+    path: Path,
+    rules: RecordRules,
+    separator: str | None,
+    start: Cursor,
+    on_bytes: Callable[[int], None],
+    file: io.RawIOBase | None = None,
 ) -> Generator[Document, None, int]:
-    """Yield the records of one file; returns how many it has."""
+    """Yield the records of one file; returns how many it has.
+
+    Args:
+        path: The file; its ending tells the format.
+        rules: What is asked of a record.
+        separator: What stands between the documents of plain text.
+        start: The file's number, and how many records to pass over.
+        on_bytes: Told the bytes of the file that are done.
+        file: The file where it is open already, such as one on another machine; `path` is then its name only.
+
+    Raises:
+        CorpusError: The file is damaged, or has a bad record where these are refused.
+        OSError: The file cannot be read.
+    """
     kind = format_of(path)
-    try:
-        if kind in _TABLE_SUFFIXES:
-            return (yield from (tables.parquet if kind == ".parquet" else tables.arrow)(path, rules, start, on_bytes))
-        with compression.open_unpacked(path, on_bytes) as stream:
-            if kind == ".txt":
-                return (yield from text.plain_text(stream, path, rules, separator, start))
-            return (yield from text.json_lines(stream, path, rules, start))
-    except OSError as error:
-        raise cannot_read(path, error) from None
+    if kind == ".parquet":
+        return (yield from tables.parquet(path, rules, start, on_bytes, file))
+    if kind == ".arrow":
+        return (yield from tables.arrow(path, rules, start, on_bytes))
+    with compression.open_unpacked(path, on_bytes, file) as stream:
+        if kind == ".txt":
+            return (yield from text.plain_text(stream, path, rules, separator, start))
+        return (yield from text.json_lines(stream, path, rules, start))

@@ -11,13 +11,12 @@ import glob
 import io
 import os
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from inheritune_ds.config.corpus import HubSource
 from inheritune_ds.config.fields import is_local_path
-from inheritune_ds.data.documents import compression, tables, text
 from inheritune_ds.data.documents import files as readers
 from inheritune_ds.data.documents.hub_splits import files_of_split
 from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
@@ -179,19 +178,7 @@ def _streamed(
         if number >= start.file:
             begin = Cursor(number, start.record if number == start.file else 0)
             with _HubFile(repository, name) as file:
-                yield from _records(file, path, rules, begin, on_bytes)
-
-
-def _records(
-    file: "_HubFile", path: Path, rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
-) -> Generator[Document, None, int]:
-    kind = readers.format_of(path)
-    if kind == ".parquet":
-        return (yield from tables.parquet(path, rules, start, on_bytes, file))
-    with compression.unpacked(file, path, on_bytes) as stream:
-        if kind == ".txt":
-            return (yield from text.plain_text(stream, path, rules, LINE_END, start))
-        return (yield from text.json_lines(stream, path, rules, start))
+                yield from readers.records(path, rules, LINE_END, begin, on_bytes, file)
 
 
 class _HubFile(io.RawIOBase):

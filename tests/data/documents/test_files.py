@@ -108,9 +108,9 @@ def test_documents_open_no_file_before_the_start(tmp_path: Path, monkeypatch: py
     opened: list[str] = []
     taken = compression.open_unpacked
 
-    def note(path: Path, on_bytes: Callable[[int], None]) -> Any:
+    def note(path: Path, *more: Any) -> Any:
         opened.append(path.name)
-        return taken(path, on_bytes)
+        return taken(path, *more)
 
     monkeypatch.setattr(compression, "open_unpacked", note)
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):

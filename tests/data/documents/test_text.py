@@ -22,7 +22,7 @@ def rules(*, skip_bad: bool = False, **filters: Any) -> RecordRules:
 
 
 def stream_of(content: bytes) -> io.BufferedReader:
-    return compression.unpacked(cast("io.RawIOBase", io.BytesIO(content)), PLAIN, lambda _: None)
+    return compression.open_unpacked(PLAIN, lambda _: None, cast("io.RawIOBase", io.BytesIO(content)))
 
 
 def json_lines(content: bytes, asked: RecordRules | None = None, start: Cursor = START) -> list[Document]:
