@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
-from inheritune_ds.config.fields import ConfigModel, Text
+from inheritune_ds.config.fields import ConfigModel, Name, Text
 from inheritune_ds.config.loading import dump_recipe, load_recipe, read_document, shipped_names
 from inheritune_ds.config.messages import validate
 from inheritune_ds.config.model import RECIPE_PREFIX
@@ -55,7 +55,7 @@ class StudyRun(ConfigModel):
 class StudyFile(ConfigModel):
     """Runs to compare with each other."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     description: Text
     runs: Annotated[list[StudyRun], Field(min_length=1)]
     """In the order in which they are trained."""

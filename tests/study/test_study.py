@@ -210,7 +210,7 @@ def test_study_file_may_use_recipes_beside_it_and_overrides(bench: Path) -> None
         ({"runs": []}, r"study.yaml: runs: \[\] is not accepted"),
         ({"runs": [{"recipe": "quickstart", "role": "baseline"}]}, "one of the runs must have the role target"),
         ({"runs": [{"recipe": "quickstart", "role": "teacher"}]}, r"runs.0.role: 'teacher' is not accepted"),
-        ({"name": "../x"}, "name: '../x' is not of the right form"),
+        ({"name": "../x"}, "name: '../x' is not accepted\n  allowed: a name of letters, digits"),
         ({"run": []}, "study.yaml: run: unknown key"),
         (
             {"runs": [{"recipe": "quickstart", "role": "target"}, {"recipe": "quickstart", "role": "baseline"}]},
