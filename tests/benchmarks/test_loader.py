@@ -6,6 +6,7 @@ from benchmarks import loader
 from inheritune_ds.storage.files import read_json
 
 
+@pytest.mark.rehearsal
 def test_rehearsal_compares_all_loaders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "loader.json"
     assert loader.main(["--rehearse", "--out", str(out)]) == 0

@@ -48,6 +48,7 @@ def test_ranks_beyond_the_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> N
     assert four["communication_s"] > 2 * two["communication_s"] > 0.0
 
 
+@pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(300)
 def test_calibration_and_measurement_run_on_two_ranks() -> None:

@@ -9,7 +9,7 @@ from benchmarks.campaign.elastic import PART, TOLERANCE
 from benchmarks.campaign.resumes import windows_of
 
 
-@pytest.mark.thorough
+@pytest.mark.usefixtures("forked")
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)

@@ -14,7 +14,7 @@ from inheritune_ds.checkpoints.manifest import published
 from inheritune_ds.checkpoints.shard_reader import read_shard
 
 
-@pytest.mark.thorough
+@pytest.mark.usefixtures("forked")
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)

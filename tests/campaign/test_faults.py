@@ -8,7 +8,7 @@ from benchmarks.campaign.cases import Case
 from benchmarks.campaign.faults import PART
 
 
-@pytest.mark.thorough
+@pytest.mark.usefixtures("forked")
 @pytest.mark.launch
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", PART.chosen(short=True), ids=lambda case: case.name)

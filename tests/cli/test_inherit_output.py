@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +11,10 @@ import pytest
 from inheritune_ds.cli import main
 from inheritune_ds.surgery import inherit as surgery
 from inheritune_ds.surgery import reference as origin
+from tests.launching import environment
 from tests.surgery import tiny
 from tests.surgery.tiny import contents
+from tests.warm_python import WarmPython
 
 WEIGHTS = "model.safetensors"
 BUILT = "holds a target that was built from something else"
@@ -272,11 +272,13 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.launch
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_tidies_up(number: signal.Signals, reference: Path, tmp_path: Path) -> None:
+def test_a_signal_tidies_up(number: signal.Signals, reference: Path, tmp_path: Path, warm: WarmPython) -> None:
     words = ["inherit", "--reference", str(reference), "--select", "first:2", "--output", str(tmp_path / "target")]
-    with subprocess.Popen([sys.executable, "-c", HELD, *words], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "building\n"
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as output:
+        process = warm.start(["-c", HELD, *words], cwd=tmp_path, env=environment(), stdout=writer)
+        os.close(writer)
+        assert output.readline() == "building\n"
         time.sleep(0.1)
         process.send_signal(number)
         assert process.wait(timeout=60) == 130

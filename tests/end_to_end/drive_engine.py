@@ -1,4 +1,4 @@
-"""Launched by tests: what one engine does inside a step. `python drive_engine.py OUT.json` writes one object.
+"""Launched by tests: what one engine does inside a step. `drive_engine.py OUT.json [--compiled]` writes an object.
 
 `accumulation`: loss and gradient of the same 16 windows, cut in several ways; padded ones among them, and documents
 that are kept apart.
@@ -15,25 +15,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.config.messages import validate
-from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.config.yaml import parse_yaml
 from inheritune_ds.distributed.environment import prepare_environment
 from inheritune_ds.distributed.world import detect, export
+from tests import tiny
 
-RECIPE = """
-name: engine
-description: a tiny llama
-target:
-  shape: {{model_type: llama, vocab_size: 257, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 4,
-          intermediate_size: 64, max_position_embeddings: 32}}
-corpus: {{sources: [{{kind: embedded}}], tokenizer: {{vocab_size: 257}}}}
-training: {{seq_len: 32, global_batch_tokens: {tokens}, duration: 50 steps}}
-optimizer: {{lr: 3.0e-3, betas: [0.5, 0.95], max_grad_norm: 0.0}}
-schedule: {{kind: constant}}
-validation: {{interval_steps: 1000}}
-checkpoint: {{interval_steps: 1000}}
-"""
 SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "unique")
 """Operators that make the host wait for a device."""
 WARM_UP_STEPS, STEPS = 10, 15
@@ -44,44 +29,21 @@ def build(
     size: int, accumulation: int, *, compiled: bool = False, precision: str = "fp32", documents: bool = False
 ) -> Any:
     """An engine for micro-batches of a size."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from inheritune_ds.config.deepspeed import Machine, resolve
-    from inheritune_ds.plan.shapes import target_shape
-    from inheritune_ds.surgery.load import build_config
-    from inheritune_ds.training.engine import Engine
-    from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.packing import DocumentPacking
 
-    recipe = validate(Recipe, parse_yaml(RECIPE.format(tokens=32 * size * accumulation), "engine"), "engine")
-    document = {
-        "bf16": {"enabled": precision == "bf16"},
-        "train_micro_batch_size_per_gpu": size,
-        "kernels": {"compile": compiled},
-    }
-    resolved = resolve(
-        document,
-        recipe,
-        origin="test",
-        shape=target_shape(recipe),
-        world_size=1,
-        machine=Machine("cpu", 8.0, bf16=True),
-    )
-    assert recipe.target.shape is not None
-    torch.manual_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
-    kernels, _ = choose_kernels(
-        resolved.kernels,
-        config=model.config,
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        zero_stage=1,
-        offload=False,
-        run_flops=None,
+    recipe = tiny.recipe(
+        training={"seq_len": 32, "global_batch_tokens": 32 * size * accumulation, "duration": "50 steps"},
+        optimizer={"lr": 3e-3, "betas": [0.5, 0.95], "max_grad_norm": 0.0},
     )
     packing = DocumentPacking(EOS) if documents else None
-    return Engine(model, resolved.config, detect(os.environ), kernels, packing)
+    return tiny.engine(
+        recipe,
+        detect(os.environ),
+        precision=precision,
+        micro_batch=size,
+        packing=packing,
+        kernels={"compile": compiled},
+    )
 
 
 def windows(kind: str) -> Any:
@@ -183,6 +145,7 @@ def main() -> None:
     """Measure all and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     world = detect(os.environ)
     export(world, os.environ)
@@ -194,7 +157,7 @@ def main() -> None:
     result = {
         "accumulation": [{"size": size, "kind": kind, **one_step(size, kind)} for size, kind in cuts],
         "eager": [counts(compiled=False, documents=documents) for documents in (False, True)],
-        "compiled": [counts(compiled=True, documents=documents) for documents in (False, True)],
+        "compiled": [counts(compiled=True, documents=documents) for documents in (False, True) if args.compiled],
     }
     args.out.write_text(json.dumps(result), encoding="utf-8")
     leave_process_group()

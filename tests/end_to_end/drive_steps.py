@@ -18,30 +18,23 @@ from numpy.typing import NDArray
 
 from inheritune_ds.config.messages import validate
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.config.yaml import parse_yaml
 from inheritune_ds.distributed.environment import prepare_environment
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World, detect, export
+from tests import tiny
 
 END_OF_DOCUMENT = 25
 """Stands every 29 tokens or so."""
 Ids = NDArray[np.int64]
 GOLDEN = Path(__file__).parent.parent / "golden"
-RECIPE = """
-name: golden
-description: a tiny llama on synthetic tokens
-seed: 7
-target:
-  shape: {model_type: llama, vocab_size: 257, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 4,
-          num_key_value_heads: 2, intermediate_size: 64, max_position_embeddings: 32}
-corpus: {sources: [{kind: embedded}], tokenizer: {vocab_size: 257}}
-training: {seq_len: 32, global_batch_tokens: 512, duration: 50 steps}
-optimizer: {lr: 3.0e-3}
-schedule: {kind: cosine, warmup_steps: 5}
-validation: {interval_steps: 1000, max_tokens: 512}
-checkpoint: {interval_steps: 1000}
-logging: {interval_steps: 1}
-"""
+RECIPE = tiny.document(
+    name="golden",
+    seed=7,
+    target={"shape": {**tiny.LLAMA, "num_key_value_heads": 2}},
+    schedule={"kind": "cosine", "warmup_steps": 5},
+    validation={"interval_steps": 1000, "max_tokens": 512},
+    logging={"interval_steps": 1},
+)
 
 
 class Collector:
@@ -69,51 +62,24 @@ class Collector:
 def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: Path) -> dict[str, Any]:
     """Train a freshly built model under one ZeRO stage."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from inheritune_ds.checkpoints.saver import Saver
     from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.checkpoints.train_state import SavedLayout
-    from inheritune_ds.config.deepspeed import Machine, resolve
     from inheritune_ds.config.reliability import Reliability
     from inheritune_ds.data.stream.batches import BatchStream
     from inheritune_ds.data.stream.validation_windows import HeldOut
     from inheritune_ds.data.stream.windows import SourceTokens, Windows
     from inheritune_ds.distributed.watchdog import Watchdog
-    from inheritune_ds.plan.shapes import target_shape
     from inheritune_ds.surgery.compare import weights_sha256
-    from inheritune_ds.surgery.load import build_config
-    from inheritune_ds.training.engine import Engine
-    from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.loop import LoopParts, train
     from inheritune_ds.training.packing import DocumentPacking
     from inheritune_ds.training.requests import Controls
     from inheritune_ds.training.validation import Validator
 
     stage, packing = int(named[0]), DocumentPacking(END_OF_DOCUMENT) if named.endswith("d") else None
-    document = {
-        "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": precision == "bf16"},
-        "train_micro_batch_size_per_gpu": 2,
-    }
-    machine = Machine("cpu", 8.0, bf16=True)
-    resolved = resolve(
-        document, recipe, origin="test", shape=target_shape(recipe), world_size=world.size, machine=machine
-    )
-    assert recipe.target.shape is not None
-    torch.manual_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
-    given = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    kernels, _ = choose_kernels(
-        resolved.kernels,
-        config=model.config,
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        zero_stage=stage,
-        offload=False,
-        run_flops=None,
-    )
-    engine = Engine(model, resolved.config, world, kernels, packing)
+    given = dict(tiny.model(recipe).named_parameters())
+    engine = tiny.engine(recipe, world, stage=stage, precision=precision, packing=packing)
     masters_exact = all(torch.equal(given[name], value) for name, value in engine.full_parameters())
     tokens = GOLDEN / "tokens.bin"
     windows = Windows.of_file(tokens, "uint16", recipe.training.seq_len, tokens.stat().st_size // 2)
@@ -144,7 +110,7 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
         watch=Watchdog(Reliability(watchdog=False), world, folder, on_hang=print),
         world=world,
         eval_dir=folder,
-        micro_batch_size=resolved.micro_batch_size,
+        micro_batch_size=2,
         utilisation=None,
         data_metrics=lambda _state: {},
     )
@@ -179,9 +145,8 @@ def main() -> None:
     parser.add_argument("precision", nargs="?", default="fp32")
     parser.add_argument("--local_rank", type=int)
     args = parser.parse_args()
-    document = parse_yaml(RECIPE, "golden")
-    document["training"]["duration"] = f"{args.steps} steps"
-    recipe = validate(Recipe, document, "golden")
+    training = {**RECIPE["training"], "duration": f"{args.steps} steps"}
+    recipe = validate(Recipe, {**RECIPE, "training": training}, "golden")
     world = detect(os.environ)
     export(world, os.environ)
     prepare_environment(os.environ, kind="cpu")

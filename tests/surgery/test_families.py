@@ -19,6 +19,8 @@ from tests.surgery.refusals import IN_PLACE, REFUSED
 
 SELECTIONS = {"first:3": (0, 1, 2), "last:2": (4, 5), "0,2,5": (0, 2, 5), "even:3": (0, 3, 5)}
 NAMES = [*TINY, *VARIANTS]
+QUICK = {"gpt2", "llama", *NAMES[::6]}
+"""The others take minutes, and belong to `make test-all`."""
 
 
 def make_reference(name: str, folder: Path) -> None:
@@ -59,7 +61,9 @@ def state_after(folder: Path, block: int = 2) -> torch.Tensor:
     return caught[0].clone()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough) for name in NAMES]
+)
 def test_every_family_is_cut_exactly_or_refused(name: str, tmp_path: Path) -> None:
     reference = tmp_path / "reference"
     make_reference(name, reference)

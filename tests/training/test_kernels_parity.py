@@ -37,7 +37,9 @@ if INTERPRETED:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("dtype", LIMIT, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name == "compiled" else name for name in PATHS]
+)
 def test_gradients_are_those_of_fp64(name: str, family: str, dtype: torch.dtype) -> None:
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("numpy has no bf16, and the interpreter computes with it")

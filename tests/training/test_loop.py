@@ -23,7 +23,7 @@ from inheritune_ds.distributed.watchdog import Watchdog
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import StorageError, TrainingError
 from inheritune_ds.training.engine import StepResult
-from inheritune_ds.training.loop import LoopParts, train
+from inheritune_ds.training.loop import LoopParts, seed_step, train
 from inheritune_ds.training.requests import Controls
 from inheritune_ds.training.validation import Validator
 
@@ -318,3 +318,16 @@ def test_a_disk_that_refuses_the_losses_of_windows_ends_nothing_before_the_last_
         train(work, 5, TrainState(step=3))
     assert [line[:7] for line in told.lines if "has the mean" in line] == ["WARNING"]
     assert [row["step"] for row in told.rows if "val/loss" in row] == [4]
+
+
+def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        torch.rand(step + rank)  # what was drawn before does not matter
+        seed_step(seed, step, rank)
+        return float(torch.rand(()))
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    combinations = [(seed, step, rank) for seed in (1, 12) for step in (0, 1, 23, 3) for rank in (0, 1, 3)]
+    assert len({draw(*combination) for combination in combinations}) == len(combinations)
+    seed_step(1337, 0, 0)
+    assert torch.initial_seed() == 5_906_761_872_107_461_528  # runs that were begun go on with it

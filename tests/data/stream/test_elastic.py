@@ -84,6 +84,7 @@ def commit(logs: list[Path], first: int) -> list[Row]:
     return rows
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_killed_and_resumed_runs_of_other_world_sizes_read_the_sequence_of_an_undisturbed_one(
     tmp_path: Path, context: ForkServerContext

@@ -83,6 +83,7 @@ def undisturbed(
         yield preparer, whole, files_below(folder / "whole" / "tokens" / name)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.timeout(300)

@@ -57,6 +57,7 @@ def nanogpt_windows(shards: Sequence[Path], length: int) -> Iterator[tuple[npt.N
             yield data[i : i + length].astype(np.int64), data[i + 1 : i + 1 + length].astype(np.int64)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
