@@ -148,7 +148,8 @@ def _serve() -> dict[str, Any] | None:
     gc.freeze()  # the children share these pages as long as nobody touches them
     running: dict[int, int] = {}  # pidfd -> process
     while True:
-        ready, _, _ = select.select([control, *running], [], [])
+        watched: list[socket.socket | int] = [control, *running]
+        ready, _, _ = select.select(watched, [], [])
         for ended in [one for one in ready if isinstance(one, int)]:
             os.close(ended)
             pid = running.pop(ended)

@@ -59,8 +59,9 @@ Start = Callable[..., Watched]
 def start(warm: WarmPython, tmp_path: Path) -> Iterator[Start]:
     started: list[Watched] = []
 
-    def make(body: str, limits: dict[str, float] | None = None, **extra: str) -> Watched:
-        words = ["-c", PROGRAM.replace("BODY", body), str(tmp_path), json.dumps(limits or {"step": LIMIT_S})]
+    def make(body: str, limits: dict[str, float] | None = None, folder: Path = tmp_path, **extra: str) -> Watched:
+        folder.mkdir(exist_ok=True)
+        words = ["-c", PROGRAM.replace("BODY", body), str(folder), json.dumps(limits or {"step": LIMIT_S})]
         path = tmp_path / f"errors-{len(started)}.txt"
         with path.open("wb") as log:
             process = warm.start(words, cwd=tmp_path, env=environment(**extra), stdout=log)
@@ -131,22 +132,21 @@ def test_a_rank_leaves_alone_when_the_store_has_gone(start: Start, tmp_path: Pat
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(
-    "before",
-    [
-        "pass",  # not one tick of the watch's thread
-        "time.sleep(1.2 * 0.5)",
-        "with watch.phase('validation', 7): pass",  # its longer limit is over with it
-    ],
-)
-def test_work_that_holds_the_interpreter_is_ended_a_little_later(before: str, start: Start, tmp_path: Path) -> None:
-    body = f"with watch.phase('step', 7):\n    {before}\n    ctypes.PyDLL(None).sleep(600)"
-    process = start(body, {"step": LIMIT_S, "validation": 60.0})
-    code, errors = process.end()
-    assert seconds_since_begin(tmp_path) < LIMIT_S + GRACE_S + 3 * TICK_S + SLACK_S
-    assert code == 1
-    assert "Timeout" in errors
-    assert '  File "<string>", line ' in errors
+def test_work_that_holds_the_interpreter_is_ended_a_little_later(start: Start, tmp_path: Path) -> None:
+    befores = {
+        "no tick of the watch's thread": "pass",
+        "a tick": "time.sleep(1.2 * 0.5)",
+        "a phase inside, whose longer limit is over with it": "with watch.phase('validation', 7): pass",
+    }
+    body = "with watch.phase('step', 7):\n    {}\n    ctypes.PyDLL(None).sleep(600)"
+    limits = {"step": LIMIT_S, "validation": 60.0}
+    started = {name: start(body.format(before), limits, tmp_path / name) for name, before in befores.items()}
+    for name, process in started.items():
+        code, errors = process.end()
+        assert seconds_since_begin(tmp_path / name) < LIMIT_S + GRACE_S + 3 * TICK_S + SLACK_S
+        assert code == 1
+        assert "Timeout" in errors
+        assert '  File "<string>", line ' in errors
 
 
 @pytest.mark.launch
@@ -189,25 +189,27 @@ time.sleep(3.0)
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("number", "grace_s"), [(signal.SIGSTOP, GRACE_S), (signal.SIGTSTP, 0.5)])
-def test_a_suspended_process_is_not_a_hung_one(
-    number: signal.Signals, grace_s: float, start: Start, tmp_path: Path
-) -> None:
+def test_a_suspended_process_is_not_a_hung_one(start: Start, tmp_path: Path) -> None:
     # A stop that is announced may be as long as it likes: here it is longer than limit and grace.
     limit_s = 2.0
-    grace = f"import inheritune_ds.distributed.watchdog as module\nmodule.GRACE_S = {grace_s}\n"
-    body = f"{grace}with watch.phase('step', 7):\n    for _ in range(20):\n        time.sleep(0.05)"
-    process = start(body, {"step": limit_s})
+    body = "import inheritune_ds.distributed.watchdog as module\nmodule.GRACE_S = {}\n"
+    body += "with watch.phase('step', 7):\n    for _ in range(20):\n        time.sleep(0.05)"
+    started = {
+        number: start(body.format(grace_s), {"step": limit_s}, tmp_path / number.name)
+        for number, grace_s in ((signal.SIGSTOP, GRACE_S), (signal.SIGTSTP, 0.5))
+    }
     deadline_s = time.monotonic() + 60
-    while not (tmp_path / "began-0").exists() and time.monotonic() < deadline_s:
+    while not all((tmp_path / number.name / "began-0").exists() for number in started):
+        assert time.monotonic() < deadline_s
         time.sleep(0.002)
     time.sleep(0.6)  # faulthandler is waiting, too
-    process.process.send_signal(number)
+    for number, process in started.items():
+        process.process.send_signal(number)
     time.sleep(limit_s + 2.0)
-    assert not (tmp_path / "done-0").exists(), "it was not stopped in time"
-    process.process.send_signal(signal.SIGCONT)
-    code, errors = process.end()
-    assert (code, errors) == (0, "")
+    for number, process in started.items():
+        assert not (tmp_path / number.name / "done-0").exists(), "it was not stopped in time"
+        process.process.send_signal(signal.SIGCONT)
+    assert [process.end() for process in started.values()] == [(0, "")] * 2
 
 
 def test_it_can_be_turned_off(tmp_path: Path) -> None:

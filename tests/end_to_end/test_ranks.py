@@ -108,7 +108,7 @@ def test_another_precision_is_refused_and_changes_nothing(
 
 def test_a_finished_run_says_so_without_its_corpus(launch: Launch, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    launch("train.py", *arguments(recipe, tmp_path), launcher="deepspeed", ranks=2)
+    launch("train.py", *arguments(recipe, tmp_path), launcher="deepspeed")
     (tmp_path / "corpus.jsonl").unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     report = os.path.relpath(tmp_path / "runs/tiny/report/report.md", tmp_path)
