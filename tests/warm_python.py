@@ -3,8 +3,9 @@
 `WarmPython.start` takes what `subprocess.Popen` takes for a command `python WORDS`, and the process that it returns has
 the same methods. The server (this file as a script) is one process with one thread: a lock that another thread holds
 during a fork would stay locked in the child. A child gets the words, the environment, the folder and the three streams
-of its start, and ends as any interpreter does. Two things differ from a new process: what the imports read from the
-environment is that of the server, and /proc/PID/cmdline and /proc/PID/environ are the server's.
+of its start, and ends as any interpreter does. Three things differ from a new process: what the imports read from the
+environment is the server's, /proc/PID/cmdline and /proc/PID/environ are the server's, and all ranks order their sets
+alike, because they share the seed of the server's hashes.
 """
 
 import gc
