@@ -69,7 +69,7 @@ def windows() -> torch.Tensor:
 
 
 def step(engine: Engine, **how: Any) -> Any:
-    return engine.train_step(list(windows().split(4)), lr=1e-3, **how)
+    return engine.train_step(list(windows().view(2, 4, -1)), lr=1e-3, **how)
 
 
 def losses_of(model: Any) -> torch.Tensor:
@@ -87,7 +87,7 @@ def state(engine: Engine) -> str:
 def test_an_update_is_that_of_the_mean_over_all_tokens(stage: int, precision: str, make: Make) -> None:
     model = tiny.model(RECIPE)
     loss = losses_of(model).mean()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     engine = make(stage, precision, zero_optimization={"sub_group_size": 1000} if stage == 3 else {})
     before, found = state(engine), step(engine)
@@ -106,7 +106,7 @@ def spoil_loss(engine: Engine, value: float) -> Any:
 
 def spoil_gradient(engine: Engine, value: float) -> Any:
     (parameter,) = (own for name, own in engine.module.named_parameters() if name == "model.norm.weight")
-    return parameter.register_hook(lambda gradient: gradient * value)
+    return parameter.register_hook(lambda gradient: gradient * value)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
@@ -197,7 +197,7 @@ def test_a_token_id_that_the_model_has_not_is_refused_on_all_ranks(make: Make, m
     rows[5, 2] = VOCABULARY
     before = state(engine)
     with pytest.raises(CorpusError) as caught:
-        engine.train_step(list(rows.split(4)), lr=0.1)
+        engine.train_step(list(rows.view(2, 4, -1)), lr=0.1)
     assert caught.value.problem == "step 1: the batch has token id 257, but the model has 257 tokens"
     assert caught.value.allowed == "0 to 256"
     assert "a token file is damaged" in caught.value.action
