@@ -1,6 +1,7 @@
 """`inheritune-ds inherit`: where the target goes, and what is there already."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
