@@ -113,7 +113,7 @@ class Writers:
         start_s = time.perf_counter()
         assert checkpoints.save(self._engine, TrainState(step=self._step))
         blocked_s = time.perf_counter() - start_s
-        assert checkpoints.settle()  # the one before is read back and deleted, too: that holds nobody up
+        assert checkpoints.wait()  # the one before is read back and deleted, too: that holds nobody up
         return {name: checkpoints.last_save_s, **({"blocked": blocked_s} if name == "async" else {})}
 
     def measure(self, rounds: int) -> list[dict[str, float]]:

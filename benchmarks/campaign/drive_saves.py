@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from benchmarks.ranks import Case, build_engine, join_ranks
-from inheritune_ds.checkpoints import store
+from inheritune_ds.checkpoints import store as checkpoint_store
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.errors import InherituneError
@@ -58,7 +58,7 @@ class Writers:
     """This rank's writers of shards, manifest and pointer, with a fault in one of them."""
 
     def __init__(self, rank: int) -> None:
-        from inheritune_ds.checkpoints import saver, shard_writer
+        from inheritune_ds.training import checkpoints, shard_writer
 
         self._rank = rank
         self._fault: Fault | None = None
@@ -66,8 +66,8 @@ class Writers:
         self._write_shard: Callable[..., dict[str, Any]] = shard_writer.write_shard
         file = shard_writer._HashedFile  # noqa: SLF001 - a fault comes when half of a file is written
         self._append = file._append  # noqa: SLF001
-        patch.object(saver, "write_shard", self._shard).start()
-        patch.object(store, "write_exact", self._text).start()
+        patch.object(checkpoints, "write_shard", self._shard).start()
+        patch.object(checkpoint_store, "write_exact", self._text).start()
         patch.object(file, "_append", self._half_way()).start()
 
     def arm(self, fault: Fault | None) -> None:
@@ -126,7 +126,7 @@ def main(folder: Path, plan: dict[str, Any]) -> int:
     from inheritune_ds.config.reliability import Reliability
 
     engine, _ = build_engine(Case(stage=plan["stage"], hidden_size=32, blocks=2, vocab_size=300, seq_len=16), world)
-    saver = Saver(
+    checkpoints = Saver(
         CheckpointStore(folder / "checkpoints", keep=1000),
         layout=SavedLayout(world.size, plan["stage"], "bf16"),
         world=world,
@@ -139,9 +139,9 @@ def main(folder: Path, plan: dict[str, Any]) -> int:
     try:
         for step, fault in enumerate([None, *plan["faults"]], 1):
             writers.arm(None if fault is None else Fault(**fault))
-            saved = saver.save(engine, TrainState(step=step))
-            answers.append(saved and saver.settle())
-        saver.close()
+            saved = checkpoints.save(engine, TrainState(step=step))
+            answers.append(saved and checkpoints.wait())
+        checkpoints.close()
     except InherituneError as error:
         print(error, flush=True)
         return error.exit_code

@@ -193,7 +193,7 @@ class Trials:
         with self._disk.refusing(self._kind, refused if self._world.rank == self._where else 0):
             try:
                 saved = checkpoints.save(self._engine, TrainState(step=self._step, tokens=0))
-                saved = checkpoints.settle() and saved
+                saved = checkpoints.wait() and saved
             except StorageError as error:
                 self._said.append(error.problem)
                 saved = False
@@ -234,7 +234,7 @@ class Trials:
         """What lies in the folder after a refusal, on rank 0; the step of the newest verified checkpoint."""
         if not self._world.is_main:
             return 0
-        newest = self._store.newest_verified(lambda _: None)
+        newest = self._store.newest_intact(lambda _: None)
         assert newest is not None
         # Once it stands under its name it counts, even if the pointer could not follow.
         steps = {self._step} if saved else {before, self._step}

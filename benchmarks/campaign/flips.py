@@ -83,7 +83,7 @@ class Trial:
             shutil.copyfile(path, self._plain / f"{self.found:04d}.pt")
         lines: list[str] = []
         start_s = time.monotonic()
-        chosen = self._store.newest_verified(lines.append)
+        chosen = self._store.newest_intact(lines.append)
         took_s = time.monotonic() - start_s
         assert chosen == self.before, f"{name}: {chosen} was chosen, not {self.before}"
         wanted = f"WARNING: checkpoint {self.newest} is passed over: "

@@ -73,7 +73,7 @@ def _pointer(folder: Path, *, harm: str) -> Figures:
     for expected in (newest, before):
         lines: list[str] = []
         start_s = time.monotonic()
-        chosen = store.newest_verified(lines.append)
+        chosen = store.newest_intact(lines.append)
         slowest_s = max(slowest_s, time.monotonic() - start_s)
         assert chosen == expected, f"{chosen} was chosen, not {expected}"
         assert told in lines[0], f"not told {told!r}: {lines}"
@@ -115,13 +115,13 @@ LOSSES: dict[str, tuple[Callable[[Path], None], str]] = {
 def _loss(folder: Path, *, harm: str) -> Figures:
     """A run whose checkpoints are lost is refused; one that has never saved is not."""
     store = _made(folder)
-    assert CheckpointStore(folder / "other" / "checkpoints", keep=9).newest_verified(print) is None
+    assert CheckpointStore(folder / "other" / "checkpoints", keep=9).newest_intact(print) is None
     (folder / "run" / "status.json").write_text('{"state": "running", "step": 12}', encoding="utf-8")
     do, told = LOSSES[harm]
     do(store.folder)
     refusal: CheckpointError | None = None
     try:
-        chosen = store.newest_verified(lambda _: None)
+        chosen = store.newest_intact(lambda _: None)
     except CheckpointError as error:
         refusal = error
     assert refusal is not None, f"not refused: {chosen} was chosen"

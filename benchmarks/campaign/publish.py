@@ -176,7 +176,7 @@ def _killed(folder: Path, *, stage: int, background: bool, rank: int, file: str)
     lines: list[str] = []
     store = CheckpointStore(folder / "checkpoints", keep=3)
     store.claim_generation()
-    newest = store.newest_verified(lines.append)
+    newest = store.newest_intact(lines.append)
     # The pointer is written after the rename, so step 2 is published by then.
     assert newest is not None
     assert newest.name == ("step-00000002" if file == POINTER else "step-00000001")

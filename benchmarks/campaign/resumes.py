@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from inheritune_ds.training.shard_reader import read_shard
 
 from benchmarks.campaign.launching import numerics, rows, run_to_end
 from inheritune_ds.checkpoints.manifest import POINTER, published, read_manifest, step_of
-from inheritune_ds.checkpoints.shard_reader import read_shard
 from inheritune_ds.storage.files import read_json
 
 STEPS = 12

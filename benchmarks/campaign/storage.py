@@ -128,7 +128,7 @@ class Trial:
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint, which is whole; nothing half written lies beside it."""
-        newest = self.store.newest_verified(lambda _: None)
+        newest = self.store.newest_intact(lambda _: None)
         assert newest is not None
         left = [path.name for path in self.store.folder.glob(".*.tmp")]
         assert left == [], f"left behind: {left}"
@@ -235,7 +235,7 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
         assert strict.prune(said.append) == []
         assert len(said) == 1, said
         assert "step-00000003 is damaged" in said[0], said
-        newest = strict.newest_verified(said.append)
+        newest = strict.newest_intact(said.append)
         assert newest is not None
         assert step_of(newest) == 2
         (place / "ballast").unlink(missing_ok=True)

@@ -181,7 +181,7 @@ def _loop_parts(order: Order, recipe: Recipe, resolved: Resolved, engine: Engine
         engine=engine,
         stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
         validator=never,
-        checkpoints=Saver(
+        saver=Saver(
             CheckpointStore(Path(order.folder) / "checkpoints", keep=1),
             layout=SavedLayout(engine.world.size, resolved.zero_stage, resolved.precision),
             world=engine.world,

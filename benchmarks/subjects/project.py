@@ -138,7 +138,7 @@ def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engin
         validator=Validator(
             HeldOut({"tokens": windows}), max_tokens=recipe.validation.max_tokens, batch_size=2, rank=0, size=1
         ),
-        checkpoints=Saver(
+        saver=Saver(
             CheckpointStore(folder.checkpoints, keep=1),
             layout=SavedLayout(world.size, resolved.zero_stage, resolved.precision),
             world=world,

@@ -1,1 +1,1 @@
-"""Checkpoints: the state by parameter name, saved, published, verified, kept, resharded."""
+"""Checkpoints: every rank's fragments, published by one rename, verified before use, loaded by parameter name."""

@@ -1,4 +1,4 @@
-"""What a checkpoint folder must hold, and every way in which the files may differ from it; names and pointer."""
+"""The manifest of a checkpoint, every way in which its files may differ from it; names and pointer."""
 
 import hashlib
 import json
@@ -7,18 +7,45 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.storage.files import blake3_file
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
+FORMAT = 2
+"""Number of this format; manifests without one are of format 1, whose files were DeepSpeed's own."""
+EARLIER = "it is of the format before this one; commit 318409b is the last that reads it"
 NAME = re.compile(r"step-(\d{8})")
 WORLD_WRITABLE = stat.S_IWOTH
 _CHANGED_MANIFEST = f"{MANIFEST} is missing or not as it was written"
 _HASHERS = 8
 """Threads at most; BLAKE3 lets go of the interpreter, so they run side by side."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest was read once, passed along from there.
+
+    Attributes:
+        path: Its folder.
+        manifest: See `read_manifest`.
+        state: Progress of the run.
+        layout: The layout it was saved under.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    state: TrainState
+    layout: SavedLayout
+
+    @classmethod
+    def of(cls, path: Path, manifest: Mapping[str, Any]) -> "Checkpoint":
+        """The checkpoint of a manifest of this format."""
+        return cls(path, manifest, TrainState.of(manifest["state"]), SavedLayout(**manifest["layout"]))
 
 
 def published(folder: Path) -> Iterator[Path]:
@@ -32,7 +59,7 @@ def published(folder: Path) -> Iterator[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name tells."""
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -43,7 +70,7 @@ def newest_step(folder: Path) -> int:
 
 
 def pointer_fault(folder: Path) -> str | None:
-    """Why the pointer in `checkpoints/` is of no use; None if it names a checkpoint that is there."""
+    """Why the pointer in `checkpoints/` is invalid; None if it names a checkpoint that is there."""
     try:
         name = (folder / POINTER).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -63,8 +90,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None if it is missing or any byte of it differs from what was written.
 
     Returns:
-        `step`, `generation`, `for_good` (whether retention never takes it), `files` ({path: {bytes, blake3}}) and the
-        fields given to `CheckpointStore.publish`.
+        `format`, `step`, `generation`, `for_good` (whether retention never takes it), `files` ({path: {bytes, blake3}})
+        and the fields given to `CheckpointStore.publish`: `state`, `layout`, `fingerprints`, and `parameters` and
+        `engine` of a snapshot.
     """
     path = checkpoint / MANIFEST
     try:
@@ -87,15 +115,16 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
     return json.dumps({**manifest, "sha256": digest}, indent=2, allow_nan=False) + "\n"
 
 
-def find_fault(checkpoint: Path, advance: Callable[[int], None] = lambda _: None) -> str | None:
-    """What is wrong with a published checkpoint; None if it is exactly what was written, and safe to load.
+def examine(checkpoint: Path, advance: Callable[[int], None] = lambda _: None) -> Checkpoint | str:
+    """Verify a published checkpoint.
 
     Args:
         checkpoint: Its folder.
-        advance: Told the bytes of every chunk that is hashed, from several threads.
+        advance: Called with the bytes of every chunk that is hashed, from several threads.
 
     Returns:
-        The first fault, with the file's path inside the folder, what was expected and what was found.
+        The checkpoint if every byte is as it was written and it is safe to load; otherwise the first fault, with the
+        file's path inside the folder, what was expected and what was found.
     """
     try:
         if checkpoint.is_symlink():
@@ -105,13 +134,23 @@ def find_fault(checkpoint: Path, advance: Callable[[int], None] = lambda _: None
             return _CHANGED_MANIFEST
         if manifest.get("step") != step_of(checkpoint):
             return f"{MANIFEST} is that of step {manifest.get('step')}"
-        return listing_fault(checkpoint, manifest["files"]) or _hash_fault(checkpoint, manifest["files"], advance)
+        if manifest.get("format") != FORMAT:
+            return EARLIER
+        files = manifest["files"]
+        fault = listing_fault(checkpoint, files) or _hash_fault(checkpoint, files, advance)
+        return fault or Checkpoint.of(checkpoint, manifest)
     except OSError as error:
         return f"{error.filename or checkpoint} cannot be read: {error.strerror}"
 
 
+def find_fault(checkpoint: Path, advance: Callable[[int], None] = lambda _: None) -> str | None:
+    """The fault that `examine` finds; None if there is none."""
+    found = examine(checkpoint, advance)
+    return found if isinstance(found, str) else None
+
+
 def listing_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What can be seen without reading a file: names, links, owners, sizes, and files that nobody has listed."""
+    """A fault that shows without reading a file: names, links, owners, sizes, and files that are not listed."""
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             return f"{name} lies outside the checkpoint"
@@ -129,17 +168,13 @@ def listing_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> s
             return f"{name} is missing"
         if sizes[name] != expected["bytes"]:
             return f"{name} has {sizes[name]} bytes instead of {expected['bytes']}"
-    # DeepSpeed looks for shards by pattern: one of another checkpoint must not slip in.
     strange = sorted(sizes.keys() - files.keys() - {MANIFEST})
     return f"{strange[0]} is not in {MANIFEST}" if strange else None
 
 
 def _hash_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]], advance: Callable[[int], None]) -> str | None:
     def fault(name: str) -> str | None:
-        expected = files[name].get("blake3")
-        if expected is None:
-            return f"{MANIFEST} lists no blake3 of {name}: another version of inheritune_ds has written it"
-        found = blake3_file(checkpoint / name, advance)
+        expected, found = files[name]["blake3"], blake3_file(checkpoint / name, advance)
         return None if found == expected else f"{name} has blake3 {found[:12]}... instead of {expected[:12]}..."
 
     pool = ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1))
@@ -150,7 +185,7 @@ def _hash_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]], advanc
 
 
 def distrust(found: os.stat_result) -> str | None:
-    """Why what lies there may be somebody else's work; None if only this user (and a group) can have written it."""
+    """Why another user may have written it; None if only this user (and a group) can have."""
     if found.st_uid != os.geteuid():
         return f"belongs to user {found.st_uid}, not to you ({os.geteuid()})"
     if found.st_mode & WORLD_WRITABLE:
@@ -159,7 +194,7 @@ def distrust(found: os.stat_result) -> str | None:
 
 
 def close_to_others(folder: Path) -> None:
-    """Take everybody's write access from a folder and all below it; links are left alone."""
+    """Remove write access for all from a folder and everything below it; links are left alone."""
     for path in [folder, *folder.rglob("*")]:
         mode = path.lstat().st_mode
         if mode & WORLD_WRITABLE and not stat.S_ISLNK(mode):

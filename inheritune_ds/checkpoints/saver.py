@@ -1,8 +1,8 @@
-"""Saving and loading with all ranks: each writes its own files, all agree, one publishes.
+"""Saving and loading with all ranks: each writes its own file, all agree, one publishes.
 
-A save has three parts. Taking the state needs all ranks and the training's process group; it ends before anything is
-written. Writing is each rank's own. Publishing is rank 0's, once every rank has said that its files are on the disk.
-The ranks speak of the last two over a group of their own, so a thread may do both while the training goes on.
+A save has three parts. Every rank takes its share of the state, then writes it to a file of its own. Rank 0 publishes
+after every rank has reported that its file is on the disk. The ranks communicate in a group of their own, so a thread
+may write and publish while training continues.
 """
 
 import threading
@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from inheritune_ds.checkpoints.manifest import MANIFEST, read_manifest
-from inheritune_ds.checkpoints.shard_writer import require_space, write_shard
-from inheritune_ds.checkpoints.snapshot import CapturedState, PinnedBuffers
-from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.checkpoints import retention
+from inheritune_ds.checkpoints.fragments import check_coverage, file_name, write
+from inheritune_ds.checkpoints.manifest import MANIFEST, Checkpoint
+from inheritune_ds.checkpoints.snapshot import PinnedBuffers, Snapshot
+from inheritune_ds.checkpoints.store import CheckpointStore, require_space
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config.reliability import Reliability
 from inheritune_ds.distributed.coordination import Circle, make_circle
@@ -28,29 +29,30 @@ Value = TypeVar("Value")
 
 
 class Stateful(Protocol):
-    """What is saved: the engine."""
+    """The engine, as far as it is saved."""
 
-    def capture(self, copies: PinnedBuffers | None) -> CapturedState:
-        """Take this rank's share, or a copy of it; all ranks together."""
+    def capture(self, buffers: PinnedBuffers | None) -> Snapshot:
+        """Take this rank's share, or a copy of it."""
 
-    def load(self, folder: Path) -> Sequence[str]:
+    def load(self, checkpoint: Checkpoint) -> Sequence[str]:
         """Restore this rank's share; returns lines for the user."""
 
 
 @dataclass(frozen=True)
 class _Report:
-    """How one rank's part went: what it wrote, or why it could not."""
+    """One rank's part: the bytes to write, the file written with Adam's steps by parameter, or an error."""
 
     bytes: int = 0
-    files: Mapping[str, dict[str, Any]] | None = None
+    file: Mapping[str, Any] | None = None
+    steps: Mapping[str, int] | None = None
     error: InherituneError | None = None
 
 
 class Saver:
-    """The checkpoints of one run, on one rank; all ranks make one together and call its methods together.
+    """Saves and loads the checkpoints of one run, on one rank; all ranks make one and call its methods together.
 
     Args:
-        store: Where they are published; rank 0 alone asks it for anything.
+        store: Where they are published; used on rank 0 alone.
         layout: Of this launch.
         world: This rank among all.
         reliability: Whether training waits for the disk, and what happens when the disk refuses.
@@ -72,88 +74,93 @@ class Saver:
     ) -> None:
         self._store, self._layout, self._world, self._say = store, layout, world, say
         self._stops, self._fingerprints = reliability.on_save_error == "stop", dict(fingerprints)
-        self._copies = PinnedBuffers() if reliability.async_save else None
+        self._buffers = PinnedBuffers() if reliability.async_save else None
         self._circle = circle or make_circle(world, reliability.watchdog_s["save"])
         self._temporary: Path | None = None
         self._writing: _Background[Path | InherituneError] | None = None
         self._pruning: _Background[list[Path]] | None = None
         self.published_step: int | None = None
-        """Of the newest checkpoint that this launch has published; in async mode `save` returns before."""
+        """Step of the newest checkpoint that this launch has published; an asynchronous `save` returns before."""
         self.refusal = ""
         """Why the disk has refused the last save that it refused."""
         self.last_save_s = 0.0
         """Seconds of the last save, from its beginning to its publishing."""
 
     def save(self, engine: Stateful, state: TrainState) -> bool:
-        """Save a checkpoint; in async mode, come back as soon as the state is copied, before the ranks meet over it.
+        """Save a checkpoint; an asynchronous save returns as soon as the state is copied, before the ranks communicate.
 
         A save that is still under way is waited for first.
 
         Returns:
-            Whether it is published, or on its way; False if the disk refuses and the run may go on without it.
+            Whether it is published, or under way; False if the disk refuses and the run may continue without it.
 
         Raises:
             StorageError: On all ranks, if the disk refuses this save, or the one before, and the config says stop.
             CheckpointError: On all ranks, if another launch has taken the run over.
             TrainingError: If a rank has gone, or could not save for another reason.
         """
-        self.settle()
+        self.wait()
         start_s = time.perf_counter()
-        work = _Work(state, engine.capture(self._copies), start_s)
-        if self._copies is None:
+        work = _Work(state, engine.capture(self._buffers), start_s)
+        if self._buffers is None:
             return self._accept(self._finish(work))
         self._writing = _Background(lambda: self._finish(work), f"save-{state.step}")
         return True
 
     def _finish(self, work: "_Work") -> Path | InherituneError:
-        """Bring what was taken to the disk, all ranks together; what came of it, the same on all ranks."""
+        """Write and publish a snapshot with all ranks; the published folder or the error, the same on all ranks."""
         outcome = self._together(work.state.step, lambda: self._write_and_publish(work))
         if isinstance(outcome, InherituneError):
-            self._tell_user(work.state.step, outcome)
+            self._warn(work.state.step, outcome)
             self._drop(outcome)
             return outcome
         self._temporary = None
         self.last_save_s, self.published_step = time.perf_counter() - work.start_s, work.state.step
         if self._world.is_main:
-            self._pruning = _Background(lambda: self._store.prune(self._say), f"prune-{work.state.step}")
+            self._pruning = _Background(lambda: retention.prune(self._store, self._say), f"prune-{work.state.step}")
         return outcome
 
     def _write_and_publish(self, work: "_Work") -> Path | InherituneError:
-        """Make room, write this rank's files, meet the others, let rank 0 publish."""
-        begun = self._begin(work.state.step, work.captured)
+        """Make room, write this rank's file, exchange reports, let rank 0 publish."""
+        begun = self._begin(work.state.step, work.snapshot)
         if isinstance(begun, InherituneError):
             return begun
         temporary, total_bytes = begun
-        reports = self._circle.gather(self._write(work.captured.shards, temporary, total_bytes))
+        reports = self._circle.gather(self._write(work.snapshot, temporary, total_bytes))
         outcome: Path | InherituneError | None = _first_error(reports)
         if self._world.is_main and outcome is None:
-            files = {name: entry for report in reports for name, entry in (report.files or {}).items()}
-            fields = {
-                "state": work.state.as_dict(),
-                "layout": asdict(self._layout),
-                "fingerprints": self._fingerprints,
-            }
-
-            def publish() -> Path:
-                with _telling_bytes(total_bytes):
-                    return self._store.publish(
-                        temporary, work.state.step, fields, dict(sorted(files.items())), self._say
-                    )
-
-            outcome = self._attempt(publish)
+            outcome = self._attempt(lambda: self._publish(work, temporary, total_bytes, reports))
         answer = self._circle.tell(outcome)
-        assert answer is not None  # rank 0 has published, or says why not
+        assert answer is not None  # rank 0 has published, or reports why not
         return answer
 
-    def _begin(self, step: int, captured: CapturedState) -> "tuple[Path, int] | InherituneError":
+    def _publish(self, work: "_Work", temporary: Path, total_bytes: int, reports: Sequence[_Report]) -> Path:
+        """Check that the files of all ranks hold every element once, and publish them."""
+        steps = {name: step for report in reports for name, step in (report.steps or {}).items()}
+        parameters = {
+            name: {**parameter, "step": steps.get(name)} for name, parameter in work.snapshot.parameters.items()
+        }
+        check_coverage(temporary, self._world.size, parameters)
+        fields = {
+            "state": work.state.as_dict(),
+            "layout": asdict(self._layout),
+            "fingerprints": self._fingerprints,
+            "engine": work.snapshot.engine,
+            "parameters": parameters,
+        }
+        files = {file_name(rank): report.file or {} for rank, report in enumerate(reports)}
+        with _naming_bytes(total_bytes):
+            return self._store.publish(temporary, work.state.step, fields, files, self._say)
+
+    def _begin(self, step: int, snapshot: Snapshot) -> "tuple[Path, int] | InherituneError":
         """Make the folder to write to if there is room: its path, and the bytes of the whole checkpoint."""
         error = None
-        if captured.failure is not None:
+        if snapshot.failure is not None:
             error = TrainingError(
-                f"rank {self._world.rank} could not copy its state to host memory: {captured.failure}",
+                f"rank {self._world.rank} could not copy its state to host memory: {snapshot.failure}",
                 action='set "async_save": false in the reliability block of the DeepSpeed config',
             )
-        reports = self._circle.gather(_Report(captured.bytes, error=error))
+        reports = self._circle.gather(_Report(snapshot.bytes, error=error))
         failed = _first_error(reports)
         total_bytes = sum(report.bytes for report in reports)
         made: Path | InherituneError | None = failed
@@ -165,7 +172,7 @@ class Saver:
 
     def _make_folder(self, step: int, total_bytes: int) -> Path:
         require_space(self._store.folder, total_bytes, count=1)
-        with _telling_bytes(total_bytes):
+        with _naming_bytes(total_bytes):
             self._temporary = self._store.begin(step)
         return self._temporary
 
@@ -175,29 +182,25 @@ class Saver:
         if temporary is not None and not isinstance(error, CheckpointError):
             self._store.discard(temporary)
 
-    def _write(self, shards: dict[str, Any], temporary: Path, needed_bytes: int) -> _Report:
-        """Write this rank's files, each let go of when it is written."""
-        files = {}
+    def _write(self, snapshot: Snapshot, temporary: Path, needed_bytes: int) -> _Report:
+        """Write this rank's file."""
         try:
-            for name in sorted(shards):
-                path = temporary / name
-                with storage_errors(path.parent):
-                    path.parent.mkdir(mode=0o755, exist_ok=True)
-                files[name] = write_shard(shards.pop(name), path, needed_bytes=needed_bytes)
+            file = write(snapshot.fragments, temporary / file_name(self._world.rank), needed_bytes=needed_bytes)
         except InherituneError as error:
             return _Report(error=error)
-        except Exception as error:  # noqa: BLE001 - the others wait for this rank's word
+        except Exception as error:  # noqa: BLE001 - the others wait for this rank's report
             return _Report(error=_defect(self._world, error))
-        return _Report(files=files)
+        steps = {name: parameter["step"] for name, parameter in snapshot.parameters.items()}
+        return _Report(file=file, steps={name: step for name, step in steps.items() if step is not None})
 
     def _attempt(self, work: Callable[[], Path]) -> Path | InherituneError:
-        """Let rank 0 do something that the other ranks wait for; an error is told to them first."""
+        """Work on rank 0 while the other ranks wait; an error is sent to them instead of raised."""
         try:
             with storage_errors(self._store.folder):
                 return work()
         except InherituneError as error:
             return error
-        except Exception as error:  # noqa: BLE001 - the others wait for rank 0's word
+        except Exception as error:  # noqa: BLE001 - the others wait for rank 0's answer
             return _defect(self._world, error)
 
     def _together(self, step: int, work: Callable[[], Value]) -> Value | InherituneError:
@@ -207,19 +210,19 @@ class Saver:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             return TrainingError(
                 f"the ranks have lost each other while they saved step {step}: {reason}",
-                action="see how the missing rank has ended, then give the same command again: it goes on from the "
+                action="see how the missing rank has ended, then give the same command again: it resumes from the "
                 "newest published checkpoint",
             )
 
     def _accept(self, outcome: Path | InherituneError) -> bool:
-        """True for a published checkpoint; False for a refusal of the disk that the run may live with."""
+        """True for a published checkpoint; False for a refusal of the disk that does not end the run."""
         if isinstance(outcome, Path):
             return True
         if self._stops or not isinstance(outcome, StorageError):
             raise outcome
         return False
 
-    def _tell_user(self, step: int, error: InherituneError) -> None:
+    def _warn(self, step: int, error: InherituneError) -> None:
         if isinstance(error, StorageError) and not self._stops:
             self.refusal = error.problem
             self._say(
@@ -228,15 +231,15 @@ class Saver:
 
     @property
     def wants_save(self) -> bool:
-        """Whether an asynchronous save has failed for good on this rank: the next `save` raises it on all ranks."""
+        """Whether a failed async save forces a save, so that all ranks raise together."""
         ended = self._writing.error or self._writing.result if self._writing is not None else None
         return isinstance(ended, BaseException) and (self._stops or not isinstance(ended, StorageError))
 
-    def settle(self) -> bool:
-        """Wait for what is under way.
+    def wait(self) -> bool:
+        """Wait for the save under way.
 
         Returns:
-            False if the disk has refused it and the run may go on without it.
+            False if the disk has refused it and the run may continue without it.
 
         Raises:
             InherituneError: As `save` does.
@@ -249,30 +252,30 @@ class Saver:
         return outcome is None or self._accept(outcome)
 
     def close(self) -> None:
-        """Wait for what is under way; nothing is saved after that.
+        """Wait for the save under way; nothing is saved after that.
 
         Raises:
             InherituneError: As `save` does.
         """
         try:
-            self.settle()
+            self.wait()
         finally:
             self._circle.close()
 
-    def load(self, engine: Stateful, folder: Path) -> TrainState:
-        """Restore a verified checkpoint that was saved under the same layout.
+    def load(self, engine: Stateful, checkpoint: Checkpoint) -> TrainState:
+        """Restore a verified checkpoint.
 
         Args:
-            engine: All ranks' shares of it.
-            folder: The same on all ranks.
+            engine: Of this rank.
+            checkpoint: As rank 0 has read it.
 
         Raises:
-            CheckpointError: On all ranks, if one of them does not see what rank 0 sees.
+            CheckpointError: On all ranks, if one of them does not see the files that rank 0 sees.
         """
-        self._check_same(folder)
-        for note in engine.load(folder):
+        self._check_same(checkpoint.path)
+        for note in engine.load(checkpoint):
             self._say(note)
-        return self.state_of(folder)
+        return checkpoint.state
 
     def _check_same(self, folder: Path) -> None:
         path = folder / MANIFEST
@@ -285,22 +288,11 @@ class Saver:
                 action="put --runs-dir on a file system that every node mounts",
             )
 
-    @staticmethod
-    def state_of(folder: Path) -> TrainState:
-        """The state in the manifest of a checkpoint."""
-        manifest = read_manifest(folder)
-        if manifest is None:
-            raise CheckpointError(
-                f"{folder / MANIFEST} is missing or not as it was written",
-                action="give the same command again: it takes the newest checkpoint that is whole",
-            )
-        return TrainState.of(manifest["state"])
-
 
 @dataclass(frozen=True)
 class _Work:
     state: TrainState
-    captured: CapturedState
+    snapshot: Snapshot
     start_s: float
 
 
@@ -317,7 +309,7 @@ class _Background(Generic[Value]):
     def _run(self) -> None:
         try:
             self.result = self._call()
-        except BaseException as error:  # noqa: BLE001 - raised in `wait`, by the thread that has asked for it
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`
             self.error = error
 
     def wait(self) -> Value | None:
@@ -332,8 +324,8 @@ def _first_error(reports: Sequence[_Report]) -> InherituneError | None:
 
 
 @contextmanager
-def _telling_bytes(total_bytes: int) -> Iterator[None]:
-    """Add to a refusal of the disk how many bytes the checkpoint takes."""
+def _naming_bytes(total_bytes: int) -> Iterator[None]:
+    """Add the bytes of the checkpoint to a refusal of the disk."""
     try:
         yield
     except StorageError as error:

@@ -1,159 +1,239 @@
-"""What DeepSpeed would write of a rank, taken from it before anything is written.
+"""A rank's share of the training state, taken from DeepSpeed's engine and put back into one.
 
-`save_checkpoint` hands each file's content to a checkpoint engine; the one here keeps it. So DeepSpeed's collectives
-are over before the first byte is written, and no refusal of the disk keeps a rank from a barrier that others wait at.
+Nothing here communicates but the refresh of half-precision weights after a load, so a refusal of the disk never keeps
+a rank from a collective.
 """
 
-import copy
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from inheritune_ds.checkpoints.shard_reader import pickle_stage_by_value
+from inheritune_ds.checkpoints.fragments import MASTER, MOMENTS, Fragments, key_of
+from inheritune_ds.checkpoints.manifest import Checkpoint
+from inheritune_ds.checkpoints.reshard import (
+    Partition,
+    changes,
+    check_model,
+    partitions,
+    rounding_of,
+    shapes_of,
+)
+from inheritune_ds.checkpoints.train_state import SavedLayout
+from inheritune_ds.errors import CheckpointError
 
-TAG = "engine"
-"""The folder of DeepSpeed's files inside a checkpoint."""
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass
-class CapturedState:
+class Snapshot:
     """A rank's share of a checkpoint.
 
     Attributes:
-        shards: What each file is to hold, by its path inside the checkpoint.
-        failure: Why it could not be copied to host memory; the shards are not complete then.
+        fragments: This rank's flat tensors by `key_of`.
+        parameters: `shape` of every parameter of the model, and Adam's `step` of those that this rank holds a
+            fragment of; None before the first update.
+        engine: What tensors do not hold, for the manifest: counters, loss scaler, dtypes, optimizer, rounding.
+        failure: Why it could not be copied to host memory; the fragments are not complete then.
     """
 
-    shards: dict[str, Any] = field(default_factory=dict)
+    fragments: dict[str, torch.Tensor] = field(default_factory=dict)
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
     failure: Exception | None = None
 
     @property
     def bytes(self) -> int:
-        """Of all tensors; one that several names share counts once, as it is written once."""
-        return sum(
-            storage.nbytes()
-            for shard in self.shards.values()
-            for storage in {_key(t.untyped_storage()): t.untyped_storage() for t in _tensors(shard)}.values()
-        )
+        """Of all fragments."""
+        return sum(value.nbytes for value in self.fragments.values())
 
 
 class PinnedBuffers:
-    """Copies of a rank's state in host memory, which is kept from one save to the next; page-locked beside a GPU."""
+    """Buffers in host memory that are kept from one save to the next; page-locked beside a GPU."""
 
     def __init__(self) -> None:
-        self._buffers: list[torch.UntypedStorage] = []
-        self._free: list[torch.UntypedStorage] = []
+        self._held: dict[str, torch.Tensor] = {}
 
-    def recycle(self) -> None:
-        """Make all buffers free again: what was copied before is not needed any more."""
-        self._free = list(self._buffers)
-
-    def copy(self, state: Any) -> Any:
-        """A copy that shares nothing with `state`; tensors that share memory share it in the copy, too.
-
-        `wait` must follow before the copy is read.
-        """
-        storages: dict[tuple[str, int, int], torch.UntypedStorage] = {}
-        memo: dict[int, Any] = {}
-        for tensor in _tensors(state):
-            own = tensor.untyped_storage()
-            key = _key(own)
-            if key not in storages:
-                storages[key] = self._buffer(own)
-                storages[key].copy_(own, non_blocking=True)
-            view = torch.empty(0, dtype=tensor.dtype)
-            memo[id(tensor)] = view.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
-        return copy.deepcopy(state, memo)
+    def copy(self, key: str, values: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor into the buffer of a key; `wait` must follow before the copy is read."""
+        if key not in self._held:
+            pinned = values.device.type == "cuda"
+            self._held[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
+        return self._held[key].copy_(values, non_blocking=True)
 
     @staticmethod
     def wait() -> None:
-        """Wait until the device has handed everything over."""
+        """Wait until the device has copied everything."""
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
 
-    def _buffer(self, like: torch.UntypedStorage) -> torch.UntypedStorage:
-        pinned = like.device.type == "cuda"
-        for number, buffer in enumerate(self._free):
-            if buffer.nbytes() == like.nbytes():
-                return self._free.pop(number)
-        made = torch.empty(like.nbytes(), dtype=torch.uint8, pin_memory=pinned).untyped_storage()
-        self._buffers.append(made)
-        return made
+
+def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
+    """Take this rank's share from a DeepSpeed engine.
+
+    Args:
+        engine: DeepSpeed's, between two steps.
+        buffers: Where to copy the tensors, so that training may continue. None: the fragments refer to the engine's
+            own tensors, and must be written before the next step.
+    """
+    inner, found = engine.optimizer.optimizer, Snapshot()
+    found.parameters = {name: {"shape": shape, "step": None} for name, shape in shapes_of(engine).items()}
+    found.engine = _record(engine)
+    try:
+        for number, partition in enumerate(partitions(engine)):
+            state = inner.state.get(partition.master, {})
+            flats = {MASTER: partition.master, **{kind: state[kind] for kind in MOMENTS if kind in state}}
+            for kind, flat in flats.items():
+                values = flat.detach().view(-1)
+                held = values if buffers is None else buffers.copy(f"{number}/{kind}", values)
+                for piece in partition.pieces:
+                    found.fragments[key_of(piece.name, kind, piece.start)] = held[piece.at : piece.at + piece.numel]
+            if state:
+                for piece in partition.pieces:
+                    found.parameters[piece.name]["step"] = _step(inner, state)
+        if buffers is not None:
+            buffers.wait()
+    except (MemoryError, RuntimeError) as error:  # no host memory: raised where all ranks meet
+        found.failure = error
+    return found
 
 
-def capture(engine: Any, client_state: Mapping[str, Any], copies: PinnedBuffers | None) -> CapturedState:
-    """Take from a DeepSpeed engine what it would save; all ranks must call it.
+def _step(inner: Any, state: Mapping[str, Any]) -> int:
+    """Adam's count of updates; apex keeps it in the group, and all groups step together."""
+    return int(state["step"] if "step" in state else inner.param_groups[0]["step"])
+
+
+def _record(engine: Any) -> dict[str, Any]:
+    optimizer = engine.optimizer
+    moments = next((state[MOMENTS[0]] for state in optimizer.optimizer.state.values() if state), None)
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return {
+        "counters": {name: getattr(engine, name) for name in (*COUNTERS, "micro_steps")},
+        "loss_scaler": None if scaler is None else _scaler_record(optimizer, scaler),
+        "dtypes": {
+            "weights": _word(next(engine.module.parameters())),
+            "masters": _word(partitions(engine)[0].master),
+            "moments": None if moments is None else _word(moments),
+        },
+        "optimizer": f"{type(optimizer.optimizer).__module__}.{type(optimizer.optimizer).__qualname__}",
+        "rounding": rounding_of(engine.config),
+    }
+
+
+def _word(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _scaler_record(optimizer: Any, scaler: Any) -> dict[str, Any]:
+    """All fields of DeepSpeed's loss scaler (its type of numbers is that of the weights), and of the last step."""
+    fields = {key: value for key, value in vars(scaler).items() if key != "dtype"}
+    return {"fields": fields, "overflow": bool(optimizer.overflow)}
+
+
+def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Put a saved state into an engine, new or in use; all ranks must call it.
 
     Args:
         engine: DeepSpeed's.
-        client_state: What to save beside it.
-        copies: Where to copy the tensors, so that training may go on. None: the shards refer to the engine's own
-            tensors, and must be written before the next step.
+        checkpoint: Verified; of any number of ranks and any ZeRO stage.
+
+    Returns:
+        A line if the state is resharded, and one on every setting that rounds otherwise than when it was saved.
+
+    Raises:
+        CheckpointError: If it is not a state of this model.
     """
-    pickle_stage_by_value()
-    taker = _Taker(copies)
-    own, engine.checkpoint_engine = engine.checkpoint_engine, taker
-    # It would copy two of its scripts beside the state: code, which nobody should run out of a checkpoint.
-    vars(engine)["_copy_recovery_script"] = lambda _: None
-    try:
-        engine.save_checkpoint(os.curdir, tag=TAG, client_state=dict(client_state), save_latest=False)
-    finally:
-        del vars(engine)["_copy_recovery_script"]
-        engine.checkpoint_engine = own
-    if copies is not None:
-        copies.wait()
-    return taker.captured
+    optimizer, parameters, record = engine.optimizer, checkpoint.manifest["parameters"], checkpoint.manifest["engine"]
+    check_model(checkpoint.path, parameters, shapes_of(engine))
+    saved = Fragments(checkpoint.path, checkpoint.layout.world_size)
+    is_stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    if is_stage_3:
+        optimizer.checkpoint_event_prologue()
+    steps = {name: parameter["step"] for name, parameter in parameters.items()}
+    for partition in partitions(engine):
+        _restore_partition(optimizer.optimizer, partition, saved, steps)
+    if is_stage_3:
+        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)  # noqa: SLF001 - no public way
+        optimizer.checkpoint_event_epilogue()
+    else:
+        # DeepSpeed links the moments to the parameters once; those of a new engine are other tensors from now on.
+        optimizer._hp_optimizer_states_linked = False  # noqa: SLF001
+        if optimizer.optimizer.state:
+            optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
+        optimizer.update_lp_params()
+    if record["loss_scaler"] is not None and hasattr(optimizer, "loss_scaler"):
+        _restore_scaler(optimizer, record["loss_scaler"])
+    for counter in COUNTERS:
+        setattr(engine, counter, record["counters"][counter])
+    # Whole steps of this launch's micro-steps: with another number of ranks a step has another number of them.
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    now = SavedLayout(dist.get_world_size(), engine.zero_optimization_stage(), checkpoint.layout.precision)
+    return tuple(changes(checkpoint.layout, now, record["rounding"], rounding_of(engine.config)))
 
 
-class _Taker:
-    """DeepSpeed's interface of a checkpoint engine (deepspeed.runtime.checkpoint_engine), as far as a save needs it."""
-
-    def __init__(self, copies: PinnedBuffers | None) -> None:
-        self._copies = copies
-        if copies is not None:
-            copies.recycle()
-        self.captured = CapturedState()
-
-    def save(self, state_dict: Any, path: str) -> None:
-        if self.captured.failure is not None:
-            return
-        try:
-            held = state_dict if self._copies is None else self._copies.copy(state_dict)
-        except (MemoryError, RuntimeError) as error:  # no host memory: not here, where the other ranks wait
-            self.captured.failure = error
-            return
-        self.captured.shards[os.path.normpath(path)] = held
-
-    def makedirs(self, path: str, *, exist_ok: bool) -> None:
-        """Nothing is written yet."""
-
-    def create(self, info: Any) -> None:
-        """Nothing is written yet."""
-
-    def commit(self, info: Any) -> None:
-        """Nothing is written yet."""
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def preserves_storage_sharing(self) -> bool:
-        return False
+def _restore_partition(inner: Any, partition: Partition, saved: Fragments, steps: Mapping[str, int | None]) -> None:
+    """Fill masters and moments in place; moments that the engine does not have yet are made."""
+    master = partition.master
+    _fill(master, partition, saved, MASTER)
+    # A partition of padding alone steps as all others do.
+    counts = {steps[piece.name] for piece in partition.pieces} or set(steps.values())
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"the parameters from {partition.pieces[0].name} to {partition.pieces[-1].name} have made different "
+            f"numbers of updates ({', '.join(sorted(map(str, counts)))}), and share one count in this layout",
+            action="resume with the ranks and the ZeRO stage that saved this checkpoint",
+        )
+    [step] = counts
+    if step is None:  # saved before the first update
+        inner.state.pop(master, None)
+        for group in inner.param_groups:
+            group.pop("step", None)
+        return
+    state = inner.state[master]
+    for kind in MOMENTS:
+        if kind not in state:
+            state[kind] = torch.zeros_like(master.detach())
+        _fill(state[kind], partition, saved, kind)
+    if type(inner).__module__.startswith("apex."):
+        for group in inner.param_groups:
+            group["step"] = step
+    elif isinstance(inner, torch.optim.AdamW):
+        fused = any(group["fused"] or group["capturable"] for group in inner.param_groups)
+        state["step"] = torch.tensor(float(step), device=master.device if fused else "cpu")
+    else:
+        state["step"] = step  # DeepSpeed's count goes to C++
 
 
-def _key(storage: torch.UntypedStorage) -> tuple[str, int, int]:
-    return str(storage.device), storage.data_ptr(), storage.nbytes()
+def _fill(flat: torch.Tensor, partition: Partition, saved: Fragments, kind: str) -> None:
+    values = flat.detach().view(-1)
+    for piece in partition.pieces:
+        saved.copy(piece.name, kind, piece.start, values[piece.at : piece.at + piece.numel])
 
 
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors(value)
+def _restore_scaler(optimizer: Any, record: Mapping[str, Any]) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    kind = DynamicLossScaler if record["fields"]["dynamic"] else LossScaler
+    scaler = kind.__new__(kind)
+    vars(scaler).update(record["fields"])
+    if kind is DynamicLossScaler:
+        scaler.dtype = torch.half
+    optimizer.loss_scaler, optimizer.overflow = scaler, record["overflow"]
+    optimizer.dynamic_loss_scale = scaler.dynamic
+
+
+def fill_masters(engine: Any, values: Mapping[str, torch.Tensor]) -> None:
+    """Give this rank's fp32 masters exact values instead of those that DeepSpeed made of rounded weights.
+
+    Args:
+        engine: DeepSpeed's, new.
+        values: Whole parameters by name, of any type; mapped from a file, only this rank's pieces of it are read.
+    """
+    for partition in partitions(engine):
+        flat = partition.master.detach()
+        for piece in partition.pieces:
+            source = values[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
+            flat[piece.at : piece.at + piece.numel].copy_(source)

@@ -1,4 +1,4 @@
-"""Where a run stands, what a saved state depends on, and what ranks agree on after a step.
+"""The progress of a run, the layout it was saved under, and what ranks agree on after a step.
 
 Torch is not imported here.
 """
@@ -13,12 +13,12 @@ BatchRange = tuple[int, int]
 
 @dataclass(frozen=True)
 class FaultState:
-    """What is remembered of faults from step to step.
+    """The record of faults that is kept from step to step.
 
     Attributes:
-        in_a_row: Updates left out, one after the other, up to now.
-        rollbacks: How often the run has gone back to a checkpoint.
-        losses: Losses of the last accepted steps, which a spike is told from.
+        in_a_row: Updates skipped one after the other up to now.
+        rollbacks: Number of rollbacks to a checkpoint.
+        losses: Losses of the last accepted steps, against which spikes are detected.
         grad_norms: Gradient norms of the same steps.
     """
 
@@ -30,15 +30,15 @@ class FaultState:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands; everything else (order of data, learning rate, randomness) follows from it.
+    """The progress of a run; order of data, learning rate and random numbers follow from it.
 
     Attributes:
-        step: Optimizer updates done, those left out among them.
+        step: Optimizer updates done, skipped ones among them.
         tokens: Tokens seen.
-        skipped_steps: Updates that were left out.
-        train_seconds: Time spent in optimizer steps, over all launches that count.
-        faults: What is remembered of faults.
-        left_out: Batches that a rollback has skipped, ascending and apart.
+        skipped_steps: Updates that were skipped.
+        train_seconds: Seconds spent in optimizer steps, over all launches that count.
+        faults: Record of recent faults.
+        skipped_batches: Batches that rollbacks have skipped, ascending and disjoint.
         validation_due: Whether the validation of this step is still to be done.
     """
 
@@ -47,7 +47,7 @@ class TrainState:
     skipped_steps: int = 0
     train_seconds: float = 0.0
     faults: FaultState = FaultState()
-    left_out: tuple[BatchRange, ...] = ()
+    skipped_batches: tuple[BatchRange, ...] = ()
     validation_due: bool = False
 
     @classmethod
@@ -55,8 +55,8 @@ class TrainState:
         """Read what `as_dict` has written."""
         faults = document["faults"]
         windows = {name: tuple(faults[name]) for name in ("losses", "grad_norms")}
-        left_out = tuple((first, end) for first, end in document["left_out"])
-        return cls(**{**document, "faults": FaultState(**{**faults, **windows}), "left_out": left_out})
+        skipped_batches = tuple((first, end) for first, end in document["skipped_batches"])
+        return cls(**{**document, "faults": FaultState(**{**faults, **windows}), "skipped_batches": skipped_batches})
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it; floats come back to the last bit."""
@@ -65,12 +65,12 @@ class TrainState:
     @property
     def batch_number(self) -> int:
         """Number of the next batch in the order of the data."""
-        return batch_of(self.step, self.left_out)
+        return batch_of(self.step, self.skipped_batches)
 
 
 @dataclass(frozen=True)
 class SavedLayout:
-    """What a DeepSpeed state depends on.
+    """The layout that a state was saved under.
 
     Attributes:
         world_size: Number of ranks.
@@ -84,7 +84,7 @@ class SavedLayout:
 
 
 @dataclass(frozen=True)
-class Requests:
+class Wishes:
     """What a rank was asked for; agreed on at the end of a step, any rank's wish is everybody's.
 
     Attributes:
@@ -98,24 +98,24 @@ class Requests:
     evaluate: bool = False
 
 
-def batch_of(step: int, left_out: Sequence[BatchRange]) -> int:
+def batch_of(step: int, skipped_batches: Sequence[BatchRange]) -> int:
     """The batch that a step reads.
 
     Args:
         step: From 0.
-        left_out: Batches that no step reads, ascending and apart.
+        skipped_batches: Batches that no step reads, ascending and disjoint.
     """
     number = step
-    for first, end in left_out:
+    for first, end in skipped_batches:
         if number >= first:
             number += end - first
     return number
 
 
-def with_range(left_out: Sequence[BatchRange], more: BatchRange) -> tuple[BatchRange, ...]:
-    """Leave out another range, too; ranges that touch become one."""
+def with_range(skipped_batches: Sequence[BatchRange], more: BatchRange) -> tuple[BatchRange, ...]:
+    """Skip another range, too; ranges that touch are joined."""
     joined: list[BatchRange] = []
-    for first, end in sorted([*left_out, more]):
+    for first, end in sorted([*skipped_batches, more]):
         if joined and first <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(end, joined[-1][1])
         else:

@@ -85,8 +85,9 @@ def _run_folder(named: str, runs_dir: Path) -> "RunFolder":
 
 def _list(store: "CheckpointStore") -> None:
     from inheritune_ds.checkpoints.manifest import POINTER, pointer_fault, published
+    from inheritune_ds.checkpoints.retention import kept
 
-    staying, found = store.staying(), list(published(store.folder))
+    staying, found = kept(store), list(published(store.folder))
     if not found:
         print(f"no checkpoint in {store.folder}")
         return
@@ -151,7 +152,7 @@ def _verify(store: "CheckpointStore") -> None:
         print(f"{checkpoint.name}  {told}", flush=True)
         bad += fault is not None
     if not found:
-        store.newest_verified(print)  # it refuses a run that has saved before
+        store.newest_intact(print)  # it refuses a run that has saved before
         print(f"no checkpoint in {store.folder}")
     if bad:
         raise CheckpointError(
@@ -175,21 +176,22 @@ def _read_back(checkpoint: Path, total: int) -> str | None:
 
 
 def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespace) -> None:
+    from inheritune_ds.checkpoints import retention
     from inheritune_ds.checkpoints.manifest import newest_step
 
     folder.lock()
     try:
         store.refuse_untrusted()
         if args.dry_run:
-            leaving = store.leaving() if args.after is None else store.gone_back(args.after)
-            for checkpoint in leaving:
+            old = retention.expired(store) if args.after is None else retention.later_than(store, args.after)
+            for checkpoint in old:
                 print(f"{checkpoint.name}  would be deleted")
-            print(f"{len(leaving)} would be deleted")
+            print(f"{len(old)} would be deleted")
             return
         if args.after is None:
-            deleted = [checkpoint for checkpoint in store.leaving() if store.remove(checkpoint, print)]
+            deleted = [checkpoint for checkpoint in retention.expired(store) if retention.remove(checkpoint, print)]
         else:
-            deleted = store.go_back(args.after, print)
+            deleted = retention.go_back(store, args.after, print)
             if deleted:  # a run that had finished would not go on otherwise
                 step = newest_step(store.folder)
                 folder.write_status("requeue", step=step, reason=f"brought back to step {step} by `checkpoints prune`")

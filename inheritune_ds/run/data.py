@@ -99,7 +99,7 @@ class RunData:
                 "unique_tokens": None if seen.unique_windows is None else seen.unique_windows * length,
                 "epochs": seen.epochs,
             }
-            for name, seen in self.stream.seen(state.batch_number, state.left_out).items()
+            for name, seen in self.stream.seen(state.batch_number, state.skipped_batches).items()
         }
 
     def unique_tokens(self, state: TrainState) -> int | None:

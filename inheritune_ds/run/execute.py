@@ -9,7 +9,7 @@ import torch
 
 from inheritune_ds.checkpoints.manifest import newest_step, published
 from inheritune_ds.checkpoints.saver import Saver
-from inheritune_ds.checkpoints.shard_writer import require_space
+from inheritune_ds.checkpoints.store import require_space
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config.deepspeed import Resolved
 from inheritune_ds.config.loading import load_recipe
@@ -257,13 +257,15 @@ class _Run:
             launch.say(f"allocator: {keep_freed_memory()}")
         return kernels
 
-    def _train(self, engine: Engine, data: RunData, prepared: Prepared, chosen: str | None, watch: Watchdog) -> bool:
+    def _train(
+        self, engine: Engine, data: RunData, prepared: Prepared, chosen: Mapping[str, Any] | None, watch: Watchdog
+    ) -> bool:
         """Go on from the chosen checkpoint to the end, and export; False if the run was stopped before."""
         recipe, world, launch = self._recipe, self._world, self._launch
         resumption = self._resumption
         controls = Controls(self._folder.path, launch.stop, world, max_minutes=launch.max_minutes, say=launch.say)
         with watch.phase("start", _newest_step(self._folder)):
-            checkpoints = Saver(
+            saver = Saver(
                 resumption.store,
                 layout=self._layout,
                 world=world,
@@ -271,7 +273,7 @@ class _Run:
                 fingerprints=self._fingerprints(),
                 say=launch.say,
             )
-            state = resumption.restore(engine, checkpoints, chosen)
+            state = resumption.restore(engine, saver, chosen)
             recorder = RunRecorder(self._folder, recipe, data.total_steps, state) if world.is_main else SilentRecorder()
             _mark(self._folder, "running", "")
         parts = LoopParts(
@@ -285,8 +287,8 @@ class _Run:
                 rank=world.rank,
                 size=world.size,
             ),
-            checkpoints=checkpoints,
-            restore=lambda: resumption.restore(engine, checkpoints, launch.meeting.run_on_rank0(resumption.choose)),
+            saver=saver,
+            restore=lambda: resumption.restore(engine, saver, launch.meeting.run_on_rank0(resumption.choose)),
             recorder=recorder,
             controls=controls,
             watch=watch,
@@ -304,7 +306,7 @@ class _Run:
             raise
         finally:
             with watch.phase("finish", _newest_step(self._folder)):
-                self._close((checkpoints.close, recorder.close), failure)
+                self._close((saver.close, recorder.close), failure)
         if not result.finished:
             reached = result.state.step
             done = f"saved at step {reached}" if reached else "before the first step"

@@ -85,7 +85,7 @@ class RunResults:
             "steps": state.step,
             "skipped_steps": state.skipped_steps,
             "rollbacks": state.faults.rollbacks,
-            "left_out_batches": [list(part) for part in state.left_out],
+            "left_out_batches": [list(part) for part in state.skipped_batches],
             "tokens_seen": state.tokens,
             "unique_tokens": data.unique_tokens(state),
             "corpus_tokens": self._prepared.tokens.train_tokens,

@@ -1,11 +1,11 @@
-"""How a run goes on: from which checkpoint, and what is refused before anything is prepared."""
+"""How a run resumes: from which checkpoint, and what is refused before anything is prepared."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from inheritune_ds.checkpoints import reshard
-from inheritune_ds.checkpoints.manifest import read_manifest
+from inheritune_ds.checkpoints.manifest import Checkpoint
 from inheritune_ds.checkpoints.saver import Saver
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
@@ -18,7 +18,7 @@ from inheritune_ds.training.engine import Engine
 
 
 class Resumption:
-    """The way back of one run.
+    """Chooses the checkpoint that one run resumes from, and restores it.
 
     Args:
         folder: The run folder.
@@ -47,19 +47,21 @@ class Resumption:
             )
         self.store.claim_generation()
 
-    def choose(self) -> str | None:
-        """Find the newest verified checkpoint, on rank 0; None if nothing was ever saved.
+    def choose(self) -> dict[str, Any] | None:
+        """Find the newest intact checkpoint, on rank 0.
+
+        Returns:
+            Its path and manifest, as JSON for all ranks; None if nothing was ever saved.
 
         Raises:
-            CheckpointError: If there are checkpoints and none is intact, or it cannot go on under this layout.
+            CheckpointError: If there are checkpoints and none is intact, or it cannot resume under this layout.
         """
-        checkpoint = self.store.newest_verified(self._say)
+        checkpoint = self.store.newest_intact(self._say)
         if checkpoint is None:
             return None
-        manifest = read_manifest(checkpoint) or {}
-        reshard.check_convertible(SavedLayout(**manifest["layout"]), self._layout)
-        self._refuse_other_run(checkpoint, manifest["fingerprints"])
-        return str(checkpoint)
+        reshard.check_convertible(checkpoint.layout, self._layout)
+        self._refuse_other_run(checkpoint.path, checkpoint.manifest["fingerprints"])
+        return {"path": str(checkpoint.path), "manifest": checkpoint.manifest}
 
     def _refuse_other_run(self, checkpoint: Path, saved: Mapping[str, Any]) -> None:
         """Refuse a checkpoint that was brought here from another run: with the same shapes it would load."""
@@ -70,12 +72,13 @@ class Resumption:
         if data is not None and saved["data"] not in (None, data):
             raise _of_another_run(checkpoint, "from other data", saved["data"], data, DATA_RECORD)
 
-    def restore(self, engine: Engine, checkpoints: Saver, chosen: str | None) -> TrainState | None:
-        """Bring the engine to the chosen checkpoint; all ranks must call it together."""
+    def restore(self, engine: Engine, saver: Saver, chosen: Mapping[str, Any] | None) -> TrainState | None:
+        """Bring the engine to the checkpoint of `choose`; all ranks must call it together."""
         if chosen is None:
             return None
-        state = checkpoints.load(engine, Path(chosen))
-        self._say(f"resumed from {chosen} (step {state.step}, {state.tokens:,} tokens)")
+        checkpoint = Checkpoint.of(Path(chosen["path"]), chosen["manifest"])
+        state = saver.load(engine, checkpoint)
+        self._say(f"resumed from {checkpoint.path} (step {state.step}, {state.tokens:,} tokens)")
         return state
 
 

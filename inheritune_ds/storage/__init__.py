@@ -1,1 +1,1 @@
-"""Files, folders, JSON lines, the hub, redaction."""
+"""Files and folders: written whole or not at all."""

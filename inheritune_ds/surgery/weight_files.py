@@ -11,6 +11,7 @@ import torch
 
 from inheritune_ds.errors import RecipeError, SurgeryError
 from inheritune_ds.storage.hub import first_line
+from inheritune_ds.storage.safetensors import Entry, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -89,7 +90,7 @@ class WeightFiles:
         self.is_pickle = paths[0].suffix == ".bin"
         self.file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self._headers: dict[Path, dict[str, Entry]] = {}
         for path in paths:
             self._open[path.name] = _open_pickle(path) if self.is_pickle else _open_safetensors(path)
             for tensor in self._open[path.name].keys():  # noqa: SIM118 - a safetensors handle is no mapping
@@ -128,12 +129,9 @@ class WeightFiles:
             return None
         path = self.folder / self.file_of[name]
         if path not in self._headers:
-            with path.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                self._headers[path] = (8 + size, json.loads(stream.read(size)))
-        start, header = self._headers[path]
-        first, last = header[name]["data_offsets"]
-        return Span(path, start + first, last - first)
+            self._headers[path] = read_header(path)
+        entry = self._headers[path][name]
+        return Span(path, entry.start, entry.nbytes)
 
     def meta(self, name: str) -> torch.Tensor:
         """A tensor's type and shape, as a tensor on the meta device."""

@@ -1,25 +1,22 @@
 """Write the target's weights: shards of safetensors, filled straight from the files of the sources."""
 
-import io
-import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from inheritune_ds.console import Meter
 from inheritune_ds.errors import StorageError, SurgeryError
 from inheritune_ds.storage.files import storage_errors, write_json
+from inheritune_ds.storage.safetensors import SafetensorsWriter
 from inheritune_ds.surgery.compare import as_bytes
-from inheritune_ds.surgery.weight_files import DTYPES, INDEX, SINGLE, Span
+from inheritune_ds.surgery.weight_files import DTYPES, INDEX, SINGLE
 
 if TYPE_CHECKING:
     from inheritune_ds.surgery.tensor_map import TensorCopy
     from inheritune_ds.surgery.tensor_values import TargetValues
 
 SHARD_BYTES = 2 * 10**9
-_COPY_BYTES = 1 << 26
 
 
 def write_shards(folder: Path, grafts: Sequence["TensorCopy"], values: "TargetValues") -> dict[str, str]:
@@ -88,44 +85,16 @@ def _write(path: Path, shard: Sequence["TensorCopy"], values: "TargetValues") ->
     """Write one safetensors file.
 
     safetensors' own writer takes tensors in memory; here the kernel copies their bytes from file to file, which is as
-    fast as copying the files. The format (huggingface/safetensors, README): the length of the header in 8 bytes, the
-    header in JSON, padded with spaces to whole 8 bytes, then the tensors without gaps.
+    fast as copying the files.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
     # Wider numbers first, as safetensors itself does: every tensor then begins at a multiple of its numbers' size.
     ordered = sorted(shard, key=lambda graft: -values.meta(graft).element_size())
-    for graft in ordered:
-        meta, size = values.meta(graft), values.sizes[graft.name]
-        header[graft.name] = {
-            "dtype": DTYPES[meta.dtype],
-            "shape": list(meta.shape),
-            "data_offsets": [at, at + size],
-        }
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with storage_errors(path), path.open("wb", buffering=0) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+    metas = {graft.name: values.meta(graft) for graft in ordered}
+    tensors = {name: (DTYPES[meta.dtype], tuple(meta.shape), values.sizes[name]) for name, meta in metas.items()}
+    with storage_errors(path), SafetensorsWriter(path, tensors) as writer:
         for graft in ordered:
             span = values.span(graft)
             if span is None:
-                _write_all(stream, as_bytes(values.of(graft)).data)
-            else:
-                _copy(span, stream)
-
-
-def _copy(span: Span, stream: io.FileIO) -> None:
-    with span.path.open("rb") as source:
-        at, end = span.offset, span.offset + span.size
-        while at < end:
-            copied = os.sendfile(stream.fileno(), source.fileno(), at, min(end - at, _COPY_BYTES))
-            if copied == 0:
+                writer.append(as_bytes(values.of(graft)).data)
+            elif not writer.copy(span.path, span.offset, span.size):
                 raise SurgeryError(f"{span.path} is cut short", action="bring the file again")
-            at += copied
-
-
-def _write_all(stream: io.FileIO, data: memoryview) -> None:
-    at = 0
-    while at < len(data):
-        at += stream.write(data[at : at + _COPY_BYTES])

@@ -9,16 +9,15 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from inheritune_ds.checkpoints.reshard import load_by_name
-from inheritune_ds.checkpoints.snapshot import TAG, CapturedState, PinnedBuffers, capture
-from inheritune_ds.checkpoints.train_state import Requests
+from inheritune_ds.checkpoints import snapshot
+from inheritune_ds.checkpoints.manifest import Checkpoint
+from inheritune_ds.checkpoints.train_state import Wishes
 from inheritune_ds.config.deepspeed_keys import OURS
 from inheritune_ds.distributed.process_group import quiet
 from inheritune_ds.distributed.world import World
@@ -39,7 +38,7 @@ Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
 """Where the fp32 master weights got the target's exact values: set after DeepSpeed had made them of half-precision
 weights, or taken over from a model that is fp32 itself."""
-_NO_WISHES = Requests()
+_NO_WISHES = Wishes()
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     fault: str | None
-    wishes: Requests
+    wishes: Wishes
     passes_s: float
 
 
@@ -90,8 +89,9 @@ class Engine:
         self.world = world
         self.ds_config = ds_config
         low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
-        # The engine rounds the model to half precision before it makes its fp32 masters of it.
-        masters = {name: p.detach().clone() for name, p in model.named_parameters()} if low_precision else {}
+        # DeepSpeed rounds the model to half precision before it makes its fp32 masters of it. It gives every parameter
+        # new memory then; these are the tensors of before, mapped from the target's file if that is in fp32.
+        exact = {name: p.detach() for name, p in model.named_parameters()} if low_precision else {}
         self.kernels, self.notes = _fit(model, kernels)
         self._windows = WindowInputs(packing, self.kernels.attention)
         model.train()
@@ -108,7 +108,8 @@ class Engine:
         self.module: torch.nn.Module = engine.module
         embedding: Any = model.get_input_embeddings()
         self._vocabulary: int = embedding.num_embeddings
-        self._refill(masters)
+        if low_precision:
+            snapshot.fill_masters(engine, exact)
         self.master_weights: MasterWeights = "refilled" if low_precision else "fp32 model"
         if packing is not None:
             self._prove_apart(model.config)
@@ -122,14 +123,6 @@ class Engine:
             prove_apart(self._windows, lambda given: self._engine(**given).logits.float(), config, self.device, dtype)
         self._engine.train()
 
-    def _refill(self, masters: Mapping[str, torch.Tensor]) -> None:
-        """Give the fp32 masters the checkpoint's values instead of the rounded ones."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter in self.module.named_parameters():
-            if name in masters:
-                safe_set_full_fp32_param(parameter, masters[name].to(self.device))
-
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
@@ -140,7 +133,7 @@ class Engine:
         micro_batches: Sequence[torch.Tensor],
         *,
         lr: float,
-        wishes: Requests = _NO_WISHES,
+        wishes: Wishes = _NO_WISHES,
         judge: Judge = not_finite,
     ) -> StepResult:
         """One optimizer update over the micro-batches of this rank.
@@ -231,31 +224,27 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             yield name, safe_get_full_fp32_param(parameter).float().cpu()
 
-    def capture(self, copies: PinnedBuffers | None = None) -> CapturedState:
-        """Take this rank's share of the state, to be written to files; all ranks must call it.
+    def capture(self, buffers: snapshot.PinnedBuffers | None = None) -> snapshot.Snapshot:
+        """Take this rank's share of the state, to be written to a file.
 
         Args:
-            copies: Where to copy the tensors to; None: they must be written before the next step.
+            buffers: Where to copy the tensors to; None: they must be written before the next step.
         """
-        from deepspeed.checkpoint import constants
+        return snapshot.capture(self._engine, buffers)
 
-        # What its conversion to the universal format asks for; it leaves this to its client.
-        universal = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
-        return capture(self._engine, {constants.UNIVERSAL_CHECKPOINT_INFO: universal}, copies)
-
-    def load(self, folder: Path) -> tuple[str, ...]:
+    def load(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Restore a saved state, of any number of ranks and any ZeRO stage; all ranks must call it.
 
         Args:
-            folder: A verified checkpoint.
+            checkpoint: Verified.
 
         Returns:
-            Lines on what is not as it was when it was saved: ranks and stage, and settings that round otherwise.
+            Lines on what has changed since it was saved: ranks and stage, and settings that round otherwise.
 
         Raises:
             CheckpointError: If it is not a state of this model.
         """
-        return load_by_name(self._engine, folder / TAG)
+        return snapshot.restore(self._engine, checkpoint)
 
     def close(self) -> None:
         """Give the memory of the engine back, so that another can follow in this process."""

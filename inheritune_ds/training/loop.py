@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from inheritune_ds.checkpoints.saver import Saver
-from inheritune_ds.checkpoints.train_state import Requests, TrainState, batch_of, with_range
+from inheritune_ds.checkpoints.train_state import TrainState, Wishes, batch_of, with_range
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.stream.batches import BatchStream
 from inheritune_ds.distributed.coordination import agree
@@ -55,7 +55,7 @@ class LoopParts:
         engine: The target under DeepSpeed.
         stream: Batches by number.
         validator: Held-out windows.
-        checkpoints: Where the state goes.
+        saver: Saves the state.
         restore: Brings the engine back to the newest verified checkpoint; all ranks call it. None if there is none.
         recorder: Metrics and progress line.
         controls: What this rank is asked for.
@@ -71,7 +71,7 @@ class LoopParts:
     engine: Engine
     stream: BatchStream
     validator: Validator
-    checkpoints: Saver
+    saver: Saver
     restore: Callable[[], TrainState | None]
     recorder: Recorder
     controls: Controls
@@ -127,18 +127,18 @@ class _Loop:
         self._guard = FaultGuard(parts.recipe.faults, state.faults)
         self._clock = StepClock(parts.recipe.training.global_batch_tokens)
         self._first, self._save_due = True, False
-        self._told_saved = parts.checkpoints.published_step
+        self._told_saved = parts.saver.published_step
 
     def run(self) -> LoopResult:
         with self._parts.watch.phase("start", self._state.step):
             stop = self._stop_asked()
         if stop:  # while the engine was built; the state that the run was brought to is saved already
-            self._honour(Requests(stop=True))
+            self._honour(Wishes(stop=True))
             return LoopResult(self._state, finished=False)
         if self._state.validation_due and not self._validate():
             if self._state.step:
                 self._save(leaving=True)
-            self._honour(Requests(stop=True))
+            self._honour(Wishes(stop=True))
             return LoopResult(self._state, finished=False)
         while self._state.step < self._total_steps:
             wishes = self._advance()
@@ -159,7 +159,7 @@ class _Loop:
                 return LoopResult(self._state, finished=False)
         return LoopResult(self._state, finished=True)
 
-    def _advance(self) -> Requests:
+    def _advance(self) -> Wishes:
         """One optimizer step, logged; what the ranks have agreed on at its end."""
         parts, step = self._parts, self._state.step
         with parts.watch.phase("first_step" if self._first else "step", step + 1):
@@ -186,27 +186,27 @@ class _Loop:
             self._tell_saved()
         return result.wishes
 
-    def _wishes(self) -> Requests:
+    def _wishes(self) -> Wishes:
         """Of this rank; a save in the background that has failed for good is told by the next one, on all ranks."""
         wishes = self._parts.controls.wishes()
-        return replace(wishes, save=True) if self._parts.checkpoints.wants_save else wishes
+        return replace(wishes, save=True) if self._parts.saver.wants_save else wishes
 
     def _tell_saved(self) -> None:
         """Tell of a checkpoint that is published by now; one in the background is some steps later."""
-        published = self._parts.checkpoints.published_step
+        published = self._parts.saver.published_step
         if published is not None and published != self._told_saved:
             self._told_saved = published
-            self._parts.controls.saved(self._parts.checkpoints.last_save_s)
+            self._parts.controls.saved(self._parts.saver.last_save_s)
             self._parts.recorder.saved(published)
 
     def _take(self) -> list[torch.Tensor]:
         """The micro-batches of this step; those of the next are read from now on."""
         state = self._state
-        following = batch_of(state.step + 1, state.left_out) if state.step + 1 < self._total_steps else None
+        following = batch_of(state.step + 1, state.skipped_batches) if state.step + 1 < self._total_steps else None
         with self._parts.watch.phase("data", state.step + 1):
             return self._batches.take(state.batch_number, following)
 
-    def _honour(self, wishes: Requests) -> None:
+    def _honour(self, wishes: Wishes) -> None:
         """Take back the wishes that are done; their files lie on a disk that may not answer."""
         with self._parts.watch.phase("log", self._state.step):
             self._parts.controls.acknowledge(wishes)
@@ -252,22 +252,25 @@ class _Loop:
 
     def _save(self, *, leaving: bool) -> None:
         """Save; when leaving, the state must be on the disk before this returns."""
-        parts, checkpoints = self._parts, self._parts.checkpoints
+        parts, saver = self._parts, self._parts.saver
         with self._clock.stopped(), parts.watch.phase("save", self._state.step):
-            saved, self._save_due = checkpoints.save(parts.engine, self._state), False
+            saved, self._save_due = saver.save(parts.engine, self._state), False
             if leaving:
-                saved = checkpoints.settle() and saved
+                saved = saver.wait() and saved
             self._tell_saved()
         if leaving and not saved:
             raise StorageError(
-                f"step {self._state.step} could not be saved before leaving: {checkpoints.refusal}",
+                f"step {self._state.step} could not be saved before leaving: {saver.refusal}",
                 action="free some space, then give the same command again: it goes on from the checkpoint before",
             )
 
     def _roll_back(self) -> None:
         """Go back to the newest verified checkpoint, and skip the batches whose updates were left out."""
         parts, state, policy = self._parts, self._state, self._parts.recipe.faults
-        bad = batch_of(state.step - state.faults.in_a_row, state.left_out), batch_of(state.step - 1, state.left_out) + 1
+        bad = (
+            batch_of(state.step - state.faults.in_a_row, state.skipped_batches),
+            batch_of(state.step - 1, state.skipped_batches) + 1,
+        )
         told = (
             f"step {state.step}: {state.faults.in_a_row} updates in a row were left out "
             f"(batches {bad[0]} to {bad[1] - 1})"
@@ -280,7 +283,7 @@ class _Loop:
                 "schedule.warmup_steps in a new run; the same command tries again from the newest checkpoint",
             )
         with self._clock.stopped(), parts.watch.phase("save", state.step):
-            parts.checkpoints.settle()
+            parts.saver.wait()
             restored = parts.restore()
         if restored is None:
             raise TrainingError(
@@ -289,11 +292,11 @@ class _Loop:
                 action="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data",
             )
         # A checkpoint may have been saved between the faults: what it has read already cannot be skipped any more.
-        skipped = max(bad[0], batch_of(restored.step, state.left_out)), bad[1]
-        left_out = with_range(state.left_out, skipped) if skipped[0] < bad[1] else state.left_out
+        skipped = max(bad[0], batch_of(restored.step, state.skipped_batches)), bad[1]
+        skipped_batches = with_range(state.skipped_batches, skipped) if skipped[0] < bad[1] else state.skipped_batches
         faults = replace(restored.faults, in_a_row=0, rollbacks=state.faults.rollbacks + 1)
         # A validation that was still due there has been done since, and its row is kept.
-        self._state = replace(restored, left_out=left_out, faults=faults, validation_due=False)
+        self._state = replace(restored, skipped_batches=skipped_batches, faults=faults, validation_due=False)
         self._guard, self._save_due = FaultGuard(policy, faults), False
         with parts.watch.phase("log", restored.step):
             parts.recorder.rewind(restored.step)

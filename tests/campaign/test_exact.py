@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from inheritune_ds.training.shard_reader import read_shard
 
 from benchmarks.campaign.cases import Case
 from benchmarks.campaign.exact import PART
 from benchmarks.campaign.resumes import STEPS, content_sha256, differences, stopped_after
 from inheritune_ds.checkpoints.manifest import published
-from inheritune_ds.checkpoints.shard_reader import read_shard
 
 
 @pytest.mark.usefixtures("forked")

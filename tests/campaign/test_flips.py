@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.campaign.cases import Case
 from benchmarks.campaign.flips import FLIPS, PART, Trial, make_checkpoints
-from inheritune_ds.checkpoints import manifest
+from inheritune_ds.checkpoints import manifest as checkpoint_manifest
 
 SHORT = PART.chosen(short=True)
 
@@ -23,7 +23,7 @@ def test_every_changed_file_is_found_where_a_plain_load_finds_few(case: Case, tm
 @pytest.mark.parametrize("blind", ["_hash_fault", "listing_fault"])
 def test_a_check_that_does_not_look_is_noticed(blind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial(make_checkpoints(tmp_path), tmp_path / "plain")
-    monkeypatch.setattr(manifest, blind, lambda *_: None)
+    monkeypatch.setattr(checkpoint_manifest, blind, lambda *_: None)
     with pytest.raises(AssertionError, match=r"stale file of the right size: .* was chosen|cut in half: not told"):
         trial.tamper()
 

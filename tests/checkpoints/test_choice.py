@@ -11,7 +11,7 @@ import pytest
 from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, find_fault
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import CheckpointError
-from tests.checkpoints.saved import save
+from tests.checkpoints.saved import newest, save
 
 
 def test_files_of_somebody_else_are_not_loaded(
@@ -23,10 +23,10 @@ def test_files_of_somebody_else_are_not_loaded(
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
     assert find_fault(saved) == f"its folder belongs to user {me}, not to you ({me + 1})"
     with pytest.raises(CheckpointError) as caught:
-        store.newest_verified(lines.append)
+        store.newest_intact(lines.append)
     assert caught.value.problem == (
         f"{folder} belongs to user {me}, not to you ({me + 1}); "
-        "DeepSpeed's files are pickle, which can run code when it is loaded"
+        "a checkpoint is loaded only if no other user can have written it"
     )
     assert "copy it as yourself if you trust" in caught.value.action
     with pytest.raises(CheckpointError, match="belongs to user"):
@@ -36,15 +36,15 @@ def test_files_of_somebody_else_are_not_loaded(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file away")
 def test_one_file_of_somebody_else_is_enough(store: CheckpointStore) -> None:
     saved = save(store, 2)
-    os.chown(saved / "engine" / "model.pt", 65534, -1)
-    assert find_fault(saved) == "engine/model.pt belongs to user 65534, not to you (0)"
+    os.chown(saved / "rank-00001.safetensors", 65534, -1)
+    assert find_fault(saved) == "rank-00001.safetensors belongs to user 65534, not to you (0)"
 
 
 def test_a_folder_open_to_all_is_refused(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
     save(store, 2)
     folder.chmod(0o777)
     with pytest.raises(CheckpointError) as caught:
-        store.newest_verified(lines.append)
+        store.newest_intact(lines.append)
     assert caught.value.problem.startswith(f"{folder} can be written by everybody (mode 777)")
     assert f"chmod o-w {folder}" in caught.value.action
 
@@ -55,7 +55,7 @@ def test_what_is_saved_under_an_open_umask_is_closed(store: CheckpointStore, fol
         saved = save(store, 2)
     finally:
         os.umask(before)
-    assert store.newest_verified(lines.append) == saved
+    assert newest(store, lines) == saved
     assert not any(path.stat().st_mode & stat.S_IWOTH for path in [folder, saved, *saved.rglob("*")])
 
 
@@ -63,14 +63,14 @@ def test_no_intact_checkpoint_is_an_error_that_names_each(
     store: CheckpointStore, folder: Path, lines: list[str]
 ) -> None:
     save(store, 1, 2)
-    (folder / "step-00000001" / "engine" / "rank0.pt").unlink()
+    (folder / "step-00000001" / "rank-00000.safetensors").unlink()
     (folder / "step-00000002" / MANIFEST).unlink()
     with pytest.raises(CheckpointError) as caught:
-        store.newest_verified(lines.append)
+        store.newest_intact(lines.append)
     assert caught.value.exit_code == 4
     assert caught.value.problem == (
         f"no checkpoint in {folder} can be used: step-00000002: manifest.json is missing or not as it was written; "
-        "step-00000001: engine/rank0.pt is missing"
+        "step-00000001: rank-00000.safetensors is missing"
     )
     assert f"`inheritune-ds checkpoints {folder.parent} verify`" in caught.value.action
     assert "--fresh" in caught.value.action
@@ -81,8 +81,8 @@ def test_no_intact_checkpoint_is_an_error_that_names_each(
     ("trace", "told"),
     [
         ({"checkpoints/latest": ""}, "latest is there, so this run has saved before"),
-        ({"status.json": '{"step": 8}'}, "status.json tells that step 8 was saved"),
-        ({"status.json": '{"step": 0, "saved_step": 12}'}, "status.json tells that step 12 was saved"),
+        ({"status.json": '{"step": 8}'}, "status.json says that step 8 was saved"),
+        ({"status.json": '{"step": 0, "saved_step": 12}'}, "status.json says that step 12 was saved"),
     ],
 )
 def test_a_run_whose_checkpoints_have_gone_does_not_start_over(
@@ -92,7 +92,7 @@ def test_a_run_whose_checkpoints_have_gone_does_not_start_over(
     for name, text in trace.items():
         (folder.parent / name).write_text(text)
     with pytest.raises(CheckpointError) as caught:
-        store.newest_verified(lines.append)
+        store.newest_intact(lines.append)
     assert caught.value.problem == f"{folder} holds no checkpoint any more, but {told}"
     assert "--fresh" in caught.value.action
 
@@ -105,7 +105,7 @@ def test_a_run_that_never_saved_starts_from_nothing(
     (folder.parent / "metrics.jsonl").touch()
     if status is not None:
         (folder.parent / "status.json").write_text(status)
-    assert store.newest_verified(lines.append) is None
+    assert newest(store, lines) is None
     assert lines == []
 
 
@@ -134,14 +134,14 @@ def test_the_pointer_is_not_needed(name: str, store: CheckpointStore, folder: Pa
     saved = save(store, 1, 2)
     harm, told = POINTERS[name]
     harm(folder / POINTER)
-    assert store.newest_verified(lines.append) == saved
+    assert newest(store, lines) == saved
     assert lines == [f"WARNING: {folder / POINTER} {told}; the newest intact checkpoint is used without it"]
 
 
 def test_a_folder_in_the_pointer_s_place_is_left_there(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
     (folder / POINTER / "mine").mkdir(parents=True)
     saved = save(store, 1, 2)
-    assert store.newest_verified(lines.append) == saved
+    assert newest(store, lines) == saved
     assert (folder / POINTER / "mine").is_dir()
 
 
@@ -154,7 +154,7 @@ def test_an_unreadable_folder_is_an_error(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    for call in (store.newest, store.claim_generation, lambda: store.newest_verified(lines.append)):
+    for call in (store.newest, store.claim_generation, lambda: store.newest_intact(lines.append)):
         with pytest.raises(CheckpointError) as caught:
             call()
         assert caught.value.problem == f"the checkpoints in {folder} cannot be read: Permission denied: {folder}"

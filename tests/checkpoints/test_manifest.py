@@ -18,8 +18,10 @@ from inheritune_ds.checkpoints.manifest import (
     published,
     read_manifest,
 )
+from inheritune_ds.checkpoints.retention import expired
 from inheritune_ds.checkpoints.store import CheckpointStore
-from tests.checkpoints.saved import MODEL, flip, save
+from inheritune_ds.errors import CheckpointError
+from tests.checkpoints.saved import MODEL, flip, newest, save
 
 
 def test_steps_are_listed_from_the_newest(store: CheckpointStore, folder: Path) -> None:
@@ -35,13 +37,13 @@ def shorten(path: Path) -> None:
 
 
 def link(path: Path) -> None:
-    path.rename(path.parents[3] / "elsewhere")
-    path.symlink_to(path.parents[3] / "elsewhere")
+    path.rename(path.parents[2] / "elsewhere")
+    path.symlink_to(path.parents[2] / "elsewhere")
 
 
 def link_folder(path: Path) -> None:
-    path.parent.rename(path.parents[3] / "elsewhere")
-    path.parent.symlink_to(path.parents[3] / "elsewhere")
+    (path.parents[2] / "elsewhere").mkdir()
+    (path.parent / "more").symlink_to(path.parents[2] / "elsewhere")
 
 
 def replace_by_fifo(path: Path) -> None:
@@ -50,11 +52,11 @@ def replace_by_fifo(path: Path) -> None:
 
 
 def add_shard(path: Path) -> None:
-    shutil.copy(path, path.with_name("rank1.pt"))
+    shutil.copy(path, path.with_name("rank-00002.safetensors"))
 
 
 def lose_manifest(path: Path) -> None:
-    (path.parents[1] / MANIFEST).unlink()
+    (path.parent / MANIFEST).unlink()
 
 
 def open_to_all(path: Path) -> None:
@@ -62,15 +64,15 @@ def open_to_all(path: Path) -> None:
 
 
 HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "missing": (Path.unlink, "engine/model.pt is missing"),
-    "short": (shorten, "engine/model.pt has 255 bytes instead of 256"),
-    "flipped": (flip, "engine/model.pt has blake3 {found}... instead of {expected}..."),
-    "link": (link, "engine/model.pt is a symbolic link and may lie outside the checkpoint"),
-    "folder link": (link_folder, "engine is a symbolic link and may lie outside the checkpoint"),
-    "pipe": (replace_by_fifo, "engine/model.pt has -1 bytes instead of 256"),
-    "extra shard": (add_shard, "engine/rank1.pt is not in manifest.json"),
+    "missing": (Path.unlink, "rank-00001.safetensors is missing"),
+    "short": (shorten, "rank-00001.safetensors has 255 bytes instead of 256"),
+    "flipped": (flip, "rank-00001.safetensors has blake3 {found}... instead of {expected}..."),
+    "link": (link, "rank-00001.safetensors is a symbolic link and may lie outside the checkpoint"),
+    "folder link": (link_folder, "more is a symbolic link and may lie outside the checkpoint"),
+    "pipe": (replace_by_fifo, "rank-00001.safetensors has -1 bytes instead of 256"),
+    "extra shard": (add_shard, "rank-00002.safetensors is not in manifest.json"),
     "no manifest": (lose_manifest, "manifest.json is missing or not as it was written"),
-    "open to all": (open_to_all, "engine/model.pt can be written by everybody (mode 666)"),
+    "open to all": (open_to_all, "rank-00001.safetensors can be written by everybody (mode 666)"),
 }
 
 
@@ -80,8 +82,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
 ) -> None:
     save(store, 1, 2)
     harm, fault = HARMS[name]
-    harm(folder / "step-00000002" / "engine" / "model.pt")
-    assert store.newest_verified(lines.append) == folder / "step-00000001"
+    harm(folder / "step-00000002" / "rank-00001.safetensors")
+    assert newest(store, lines) == folder / "step-00000001"
     changed = bytearray(MODEL)
     changed[128] ^= 1
     told = fault.format(found=blake3(changed).hexdigest()[:12], expected=blake3(MODEL).hexdigest()[:12])
@@ -137,12 +139,12 @@ def test_a_checkpoint_under_another_step_s_name_is_found(store: CheckpointStore,
     assert find_fault(folder / "step-00000009") == "manifest.json is that of step 2"
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "engine/../../outside"])
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "more/../../outside"])
 def test_no_name_leads_out_of_the_folder(name: str, store: CheckpointStore) -> None:
     saved = save(store, 2)
     manifest = read_manifest(saved)
     assert manifest is not None
-    manifest["files"][name] = manifest["files"].pop("engine/model.pt")
+    manifest["files"][name] = manifest["files"].pop("rank-00001.safetensors")
     (saved / MANIFEST).write_text(manifest_text(manifest))
     assert find_fault(saved) == f"{name} lies outside the checkpoint"
 
@@ -154,17 +156,28 @@ def test_a_file_that_cannot_be_read_is_a_fault(store: CheckpointStore, monkeypat
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(checkpoint_manifest, "blake3_file", broken)
-    assert find_fault(saved) == f"{saved / 'engine' / 'rank0.pt'} cannot be read: Input/output error"
+    assert find_fault(saved) == f"{saved / 'rank-00000.safetensors'} cannot be read: Input/output error"
 
 
-def test_a_checkpoint_of_another_version_is_no_traceback(store: CheckpointStore) -> None:
-    saved = save(store, 2)
+def test_a_checkpoint_of_the_earlier_format_is_refused_with_the_commit_that_reads_it(
+    store: CheckpointStore, folder: Path, lines: list[str]
+) -> None:
+    saved = save(store, 2, 4)
     manifest = read_manifest(saved)
     assert manifest is not None
-    manifest["files"]["engine/model.pt"]["sha256"] = manifest["files"]["engine/model.pt"].pop("blake3")
+    del manifest["format"]
     (saved / MANIFEST).write_text(manifest_text(manifest))
-    fault = f"{MANIFEST} lists no blake3 of engine/model.pt: another version of inheritune_ds has written it"
-    assert find_fault(saved) == fault
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        newest(store, lines)
+    assert caught.value.problem == (
+        f"{saved} cannot be loaded: it is of the format before this one; commit 318409b is the last that reads it"
+    )
+    assert "--fresh, which sets the old run aside" in caught.value.action
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(CheckpointError, match="commit 318409b is the last that reads it"):
+        expired(CheckpointStore(folder, keep=1))
+    assert lines == []
 
 
 def test_every_byte_that_is_read_is_told(store: CheckpointStore) -> None:

@@ -14,21 +14,21 @@ from blake3 import blake3
 from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, published, read_manifest
 from inheritune_ds.checkpoints.store import GENERATION, CheckpointStore
 from inheritune_ds.errors import CheckpointError, StorageError
-from tests.checkpoints.saved import MODEL, names, save, written
+from tests.checkpoints.saved import MODEL, fields_of, names, newest, save, written
 
 
 def test_a_published_checkpoint_is_whole_and_pointed_at(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
-    assert store.newest_verified(lines.append) is None
+    assert newest(store, lines) is None
     assert store.claim_generation() == 1
     saved = save(store, 7)
     assert names(folder) == ["generation", "latest", "step-00000007"]
     assert (folder / POINTER).read_text() == "step-00000007\n"
-    assert store.newest_verified(lines.append) == saved
+    assert newest(store, lines) == saved
     assert lines == []
     manifest = read_manifest(saved)
     assert manifest is not None
-    assert (manifest["step"], manifest["generation"], manifest["state"]) == (7, 1, {"step": 7, "seconds": 7.1})
-    assert manifest["files"]["engine/model.pt"] == {"bytes": 256, "blake3": blake3(MODEL).hexdigest()}
+    assert (manifest["step"], manifest["generation"], manifest["state"]["train_seconds"]) == (7, 1, 7.1)
+    assert manifest["files"]["rank-00001.safetensors"] == {"bytes": 256, "blake3": blake3(MODEL).hexdigest()}
 
 
 def test_only_the_newest_launch_publishes(store: CheckpointStore, folder: Path) -> None:
@@ -73,8 +73,8 @@ def test_a_lost_generation_is_counted_on_from_the_manifests(
 def test_a_step_saved_again_replaces_the_first(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
     save(store, 5)
     saved = save(store, 5, text="another state")
-    assert (saved / "engine" / "rank0.pt").read_text() == "another state of 5"
-    assert store.newest_verified(lines.append) == saved
+    assert (saved / "rank-00000.safetensors").read_text() == "another state of 5"
+    assert newest(store, lines) == saved
     assert names(folder) == ["generation", "latest", "step-00000005"]
 
 
@@ -96,8 +96,8 @@ def test_a_refused_rename_leaves_the_one_of_the_same_step(
         with pytest.raises(StorageError, match="Input/output error"):
             store.publish(begun, 5, {}, files, print)
     store.discard(begun)
-    assert store.newest_verified(lines.append) == older
-    assert (older / "engine" / "rank0.pt").read_text() == "older of 5"
+    assert newest(store, lines) == older
+    assert (older / "rank-00000.safetensors").read_text() == "older of 5"
     assert names(folder) == ["generation", "latest", "step-00000005"]
 
 
@@ -149,10 +149,10 @@ def test_a_kill_between_any_two_calls_leaves_the_old_or_the_new(
                 ended = True
         after = CheckpointStore(folder, keep=3)
         after.claim_generation()
-        found = after.newest_verified(lines.append)
+        found = newest(after, lines)
         assert found is not None, limit
         assert not any(name.startswith(".") for name in names(folder)), limit
-        seen.append((found / "engine" / "rank0.pt").read_text())
+        seen.append((found / "rank-00000.safetensors").read_text())
         if ended:
             break
     assert ended, "100 calls are not enough"
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
         with pytest.raises(StorageError, match="cannot be written: No space left on device"):
             store.publish(begun, 8, {}, files, print)
     store.discard(begun)
-    assert store.newest_verified(lines.append) == older
+    assert newest(store, lines) == older
     assert names(folder) == ["generation", "latest", "step-00000004"]
 
 
@@ -196,11 +196,11 @@ def test_a_pointer_that_cannot_follow_is_told_and_the_checkpoint_counts(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        saved = store.publish(begun, 8, {}, files, lines.append)
+        saved = store.publish(begun, 8, fields_of(8), files, lines.append)
     told = "WARNING: step 8 is saved, but latest does not name it: "
     assert lines == [f"{told}{folder / 'latest'} cannot be written: No space left on device"]
     lines.clear()
-    assert store.newest_verified(lines.append) == saved
+    assert newest(store, lines) == saved
     assert lines == []  # it names a checkpoint that is there
     assert (folder / "latest").read_text() == "step-00000004\n"
     assert names(folder) == ["generation", "latest", "step-00000004", "step-00000008"]
@@ -209,11 +209,12 @@ def test_a_pointer_that_cannot_follow_is_told_and_the_checkpoint_counts(
 def test_what_is_not_as_the_ranks_have_told_is_not_published(store: CheckpointStore, folder: Path) -> None:
     begun = store.begin(4)
     files = written(begun, "state")
-    (begun / "engine" / "rank0.pt").write_text("stat")
+    (begun / "rank-00000.safetensors").write_text("stat")
     with pytest.raises(CheckpointError) as caught:
         store.publish(begun, 4, {}, files, print)
     assert caught.value.problem == (
-        "the checkpoint of step 4 was not written as its ranks have told: engine/rank0.pt has 4 bytes instead of 5"
+        "the checkpoint of step 4 was not written as its ranks have reported: "
+        "rank-00000.safetensors has 4 bytes instead of 5"
     )
     assert list(published(folder)) == []
 
@@ -237,7 +238,7 @@ def test_everything_is_on_the_disk_before_the_pointer_names_it(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", renamed)
     save(store, 3)
-    assert {"rank0.pt", "model.pt", "engine"} <= set(done[: done.index("rename to step-00000003")])
+    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= set(done[: done.index("rename to step-00000003")])
     pid = os.getpid()
     assert done[-5:] == [
         f".{MANIFEST}.{pid}.tmp",

@@ -1,29 +1,37 @@
 """Loading by name: any stage and number of ranks into any other, what is refused, what is told."""
 
-import argparse
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
-from inheritune_ds.checkpoints.reshard import MASTER, MOMENTS, Piece, SavedState, check_convertible, stage_3_pieces
-from inheritune_ds.checkpoints.shard_reader import SavedFiles, read_shard
+from inheritune_ds.checkpoints.fragments import MASTER
+from inheritune_ds.checkpoints.manifest import read_manifest
+from inheritune_ds.checkpoints.reshard import check_convertible, check_model, stage_3_pieces
 from inheritune_ds.checkpoints.train_state import SavedLayout
 from inheritune_ds.errors import CheckpointError
 from tests.launching import launch
 from tests.warm_python import WarmPython
 
-DRIVER = "tests/training/drive_elastic.py"
-SAVED = ("1fp32", "2fp32", "3fp32", "1bf16a", "2bf16o", "3bf16")
-LOADED = ("1fp32", "2fp32", "3fp32s", "1bf16", "2bf16o", "3bf16")
+DRIVER = "tests/checkpoints/drive_reshard.py"
+SAVED = (
+    *("1fp32", "2fp32", "3fp32", "1bf16", "2bf16", "3bf16", "1fp16", "2fp16x", "3fp16"),
+    *("1bf16a", "2bf16o", "3bf16o"),
+)
+LOADED = (
+    *("1fp32", "2fp32", "3fp32", "1bf16", "2bf16", "3bf16", "1fp16", "2fp16", "3fp16"),
+    *("3fp32s", "2bf16o", "3bf16o"),
+)
 
 
 def drive(
@@ -53,7 +61,7 @@ def check(told: Mapping[str, Any], states: Mapping[str, Any], layouts: tuple[str
         state, found = states[pair.partition(" -> ")[0]], told[pair]
         assert found["digest"] == state["digest"], pair
         assert found["step"] == 2, pair
-        assert found["losses"] == pytest.approx(state["losses"], rel=5e-4 if "bf16" in pair else 1e-6), pair
+        assert found["losses"] == pytest.approx(state["losses"], rel=1e-6 if "fp32" in pair else 5e-4), pair
 
 
 def states_of(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +83,12 @@ def test_one_rank_takes_the_state_of_two_to_the_last_bit(
 ) -> None:
     layouts = ("1fp32", "3fp32", "1bf16", "3bf16")
     on_one = drive(warm, folder, ("3bf16",), layouts, ranks=1)
-    check(on_one, states_of(on_two) | states_of(on_one), layouts)
+    states = {
+        name: state
+        for name, state in (states_of(on_two) | states_of(on_one)).items()
+        if "fp16" not in name or "bf16" in name
+    }
+    check(on_one, states, layouts)
 
 
 @pytest.mark.launch
@@ -85,8 +98,8 @@ def test_what_is_not_as_it_was_is_told(on_two: dict[str, Any]) -> None:
     assert on_two["1fp32-2 -> 1fp32"]["notes"] == []
     [dealt_out] = on_two["1fp32-2 -> 2fp32"]["notes"]
     assert dealt_out == (
-        "the state was saved on 2 ranks in ZeRO stage 1, and is dealt out anew to 2 in stage 2: losses may differ in "
-        "their last digits from here on, with dropout by its other masks"
+        "the state was saved on 2 ranks in ZeRO stage 1, and is resharded to 2 in stage 2: losses may differ in their "
+        "last digits from here on, with dropout by its other masks"
     )
     [rounds] = on_two["1bf16a-2 -> 1bf16"]["notes"]
     assert rounds == (
@@ -98,79 +111,69 @@ def test_what_is_not_as_it_was_is_told(on_two: dict[str, Any]) -> None:
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", ["1fp32", "3fp32"])
-def test_deepspeeds_own_converter_finds_the_same_values(
-    on_two: dict[str, Any], folder: Path, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from deepspeed.checkpoint.ds_to_universal import main
+def test_resuming_is_bitwise_identical_to_the_uninterrupted_run(on_two: dict[str, Any]) -> None:
+    for name in SAVED:
+        layout = name.removesuffix("x")
+        if layout in LOADED:
+            state, resumed = on_two[f"{name}-2"], on_two[f"{name}-2 -> {layout}"]
+            for key in ("digest", "scaler", "losses", "end", "end_scaler", "step"):
+                assert resumed[key] == state[key], (name, key)
+    overflowed = on_two["2fp16x-2 -> 2fp16"]["scaler"]
+    assert (overflowed["last_overflow_iter"], overflowed["cur_hysteresis"], overflowed["cur_iter"]) == ("1", "1", "2")
 
-    assert f"{layout}-2" in on_two
-    source = folder / f"{layout}-2" / "engine"
-    words = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    told = {"input_folder": str(source), "output_folder": str(tmp_path / "out"), "inject_missing_state": False}
-    main(argparse.Namespace(**words, **told))
-    capsys.readouterr()
-    saved, found = SavedState(SavedFiles(source)), sorted((tmp_path / "out" / "zero").glob("*/fp32.pt"))
-    assert len(found) == 21
-    for path in found:
-        for key in (MASTER, *MOMENTS):
-            written = torch.load(path.with_name(f"{key}.pt"), weights_only=True)
-            wanted = (written["param"] if isinstance(written, dict) else written).flatten()  # stage 3: the bare tensor
-            own = torch.zeros_like(wanted)
-            saved.fill(own, [Piece(path.parent.name, 0, 0, 0, own.numel())], key)
-            assert torch.equal(own, wanted), (path.parent.name, key)
+
+def manifest_of(folder: Path, name: str) -> dict[str, Any]:
+    manifest = read_manifest(folder / f"{name}-2" / "step-00000002")
+    assert manifest is not None
+    return manifest
 
 
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_state_of_another_model_is_refused(on_two: dict[str, Any], folder: Path) -> None:
-    assert "1fp32-2" in on_two
-    saved = SavedState(SavedFiles(folder / "1fp32-2" / "engine"))
-    with pytest.raises(CheckpointError, match=r"holds another model: 21 parameters are on one side only, first "):
-        saved.check_names(set())
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has another number of elements"):
-        saved.fill(torch.zeros(13), [Piece("model.norm.weight", 0, 0, 0, 13)], MASTER)
+def test_the_manifest_holds_what_tensors_do_not(on_two: dict[str, Any], folder: Path) -> None:
+    manifest = manifest_of(folder, "2fp16x")
+    engine = manifest["engine"]
+    assert engine["counters"] == {"global_steps": 2, "global_samples": 16, "skipped_steps": 1, "micro_steps": 4}
+    assert engine["dtypes"] == {"weights": "float16", "masters": "float32", "moments": "float32"}
+    assert engine["optimizer"] == "torch.optim.adamw.AdamW"
+    assert engine["loss_scaler"]["overflow"] is True
+    assert {key: str(value) for key, value in engine["loss_scaler"]["fields"].items()} == {
+        key: value for key, value in on_two["2fp16x-2"]["scaler"].items() if key != "dtype"
+    }
+    assert {parameter["step"] for parameter in manifest["parameters"].values()} == {1}
+    assert manifest["parameters"]["model.norm.weight"]["shape"] == [12]
+    assert manifest_of(folder, "2bf16o")["engine"]["optimizer"].endswith("DeepSpeedCPUAdam")
+    assert manifest_of(folder, "1bf16")["engine"]["loss_scaler"] is None
+    assert on_two["1fp32-2"]["failure"] == "CUDA error: out of memory"
 
 
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_missing_file_is_named(on_two: dict[str, Any], folder: Path, tmp_path: Path) -> None:
-    assert "1fp32-2" in on_two
-    with pytest.raises(CheckpointError, match="lacks the model's file"):
-        SavedFiles(tmp_path).model  # noqa: B018 - reading it is what is tested
-    shutil.copytree(folder / "1fp32-2" / "engine", tmp_path / "engine")
-    (tmp_path / "engine" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(CheckpointError, match="lacks the optimizer's file of rank 1"):
-        SavedFiles(tmp_path / "engine").optimizer  # noqa: B018
+def test_a_checkpoint_is_read_without_deepspeed(on_two: dict[str, Any], folder: Path) -> None:
+    """Masters as whole tensors, by safetensors alone."""
+    assert "3fp32-2" in on_two
+    parts: dict[str, dict[int, NDArray[np.float32]]] = {}
+    for path in sorted((folder / "3fp32-2" / "step-00000002").glob("rank-*.safetensors")):
+        for key, values in load_file(path).items():
+            name, kind, start = key.rsplit("/", 2)
+            if kind == MASTER:
+                parts.setdefault(name, {})[int(start)] = values
+    parameters = manifest_of(folder, "3fp32")["parameters"]
+    assert parts.keys() == parameters.keys()
+    for name, pieces in parts.items():
+        whole = np.concatenate([pieces[start] for start in sorted(pieces)]).reshape(parameters[name]["shape"])
+        assert np.isfinite(whole).all()
 
 
-class Canary:
-    """What runs code when it is unpickled without care."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    canary, shard = tmp_path / "canary", tmp_path / "shard.pt"
-    torch.save({"optimizer_state_dict": Canary(canary)}, shard)
-    with pytest.raises(CheckpointError, match=r"shard\.pt refers to posix\.mkdir: it was not read"):
-        read_shard(shard)
-    assert not canary.exists()
-    torch.load(shard, weights_only=False)  # as DeepSpeed itself loads it
-    assert canary.exists()
-
-
-def test_file_that_is_no_shard_is_refused(tmp_path: Path) -> None:
-    shard = tmp_path / "shard.pt"
-    shard.write_bytes(pickle.dumps({"step": 1}))
-    with pytest.raises(CheckpointError, match=r"shard\.pt cannot be read: "):
-        read_shard(shard)
+def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    saved = {"a": {"shape": [2, 3], "step": 1}, "b": {"shape": [4], "step": 1}}
+    check_model(tmp_path, saved, {"a": [2, 3], "b": [4]})
+    with pytest.raises(CheckpointError, match=r"holds another model: 1 parameters differ, first b"):
+        check_model(tmp_path, saved, {"a": [2, 3], "b": [5]})
+    with pytest.raises(CheckpointError, match=r"holds another model: 2 parameters differ, first a"):
+        check_model(tmp_path, saved, {"b": [4], "c": [1], "a": [6]})
 
 
 def test_another_precision_is_refused_and_another_layout_is_not() -> None:
@@ -180,20 +183,12 @@ def test_another_precision_is_refused_and_another_layout_is_not() -> None:
     assert "name=OTHER or --runs-dir DIR" in str(refused.value)
 
 
-@given(
-    shapes=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=3),
-    ranks=st.integers(1, 9),
-)
-def test_stage_3_cuts_every_parameter_into_shares_that_cover_it_once(shapes: list[list[int]], ranks: int) -> None:
-    named = [
-        {f"{group}.{number}": torch.Size([size]) for number, size in enumerate(sizes)}
-        for group, sizes in enumerate(shapes)
-    ]
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), ranks=st.integers(1, 9))
+def test_stage_3_cuts_every_parameter_into_shares_that_cover_it_once(sizes: list[int], ranks: int) -> None:
+    shapes = {str(number): torch.Size([size]) for number, size in enumerate(sizes)}
     covered: dict[str, list[int]] = {}
     for rank in range(ranks):
-        for piece in stage_3_pieces(named, rank, ranks):
-            assert piece.numel >= 0
+        for piece in stage_3_pieces(shapes, rank, ranks):
+            assert piece.numel > 0
             covered.setdefault(piece.name, []).extend(range(piece.start, piece.start + piece.numel))
-    for group in named:
-        for name, shape in group.items():
-            assert covered[name] == list(range(shape.numel()))
+    assert covered == {name: list(range(shape.numel())) for name, shape in shapes.items()}

@@ -9,45 +9,46 @@ from typing import Any
 import pytest
 
 from inheritune_ds.checkpoints.manifest import POINTER, published, step_of
+from inheritune_ds.checkpoints.retention import go_back, kept, prune
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.config.training import Checkpointing
 from inheritune_ds.errors import CheckpointError
-from tests.checkpoints.saved import flip, names, save
+from tests.checkpoints.saved import flip, names, newest, save
 
 
 def test_the_newest_and_every_so_manieth_stay(folder: Path, lines: list[str]) -> None:
     store = CheckpointStore.of(folder, Checkpointing(interval_steps=10, keep=2, keep_every=3))
     for step in range(10, 101, 10):
         save(store, step)
-        store.prune(lines.append)
+        prune(store, lines.append)
     assert [path.name[-3:] for path in published(folder)] == ["100", "090", "060", "030"]
-    assert list(store.staying().values()) == ["newest 2", "newest 2", "every 30 steps", "every 30 steps"]
+    assert list(kept(store).values()) == ["newest 2", "newest 2", "every 30 steps", "every 30 steps"]
     assert lines == []
 
 
 def test_what_was_saved_for_good_stays_under_another_rule(folder: Path, lines: list[str]) -> None:
     save(CheckpointStore(folder, keep=1, keep_every=4), 2, 4, 6, 8, 9)
     store = CheckpointStore(folder, keep=1, keep_every=3)
-    assert {step_of(path): why for path, why in store.staying().items()} == {
+    assert {step_of(path): why for path, why in kept(store).items()} == {
         9: "newest 1",
         8: "for good, by the rule of then",
         6: "every 3 steps",
         4: "for good, by the rule of then",
     }
-    assert [step_of(path) for path in CheckpointStore(folder, keep=2).prune(lines.append)] == [6, 2]
+    assert [step_of(path) for path in prune(CheckpointStore(folder, keep=2), lines.append)] == [6, 2]
     assert lines == []
 
 
 def test_nothing_is_deleted_while_the_newest_is_damaged(folder: Path, lines: list[str]) -> None:
     store = CheckpointStore(folder, keep=1)
     save(store, 1, 2, 3)
-    flip(folder / "step-00000003" / "engine" / "model.pt")
-    assert store.prune(lines.append) == []
+    flip(folder / "step-00000003" / "rank-00001.safetensors")
+    assert prune(store, lines.append) == []
     assert len(list(published(folder))) == 3
-    assert lines[0].startswith(f"WARNING: checkpoint {folder / 'step-00000003'} is damaged: engine/model.pt has blake3")
+    assert lines[0].startswith(f"WARNING: checkpoint {folder / 'step-00000003'} is damaged: rank-00001.")
     assert lines[0].endswith("the older ones stay, however many there are")
     save(store, 4)
-    assert [path.name for path in store.prune(lines.append)] == ["step-00000003", "step-00000002", "step-00000001"]
+    assert [path.name for path in prune(store, lines.append)] == ["step-00000003", "step-00000002", "step-00000001"]
 
 
 def test_a_folder_that_cannot_be_read_is_told_and_pruning_ends_nothing(
@@ -60,11 +61,11 @@ def test_a_folder_that_cannot_be_read_is_told_and_pruning_ends_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "iterdir", refuse)
-        assert store.prune(lines.append) == []
+        assert prune(store, lines.append) == []
     (line,) = lines
     assert line.startswith(f"WARNING: the checkpoints in {folder} cannot be read: Input/output error")
     assert line.endswith("; the older ones stay, however many there are")
-    assert [path.name for path in store.prune(lines.append)] == ["step-00000001"]
+    assert [path.name for path in prune(store, lines.append)] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("call", ["rename", "rmdir"])
@@ -79,32 +80,32 @@ def test_what_cannot_be_deleted_is_told_and_left_to_the_next_launch(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, busy)
-        assert store.prune(lines.append) == []
+        assert prune(store, lines.append) == []
     (line,) = lines
     assert line.startswith(f"checkpoint {folder / 'step-00000001'} cannot be deleted: Device or resource busy: ")
     assert line.endswith("; training goes on")
     store.claim_generation()
-    store.prune(lines.append)
+    prune(store, lines.append)
     assert names(folder) == ["generation", "latest", "step-00000002"]
 
 
 def test_going_back_deletes_the_later_ones(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
     save(store, 1, 2, 3, 4)
-    assert [path.name for path in store.go_back(2, lines.append)] == ["step-00000004", "step-00000003"]
+    assert [path.name for path in go_back(store, 2, lines.append)] == ["step-00000004", "step-00000003"]
     assert (folder / POINTER).read_text() == "step-00000002\n"
-    assert store.newest_verified(lines.append) == folder / "step-00000002"
+    assert newest(store, lines) == folder / "step-00000002"
     assert lines == []
 
 
 def test_there_is_no_way_back_to_nothing(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
     save(store, 2, 3)
     with pytest.raises(CheckpointError) as caught:
-        store.go_back(1, lines.append)
+        go_back(store, 1, lines.append)
     assert caught.value.problem == "the run cannot go back to step 1: no checkpoint is as early"
-    flip(folder / "step-00000002" / "engine" / "model.pt")
+    flip(folder / "step-00000002" / "rank-00001.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        store.go_back(2, lines.append)
-    assert caught.value.problem.startswith("the run cannot go back to step 2: step-00000002: engine/model.pt has bla")
+        go_back(store, 2, lines.append)
+    assert caught.value.problem.startswith("the run cannot go back to step 2: step-00000002: rank-00001.")
     assert len(list(published(folder))) == 2
 
 

@@ -7,18 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from inheritune_ds.checkpoints import saver as module
-from inheritune_ds.checkpoints.manifest import find_fault
+from inheritune_ds.checkpoints.fragments import KINDS, MASTER, key_of, write
+from inheritune_ds.checkpoints.manifest import Checkpoint, examine, find_fault
 from inheritune_ds.checkpoints.saver import Saver, Value
-from inheritune_ds.checkpoints.shard_writer import write_shard as write
-from inheritune_ds.checkpoints.snapshot import CapturedState, PinnedBuffers
+from inheritune_ds.checkpoints.snapshot import PinnedBuffers, Snapshot
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config.reliability import Reliability
@@ -27,7 +29,8 @@ from inheritune_ds.errors import CheckpointError, InherituneError, StorageError,
 
 RANKS = 2
 UNSAVED = "WARNING: step {} is NOT saved, the run goes on, and older checkpoints are kept: "
-FILES = [(0, "engine/model.pt"), (0, "engine/rank0.pt"), (1, "engine/rank1.pt")]
+FILES = [(0, "rank-00000.safetensors"), (1, "rank-00001.safetensors")]
+WEIGHTS = 300
 
 
 class Barrier:
@@ -58,18 +61,19 @@ class ThreadCircle:
 
 
 class State:
-    """Stands in for the engine."""
+    """In the engine's place: a parameter of which each rank owns WEIGHTS elements."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank, self.weights = rank, torch.zeros(300)
+    def __init__(self, rank: int, ranks: int = RANKS) -> None:
+        self.rank, self.ranks, self.weights = rank, ranks, torch.zeros(WEIGHTS)
         self.loaded: Path | None = None
 
-    def capture(self, copies: PinnedBuffers | None) -> CapturedState:
-        names = [f"engine/rank{self.rank}.pt"] + ["engine/model.pt"] * (self.rank == 0)
-        return CapturedState({name: self.weights if copies is None else copies.copy(self.weights) for name in names})
+    def capture(self, buffers: PinnedBuffers | None) -> Snapshot:
+        held = self.weights if buffers is None else buffers.copy("weights", self.weights)
+        fragments = {key_of("w", MASTER, self.rank * WEIGHTS): held}
+        return Snapshot(fragments, {"w": {"shape": [self.ranks * WEIGHTS], "step": None}}, {"counters": {}})
 
-    def load(self, folder: Path) -> Sequence[str]:
-        self.loaded = folder
+    def load(self, checkpoint: Checkpoint) -> Sequence[str]:
+        self.loaded = checkpoint.path
         return [f"rank {self.rank} has loaded"]
 
 
@@ -114,7 +118,7 @@ class Ranks:
         return self.each(lambda checkpoints, engine: checkpoints.save(engine, state_at(step)))
 
     def settle(self) -> list[Any]:
-        return self.each(lambda checkpoints, _: checkpoints.settle())
+        return self.each(lambda checkpoints, _: checkpoints.wait())
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
@@ -125,7 +129,7 @@ def state_at(step: int) -> TrainState:
 
 
 def weights_of(folder: Path, name: str) -> float:
-    values = torch.load(folder / name, weights_only=True)
+    [values] = load_file(folder / name).values()
     assert values.unique().numel() == 1
     return float(values[0])
 
@@ -136,13 +140,13 @@ def all_weights(folder: Path) -> set[float]:
 
 
 def refuse_at(monkeypatch: pytest.MonkeyPatch, bad: str, error: Callable[[Path], Exception]) -> None:
-    def refuse(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
-        if path.as_posix().endswith(bad):
+    def refuse(fragments: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+        if path.name == bad:
             path.write_bytes(b"half of it")
             raise error(path)
-        return write(state, path, needed_bytes=needed_bytes)
+        return write(fragments, path, needed_bytes=needed_bytes)
 
-    monkeypatch.setattr(module, "write_shard", refuse)
+    monkeypatch.setattr(module, "write", refuse)
 
 
 def full_disk(path: Path) -> Exception:
@@ -171,11 +175,11 @@ def test_a_checkpoint_holds_the_files_of_all_ranks(tmp_path: Path, *, background
 def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = threading.Event()
 
-    def slow(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+    def slow(fragments: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
         assert disk.wait(20.0)
-        return write(state, path, needed_bytes=needed_bytes)
+        return write(fragments, path, needed_bytes=needed_bytes)
 
-    monkeypatch.setattr(module, "write_shard", slow)
+    monkeypatch.setattr(module, "write", slow)
     ranks = Ranks(tmp_path, async_save=True)
     assert ranks.save(3) == [True, True]
     assert not (tmp_path / "step-00000003").exists()
@@ -210,9 +214,9 @@ def test_a_refusal_of_any_file_is_told_and_survived(
     ended = ranks.settle()
     assert [saved, ended] == ([[True] * 2, [False] * 2] if background else [[False] * 2, [True] * 2])
     assert ranks.names() == ["generation", "latest", "step-00000001"]
-    assert ranks.lines[0] == [UNSAVED.format(2) + f"{name.removeprefix('engine/')} does not fit"]
+    assert ranks.lines[0] == [UNSAVED.format(2) + f"{name} does not fit"]
     assert [checkpoints.published_step for checkpoints in ranks.checkpoints] == [1, 1], rank
-    monkeypatch.setattr(module, "write_shard", write)
+    monkeypatch.setattr(module, "write", write)
     assert ranks.save(3) == [True, True]
     assert ranks.settle() == [True, True]
     assert all_weights(tmp_path / "step-00000003") == {3.0}
@@ -221,9 +225,11 @@ def test_a_refusal_of_any_file_is_told_and_survived(
 def test_a_refusal_stops_all_ranks_if_the_config_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path, on_save_error="stop")
     ranks.save(1)
-    refuse_at(monkeypatch, "rank1.pt", full_disk)
+    refuse_at(monkeypatch, "rank-00001.safetensors", full_disk)
     raised = ranks.save(2)
-    assert [(type(error), error.problem) for error in raised] == [(StorageError, "rank1.pt does not fit")] * 2
+    assert [(type(error), error.problem) for error in raised] == [
+        (StorageError, "rank-00001.safetensors does not fit")
+    ] * 2
     assert ranks.names() == ["generation", "latest", "step-00000001"]
     assert ranks.lines[0] == []
 
@@ -240,10 +246,10 @@ def test_a_refusal_behind_the_training_is_wished_for_and_raised_by_all(
 ) -> None:
     ranks = Ranks(tmp_path, async_save=True, on_save_error="stop")
     assert not any(checkpoints.wants_save for checkpoints in ranks.checkpoints)
-    refuse_at(monkeypatch, "rank1.pt", full_disk)
+    refuse_at(monkeypatch, "rank-00001.safetensors", full_disk)
     assert ranks.save(2) == [True, True]
     wait_for(lambda: all(checkpoints.wants_save for checkpoints in ranks.checkpoints))
-    assert [error.problem for error in ranks.save(3)] == ["rank1.pt does not fit"] * 2
+    assert [error.problem for error in ranks.save(3)] == ["rank-00001.safetensors does not fit"] * 2
     assert ranks.names() == ["generation"]
 
 
@@ -260,19 +266,19 @@ def test_a_background_save_that_nobody_has_foreseen_to_fail_wishes_for_the_next(
     wait_for(lambda: all(checkpoints.wants_save for checkpoints in ranks.checkpoints))
     for checkpoints in ranks.checkpoints:
         with pytest.raises(KeyError, match="a defect"):
-            checkpoints.settle()
+            checkpoints.wait()
 
 
 def test_a_run_that_goes_on_wishes_for_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path, async_save=True)
-    refuse_at(monkeypatch, "rank1.pt", full_disk)
+    refuse_at(monkeypatch, "rank-00001.safetensors", full_disk)
     ranks.save(2)
     wait_for(lambda: bool(ranks.lines[0]))
     assert not any(checkpoints.wants_save for checkpoints in ranks.checkpoints)
     assert ranks.settle() == [False, False]
 
 
-@pytest.mark.parametrize(("bad", "rank"), [("rank1.pt", 1), ("model.pt", 0)])
+@pytest.mark.parametrize(("bad", "rank"), [("rank-00001.safetensors", 1), ("rank-00000.safetensors", 0)])
 @pytest.mark.parametrize("background", [False, True])
 def test_a_defect_of_one_rank_ends_all(
     bad: str, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, background: bool
@@ -305,22 +311,22 @@ def test_a_rank_that_goes_leaves_nothing_published(
 
     other_writes = threading.Event()
 
-    def go(state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
-        if path.name != "rank1.pt":
+    def go(fragments: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+        if path.name != "rank-00001.safetensors":
             other_writes.set()
-            return write(state, path, needed_bytes=needed_bytes)
+            return write(fragments, path, needed_bytes=needed_bytes)
         other_writes.wait(20.0)
         ranks.barrier.meeting.abort()  # what the others see of a killed one: RuntimeError
         raise SystemExit(str(path))
 
-    monkeypatch.setattr(module, "write_shard", go)
+    monkeypatch.setattr(module, "write", go)
     with ThreadPoolExecutor(RANKS) as pool:
         saves = [
             pool.submit(checkpoints.save, engine, state_at(2))
             for checkpoints, engine in zip(ranks.checkpoints, ranks.engines, strict=True)
         ]
         if background:
-            saves = [pool.submit(checkpoints.settle) for save, checkpoints in _done(saves, ranks.checkpoints)]
+            saves = [pool.submit(checkpoints.wait) for save, checkpoints in _done(saves, ranks.checkpoints)]
         left, gone = (save.exception() for save in saves)
     assert isinstance(gone, SystemExit)
     assert isinstance(left, TrainingError)
@@ -334,11 +340,11 @@ def _done(saves: list[Any], checkpoints: list[Saver]) -> list[tuple[Any, Saver]]
 
 
 def test_nothing_is_written_without_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 6400, 3599))
-    monkeypatch.setattr(module, "write_shard", None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 6400, 2399))
+    monkeypatch.setattr(module, "write", None)
     ranks = Ranks(tmp_path)
-    assert ranks.save(1) == [False, False]  # the ranks have 3 x 300 fp32 values
-    reason = f"{tmp_path} has 3,599 bytes free, and a checkpoint takes 3,600"
+    assert ranks.save(1) == [False, False]  # the ranks have 2 x 300 fp32 values
+    reason = f"{tmp_path} has 2,399 bytes free, and a checkpoint takes 2,400"
     assert ranks.lines[0] == [UNSAVED.format(1) + reason]
     assert ranks.names() == []
 
@@ -346,7 +352,7 @@ def test_nothing_is_written_without_room_for_it(tmp_path: Path, monkeypatch: pyt
 def test_a_background_save_without_room_is_told_when_it_is_settled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 6400, 3599))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 6400, 2399))
     ranks = Ranks(tmp_path, async_save=True, on_save_error="stop")
     assert ranks.save(1) == [True, True]
     assert [type(error) for error in ranks.settle()] == [StorageError] * 2
@@ -355,7 +361,7 @@ def test_a_background_save_without_room_is_told_when_it_is_settled(
 
 def test_a_copy_that_host_memory_does_not_hold_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path, async_save=True)
-    monkeypatch.setattr(ranks.engines[1], "capture", lambda _: CapturedState(failure=MemoryError("600 GB")))
+    monkeypatch.setattr(ranks.engines[1], "capture", lambda _: Snapshot(failure=MemoryError("600 GB")))
     assert ranks.save(1) == [True, True]  # on its way: the ranks have not met yet
     raised = ranks.settle()
     assert {error.problem for error in raised} == {"rank 1 could not copy its state to host memory: 600 GB"}
@@ -370,12 +376,18 @@ def test_a_launch_that_was_taken_over_ends_on_all_ranks(tmp_path: Path) -> None:
     assert ranks.names() == ["generation", "latest", "step-00000001"]
 
 
+def checkpoint_in(folder: Path) -> Checkpoint:
+    found = examine(folder)
+    assert isinstance(found, Checkpoint), found
+    return found
+
+
 def test_ranks_load_what_they_see_alike(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path)
     ranks.save(7)
-    folder = tmp_path / "step-00000007"
-    assert ranks.each(lambda checkpoints, engine: checkpoints.load(engine, folder)) == [state_at(7)] * 2
-    assert [engine.loaded for engine in ranks.engines] == [folder, folder]
+    checkpoint = checkpoint_in(tmp_path / "step-00000007")
+    assert ranks.each(lambda saver, engine: saver.load(engine, checkpoint)) == [state_at(7)] * 2
+    assert [engine.loaded for engine in ranks.engines] == [checkpoint.path] * 2
     assert ranks.lines == [["rank 0 has loaded"], ["rank 1 has loaded"]]
 
 
@@ -383,24 +395,48 @@ def test_ranks_load_what_they_see_alike(tmp_path: Path) -> None:
 def test_a_rank_without_the_shared_folder_is_named(tmp_path: Path, *, there: bool) -> None:
     ranks = Ranks(tmp_path / "shared")
     ranks.save(7)
-    folder, other = tmp_path / "shared" / "step-00000007", tmp_path / "own" / "step-00000007"
+    checkpoint = checkpoint_in(tmp_path / "shared" / "step-00000007")
+    other = replace(checkpoint, path=tmp_path / "own" / "step-00000007")
     if there:
-        other.mkdir(parents=True)
-        (other / "manifest.json").write_text("{}", encoding="utf-8")
-    raised = ranks.each(lambda checkpoints, engine: checkpoints.load(engine, other if engine.rank else folder))
+        other.path.mkdir(parents=True)
+        (other.path / "manifest.json").write_text("{}", encoding="utf-8")
+    raised = ranks.each(lambda saver, engine: saver.load(engine, other if engine.rank else checkpoint))
     assert [type(error) for error in raised] == [CheckpointError] * 2
-    assert raised[0].problem == f"rank 1 does not see the {folder / 'manifest.json'} that rank 0 sees"
+    assert raised[0].problem == f"rank 1 does not see the {checkpoint.path / 'manifest.json'} that rank 0 sees"
     assert raised[0].action == "put --runs-dir on a file system that every node mounts"
     assert [engine.loaded for engine in ranks.engines] == [None, None]
 
 
-def test_the_state_of_a_damaged_manifest_is_not_believed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("start", "found"), [(WEIGHTS + 1, "300 to 300 of w/fp32 nowhere"), (299, "299 to 299 of w/fp32 twice")]
+)
+def test_fragments_that_do_not_cover_every_element_once_are_not_published(
+    start: int, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranks = Ranks(tmp_path)
-    ranks.save(7)
-    manifest = tmp_path / "step-00000007" / "manifest.json"
-    manifest.write_text(manifest.read_text(encoding="utf-8").replace('"tokens": 448', '"tokens": 449'))
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing or not as it was written"):
-        Saver.state_of(tmp_path / "step-00000007")
+    ranks.save(1)
+    held = ranks.engines[1].capture(None)
+    moved = replace(held, fragments={key_of("w", MASTER, start): ranks.engines[1].weights})
+    monkeypatch.setattr(ranks.engines[1], "capture", lambda _: moved)
+    raised = ranks.save(2)
+    assert [type(error) for error in raised] == [TrainingError] * 2
+    assert raised[1].problem == f"the fragments in {tmp_path / '.step-00000002.tmp'} hold elements {found}"
+    assert ranks.names() == ["generation", "latest", "step-00000001"]
+
+
+def test_steps_of_all_ranks_meet_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tmp_path)
+
+    def capture(_: object, rank: int) -> Snapshot:
+        fragments = {key_of(f"w{rank}", kind, 0): torch.ones(3) for kind in KINDS}
+        parameters = {f"w{number}": {"shape": [3], "step": 5 if number == rank else None} for number in range(RANKS)}
+        return Snapshot(fragments, parameters)
+
+    for rank, engine in enumerate(ranks.engines):
+        monkeypatch.setattr(engine, "capture", partial(capture, rank=rank))
+    assert ranks.save(3) == [True, True]
+    parameters = checkpoint_in(tmp_path / "step-00000003").manifest["parameters"]
+    assert parameters == {f"w{number}": {"shape": [3], "step": 5} for number in range(RANKS)}
 
 
 def test_closing_waits_for_what_is_under_way(tmp_path: Path) -> None:
@@ -420,8 +456,7 @@ def test_one_rank_needs_no_process_group(tmp_path: Path) -> None:
         fingerprints={},
         say=print,
     )
-    engine = State(0)
+    engine = State(0, ranks=1)
     assert checkpoints.save(engine, state_at(1))
-    assert checkpoints.load(engine, tmp_path / "step-00000001") == state_at(1)
+    assert checkpoints.load(engine, checkpoint_in(tmp_path / "step-00000001")) == state_at(1)
     checkpoints.close()
-    assert find_fault(tmp_path / "step-00000001") is None

@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from inheritune_ds.checkpoints.manifest import published
 from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.cli import main
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.run.folder import RunFolder
@@ -29,7 +30,7 @@ def run(tmp_path: Path) -> Path:
         files = {"model.pt": {"bytes": len(content), "blake3": blake3(content).hexdigest()}}
         layout = {"world_size": 2, "zero_stage": 1, "precision": "bf16"}
         saved = store.publish(
-            temporary, step, {"state": {"step": step, "tokens": step * 512}, "layout": layout}, files, print
+            temporary, step, {"state": TrainState(step, step * 512).as_dict(), "layout": layout}, files, print
         )
         os.utime(saved, (time.time() - 1800 * step,) * 2)
     folder.write_status("finished", step=16)
@@ -121,7 +122,7 @@ def test_a_lost_folder_is_told_and_not_a_defect(run: Path, capsys: pytest.Captur
     (run / "status.json").write_text('{"step": 16, "saved_step": 16}')
     code, _, error = call(capsys, run, "verify")
     assert code == 4
-    assert "holds no checkpoint any more, but status.json tells that step 16 was saved" in error
+    assert "holds no checkpoint any more, but status.json says that step 16 was saved" in error
     assert call(capsys, run, "prune")[:2] == (0, ["0 deleted"])
     code, _, error = call(capsys, run, "prune", "--after", "8")
     assert code == 4

@@ -96,7 +96,7 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
             size=world.size,
             packing=packing,
         ),
-        checkpoints=Saver(
+        saver=Saver(
             CheckpointStore(folder / f"stage-{stage}", keep=1),
             layout=SavedLayout(world.size, stage, precision),
             world=world,

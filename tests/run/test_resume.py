@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from inheritune_ds.checkpoints.manifest import read_manifest
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config.loading import load_recipe
@@ -19,8 +20,8 @@ def saved(run: Path, *overrides: str, data: str | None = "d" * 64, precision: st
     """A run folder with one checkpoint, that of step 4."""
     store = CheckpointStore(run / "checkpoints", keep=3)
     temporary = store.begin(4)
-    (temporary / "state.pt").write_bytes(b"state")
-    files = {"state.pt": {"bytes": 5, "blake3": blake3(b"state").hexdigest()}}
+    (temporary / "rank-00000.safetensors").write_bytes(b"state")
+    files = {"rank-00000.safetensors": {"bytes": 5, "blake3": blake3(b"state").hexdigest()}}
     fields: dict[str, Any] = {
         "state": TrainState(4).as_dict(),
         "layout": {"world_size": 4, "zero_stage": 3, "precision": precision},
@@ -37,7 +38,10 @@ def resumption(run: Path, *overrides: str) -> Resumption:
 def test_the_newest_checkpoint_is_chosen_whatever_ranks_and_stage_have_saved_it(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps({"fingerprint": "d" * 64}))
-    assert resumption(tmp_path).choose() == str(checkpoint)
+    chosen = resumption(tmp_path).choose()
+    assert chosen is not None
+    assert chosen == {"path": str(checkpoint), "manifest": read_manifest(checkpoint)}
+    assert json.loads(json.dumps(chosen)) == chosen  # it travels from rank 0 to the others as JSON
     assert resumption(tmp_path / "other").choose() is None
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from inheritune_ds.checkpoints.train_state import Requests, TrainState
+from inheritune_ds.checkpoints.train_state import TrainState, Wishes
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.reliability import Reliability
@@ -47,7 +47,7 @@ class Model:
         micro_batches: list[torch.Tensor],
         *,
         lr: float,
-        wishes: Requests,
+        wishes: Wishes,
         judge: Callable[[float, float], str | None],
     ) -> StepResult:
         assert lr > 0
@@ -80,7 +80,7 @@ class Saved:
             self.published_step = state.step
         return not self.refuses
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         return True
 
     def restore(self) -> TrainState | None:
@@ -124,7 +124,7 @@ def parts(recipe: Recipe, model: Model, folder: Path, told: Told, *, rank: int =
     windows = Windows.of_file(folder / "tokens.bin", "uint16", SEQ_LEN, 10 * SEQ_LEN + 1)
     (folder / "eval").mkdir()
     saved, world = Saved(), World(rank, 1 + rank, rank, 1 + rank, "env")
-    given: dict[str, Any] = {"engine": model, "checkpoints": saved}
+    given: dict[str, Any] = {"engine": model, "saver": saved}
     return LoopParts(
         recipe=recipe,
         stream=BatchStream({"tokens": windows}, seed=7, batch_windows=BATCH),
@@ -172,7 +172,7 @@ def test_faults_in_a_row_bring_the_run_back_and_their_batches_are_skipped(recipe
     model.losses = dict.fromkeys((5, 6, 7), math.nan)  # steps 5 to 7; the checkpoint before them is that of step 3
     result = train(parts(recipe, model, tmp_path, told), 9, None)
     assert model.read == [*straight.read[:7], straight.read[3], *straight.read[7:12]]
-    assert (result.state.step, result.state.skipped_steps, result.state.left_out) == (9, 0, ((4, 7),))
+    assert (result.state.step, result.state.skipped_steps, result.state.skipped_batches) == (9, 0, ((4, 7),))
     assert result.state.faults.rollbacks == 1
     (line,) = (line for line in told.lines if "rollback" in line)
     assert "step 7: 3 updates in a row were left out (batches 4 to 6); the run goes back to step 3 and skips" in line
@@ -185,7 +185,7 @@ def test_a_validation_that_was_due_is_not_due_again_after_going_back(recipe: Rec
     told, model = Told(), Model()
     model.losses = dict.fromkeys((1, 2, 3), math.nan)
     work = parts(recipe, model, tmp_path, told)
-    given: Any = work.checkpoints
+    given: Any = work.saver
     stopped = TrainState(step=4, tokens=4 * SEQ_LEN * BATCH, validation_due=True)
     given.states.append(stopped)
     result = train(work, 9, stopped)
@@ -214,7 +214,7 @@ def test_a_save_counts_for_the_time_limit_once_it_is_published(recipe: Recipe, t
     seen: list[float] = []
     saved: Any = InBackground()
     model = Model()
-    work = replace(parts(recipe, model, tmp_path, Told()), checkpoints=saved)
+    work = replace(parts(recipe, model, tmp_path, Told()), saver=saved)
     work = replace(work, controls=Measured(tmp_path, StopSignal(), work.world))
     train(work, 5, None)
     assert seen == [7.0], "not the 0.0 of a save that is still under way"
@@ -224,7 +224,7 @@ def test_single_faults_are_left_out_and_counted(recipe: Recipe, tmp_path: Path) 
     told, model = Told(), Model()
     model.losses = {2: math.inf, 5: math.nan}
     result = train(parts(recipe, model, tmp_path, told), 6, None)
-    assert (result.finished, result.state.skipped_steps, result.state.left_out) == (True, 2, ())
+    assert (result.finished, result.state.skipped_steps, result.state.skipped_batches) == (True, 2, ())
     rows = {row["step"]: row for row in told.rows if "train/lr" in row}
     assert [rows[step]["train/skipped_steps"] for step in range(1, 7)] == [0, 1, 1, 1, 2, 2]
     assert [step for step in rows if "train/loss" not in rows[step]] == [2, 5], "no number stands for one that is none"
@@ -243,7 +243,7 @@ def test_a_run_ends_when_going_back_does_not_help(first: int, words: str, recipe
 
 def test_a_run_that_cannot_save_before_it_leaves_says_so(recipe: Recipe, tmp_path: Path) -> None:
     work = parts(recipe, Model(), tmp_path, Told())
-    given: Any = work.checkpoints
+    given: Any = work.saver
     given.refuses = True
     with pytest.raises(StorageError, match="step 5 could not be saved before leaving: the disk is full"):
         train(work, 5, None)
@@ -264,7 +264,7 @@ def test_ranks_ask_each_other_only_where_they_are_watched(recipe: Recipe, tmp_pa
     watch.phase = phase
 
     class Asked(Controls):
-        def wishes(self) -> Requests:
+        def wishes(self) -> Wishes:
             asked.append(" ".join(inside))
             return super().wishes()
 

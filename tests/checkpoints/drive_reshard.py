@@ -1,11 +1,12 @@
 """Launched by tests: saves small states under several layouts, and loads each into engines of several layouts.
 
-`drive_elastic.py FOLDER LAYOUT,... [LAYOUT,...]`: saves under each of the first list after two updates, then loads
-every state below FOLDER into an engine of each of the second, and writes to FOLDER/loaded-<ranks>.json what each engine
-held, a sha256 over masters, moments and weights as whole tensors, by name, and the losses of two more updates.
+`drive_reshard.py FOLDER LAYOUT,... [LAYOUT,...]`: saves under each of the first list after two updates, then loads
+every state below FOLDER into an engine of each of the second. It writes to FOLDER/loaded-<ranks>.json a sha256 of each
+engine over masters, moments and weights as whole tensors, by name, after the load and after two more updates, and the
+losses of these.
 
 A layout is a ZeRO stage, a precision and letters: `2bf16o` offloads the optimizer, `3fp32s` cuts into small groups,
-`1bf16a` accumulates in bf16.
+`1bf16a` accumulates in bf16, `2fp16x` is saved just after an overflow.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from inheritune_ds.config.messages import validate
 from inheritune_ds.config.recipe import Recipe
@@ -40,6 +42,7 @@ WINDOWS = 8
 def build(layout: str, world: World, seed: int) -> Any:
     """An engine of a layout."""
     import torch
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from transformers import AutoModelForCausalLM
 
     from inheritune_ds.config.deepspeed import Machine, resolve
@@ -82,7 +85,12 @@ def build(layout: str, world: World, seed: int) -> Any:
         offload="o" in letters,
         run_flops=None,
     )
-    return Engine(model, resolved.config, world, kernels)
+    config = dict(resolved.config)
+    if precision == "fp16":
+        # Refused on a CPU, which is slow at it; torch computes it all the same.
+        config["fp16"] = {"enabled": True, "initial_scale_power": 10, "hysteresis": 2, "loss_scale_window": 2}
+    with patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
+        return Engine(model, config, world, kernels)
 
 
 def update(engine: Any, world: World, number: int) -> float:
@@ -116,13 +124,54 @@ def digest(engine: Any) -> dict[str, str]:
     return found
 
 
-def save(engine: Any, folder: Path) -> None:
-    """Write a state as a checkpoint holds it."""
-    import torch
+def update_to_overflow(engine: Any, world: World, number: int) -> None:
+    """One update that is skipped, as its scaled gradients are not finite; then a scale that steps can use again."""
+    scaler = engine._engine.optimizer.loss_scaler
+    used, scaler.cur_scale = scaler.cur_scale, 2.0**40
+    update(engine, world, number)
+    assert engine._engine.skipped_steps == 1
+    assert (scaler.last_overflow_iter, scaler.cur_hysteresis) == (1, 1)
+    scaler.cur_scale = used
 
-    for name, shard in engine.capture().shards.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(shard, folder / name)
+
+def scaler_of(engine: Any) -> dict[str, Any]:
+    """All fields of the loss scaler, if there is one."""
+    found = getattr(engine._engine.optimizer, "loss_scaler", None)
+    return {} if found is None else {key: str(value) for key, value in vars(found).items()}
+
+
+def save(engine: Any, world: World, layout: str, folder: Path) -> None:
+    """Publish a checkpoint as a run does."""
+    from inheritune_ds.checkpoints.saver import Saver
+    from inheritune_ds.checkpoints.store import CheckpointStore
+    from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
+    from inheritune_ds.config.reliability import Reliability
+
+    saver = Saver(
+        CheckpointStore(folder, keep=1),
+        layout=SavedLayout(world.size, int(layout[0]), layout[1:5]),
+        world=world,
+        reliability=Reliability(on_save_error="stop"),
+        fingerprints={},
+        say=print,
+    )
+    saver.save(engine, TrainState(step=2))
+    saver.close()
+
+
+def failure_of_copy(engine: Any) -> str:
+    """The error of a snapshot that host memory does not hold."""
+    from inheritune_ds.checkpoints.snapshot import PinnedBuffers
+
+    with patch.object(PinnedBuffers, "copy", side_effect=RuntimeError("CUDA error: out of memory")):
+        return str(engine.capture(PinnedBuffers()).failure)
+
+
+def continued(engine: Any, world: World) -> dict[str, Any]:
+    """What the engine holds now, and after two more updates."""
+    now = {"digest": digest(engine), "scaler": scaler_of(engine), "step": engine._engine.global_steps}
+    losses = [update(engine, world, number) for number in (2, 3)]
+    return {**now, "losses": losses, "end": digest(engine), "end_scaler": scaler_of(engine)}
 
 
 def main() -> None:
@@ -135,6 +184,7 @@ def main() -> None:
     world = detect(os.environ)
     export(world, os.environ)
     prepare_environment(os.environ, kind="cpu")
+    from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 
     start_process_group(world)
@@ -142,11 +192,11 @@ def main() -> None:
     told: dict[str, Any] = {}
     for layout in filter(None, args.saved.split(",")):
         engine = build(layout, world, seed=1)
-        for number in (0, 1):
-            update(engine, world, number)
+        update(engine, world, 0)
+        (update_to_overflow if "x" in layout else update)(engine, world, 1)
         name = f"{layout}-{world.size}"
-        save(engine, args.folder / name)
-        told[name] = {"digest": digest(engine), "losses": [update(engine, world, number) for number in (2, 3)]}
+        save(engine, world, layout, args.folder / name)
+        told[name] = {"failure": failure_of_copy(engine), **continued(engine, world)}
         engine.close()
     start_process_group(world)  # all files are there
     states = sorted(path for path in args.folder.iterdir() if path.is_dir())
@@ -154,9 +204,9 @@ def main() -> None:
         engine = build(layout, world, seed=2)
         for state in states:  # one after the other into the same engine, as a rollback does
             if layout[1:5] in state.name:
-                notes = engine.load(state)
-                found = {"digest": digest(engine), "step": engine._engine.global_steps, "notes": notes}
-                told[f"{state.name} -> {layout}"] = {**found, "losses": [update(engine, world, n) for n in (2, 3)]}
+                checkpoint = CheckpointStore(state, keep=1).newest_intact(print)
+                assert checkpoint is not None
+                told[f"{state.name} -> {layout}"] = {"notes": engine.load(checkpoint), **continued(engine, world)}
         engine.close()
     if world.is_main:
         (args.folder / f"loaded-{world.size}.json").write_text(json.dumps(told), encoding="utf-8")

@@ -1,0 +1,160 @@
+"""Fragments: runs of a parameter's elements, one safetensors file a rank, named by parameter, kind and first element.
+
+`rank-00000.safetensors` holds flat tensors such as `model.norm.weight/fp32/0`, `.../exp_avg/0` and `.../exp_avg_sq/0`:
+the fp32 master and both of Adam's moments. Another rank's file holds the elements that follow.
+"""
+
+import errno
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from inheritune_ds.errors import CheckpointError, StorageError, TrainingError
+from inheritune_ds.storage.safetensors import SafetensorsWriter, read_header
+
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (MASTER, *MOMENTS)
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DEFECT = "nothing was published, older checkpoints are kept; this is a defect, please report it"
+_DAMAGED = "delete this checkpoint; the same command takes the one before it"
+
+
+def file_name(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def key_of(name: str, kind: str, start: int) -> str:
+    """The name of a fragment: parameter, MASTER or one of MOMENTS, number of its first element."""
+    return f"{name}/{kind}/{start}"
+
+
+def write(fragments: Mapping[str, torch.Tensor], path: Path, *, needed_bytes: int) -> dict[str, Any]:
+    """Write one rank's file, flush it to the disk and hash it; tensors on a device are copied one at a time.
+
+    Args:
+        fragments: Flat tensors by their `key_of`.
+        path: A file that does not exist yet, in a folder that does.
+        needed_bytes: Of the whole checkpoint, for the message.
+
+    Returns:
+        `bytes` and `blake3` (hex), as a manifest lists them.
+
+    Raises:
+        StorageError: If the disk refuses any of it, with the path and the bytes needed.
+    """
+    tensors = {key: (_DTYPES[value.dtype], tuple(value.shape), value.nbytes) for key, value in fragments.items()}
+    with _refusals(path, needed_bytes), SafetensorsWriter(path, tensors) as writer:
+        for value in fragments.values():
+            writer.append(value.detach().cpu().view(torch.uint8).numpy().data)
+        with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hasher:
+            digest = hasher.submit(_hash, path)
+            writer.sync()
+            return {"bytes": path.stat().st_size, "blake3": digest.result()}
+
+
+def _hash(path: Path) -> str:
+    digest = blake3(max_threads=blake3.AUTO)
+    digest.update_mmap(path)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _refusals(path: Path, needed_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        action = "free some space" if error.errno in _FULL else "see to the disk, or choose another folder"
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}; the checkpoint takes {needed_bytes:,} bytes",
+            action=f"{action}, then give the same command again: older checkpoints are kept",
+        ) from None
+
+
+def check_coverage(folder: Path, world_size: int, parameters: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check by the files' headers that the fragments of every parameter and kind hold each element exactly once.
+
+    Args:
+        folder: Holds the files of all ranks.
+        world_size: Number of ranks.
+        parameters: `shape` and `step` of every parameter of the model; one without a step has no moments.
+
+    Raises:
+        TrainingError: If elements are missing or are there twice, or fragments belong to no parameter.
+    """
+    found = _find(folder, world_size)
+    for name, parameter in parameters.items():
+        numel = torch.Size(parameter["shape"]).numel()
+        for kind in KINDS if parameter["step"] is not None else (MASTER,):
+            at = 0
+            for start, count, _ in found.pop((name, kind), []):
+                if start != at:
+                    raise _uncovered(folder, f"{name}/{kind}", min(start, at), max(start, at), twice=start < at)
+                at += count
+            if at != numel:
+                raise _uncovered(folder, f"{name}/{kind}", min(numel, at), max(numel, at), twice=at > numel)
+    if found:
+        name, kind = next(iter(found))
+        raise TrainingError(
+            f"the fragments in {folder} hold {name}/{kind}, which the model does not have", action=_DEFECT
+        )
+
+
+def _uncovered(folder: Path, what: str, first: int, end: int, *, twice: bool) -> TrainingError:
+    return TrainingError(
+        f"the fragments in {folder} hold elements {first} to {end - 1} of {what} {'twice' if twice else 'nowhere'}",
+        allowed="every element of every parameter exactly once",
+        action=_DEFECT,
+    )
+
+
+def _find(folder: Path, world_size: int) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
+    """First element, number of elements and rank of all fragments, ascending, by parameter and kind."""
+    found = defaultdict(list)
+    for rank in range(world_size):
+        for key, entry in read_header(folder / file_name(rank)).items():
+            name, kind, start = key.rsplit("/", 2)
+            found[name, kind].append((int(start), entry.shape[0], rank))
+    return {named: sorted(pieces) for named, pieces in found.items()}
+
+
+class Fragments:
+    """The fragments of all ranks of a verified checkpoint; their files are mapped, and read where they are used.
+
+    Args:
+        folder: The checkpoint.
+        world_size: Number of ranks that saved it.
+    """
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        from safetensors import safe_open
+
+        self._folder = folder
+        self._found = _find(folder, world_size)
+        self._files: list[Any] = [safe_open(folder / file_name(rank), framework="pt") for rank in range(world_size)]
+
+    def copy(self, name: str, kind: str, start: int, out: torch.Tensor) -> None:
+        """Copy elements of a parameter, from `start` on, into a flat tensor; its size says how many.
+
+        Raises:
+            CheckpointError: If the files do not hold all of them.
+        """
+        end, copied = start + out.numel(), 0
+        for first, numel, rank in self._found.get((name, kind), []):
+            begin, stop = max(start, first), min(end, first + numel)
+            if begin < stop:
+                values = self._files[rank].get_tensor(key_of(name, kind, first))
+                out[begin - start : stop - start].copy_(values[begin - first : stop - first])
+                copied += stop - begin
+        if copied != out.numel():
+            raise CheckpointError(
+                f"{self._folder} lacks elements {start} to {end - 1} of {name}/{kind}", action=_DAMAGED
+            )
