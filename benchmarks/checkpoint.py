@@ -30,6 +30,7 @@ from blake3 import blake3
 from benchmarks.comparison import Comparison, in_turns, summary, verdict
 from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
 from benchmarks.record import RESULTS, write_result
+from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import published, read_manifest
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
@@ -78,8 +79,8 @@ class Writers:
         for name in self._checkpoints:
             self.ours(name)
         newest = next(published(self._folder / "sync"))
-        own = [name for name in self._engine.capture().shards if name]
-        self._shards = {name: (newest / name).read_bytes() for name in own}
+        name = file_name(self._world.rank)
+        self._shards = {name: (newest / name).read_bytes()}
         manifest = read_manifest(newest)
         assert manifest is not None
         return int(sum(entry["bytes"] for entry in manifest["files"].values()))

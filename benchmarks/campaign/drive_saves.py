@@ -23,6 +23,7 @@ from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.errors import InherituneError
 from inheritune_ds.storage.files import write_exact
+from inheritune_ds.storage.safetensors import SafetensorsWriter
 
 if TYPE_CHECKING:
     from inheritune_ds.training.engine import Engine
@@ -55,20 +56,19 @@ class Fault:
 
 
 class Writers:
-    """This rank's writers of shards, manifest and pointer, with a fault in one of them."""
+    """This rank's writers of fragments, manifest and pointer, with a fault in one of them."""
 
     def __init__(self, rank: int) -> None:
-        from inheritune_ds.training import checkpoints, shard_writer
+        from inheritune_ds.checkpoints import fragments, saver
 
         self._rank = rank
         self._fault: Fault | None = None
         self._half: Fault | None = None
-        self._write_shard: Callable[..., dict[str, Any]] = shard_writer.write_shard
-        file = shard_writer._HashedFile  # noqa: SLF001 - a fault comes when half of a file is written
-        self._append = file._append  # noqa: SLF001
-        patch.object(checkpoints, "write_shard", self._shard).start()
+        self._write: Callable[..., dict[str, Any]] = fragments.write
+        self._append = SafetensorsWriter.append
+        patch.object(saver, "write", self._fragments).start()
         patch.object(checkpoint_store, "write_exact", self._text).start()
-        patch.object(file, "_append", self._half_way()).start()
+        patch.object(SafetensorsWriter, "append", self._half_way()).start()
 
     def arm(self, fault: Fault | None) -> None:
         """Name the fault of the next save."""
@@ -78,13 +78,15 @@ class Writers:
         fault = self._fault
         return fault if fault is not None and path.as_posix().endswith(fault.file) else None
 
-    def _shard(self, state: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
+    def _fragments(self, tensors: Any, path: Path, *, needed_bytes: int) -> dict[str, Any]:
         self._half = self._hit(path)
-        return self._write_shard(state, path, needed_bytes=needed_bytes)
+        return self._write(tensors, path, needed_bytes=needed_bytes)
 
     def _half_way(self) -> Callable[..., None]:
-        def append(file: Any, view: memoryview) -> None:
-            fault, self._half = self._half, None
+        def append(file: SafetensorsWriter, view: memoryview) -> None:
+            fault = None
+            if file._stream.tell():  # noqa: SLF001 - a fault comes behind the header, in the middle of a tensor
+                fault, self._half = self._half, None
             if fault is not None:
                 self._append(file, view[: len(view) // 2])
                 view = view[len(view) // 2 :]

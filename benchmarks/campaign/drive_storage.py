@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign.drive_faults import batches, build, state_sha256
-from inheritune_ds.checkpoints.manifest import find_fault, published, step_of
+from inheritune_ds.checkpoints.manifest import Checkpoint, examine, find_fault, published, step_of
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.distributed.environment import prepare_environment
 from inheritune_ds.distributed.world import World, detect, export
@@ -238,9 +238,9 @@ class Trials:
         assert newest is not None
         # Once it stands under its name it counts, even if the pointer could not follow.
         steps = {self._step} if saved else {before, self._step}
-        if step_of(newest) not in steps:
+        if newest.state.step not in steps:
             self.broken.append(
-                f"{self._kind} at operation {number}: {newest.name} is the newest, not one of {sorted(steps)}"
+                f"{self._kind} at operation {number}: {newest.path.name} is the newest, not one of {sorted(steps)}"
             )
         if faults := [fault for path in published(self._store.folder) if (fault := find_fault(path)) is not None]:
             self.broken.append(f"{self._kind} at operation {number}: damaged ones are published: {faults}")
@@ -252,14 +252,16 @@ class Trials:
                 self.broken.append(f"{self._kind} at operation {number}: no path in {line!r}")
             if self._kind in ("ENOSPC", "EFBIG") and " bytes" not in line:
                 self.broken.append(f"{self._kind} at operation {number}: the bytes needed are not in {line!r}")
-        return step_of(newest)
+        return newest.state.step
 
     def _look_for_leftovers(self, when: str) -> None:
         if left := [path.name for path in self._store.folder.glob(".*.tmp")]:
             self.broken.append(f"{when}: left behind: {left}")
 
     def _load(self, number: int, step: int) -> None:
-        self._by_policy["continue"].load(self._engine, self._store.folder / f"step-{step:08d}")
+        checkpoint = examine(self._store.folder / f"step-{step:08d}")
+        assert isinstance(checkpoint, Checkpoint), checkpoint
+        self._by_policy["continue"].load(self._engine, checkpoint)
         if state_sha256(self._engine) != self._states[step]:
             self.broken.append(f"{self._kind} at operation {number}: step {step} does not load as it was saved")
 

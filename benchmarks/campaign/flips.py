@@ -12,10 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     arguments,
     environment,
+    fields,
     listed,
     numerics,
     run_to_end,
@@ -24,6 +28,7 @@ from benchmarks.campaign.launching import (
     write_recipe,
 )
 from benchmarks.campaign.resumes import stopped_after
+from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import MANIFEST, published
 from inheritune_ds.checkpoints.store import CheckpointStore
 
@@ -31,34 +36,32 @@ FLIPS = 250
 """In the newest checkpoint of each of the two runs."""
 FALLBACK_S = 5.0
 RANKS = 2
-_FIRST, _SECOND = "zero_pp_rank_0", "zero_pp_rank_1"
 _PLAIN = """
-import json, sys, warnings
+import json, sys
 from pathlib import Path
-import torch
-warnings.simplefilter("ignore")
+from safetensors.numpy import load_file
 loaded = []
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
-        torch.load(path, map_location="cpu", weights_only=False)
+        load_file(path)
     except Exception:
         continue
     loaded.append(path.name)
 print(json.dumps(loaded))
 """
-"""What DeepSpeed does with a file that it finds."""
+"""Loading without any check but those of the format."""
 
 
 def _shards(checkpoint: Path) -> list[Path]:
-    return sorted(checkpoint.glob("*/*.pt"))
+    return sorted(checkpoint.glob("rank-*.safetensors"))
 
 
 class Trial:
     """The newest checkpoint of a run, harmed in one way after the other; the files stand again after each.
 
     Args:
-        checkpoints: `checkpoints/` of a run with two or more, each of several .pt files.
-        plain: Folder for harmed .pt files, to be loaded without any check.
+        checkpoints: `checkpoints/` of a run with two or more, each of two ranks.
+        plain: Folder for harmed files, to be loaded without any check.
     """
 
     def __init__(self, checkpoints: Path, plain: Path) -> None:
@@ -79,18 +82,19 @@ class Trial:
             path: The harmed file.
             told: What the line says of it.
         """
-        if path.suffix == ".pt" and path.is_file():
-            shutil.copyfile(path, self._plain / f"{self.found:04d}.pt")
+        if path.suffix == ".safetensors" and path.is_file():
+            shutil.copyfile(path, self._plain / f"{self.found:04d}.safetensors")
         lines: list[str] = []
         start_s = time.monotonic()
         chosen = self._store.newest_intact(lines.append)
         took_s = time.monotonic() - start_s
-        assert chosen == self.before, f"{name}: {chosen} was chosen, not {self.before}"
+        assert chosen is not None, f"{name}: None was chosen"
+        assert chosen.path == self.before, f"{name}: {chosen.path} was chosen, not {self.before}"
         wanted = f"WARNING: checkpoint {self.newest} is passed over: "
         assert [line[: len(wanted)] for line in lines] == [wanted], f"{name}: {lines}"
         assert path.name in lines[0], f"{name}: {path.name} is not named: {lines[0]}"
         assert told in lines[0], f"{name}: not told {told!r}: {lines[0]}"
-        assert took_s < FALLBACK_S, f"{name}: {took_s:.1f} s until {chosen.name} was chosen"
+        assert took_s < FALLBACK_S, f"{name}: {took_s:.1f} s until {chosen.path.name} was chosen"
         self.found += 1
         self.slowest_s = max(self.slowest_s, took_s)
         shutil.rmtree(self.newest)
@@ -121,13 +125,10 @@ class Trial:
             ):
                 harm()
                 self.harmed(f"{path.name} {name}", path, told)
-        for path in shards:
-            other = path.with_name(path.name.replace(_FIRST, _SECOND))
-            if _FIRST in path.name and path.read_bytes() != other.read_bytes():
-                self._swap(path, other)
-        extra = shards[-1].with_name(shards[-1].name.replace(_SECOND, "zero_pp_rank_2"))
+        self._swap(*shards)
+        extra = self.newest / file_name(RANKS)
         shutil.copyfile(shards[-1], extra)
-        self.harmed("a shard too many", extra, f"is not in {MANIFEST}")
+        self.harmed("a file too many", extra, f"is not in {MANIFEST}")
         manifest = self.newest / MANIFEST
         manifest.unlink()
         self.harmed("no manifest", manifest, "is missing")
@@ -143,10 +144,10 @@ class Trial:
         one.rename(aside)
         other.rename(one)
         aside.rename(other)
-        self.harmed("two ranks' shards swapped", one, "instead of")
+        self.harmed("two ranks' files swapped", one, "instead of")
 
     def loaded_in_silence(self) -> tuple[int, int]:
-        """How many of the harmed .pt files a plain `torch.load` takes without a word, and how many there were."""
+        """How many of the harmed files a plain load takes without a word, and how many there were."""
         done = subprocess.run(
             [sys.executable, "-c", _PLAIN, str(self._plain)],
             env=environment(),
@@ -206,15 +207,13 @@ def _launched(folder: Path, *, stage: int) -> Figures:
 
 def make_checkpoints(folder: Path) -> Path:
     """Publish two checkpoints that no run has made; their folder."""
-    import torch
-
     store = CheckpointStore(folder / "checkpoints", keep=9)
     for step in (4, 8):
         temporary = store.begin(step)
-        (temporary / "engine").mkdir()
-        for number, name in enumerate(("model", _FIRST, _SECOND), 1):
-            torch.save({"weights": torch.arange(2000.0) * number / step}, temporary / "engine" / f"{name}.pt")
-        store.publish(temporary, step, {}, listed(temporary), print)
+        for rank in range(RANKS):
+            weights = np.arange(3000.0, dtype=np.float32) * (rank + 1) / step
+            save_file({f"w/fp32/{rank * 3000}": weights}, temporary / file_name(rank))
+        store.publish(temporary, step, fields(step), listed(temporary), print)
     return store.folder
 
 

@@ -183,13 +183,13 @@ def pickled_token_shard(folder: Path) -> Figures:
 
 
 def pickled_checkpoint(folder: Path) -> Figures:
-    """ZeRO shards with code in them, under their manifest and under a forged one, at the same stage and another."""
+    """Pickle with code in it in place of fragments, under their manifest and under a forged one, at two stages."""
     canary = folder / "canary"
     words = arguments(write_recipe(folder), write_ds_config(folder), folder)
     run_to_end(folder, *words)
     run = folder / "runs" / "tiny"
     shutil.rmtree(run / "export")  # so that the run is not finished
-    shards = [path for checkpoint in published(run / "checkpoints") for path in checkpoint.rglob("*.pt")]
+    shards = [path for checkpoint in published(run / "checkpoints") for path in checkpoint.glob("rank-*.safetensors")]
     for shard in shards:
         evil_zip(shard, canary)
     outputs = [run_to_end(folder, *words, expect=4)]

@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.record import REPOSITORY
+from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.storage.files import blake3_file, read_json, sha256_file
 
 SCRIPTS = Path(sys.executable).parent
@@ -281,6 +282,11 @@ def last_step(run: Path) -> int:
 def status(run: Path) -> dict[str, Any]:
     """The run's status.json; empty before there is one."""
     return dict(read_json(run / "status.json") or {})
+
+
+def fields(step: int) -> dict[str, Any]:
+    """What the manifest of a checkpoint that no run has made tells beside its files."""
+    return {"state": TrainState(step).as_dict(), "layout": asdict(SavedLayout(2, 1, "fp32"))}
 
 
 def listed(checkpoint: Path) -> dict[str, dict[str, Any]]:

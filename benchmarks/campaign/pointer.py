@@ -12,6 +12,7 @@ from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     Launcher,
     arguments,
+    fields,
     listed,
     numerics,
     run_to_end,
@@ -21,6 +22,7 @@ from benchmarks.campaign.launching import (
     write_recipe,
 )
 from benchmarks.campaign.resumes import stopped_after
+from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, published
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import CheckpointError
@@ -58,8 +60,8 @@ def _made(folder: Path) -> CheckpointStore:
     for step in _STEPS:
         temporary = store.begin(step)
         for rank in range(2):
-            (temporary / f"rank{rank}.pt").write_bytes(f"{step} {rank}".encode() * 1000)
-        store.publish(temporary, step, {}, listed(temporary), print)
+            (temporary / file_name(rank)).write_bytes(f"{step} {rank}".encode() * 1000)
+        store.publish(temporary, step, fields(step), listed(temporary), print)
     return store
 
 
@@ -75,16 +77,17 @@ def _pointer(folder: Path, *, harm: str) -> Figures:
         start_s = time.monotonic()
         chosen = store.newest_intact(lines.append)
         slowest_s = max(slowest_s, time.monotonic() - start_s)
-        assert chosen == expected, f"{chosen} was chosen, not {expected}"
+        assert chosen is not None, "None was chosen"
+        assert chosen.path == expected, f"{chosen.path} was chosen, not {expected}"
         assert told in lines[0], f"not told {told!r}: {lines}"
-        (newest / "rank1.pt").write_bytes(b"")
+        (newest / file_name(1)).write_bytes(b"")
     assert slowest_s < FALLBACK_S, f"it took {slowest_s:.1f} s"
     return {"pointers": 2, "refusals": 0, "slowest_s": round(slowest_s, 3)}
 
 
 def _short_of_a_file(checkpoints: Path) -> None:
     for checkpoint in published(checkpoints):
-        next(path for path in checkpoint.rglob("*.pt")).unlink()
+        (checkpoint / file_name(0)).unlink()
 
 
 def _without_manifests(checkpoints: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import Launched, started
+from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import POINTER, find_fault
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import TrainingError
@@ -22,11 +23,8 @@ _TEXTS = [(0, "manifest.json"), (0, POINTER)]
 Listing = dict[str, int]
 
 
-def _shards(stage: int) -> list[tuple[int, str]]:
-    """Ranks and the files that they write; below ZeRO-3 the model's is rank 0's alone."""
-    model = "mp_rank_00_model_states.pt"
-    models = [(rank, f"zero_pp_rank_{rank}_{model}") for rank in range(RANKS)] if stage == 3 else [(0, model)]
-    return models + [(rank, f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(RANKS)]
+_FILES = [(rank, file_name(rank)) for rank in range(RANKS)] + _TEXTS
+"""Ranks and the files that they write."""
 
 
 class Poller:
@@ -135,8 +133,7 @@ def _check(folder: Path, watch: Poller) -> None:
 
 def _slow_and_refused(folder: Path, *, stage: int, background: bool) -> Figures:
     """Delay, then refuse every file in turn, a good save after each; at last DeepSpeed's own save, with a delay."""
-    files = _shards(stage) + _TEXTS
-    faults = [{"rank": rank, "file": file, "action": action} for rank, file in files for action in ("delay", "refuse")]
+    faults = [{"rank": rank, "file": file, "action": action} for rank, file in _FILES for action in ("delay", "refuse")]
     after = [entry for fault in faults for entry in (fault, None)]
     plan = {"stage": stage, "async": background, "faults": after, "native": True}
     ranks, codes, watch, native = _launch(folder, plan)
@@ -179,7 +176,7 @@ def _killed(folder: Path, *, stage: int, background: bool, rank: int, file: str)
     newest = store.newest_intact(lines.append)
     # The pointer is written after the rename, so step 2 is published by then.
     assert newest is not None
-    assert newest.name == ("step-00000002" if file == POINTER else "step-00000001")
+    assert newest.path.name == ("step-00000002" if file == POINTER else "step-00000001")
     left = [path.name for path in (folder / "checkpoints").glob(".*")]
     assert not left, f"the next launch leaves {left}"
     return {"faults": 1, "looks": watch.looks, "incomplete": 0, "longest_gap_s": watch.longest_gap_s}
@@ -192,7 +189,7 @@ def _cases() -> list[Case]:
             kind = f"zero{stage}-{'async' if background else 'sync'}"
             run = partial(_slow_and_refused, stage=stage, background=background)
             cases.append(Case(f"{kind}-slow-and-refused", run))
-            for rank, file in _shards(stage) + _TEXTS:
+            for rank, file in _FILES:
                 kill = partial(_killed, stage=stage, background=background, rank=rank, file=file)
                 cases.append(Case(f"{kind}-killed-{rank}-{file}", kill))
     return cases

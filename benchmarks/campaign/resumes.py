@@ -4,20 +4,15 @@ A launch stopped right after a checkpoint leaves its run folder as it stood then
 of the one that an uninterrupted run has left, which kept all its checkpoints; so one run gives every stop point.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from inheritune_ds.training.shard_reader import read_shard
-
 from benchmarks.campaign.launching import numerics, rows, run_to_end
 from inheritune_ds.checkpoints.manifest import POINTER, published, read_manifest, step_of
-from inheritune_ds.storage.files import read_json
+from inheritune_ds.storage.files import blake3_file, read_json
 
 STEPS = 12
 NAME = "tiny"
@@ -93,46 +88,17 @@ def launch(  # noqa: PLR0913 - each is one word of the driver
     return [read_json(folder / f"{out}.rank{rank}.json") for rank in range(ranks)]
 
 
-def content_sha256(path: Path) -> str:
-    """Hash what a file of DeepSpeed's holds: every tensor by type, shape and bytes, and every other value.
-
-    Not the file's own bytes: ZeRO-3 writes the number that a parameter has in its process, which goes on counting over
-    the engines that one process builds.
-    """
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                digest.update(f"{key!r}: ".encode())
-                add(item)
-        elif isinstance(value, list | tuple):
-            digest.update(f"{len(value)} of ".encode())
-            for item in value:
-                add(item)
-        elif isinstance(value, int | float | str | bytes | None):
-            digest.update(f"{value!r} ".encode())
-        else:
-            digest.update(f"{type(value).__name__} ".encode())
-            add(vars(value))
-
-    add(read_shard(path))
-    return digest.hexdigest()
-
-
 def final_state(run: Path) -> dict[str, Any]:
-    """sha256 of what every file of a run's last checkpoint holds (weights, moments, counters), and of its export."""
+    """A run's last checkpoint: state, hash of every file (masters, moments), counters, steps; hash of its export."""
     checkpoint = next(published(run / "checkpoints"))
     manifest = read_manifest(checkpoint)
     assert manifest is not None, f"{checkpoint} has no manifest"
     assert manifest["state"]["step"] == STEPS, f"{checkpoint} is not the last one"
     state = {key: value for key, value in manifest["state"].items() if key != "train_seconds"}
-    files = {name: content_sha256(checkpoint / name) for name in manifest["files"]}
+    files = {name: blake3_file(checkpoint / name) for name in manifest["files"]}
     exported = read_json(run / "export" / "manifest.json")["files"]
-    return {"state": state, "files": files, "weights": exported["model.safetensors"]["sha256"]}
+    told = {key: manifest[key] for key in ("engine", "parameters")}
+    return {"state": state, "files": files, **told, "weights": exported["model.safetensors"]["sha256"]}
 
 
 def differences(run: Path, straight: Path) -> list[str]:

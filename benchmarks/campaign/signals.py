@@ -143,7 +143,7 @@ def _check_end(trial: Trial, code: int, output: str, run_folder: Path, saved: in
         assert told["step"] == 0, told
     else:
         assert newest is not None, output
-        assert newest.name == f"step-{saved:08d}", f"{newest}\n{output}"
+        assert newest.path.name == f"step-{saved:08d}", f"{newest}\n{output}"
         assert told["step"] == saved, told
 
 

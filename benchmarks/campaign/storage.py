@@ -19,6 +19,7 @@ from benchmarks.campaign.drive_storage import fill
 from benchmarks.campaign.launching import (
     Launched,
     arguments,
+    fields,
     listed,
     rows,
     run_to_end,
@@ -28,7 +29,8 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
-from inheritune_ds.checkpoints.manifest import POINTER, find_fault, published, read_manifest, step_of
+from inheritune_ds.checkpoints.manifest import POINTER, find_fault, published, read_manifest
+from inheritune_ds.checkpoints.retention import prune
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import StorageError
 
@@ -132,7 +134,7 @@ class Trial:
         assert newest is not None
         left = [path.name for path in self.store.folder.glob(".*.tmp")]
         assert left == [], f"left behind: {left}"
-        return step_of(newest)
+        return newest.state.step
 
     def go_on(self) -> None:
         """The same command, with space again: it ends as if nothing had happened."""
@@ -226,25 +228,25 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
         for step in (1, 2, 3):
             temporary = store.begin(step)
             (temporary / "state").write_bytes(bytes([step]) * 5000)
-            store.publish(temporary, step, {}, listed(temporary), print)
+            store.publish(temporary, step, fields(step), listed(temporary), print)
         (store.folder / "step-00000003" / "state").write_bytes(b"")  # what a lost write leaves
         if can_mount():
             fill(place / "ballast")
         said: list[str] = []
         strict = CheckpointStore(store.folder, keep=1)
-        assert strict.prune(said.append) == []
+        assert prune(strict, said.append) == []
         assert len(said) == 1, said
         assert "step-00000003 is damaged" in said[0], said
         newest = strict.newest_intact(said.append)
         assert newest is not None
-        assert step_of(newest) == 2
+        assert newest.state.step == 2
         (place / "ballast").unlink(missing_ok=True)
         temporary = strict.begin(4)
         (temporary / "state").write_bytes(b"4" * 5000)
-        strict.publish(temporary, 4, {}, listed(temporary), print)
+        strict.publish(temporary, 4, fields(4), listed(temporary), print)
         if can_mount():
             fill(place / "ballast")
-        assert len(strict.prune(said.append)) == 3, said
+        assert len(prune(strict, said.append)) == 3, said
         assert [find_fault(path) for path in published(store.folder)] == [None]
         return {"kept_while_damaged": 3}
 

@@ -132,14 +132,22 @@ class Fragments:
     Args:
         folder: The checkpoint.
         world_size: Number of ranks that saved it.
+
+    Raises:
+        CheckpointError: If a file is missing or holds anything but fragments.
     """
 
     def __init__(self, folder: Path, world_size: int) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self._folder = folder
-        self._found = _find(folder, world_size)
-        self._files: list[Any] = [safe_open(folder / file_name(rank), framework="pt") for rank in range(world_size)]
+        try:
+            self._files: list[Any] = [safe_open(folder / file_name(rank), framework="pt") for rank in range(world_size)]
+            self._found = _find(folder, world_size)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the fragments in {folder} cannot be read: {str(error).splitlines()[0]}", action=_DAMAGED
+            ) from None
 
     def copy(self, name: str, kind: str, start: int, out: torch.Tensor) -> None:
         """Copy elements of a parameter, from `start` on, into a flat tensor; its size says how many.

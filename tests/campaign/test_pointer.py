@@ -26,7 +26,7 @@ def test_a_store_that_starts_over_is_noticed(tmp_path: Path, monkeypatch: pytest
     def forgetful(_store: CheckpointStore, _say: Any) -> None:
         """As if nothing had ever been saved."""
 
-    monkeypatch.setattr(CheckpointStore, "newest_verified", forgetful)
+    monkeypatch.setattr(CheckpointStore, "newest_intact", forgetful)
     for number, case in enumerate(SHORT):
         with pytest.raises(AssertionError, match="None was chosen"):
             case.run(tmp_path / str(number))

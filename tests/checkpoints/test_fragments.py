@@ -116,7 +116,7 @@ def save(folder: Path, *ranks: dict[str, torch.Tensor]) -> None:
         write(fragments, folder / file_name(rank), needed_bytes=0)
 
 
-WHOLE = {"w": {"shape": [2, 5], "step": 3}, "b": {"shape": [4], "step": None}}
+WHOLE: dict[str, dict[str, Any]] = {"w": {"shape": [2, 5], "step": 3}, "b": {"shape": [4], "step": None}}
 
 
 def cut(start: int, end: int, name: str = "w", *kinds: str) -> dict[str, torch.Tensor]:

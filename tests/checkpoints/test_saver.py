@@ -130,7 +130,7 @@ def state_at(step: int) -> TrainState:
 
 def weights_of(folder: Path, name: str) -> float:
     [values] = load_file(folder / name).values()
-    assert values.unique().numel() == 1
+    assert torch.equal(values, values[:1].expand_as(values))
     return float(values[0])
 
 
