@@ -256,7 +256,7 @@ def cases() -> list[Case]:
     kinds = [*(["ENOSPC"] if can_mount() else []), "EFBIG", "EIO"]
     listed = [
         Case("retention", retention_on_a_full_disk),
-        Case("some operations", partial(operations, rank=0, stride=70, kinds=kinds)),
+        Case("some operations", partial(operations, rank=0, stride=25, kinds=kinds)),
     ]
     for rank in (0, 1):
         listed += [

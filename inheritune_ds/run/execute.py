@@ -1,6 +1,6 @@
 """The flow of one run: claim the folder, prepare, train, export, report. The same command again goes on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -355,11 +355,22 @@ class _Run:
         self._launch.say("exporting")
         probe = data.held_out.read(np.zeros(1, dtype=np.int64))[:, :PROBE_TOKENS]
         logits = engine.probe_logits(probe)
-        # All ranks take part in gathering each tensor; rank 0 keeps it.
-        parameters = {name: value for name, value in engine.full_parameters() if self._world.is_main}
+        parameters = engine.full_parameters()
         results = RunResults(self._folder, self._recipe, self._resolved, prepared)
-        self._launch.meeting.run_on_rank0(
-            lambda: results.write(
-                results.figures(data, state, engine), parameters, torch.from_numpy(probe), logits, say=self._launch.say
-            )
-        )
+
+        def write() -> None:
+            try:
+                figures = results.figures(data, state, engine)
+                results.write(figures, parameters, torch.from_numpy(probe), logits, say=self._launch.say)
+            finally:
+                _gather(parameters)
+
+        if not self._world.is_main:
+            _gather(parameters)
+        self._launch.meeting.run_on_rank0(write)
+
+
+def _gather(parameters: Iterator[object]) -> None:
+    """Take part in gathering what is left: all ranks do, whatever happens to the export on rank 0."""
+    for _ in parameters:
+        pass

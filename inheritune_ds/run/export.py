@@ -1,7 +1,7 @@
 """The trained target as a Hugging Face folder, proven to be the trained one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,22 +9,26 @@ from inheritune_ds.errors import ExportError
 from inheritune_ds.run.folder import EXPORT_MANIFEST
 from inheritune_ds.storage.files import storage_errors, write_json, write_text
 from inheritune_ds.storage.folders import describe_files, staged
-from inheritune_ds.surgery.compare import weights_sha256
+from inheritune_ds.surgery.compare import tensor_sha256, weights_sha256
 from inheritune_ds.surgery.load import load_model
+from inheritune_ds.surgery.meta_model import as_in_files
 from inheritune_ds.surgery.report import lineage
+from inheritune_ds.surgery.weight_files import WeightFiles
+from inheritune_ds.surgery.write_shards import write_stream
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 64
 
 
-def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
+def export_model(  # noqa: PLR0913 - the parts of the folder, each by name
     folder: Path,
     *,
     target_folder: Path,
     tokenizer_folder: Path,
-    parameters: Mapping[str, "torch.Tensor"],
+    parameters: Iterable[tuple[str, "torch.Tensor"]],
     dtype: str,
     card: str,
     recipe_fingerprint: str,
@@ -35,10 +39,10 @@ def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
         folder: Published atomically; an older export is replaced.
         target_folder: The target as surgery made it: config and generation config.
         tokenizer_folder: Its tokenizer.
-        parameters: fp32 values of every named parameter.
+        parameters: Names and fp32 values of all parameters; each is written before the next one is asked for.
         dtype: float32 keeps the values exactly; bfloat16 rounds them.
         card: Text of the model card.
-        recipe_fingerprint: Recorded, so that `RunFolder.has_finished` knows whose it is.
+        recipe_fingerprint: Recorded, so that `RunFolder.has_finished` knows the recipe.
 
     Returns:
         sha256 of the exported weights (see `weights_sha256`).
@@ -49,31 +53,115 @@ def export_model(  # noqa: PLR0913 - what goes into the folder, each by name
     import torch
     from transformers import AutoTokenizer
 
-    model = load_model(target_folder, dtype="float32")
-    own = dict(model.named_parameters())
-    if own.keys() != parameters.keys():
-        raise ExportError(f"the trained parameters are not the target's: {sorted(own.keys() ^ parameters.keys())[:5]}")
-    with torch.no_grad():
-        for name, value in parameters.items():
-            own[name].copy_(value)
-    torch.nn.Module.to(model, getattr(torch, dtype))
-    expected = weights_sha256(model.state_dict())
+    model = load_model(target_folder)
     with staged(folder) as temporary, storage_errors(folder):
-        model.save_pretrained(temporary)
+        written = _Weights(model, target_folder, getattr(torch, dtype)).write(temporary, iter(parameters))
+        model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
+        model.config.save_pretrained(temporary)
+        if model.can_generate():
+            model.generation_config.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False).save_pretrained(temporary)
         write_text(temporary / "README.md", card)
-        found = weights_sha256(load_model(temporary).state_dict())
-        if found != expected:
+        state = load_model(temporary).state_dict()
+        hashes = {name: tensor_sha256(value) for name, value in state.items()}
+        if any(hashes.get(name) != digest for name, digest in written.items()):
             raise ExportError(
                 f"the export in {temporary} does not load as the trained model",
                 action="check the disk, then give the same command again",
             )
+        digest = weights_sha256(state, hashes)
         files = describe_files(temporary)
         write_json(
             temporary / EXPORT_MANIFEST,
-            {"recipe_fingerprint": recipe_fingerprint, "weights_sha256": expected, "dtype": dtype, "files": files},
+            {"recipe_fingerprint": recipe_fingerprint, "weights_sha256": digest, "dtype": dtype, "files": files},
         )
-    return expected
+    return digest
+
+
+class _Weights:
+    """Writes trained parameters under the names of the target's files, one at a time.
+
+    A family whose files cut a parameter in other ways than one by one is written at once instead.
+
+    Args:
+        model: The target, mapped from its files.
+        target_folder: These files.
+        dtype: Of what is written.
+    """
+
+    def __init__(self, model: "PreTrainedModel", target_folder: Path, dtype: "torch.dtype") -> None:
+        self._model, self._dtype = model, dtype
+        self._own = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
+        named = {self._in_state(name): value for name, value in (*self._own.items(), *self._buffers.items())}
+        self._metas = {name: self._cast(value.to("meta")) for name, value in named.items()}
+        one_by_one = self._is_cut_one_by_one(WeightFiles(target_folder, str(target_folder)))
+        self._chunks = [[name] for name in named] if one_by_one else [list(named)]
+
+    def _in_state(self, name: str) -> str:
+        """The name under which a tied parameter is saved."""
+        saved: str = self._model.all_tied_weights_keys.get(name, name)
+        return saved
+
+    def _cast(self, value: "torch.Tensor") -> "torch.Tensor":
+        return value.to(self._dtype) if value.is_floating_point() else value
+
+    def _is_cut_one_by_one(self, files: WeightFiles) -> bool:
+        """Whether each tensor by itself gives tensors that the target's files hold, in their shapes."""
+        shapes = {name: files.meta(name).shape for name in files}
+        try:
+            cut = [as_in_files(self._model, {name: meta}) for name, meta in self._metas.items()]
+        except Exception:  # noqa: BLE001 - whatever a family's own conversion raises
+            return False
+        return all(shapes.get(name) == meta.shape for part in cut for name, meta in part.items())
+
+    def write(self, folder: Path, parameters: Iterator[tuple[str, "torch.Tensor"]]) -> dict[str, str]:
+        """Write all of them.
+
+        Args:
+            folder: Where the files go.
+            parameters: In the order of the model.
+
+        Returns:
+            sha256 of every parameter as it is written, by its name in the model.
+
+        Raises:
+            ExportError: If they are not the model's.
+        """
+        written: dict[str, str] = {}
+
+        def tensors() -> Iterator["torch.Tensor"]:
+            incoming = self._named(parameters, written)
+            for chunk in self._chunks:
+                values = dict(next(incoming) for _ in chunk)
+                yield from as_in_files(self._model, values).values()
+
+        metas = (as_in_files(self._model, {name: self._metas[name] for name in chunk}) for chunk in self._chunks)
+        write_stream(folder, {name: meta for part in metas for name, meta in part.items()}, tensors())
+        if strange := sorted(name for name, _ in parameters):
+            raise _not_the_target(strange)
+        return written
+
+    def _named(
+        self, parameters: Iterator[tuple[str, "torch.Tensor"]], written: dict[str, str]
+    ) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Parameters, then buffers, as they are written; hashes are noted."""
+        for name, value in parameters:
+            if name not in self._own:
+                raise _not_the_target([name])
+            cast = self._cast(value)
+            written[name] = tensor_sha256(cast)
+            yield self._in_state(name), cast
+            if len(written) == len(self._own):
+                break
+        if written.keys() != self._own.keys():
+            raise _not_the_target(sorted(self._own.keys() - written.keys()))
+        yield from ((name, self._cast(value)) for name, value in self._buffers.items())
+
+
+def _not_the_target(names: list[str]) -> ExportError:
+    return ExportError(f"the trained parameters are not the target's: {names[:5]}")
 
 
 def check_logits(folder: Path, tokens_BT: "torch.Tensor", trained_BTV: "torch.Tensor") -> None:  # noqa: N803

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class RunResults:
     def write(
         self,
         figures: dict[str, Any],
-        parameters: Mapping[str, torch.Tensor],
+        parameters: Iterable[tuple[str, torch.Tensor]],
         probe: torch.Tensor,
         logits: torch.Tensor,
         *,
@@ -47,7 +47,7 @@ class RunResults:
 
         Args:
             figures: Of run.json.
-            parameters: Every parameter's fp32 master.
+            parameters: Names and fp32 masters, as `Engine.full_parameters` gathers them.
             probe: Token ids (1, T).
             logits: What the engine's last state makes of them, (1, T, V).
             say: Prints one line.

@@ -111,10 +111,15 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(as_bytes(tensor.cpu()).data).hexdigest()
 
 
-def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
-    """Hash of a whole state dict (hex): names, dtypes, shapes and bytes, in the order of the names."""
+def weights_sha256(state: Mapping[str, torch.Tensor], hashes: Mapping[str, str] | None = None) -> str:
+    """Hash of a whole state dict (hex): names, dtypes, shapes and bytes, in the order of the names.
+
+    Args:
+        state: The tensors by name.
+        hashes: `tensor_sha256` of each, if it is known.
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} ".encode())
-        digest.update(tensor_sha256(state[name]).encode())
+        digest.update((hashes[name] if hashes is not None else tensor_sha256(state[name])).encode())
     return digest.hexdigest()

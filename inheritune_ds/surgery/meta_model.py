@@ -4,9 +4,9 @@ Everything that a surgery asks of a model is asked of a skeleton: which tensors 
 file, where its blocks are, whether two blocks compute the same. It costs no memory for weights. For the proof some
 modules are filled, used and emptied again.
 
-transformers loads a whole model or nothing, so this module is the one place that calls three of its internal
+transformers loads a whole model or nothing, so this module is the one place that calls four of its internal
 functions: the key mapping between files and modules (per-expert tensors of a file are one fused parameter of the
-module, prefixes differ, old names are renamed), and the loader behind `from_pretrained`.
+module, prefixes differ, old names are renamed), its reverse, and the loader behind `from_pretrained`.
 """
 
 import copy
@@ -177,6 +177,18 @@ class MetaModel:
     def empty_block(self, index: int) -> None:
         """Give the memory of a filled block back."""
         self.block(index).to("meta")
+
+
+def as_in_files(model: "PreTrainedModel", tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's tensors as a file holds them: under the file's names, a fused parameter as several tensors.
+
+    Args:
+        model: The model, as `from_pretrained` gives it.
+        tensors: By their names in the model; also on the meta device.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
 
 
 def contradiction(problems: list[str]) -> SurgeryError:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from inheritune_ds.console import Meter
 from inheritune_ds.errors import StorageError, SurgeryError
 from inheritune_ds.storage.files import storage_errors, write_json
@@ -35,17 +37,57 @@ def write_shards(folder: Path, grafts: Sequence["TensorCopy"], values: "TargetVa
     Raises:
         StorageError: If they do not fit on the disk, or cannot be written.
     """
-    sizes = values.sizes
-    total = sum(sizes[graft.name] for graft in grafts)
-    check_space(folder, total)
-    shards = list(_shards(grafts, sizes))
-    files: dict[str, str] = {}
-    with Meter("writing the target", "MB", total // 10**6) as meter:
-        for number, shard in enumerate(shards, 1):
-            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write(folder / name, shard, values)
-            files |= {graft.name: name for graft in shard}
-            meter.advance(sum(sizes[graft.name] for graft in shard) // 10**6)
+    named, sizes = {graft.name: graft for graft in grafts}, {graft.name: values.sizes[graft.name] for graft in grafts}
+    check_space(folder, sum(sizes.values()))
+    shards = shard_files(sizes)
+    with Meter("writing the target", "MB", sum(sizes.values()) // 10**6) as meter:
+        for file, names in shards.items():
+            _write(folder / file, [named[name] for name in names], values)
+            meter.advance(sum(sizes[name] for name in names) // 10**6)
+    return _write_index(folder, shards, sum(sizes.values()))
+
+
+def write_stream(folder: Path, metas: Mapping[str, torch.Tensor], tensors: Iterator[torch.Tensor]) -> None:
+    """Write tensors one after the other as they come, in the same shards as `write_shards`.
+
+    Args:
+        folder: Where the files go.
+        metas: Their types and shapes by name, in order, on the meta device.
+        tensors: The tensors, in that order; one at a time is held in memory.
+
+    Raises:
+        StorageError: If they do not fit on the disk.
+        OSError: If they cannot be written.
+    """
+    sizes = {name: meta.nbytes for name, meta in metas.items()}
+    check_space(folder, sum(sizes.values()))
+    shards = shard_files(sizes)
+    for file, names in shards.items():
+        header = {name: (DTYPES[metas[name].dtype], tuple(metas[name].shape), sizes[name]) for name in names}
+        with SafetensorsWriter(folder / file, header) as writer:
+            for _ in names:
+                writer.append(as_bytes(next(tensors)).data)
+    _write_index(folder, shards, sum(sizes.values()))
+
+
+def shard_files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Names of the tensors of each file, cut where a file would become larger than `SHARD_BYTES`."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    count = len(shards)
+    numbered = ((f"model-{number:05d}-of-{count:05d}.safetensors", names) for number, names in enumerate(shards, 1))
+    return dict(numbered) if count > 1 else {SINGLE: shards[0]}
+
+
+def _write_index(folder: Path, shards: Mapping[str, Sequence[str]], total: int) -> dict[str, str]:
+    """Write the index if there are several files; the name of the file that holds each tensor."""
+    files = {name: file for file, names in shards.items() for name in names}
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
     return files
@@ -67,18 +109,6 @@ def check_space(folder: Path, size: int) -> None:
 
 def _in_words(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 10**7 else f"{size / 1e6:.2f} MB"
-
-
-def _shards(grafts: Sequence["TensorCopy"], sizes: Mapping[str, int]) -> Iterator[list["TensorCopy"]]:
-    shard: list[TensorCopy] = []
-    filled = 0
-    for graft in grafts:
-        if shard and filled + sizes[graft.name] > SHARD_BYTES:
-            yield shard
-            shard, filled = [], 0
-        shard.append(graft)
-        filled += sizes[graft.name]
-    yield shard
 
 
 def _write(path: Path, shard: Sequence["TensorCopy"], values: "TargetValues") -> None:

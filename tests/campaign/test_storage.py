@@ -25,4 +25,4 @@ def test_a_refused_operation_costs_that_save_and_nothing_else(tmp_path: Path) ->
     assert set(figures["by_kind"]) == {"EFBIG", "EIO", *(["ENOSPC"] if can_mount() else [])}
     assert figures["trials"] == sum(figures["by_kind"].values()) == figures["refused"] + figures["published"]
     assert figures["refused"] >= 2 * len(figures["by_kind"])
-    assert figures["operations"] > 100, "the saves are not seen"
+    assert figures["operations"] > 50, "the saves are not seen"

@@ -77,7 +77,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
             tmp_path / "export",
             target_folder=target,
             tokenizer_folder=target,
-            parameters={**values, **parameters},
+            parameters={**values, **parameters}.items(),
             dtype=dtype,
             card=CARD,
             recipe_fingerprint="abc",
