@@ -84,7 +84,7 @@ class SavedLayout:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Requests:
     """What a rank was asked for; agreed on at the end of a step, any rank's wish is everybody's.
 
     Attributes:

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from inheritune_ds.checkpoints.train_state import Wishes
+from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.distributed.signals import EXIT_INTERRUPTED, StopSignal
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import InherituneError, MachineError, TrainingError
 
 
-def agree(wishes: Wishes, device: torch.device) -> Wishes:
+def agree(wishes: Requests, device: torch.device) -> Requests:
     """Make any rank's wish everybody's; all ranks must call it together.
 
     Args:
@@ -30,7 +30,7 @@ def agree(wishes: Wishes, device: torch.device) -> Wishes:
     if dist.is_initialized():
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
     stop, save, evaluate = (asked > 0).tolist()
-    return Wishes(stop, save, evaluate)
+    return Requests(stop, save, evaluate)
 
 
 Value = TypeVar("Value")

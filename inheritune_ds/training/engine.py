@@ -17,7 +17,7 @@ import torch
 
 from inheritune_ds.checkpoints import snapshot
 from inheritune_ds.checkpoints.manifest import Checkpoint
-from inheritune_ds.checkpoints.train_state import Wishes
+from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.config.deepspeed_keys import OURS
 from inheritune_ds.distributed.process_group import quiet
 from inheritune_ds.distributed.world import World
@@ -38,7 +38,7 @@ Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
 """Where the fp32 master weights got the target's exact values: set after DeepSpeed had made them of half-precision
 weights, or taken over from a model that is fp32 itself."""
-_NO_WISHES = Wishes()
+_NO_WISHES = Requests()
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     fault: str | None
-    wishes: Wishes
+    wishes: Requests
     passes_s: float
 
 
@@ -133,7 +133,7 @@ class Engine:
         micro_batches: Sequence[torch.Tensor],
         *,
         lr: float,
-        wishes: Wishes = _NO_WISHES,
+        wishes: Requests = _NO_WISHES,
         judge: Judge = not_finite,
     ) -> StepResult:
         """One optimizer update over the micro-batches of this rank.

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from inheritune_ds.checkpoints.saver import Saver
-from inheritune_ds.checkpoints.train_state import TrainState, Wishes, batch_of, with_range
+from inheritune_ds.checkpoints.train_state import Requests, TrainState, batch_of, with_range
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.stream.batches import BatchStream
 from inheritune_ds.distributed.coordination import agree
@@ -133,12 +133,12 @@ class _Loop:
         with self._parts.watch.phase("start", self._state.step):
             stop = self._stop_asked()
         if stop:  # while the engine was built; the state that the run was brought to is saved already
-            self._honour(Wishes(stop=True))
+            self._honour(Requests(stop=True))
             return LoopResult(self._state, finished=False)
         if self._state.validation_due and not self._validate():
             if self._state.step:
                 self._save(leaving=True)
-            self._honour(Wishes(stop=True))
+            self._honour(Requests(stop=True))
             return LoopResult(self._state, finished=False)
         while self._state.step < self._total_steps:
             wishes = self._advance()
@@ -159,7 +159,7 @@ class _Loop:
                 return LoopResult(self._state, finished=False)
         return LoopResult(self._state, finished=True)
 
-    def _advance(self) -> Wishes:
+    def _advance(self) -> Requests:
         """One optimizer step, logged; what the ranks have agreed on at its end."""
         parts, step = self._parts, self._state.step
         with parts.watch.phase("first_step" if self._first else "step", step + 1):
@@ -186,7 +186,7 @@ class _Loop:
             self._tell_saved()
         return result.wishes
 
-    def _wishes(self) -> Wishes:
+    def _wishes(self) -> Requests:
         """Of this rank; a save in the background that has failed for good is told by the next one, on all ranks."""
         wishes = self._parts.controls.wishes()
         return replace(wishes, save=True) if self._parts.saver.wants_save else wishes
@@ -206,7 +206,7 @@ class _Loop:
         with self._parts.watch.phase("data", state.step + 1):
             return self._batches.take(state.batch_number, following)
 
-    def _honour(self, wishes: Wishes) -> None:
+    def _honour(self, wishes: Requests) -> None:
         """Take back the wishes that are done; their files lie on a disk that may not answer."""
         with self._parts.watch.phase("log", self._state.step):
             self._parts.controls.acknowledge(wishes)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from inheritune_ds.checkpoints.train_state import Wishes
+from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World
 
@@ -64,21 +64,21 @@ class Controls:
             self._remove(STOP)
             self._say(f"removed {path}: it is older than this command")
 
-    def wishes(self) -> Wishes:
+    def wishes(self) -> Requests:
         """What this rank is asked for now; at a boundary between steps or batches."""
         if not self._world.is_main:
-            return Wishes(stop=self._stop.requested is not None)
+            return Requests(stop=self._stop.requested is not None)
         self._look()
         reason = self._stop_reason()
         self._told = reason or self._told
-        return Wishes(stop=reason is not None, save=SAVE in self._found, evaluate=EVAL in self._found)
+        return Requests(stop=reason is not None, save=SAVE in self._found, evaluate=EVAL in self._found)
 
     @property
     def reason(self) -> str:
         """Why this rank stops, in words."""
         return self._stop_reason() or self._told or "another rank was asked to stop"
 
-    def acknowledge(self, wishes: Wishes) -> None:
+    def acknowledge(self, wishes: Requests) -> None:
         """Remove the files of wishes that are done; rank 0."""
         asked = {STOP: wishes.stop, SAVE: wishes.save, EVAL: wishes.evaluate}
         if self._world.is_main:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from inheritune_ds.checkpoints.train_state import Wishes
+from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.training.faults import not_finite
 from inheritune_ds.training.packing import DocumentPacking, counted_targets
@@ -161,7 +161,7 @@ def count_targets(  # noqa: PLR0913 - a batch, and what it is counted for
     return max(int(count), 1)
 
 
-def totals(wishes: Wishes, device: torch.device) -> torch.Tensor:
+def totals(wishes: Requests, device: torch.device) -> torch.Tensor:
     """What is summed over the ranks at the end of the passes: the token losses, and who wishes what.
 
     Returns:
@@ -170,8 +170,8 @@ def totals(wishes: Wishes, device: torch.device) -> torch.Tensor:
     return torch.tensor([0.0, wishes.stop, wishes.save, wishes.evaluate], dtype=torch.float64, device=device)
 
 
-def agreed(totals_: torch.Tensor) -> tuple[float, Wishes]:
+def agreed(totals_: torch.Tensor) -> tuple[float, Requests]:
     """Sum `totals` over the ranks: the sum of the token losses, and what any rank wishes. Waits for the device."""
     dist.all_reduce(totals_)
     loss_sum, *asked = totals_.tolist()
-    return loss_sum, Wishes(*(count > 0 for count in asked))
+    return loss_sum, Requests(*(count > 0 for count in asked))

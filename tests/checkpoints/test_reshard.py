@@ -1,8 +1,6 @@
 """Loading by name: any stage and number of ranks into any other, what is refused, what is told."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

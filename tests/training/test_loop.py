@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from inheritune_ds.checkpoints.train_state import TrainState, Wishes
+from inheritune_ds.checkpoints.train_state import Requests, TrainState
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.reliability import Reliability
@@ -47,7 +47,7 @@ class Model:
         micro_batches: list[torch.Tensor],
         *,
         lr: float,
-        wishes: Wishes,
+        wishes: Requests,
         judge: Callable[[float, float], str | None],
     ) -> StepResult:
         assert lr > 0
@@ -264,7 +264,7 @@ def test_ranks_ask_each_other_only_where_they_are_watched(recipe: Recipe, tmp_pa
     watch.phase = phase
 
     class Asked(Controls):
-        def wishes(self) -> Wishes:
+        def wishes(self) -> Requests:
             asked.append(" ".join(inside))
             return super().wishes()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.checkpoints.train_state import Wishes
+from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.cli import main
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World
@@ -30,27 +30,27 @@ def test_a_signal_is_a_wish_to_stop_and_the_reason(tmp_path: Path) -> None:
     for world in (MAIN, SECOND):
         stop = StopSignal()
         asked = Controls(tmp_path, stop, world)
-        assert asked.wishes() == Wishes()
+        assert asked.wishes() == Requests()
         assert asked.reason == "another rank was asked to stop"
         stop._handle(signal.SIGTERM, None)
-        assert asked.wishes() == Wishes(stop=True)
+        assert asked.wishes() == Requests(stop=True)
         assert asked.reason == "SIGTERM"
 
 
 def test_files_are_wishes_until_they_are_honoured(tmp_path: Path) -> None:
     asked = Controls(tmp_path, StopSignal(), MAIN)
     for name, wish in {
-        "SAVE": Wishes(save=True),
-        "EVAL": Wishes(evaluate=True),
-        "STOP": Wishes(stop=True),
+        "SAVE": Requests(save=True),
+        "EVAL": Requests(evaluate=True),
+        "STOP": Requests(stop=True),
     }.items():
         (tmp_path / name).touch()
         assert asked.wishes() == wish
-        asked.acknowledge(Wishes())
+        asked.acknowledge(Requests())
         assert asked.wishes() == wish
         asked.acknowledge(wish)
         assert not (tmp_path / name).exists()
-        assert asked.wishes() == Wishes()
+        assert asked.wishes() == Requests()
 
 
 def test_the_reason_names_the_file(tmp_path: Path) -> None:
@@ -58,15 +58,15 @@ def test_the_reason_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
     asked.wishes()
     assert asked.reason == "the file STOP in the run folder"
-    asked.acknowledge(Wishes(stop=True))
+    asked.acknowledge(Requests(stop=True))
     assert asked.reason == "the file STOP in the run folder", "it is gone when the reason is written down"
 
 
 def test_only_rank_0_looks_for_files_and_removes_them(tmp_path: Path) -> None:
     asked = Controls(tmp_path, StopSignal(), SECOND)
     (tmp_path / "SAVE").touch()
-    assert asked.wishes() == Wishes()
-    asked.acknowledge(Wishes(save=True))
+    assert asked.wishes() == Requests()
+    asked.acknowledge(Requests(save=True))
     assert (tmp_path / "SAVE").exists()
 
 
@@ -75,12 +75,12 @@ def test_files_are_looked_for_once_a_second(tmp_path: Path, monkeypatch: pytest.
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     asked = Controls(tmp_path, StopSignal(), MAIN)
-    assert asked.wishes() == Wishes()
+    assert asked.wishes() == Requests()
     (tmp_path / "SAVE").touch()
     now[0] += 0.9
-    assert asked.wishes() == Wishes()
+    assert asked.wishes() == Requests()
     now[0] += 0.2
-    assert asked.wishes() == Wishes(save=True)
+    assert asked.wishes() == Requests(save=True)
 
 
 def test_a_disk_that_does_not_answer_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +92,8 @@ def test_a_disk_that_does_not_answer_ends_nothing(tmp_path: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stale)
-        assert asked.wishes() == Wishes()
-    assert asked.wishes() == Wishes(save=True)
+        assert asked.wishes() == Requests()
+    assert asked.wishes() == Requests(save=True)
 
 
 def test_a_stop_of_an_earlier_launch_is_removed_and_said(tmp_path: Path, lines: list[str]) -> None:
@@ -101,7 +101,7 @@ def test_a_stop_of_an_earlier_launch_is_removed_and_said(tmp_path: Path, lines: 
     left_over.touch()
     os.utime(left_over, (time.time() - 60.0,) * 2)
     asked = Controls(tmp_path, StopSignal(), MAIN, say=lines.append)
-    assert asked.wishes() == Wishes()
+    assert asked.wishes() == Requests()
     assert lines == [f"removed {left_over}: it is older than this command"]
     assert not left_over.exists()
 
@@ -110,7 +110,7 @@ def test_a_stop_that_came_while_the_run_was_prepared_counts(tmp_path: Path, line
     stop = StopSignal()
     time.sleep(0.05)
     (tmp_path / "STOP").touch()
-    assert Controls(tmp_path, stop, MAIN, say=lines.append).wishes() == Wishes(stop=True)
+    assert Controls(tmp_path, stop, MAIN, say=lines.append).wishes() == Requests(stop=True)
     assert lines == []
 
 
@@ -124,9 +124,9 @@ def test_a_file_that_cannot_be_removed_is_honoured_once(
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert asked.wishes() == Wishes(save=True)
-    asked.acknowledge(Wishes(save=True))
-    assert asked.wishes() == Wishes()
+    assert asked.wishes() == Requests(save=True)
+    asked.acknowledge(Requests(save=True))
+    assert asked.wishes() == Requests()
     assert lines == [
         f"WARNING: {tmp_path / 'SAVE'} cannot be removed (Read-only file system); it is not looked at again"
     ]
@@ -169,7 +169,7 @@ def test_the_first_save_of_a_long_run_is_given_five_minutes(tmp_path: Path, monk
 
 def test_no_time_limit_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopSignal, "age_s", property(lambda _: 1e9))
-    assert Controls(tmp_path, StopSignal(), MAIN).wishes() == Wishes()
+    assert Controls(tmp_path, StopSignal(), MAIN).wishes() == Requests()
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
