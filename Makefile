@@ -3,7 +3,7 @@
 #   make test           the tests, in minutes
 #   make test-all       those and the thorough ones (planted mutations, the campaign's short forms), with branch coverage
 #   make rehearse       every benchmark at toy size, the GPU check among them
-#   make campaign       prove the promises of docs/reliability.md (ARGS='kills_sync flips': these parts only)
+#   make campaign       prove the promises of docs/explanation/reliability.md (ARGS='kills_sync flips': these parts only)
 # For work on the code: make check, make format, make clean.
 
 PYTHON ?= python3

@@ -1,13 +1,14 @@
-"""Write the tables of the docs that repeat what the code says: recipe keys, DeepSpeed keys, exit codes, metrics.
+"""Write what the docs repeat from the code: tables of keys, exit codes, metrics and options, and the layer picture.
 
-Each table stands between `<!-- generated: NAME -->` and `<!-- end -->`; the text around it is written by
-hand. `python docs/generate.py` writes them, `--check` ends with 1 and a diff when one is not current.
+Each table is between `<!-- generated: NAME -->` and `<!-- end -->`; the text around it is written by
+hand. `python docs/generate.py` writes all of it; `--check` prints a diff and exits with 1 when something is stale.
 """
 # ruff: noqa: INP001  # a script beside the docs, not a package
 
 import argparse
 import ast
 import difflib
+import importlib
 import inspect
 import re
 import sys
@@ -16,21 +17,21 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import layers
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from tables import campaign, families, table
 
-from inheritune_ds import errors
+from inheritune_ds import cli, errors
 from inheritune_ds.config import deepspeed_keys, fields, recipe
 from inheritune_ds.config.kernels import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU, KernelRequest
 from inheritune_ds.config.messages import words
 from inheritune_ds.config.reliability import WATCHDOG_S, Reliability
-from inheritune_ds.storage.files import read_json
 from inheritune_ds.tracking.metrics import METRICS
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent))  # for the lists that the tests hold
 SECTION = re.compile(r"(<!-- generated: (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MEANINGS = {
     "Recipe.name": "Name of the run folder; for a shipped recipe, also what `--recipe` takes.",
@@ -52,7 +53,7 @@ MEANINGS = {
     "PublishedClaim.hours": "Hours of training it states.",
     "PublishedClaim.gpu": "The GPU it names.",
     "PublishedClaim.gpus": "How many of them.",
-    "PublishedClaim.source": "Where it stands.",
+    "PublishedClaim.source": "Where it is published.",
     "Shape.model_type": "Family.",
     "Shape.vocab_size": "Rows of the token embedding.",
     "Shape.hidden_size": "Width.",
@@ -71,31 +72,32 @@ MEANINGS = {
 
 
 AUTO_KERNELS = {
-    "attention": "the first of these that works; flash attention is for GPUs, bf16 or fp16, and families that have it",
-    "optimizer": "the first of these that works; on a CPU `torch_fused`. Under `offload_optimizer` it is always "
-    "DeepSpeed's CPU Adam, and a name is refused",
-    "liger": "on for a GPU where liger-kernel has RMSNorm, RoPE or SwiGLU for the family (GPT-2: it has none) and "
-    "blocks are not compiled, for torch.compile fuses the same",
-    "loss": "`chunked`: the logits of all tokens never exist at once; families whose logits are more than head times "
-    "hidden state take `plain`, with a line",
-    "compile": f"on where it pays: not with stage 3; on a CPU in bf16 from {COMPILE_FLOPS_CPU:.0e} FLOPs of a rank on; "
-    f"on a GPU from {COMPILE_SECONDS_GPU / 60:.0f} minutes at {COMPILE_MFU} of its peak on",
+    "attention": "the first of these that works; flash attention needs a GPU, bf16 or fp16, and a family that supports "
+    "it",
+    "optimizer": "the first of these that works; on a CPU `torch_fused`. `offload_optimizer` always uses DeepSpeed's "
+    "CPU Adam, and a name is refused",
+    "liger": "on for a GPU if liger-kernel has RMSNorm, RoPE or SwiGLU for the family (it has none for GPT-2) and "
+    "blocks are not compiled, because torch.compile fuses the same operations",
+    "loss": "`chunked`, which never holds the logits of all tokens at once; `plain`, with a line, for families whose "
+    "logits are more than head times hidden state",
+    "compile": f"on where it pays: not with stage 3; on a CPU in bf16 from {COMPILE_FLOPS_CPU:.0e} FLOPs per rank; "
+    f"on a GPU from {COMPILE_SECONDS_GPU / 60:.0f} minutes at {COMPILE_MFU} of its peak",
     "activation_checkpointing": "`none`; the others trade a second forward pass (`selective`: without its matrix "
     "products and attention) for memory",
 }
-"""What the ladders of inheritune_ds/training/kernels.py do, in a line each."""
+"""What `auto` selects in inheritune_ds/training/kernels.py, one line each."""
 
 RELIABILITY = {
-    "async_save": "training waits only until its state is copied to host memory; a thread writes, meets the other "
-    "ranks and publishes. Takes as much host memory as this rank's share of a checkpoint",
-    "on_save_error": "what happens when the disk refuses a checkpoint (full, read-only, broken): train on with a loud "
-    "line, or end with exit code 5. The older checkpoints stay either way",
-    "watchdog": "whether a phase that takes longer than its limit ends the run",
+    "async_save": "training waits only until its state is copied to host memory; a thread writes, coordinates with "
+    "the other ranks and publishes. Needs as much host memory as this rank's share of a checkpoint",
+    "on_save_error": "what happens when the disk refuses a checkpoint (full, read-only, broken): continue training "
+    "with a warning, or exit with code 5. The older checkpoints stay either way",
+    "watchdog": "whether a phase that exceeds its limit ends the run",
     "start": "building the engine, restoring a checkpoint",
     "first_step": "the first step of a launch, which compiles",
     "step": "any other step, with its tokens and its line in metrics.jsonl",
     "validation": "a whole validation",
-    "save": "a save until training goes on; in the background, what a rank waits for another",
+    "save": "a save until training resumes; in the background, the time that a rank waits for another",
     "finish": "export, checks and report",
 }
 """What the keys of the `reliability` block mean."""
@@ -156,7 +158,7 @@ def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "**required**"
     if field.default is None:
-        return "left out"
+        return "not set"
     if isinstance(field.default, BaseModel):
         return "its defaults"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
@@ -178,13 +180,13 @@ def recipe_keys() -> str:
         where = ", ".join(f"`{path}*`" for path in paths[model]) if model is not recipe.Recipe else "top level"
         meanings = field_docstrings(model)
         sections += [f"### {model.__name__}", "", f"{where}: {inspect.cleandoc(model.__doc__ or '')}", ""]
-        sections += ["| key | value | default | meaning |", "|---|---|---|---|"]
+        rows = []
         for name, field in model.model_fields.items():
             kind = describe_type(field.annotation, field.metadata)
             parts = [_first_line(part) for part in models_in(field.annotation)]
             meaning = meanings.get(name) or MEANINGS.get(f"{model.__name__}.{name}") or " ".join(parts)
-            sections.append(f"| `{name}` | {kind} | {_default(field)} | {meaning} |")
-        sections.append("")
+            rows.append((f"`{name}`", kind, _default(field), meaning))
+        sections.append(table(("key", "value", "default", "meaning"), rows))
     return "\n".join(sections)
 
 
@@ -194,30 +196,68 @@ def _first_line(described: type) -> str:
 
 def exit_codes() -> str:
     """A row an exit code."""
-    rows = ["| code | error | meaning |", "|---|---|---|"]
-    rows.append("| 0 | | success, or an agreed early stop: `status.json` in the run folder says which |")
-    rows.append("| 1 | | a defect of this program (traceback): please report it |")
-    rows.append("| 2 | | the command line is mistyped |")
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
-    errors_by_code = sorted((kind for kind in kinds if issubclass(kind, errors.InherituneError)), key=_exit_code)
-    rows += [f"| {_exit_code(kind)} | `{kind.__name__}` | {_first_line(kind)} |" for kind in errors_by_code[1:]]
-    rows.append(
-        "| 130 | | Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) while a run is prepared: finished stages are "
-        "kept; or a second Ctrl-C within 5 s |"
+    by_code = sorted((kind for kind in kinds if issubclass(kind, errors.InherituneError)), key=_exit_code)
+    return table(
+        ("code", "error", "meaning"),
+        [
+            ("0", "", "success, or an agreed early stop: `status.json` in the run folder says which"),
+            ("1", "", "a defect of this program (traceback): please report it"),
+            ("2", "", "a mistake on the command line"),
+            *((f"{_exit_code(kind)}", f"`{kind.__name__}`", _first_line(kind)) for kind in by_code[1:]),
+            (
+                "130",
+                "",
+                (
+                    "Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) while a run is prepared: finished stages are "
+                    "kept; or a second Ctrl-C within 5 s"
+                ),
+            ),
+        ],
     )
-    return "\n".join(rows) + "\n"
 
 
 def _exit_code(kind: type[errors.InherituneError]) -> int:
     return kind.exit_code
 
 
+def options() -> str:
+    """A table a verb: its options."""
+    sections = []
+    for verb, summary in cli.VERBS.items():
+        recorded = _Options()
+        importlib.import_module(f"inheritune_ds.cli.{verb}").add_arguments(recorded)
+        sections += [f"### {verb}", "", f"{summary[0].upper()}{summary[1:]}.", ""]
+        if recorded.rows:
+            sections.append(table(("option", "value", "meaning"), recorded.rows))
+        sections += [recorded.epilog, ""]
+    return "\n".join(sections)
+
+
+class _Options:
+    """Takes the options of a verb in place of argparse's parser."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, str]] = []
+        self.epilog = ""
+
+    def add_argument(self, *names: str, **given: Any) -> None:
+        """Record an option."""
+        choices = ", ".join(f"`{choice}`" for choice in given.get("choices", ()))
+        kind = {int: "integer", float: "number"}.get(given.get("type", str), "text")
+        value = "switch" if given.get("action") == "store_true" else choices or given.get("metavar") or kind
+        self.rows.append((", ".join(f"`{name}`" for name in names), value, given["help"]))
+
+    def add_mutually_exclusive_group(self) -> "_Options":
+        """Take options of which only one can be given."""
+        return self
+
+
 def ds_owned() -> str:
     """DeepSpeed keys whose value comes from the recipe."""
-    rows = ["| DeepSpeed key | comes from |", "|---|---|"]
-    rows += [f"| `{key}` | `{owner}` in the recipe |" for key, (owner, _) in deepspeed_keys.RECIPE_OWNED.items()]
-    rows += [f"| `{key}` | derived: {formula} |" for key, formula in deepspeed_keys.DERIVED.items()]
-    return "\n".join(rows) + "\n"
+    owned = [(f"`{key}`", f"`{owner}` in the recipe") for key, (owner, _) in deepspeed_keys.RECIPE_OWNED.items()]
+    derived = [(f"`{key}`", f"derived: {formula}") for key, formula in deepspeed_keys.DERIVED.items()]
+    return table(("DeepSpeed key", "comes from"), owned + derived)
 
 
 def ds_passed_on() -> str:
@@ -233,87 +273,37 @@ def _values(field: FieldInfo) -> str:
 
 def ds_kernels() -> str:
     """Keys of the `kernels` block: values, and what auto takes."""
-    rows = ["| key | value | `auto` takes |", "|---|---|---|"]
-    for key, field in KernelRequest.model_fields.items():
-        rows.append(f"| `{key}` | {_values(field)}, or `auto` | {AUTO_KERNELS[key]} |")
-    return "\n".join(rows) + "\n"
+    rows = [
+        (f"`{key}`", f"{_values(field)}, or `auto`", AUTO_KERNELS[key])
+        for key, field in KernelRequest.model_fields.items()
+    ]
+    return table(("key", "value", "`auto` selects"), rows)
 
 
 def ds_reliability() -> str:
     """Keys of the `reliability` block: values, defaults and meanings."""
     given = Reliability()
-    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for key, field in deepspeed_keys.ReliabilityBlock.model_fields.items():
-        if key in RELIABILITY:
-            default = str(getattr(given, key)).lower()
-            rows.append(f"| `{key}` | {_values(field)} | `{default}` | {RELIABILITY[key]} |")
-    for key, seconds in WATCHDOG_S.items():
-        rows.append(f"| `watchdog_s.{key}` | seconds | `{seconds:g}` | {RELIABILITY[key]} |")
-    return "\n".join(rows) + "\n"
+    rows = [
+        (f"`{key}`", _values(field), f"`{str(getattr(given, key)).lower()}`", RELIABILITY[key])
+        for key, field in deepspeed_keys.ReliabilityBlock.model_fields.items()
+        if key in RELIABILITY
+    ]
+    rows += [
+        (f"`watchdog_s.{key}`", "seconds", f"`{seconds:g}`", RELIABILITY[key]) for key, seconds in WATCHDOG_S.items()
+    ]
+    return table(("key", "value", "default", "meaning"), rows)
 
 
 def ds_refused() -> str:
     """DeepSpeed keys that are refused, with the reason."""
-    rows = ["| key | why |", "|---|---|"]
-    rows += [f"| `{key}` | {reason} |" for key, reason in sorted(deepspeed_keys.REFUSED.items())]
-    return "\n".join(rows) + "\n"
+    return table(("key", "why"), [(f"`{key}`", why) for key, why in sorted(deepspeed_keys.REFUSED.items())])
 
 
 def metrics() -> str:
     """A row a metric."""
-    rows = ["| name | unit | meaning |", "|---|---|---|"]
-    rows += [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in METRICS.items()]
-    return "\n".join(rows) + "\n"
-
-
-def campaign() -> str:
-    """A row a part of the campaign: what it proves, what came of it, and how long that took."""
-    results = read_json(DOCS / "results" / "reliability.json") or {}
-    rows = ["| | part | promise | cases passed | minutes | figures |", "|---|---|---|---|---|---|"]
-    for name, part in sorted(results.items(), key=lambda item: (item[1]["point"], item[0])):
-        told = "; ".join(
-            f"{key.replace('_', ' ')} {_figure(value)}" for key, value in part["figures"].items() if value != ""
-        )
-        rows.append(
-            f"| {part['point']} | `{name}` | {part['promise']} | {part['passed']} of {part['cases']} "
-            f"| {part['seconds'] / 60:.1f} | {told} |"
-        )
-    return "\n".join(rows) + "\n"
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_figure(one)}" for key, one in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_figure, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def families() -> str:
-    """Model types by what a surgery can do with them."""
-    from tests.surgery.families import NOT_TINY, TINY
-    from tests.surgery.refusals import IN_PLACE, REFUSED
-
-    exact = [f"`{name}`" for name in TINY if name not in REFUSED and name not in IN_PLACE]
-    text = [
-        f"**Cut exactly ({len(exact)} types).** Each is tested with a tiny random model of 6 blocks and the selections "
-        "`first:3`, `last:2`, `0,2,5` and `even:3`: " + ", ".join(exact) + ".",
-        "",
-        "**Cut, unless the selection changes what follows from the place.** Of the same four, these were refused:",
-        "",
-        "| type | refused | what the message names |",
-        "|---|---|---|",
-    ]
-    for name in sorted(set(IN_PLACE) & set(TINY)):
-        by_reason: dict[str, list[str]] = {}
-        for selection, reason in IN_PLACE[name].items():
-            by_reason.setdefault(reason, []).append(f"`{selection}`")
-        text += [f"| `{name}` | {', '.join(which)} | {reason} |" for reason, which in by_reason.items()]
-    text += ["", "**Not cut.**", "", "| type | the message says |", "|---|---|"]
-    whole = {name: reason for name, reason in REFUSED.items() if name in TINY}
-    text += [f"| `{name}` | {reason} |" for name, reason in sorted(whole.items())]
-    text += [f"| `{name}` | not tested: {reason} |" for name, reason in sorted(NOT_TINY.items())]
-    return "\n".join(text) + "\n"
+    return table(
+        ("name", "unit", "meaning"), [(f"`{name}`", metric.unit, metric.meaning) for name, metric in METRICS.items()]
+    )
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -327,35 +317,39 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "families": families,
     "campaign": campaign,
+    "options": options,
+    "layers": layers.overview,
 }
 
 
 def render(text: str) -> str:
-    """Return a document with its generated sections made anew."""
+    """Return a page with its generated sections written again."""
     return SECTION.sub(lambda match: f"{match[1]}\n{SECTIONS[match['name']]().strip()}\n\n{match[3]}", text)
 
 
-def main() -> int:
-    """Write or check every document; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 when a table is not current")
-    check = parser.parse_args().check
-    stale = 0
+def current() -> Iterator[tuple[Path, str, str]]:
+    """Yield every file with generated text: its path, the text it has, and the text it should have."""
     for path in sorted(DOCS.rglob("*.md")):
         old = path.read_text(encoding="utf-8")
-        new = render(old)
-        if old == new:
-            continue
+        yield path, old, render(old)
+    drawing = DOCS / "images" / "architecture.svg"
+    yield drawing, drawing.read_text(encoding="utf-8") if drawing.exists() else "", layers.picture()
+
+
+def main() -> int:
+    """Write or check every file; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a file is stale")
+    check = parser.parse_args().check
+    stale = [(path, old, new) for path, old, new in current() if old != new]
+    for path, old, new in stale:
         if check:
-            stale = 1
-            sys.stdout.writelines(
-                difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"{path}", "current")
-            )
+            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"{path}", "new"))
         else:
             path.write_text(new, encoding="utf-8")
-    if stale:
+    if stale and check:
         print("do: make format (or python docs/generate.py)")
-    return stale
+    return int(bool(stale) and check)
 
 
 if __name__ == "__main__":

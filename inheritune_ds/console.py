@@ -1,4 +1,4 @@
-"""What the package prints: the log lines of rank 0, and the progress of long work.
+"""Print the log lines of rank 0 and the progress of long work.
 
 Progress is a bar on a terminal and a plain line every ten seconds elsewhere.
 """

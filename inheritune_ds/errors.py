@@ -1,4 +1,4 @@
-"""Every error a user may meet, with the exit code it ends the program with.
+"""Every error a user may meet, with its exit code.
 
     InherituneError             1   (never raised itself)
     |- RecipeError              3   the recipe, an override or the DeepSpeed config is wrong

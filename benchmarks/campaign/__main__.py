@@ -1,4 +1,4 @@
-"""Prove what docs/reliability.md promises, part by part.
+"""Prove what docs/explanation/reliability.md promises, part by part.
 
 `python -m benchmarks.campaign` runs every part, `python -m benchmarks.campaign pointer flips` the named ones; `--list`
 lists them. A case that has passed with the code as it is now is not run again, so an interrupted campaign goes on with

@@ -29,7 +29,7 @@ class Part:
 
     Attributes:
         name: What the command line calls it.
-        point: Its number in the list of promises (docs/reliability.md).
+        point: Its number in the list of promises (docs/explanation/reliability.md).
         promise: One sentence.
         cases: The full list, cheap to build, the same at every call.
         short: Names of the cases that `make test-all` runs.

@@ -1,1 +1,1 @@
-"""Checkpoints: every rank's fragments, published by one rename, verified before use, loaded by parameter name."""
+"""Training state on disk: save, publish, verify, keep, reshard."""

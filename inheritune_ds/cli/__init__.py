@@ -1,4 +1,4 @@
-"""The command line `inheritune-ds VERB ...`; one module a verb, each imported only when it is called."""
+"""The command line: a module per verb, arguments and printing only."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ SIBLING_GRACE_S = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; return the exit code (docs/exit_codes.md)."""
+    """Run a verb; return the exit code (docs/reference/exit_codes.md)."""
     try:
         from inheritune_ds.storage.redaction import redact_output
 

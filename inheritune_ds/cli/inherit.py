@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1337, help="of the fresh tensors' values (default: 1337)")
     parser.add_argument("--previous", metavar="DIR", help="growth: keep the trained blocks of this smaller target")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where recipe:NAME is looked for")
-    parser.epilog = "docs/surgery.md tells the grammar of selections, the parts and presets, and what is proven."
+    parser.epilog = "docs/reference/surgery.md has the grammar of selections, the parts and the presets."
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:

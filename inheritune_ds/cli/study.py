@@ -10,7 +10,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("study", help="a shipped study (quickstart) or a YAML file")
     parser.add_argument(
-        "--deepspeed_config", "--deepspeed-config", type=Path, default=Path("ds_configs/cpu.json"), metavar="JSON"
+        "--deepspeed_config",
+        "--deepspeed-config",
+        type=Path,
+        default=Path("ds_configs/cpu.json"),
+        metavar="JSON",
+        help="DeepSpeed config of every run (default: ds_configs/cpu.json)",
     )
     parser.add_argument("--num_gpus", "--num-gpus", type=int, default=1, help="ranks of every run (default: 1)")
     add_folders(parser)

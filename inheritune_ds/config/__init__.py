@@ -1,1 +1,1 @@
-"""The two documents of a run: the recipe and the DeepSpeed config."""
+"""Recipe (YAML) and DeepSpeed config (JSON), both checked; no torch."""

@@ -1,1 +1,1 @@
-"""Ranks: who they are, how they agree, how they end."""
+"""Ranks: world, process group, signals, work on rank 0, watchdog."""

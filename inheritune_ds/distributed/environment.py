@@ -34,9 +34,9 @@ def prepare_environment(environ: MutableMapping[str, str], *, kind: Literal["cud
 def _set_threads(environ: MutableMapping[str, str]) -> None:
     """Share the cores among the ranks of this machine, and let threads that wait for each other spin only shortly.
 
-    On two quiet cores a step was a fifth faster with a short spin than with none (docs/performance.md); with libgomp's
-    own, some milliseconds, it was up to ten times slower when another process was busy. Ranks that have more threads
-    than there are cores do not spin.
+    On two quiet cores a step was a fifth faster with a short spin than with none (docs/explanation/performance.md).
+    With libgomp's own spin, some milliseconds, it was up to ten times slower when another process was busy. Ranks that
+    have more threads than there are cores do not spin.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))

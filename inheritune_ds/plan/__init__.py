@@ -1,1 +1,1 @@
-"""The arithmetic of a run and its text. Needs no torch."""
+"""Arithmetic of a run and its text: budget, memory, hours; no torch."""

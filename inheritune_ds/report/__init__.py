@@ -1,1 +1,1 @@
-"""Tables and figures of finished runs."""
+"""Tables and figures of finished runs and studies."""

@@ -1,1 +1,1 @@
-"""One run: its folder, its stages, how it resumes and finishes."""
+"""One run: its folder, its stages, resume, finish, export."""

@@ -1,1 +1,1 @@
-"""Files and folders: written whole or not at all."""
+"""Files, folders, JSON lines, the hub, redaction of secrets."""

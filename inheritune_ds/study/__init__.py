@@ -1,1 +1,1 @@
-"""Studies: several runs and their comparison."""
+"""Several runs in order, and their comparison."""

@@ -1,1 +1,1 @@
-"""Surgery: load a reference, find its blocks, select some, build the target and its report."""
+"""From the reference to the target: select, copy, verify."""

@@ -1,1 +1,1 @@
-"""Metrics: their names, metrics.jsonl, Weights & Biases."""
+"""Metrics: the table of names, metrics.jsonl, W&B."""

@@ -1,1 +1,1 @@
-"""Training: world, DeepSpeed config, optimizer groups, schedule, engine, checkpoints, loop."""
+"""Engine, loop, loss, kernels, schedule, validation."""

@@ -39,7 +39,7 @@ def check_device(kind: str, world: World, *, offload: bool) -> None:
         raise MachineError(
             f"this machine has a GPU, but torch {torch.__version__} cannot use it",
             allowed="a CUDA build of torch and a driver that fits it",
-            action="install one (docs/install.md), or set DS_ACCELERATOR=cpu to run on the CPU",
+            action="install one (docs/how-to/install.md), or set DS_ACCELERATOR=cpu to run on the CPU",
         )
     if torch.cuda.device_count() < world.local_size and world.launcher != "slurm":
         raise MachineError(

@@ -1,6 +1,6 @@
 """Which families (and variants of `families.VARIANTS`) cannot be cut, and which only so that blocks keep their places.
 
-The words are part of the message that a user gets; docs/surgery.md shows them.
+The words are part of the message that a user gets; docs/reference/surgery.md shows them.
 """
 
 _ENCODER = "it is of an encoder-decoder family"
