@@ -117,7 +117,7 @@ def test_sbatch_leaves_a_run_that_does_not_ask_for_it(batch: dict[str, str], tmp
 def test_sbatch_does_not_requeue_what_a_file_has_stopped(batch: dict[str, str], tmp_path: Path) -> None:
     asked = Controls(tmp_path, StopSignal(), World(0, 1, 0, 1, "single"))
     (tmp_path / "STOP").touch()
-    assert asked.wishes().stop
+    assert asked.requests().stop
     process = start(batch, STATE="requeue", REASON=f"{asked.reason}: saved at step 3")
     output, _ = process.communicate(timeout=60)
     assert "runs/quickstart/status.json: stopped by hand, srun ended with 0" in output

@@ -62,14 +62,14 @@ def main() -> None:
     prepare_environment(os.environ, kind="cpu")
     import torch
 
-    from inheritune_ds.distributed.coordination import Meeting
+    from inheritune_ds.distributed.coordination import Coordinator
     from inheritune_ds.distributed.process_group import leave_process_group
     from inheritune_ds.run.execute import execute
     from inheritune_ds.run.launch import Launch
 
     runs = args.folder / "runs"
     machine, stop = machine_for(None, world.local_size), StopSignal()
-    meeting = Meeting(world, stop)
+    meeting = Coordinator(world, stop)
 
     def launched(ds_config: Path) -> Launch:
         document = deepspeed_checks.read(ds_config)

@@ -45,22 +45,22 @@ def pause_preparing(seconds: float) -> None:
     from inheritune_ds.distributed.environment import prepare_environment
 
     prepare_environment(os.environ, kind="cpu")
-    from inheritune_ds.distributed.coordination import Meeting
+    from inheritune_ds.distributed.coordination import Coordinator
     from inheritune_ds.run.prepare import prepare_run
 
-    by_main, calls = Meeting.run_on_rank0, count(1)
+    run_on_rank0, calls = Coordinator.run_on_rank0, count(1)
 
     def preparing(*words: Any, **how: Any) -> Any:
         pause(seconds)
         return prepare_run(*words, **how)
 
-    def meeting_rank_0(meeting: Meeting, work: Callable[[], Any]) -> Any:
+    def waiting_for_rank_0(coordinator: Coordinator, work: Callable[[], Any]) -> Any:
         if next(calls) == 2 and os.environ.get("RANK", "0") != "0":  # the first asks whether the run has finished
             pause(0.0)
-        return by_main(meeting, work)
+        return run_on_rank0(coordinator, work)
 
     patch("inheritune_ds.run.execute.prepare_run", preparing).start()
-    patch.object(Meeting, "by_main", meeting_rank_0).start()
+    patch.object(Coordinator, "run_on_rank0", waiting_for_rank_0).start()
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from inheritune_ds.plan.gpus import identify, mfu
 from inheritune_ds.plan.machine import host_memory_gib
 from inheritune_ds.plan.micro_batch import fit
 from inheritune_ds.plan.model_size import GIB, flops_per_token
+from inheritune_ds.tracking.recorder import Recorder
 from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import choose_kernels
 from inheritune_ds.training.loop import LoopParts, train
@@ -201,7 +202,7 @@ def _loop_parts(order: Order, recipe: Recipe, resolved: Resolved, engine: Engine
     )
 
 
-class _Meter:
+class _Meter(Recorder):
     """The loop's recorder: takes the time at the ends of blocks, and ends the loop.
 
     Args:
@@ -217,7 +218,7 @@ class _Meter:
         self._cuda = case.device == "cuda"
         self._last = case.warmup_steps + case.blocks * case.block_steps
         self._marks: list[float] = []
-        self._logged: list[dict[str, float]] = []
+        self._logged: list[Mapping[str, float]] = []
         self._loss = 0.0
         self._graphs = [counters["stats"]["unique_graphs"]] * 3
         self._memory: tuple[float, float] | None = None
@@ -243,20 +244,10 @@ class _Meter:
         if step == self._last + (SYNC_STEPS if self._cuda else 0):
             raise _DoneError
 
-    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:  # noqa: ARG002 - the loop's protocol
+    def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:  # noqa: ARG002 - the loop's protocol
         """Keep what the loop logs of the timed steps."""
         if self._case.warmup_steps < step <= self._last:
             self._logged.append(values)
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        print(line, flush=True)
-
-    def saved(self, step: int) -> None:
-        """Nothing is saved."""
-
-    def rewind(self, step: int) -> None:
-        """Nothing is gone back to."""
 
     def close(self) -> None:
         """Put torch's and Python's warnings back."""

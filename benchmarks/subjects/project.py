@@ -146,7 +146,7 @@ def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engin
             fingerprints={},
             say=print,
         ),
-        recorder=PausingRecorder(folder, recipe, order.total_steps, None),
+        recorder=PausingRecorder(folder.path, recipe, order.total_steps, None, on_saved=lambda _: None),
         restore=lambda: None,
         controls=Controls(folder.path, StopSignal(), world),
         watch=Watchdog(Reliability(watchdog=False), world, folder.path, on_hang=print),

@@ -20,7 +20,7 @@ from inheritune_ds.checkpoints.snapshot import PinnedBuffers, Snapshot
 from inheritune_ds.checkpoints.store import CheckpointStore, require_space
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config.reliability import Reliability
-from inheritune_ds.distributed.coordination import Circle, make_circle
+from inheritune_ds.distributed.coordination import ObjectGroup
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import CheckpointError, InherituneError, StorageError, TrainingError
 from inheritune_ds.storage.files import sha256_file, storage_errors
@@ -58,7 +58,7 @@ class Saver:
         reliability: Whether training waits for the disk, and what happens when the disk refuses.
         fingerprints: Of recipe, data and code versions, for the manifest.
         say: Prints one line for the user, on rank 0; also called from a thread.
-        circle: Instead of a process group of its own.
+        group: Instead of a process group of its own.
     """
 
     def __init__(  # noqa: PLR0913 - each is a part of its own
@@ -70,12 +70,12 @@ class Saver:
         reliability: Reliability,
         fingerprints: Mapping[str, Any],
         say: Callable[[str], None],
-        circle: Circle | None = None,
+        group: ObjectGroup | None = None,
     ) -> None:
         self._store, self._layout, self._world, self._say = store, layout, world, say
         self._stops, self._fingerprints = reliability.on_save_error == "stop", dict(fingerprints)
         self._buffers = PinnedBuffers() if reliability.async_save else None
-        self._circle = circle or make_circle(world, reliability.watchdog_s["save"])
+        self._group = group or ObjectGroup(world, reliability.watchdog_s["save"])
         self._temporary: Path | None = None
         self._writing: _Background[Path | InherituneError] | None = None
         self._pruning: _Background[list[Path]] | None = None
@@ -126,11 +126,11 @@ class Saver:
         if isinstance(begun, InherituneError):
             return begun
         temporary, total_bytes = begun
-        reports = self._circle.gather(self._write(work.snapshot, temporary, total_bytes))
+        reports = self._group.gather(self._write(work.snapshot, temporary, total_bytes))
         outcome: Path | InherituneError | None = _first_error(reports)
         if self._world.is_main and outcome is None:
             outcome = self._attempt(lambda: self._publish(work, temporary, total_bytes, reports))
-        answer = self._circle.tell(outcome)
+        answer = self._group.broadcast(outcome)
         assert answer is not None  # rank 0 has published, or reports why not
         return answer
 
@@ -160,13 +160,13 @@ class Saver:
                 f"rank {self._world.rank} could not copy its state to host memory: {snapshot.failure}",
                 action='set "async_save": false in the reliability block of the DeepSpeed config',
             )
-        reports = self._circle.gather(_Report(snapshot.bytes, error=error))
+        reports = self._group.gather(_Report(snapshot.bytes, error=error))
         failed = _first_error(reports)
         total_bytes = sum(report.bytes for report in reports)
         made: Path | InherituneError | None = failed
         if self._world.is_main and failed is None:
             made = self._attempt(lambda: self._make_folder(step, total_bytes))
-        answer = self._circle.tell(made)
+        answer = self._group.broadcast(made)
         assert answer is not None  # rank 0 has made a folder, or says why not
         return answer if isinstance(answer, InherituneError) else (answer, total_bytes)
 
@@ -260,7 +260,7 @@ class Saver:
         try:
             self.wait()
         finally:
-            self._circle.close()
+            self._group.close()
 
     def load(self, engine: Stateful, checkpoint: Checkpoint) -> TrainState:
         """Restore a verified checkpoint.
@@ -279,7 +279,7 @@ class Saver:
 
     def _check_same(self, folder: Path) -> None:
         path = folder / MANIFEST
-        seen = self._circle.gather(sha256_file(path) if path.is_file() else None)
+        seen = self._group.gather(sha256_file(path) if path.is_file() else None)
         others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0] or digest is None]
         if others:
             raise CheckpointError(

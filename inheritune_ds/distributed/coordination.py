@@ -1,124 +1,86 @@
-"""Agree between ranks: run work on rank 0 while the others wait, gather, broadcast."""
+"""Agree between ranks: run work on rank 0 while the others wait, gather, broadcast.
+
+`Coordinator` works before the process group of the training exists, and for work of any length: ranks poll the
+launcher's store. `ObjectGroup` and `agree` are collectives.
+"""
 
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.distributed.signals import EXIT_INTERRUPTED, StopSignal
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import InherituneError, MachineError, TrainingError
 
-
-def agree(wishes: Requests, device: torch.device) -> Requests:
-    """Make any rank's wish everybody's; all ranks must call it together.
-
-    Args:
-        wishes: Of this rank.
-        device: Where the process group communicates.
-    """
-    asked = torch.tensor([wishes.stop, wishes.save, wishes.evaluate], dtype=torch.float32, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    stop, save, evaluate = (asked > 0).tolist()
-    return Requests(stop, save, evaluate)
-
-
-Value = TypeVar("Value")
-
-
-class Circle(Protocol):
-    """How ranks speak of a save. Each raises RuntimeError when a rank has gone."""
-
-    def gather(self, value: Value) -> Sequence[Value]:
-        """Every rank's value, on every rank."""
-
-    def tell(self, value: Value) -> Value:
-        """Rank 0's value, on every rank."""
-
-    def close(self) -> None:
-        """Nothing more will be said."""
-
-
-class _Alone:
-    """The circle of one rank."""
-
-    def gather(self, value: Value) -> Sequence[Value]:
-        return [value]
-
-    def tell(self, value: Value) -> Value:
-        return value
-
-    def close(self) -> None:
-        """Nobody was told anything."""
-
-
-class _GlooCircle:
-    """The circle of several: a process group beside the training's, so that a thread may wait in it."""
-
-    def __init__(self, size: int, timeout_s: float) -> None:
-        self._size = size
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-
-    def gather(self, value: Value) -> Sequence[Value]:
-        values: list[Any] = [None] * self._size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def tell(self, value: Value) -> Value:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
-    def close(self) -> None:
-        dist.destroy_process_group(self._group)
-
-
-def make_circle(world: World, timeout_s: float) -> Circle:
-    """The circle of this launch; all ranks call it together.
-
-    Args:
-        world: This rank among all.
-        timeout_s: How long a rank waits for another.
-    """
-    return _Alone() if world.size == 1 else _GlooCircle(world.size, timeout_s)
-
-
 POLL_S = 0.2
-ATTENTION_S = 10.0
-"""How long rank 0 waits until all have read its note; one that has died must not hold it."""
-_MEETING_TIMEOUT = timedelta(minutes=10)
+READ_S = 10.0
+"""How long rank 0 waits until the other ranks have read its result; it does not wait for a dead rank any longer."""
+_START_TIMEOUT = timedelta(minutes=10)
 """How long the first rank waits for the last one to start."""
 _LATECOMERS_S = 5.0
 """How long a rank that is asked to stop waits for the last one to start, so that all leave together."""
-_ASKED = "inheritune_ds/asked"
-"""Note of a rank that was asked to stop while rank 0 works."""
-Answer = TypeVar("Answer")
+_STOP_KEY = "inheritune_ds/asked"
+"""Set by a rank that is asked to stop while rank 0 works."""
+Value = TypeVar("Value")
 
 
-class Store(Protocol):
-    """What is needed of torch's store."""
+def agree(flag: bool, device: torch.device) -> bool:  # noqa: FBT001 - a flag is all there is
+    """Whether any rank has set its flag; the same answer on all ranks, which must call it together.
 
-    def set(self, key: str, value: str, /) -> None:
-        """Leave a note."""
+    Args:
+        flag: Of this rank.
+        device: Where the process group communicates.
+    """
+    found = torch.tensor(float(flag), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found > 0)
 
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all these notes are there."""
 
-    def get(self, key: str, /) -> bytes:
-        """Read a note."""
+class ObjectGroup:
+    """Exchanges picklable values over a gloo group beside the training's, so that a thread may wait in it.
 
-    def add(self, key: str, amount: int, /) -> int:
-        """Count up, from 0; return the count."""
+    All ranks make one together. Each method raises RuntimeError when a rank has gone.
+
+    Args:
+        world: This rank among all; a single one needs no group.
+        timeout_s: How long a rank waits for another.
+    """
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self._size = world.size
+        if world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def gather(self, value: Value) -> Sequence[Value]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [value] * self._size
+        if self._size > 1:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self._size > 1:
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._size > 1:
+            dist.destroy_process_group(self._group)
 
 
 class MainRankLeftError(InherituneError):
@@ -134,25 +96,25 @@ class MainRankLeftError(InherituneError):
         self.exit_code = exit_code
 
 
-class Meeting:
-    """Work that rank 0 does for all.
+class Coordinator:
+    """Runs work on rank 0 while the other ranks wait.
 
     Args:
-        world: This rank among all. With several, making a Meeting waits until each of them makes one.
+        world: This rank among all. With several, making a Coordinator waits until each of them makes one.
         stop: Signals of this rank.
 
     Raises:
-        MachineError: If the ranks cannot meet.
+        MachineError: If the ranks cannot reach each other.
         KeyboardInterrupt: If this rank was asked to stop, and the others do not come.
     """
 
     def __init__(self, world: World, stop: StopSignal) -> None:
         self._world, self._stop = world, stop
-        self._notes = 0
+        self._calls = 0
         self._store = _wait_for_all(stop) if world.size > 1 else None
 
-    def run_on_rank0(self, work: Callable[[], Answer]) -> Answer:
-        """Let rank 0 do something; all ranks must call it together.
+    def run_on_rank0(self, work: Callable[[], Value]) -> Value:
+        """Run work on rank 0; all ranks must call it together.
 
         Args:
             work: Called on rank 0 only. What it returns must survive JSON.
@@ -166,66 +128,62 @@ class Meeting:
         """
         if self._store is None:
             return work()
-        self._notes += 1
-        key = f"inheritune_ds/{self._notes}"
-        if self._world.is_main:
-            return self._do(self._store, key, work)
-        answer: Answer = self._wait(self._store, key)
-        return answer
-
-    def _do(self, store: Store, key: str, work: Callable[[], Answer]) -> Answer:
+        self._calls += 1
+        key = f"inheritune_ds/{self._calls}"
+        if not self._world.is_main:
+            value: Value = self._result_of_rank0(self._store, key)
+            return value
         try:
-            with self._hearing(store):
-                answer = work()
+            with self._stopped_by_other_ranks(self._store):
+                result = work()
         except BaseException as error:
-            self._tell(store, key, {"left": _last_words(error)})
+            self._publish(self._store, key, {"left": _last_words(error)})
             raise
-        self._tell(store, key, {"answer": answer})
-        return answer
+        self._publish(self._store, key, {"answer": result})
+        return result
 
-    def _tell(self, store: Store, key: str, note: dict[str, Any]) -> None:
-        """Leave a note and wait until it is read: the store may end with this process."""
-        store.set(key, json.dumps(note))
-        deadline_s = time.monotonic() + ATTENTION_S
+    def _publish(self, store: Store, key: str, document: dict[str, Any]) -> None:
+        """Store a document and wait until it is read: the store may end with this process."""
+        store.set(key, json.dumps(document))
+        deadline_s = time.monotonic() + READ_S
         while store.add(f"{key}/read", 0) < self._world.size - 1 and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
 
     @contextmanager
-    def _hearing(self, store: Store) -> Iterator[None]:
-        """Take over another rank's wish to stop, on a thread: this one works."""
+    def _stopped_by_other_ranks(self, store: Store) -> Iterator[None]:
+        """Take over another rank's request to stop, on a thread, while this one works."""
         done = threading.Event()
 
         def listen() -> None:
             try:
-                while not store.check([_ASKED]):
+                while not store.check([_STOP_KEY]):
                     if done.wait(POLL_S):
                         return
-                self._stop.pass_on(store.get(_ASKED).decode())
+                self._stop.pass_on(store.get(_STOP_KEY).decode())
             except dist.DistError:
-                return  # the launcher has gone: whoever ended it ends this process, too
+                return  # the launcher has gone: whatever ended it ends this process, too
 
-        listener = threading.Thread(target=listen, name="wishes of other ranks", daemon=True)
-        listener.start()
+        threading.Thread(target=listen, name="requests of other ranks", daemon=True).start()
         try:
             yield
         finally:
             done.set()
 
-    def _wait(self, store: Store, key: str) -> Any:
+    def _result_of_rank0(self, store: Store, key: str) -> Any:
         asked = False
         try:
             while not store.check([key]):
                 if self._stop.requested is not None and not asked:
                     asked = True
-                    store.set(_ASKED, f"{self._stop.requested} on rank {self._world.rank}")
+                    store.set(_STOP_KEY, f"{self._stop.requested} on rank {self._world.rank}")
                 time.sleep(POLL_S)
-            note = json.loads(store.get(key))
+            document = json.loads(store.get(key))
             store.add(f"{key}/read", 1)
         except dist.DistError:
             raise MainRankLeftError("it has left without a word, so it was killed", TrainingError.exit_code) from None
-        if "left" in note:
-            raise MainRankLeftError(*note["left"])
-        return note["answer"]
+        if "left" in document:
+            raise MainRankLeftError(*document["left"])
+        return document["answer"]
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
@@ -237,28 +195,23 @@ def _last_words(error: BaseException) -> tuple[str, int]:
 
 
 def _wait_for_all(stop: StopSignal) -> Store:
-    """Open the store on a thread: its constructor waits in C++ code, where no signal is heard."""
-    opened: list[Store] = []
-    failed: list[Exception] = []
+    """Open the store on a thread: its constructor waits in C++ code, where no signal is handled."""
+    opened: Future[Store] = Future()
 
-    def meet() -> None:
+    def open_it() -> None:
         try:
-            opened.append(open_store())
-        except Exception as error:  # noqa: BLE001 (raised again where it can be heard)
-            failed.append(error)
+            opened.set_result(open_store())
+        except Exception as error:  # noqa: BLE001 (raised again by `result`)
+            opened.set_exception(error)
 
-    thread = threading.Thread(target=meet, name="meeting", daemon=True)
-    thread.start()
-    asked_s: float | None = None
-    while thread.is_alive():
-        thread.join(POLL_S)
+    threading.Thread(target=open_it, name="store", daemon=True).start()
+    deadline_s = float("inf")
+    while not wait([opened], timeout=POLL_S).done:
         if stop.requested is not None:
-            asked_s = time.monotonic() if asked_s is None else asked_s
-            if time.monotonic() - asked_s > _LATECOMERS_S:
-                raise KeyboardInterrupt
-    if failed:
-        raise failed[0]
-    return opened[0]
+            deadline_s = min(deadline_s, time.monotonic() + _LATECOMERS_S)
+        if time.monotonic() > deadline_s:
+            raise KeyboardInterrupt
+    return opened.result()
 
 
 def open_store() -> Store:
@@ -268,7 +221,7 @@ def open_store() -> Store:
         MachineError: If the ranks cannot meet there.
     """
     try:
-        store: Store = next(rendezvous("env://", timeout=_MEETING_TIMEOUT))[0]
+        store: Store = next(rendezvous("env://", timeout=_START_TIMEOUT))[0]
     except dist.DistError as error:
         raise cannot_meet(error) from None
     return store

@@ -19,14 +19,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from inheritune_ds.config.reliability import Reliability
+from inheritune_ds.distributed.coordination import open_store
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import HangError
-
-if TYPE_CHECKING:
-    from inheritune_ds.distributed.coordination import Store
 
 TICK_S = 0.5
 GRACE_S = 5.0
@@ -65,13 +62,6 @@ class Hang:
         return f"hang in {self.phase} at step {self.step} on rank {self.rank} ({self.host}): over {self.limit_s:g} s"
 
 
-def _own_connection() -> "Store":
-    """Connect to the launcher's store once more: a shared connection would be held by whoever waits for an answer."""
-    from inheritune_ds.distributed.coordination import open_store
-
-    return open_store()
-
-
 @dataclass
 class _Phase:
     name: str
@@ -100,7 +90,8 @@ class Watchdog:
     ) -> None:
         self._world, self._logs, self._on_hang = world, folder / "logs", on_hang
         self._limits_s = reliability.watchdog_s if reliability.watchdog else None
-        self._store = _own_connection() if world.size > 1 and reliability.watchdog else None
+        # A connection of its own: a shared one would be held by any thread that waits for an answer.
+        self._store = open_store() if world.size > 1 and reliability.watchdog else None
         self._phases: list[_Phase] = []
         self._awake_s = 0.0
         self._told: Hang | None = None

@@ -33,7 +33,7 @@ Backend = Literal["nccl", "gloo"]
 LATENCY_S = 10e-6
 """Of one message between two ranks; assumed, for NCCL within a node and over InfiniBand alike."""
 _OWN_BYTES = (2 * 8, 4 * 8)
-"""Of the trainer: the tokens of the batch and whether an id is none of the model's; the loss and three wishes."""
+"""Of the trainer: the tokens of the batch and whether an id is none of the model's; the loss and three requests."""
 
 
 @dataclass(frozen=True)

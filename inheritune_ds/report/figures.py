@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inheritune_ds.report.results import Curve, RunResult
+from inheritune_ds.errors import RunFolderError
+from inheritune_ds.report.results import RunResult
+from inheritune_ds.storage.files import storage_errors
+from inheritune_ds.tracking.metrics import METRICS_FILE, Curve, Row, curve, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +54,7 @@ class Line:
     """A validation curve of a study's figure."""
 
     label: str
-    curve: Curve
+    run_dir: Path
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,24 @@ def draw_study(path: Path, title: str, lines: Sequence[Line], level: Level | Non
         title: Above the figure.
         lines: The curves, most important first; that one is drawn on top.
         level: The reference's final loss, if there is a reference.
+
+    Raises:
+        RunFolderError: When the metrics of a run are damaged or hold no validation.
     """
     from matplotlib import rc_context
 
+    curves = [_validation(line.run_dir, read_metrics(line.run_dir)) for line in lines]
     with rc_context(_STYLE):
         figure = _new_figure(7.6, 4.4)
         axes = figure.subplots()
         ends = [
-            _draw_validation(axes, line.curve, line.label, COLOURS[index % len(COLOURS)], len(lines) - index)
+            _draw_validation(axes, curves[index], line.label, COLOURS[index % len(COLOURS)], len(lines) - index)
             for index, line in enumerate(lines)
         ]
         dashed = "; dashed: the reference's final loss" if level else ""
         _head(axes, title, f"all on the same windows; bands: ± 1 standard error{dashed}")
         axes.set_ylabel("validation loss (nats per token)")
-        _token_axis(axes, [line.curve for line in lines])
+        _token_axis(axes, curves)
         _finish(figure, axes, ends, level, path)
 
 
@@ -95,10 +102,14 @@ def draw_run(path: Path, result: RunResult) -> None:
     Args:
         path: The PNG to write.
         result: A finished run.
+
+    Raises:
+        RunFolderError: When its metrics are damaged or hold no validation.
     """
     from matplotlib import rc_context
 
-    training, validation = result.train_loss, result.validation
+    rows = read_metrics(result.folder)
+    training, lr, validation = curve(rows, "train/loss"), curve(rows, "train/lr"), _validation(result.folder, rows)
     with rc_context(_STYLE):
         figure = _new_figure(7.6, 5.2)
         loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -108,7 +119,7 @@ def draw_run(path: Path, result: RunResult) -> None:
             ends.append(_End("training", training.tokens[-1], training.values[-1], _TRAINING))
         _head(loss_axes, result.summary.name, "band: ± 1 standard error of the validation loss")
         loss_axes.set_ylabel("loss (nats per token)")
-        lr_axes.plot(result.lr.tokens, result.lr.values, color=_QUIET, linewidth=1.4)
+        lr_axes.plot(lr.tokens, lr.values, color=_QUIET, linewidth=1.4)
         lr_axes.set_ylabel("learning rate")
         lr_axes.set_ylim(bottom=0.0)
         lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
@@ -116,6 +127,17 @@ def draw_run(path: Path, result: RunResult) -> None:
         figure.align_ylabels()
         level = None if result.reference is None else Level("reference", result.reference.loss)
         _finish(figure, loss_axes, ends, level, path)
+
+
+def _validation(run_dir: Path, rows: Sequence[Row]) -> Curve:
+    found = curve(rows, "val/loss", "val/stderr")
+    if not found.tokens:
+        raise RunFolderError(
+            f"{run_dir / METRICS_FILE} holds no validation",
+            allowed="rows with val/loss and val/stderr",
+            action="delete the run folder and give the run's own command again",
+        )
+    return found
 
 
 def _new_figure(width: float, height: float) -> "Figure":
@@ -180,7 +202,8 @@ def _finish(figure: "Figure", axes: "Axes", ends: Sequence[_End], level: Level |
             ends.append(_End(level.label, axes.get_xlim()[1], level.value, level.colour))
     figure.canvas.draw()
     _label_ends(axes, ends)
-    figure.savefig(path, dpi=DPI)
+    with storage_errors(path.parent):
+        figure.savefig(path, dpi=DPI)
 
 
 def _label_ends(axes: "Axes", ends: Sequence[_End]) -> None:

@@ -1,13 +1,12 @@
-"""Reading back what a run has left in its folder: metrics, validations, the summary."""
+"""Read what a run has left in its folder: the summary and the validations."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from inheritune_ds.errors import RunFolderError
-from inheritune_ds.tracking.metrics import METRICS_FILE, read_metrics
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -66,16 +65,6 @@ class RunSummary(BaseModel):
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A metric over training."""
-
-    tokens: tuple[int, ...]
-    values: tuple[float, ...]
-    stderr: tuple[float, ...] = ()
-    """One standard error for each value, or nothing."""
-
-
-@dataclass(frozen=True)
 class RunResult:
     """One finished run."""
 
@@ -86,9 +75,6 @@ class RunResult:
     final: Evaluation
     """Validation after the last step."""
     reference: ReferenceEvaluation | None
-    train_loss: Curve
-    lr: Curve
-    validation: Curve
 
 
 def run_result(run_dir: Path) -> RunResult:
@@ -99,37 +85,17 @@ def run_result(run_dir: Path) -> RunResult:
     """
     summary = _read(run_dir / "run.json", RunSummary)
     first, last, reference = (run_dir / "eval" / name for name in _evaluation_files(summary.steps))
-    rows = read_metrics(run_dir)
-    validation = _curve(rows, "val/loss", "val/stderr")
-    if not validation.tokens:
-        raise RunFolderError(
-            f"{run_dir / METRICS_FILE} holds no validation",
-            allowed="rows with val/loss and val/stderr",
-            action="delete the run folder and give the run's own command again",
-        )
     return RunResult(
         folder=run_dir,
         summary=summary,
         initial=_read(first, Evaluation) if first.exists() else None,
         final=_read(last, Evaluation),
         reference=_read(reference, ReferenceEvaluation) if reference.exists() else None,
-        train_loss=_curve(rows, "train/loss"),
-        lr=_curve(rows, "train/lr"),
-        validation=validation,
     )
 
 
 def _evaluation_files(steps: int) -> tuple[str, str, str]:
     return "validation-step-00000000.json", f"validation-step-{steps:08d}.json", "reference.json"
-
-
-def _curve(rows: list[dict[str, Any]], name: str, stderr: str | None = None) -> Curve:
-    rows = [row for row in rows if name in row and (stderr is None or stderr in row)]
-    return Curve(
-        tokens=tuple(row["train/tokens"] for row in rows),
-        values=tuple(row[name] for row in rows),
-        stderr=tuple(row[stderr] for row in rows) if stderr else (),
-    )
 
 
 def _read(path: Path, model: type[Model]) -> Model:

@@ -18,7 +18,7 @@ from inheritune_ds.report.tables import (
     table,
     without_windows,
 )
-from inheritune_ds.storage.files import storage_errors, write_json, write_text
+from inheritune_ds.storage.files import write_json, write_text
 
 
 def write_run_report(run_dir: Path) -> Path:
@@ -36,8 +36,7 @@ def write_run_report(run_dir: Path) -> Path:
     """
     result = run_result(run_dir)
     folder = make_folder(run_dir)
-    with storage_errors(folder):
-        draw_run(folder / "curves.png", result)
+    draw_run(folder / "curves.png", result)
     differences = _run_differences(result)
     summary = result.summary
     document = {

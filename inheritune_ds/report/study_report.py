@@ -18,7 +18,7 @@ from inheritune_ds.report.tables import (
     table,
     without_windows,
 )
-from inheritune_ds.storage.files import storage_errors, write_json, write_text
+from inheritune_ds.storage.files import write_json, write_text
 
 Role = Literal["reference", "target", "baseline"]
 _HEAD_START_NOTE = (
@@ -49,14 +49,13 @@ def write_study_report(out_dir: Path, title: str, rows: Sequence[StudyRow]) -> P
         Path of report.md.
 
     Raises:
-        RunFolderError: When two runs were validated on different windows.
+        RunFolderError: When two runs were validated on different windows, or the metrics of one are damaged.
         StorageError: When the folder cannot be written.
     """
     differences = _study_differences(rows)
     outside = _outside_reference(rows)
     folder = make_folder(out_dir)
-    with storage_errors(folder):
-        _draw(folder / "curves.png", title, rows)
+    _draw(folder / "curves.png", title, rows)
     document = {
         "title": title,
         "runs": [_row_document(row) for row in rows],
@@ -129,7 +128,7 @@ def _outside_reference(rows: Sequence[StudyRow]) -> ReferenceEvaluation | None:
 def _draw(path: Path, title: str, rows: Sequence[StudyRow]) -> None:
     """Draw a study: targets first (on top), the reference's final loss as a level in its colour."""
     ordered = [row for role in ("target", "baseline", "reference") for row in rows if row.role == role]
-    lines = [Line(row.label, row.result.validation) for row in ordered]
+    lines = [Line(row.label, row.result.folder) for row in ordered]
     outside = _outside_reference(rows)
     level = None
     if outside is not None:

@@ -34,7 +34,7 @@ from inheritune_ds.run.prepare import Prepared, open_prepared, prepare_run, vali
 from inheritune_ds.run.resume import Resumption
 from inheritune_ds.storage.files import read_json, write_json
 from inheritune_ds.surgery.load import load_model
-from inheritune_ds.tracking.recorder import RunRecorder, SilentRecorder
+from inheritune_ds.tracking.recorder import Recorder, RunRecorder
 from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import Kernels, choose_kernels
 from inheritune_ds.training.loop import LoopParts, train
@@ -263,7 +263,7 @@ class _Run:
         """Go on from the chosen checkpoint to the end, and export; False if the run was stopped before."""
         recipe, world, launch = self._recipe, self._world, self._launch
         resumption = self._resumption
-        controls = Controls(self._folder.path, launch.stop, world, max_minutes=launch.max_minutes, say=launch.say)
+        controls = Controls(self._folder.path, launch.stop, world, max_minutes=launch.max_minutes)
         with watch.phase("start", _newest_step(self._folder)):
             saver = Saver(
                 resumption.store,
@@ -274,7 +274,17 @@ class _Run:
                 say=launch.say,
             )
             state = resumption.restore(engine, saver, chosen)
-            recorder = RunRecorder(self._folder, recipe, data.total_steps, state) if world.is_main else SilentRecorder()
+            recorder = (
+                Recorder()
+                if not world.is_main
+                else RunRecorder(
+                    self._folder.path,
+                    recipe,
+                    data.total_steps,
+                    state,
+                    on_saved=lambda step: self._folder.write_status("running", step=step),
+                )
+            )
             _mark(self._folder, "running", "")
         parts = LoopParts(
             recipe=recipe,

@@ -7,7 +7,7 @@ from typing import Any
 
 from inheritune_ds.config.deepspeed import Machine, Resolved
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.distributed.coordination import Meeting
+from inheritune_ds.distributed.coordination import Coordinator
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World
 from inheritune_ds.plan.micro_batch import resolve_for
@@ -40,9 +40,9 @@ class Launch:
     max_minutes: float | None = None
 
     @cached_property
-    def meeting(self) -> Meeting:
+    def meeting(self) -> Coordinator:
         """Where the ranks wait for rank 0."""
-        return Meeting(self.world, self.stop)
+        return Coordinator(self.world, self.stop)
 
     def resolve(self, recipe: Recipe) -> Resolved:
         """The DeepSpeed config of a recipe on this machine."""

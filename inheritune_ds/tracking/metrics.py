@@ -1,14 +1,28 @@
-"""Metrics: the table of all names, and metrics.jsonl."""
+"""Metrics: their names, the rows of metrics.jsonl, how rows are written and read, and what is no value.
+
+A value that is not finite is left out of its row. A skipped update may have no loss or no gradient norm; the log line
+of that step tells why, and `train/skipped_steps` counts it. A validation loss that is not finite ends the run before it
+becomes a metric.
+"""
 
 import json
+import logging
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inheritune_ds.errors import RunFolderError
+from inheritune_ds.errors import RunFolderError, StorageError
+from inheritune_ds.storage.files import storage_errors, write_exact
 
 TOKENS = "train/tokens"
+METRICS_FILE = "metrics.jsonl"
+Row = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class Metric(NamedTuple):
@@ -45,15 +59,112 @@ METRICS: Mapping[str, Metric] = {
 """Every name that may be logged."""
 
 
-def listed(name: str) -> str:
+def make_row(step: int, tokens: int, values: Mapping[str, float]) -> Row:
+    """Make a row of metrics; a value that is not finite is left out.
+
+    Args:
+        step: Updates done so far.
+        tokens: Tokens trained on so far (the metric `train/tokens`).
+        values: Metric name to value; the names are listed in METRICS.
+
+    Raises:
+        ValueError: For a name that METRICS does not list.
+    """
+    unknown = sorted(name for name in values if name == TOKENS or _listed(name) not in METRICS)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: not a metric that may be logged; tracking.METRICS lists them")
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    numbers = {name: value if isinstance(value, int) else float(value) for name, value in finite.items()}
+    return {"step": step, TOKENS: tokens, **numbers}
+
+
+def _listed(name: str) -> str:
     """The name under which METRICS lists a metric: every source has its own of `data/`."""
     return re.sub(r"^data/[^/]+/", "data/<source>/", name)
 
 
-METRICS_FILE = "metrics.jsonl"
+class MetricFile:
+    """Appends rows to a run's metrics.jsonl; rows that the disk refuses are kept, and written with the next.
+
+    A killed process leaves at most one incomplete line.
+
+    Args:
+        run_dir: The run folder; it exists.
+        resume_step: Step of the checkpoint that the run resumes from: later rows are dropped, since they will be
+            written again. None drops every row.
+
+    Raises:
+        RunFolderError: When metrics.jsonl is damaged.
+        StorageError: When metrics.jsonl cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        self._path = run_dir / METRICS_FILE
+        self._waiting: list[bytes] = []
+        self._open([] if resume_step is None else read_metrics(run_dir), resume_step or 0)
+
+    def _open(self, rows: Sequence[Row], step: int) -> None:
+        """Open the file behind the rows up to a step."""
+        write_exact(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        with storage_errors(self._path):
+            self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._bytes = os.fstat(self._descriptor).st_size
+
+    def append(self, row: Row) -> None:
+        """Write a row, and those that wait before it; the first refusal of the disk is logged."""
+        self._waiting.append(json.dumps(row).encode() + b"\n")
+        refusal = self._write()
+        if refusal is not None and len(self._waiting) == 1:
+            logger.warning(
+                "%s cannot be written: %s. The run goes on; its rows are kept in memory until there is room",
+                self._path,
+                refusal.strerror,
+            )
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after a step, which the run does again.
+
+        Raises:
+            StorageError: When the file cannot be rewritten.
+        """
+        self.close()
+        self._open(read_metrics(self._path.parent), step)
+
+    def close(self) -> None:
+        """Write the rows that wait, and close the file; a second call does nothing.
+
+        Raises:
+            StorageError: When rows are still missing in the file.
+        """
+        if self._descriptor is None:
+            return
+        refusal = self._write()
+        os.close(self._descriptor)
+        self._descriptor = None
+        if refusal is not None:
+            raise StorageError(
+                f"{self._path} cannot be written: {refusal.strerror}; {len(self._waiting)} rows are missing",
+                action="free some space, then give the same command again: it goes on from the newest checkpoint",
+            )
+
+    def _write(self) -> OSError | None:
+        """Write the rows that wait; returns why the disk refuses."""
+        assert self._descriptor is not None
+        data = memoryview(b"".join(self._waiting))
+        done = 0
+        try:
+            while done < len(data):
+                done += os.write(self._descriptor, data[done:])
+        except OSError as error:
+            with suppress(OSError):  # no half line: the next attempt begins again
+                os.ftruncate(self._descriptor, self._bytes)
+            return error
+        self._bytes += len(data)
+        self._waiting.clear()
+        return None
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path) -> list[Row]:
     """Read the rows of a run's metrics.jsonl, oldest first.
 
     An incomplete last line, which a killed writer leaves, is passed over.
@@ -82,10 +193,36 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse_row(line: str) -> dict[str, Any] | None:
+def _parse_row(line: str) -> Row | None:
     try:
         row = json.loads(line)
     except ValueError:
         return None
     is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("train/tokens"), int)
     return row if is_row else None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over training."""
+
+    tokens: tuple[int, ...]
+    values: tuple[float, ...]
+    stderr: tuple[float, ...] = ()
+    """One standard error for each value, or nothing."""
+
+
+def curve(rows: Sequence[Row], name: str, stderr: str | None = None) -> Curve:
+    """The curve of a metric.
+
+    Args:
+        rows: Of metrics.jsonl.
+        name: The metric; rows without it are passed over.
+        stderr: The metric that is its standard error, which must be in the row, too.
+    """
+    rows = [row for row in rows if name in row and (stderr is None or stderr in row)]
+    return Curve(
+        tokens=tuple(row[TOKENS] for row in rows),
+        values=tuple(row[name] for row in rows),
+        stderr=tuple(row[stderr] for row in rows) if stderr else (),
+    )

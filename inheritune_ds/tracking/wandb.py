@@ -1,8 +1,10 @@
 """Weights & Biases: started once per run, never the end of it."""
 
+import logging
 import netrc
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +13,43 @@ from inheritune_ds.storage.files import write_text
 from inheritune_ds.tracking.metrics import METRICS_FILE, TOKENS
 
 _WANDB_HOST = "api.wandb.ai"
+logger = logging.getLogger(__name__)
 
 
-def start_wandb(run_dir: Path, recipe: Recipe) -> Any | None:
-    """Start the W&B run of this run folder; None (said in one line) when W&B cannot start."""
+class WandbCopy:
+    """The copy of metrics.jsonl on W&B; whatever W&B raises is logged, and the run continues without it.
+
+    Args:
+        run_dir: The run folder, which is one W&B run over all launches.
+        recipe: The run's config on W&B.
+    """
+
+    def __init__(self, run_dir: Path, recipe: Recipe) -> None:
+        self._run = _start(run_dir, recipe)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Send a row."""
+        if self._run is None:
+            return
+        try:
+            self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        except Exception as error:  # noqa: BLE001 (W&B never stops a run)
+            self._run = None
+            _log_loss("stopped", error)
+
+    def close(self) -> None:
+        """Finish the W&B run; a second call does nothing."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish()
+        except Exception as error:  # noqa: BLE001 (the run itself is well: W&B never stops it)
+            _log_loss("did not finish", error)
+
+
+def _start(run_dir: Path, recipe: Recipe) -> Any | None:
+    """Start the W&B run of this run folder; None, with one line logged, when W&B cannot start."""
     # W&B reports its own crashes over the network, offline runs included; a run talks to nobody unasked.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
@@ -49,19 +84,19 @@ def start_wandb(run_dir: Path, recipe: Recipe) -> Any | None:
         run.define_metric(TOKENS)
         run.define_metric("*", step_metric=TOKENS)
     except Exception as error:  # noqa: BLE001 (whatever W&B raises: metrics.jsonl is enough to go on)
-        say_lost("could not start", error)
+        _log_loss("could not start", error)
         return None
     if run.offline:
-        print(f"W&B: offline; to upload later: wandb sync {run_dir}/wandb/offline-run-*", flush=True)
+        logger.info("W&B: offline; to upload later: wandb sync %s/wandb/offline-run-*", run_dir)
     elif run.url:
-        print(f"W&B: {run.url}", flush=True)
+        logger.info("W&B: %s", run.url)
     return run
 
 
-def say_lost(what: str, error: Exception) -> None:
-    """Print that W&B failed, and why; the run continues."""
+def _log_loss(what: str, error: Exception) -> None:
+    """Log that W&B failed, and why; the run continues."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    print(f"W&B {what}: {reason}. The run goes on; {METRICS_FILE} holds every metric.", flush=True)
+    logger.info("W&B %s: %s. The run goes on; %s holds every metric.", what, reason, METRICS_FILE)
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -38,7 +38,7 @@ Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
 """Where the fp32 master weights got the target's exact values: set after DeepSpeed had made them of half-precision
 weights, or taken over from a model that is fp32 itself."""
-_NO_WISHES = Requests()
+_NO_REQUESTS = Requests()
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StepResult:
         grad_norm: Norm of the whole gradient before clipping; infinite if an element is not finite.
         applied: False if the update was left out; weights and moments are then what they were, bit for bit.
         fault: Why it was left out; None if it was applied, or if only fp16's loss scale was too large for it.
-        wishes: What any rank was asked for.
+        requests: What any rank was asked for.
         passes_s: Seconds in forward and backward passes on this rank; DeepSpeed reduces the gradients in the last one.
     """
 
@@ -58,7 +58,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     fault: str | None
-    wishes: Requests
+    requests: Requests
     passes_s: float
 
 
@@ -133,7 +133,7 @@ class Engine:
         micro_batches: Sequence[torch.Tensor],
         *,
         lr: float,
-        wishes: Requests = _NO_WISHES,
+        requests: Requests = _NO_REQUESTS,
         judge: Judge = not_finite,
     ) -> StepResult:
         """One optimizer update over the micro-batches of this rank.
@@ -142,7 +142,7 @@ class Engine:
             micro_batches: Host tensors (micro_batch_size, T + 1) of token ids (int64); where a negative id stands, no
                 loss is counted for it.
             lr: Learning rate of this update.
-            wishes: What this rank was asked for; any rank's wish becomes everybody's.
+            requests: What this rank was asked for; a request to any rank is one to all.
             judge: Asked before the update with the loss and the gradient norm of the global batch; a text leaves the
                 update out on all ranks.
 
@@ -161,7 +161,7 @@ class Engine:
         )
         # The engine averages over the ranks; undo it, so that every token of the global batch weighs the same.
         factor = self.world.size / global_tokens
-        sums = totals(wishes, self.device)
+        sums = totals(requests, self.device)
         clock = PassClock(self.device)
         loss = math.nan
         for number, batch in enumerate(micro_batches, 1):
@@ -172,7 +172,7 @@ class Engine:
                 # A new node: the engine must mark the graph as scaled before its hook on the output looks at it.
                 self._engine.backward(scaled.view_as(scaled), scale_wrt_gas=False)
             if number == len(micro_batches):
-                total, wishes = agreed(sums)
+                total, requests = agreed(sums)
                 loss = total / global_tokens
                 self._gate.expect(loss, judge)
             self._engine.step()
@@ -181,7 +181,7 @@ class Engine:
             self._gate.grad_norm,
             applied=bool(self._engine.was_step_applied()),
             fault=self._gate.fault,
-            wishes=wishes,
+            requests=requests,
             passes_s=clock.seconds(),
         )
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from inheritune_ds.checkpoints.train_state import FaultState
+from inheritune_ds.checkpoints.train_state import BatchRange, FaultState, TrainState, batch_of, with_range
 from inheritune_ds.config.training import Faults
 
 FILLED_SHARE = 0.25
@@ -124,3 +124,25 @@ class FaultGuard:
     def _with(self, window: tuple[float, ...], value: float, limit: float) -> tuple[float, ...]:
         """The window with a step more, its value at most the limit; one without a logarithm says nothing of noise."""
         return (*window, min(value, limit))[-self._policy.window_steps :] if 0.0 < value < math.inf else window
+
+
+def faulty_batches(state: TrainState) -> BatchRange:
+    """The batches whose updates were left out one after the other up to a state."""
+    first = batch_of(state.step - state.faults.in_a_row, state.skipped_batches)
+    return first, batch_of(state.step - 1, state.skipped_batches) + 1
+
+
+def rolled_back(state: TrainState, restored: TrainState) -> TrainState:
+    """The state to resume from after a rollback.
+
+    Args:
+        state: After several left-out updates in a row; their batches are skipped from now on.
+        restored: Of the checkpoint that the run goes back to.
+    """
+    first, end = faulty_batches(state)
+    # A checkpoint may have been saved between the faults: what it has read already cannot be skipped any more.
+    first = max(first, batch_of(restored.step, state.skipped_batches))
+    skipped_batches = with_range(state.skipped_batches, (first, end)) if first < end else state.skipped_batches
+    faults = replace(restored.faults, in_a_row=0, rollbacks=state.faults.rollbacks + 1)
+    # A validation that was still due there has been done since, and its row is kept.
+    return replace(restored, skipped_batches=skipped_batches, faults=faults, validation_due=False)

@@ -1,49 +1,49 @@
-"""The training loop: one optimizer step after the other, with validation, checkpoints and a clean end."""
+"""The training loop: one optimizer step after the other, with periodic tasks, checkpoints and a clean end."""
 
 import hashlib
-import math
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from inheritune_ds.checkpoints.saver import Saver
-from inheritune_ds.checkpoints.train_state import Requests, TrainState, batch_of, with_range
+from inheritune_ds.checkpoints.train_state import Requests, TrainState, batch_of
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.stream.batches import BatchStream
 from inheritune_ds.distributed.coordination import agree
 from inheritune_ds.distributed.watchdog import Watchdog
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import StorageError, TrainingError
+from inheritune_ds.tracking.recorder import Recorder
 from inheritune_ds.training.engine import Engine, StepResult
-from inheritune_ds.training.faults import FaultGuard
+from inheritune_ds.training.faults import FaultGuard, faulty_batches, rolled_back
 from inheritune_ds.training.peak_memory import peak_memory_gib
 from inheritune_ds.training.prefetch import Prefetcher
 from inheritune_ds.training.requests import Controls
 from inheritune_ds.training.schedule import lr_ratio
 from inheritune_ds.training.step_clock import StepClock
-from inheritune_ds.training.validation import ValidationResult, Validator
+from inheritune_ds.training.validation import ValidationTask, Validator
+
+logger = logging.getLogger(__name__)
 
 
-class Recorder(Protocol):
-    """Takes what the loop reports; only rank 0 has one that does anything."""
+@dataclass(frozen=True)
+class Periodic:
+    """Work at the end of every n-th step and of the last one; its time does not count as training.
 
-    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """Record metrics at a step."""
+    Attributes:
+        every: n, in steps.
+        run: The work; all ranks call it together. It is given the state and a function by which all ranks ask together
+            whether to stop. If it returns False, it has stopped for that: the run saves and leaves, and the next launch
+            repeats the work of this step.
+        phase: The phase that the watchdog takes it for.
+    """
 
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Move the progress line."""
-
-    def say(self, line: str) -> None:
-        """Print one line."""
-
-    def saved(self, step: int) -> None:
-        """Note that the run can go on from a step."""
-
-    def rewind(self, step: int) -> None:
-        """Forget what was recorded after a step: the run goes on from there again."""
+    every: int
+    run: Callable[[TrainState, Callable[[], bool]], bool]
+    phase: str = "validation"
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class LoopParts:
         micro_batch_size: Sequences per rank per micro-step.
         utilisation: Turns tokens/s into model FLOPs utilisation; None when the GPU or the shape is unknown.
         data_metrics: What has been read of every source in a state.
+        tasks: Work after the validation of a step and before its checkpoint.
     """
 
     recipe: Recipe
@@ -81,6 +82,7 @@ class LoopParts:
     micro_batch_size: int
     utilisation: Callable[[float], float] | None
     data_metrics: Callable[[TrainState], dict[str, float]]
+    tasks: Sequence[Periodic] = ()
 
 
 @dataclass(frozen=True)
@@ -127,37 +129,34 @@ class _Loop:
         self._guard = FaultGuard(parts.recipe.faults, state.faults)
         self._clock = StepClock(parts.recipe.training.global_batch_tokens)
         self._first, self._save_due = True, False
-        self._told_saved = parts.saver.published_step
+        self._reported_step = parts.saver.published_step
+        eval_dir = parts.eval_dir if parts.world.is_main else None
+        task = ValidationTask(parts.validator, parts.engine, parts.recorder, eval_dir, total_steps)
+        self._validation = Periodic(parts.recipe.validation.interval_steps, task.run)
 
     def run(self) -> LoopResult:
-        with self._parts.watch.phase("start", self._state.step):
-            stop = self._stop_asked()
-        if stop:  # while the engine was built; the state that the run was brought to is saved already
-            self._honour(Requests(stop=True))
-            return LoopResult(self._state, finished=False)
-        if self._state.validation_due and not self._validate():
-            if self._state.step:
-                self._save(leaving=True)
-            self._honour(Requests(stop=True))
+        if not self._start():
+            self._acknowledge(Requests(stop=True))
             return LoopResult(self._state, finished=False)
         while self._state.step < self._total_steps:
-            wishes = self._advance()
+            requests = self._advance()
             if self._guard.must_roll_back:
                 self._roll_back()
-                continue
-            last, step = self._state.step == self._total_steps, self._state.step
-            validated = True
-            if last or wishes.evaluate or step % self._parts.recipe.validation.interval_steps == 0:
-                validated = self._validate()
-            leaving = wishes.stop or not validated
-            self._save_due |= step % self._parts.recipe.checkpoint.interval_steps == 0
-            # Between faults a checkpoint would be what a rollback goes back to, with hardly other weights than now.
-            if last or leaving or wishes.save or (self._save_due and not self._state.faults.in_a_row):
-                self._save(leaving=last or leaving)
-            self._honour(replace(wishes, stop=leaving))
-            if leaving and not (last and validated):
+            elif not self._end_step(requests):
                 return LoopResult(self._state, finished=False)
         return LoopResult(self._state, finished=True)
+
+    def _start(self) -> bool:
+        """Run the tasks that are still due; False if a request to stop comes before their end."""
+        with self._parts.watch.phase("start", self._state.step):
+            stop = self._stop_requested()
+        if stop:  # while the engine was built; the state that the run was brought to is saved already
+            return False
+        if not self._state.validation_due or self._run_tasks(validate=True):
+            return True
+        if self._state.step:
+            self._save(leaving=True)
+        return False
 
     def _advance(self) -> Requests:
         """One optimizer step, logged; what the ranks have agreed on at its end."""
@@ -165,7 +164,7 @@ class _Loop:
         with parts.watch.phase("first_step" if self._first else "step", step + 1):
             seed_step(parts.recipe.seed, step, parts.world.rank)
             lr = parts.recipe.optimizer.lr * lr_ratio(parts.recipe.schedule, step, self._total_steps)
-            result = parts.engine.train_step(self._take(), lr=lr, wishes=self._wishes(), judge=self._guard.judge)
+            result = parts.engine.train_step(self._take(), lr=lr, requests=self._requests(), judge=self._guard.judge)
             self._first = False
             self._clock.lap(result.passes_s, self._batches.waited_s)
             line = self._guard.note(result.loss, result.grad_norm, result.fault)
@@ -178,24 +177,52 @@ class _Loop:
                 faults=self._guard.state,
             )
             if line is not None:
-                parts.recorder.say(f"step {step + 1}: {line}")
+                logger.info("step %d: %s", step + 1, line)
             parts.recorder.update(step + 1, result.loss, self._clock.tokens_per_s)
-            if step + 1 == self._total_steps or (step + 1) % parts.recipe.logging.interval_steps == 0:
+            if self._is_due(parts.recipe.logging.interval_steps):
                 self._log(result, lr)
             parts.controls.stepped(self._clock.last_s)
-            self._tell_saved()
-        return result.wishes
+            self._report_saved()
+        return result.requests
 
-    def _wishes(self) -> Requests:
-        """Of this rank; a save in the background that has failed for good is told by the next one, on all ranks."""
-        wishes = self._parts.controls.wishes()
-        return replace(wishes, save=True) if self._parts.saver.wants_save else wishes
+    def _end_step(self, requests: Requests) -> bool:
+        """Run the tasks of a step, save, delete the files of handled requests; whether to do the next step."""
+        complete = self._run_tasks(validate=requests.evaluate)
+        last, leaving = self._state.step == self._total_steps, requests.stop or not complete
+        self._save_due |= self._is_due(self._parts.recipe.checkpoint.interval_steps)
+        # Between faults a checkpoint would be what a rollback goes back to, with hardly other weights than now.
+        if last or leaving or requests.save or (self._save_due and not self._state.faults.in_a_row):
+            self._save(leaving=last or leaving)
+        self._acknowledge(replace(requests, stop=leaving))
+        return complete if last else not leaving
 
-    def _tell_saved(self) -> None:
-        """Tell of a checkpoint that is published by now; one in the background is some steps later."""
+    def _is_due(self, every: int) -> bool:
+        """Whether this step is the last or one of every so many."""
+        return self._state.step == self._total_steps or self._state.step % every == 0
+
+    def _run_tasks(self, *, validate: bool) -> bool:
+        """Run the tasks that are due at this step, the validation also if asked; False if a request to stop came."""
+        tasks = [task for task in (self._validation, *self._parts.tasks) if self._is_due(task.every)]
+        if validate and self._validation not in tasks:
+            tasks.insert(0, self._validation)
+        complete = all(self._run_task(task) for task in tasks)
+        self._state = replace(self._state, validation_due=not complete)
+        return complete
+
+    def _run_task(self, task: Periodic) -> bool:
+        with self._clock.stopped(), self._parts.watch.phase(task.phase, self._state.step):
+            return task.run(self._state, self._stop_requested)
+
+    def _requests(self) -> Requests:
+        """Of this rank; a failed async save forces a save, so that all ranks raise its error together."""
+        requests = self._parts.controls.requests()
+        return replace(requests, save=True) if self._parts.saver.wants_save else requests
+
+    def _report_saved(self) -> None:
+        """Report a checkpoint that is published by now; an async one is some steps later."""
         published = self._parts.saver.published_step
-        if published is not None and published != self._told_saved:
-            self._told_saved = published
+        if published is not None and published != self._reported_step:
+            self._reported_step = published
             self._parts.controls.saved(self._parts.saver.last_save_s)
             self._parts.recorder.saved(published)
 
@@ -206,49 +233,14 @@ class _Loop:
         with self._parts.watch.phase("data", state.step + 1):
             return self._batches.take(state.batch_number, following)
 
-    def _honour(self, wishes: Requests) -> None:
-        """Take back the wishes that are done; their files lie on a disk that may not answer."""
+    def _acknowledge(self, requests: Requests) -> None:
+        """Delete the files of handled requests; they are on a disk that may not answer."""
         with self._parts.watch.phase("log", self._state.step):
-            self._parts.controls.acknowledge(wishes)
+            self._parts.controls.acknowledge(requests)
 
-    def _stop_asked(self) -> bool:
+    def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks ask together."""
-        return agree(self._parts.controls.wishes(), self._parts.engine.device).stop
-
-    def _validate(self) -> bool:
-        """Validate; False if a wish to stop came before the end, and `validation_due` then says so in the state."""
-        parts, state = self._parts, self._state
-        with self._clock.stopped(), parts.watch.phase("validation", state.step):
-            result = parts.validator.validate_unless(self._stop_asked, parts.engine)
-            self._state = state = replace(state, validation_due=result is None)
-            if result is None:
-                return False
-            if not math.isfinite(result.loss):  # all ranks have the same losses, so they leave together
-                raise TrainingError(
-                    f"step {state.step}: the validation loss is {result.loss}",
-                    allowed="a finite number",
-                    action="lower optimizer.lr or lengthen schedule.warmup_steps; look for NaN in the weights if it is "
-                    "step 0",
-                )
-            if parts.world.is_main:
-                self._write(result)
-                parts.recorder.log(
-                    state.step,
-                    state.tokens,
-                    {"val/loss": result.loss, "val/stderr": result.stderr, "val/ppl": result.perplexity},
-                )
-                parts.recorder.say(f"step {state.step}: val loss {result.loss:.4f} +- {result.stderr:.4f}")
-        return True
-
-    def _write(self, result: ValidationResult) -> None:
-        """Write the losses of all windows; before the last step a disk that refuses them ends nothing."""
-        step = self._state.step
-        try:
-            result.write(self._parts.eval_dir / f"validation-step-{step:08d}.json", step=step)
-        except StorageError as error:
-            if step == self._total_steps:
-                raise
-            self._parts.recorder.say(f"WARNING: {error.problem}; the run goes on, and metrics.jsonl has the mean")
+        return agree(self._parts.controls.requests().stop, self._parts.engine.device)
 
     def _save(self, *, leaving: bool) -> None:
         """Save; when leaving, the state must be on the disk before this returns."""
@@ -257,7 +249,7 @@ class _Loop:
             saved, self._save_due = saver.save(parts.engine, self._state), False
             if leaving:
                 saved = saver.wait() and saved
-            self._tell_saved()
+            self._report_saved()
         if leaving and not saved:
             raise StorageError(
                 f"step {self._state.step} could not be saved before leaving: {saver.refusal}",
@@ -267,17 +259,13 @@ class _Loop:
     def _roll_back(self) -> None:
         """Go back to the newest verified checkpoint, and skip the batches whose updates were left out."""
         parts, state, policy = self._parts, self._state, self._parts.recipe.faults
-        bad = (
-            batch_of(state.step - state.faults.in_a_row, state.skipped_batches),
-            batch_of(state.step - 1, state.skipped_batches) + 1,
-        )
-        told = (
-            f"step {state.step}: {state.faults.in_a_row} updates in a row were left out "
-            f"(batches {bad[0]} to {bad[1] - 1})"
+        first, end = faulty_batches(state)
+        reason = (
+            f"step {state.step}: {state.faults.in_a_row} updates in a row were left out (batches {first} to {end - 1})"
         )
         if state.faults.rollbacks >= policy.max_rollbacks:
             raise TrainingError(
-                f"{told}, after {state.faults.rollbacks} rollbacks",
+                f"{reason}, after {state.faults.rollbacks} rollbacks",
                 allowed=f"faults.max_rollbacks: {policy.max_rollbacks}",
                 action="look at these batches and at metrics.jsonl; lower optimizer.lr or lengthen "
                 "schedule.warmup_steps in a new run; the same command tries again from the newest checkpoint",
@@ -287,22 +275,20 @@ class _Loop:
             restored = parts.restore()
         if restored is None:
             raise TrainingError(
-                f"{told}, and there is no checkpoint yet to go back to",
+                f"{reason}, and there is no checkpoint yet to go back to",
                 allowed="a checkpoint before the first fault (checkpoint.interval_steps)",
                 action="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data",
             )
-        # A checkpoint may have been saved between the faults: what it has read already cannot be skipped any more.
-        skipped = max(bad[0], batch_of(restored.step, state.skipped_batches)), bad[1]
-        skipped_batches = with_range(state.skipped_batches, skipped) if skipped[0] < bad[1] else state.skipped_batches
-        faults = replace(restored.faults, in_a_row=0, rollbacks=state.faults.rollbacks + 1)
-        # A validation that was still due there has been done since, and its row is kept.
-        self._state = replace(restored, skipped_batches=skipped_batches, faults=faults, validation_due=False)
-        self._guard, self._save_due = FaultGuard(policy, faults), False
+        self._state = rolled_back(state, restored)
+        self._guard, self._save_due = FaultGuard(policy, self._state.faults), False
         with parts.watch.phase("log", restored.step):
             parts.recorder.rewind(restored.step)
-        parts.recorder.say(
-            f"WARNING: {told}; the run goes back to step {restored.step} and skips these batches "
-            f"(rollback {faults.rollbacks} of {policy.max_rollbacks})"
+        logger.warning(
+            "%s; the run goes back to step %d and skips these batches (rollback %d of %d)",
+            reason,
+            restored.step,
+            self._state.faults.rollbacks,
+            policy.max_rollbacks,
         )
 
     def _log(self, result: StepResult, lr: float) -> None:
@@ -322,8 +308,6 @@ class _Loop:
         }
         if parts.utilisation is not None:
             values["perf/mfu"] = parts.utilisation(clock.tokens_per_s)
-        # A step whose update was left out may have none; the line above has told its value.
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         with parts.watch.phase("log", state.step):
-            parts.recorder.log(state.step, state.tokens, finite)
+            parts.recorder.log(state.step, state.tokens, values)
         clock.restart()

@@ -1,6 +1,7 @@
 """Find the largest micro-batch that fits by real steps, and record it."""
 
 import gc
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ from inheritune_ds.checkpoints.manifest import newest_step
 from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, batch_of
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.zero import read_layout
-from inheritune_ds.distributed.coordination import Meeting
+from inheritune_ds.distributed.coordination import Coordinator
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import MachineError, RecipeError
 from inheritune_ds.plan.memory import memory
@@ -24,6 +25,8 @@ from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import Kernels
 from inheritune_ds.training.packing import DocumentPacking
 from inheritune_ds.training.peak_memory import peak_memory_gib, reset_peak_memory
+
+logger = logging.getLogger(__name__)
 
 RECORD = "micro_batch.json"
 
@@ -40,11 +43,8 @@ class Place(Protocol):
         """This rank among all."""
 
     @property
-    def meeting(self) -> Meeting:
+    def meeting(self) -> Coordinator:
         """Where the ranks wait for rank 0."""
-
-    def say(self, line: str) -> None:
-        """Print a line, on rank 0."""
 
 
 def with_tried_micro_batch(  # noqa: PLR0913 - two of them by name
@@ -84,7 +84,7 @@ def with_tried_micro_batch(  # noqa: PLR0913 - two of them by name
     world, per_rank = launch.world, recipe.training.batch_windows // launch.world.size
     found = launch.meeting.run_on_rank0(lambda: _recorded(run_dir, per_rank))
     if found:
-        launch.say(f"{MICRO_BATCH}: {found} (found by trying, at this run's first launch)")
+        logger.info("%s: %d (found by trying, at this run's first launch)", MICRO_BATCH, found)
         return _with_size(resolved, found, per_rank // found)
 
     def build(size: int, micro_steps: int) -> Engine:
@@ -98,10 +98,10 @@ def with_tried_micro_batch(  # noqa: PLR0913 - two of them by name
         )
 
     limit = smallest(USABLE_RATIO * launch.machine.memory_gib)
-    launch.say("trying micro-batches with real steps (--auto-micro-batch)")
+    logger.info("trying micro-batches with real steps (--auto-micro-batch)")
     sequence = _sequence_gib(resolved, recipe.training.seq_len, world.size)
-    size = largest_that_fits(divisors(per_rank), limit, measure, launch.say, sequence_gib=sequence)
-    launch.say(f"{MICRO_BATCH}: {size} (the largest that stays below {limit:.1f} GiB a rank)")
+    size = largest_that_fits(divisors(per_rank), limit, measure, sequence_gib=sequence)
+    logger.info("%s: %d (the largest that stays below %.1f GiB a rank)", MICRO_BATCH, size, limit)
     launch.meeting.run_on_rank0(lambda: write_json(run_dir / RECORD, {MICRO_BATCH: size, "usable_gib": limit}))
     return _with_size(resolved, size, per_rank // size)
 
@@ -140,12 +140,7 @@ _STEPS = 2  # the optimizer's state appears in the first
 
 
 def largest_that_fits(
-    sizes: list[int],
-    limit_gib: float,
-    measure: Callable[[int], float],
-    say: Callable[[str], None],
-    *,
-    sequence_gib: float = 0.0,
+    sizes: list[int], limit_gib: float, measure: Callable[[int], float], *, sequence_gib: float = 0.0
 ) -> int:
     """Try sizes and return the largest that stays below a limit.
 
@@ -153,7 +148,6 @@ def largest_that_fits(
         sizes: What may be taken, in ascending order.
         limit_gib: What a rank may use.
         measure: Peak GiB of real steps with a size; infinite where the memory did not suffice.
-        say: Told every trial.
         sequence_gib: What one more sequence adds to the backward pass, by the plan; 0 where it is not known, and then
             no trial is more than twice the one before.
 
@@ -164,7 +158,7 @@ def largest_that_fits(
     size: int | None = sizes[0]
     while size is not None:
         peaks[size] = measure(size)
-        say(f"micro-batch {size}: peak {peaks[size]:.2f} of {limit_gib:.2f} GiB")
+        logger.info("micro-batch %d: peak %.2f of %.2f GiB", size, peaks[size], limit_gib)
         size = _next(sizes, peaks, limit_gib, sequence_gib)
     fitting = [size for size, peak in peaks.items() if peak <= limit_gib]
     if not fitting:

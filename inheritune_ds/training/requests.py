@@ -1,14 +1,16 @@
 """What a run is asked for while it trains: to stop, to save, to validate; by signal, file or clock."""
 
+import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World
+
+logger = logging.getLogger(__name__)
 
 STOP, SAVE, EVAL = "STOP", "SAVE", "EVAL"
 """Files in the run folder that ask for something; what they hold does not matter."""
@@ -30,19 +32,10 @@ class Controls:
         world: This rank among all.
         max_minutes: The command should be over this long after its start, but for its first step; None for no limit.
             Only rank 0's clock counts.
-        say: Prints a line.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        stop: StopSignal,
-        world: World,
-        *,
-        max_minutes: float | None = None,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self._folder, self._stop, self._world, self._say = folder, stop, world, say
+    def __init__(self, folder: Path, stop: StopSignal, world: World, *, max_minutes: float | None = None) -> None:
+        self._folder, self._stop, self._world = folder, stop, world
         self._limit_s = None if max_minutes is None else 60.0 * max_minutes
         self._found: set[str] = set()
         self._stuck: set[str] = set()
@@ -62,9 +55,9 @@ class Controls:
             return
         if old:
             self._remove(STOP)
-            self._say(f"removed {path}: it is older than this command")
+            logger.info("removed %s: it is older than this command", path)
 
-    def wishes(self) -> Requests:
+    def requests(self) -> Requests:
         """What this rank is asked for now; at a boundary between steps or batches."""
         if not self._world.is_main:
             return Requests(stop=self._stop.requested is not None)
@@ -78,9 +71,9 @@ class Controls:
         """Why this rank stops, in words."""
         return self._stop_reason() or self._told or "another rank was asked to stop"
 
-    def acknowledge(self, wishes: Requests) -> None:
-        """Remove the files of wishes that are done; rank 0."""
-        asked = {STOP: wishes.stop, SAVE: wishes.save, EVAL: wishes.evaluate}
+    def acknowledge(self, requests: Requests) -> None:
+        """Delete the files of handled requests; rank 0."""
+        asked = {STOP: requests.stop, SAVE: requests.save, EVAL: requests.evaluate}
         if self._world.is_main:
             for name in [name for name in asked if asked[name] and name in self._found]:
                 self._remove(name)
@@ -123,4 +116,5 @@ class Controls:
             (self._folder / name).unlink(missing_ok=True)
         except OSError as error:
             self._stuck.add(name)  # it must not be honoured at every step from now on
-            self._say(f"WARNING: {self._folder / name} cannot be removed ({error.strerror}); it is not looked at again")
+            path = self._folder / name
+            logger.warning("%s cannot be removed (%s); it is not looked at again", path, error.strerror)

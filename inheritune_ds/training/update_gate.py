@@ -161,17 +161,17 @@ def count_targets(  # noqa: PLR0913 - a batch, and what it is counted for
     return max(int(count), 1)
 
 
-def totals(wishes: Requests, device: torch.device) -> torch.Tensor:
-    """What is summed over the ranks at the end of the passes: the token losses, and who wishes what.
+def totals(requests: Requests, device: torch.device) -> torch.Tensor:
+    """What is summed over the ranks at the end of the passes: the token losses, and the requests.
 
     Returns:
         (4,) in fp64, so that summing adds no error: 0.0 for the losses to be added to, then stop, save, evaluate.
     """
-    return torch.tensor([0.0, wishes.stop, wishes.save, wishes.evaluate], dtype=torch.float64, device=device)
+    return torch.tensor([0.0, requests.stop, requests.save, requests.evaluate], dtype=torch.float64, device=device)
 
 
 def agreed(totals_: torch.Tensor) -> tuple[float, Requests]:
-    """Sum `totals` over the ranks: the sum of the token losses, and what any rank wishes. Waits for the device."""
+    """Sum `totals` over the ranks: the token losses, and the requests to any rank. Waits for the device."""
     dist.all_reduce(totals_)
     loss_sum, *asked = totals_.tolist()
     return loss_sum, Requests(*(count > 0 for count in asked))

@@ -1,5 +1,6 @@
 """Held-out loss on fixed windows, with its standard error."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,14 +12,18 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.data.stream.validation_windows import HeldOut
 from inheritune_ds.data.window_losses import window_mean
-from inheritune_ds.errors import CorpusError
+from inheritune_ds.errors import CorpusError, StorageError, TrainingError
 from inheritune_ds.storage.files import write_json
+from inheritune_ds.tracking.recorder import Recorder
 from inheritune_ds.training.packing import DocumentPacking, counted_targets
 
+logger = logging.getLogger(__name__)
+
 BATCHES_BETWEEN = 8
-"""A wish to stop is looked for every so many forward passes."""
+"""Forward passes between two looks for a request to stop."""
 
 
 class WindowScorer(Protocol):
@@ -146,3 +151,55 @@ class Validator:
             tokens_sha256=self._tokens_sha256,
             targets=self._targets,
         )
+
+
+@dataclass(frozen=True)
+class ValidationTask:
+    """Validates and records the result; a periodic task of the loop.
+
+    Attributes:
+        validator: The windows.
+        scorer: Gives their losses: the engine.
+        recorder: Metrics.
+        eval_dir: Where the losses of all windows are written; None on ranks other than 0.
+        total_steps: Steps of the whole run.
+    """
+
+    validator: Validator
+    scorer: WindowScorer
+    recorder: Recorder
+    eval_dir: Path | None
+    total_steps: int
+
+    def run(self, state: TrainState, stop: Callable[[], bool]) -> bool:
+        """Validate; False if it was stopped before its end.
+
+        Raises:
+            TrainingError: On all ranks, if the loss is not finite.
+            StorageError: If the losses of the last step cannot be written.
+        """
+        result = self.validator.validate_unless(stop, self.scorer)
+        if result is None:
+            return False
+        if not math.isfinite(result.loss):  # all ranks have the same losses, so they leave together
+            raise TrainingError(
+                f"step {state.step}: the validation loss is {result.loss}",
+                allowed="a finite number",
+                action="lower optimizer.lr or lengthen schedule.warmup_steps; look for NaN in the weights if it is "
+                "step 0",
+            )
+        if self.eval_dir is not None:
+            self._write(result, self.eval_dir, state.step)
+        values = {"val/loss": result.loss, "val/stderr": result.stderr, "val/ppl": result.perplexity}
+        self.recorder.log(state.step, state.tokens, values)
+        logger.info("step %d: val loss %.4f +- %.4f", state.step, result.loss, result.stderr)
+        return True
+
+    def _write(self, result: ValidationResult, eval_dir: Path, step: int) -> None:
+        """Write the losses of all windows; before the last step a disk that refuses them does not end the run."""
+        try:
+            result.write(eval_dir / f"validation-step-{step:08d}.json", step=step)
+        except StorageError as error:
+            if step == self.total_steps:
+                raise
+            logger.warning("%s; the run goes on, and metrics.jsonl has the mean", error.problem)

@@ -1,4 +1,4 @@
-"""Several ranks as threads of one process, whose circle is a barrier; real process groups meet in tests/campaign."""
+"""Several ranks as threads of one process that exchange values over a barrier; tests/campaign has process groups."""
 
 import json
 import pickle
@@ -24,6 +24,7 @@ from inheritune_ds.checkpoints.snapshot import PinnedBuffers, Snapshot
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config.reliability import Reliability
+from inheritune_ds.distributed.coordination import ObjectGroup
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import CheckpointError, InherituneError, StorageError, TrainingError
 
@@ -34,14 +35,14 @@ WEIGHTS = 300
 
 
 class Barrier:
-    """What the circles of all ranks share; values travel as pickle, as they do between processes."""
+    """What the groups of all ranks share; values travel as pickle, as they do between processes."""
 
     def __init__(self, size: int) -> None:
         self.values: list[bytes] = [b""] * size
         self.meeting = threading.Barrier(size, timeout=20.0)
 
 
-class ThreadCircle:
+class ThreadGroup(ObjectGroup):
     def __init__(self, barrier: Barrier, rank: int) -> None:
         self._barrier, self._rank = barrier, rank
         self.closed = False
@@ -53,7 +54,7 @@ class ThreadCircle:
         self._barrier.meeting.wait()
         return values
 
-    def tell(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         return self.gather(value)[0]
 
     def close(self) -> None:
@@ -84,7 +85,7 @@ class Ranks:
         self.folder = folder
         self.lines: list[list[str]] = [[] for _ in range(RANKS)]
         self.barrier = Barrier(RANKS)
-        self.circles = [ThreadCircle(self.barrier, rank) for rank in range(RANKS)]
+        self.groups = [ThreadGroup(self.barrier, rank) for rank in range(RANKS)]
         self.engines = [State(rank) for rank in range(RANKS)]
         self.store = CheckpointStore(folder, keep=2)
         self.checkpoints = [
@@ -95,7 +96,7 @@ class Ranks:
                 reliability=Reliability(**reliability),
                 fingerprints={"recipe": "abc"},
                 say=self.lines[rank].append,
-                circle=self.circles[rank],
+                group=self.groups[rank],
             )
             for rank in range(RANKS)
         ]
@@ -444,7 +445,7 @@ def test_closing_waits_for_what_is_under_way(tmp_path: Path) -> None:
     ranks.save(9)
     assert ranks.each(lambda checkpoints, _: checkpoints.close()) == [None, None]
     assert all_weights(tmp_path / "step-00000009") == {9.0}
-    assert all(circle.closed for circle in ranks.circles)
+    assert all(group.closed for group in ranks.groups)
 
 
 def test_one_rank_needs_no_process_group(tmp_path: Path) -> None:

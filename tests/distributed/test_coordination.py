@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from inheritune_ds.distributed import coordination
-from inheritune_ds.distributed.coordination import MainRankLeftError, Meeting, open_store
+from inheritune_ds.distributed.coordination import Coordinator, MainRankLeftError, open_store
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import ExportError, MachineError
@@ -20,14 +20,14 @@ MAIN, SECOND = World(0, 2, 0, 2, "env"), World(1, 2, 1, 2, "env")
 
 RANK = """
 import os, sys, time
-from inheritune_ds.distributed.coordination import MainRankLeftError, Meeting
+from inheritune_ds.distributed.coordination import MainRankLeftError, Coordinator
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import detect
 world = detect(os.environ)
-meeting = Meeting(world, StopSignal())
-print(meeting.by_main(lambda: {"from": world.rank}), flush=True)
+coordinator = Coordinator(world, StopSignal())
+print(coordinator.run_on_rank0(lambda: {"from": world.rank}), flush=True)
 try:
-    meeting.by_main(lambda: os._exit(9))
+    coordinator.run_on_rank0(lambda: os._exit(9))
 except MainRankLeftError as error:
     print(error, error.exit_code)
 """
@@ -71,12 +71,12 @@ def never() -> None:
 
 def test_one_rank_alone_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coordination, "open_store", never)
-    alone = Meeting(World(0, 1, 0, 1, "single"), StopSignal())
+    alone = Coordinator(World(0, 1, 0, 1, "single"), StopSignal())
     assert alone.run_on_rank0(lambda: {"a": 1}) == {"a": 1}
 
 
 def test_every_rank_gets_what_rank_0_found(notes: Notes) -> None:
-    main, second = Meeting(MAIN, StopSignal()), Meeting(SECOND, StopSignal())
+    main, second = Coordinator(MAIN, StopSignal()), Coordinator(SECOND, StopSignal())
     found: list[object] = []
     waiting = threading.Thread(target=lambda: found.extend([second.run_on_rank0(never), second.run_on_rank0(never)]))
     waiting.start()
@@ -91,16 +91,16 @@ def test_every_rank_gets_what_rank_0_found(notes: Notes) -> None:
 def test_rank_0_leaves_only_when_its_note_is_read_and_does_not_wait_for_the_dead(
     notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main = threading.Thread(target=lambda: Meeting(MAIN, StopSignal()).run_on_rank0(lambda: 5))
+    main = threading.Thread(target=lambda: Coordinator(MAIN, StopSignal()).run_on_rank0(lambda: 5))
     main.start()
     time.sleep(0.2)
     assert main.is_alive()
-    assert Meeting(SECOND, StopSignal()).run_on_rank0(int) == 5
+    assert Coordinator(SECOND, StopSignal()).run_on_rank0(int) == 5
     main.join(timeout=10)
     assert not main.is_alive()
-    monkeypatch.setattr(coordination, "ATTENTION_S", 0.1)
+    monkeypatch.setattr(coordination, "READ_S", 0.1)
     notes.counts.clear()
-    assert Meeting(MAIN, StopSignal()).run_on_rank0(lambda: 6) == 6
+    assert Coordinator(MAIN, StopSignal()).run_on_rank0(lambda: 6) == 6
 
 
 def fail(error: BaseException) -> Callable[[], None]:
@@ -121,11 +121,11 @@ def fail(error: BaseException) -> Callable[[], None]:
 def test_every_rank_leaves_when_rank_0_leaves(
     error: BaseException, words: str, exit_code: int, notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordination, "ATTENTION_S", 0.1)
+    monkeypatch.setattr(coordination, "READ_S", 0.1)
     with pytest.raises(type(error)):
-        Meeting(MAIN, StopSignal()).run_on_rank0(fail(error))
+        Coordinator(MAIN, StopSignal()).run_on_rank0(fail(error))
     with pytest.raises(MainRankLeftError) as caught:
-        Meeting(SECOND, StopSignal()).run_on_rank0(never)
+        Coordinator(SECOND, StopSignal()).run_on_rank0(never)
     assert str(caught.value) == f"rank 0 has ended the run: {words}"
     assert caught.value.exit_code == exit_code
 
@@ -133,7 +133,7 @@ def test_every_rank_leaves_when_rank_0_leaves(
 def test_a_rank_leaves_when_rank_0_has_vanished(notes: Notes) -> None:
     notes.gone = True
     with pytest.raises(MainRankLeftError, match=r"^rank 0 has ended the run: it has left without a word") as caught:
-        Meeting(SECOND, StopSignal()).run_on_rank0(never)
+        Coordinator(SECOND, StopSignal()).run_on_rank0(never)
     assert caught.value.exit_code == 11
 
 
@@ -143,7 +143,7 @@ def test_a_rank_that_is_asked_to_stop_tells_rank_0_and_waits_for_its_word(notes:
 
     def wait() -> None:
         try:
-            Meeting(SECOND, asked).run_on_rank0(never)
+            Coordinator(SECOND, asked).run_on_rank0(never)
         except MainRankLeftError as error:
             caught.append(error)
 
@@ -158,7 +158,7 @@ def test_a_rank_that_is_asked_to_stop_tells_rank_0_and_waits_for_its_word(notes:
     waiting = threading.Thread(target=wait)
     waiting.start()
     with pytest.raises(KeyboardInterrupt):
-        Meeting(MAIN, working).run_on_rank0(work)
+        Coordinator(MAIN, working).run_on_rank0(work)
     waiting.join(timeout=10)
     assert working.requested == "SIGUSR1 on rank 1"
     assert [(str(error), error.exit_code) for error in caught if isinstance(error, MainRankLeftError)] == [
@@ -175,7 +175,7 @@ def test_a_rank_that_is_asked_to_stop_waits_shortly_for_the_others(
     stop.pass_on("SIGTERM")
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        Meeting(MAIN, stop)
+        Coordinator(MAIN, stop)
     assert 0.2 < time.monotonic() - begun < 5.0
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.distributed.environment import prepare_environment
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World, detect, export
+from inheritune_ds.tracking.recorder import Recorder
 from tests import tiny
 
 END_OF_DOCUMENT = 25
@@ -37,26 +39,14 @@ RECIPE = tiny.document(
 )
 
 
-class Collector:
+class Collector(Recorder):
     """Keeps what the loop logs."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
-    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
+    def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         self.rows.append({"step": step, "tokens": tokens, **values})
-
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Nothing is shown."""
-
-    def say(self, line: str) -> None:
-        """Nothing is said."""
-
-    def saved(self, step: int) -> None:
-        """Nothing is noted."""
-
-    def rewind(self, step: int) -> None:
-        """Nothing is gone back to."""
 
 
 def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: Path) -> dict[str, Any]:
@@ -102,7 +92,7 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
             world=world,
             reliability=Reliability(),
             fingerprints={},
-            say=collector.say,
+            say=print,
         ),
         recorder=collector,
         restore=lambda: None,

@@ -13,7 +13,7 @@ from inheritune_ds.report.figures import count, spread
 from inheritune_ds.report.results import Evaluation, run_result
 from inheritune_ds.report.run_report import write_run_report
 from inheritune_ds.report.study_report import StudyRow, study_tables, write_study_report
-from inheritune_ds.tracking.metrics import read_metrics
+from inheritune_ds.tracking.metrics import curve, read_metrics
 
 STEPS, BATCH_TOKENS = 100, 4096
 TEXT: dict[str, Any] = {"seq_len": 128, "tokens_sha256": "a" * 64}
@@ -104,10 +104,16 @@ def test_run_result_gathers_a_finished_run(tmp_path: Path) -> None:
     assert result.final.windows == tuple(losses(4.0))
     assert result.reference is not None
     assert result.reference.model == "models/big"
-    assert result.validation.tokens == (0, 50 * BATCH_TOKENS, 100 * BATCH_TOKENS)
-    assert result.validation.values == pytest.approx((5.0, 4.5, 4.0))
-    assert result.train_loss.values == (4.5, 4.0)
-    assert result.lr.values == pytest.approx((5e-4, 0.0))
+
+
+def test_a_curve_is_a_metric_over_tokens(tmp_path: Path) -> None:
+    rows = read_metrics(make_run(tmp_path / "run", 5.0, 4.0))
+    validation = curve(rows, "val/loss", "val/stderr")
+    assert validation.tokens == (0, 50 * BATCH_TOKENS, 100 * BATCH_TOKENS)
+    assert validation.values == pytest.approx((5.0, 4.5, 4.0))
+    assert len(validation.stderr) == 3
+    assert curve(rows, "train/loss").values == (4.5, 4.0)
+    assert curve(rows, "train/lr").values == pytest.approx((5e-4, 0.0))
 
 
 @pytest.mark.parametrize("name", ["run.json", f"eval/validation-step-{STEPS:08d}.json"])
@@ -128,11 +134,13 @@ def test_run_result_says_what_is_damaged(tmp_path: Path, content: str, problem: 
         run_result(tmp_path)
 
 
-def test_run_result_needs_a_validation_among_the_metrics(tmp_path: Path) -> None:
-    make_run(tmp_path, 5.0, 4.0)
-    (tmp_path / "metrics.jsonl").write_text("")
+def test_a_report_needs_a_validation_among_the_metrics(tmp_path: Path) -> None:
+    rows = study(tmp_path)
+    (tmp_path / "small" / "metrics.jsonl").write_text("")
     with pytest.raises(RunFolderError, match=r"metrics.jsonl holds no validation\n.*val/loss and val/stderr"):
-        run_result(tmp_path)
+        write_run_report(tmp_path / "small")
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl holds no validation"):
+        write_study_report(tmp_path, "Three runs", rows)
 
 
 def test_paired_difference_is_that_of_the_windows() -> None:

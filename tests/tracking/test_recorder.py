@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.config.loading import load_recipe
-from inheritune_ds.errors import RunFolderError, StorageError, TrainingError
+from inheritune_ds.errors import RunFolderError, StorageError
 from inheritune_ds.tracking import wandb
 from inheritune_ds.tracking.metrics import METRICS, read_metrics
-from inheritune_ds.tracking.recorder import Tracker
+from inheritune_ds.tracking.recorder import RunRecorder
 
 RECIPE = load_recipe("quickstart")
 
@@ -72,11 +73,16 @@ def wandb_gives(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeRun | Exceptio
     return install
 
 
+def recorder(run_dir: Path, resume_step: int | None = None) -> RunRecorder:
+    state = None if resume_step is None else TrainState(step=resume_step)
+    return RunRecorder(run_dir, RECIPE, 100, state, on_saved=lambda _: None)
+
+
 def track(run_dir: Path, rows: list[tuple[int, dict[str, float]]], resume_step: int | None = None) -> None:
-    tracker = Tracker(run_dir, RECIPE, resume_step=resume_step)
+    work = recorder(run_dir, resume_step)
     for step, values in rows:
-        tracker.log(step, step * 4096, values)
-    tracker.close()
+        work.log(step, step * 4096, values)
+    work.close()
 
 
 def test_metrics_table_gives_each_name_a_unit_and_a_meaning() -> None:
@@ -84,40 +90,65 @@ def test_metrics_table_gives_each_name_a_unit_and_a_meaning() -> None:
     assert {name.split("/")[0] for name in METRICS} == {"train", "val", "data", "perf", "mem"}
 
 
-def test_tracker_writes_floats_at_full_precision(tmp_path: Path) -> None:
+def test_recorder_writes_floats_at_full_precision(tmp_path: Path) -> None:
     loss = math.pi / 3
     track(tmp_path, [(1, {"train/loss": loss, "train/skipped_steps": 0})])
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert line == f'{{"step": 1, "train/tokens": 4096, "train/loss": {loss!r}, "train/skipped_steps": 0}}'
 
 
-def test_tracker_flushes_each_row(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, RECIPE, resume_step=None)
-    tracker.log(1, 10, {"train/loss": 2.0})
+def test_recorder_flushes_each_row(tmp_path: Path) -> None:
+    work = recorder(tmp_path)
+    work.log(1, 10, {"train/loss": 2.0})
     assert read_metrics(tmp_path) == [{"step": 1, "train/tokens": 10, "train/loss": 2.0}]
-    tracker.close()
-    tracker.close()
+    work.close()
+    work.close()
 
 
 @pytest.mark.parametrize("name", ["train/los", "step", "train/tokens"])
-def test_tracker_refuses_a_name_that_is_not_listed(tmp_path: Path, name: str) -> None:
-    tracker = Tracker(tmp_path, RECIPE, resume_step=None)
+def test_recorder_refuses_a_name_that_is_not_listed(tmp_path: Path, name: str) -> None:
+    work = recorder(tmp_path)
     with pytest.raises(ValueError, match=f"{name}: not a metric that may be logged; tracking.METRICS lists them"):
-        tracker.log(1, 10, {name: 2.0})
-    tracker.close()
+        work.log(1, 10, {name: 2.0})
+    work.close()
     assert read_metrics(tmp_path) == []
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_tracker_never_writes_a_value_that_is_not_finite(tmp_path: Path, value: float) -> None:
-    tracker = Tracker(tmp_path, RECIPE, resume_step=None)
-    with pytest.raises(TrainingError, match=f"step 7: train/loss is {value}\n.*finite number\n.*lower optimizer.lr"):
-        tracker.log(7, 10, {"train/lr": 0.1, "train/loss": value})
-    tracker.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_left_out_of_its_row(
+    tmp_path: Path, value: float, wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]]
+) -> None:
+    run = FakeRun()
+    wandb_gives(run)
+    track(tmp_path, [(7, {"train/lr": 0.1, "train/loss": value})])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 7, "train/tokens": 28672, "train/lr": 0.1}\n'
+    assert run.rows == [(7, {"train/tokens": 28672, "train/lr": 0.1})]
 
 
-def test_tracker_drops_rows_after_the_checkpoint_and_keeps_its_validation(tmp_path: Path) -> None:
+def test_a_published_checkpoint_is_reported_and_a_disk_that_refuses_it_ends_nothing(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def refuse(step: int) -> None:
+        seen.append(step)
+        raise StorageError("status.json cannot be written", action="free some space")
+
+    work = RunRecorder(tmp_path, RECIPE, 100, None, on_saved=refuse)
+    work.saved(3)
+    work.close()
+    assert seen == [3]
+
+
+def test_rows_after_a_step_are_dropped_when_the_run_goes_back(tmp_path: Path) -> None:
+    work = recorder(tmp_path)
+    for step in (1, 2, 3):
+        work.log(step, step, {"train/loss": 4.0})
+    work.rewind(1)
+    work.log(2, 2, {"train/loss": 3.0})
+    work.close()
+    assert [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path)] == [(1, 4.0), (2, 3.0)]
+
+
+def test_recorder_drops_rows_after_the_checkpoint_and_keeps_its_validation(tmp_path: Path) -> None:
     rows: list[tuple[int, dict[str, float]]] = [
         (0, {"val/loss": 8.0}), (1, {"train/loss": 7.0}), (2, {"train/loss": 6.0}), (2, {"val/loss": 6.5}),
         (3, {"train/loss": 5.0}),
@@ -130,14 +161,14 @@ def test_tracker_drops_rows_after_the_checkpoint_and_keeps_its_validation(tmp_pa
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_tracker_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
+def test_recorder_starts_anew_without_a_checkpoint(tmp_path: Path) -> None:
     track(tmp_path, [(1, {"train/loss": 7.0})])
     track(tmp_path, [])
     assert read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize("tail", ['{"step": 2, "tra', '{"step": 2, "train/loss": 1.5', "\x00\x00\x00"])
-def test_tracker_drops_the_incomplete_last_line_of_a_killed_writer(tmp_path: Path, tail: str) -> None:
+def test_recorder_drops_the_incomplete_last_line_of_a_killed_writer(tmp_path: Path, tail: str) -> None:
     track(tmp_path, [(1, {"train/loss": 7.0})])
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + tail)
@@ -145,7 +176,7 @@ def test_tracker_drops_the_incomplete_last_line_of_a_killed_writer(tmp_path: Pat
     assert [json.loads(line)["train/loss"] for line in path.read_text().splitlines()] == [7.0, 6.0]
 
 
-def test_tracker_keeps_the_old_file_when_the_rewrite_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorder_keeps_the_old_file_when_the_rewrite_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     track(tmp_path, [(1, {"train/loss": 7.0}), (2, {"train/loss": 6.0})])
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
@@ -156,15 +187,15 @@ def test_tracker_keeps_the_old_file_when_the_rewrite_fails(tmp_path: Path, monke
     with pytest.raises(
         StorageError, match=r"metrics.jsonl cannot be written: No space left on device\n.*free some space"
     ):
-        Tracker(tmp_path, RECIPE, resume_step=1)
+        recorder(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_tracker_keeps_rows_while_the_disk_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_recorder_keeps_rows_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
 ) -> None:
-    tracker = Tracker(tmp_path, RECIPE, resume_step=None)
-    tracker.log(1, 10, {"train/loss": 3.0})
+    work = recorder(tmp_path)
+    work.log(1, 10, {"train/loss": 3.0})
     write = os.write
 
     def full(descriptor: int, data: memoryview) -> int:
@@ -174,26 +205,28 @@ def test_tracker_keeps_rows_while_the_disk_is_full(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full)
-        tracker.log(2, 20, {"train/loss": 2.0})
-        tracker.log(3, 30, {"train/loss": 1.0})
-    assert capsys.readouterr().out.count("cannot be written: No space left on device. The run goes on") == 1
+        work.log(2, 20, {"train/loss": 2.0})
+        work.log(3, 30, {"train/loss": 1.0})
+    (line,) = logged()
+    assert line.startswith("WARNING: ")
+    assert "metrics.jsonl cannot be written: No space left on device. The run goes on" in line
     assert [row["step"] for row in read_metrics(tmp_path)] == [1], "no half row"
-    tracker.log(4, 40, {"train/loss": 0.5})
+    work.log(4, 40, {"train/loss": 0.5})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full)
-        tracker.log(5, 50, {"train/loss": 0.4})
+        work.log(5, 50, {"train/loss": 0.4})
         with pytest.raises(
             StorageError, match=r"metrics.jsonl cannot be written: No space left .*; 1 rows are missing"
         ):
-            tracker.close()
-    tracker.close()
+            work.close()
+    work.close()
 
 
-def test_tracker_refuses_a_damaged_line_inside_the_file(tmp_path: Path) -> None:
+def test_recorder_refuses_a_damaged_line_inside_the_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/tokens": 8}\n[2]\n{"step": 3}\n')
     with pytest.raises(RunFolderError, match=r"metrics.jsonl, line 2 is not a row of metrics: '\[2\]'"):
-        Tracker(tmp_path, RECIPE, resume_step=3)
+        recorder(tmp_path, 3)
 
 
 def test_wandb_gets_rows_by_step_with_tokens_as_axis(
@@ -256,46 +289,49 @@ def test_wandb_mode_is_offline_unless_configured(
     assert wandb._wandb_mode() == mode
 
 
-def test_tracker_goes_on_when_wandb_cannot_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]]
+def test_recorder_goes_on_when_wandb_cannot_start(
+    tmp_path: Path, logged: Callable[[], list[str]], wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]]
 ) -> None:
     wandb_gives(ValueError("bad key\nlong story"))
     track(tmp_path, [(1, {"train/loss": 7.0})])
-    said = "W&B could not start: bad key. The run goes on; metrics.jsonl holds every metric.\n"
-    assert capsys.readouterr().out == said
+    assert logged() == ["W&B could not start: bad key. The run goes on; metrics.jsonl holds every metric."]
     assert len(read_metrics(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
     ("broken", "said"), [("log", "W&B stopped: service is gone."), ("finish", "W&B did not finish: no answer.")]
 )
-def test_tracker_goes_on_when_wandb_breaks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str, said: str,
+def test_recorder_goes_on_when_wandb_breaks(
+    tmp_path: Path, logged: Callable[[], list[str]], broken: str, said: str,
     wandb_gives: Callable[[FakeRun | Exception], dict[str, Any]],
 ) -> None:  # fmt: skip
     wandb_gives(FakeRun(broken))
     track(tmp_path, [(1, {"train/loss": 7.0}), (2, {"train/loss": 6.0})])
-    lines = capsys.readouterr().out.splitlines()
+    lines = logged()
     assert lines[0] == "W&B: https://example.invalid/run"
     assert [line for line in lines[1:] if line.startswith(said)] == lines[1:]
     assert len(lines) == 2
     assert len(read_metrics(tmp_path)) == 2
 
 
-def test_wandb_can_be_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_can_be_switched_off(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
     track(tmp_path, [(1, {"train/loss": 7.0})])
-    assert capsys.readouterr().out == ""
+    assert logged() == []
     assert not (tmp_path / "wandb").exists()
 
 
 WRITER = """
 import sys
 from pathlib import Path
+from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.config.loading import load_recipe
-from inheritune_ds.tracking.recorder import Tracker
-tracker = Tracker(Path(sys.argv[1]), load_recipe("quickstart"), resume_step=int(sys.argv[2]) or None)
-tracker.log(5, 500, {"train/loss": 7.0})
-tracker.close()
+from inheritune_ds.console import log_to_console
+from inheritune_ds.tracking.recorder import RunRecorder
+log_to_console()
+state = TrainState(step=int(sys.argv[2])) if int(sys.argv[2]) else None
+work = RunRecorder(Path(sys.argv[1]), load_recipe("quickstart"), 9, state, on_saved=print)
+work.log(5, 500, {"train/loss": 7.0})
+work.close()
 """
 
 

@@ -94,7 +94,7 @@ def test_an_update_is_that_of_the_mean_over_all_tokens(stage: int, precision: st
     assert found.loss == pytest.approx(float(loss.detach()), rel=1e-6 if precision == "fp32" else 1e-4)
     # of all groups of stage 3 together, and without the loss scale of fp16
     assert found.grad_norm == pytest.approx(float(norm), rel=1e-5 if precision == "fp32" else 1e-2)
-    assert (found.applied, found.fault, found.wishes) == (True, None, Requests())
+    assert (found.applied, found.fault, found.requests) == (True, None, Requests())
     assert 0.0 < found.passes_s < 60.0
     assert {group["lr"] for group in engine._engine.optimizer.param_groups} == {1e-3}
     assert state(engine) != before
@@ -181,15 +181,15 @@ def test_all_copies_of_a_bf16_gradient_are_judged(make: Make, monkeypatch: pytes
     assert (found.applied, found.fault, found.grad_norm) == (False, "the gradient is not finite", math.inf)
 
 
-WISHES = [Requests(stop=True), Requests(save=True), Requests(evaluate=True), Requests(save=True, evaluate=True)]
+REQUESTS = [Requests(stop=True), Requests(save=True), Requests(evaluate=True), Requests(save=True, evaluate=True)]
 
 
-@pytest.mark.parametrize("wishes", WISHES)
-def test_any_rank_s_wish_is_everybody_s(wishes: Requests, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert step(make(), wishes=wishes).wishes == wishes
-    other = torch.tensor([5.0, wishes.stop, wishes.save, wishes.evaluate])
+@pytest.mark.parametrize("requests", REQUESTS)
+def test_request_of_any_rank_is_everybody_s(requests: Requests, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert step(make(), requests=requests).requests == requests
+    other = torch.tensor([5.0, requests.stop, requests.save, requests.evaluate])
     monkeypatch.setattr(dist, "all_reduce", lambda sums: sums.add_(other))
-    assert agreed(totals(Requests(), torch.device("cpu"))) == (5.0, wishes)
+    assert agreed(totals(Requests(), torch.device("cpu"))) == (5.0, requests)
 
 
 def test_a_token_id_that_the_model_has_not_is_refused_on_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +22,10 @@ from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.watchdog import Watchdog
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import StorageError, TrainingError
+from inheritune_ds.tracking.metrics import make_row
+from inheritune_ds.tracking.recorder import Recorder
 from inheritune_ds.training.engine import StepResult
-from inheritune_ds.training.loop import LoopParts, seed_step, train
+from inheritune_ds.training.loop import LoopParts, Periodic, seed_step, train
 from inheritune_ds.training.requests import Controls
 from inheritune_ds.training.validation import Validator
 
@@ -47,7 +49,7 @@ class Model:
         micro_batches: list[torch.Tensor],
         *,
         lr: float,
-        wishes: Requests,
+        requests: Requests,
         judge: Callable[[float, float], str | None],
     ) -> StepResult:
         assert lr > 0
@@ -55,7 +57,7 @@ class Model:
         self.read.append(int(micro_batches[0][0, 0]))
         loss = self.losses.get(len(self.read), 3.0)
         fault = judge(loss, 1.0)
-        return StepResult(loss, 1.0, applied=fault is None, fault=fault, wishes=wishes, passes_s=0.0)
+        return StepResult(loss, 1.0, applied=fault is None, fault=fault, requests=requests, passes_s=0.0)
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
         loss = next(self.validation)
@@ -87,22 +89,15 @@ class Saved:
         return self.states[-1] if self.states else None
 
 
-class Told:
+class Told(Recorder):
     """A recorder that keeps what it is told."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self.lines: list[str] = []
         self.saved_steps: list[int] = []
 
-    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        self.rows.append({"step": step, "tokens": tokens, **values})
-
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Nothing is shown."""
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+    def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        self.rows.append(make_row(step, tokens, values))
 
     def saved(self, step: int) -> None:
         self.saved_steps.append(step)
@@ -164,19 +159,26 @@ def test_train_validates_logs_and_saves_at_its_steps(recipe: Recipe, tmp_path: P
     assert json.loads((tmp_path / "eval/validation-step-00000000.json").read_text())["loss"] == 5.0
 
 
-def test_faults_in_a_row_bring_the_run_back_and_their_batches_are_skipped(recipe: Recipe, tmp_path: Path) -> None:
+def test_faults_in_a_row_bring_the_run_back_and_their_batches_are_skipped(
+    recipe: Recipe, tmp_path: Path, logged: Callable[[], list[str]]
+) -> None:
     straight = Model()
     (tmp_path / "straight").mkdir()
     train(parts(recipe, straight, tmp_path / "straight", Told()), 12, None)
+    logged()
     told, model = Told(), Model()
     model.losses = dict.fromkeys((5, 6, 7), math.nan)  # steps 5 to 7; the checkpoint before them is that of step 3
     result = train(parts(recipe, model, tmp_path, told), 9, None)
     assert model.read == [*straight.read[:7], straight.read[3], *straight.read[7:12]]
     assert (result.state.step, result.state.skipped_steps, result.state.skipped_batches) == (9, 0, ((4, 7),))
     assert result.state.faults.rollbacks == 1
-    (line,) = (line for line in told.lines if "rollback" in line)
-    assert "step 7: 3 updates in a row were left out (batches 4 to 6); the run goes back to step 3 and skips" in line
-    assert [line[:6] for line in told.lines if "the loss is nan" in line] == ["step 5", "step 6", "step 7"]
+    lines = logged()
+    (line,) = (line for line in lines if "rollback" in line)
+    assert (
+        "WARNING: step 7: 3 updates in a row were left out (batches 4 to 6); the run goes back to step 3 and skips"
+        in line
+    )
+    assert [line[:6] for line in lines if "the loss is nan" in line] == ["step 5", "step 6", "step 7"]
     steps = [row["step"] for row in told.rows if "train/lr" in row]
     assert steps == list(range(1, 10)), "what was undone is not in the metrics"
 
@@ -264,9 +266,9 @@ def test_ranks_ask_each_other_only_where_they_are_watched(recipe: Recipe, tmp_pa
     watch.phase = phase
 
     class Asked(Controls):
-        def wishes(self) -> Requests:
+        def requests(self) -> Requests:
             asked.append(" ".join(inside))
-            return super().wishes()
+            return super().requests()
 
     train(replace(work, controls=Asked(tmp_path, StopSignal(), work.world)), 3, None)
     # A validation of few batches asks once, before its first.
@@ -310,13 +312,13 @@ def test_a_validation_that_a_stop_cuts_short_is_done_by_the_next_launch(recipe: 
 
 
 def test_a_disk_that_refuses_the_losses_of_windows_ends_nothing_before_the_last_step(
-    recipe: Recipe, tmp_path: Path
+    recipe: Recipe, tmp_path: Path, logged: Callable[[], list[str]]
 ) -> None:
     told = Told()
     work = replace(parts(recipe, Model(), tmp_path, told), eval_dir=tmp_path / "missing")
     with pytest.raises(StorageError, match=r"validation-step-00000005\.json\S* cannot be written"):
         train(work, 5, TrainState(step=3))
-    assert [line[:7] for line in told.lines if "has the mean" in line] == ["WARNING"]
+    assert [line[:7] for line in logged() if "has the mean" in line] == ["WARNING"]
     assert [row["step"] for row in told.rows if "val/loss" in row] == [4]
 
 
@@ -331,3 +333,41 @@ def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:
     assert len({draw(*combination) for combination in combinations}) == len(combinations)
     seed_step(1337, 0, 0)
     assert torch.initial_seed() == 5_906_761_872_107_461_528  # runs that were begun go on with it
+
+
+def test_tasks_run_at_their_steps_after_the_validation_and_before_the_checkpoint(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    told = Told()
+    work = parts(recipe, Model(), tmp_path, told)
+    saved: Any = work.saver
+    seen: list[tuple[int, bool, list[int]]] = []
+
+    def look(state: TrainState, stop: Callable[[], bool]) -> bool:
+        assert not stop()
+        validated = any(row["step"] == state.step and "val/loss" in row for row in told.rows)
+        seen.append((state.step, validated, [done.step for done in saved.states]))
+        return True
+
+    assert train(replace(work, tasks=(Periodic(3, look),)), 7, None).finished
+    assert seen == [(0, True, []), (3, False, []), (6, True, [3]), (7, True, [3, 6])]
+
+
+def test_a_task_that_a_stop_cuts_short_is_run_again_by_the_next_launch(recipe: Recipe, tmp_path: Path) -> None:
+    work = parts(recipe, Model(), tmp_path, Told())
+    answers, after = iter([True, False, True, True]), []
+
+    def first(_state: TrainState, _stop: Callable[[], bool]) -> bool:
+        return next(answers)
+
+    def second(state: TrainState, _stop: Callable[[], bool]) -> bool:
+        after.append(state.step)
+        return True
+
+    work = replace(work, tasks=(Periodic(3, first), Periodic(1, second)))
+    result = train(work, 6, TrainState(step=1))
+    assert (result.finished, result.state.step, result.state.validation_due, after) == (False, 6, True, [2, 3, 4, 5])
+    given: Any = work.saver
+    assert given.states[-1] == result.state
+    assert train(work, 6, result.state).finished
+    assert after == [2, 3, 4, 5, 6]

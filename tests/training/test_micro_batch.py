@@ -11,7 +11,7 @@ import torch
 
 from inheritune_ds.config.deepspeed import Machine, Resolved
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.distributed.coordination import Meeting
+from inheritune_ds.distributed.coordination import Coordinator
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import MachineError
@@ -31,7 +31,7 @@ def search(
         tried.append(size)
         return peak(size)
 
-    return largest_that_fits(sizes, limit_gib, measure, lambda _: None, sequence_gib=sequence_gib), tried
+    return largest_that_fits(sizes, limit_gib, measure, sequence_gib=sequence_gib), tried
 
 
 @pytest.mark.parametrize("limit", [4.0, 5.0, 7.9, 18.0, 33.9, 34.0, 100.0])
@@ -76,17 +76,14 @@ def test_peak_starts_anew_after_a_reset() -> None:
 
 @dataclass
 class Here:
-    """A place of one rank that says nothing aloud."""
+    """A place of one rank."""
 
     machine: Machine
     world: World
 
     @property
-    def meeting(self) -> Meeting:
-        return Meeting(self.world, StopSignal())
-
-    def say(self, line: str) -> None:
-        assert line
+    def meeting(self) -> Coordinator:
+        return Coordinator(self.world, StopSignal())
 
 
 @pytest.mark.parametrize("packing", [None, DocumentPacking(0)])

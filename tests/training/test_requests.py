@@ -2,6 +2,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,47 +17,42 @@ from inheritune_ds.training.requests import Controls
 MAIN, SECOND = World(0, 2, 0, 2, "env"), World(1, 2, 1, 2, "env")
 
 
-@pytest.fixture
-def lines() -> list[str]:
-    return []
-
-
 @pytest.fixture(autouse=True)
 def look_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "LOOK_S", 0.0)
 
 
-def test_a_signal_is_a_wish_to_stop_and_the_reason(tmp_path: Path) -> None:
+def test_a_signal_is_a_request_to_stop_and_the_reason(tmp_path: Path) -> None:
     for world in (MAIN, SECOND):
         stop = StopSignal()
         asked = Controls(tmp_path, stop, world)
-        assert asked.wishes() == Requests()
+        assert asked.requests() == Requests()
         assert asked.reason == "another rank was asked to stop"
         stop._handle(signal.SIGTERM, None)
-        assert asked.wishes() == Requests(stop=True)
+        assert asked.requests() == Requests(stop=True)
         assert asked.reason == "SIGTERM"
 
 
-def test_files_are_wishes_until_they_are_honoured(tmp_path: Path) -> None:
+def test_files_are_requests_until_they_are_handled(tmp_path: Path) -> None:
     asked = Controls(tmp_path, StopSignal(), MAIN)
-    for name, wish in {
+    for name, request in {
         "SAVE": Requests(save=True),
         "EVAL": Requests(evaluate=True),
         "STOP": Requests(stop=True),
     }.items():
         (tmp_path / name).touch()
-        assert asked.wishes() == wish
+        assert asked.requests() == request
         asked.acknowledge(Requests())
-        assert asked.wishes() == wish
-        asked.acknowledge(wish)
+        assert asked.requests() == request
+        asked.acknowledge(request)
         assert not (tmp_path / name).exists()
-        assert asked.wishes() == Requests()
+        assert asked.requests() == Requests()
 
 
 def test_the_reason_names_the_file(tmp_path: Path) -> None:
     asked = Controls(tmp_path, StopSignal(), MAIN)
     (tmp_path / "STOP").touch()
-    asked.wishes()
+    asked.requests()
     assert asked.reason == "the file STOP in the run folder"
     asked.acknowledge(Requests(stop=True))
     assert asked.reason == "the file STOP in the run folder", "it is gone when the reason is written down"
@@ -65,7 +61,7 @@ def test_the_reason_names_the_file(tmp_path: Path) -> None:
 def test_only_rank_0_looks_for_files_and_removes_them(tmp_path: Path) -> None:
     asked = Controls(tmp_path, StopSignal(), SECOND)
     (tmp_path / "SAVE").touch()
-    assert asked.wishes() == Requests()
+    assert asked.requests() == Requests()
     asked.acknowledge(Requests(save=True))
     assert (tmp_path / "SAVE").exists()
 
@@ -75,12 +71,12 @@ def test_files_are_looked_for_once_a_second(tmp_path: Path, monkeypatch: pytest.
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     asked = Controls(tmp_path, StopSignal(), MAIN)
-    assert asked.wishes() == Requests()
+    assert asked.requests() == Requests()
     (tmp_path / "SAVE").touch()
     now[0] += 0.9
-    assert asked.wishes() == Requests()
+    assert asked.requests() == Requests()
     now[0] += 0.2
-    assert asked.wishes() == Requests(save=True)
+    assert asked.requests() == Requests(save=True)
 
 
 def test_a_disk_that_does_not_answer_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,42 +88,42 @@ def test_a_disk_that_does_not_answer_ends_nothing(tmp_path: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stale)
-        assert asked.wishes() == Requests()
-    assert asked.wishes() == Requests(save=True)
+        assert asked.requests() == Requests()
+    assert asked.requests() == Requests(save=True)
 
 
-def test_a_stop_of_an_earlier_launch_is_removed_and_said(tmp_path: Path, lines: list[str]) -> None:
+def test_a_stop_of_an_earlier_launch_is_removed_and_said(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
     left_over = tmp_path / "STOP"
     left_over.touch()
     os.utime(left_over, (time.time() - 60.0,) * 2)
-    asked = Controls(tmp_path, StopSignal(), MAIN, say=lines.append)
-    assert asked.wishes() == Requests()
-    assert lines == [f"removed {left_over}: it is older than this command"]
+    asked = Controls(tmp_path, StopSignal(), MAIN)
+    assert asked.requests() == Requests()
+    assert logged() == [f"removed {left_over}: it is older than this command"]
     assert not left_over.exists()
 
 
-def test_a_stop_that_came_while_the_run_was_prepared_counts(tmp_path: Path, lines: list[str]) -> None:
+def test_a_stop_that_came_while_the_run_was_prepared_counts(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
     stop = StopSignal()
     time.sleep(0.05)
     (tmp_path / "STOP").touch()
-    assert Controls(tmp_path, stop, MAIN, say=lines.append).wishes() == Requests(stop=True)
-    assert lines == []
+    assert Controls(tmp_path, stop, MAIN).requests() == Requests(stop=True)
+    assert logged() == []
 
 
 def test_a_file_that_cannot_be_removed_is_honoured_once(
-    tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Controls(tmp_path, StopSignal(), MAIN, say=lines.append)
+    asked = Controls(tmp_path, StopSignal(), MAIN)
     (tmp_path / "SAVE").touch()
 
     def refuse(_path: Path, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 (Path.unlink's own)
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert asked.wishes() == Requests(save=True)
+    assert asked.requests() == Requests(save=True)
     asked.acknowledge(Requests(save=True))
-    assert asked.wishes() == Requests()
-    assert lines == [
+    assert asked.requests() == Requests()
+    assert logged() == [
         f"WARNING: {tmp_path / 'SAVE'} cannot be removed (Read-only file system); it is not looked at again"
     ]
 
@@ -136,25 +132,25 @@ def test_the_time_limit_leaves_room_for_a_step_and_a_save(tmp_path: Path, monkey
     age = [601.0]
     monkeypatch.setattr(StopSignal, "age_s", property(lambda _: age[0]))
     asked = Controls(tmp_path, StopSignal(), MAIN, max_minutes=10.0)
-    assert not asked.wishes().stop, "every launch does a step"
+    assert not asked.requests().stop, "every launch does a step"
     asked.stepped(0.0)
-    assert asked.wishes().stop
+    assert asked.requests().stop
     age[0] = 539.0  # a save that was never measured may take a tenth of the limit
-    assert not asked.wishes().stop
+    assert not asked.requests().stop
     age[0] = 541.0
-    assert asked.wishes().stop
+    assert asked.requests().stop
     assert asked.reason == "--max-minutes 10"
     asked.saved(4.0)
     asked.saved(1.0)
     asked.stepped(3.0)
-    assert not asked.wishes().stop
+    assert not asked.requests().stop
     age[0] = 585.0  # 2 * 4 + 2 * 3
-    assert not asked.wishes().stop
+    assert not asked.requests().stop
     age[0] = 587.0
-    assert asked.wishes().stop
+    assert asked.requests().stop
     for _ in range(8):
         asked.stepped(0.1)  # the first step, which compiled, is forgotten
-    assert not asked.wishes().stop
+    assert not asked.requests().stop
 
 
 def test_the_first_save_of_a_long_run_is_given_five_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,14 +158,14 @@ def test_the_first_save_of_a_long_run_is_given_five_minutes(tmp_path: Path, monk
     monkeypatch.setattr(StopSignal, "age_s", property(lambda _: age[0]))
     asked = Controls(tmp_path, StopSignal(), MAIN, max_minutes=24 * 60.0)
     asked.stepped(0.0)
-    assert not asked.wishes().stop
+    assert not asked.requests().stop
     age[0] += 2.0
-    assert asked.wishes().stop
+    assert asked.requests().stop
 
 
 def test_no_time_limit_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopSignal, "age_s", property(lambda _: 1e9))
-    assert Controls(tmp_path, StopSignal(), MAIN).wishes() == Requests()
+    assert Controls(tmp_path, StopSignal(), MAIN).requests() == Requests()
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
