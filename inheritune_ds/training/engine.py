@@ -26,7 +26,7 @@ from inheritune_ds.training.document_masks import skip_packing_check
 from inheritune_ds.training.faults import not_finite
 from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
-from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
+from inheritune_ds.training.optimizer import build_optimizer, parameter_groups, without_names
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses, prove_apart
 from inheritune_ds.training.step_clock import PassClock
 from inheritune_ds.training.update_gate import Judge, UpdateGate, agreed, count_targets, totals
@@ -87,7 +87,6 @@ class Engine:
         import deepspeed
 
         self.world = world
-        self.ds_config = ds_config
         low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
         # DeepSpeed rounds the model to half precision before it makes its fp32 masters of it. It gives every parameter
         # new memory then; these are the tensors of before, mapped from the target's file if that is in fp32.
@@ -185,11 +184,6 @@ class Engine:
             passes_s=clock.seconds(),
         )
 
-    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
-        """Forward pass: fp32 logits of shape (B, T, V)."""
-        output: torch.Tensor = self._engine(input_ids=tokens_BT, use_cache=False).logits
-        return output.float()
-
     @torch.no_grad()
     def window_losses(self, batches: Sequence[Tokens]) -> list[npt.NDArray[np.float64]]:
         """Mean loss of every window over its counted targets, in nats a token; all ranks must give as many batches.
@@ -210,10 +204,13 @@ class Engine:
 
     @torch.no_grad()
     def probe_logits(self, tokens: Tokens) -> torch.Tensor:
-        """Logits of the last state on the CPU, in evaluation mode; all ranks must call it."""
+        """Logits (B, T, V) of the last state in fp32 on the CPU, in evaluation mode; all ranks must call it."""
         self._engine.eval()
         try:
-            return self.logits(torch.from_numpy(tokens).to(self.device)).cpu()
+            logits: torch.Tensor = self._engine(
+                input_ids=torch.from_numpy(tokens).to(self.device), use_cache=False
+            ).logits
+            return logits.float().cpu()
         finally:
             self._engine.train()
 
@@ -266,12 +263,8 @@ def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str
 def _optimizer(model: "PreTrainedModel", ds_config: Mapping[str, Any], kernels: Kernels) -> dict[str, Any]:
     """What `deepspeed.initialize` is given of the optimizer: a client's, or the groups for its own (offload)."""
     params = ds_config["optimizer"]["params"]
-    groups = [
-        {key: value for key, value in group.items() if key != "names"}
-        for group in parameter_groups(model, params["weight_decay"])
-        if group["params"]
-    ]
+    groups = parameter_groups(model, params["weight_decay"])
     optimizer = build_optimizer(
         kernels.optimizer, groups, lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
     )
-    return {"model_parameters": groups} if optimizer is None else {"optimizer": optimizer}
+    return {"model_parameters": without_names(groups)} if optimizer is None else {"optimizer": optimizer}

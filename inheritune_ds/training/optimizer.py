@@ -52,6 +52,11 @@ def _group(named: Iterable[tuple[str, Any]], weight_decay: float) -> dict[str, A
     }
 
 
+def without_names(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The groups as an optimizer takes them: without names, and none without parameters."""
+    return [{key: value for key, value in group.items() if key != "names"} for group in groups if group["params"]]
+
+
 def build_optimizer(
     kind: str, groups: Iterable[Mapping[str, Any]], *, lr: float, betas: Sequence[float], eps: float
 ) -> "torch.optim.Optimizer | None":
@@ -75,7 +80,7 @@ def build_optimizer(
     """
     import torch
 
-    given = [{key: value for key, value in group.items() if key != "names"} for group in groups if group["params"]]
+    given = without_names(groups)
     settings: dict[str, Any] = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps}
     if kind == "deepspeed_cpu":
         return None
