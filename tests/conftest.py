@@ -29,14 +29,9 @@ settings.load_profile("suite")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the files that take longest, so that no worker is left alone with one at the end."""
-    marks = ("slow", "launch")
-    ranked = [
-        (item.path, next((i for i, mark in enumerate(marks) if item.get_closest_marker(mark)), 2)) for item in items
-    ]
-    rank: dict[Path, int] = {}
-    for path, number in ranked:
-        rank[path] = min(number, rank.get(path, number))
-    items.sort(key=lambda item: rank[item.path])
+    launched = {item.path for item in items if "warm" in getattr(item, "fixturenames", ())}
+    marked = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("launch")}
+    items.sort(key=lambda item: (item.path not in launched, item.path not in marked))
 
 
 @pytest.fixture(autouse=True)

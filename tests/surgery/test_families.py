@@ -19,7 +19,7 @@ from tests.surgery.refusals import IN_PLACE, REFUSED
 
 SELECTIONS = {"first:3": (0, 1, 2), "last:2": (4, 5), "0,2,5": (0, 2, 5), "even:3": (0, 3, 5)}
 NAMES = [*TINY, *VARIANTS]
-QUICK = {"gpt2", "llama", *NAMES[::6]}
+QUICK = {"gpt2", "llama", *NAMES[::10]}
 """The others take minutes, and belong to `make test-all`."""
 
 
