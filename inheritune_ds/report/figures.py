@@ -50,14 +50,6 @@ _STYLE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Line:
-    """A validation curve of a study's figure."""
-
-    label: str
-    run_dir: Path
-
-
-@dataclass(frozen=True)
 class Level:
     """A loss that does not change: the reference's. Drawn as a thin dashed line."""
 
@@ -67,13 +59,13 @@ class Level:
     colour: str = _QUIET
 
 
-def draw_study(path: Path, title: str, lines: Sequence[Line], level: Level | None) -> None:
+def draw_study(path: Path, title: str, runs: Sequence[tuple[str, Path]], level: Level | None) -> None:
     """Draw the validation curves of several runs over tokens seen.
 
     Args:
         path: The PNG to write.
         title: Above the figure.
-        lines: The curves, most important first; that one is drawn on top.
+        runs: Label and folder of each run, most important first; that one is drawn on top.
         level: The reference's final loss, if there is a reference.
 
     Raises:
@@ -81,13 +73,13 @@ def draw_study(path: Path, title: str, lines: Sequence[Line], level: Level | Non
     """
     from matplotlib import rc_context
 
-    curves = [_validation(line.run_dir, read_metrics(line.run_dir)) for line in lines]
+    curves = [_validation(run_dir, read_metrics(run_dir)) for _, run_dir in runs]
     with rc_context(_STYLE):
         figure = _new_figure(7.6, 4.4)
         axes = figure.subplots()
         ends = [
-            _draw_validation(axes, curves[index], line.label, COLOURS[index % len(COLOURS)], len(lines) - index)
-            for index, line in enumerate(lines)
+            _draw_validation(axes, curves[index], label, COLOURS[index % len(COLOURS)], len(runs) - index)
+            for index, (label, _) in enumerate(runs)
         ]
         dashed = "; dashed: the reference's final loss" if level else ""
         _head(axes, title, f"all on the same windows; bands: ± 1 standard error{dashed}")

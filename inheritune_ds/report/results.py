@@ -84,7 +84,8 @@ def run_result(run_dir: Path) -> RunResult:
         RunFolderError: When run.json or the last validation is missing or damaged.
     """
     summary = _read(run_dir / "run.json", RunSummary)
-    first, last, reference = (run_dir / "eval" / name for name in _evaluation_files(summary.steps))
+    first, last = (run_dir / "eval" / f"validation-step-{step:08d}.json" for step in (0, summary.steps))
+    reference = run_dir / "eval" / "reference.json"
     return RunResult(
         folder=run_dir,
         summary=summary,
@@ -92,10 +93,6 @@ def run_result(run_dir: Path) -> RunResult:
         final=_read(last, Evaluation),
         reference=_read(reference, ReferenceEvaluation) if reference.exists() else None,
     )
-
-
-def _evaluation_files(steps: int) -> tuple[str, str, str]:
-    return "validation-step-00000000.json", f"validation-step-{steps:08d}.json", "reference.json"
 
 
 def _read(path: Path, model: type[Model]) -> Model:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inheritune_ds.report.comparison import Difference, check_same_windows, paired_difference
-from inheritune_ds.report.figures import COLOURS, Level, Line, draw_study
+from inheritune_ds.report.figures import COLOURS, Level, draw_study
 from inheritune_ds.report.results import ReferenceEvaluation, RunResult
 from inheritune_ds.report.tables import (
     NOTE,
@@ -128,15 +128,15 @@ def _outside_reference(rows: Sequence[StudyRow]) -> ReferenceEvaluation | None:
 def _draw(path: Path, title: str, rows: Sequence[StudyRow]) -> None:
     """Draw a study: targets first (on top), the reference's final loss as a level in its colour."""
     ordered = [row for role in ("target", "baseline", "reference") for row in rows if row.role == role]
-    lines = [Line(row.label, row.result.folder) for row in ordered]
+    runs = [(row.label, row.result.folder) for row in ordered]
     outside = _outside_reference(rows)
     level = None
     if outside is not None:
         level = Level(f"reference {reference_name(outside.model)}", outside.loss)
     elif ordered[-1].role == "reference":
-        colour = COLOURS[(len(lines) - 1) % len(COLOURS)]
+        colour = COLOURS[(len(runs) - 1) % len(COLOURS)]
         level = Level("", ordered[-1].result.final.loss, colour)
-    draw_study(path, title, lines, level)
+    draw_study(path, title, runs, level)
 
 
 def _row_document(row: StudyRow) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class PassClock:
 class StepClock:
     """Time of optimizer steps since the last logged one, from the end of one to the end of the next.
 
-    Validation and checkpoints do not count; what the loop itself does between the steps, logging among it, does.
+    Validation and checkpoints do not count; what the loop itself does between the steps, logging among it, does. Means
+    and shares exist once a step has ended.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -77,19 +78,19 @@ class StepClock:
     @property
     def mean_s(self) -> float:
         """Mean time of a step."""
-        return self._sum_s / max(self._steps, 1)
+        return self._sum_s / self._steps
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second of all ranks."""
-        return self._tokens / self.mean_s if self._steps else 0.0
+        return self._tokens / self.mean_s
 
     @property
     def outside_ratio(self) -> float:
         """Share of a step outside the forward and backward passes."""
-        return 1.0 - self._passes_s / self._sum_s if self._steps else 0.0
+        return 1.0 - self._passes_s / self._sum_s
 
     @property
     def data_wait_ratio(self) -> float:
         """Share of a step spent waiting for tokens."""
-        return self._wait_s / self._sum_s if self._steps else 0.0
+        return self._wait_s / self._sum_s
