@@ -327,8 +327,8 @@ MUTATIONS = [
     Mutation(
         "shards would be larger than they may",
         WRITING,
-        "if shard and filled + sizes[graft.name] > SHARD_BYTES:",
-        "if shard and filled > SHARD_BYTES:",
+        "if shards[-1] and filled + size > SHARD_BYTES:",
+        "if shards[-1] and filled > SHARD_BYTES:",
         "shards_with_an_index",
     ),
     Mutation("a target would fill the disk", WRITING, "if size > free:", "if size < 0 > free:", "fit_on_the_disk"),

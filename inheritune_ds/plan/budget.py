@@ -98,7 +98,7 @@ class Budget:
     @property
     def checkpoint_bytes(self) -> int | None:
         """One checkpoint, all ranks."""
-        return checkpoint_bytes(self.parameters.total, self.layout["precision"]) if self.parameters else None
+        return checkpoint_bytes(self.parameters.total) if self.parameters else None
 
     @cached_property
     def memory(self) -> Memory | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from inheritune_ds.config.model import Shape
-from inheritune_ds.config.zero import Precision, Recomputation, element_bytes
+from inheritune_ds.config.zero import Recomputation
 from inheritune_ds.plan.activations import key_value_size, mlp_size
 from inheritune_ds.plan.zero_memory import Tensors
 
@@ -108,11 +108,10 @@ def hardware_flops_per_token(shape: Shape, num_blocks: int, seq_len: int, recomp
     return flops + 2.0 * parameters(shape, num_blocks).blocks + 4.0 * num_blocks * shape.hidden_size * seq_len
 
 
-def checkpoint_bytes(count: int, precision: Precision) -> int:
-    """Bytes of one checkpoint over all ranks: weights, fp32 master weights and both Adam moments.
+def checkpoint_bytes(count: int) -> int:
+    """Bytes of one checkpoint over all ranks: fp32 master weights and both Adam moments.
 
     Args:
         count: Parameters.
-        precision: What the model computes in.
     """
-    return count * (element_bytes(precision) + 4 + 8)
+    return count * (4 + 8)

@@ -193,7 +193,7 @@ class _Run:
             parameters = prepared.target.report["parameters"]
             rule, there = self._recipe.checkpoint, sum(1 for _ in published(folder.checkpoints))
             missing = max(0, checkpoints_staying(rule, RunData(self._recipe, prepared.tokens).total_steps) - there)
-            size = checkpoint_bytes(parameters, self._resolved.precision)
+            size = checkpoint_bytes(parameters)
             require_space(folder.checkpoints, size, count=missing + CHECKPOINTS_IN_HAND)
         return {"prepared": prepared.note, "checkpoint": chosen}
 

@@ -58,7 +58,7 @@ def test_plan_of_the_paper_gives_all_figures_and_the_verdict() -> None:
         "FLOPs 11.3 GFLOP a token, 9.04e+19 in all",
         "checkpoint 23.7 GiB (25,418,937,600 bytes), every 200 steps",
         "download 11.1 GiB openlm-research/open_llama_3b: 6.4 GiB",
-        "disk 121.1 GiB checkpoints (2 kept, 2 in hand): 94.7 GiB",
+        "disk 107.6 GiB checkpoints (2 kept, 2 in hand): 81.2 GiB",
     ):
         assert figure in budget
     assert "1 x RTX A6000 6,848 324.5 162.2 324.5 45.2 of 48 GiB: fits" in section(text, "hours")
