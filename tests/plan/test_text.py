@@ -56,7 +56,7 @@ def test_plan_of_the_paper_gives_all_figures_and_the_verdict() -> None:
         "tokens per step 131,072 = micro-batch 2 x accumulation 32 x ranks 1 x seq_len 2048",
         "unique tokens 960,492,709 (estimate) steps 61,035 tokens seen 7,999,979,520 epochs 8.33 (estimate)",
         "FLOPs 11.3 GFLOP a token, 9.04e+19 in all",
-        "checkpoint 23.7 GiB (25,418,937,600 bytes), every 200 steps",
+        "checkpoint 20.3 GiB (21,787,660,800 bytes), every 200 steps",
         "download 11.1 GiB openlm-research/open_llama_3b: 6.4 GiB",
         "disk 107.6 GiB checkpoints (2 kept, 2 in hand): 81.2 GiB",
     ):
