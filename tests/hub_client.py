@@ -96,9 +96,9 @@ def _snapshot(name: str, patterns: list[str], revision: str = "main") -> dict[st
 
 
 def _pin(folder: str, repo_type: Any, name: str, revision: str = "main") -> str:
-    from inheritune_ds.run.folder import RunFolder
+    from inheritune_ds.run.pins import pin
 
-    return RunFolder(Path(folder)).pin(repo_type, name, revision)
+    return pin(Path(folder), repo_type, name, revision)
 
 
 def _locate(model: str, **settings: Any) -> list[Any]:

@@ -59,7 +59,7 @@ def hang(place: str) -> None:
 
     from inheritune_ds.checkpoints.saver import Saver
     from inheritune_ds.data.stream.batches import BatchStream
-    from inheritune_ds.run.finish import RunResults
+    from inheritune_ds.run import stages
     from inheritune_ds.training.engine import Engine
 
     owner, name, after_steps = {
@@ -73,7 +73,7 @@ def hang(place: str) -> None:
         "wandb_finish": (wandb.Run, "finish", 0),
         "validation": (Engine, "window_losses", STEPS_BEFORE),
         "save": (Saver, "save", STEPS_BEFORE),
-        "finish": (RunResults, "write", 0),
+        "finish": (stages, "write_results", 0),
     }[place]
     sleep = hold_the_interpreter if place == "interpreter" else sleep_for_ever
     replaced(owner, name, sleep, after_steps=after_steps)

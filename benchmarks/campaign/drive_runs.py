@@ -24,6 +24,7 @@ from benchmarks.campaign.resumes import Seen, stopped_after
 from inheritune_ds.cli.options import machine_for
 from inheritune_ds.config import deepspeed_checks
 from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.console import log_to_console
 from inheritune_ds.data.stream.batches import BatchStream
 from inheritune_ds.distributed.environment import prepare_environment
 from inheritune_ds.distributed.signals import StopSignal
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--then", type=Path)
     args = parser.parse_args()
     world = detect(os.environ)
+    log_to_console(is_main=world.is_main)
     export(world, os.environ)
     prepare_environment(os.environ, kind="cpu")
     import torch

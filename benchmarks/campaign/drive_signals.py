@@ -46,20 +46,20 @@ def pause_preparing(seconds: float) -> None:
 
     prepare_environment(os.environ, kind="cpu")
     from inheritune_ds.distributed.coordination import Coordinator
-    from inheritune_ds.run.prepare import prepare_run
+    from inheritune_ds.run.pins import pin_revisions
 
     run_on_rank0, calls = Coordinator.run_on_rank0, count(1)
 
     def preparing(*words: Any, **how: Any) -> Any:
         pause(seconds)
-        return prepare_run(*words, **how)
+        return pin_revisions(*words, **how)
 
     def waiting_for_rank_0(coordinator: Coordinator, work: Callable[[], Any]) -> Any:
         if next(calls) == 2 and os.environ.get("RANK", "0") != "0":  # the first asks whether the run has finished
             pause(0.0)
         return run_on_rank0(coordinator, work)
 
-    patch("inheritune_ds.run.execute.prepare_run", preparing).start()
+    patch("inheritune_ds.run.prepare.pin_revisions", preparing).start()
     patch.object(Coordinator, "run_on_rank0", waiting_for_rank_0).start()
 
 

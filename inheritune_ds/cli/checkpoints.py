@@ -178,6 +178,7 @@ def _read_back(checkpoint: Path, total: int) -> str | None:
 def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespace) -> None:
     from inheritune_ds.checkpoints import retention
     from inheritune_ds.checkpoints.manifest import newest_step
+    from inheritune_ds.run.status import write_status
 
     folder.lock()
     try:
@@ -194,7 +195,8 @@ def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespa
             deleted = retention.go_back(store, args.after, print)
             if deleted:  # a run that had finished would not go on otherwise
                 step = newest_step(store.folder)
-                folder.write_status("requeue", step=step, reason=f"brought back to step {step} by `checkpoints prune`")
+                reason = f"brought back to step {step} by `checkpoints prune`"
+                write_status(folder.path, "requeue", step=step, reason=reason)
         for checkpoint in deleted:
             print(f"{checkpoint.name}  deleted")
         # Whatever was deleted, the newest of the others was read back first.

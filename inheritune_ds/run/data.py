@@ -1,27 +1,22 @@
-"""What a run reads: its batches, its held-out windows, how often it has seen what, and that it is still the same."""
+"""The data of a run: batches, validation windows, number of steps, tokens seen by source."""
 
-import hashlib
-import json
+import logging
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from inheritune_ds.checkpoints.train_state import TrainState
-from inheritune_ds.config.loading import differences
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.stream.batches import BatchStream, build_held_out, build_stream
 from inheritune_ds.data.stream.validation_windows import HeldOut
 from inheritune_ds.data.stream.windows import TokenShards
-from inheritune_ds.data.tokens.token_set import Shard, TokenSet, find_damage
-from inheritune_ds.errors import RecipeError, RunFolderError
+from inheritune_ds.data.tokens.token_set import Shard, TokenSet
+from inheritune_ds.errors import RecipeError
 from inheritune_ds.plan.checks import check_lengths
 from inheritune_ds.plan.duration import steps_in
-from inheritune_ds.storage.files import read_json, write_json
 from inheritune_ds.training.packing import DocumentPacking
+from inheritune_ds.training.validation import Validator
 
-RECORD = "data.json"
-"""In the run folder: which data the run is made from."""
+logger = logging.getLogger(__name__)
 
 
 class RunData:
@@ -33,7 +28,7 @@ class RunData:
     """
 
     def __init__(self, recipe: Recipe, tokens: TokenSet) -> None:
-        self._recipe, self._tokens = recipe, tokens
+        self._recipe, self.tokens = recipe, tokens
 
     @cached_property
     def stream(self) -> BatchStream:
@@ -42,12 +37,12 @@ class RunData:
         Raises:
             CorpusError: A source has no window.
         """
-        return build_stream(self._recipe, self._open({source.name: source.train for source in self._tokens.sources}))
+        return build_stream(self._recipe, self._open({source.name: source.train for source in self.tokens.sources}))
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """The windows for validation."""
-        parts = {source.name: source.validation for source in self._tokens.sources}
+        """The validation windows."""
+        parts = {source.name: source.validation for source in self.tokens.sources}
         return build_held_out(self._recipe, self._open(parts))
 
     @cached_property
@@ -68,11 +63,11 @@ class RunData:
         """How documents inside a window are kept apart; None if they are not.
 
         Raises:
-            RecipeError: The tokenizer begins documents with the token that ends them, so that it tells of no boundary.
+            RecipeError: The tokenizer begins documents with the token that ends them, so that no boundary can be found.
         """
         if self._recipe.training.packing != "documents":
             return None
-        form = self._tokens.manifest["document_form"]
+        form = self.tokens.manifest["document_form"]
         *others, end = form.split(" ")
         if end in others:
             raise RecipeError(
@@ -81,17 +76,30 @@ class RunData:
                 allowed=f"a tokenizer that puts another token than {end} in front of a text, or none",
                 action="set add_bos_token to false in its tokenizer_config.json, or take packing: windows",
             )
-        return DocumentPacking(self._tokens.eos_id)
+        return DocumentPacking(self.tokens.eos_id)
+
+    def validator(self, *, batch_size: int, rank: int = 0, size: int = 1) -> Validator:
+        """The validation on the recipe's fixed windows.
+
+        Args:
+            batch_size: Windows of a forward pass.
+            rank: Of this process.
+            size: Number of ranks that share the windows.
+        """
+        max_tokens = self._recipe.validation.max_tokens
+        return Validator(
+            self.held_out, max_tokens=max_tokens, batch_size=batch_size, rank=rank, size=size, packing=self.packing
+        )
 
     def metrics(self, state: TrainState) -> dict[str, float]:
-        """Of every source, where a run stands: tokens seen, unique ones among them, and epochs."""
-        told: dict[str, float] = {}
+        """Tokens seen, unique ones among them, and epochs, of every source in a state."""
+        metrics: dict[str, float] = {}
         for name, figures in self.by_source(state).items():
-            told |= {f"data/{name}/{key}": value for key, value in figures.items() if value is not None}
-        return told
+            metrics |= {f"data/{name}/{key}": value for key, value in figures.items() if value is not None}
+        return metrics
 
     def by_source(self, state: TrainState) -> dict[str, dict[str, float | None]]:
-        """The same by source; `unique_tokens` is None where it is not a matter of counting (`stream.Seen`)."""
+        """The same by source; `unique_tokens` is None where it cannot be counted (`stream.Coverage`)."""
         length = self._recipe.training.seq_len
         return {
             name: {
@@ -103,108 +111,31 @@ class RunData:
         }
 
     def unique_tokens(self, state: TrainState) -> int | None:
-        """Different tokens seen; None where that is not a matter of counting."""
+        """Different tokens seen; None where they cannot be counted."""
         seen = [figures["unique_tokens"] for figures in self.by_source(state).values()]
         return None if None in seen else int(sum(count or 0 for count in seen))
 
     def _open(self, parts: Mapping[str, tuple[Shard, ...]]) -> dict[str, TokenShards]:
-        dtype = self._tokens.token_dtype
+        dtype = self.tokens.token_dtype
         return {
             name: TokenShards([shard.path for shard in shards], [shard.tokens for shard in shards], dtype)
             for name, shards in parts.items()
         }
 
-
-class DataRecord:
-    """`data.json` of a run folder: the fingerprint of its data, and which token files were found as they were written.
-
-    Args:
-        folder: The run folder.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / RECORD
-        self._written: dict[str, Any] = read_json(self._path) or {}
-
-    def damage_of(self, tokens: TokenSet) -> str | None:
-        """What is wrong with token files, by their hashes; files that this run has checked are not read again.
-
-        Args:
-            tokens: Token files whose sizes are right.
-        """
-        return None if self._written.get("verified") == _marks(tokens) else find_damage(tokens)
-
-    def settle(self, recipe: Recipe, tokens: TokenSet, *, has_checkpoints: bool) -> None:
-        """Write what the run reads, or compare it with what was written.
-
-        Args:
-            recipe: The experiment, with pinned revisions.
-            tokens: Its token files, found intact.
-            has_checkpoints: Whether training has begun, so that nothing may differ.
-
-        Raises:
-            RunFolderError: Something differs; the message says what.
-        """
-        identity = _identity(recipe, tokens)
-        before = self._written.get("identity")
-        if has_checkpoints and before is not None and before != identity:
-            lines = "\n".join(f"    {line}" for line in differences(_named(before), _named(identity)))
-            raise RunFolderError(
-                f"{self._path.parent} holds checkpoints that were made from other data; it differs in\n{lines}",
-                action="bring the old data and settings back, or give this run a name of its own: name=OTHER",
-            )
-        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-        document = {
-            "fingerprint": hashlib.sha256(canonical.encode()).hexdigest(),
-            "identity": identity,
-            "verified": _marks(tokens),
-        }
-        if document != self._written:
-            write_json(self._path, document)
-            self._written = document
-
-
-def _identity(recipe: Recipe, tokens: TokenSet) -> dict[str, Any]:
-    """Corpus, tokenizer and stream: all that decides which token stands where."""
-    manifest, training = tokens.manifest, recipe.training
-    return {
-        "tokens": tokens.fingerprint,
-        "sources": [
-            {
-                **entry["identity"],
-                "train_tokens": entry["train_tokens"],
-                "validation_tokens": entry["validation_tokens"],
-            }
-            for entry in manifest["sources"]
-        ],
-        "tokenizer": manifest["tokenizer"]["sha256"],
-        "corpus": manifest["corpus"],
-        "stream": {
-            "seed": recipe.seed,
-            "seq_len": training.seq_len,
-            "global_batch_tokens": training.global_batch_tokens,
-            "sampling": training.sampling,
-            "packing": training.packing,
-            "weights": recipe.corpus.weights,
-            "weight_changes": [change.model_dump(mode="json") for change in recipe.corpus.weight_changes],
-        },
-        "validation_tokens": recipe.validation.max_tokens,
-    }
-
-
-def _named(value: Any) -> Any:
-    """A document whose lists of named things are keyed by name, so that a difference tells source and file."""
-    if isinstance(value, dict):
-        return {key: _named(item) for key, item in value.items()}
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
-        return {item["name"]: _named(item) for item in value}
-    return value
-
-
-def _marks(tokens: TokenSet) -> dict[str, Any]:
-    """Size and time of the last change of every token file: what would have changed with its bytes."""
-    stats = {name: (tokens.folder / name).stat() for name in sorted(tokens.manifest["files"])}
-    return {
-        "fingerprint": tokens.fingerprint,
-        "files": {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()},
-    }
+    def log(self) -> None:
+        """Log what the validation reads; warn of parts of the corpus and of the mixture that the run does not use."""
+        recipe = self._recipe
+        count = min(len(self.held_out), recipe.validation.max_tokens // recipe.training.seq_len)
+        used = self.held_out.used(count)
+        by_source = f" ({', '.join(f'{name} {windows:,}' for name, windows in used.items())})" if len(used) > 1 else ""
+        logger.info("validation: %s windows of %d tokens%s", f"{count:,}", recipe.training.seq_len, by_source)
+        untrained = [source.name for source in self.tokens.sources if not source.train_tokens]
+        if untrained:
+            logger.warning("no token of %s is trained on: empty, held out, or behind max_tokens", ", ".join(untrained))
+        unseen = [name for name, windows in used.items() if not windows and name not in untrained]
+        if unseen:
+            logger.warning("no window of %s is validated on: the loss tells nothing of it", ", ".join(unseen))
+        for change in recipe.corpus.weight_changes:
+            end = self.total_steps * recipe.training.global_batch_tokens
+            if change.tokens >= end:
+                logger.warning("weight_changes at %s never come: the run ends at %s tokens", change.at, f"{end:,}")

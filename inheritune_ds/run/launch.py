@@ -47,8 +47,3 @@ class Launch:
     def resolve(self, recipe: Recipe) -> Resolved:
         """The DeepSpeed config of a recipe on this machine."""
         return resolve_for(recipe, self.ds_document, self.ds_origin, world_size=self.world.size, machine=self.machine)
-
-    def say(self, line: str) -> None:
-        """Print a line, on rank 0."""
-        if self.world.is_main:
-            print(line, flush=True)

@@ -1,36 +1,43 @@
-"""Everything before the first step: tokens, reference, target. Rank 0 builds, all ranks open what it has built."""
+"""Everything before the first step: checkpoint, tokens, reference, target. Rank 0 builds, the other ranks open it."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from inheritune_ds.checkpoints.manifest import newest_step
+from inheritune_ds.checkpoints.manifest import published
+from inheritune_ds.checkpoints.store import require_space
+from inheritune_ds.checkpoints.train_state import SavedLayout
 from inheritune_ds.config.block_scores import read_scores
-from inheritune_ds.config.loading import differences, load_recipe
+from inheritune_ds.config.deepspeed import Resolved
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.config.messages import validate
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.console import Meter
-from inheritune_ds.data.tokens.prepare import prepare
+from inheritune_ds.data.tokens.prepare import prepare as prepare_tokens
 from inheritune_ds.data.tokens.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer, tokenizer_of
-from inheritune_ds.errors import CorpusError, RunFolderError, SurgeryError
-from inheritune_ds.run.data import DataRecord, RunData
-from inheritune_ds.run.folder import RunFolder, with_revisions
+from inheritune_ds.errors import CorpusError, RunFolderError
+from inheritune_ds.evaluation.reference_loss import BATCH_SIZE, write_reference_loss
+from inheritune_ds.plan.budget import CHECKPOINTS_IN_HAND, checkpoints_staying
+from inheritune_ds.plan.model_size import checkpoint_bytes
+from inheritune_ds.run import identity
+from inheritune_ds.run.data import RunData
+from inheritune_ds.run.folder import RunFolder
+from inheritune_ds.run.launch import Launch
+from inheritune_ds.run.pins import pin_revisions
+from inheritune_ds.run.provenance import write_provenance
+from inheritune_ds.run.resume import Resumption
+from inheritune_ds.run.status import write_status
 from inheritune_ds.storage.files import read_json, write_json
 from inheritune_ds.surgery.inherit import MANIFEST, Cut, TargetModel, build_target, find_target, make_config
-from inheritune_ds.surgery.load import load_config, load_model
+from inheritune_ds.surgery.load import load_config
 from inheritune_ds.surgery.reference import ReferenceModel, locate
-from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses
-from inheritune_ds.training.validation import ValidationResult, Validator
+from inheritune_ds.training.kernels import Kernels
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -38,91 +45,221 @@ POLL_S = 0.2
 VISIBLE_S = 60.0
 """How long a rank waits until it sees files that rank 0 has written: network file systems take their time."""
 REFERENCE_RESULT = "reference.json"
+DS_CONFIG = "ds_config.resolved.json"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What training starts from."""
+class RunSetup:
+    """One launch of a run, ready to train; made once.
 
-    tokens: TokenSet
+    Attributes:
+        recipe: The experiment, with pinned revisions.
+        resolved: Its DeepSpeed config on this machine.
+        launch: How this process was started.
+        folder: The run folder; rank 0 has claimed it.
+        data: Its batches and validation windows.
+        total_steps: Optimizer steps of the run.
+        target: The model to start from.
+        resumption: Finds and restores checkpoints.
+        checkpoint: What `Resumption.choose` has found to resume from; None at the start of the run.
+        fingerprints: Of recipe, data and code, for the manifest of checkpoints.
+    """
+
+    recipe: Recipe
+    resolved: Resolved
+    launch: Launch
+    folder: RunFolder
+    data: RunData
+    total_steps: int
     target: TargetModel
+    resumption: Resumption
+    checkpoint: Mapping[str, Any] | None
+    fingerprints: Mapping[str, Any]
 
     @property
-    def note(self) -> dict[str, str]:
-        """What another rank needs in order to open the same."""
-        return {"tokens": str(self.tokens.folder.resolve()), "fingerprint": self.tokens.fingerprint}
+    def note(self) -> dict[str, Any]:
+        """What another rank needs to make the same; JSON."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "tokens": str(self.data.tokens.folder.resolve()),
+            "tokens_fingerprint": self.data.tokens.fingerprint,
+            "checkpoint": self.checkpoint,
+            "fingerprints": self.fingerprints,
+        }
+
+    def write_ds_config(self, kernels: Kernels, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Write ds_config.resolved.json.
+
+        Args:
+            kernels: What computes the model.
+            groups: The optimizer's parameter groups.
+        """
+        # DeepSpeed ignores a top-level key that it does not know, so the file stays readable by its tools.
+        own = {
+            "kernels": kernels.as_dict(),
+            "parameter_groups": [
+                {"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups
+            ],
+        }
+        write_json(self.folder.path / DS_CONFIG, {**self.resolved.config, **own})
 
 
-def prepare_run(recipe: Recipe, folder: RunFolder, *, cache_dir: Path, export_of: Callable[[str], Path]) -> Prepared:
-    """Find or build every stage before training; only rank 0 calls it.
+def prepare(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch) -> RunSetup:
+    """Find or build everything that training starts from; all ranks call it together.
 
     Args:
         recipe: The experiment.
-        folder: Its run folder, claimed.
-        cache_dir: Where token files are shared between runs.
-        export_of: Gives the exported folder of a `recipe:NAME` reference (trained by then).
+        resolved: Its DeepSpeed config on this machine.
+        folder: Its run folder, claimed by rank 0.
+        launch: How this process was started.
     """
-    recipe = with_revisions(recipe, folder.pin)
+    layout = SavedLayout(launch.world.size, resolved.zero_stage, resolved.precision)
+    resumption = Resumption(folder, recipe, layout)
+    built: list[RunSetup] = []
+
+    def build() -> dict[str, Any]:
+        with launch.stop.interruptible():  # the folder is claimed: a signal can be written to status.json
+            built.append(_build(recipe, resolved, folder, launch, resumption))
+        return built[0].note
+
+    note = launch.meeting.run_on_rank0(build)
+    return built[0] if built else _open(note, resolved, folder, launch, resumption)
+
+
+def _build(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch, resumption: Resumption) -> RunSetup:
+    """Choose the checkpoint, then prepare tokens, target and the reference's loss; on rank 0."""
+    resumption.begin()
+    checkpoint = resumption.choose()
+    write_status(folder.path, "preparing", step=folder.newest_step())
+    world = launch.world
+    provenance = write_provenance(folder.path, {"world_size": world.size, "launcher": world.launcher})
+    write_json(folder.path / DS_CONFIG, resolved.config)
+    recipe = pin_revisions(recipe, folder.path)
     folder.write_resolved(recipe)
-    reference = None
-    if recipe.reference is not None and not recipe.target.inherits_nothing:
-        logger.info("reference: %s", recipe.reference.model)
-        reference = locate(recipe.reference, export_of)
-    record = DataRecord(folder.path)
+    reference = _find_reference(recipe, launch)
+    tokens, data_fingerprint = _prepare_tokens(recipe, reference, folder, launch.cache_dir)
+    data = RunData(recipe, tokens)
+    data.log()
+    setup = RunSetup(
+        recipe=recipe,
+        resolved=resolved,
+        launch=launch,
+        folder=folder,
+        data=data,
+        total_steps=data.total_steps,
+        target=_prepare_target(recipe, reference, tokens, folder),
+        resumption=resumption,
+        checkpoint=checkpoint,
+        fingerprints={
+            "recipe": recipe.fingerprint,
+            "data": data_fingerprint,
+            "code": {key: provenance[key] for key in ("inheritune_ds", "git", "packages")},
+        },
+    )
+    if reference is not None:
+        _score_reference(setup, reference)
+    _require_room(setup)
+    return setup
+
+
+def _open(
+    note: Mapping[str, Any], resolved: Resolved, folder: RunFolder, launch: Launch, resumption: Resumption
+) -> RunSetup:
+    """Open what rank 0 has built.
+
+    Raises:
+        RunFolderError: If this rank cannot see the files.
+    """
+    recipe = validate(Recipe, note["recipe"], "the recipe of rank 0")
+    tokens, target = _wait_for_files(note, folder)
+    data = RunData(recipe, tokens)
+    return RunSetup(
+        recipe=recipe,
+        resolved=resolved,
+        launch=launch,
+        folder=folder,
+        data=data,
+        total_steps=data.total_steps,
+        target=target,
+        resumption=resumption,
+        checkpoint=note["checkpoint"],
+        fingerprints=note["fingerprints"],
+    )
+
+
+def _wait_for_files(note: Mapping[str, Any], folder: RunFolder) -> tuple[TokenSet, TargetModel]:
+    deadline_s = time.monotonic() + VISIBLE_S
+    while True:
+        tokens = open_finished(Path(note["tokens"]), note["tokens_fingerprint"])
+        report = read_json(folder.path / "inheritance.json")
+        if tokens is not None and report is not None and (folder.target / MANIFEST).exists():
+            return tokens, TargetModel(folder.target, report)
+        if time.monotonic() > deadline_s:
+            raise RunFolderError(
+                f"this rank does not see what rank 0 has prepared in {folder.path} and {note['tokens']}",
+                allowed="run and cache folders on a file system that all ranks share",
+                action="choose such folders: --runs-dir DIR --cache-dir DIR",
+            )
+        time.sleep(POLL_S)
+
+
+def _find_reference(recipe: Recipe, launch: Launch) -> ReferenceModel | None:
+    """The reference on this machine; a `recipe:NAME` is trained by now."""
+    if recipe.reference is None or recipe.target.inherits_nothing:
+        return None
+    logger.info("reference: %s", recipe.reference.model)
+    return locate(recipe.reference, lambda name: launch.runs_dir / load_recipe(name).name / "export")
+
+
+def _prepare_tokens(
+    recipe: Recipe, reference: ReferenceModel | None, folder: RunFolder, cache_dir: Path
+) -> tuple[TokenSet, str]:
+    """The token files, and the fingerprint of the run's data."""
     tokenizer, revision = tokenizer_of(recipe, reference.folder if reference is not None else None)
-    tokens = prepare(recipe.corpus, tokenizer, cache_dir, revision=revision, damage_of=record.damage_of)
-    record.settle(recipe, tokens, has_checkpoints=bool(newest_step(folder.checkpoints)))
+    tokens = prepare_tokens(
+        recipe.corpus,
+        tokenizer,
+        cache_dir,
+        revision=revision,
+        damage_of=lambda found: identity.find_new_damage(folder.path, found),
+    )
+    fingerprint = identity.keep_data(folder.path, recipe, tokens)
     counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} held-out tokens"
     logger.info("tokens: %s in %s", counts, tokens.folder)
-    log_data(recipe, tokens)
-    identity: dict[str, Any] = {
+    return tokens, fingerprint
+
+
+def _prepare_target(
+    recipe: Recipe, reference: ReferenceModel | None, tokens: TokenSet, folder: RunFolder
+) -> TargetModel:
+    """The target, found as an earlier launch has built it or built."""
+    wanted: dict[str, Any] = {
         "reference": reference.identity if reference else None,
         "target": recipe.target.model_dump(mode="json"),
         "block_scores": read_scores(recipe.target.block_scores),
         "tokens": tokens.fingerprint,
         "seed": recipe.seed,
     }
-    _check_same_start(folder, identity)
-    target = find_target(folder.target, identity)
+    identity.check_target(folder.path, (read_json(folder.target / MANIFEST) or {}).get("identity"), wanted)
+    target = find_target(folder.target, wanted)
     if target is None:
         cut = Cut(
             target=recipe.target,
             seed=recipe.seed,
-            identity=identity,
-            command=f"python train.py --recipe {folder.path / 'recipe.resolved.yaml'}",
+            identity=wanted,
+            command=f"python train.py --recipe {folder.path / identity.RESOLVED_RECIPE}",
             reference=reference,
             reference_config=_reference_config(recipe, reference),
             tokenizer=load_tokenizer(str(tokens.tokenizer_dir), "main"),
         )
         target = build_target(cut, folder.target)
     _check_ids(tokens, load_config(folder.target).vocab_size)
-    write_json(folder.path / "inheritance.json", target.report)
-    kept = sum(tensor["inherited"] for tensor in target.report["tensors"])
-    parts = f"{target.report['blocks']} blocks, {target.report['parameters']:,} parameters"
-    logger.info("target: %s, %d of %d tensors inherited", parts, kept, len(target.report["tensors"]))
-    if reference is not None:
-        _score_reference(reference, recipe, tokens, folder)
-    return Prepared(tokens, target)
-
-
-def log_data(recipe: Recipe, tokens: TokenSet) -> None:
-    """Log what the validation reads; warn of parts of the corpus and of the mixture that the run does not use."""
-    data = RunData(recipe, tokens)
-    held_out = data.held_out
-    count = min(len(held_out), recipe.validation.max_tokens // recipe.training.seq_len)
-    used = held_out.used(count)
-    by_source = f" ({', '.join(f'{name} {windows:,}' for name, windows in used.items())})" if len(used) > 1 else ""
-    logger.info("validation: %s windows of %d tokens%s", f"{count:,}", recipe.training.seq_len, by_source)
-    untrained = [source.name for source in tokens.sources if not source.train_tokens]
-    if untrained:
-        logger.warning("no token of %s is trained on: empty, held out, or behind max_tokens", ", ".join(untrained))
-    unseen = [name for name, windows in used.items() if not windows and name not in untrained]
-    if unseen:
-        logger.warning("no window of %s is validated on: the loss tells nothing of it", ", ".join(unseen))
-    for change in recipe.corpus.weight_changes:
-        end = data.total_steps * recipe.training.global_batch_tokens
-        if change.tokens >= end:
-            logger.warning("weight_changes at %s never come: the run ends at %s tokens", change.at, f"{end:,}")
+    report = target.report
+    write_json(folder.path / "inheritance.json", report)
+    kept = sum(tensor["inherited"] for tensor in report["tensors"])
+    parts = f"{report['blocks']} blocks, {report['parameters']:,} parameters"
+    logger.info("target: %s, %d of %d tensors inherited", parts, kept, len(report["tensors"]))
+    return target
 
 
 def _check_ids(tokens: TokenSet, vocabulary: int) -> None:
@@ -139,47 +276,6 @@ def _check_ids(tokens: TokenSet, vocabulary: int) -> None:
         )
 
 
-def _check_same_start(folder: RunFolder, identity: dict[str, Any]) -> None:
-    """Refuse to go on from checkpoints that were made from other tokens or another reference.
-
-    Raises:
-        RunFolderError: Naming what differs.
-    """
-    before = read_json(folder.target / MANIFEST)
-    if before is None or before["identity"] == identity or not newest_step(folder.checkpoints):
-        return
-    lines = "\n".join(f"    {line}" for line in differences(before["identity"], identity))
-    raise RunFolderError(
-        f"{folder.path} holds checkpoints that were made from something else; it differs in\n{lines}",
-        action="bring the old files back, or give this run a name of its own: name=OTHER",
-    )
-
-
-def open_prepared(note: Mapping[str, str], folder: RunFolder) -> Prepared:
-    """Open what rank 0 has prepared.
-
-    Args:
-        note: Its `Prepared.note`.
-        folder: The run folder.
-
-    Raises:
-        RunFolderError: If this rank cannot see the files.
-    """
-    deadline_s = time.monotonic() + VISIBLE_S
-    while True:
-        tokens = open_finished(Path(note["tokens"]), note["fingerprint"])
-        report = read_json(folder.path / "inheritance.json")
-        if tokens is not None and report is not None and (folder.target / MANIFEST).exists():
-            return Prepared(tokens, TargetModel(folder.target, report))
-        if time.monotonic() > deadline_s:
-            raise RunFolderError(
-                f"this rank does not see what rank 0 has prepared in {folder.path} and {note['tokens']}",
-                allowed="run and cache folders on a file system that all ranks share",
-                action="choose such folders: --runs-dir DIR --cache-dir DIR",
-            )
-        time.sleep(POLL_S)
-
-
 def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreTrainedConfig | None":
     """Config that the target's is cut from; None from scratch."""
     if reference is not None:
@@ -190,91 +286,35 @@ def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreT
     if recipe.reference.recipe_name is not None:
         inner = load_recipe(recipe.reference.recipe_name)
         return make_config(inner.target, _reference_config(inner, None))[0]
-    located = locate(recipe.reference, _no_recipe)
-    return load_config(located.folder)
+    return load_config(locate(recipe.reference, Path).folder)
 
 
-def _no_recipe(name: str) -> Path:
-    raise AssertionError(f"recipe:{name} is handled by its own branch")
-
-
-class ReferenceScorer:
-    """The bare reference in fp32 on rank 0's device, for its loss on the target's validation windows.
-
-    Args:
-        model: The reference.
-        packing: How documents inside a window are kept apart, as for the target; None if they are not.
-    """
-
-    def __init__(self, model: "PreTrainedModel", packing: DocumentPacking | None = None) -> None:
-        import torch
-
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        module: torch.nn.Module = model  # the plain type: transformers' own `to` is a wrapper
-        self._model = module.to(self._device).eval()
-        self._windows = WindowInputs(packing, "sdpa")  # or eager, which takes the same: the default of transformers
-
-    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
-        """Mean loss of every window over its counted targets, in nats a token."""
-        import torch
-        from torch.nn import functional
-
-        losses = []
-        with Meter("reference validation", "batches", len(batches)) as meter:
-            for batch in batches:
-                tokens_BT1 = torch.from_numpy(batch)  # noqa: N806 - shape suffix
-                inputs = self._windows.with_targets(tokens_BT1, self._device)
-                targets = inputs.pop("targets").flatten()
-                with torch.no_grad(), self._windows.apart():
-                    logits_BTV = self._model(**inputs).logits  # noqa: N806
-                    flat = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="none")
-                losses.append(mean_losses(flat, tokens_BT1, self._windows.packing))
-                meter.advance(1)
-        return losses
-
-
-def validator_for(recipe: Recipe, data: RunData, *, batch_size: int, rank: int = 0, size: int = 1) -> Validator:
-    """The recipe's fixed validation windows."""
-    return Validator(
-        data.held_out,
-        max_tokens=recipe.validation.max_tokens,
-        batch_size=batch_size,
-        rank=rank,
-        size=size,
+def _score_reference(setup: RunSetup, reference: ReferenceModel) -> None:
+    """Write eval/reference.json: the reference's loss on the windows that the target is measured on."""
+    recipe, data = setup.recipe, setup.data
+    write_reference_loss(
+        setup.folder.eval / REFERENCE_RESULT,
+        reference,
+        data.validator(batch_size=BATCH_SIZE),
         packing=data.packing,
+        settings={
+            "tokens": data.tokens.fingerprint,
+            "seq_len": recipe.training.seq_len,
+            "max_tokens": recipe.validation.max_tokens,
+            "packing": recipe.training.packing,
+            "source_weights": recipe.corpus.weights,
+        },
     )
 
 
-def _score_reference(reference: ReferenceModel, recipe: Recipe, tokens: TokenSet, folder: RunFolder) -> None:
-    """Write eval/reference.json: the reference's loss on the windows that the target is measured on.
+def _require_room(setup: RunSetup) -> None:
+    """Refuse a disk without room for the checkpoints that the run will keep.
 
     Raises:
-        SurgeryError: If that loss is not a finite number.
+        StorageError: Naming the bytes needed and the bytes free.
     """
-    path = folder.eval / REFERENCE_RESULT
-    identity = {
-        "weights": reference.weights_sha256,
-        "settings": reference.settings_sha256,
-        "tokens": tokens.fingerprint,
-        "seq_len": recipe.training.seq_len,
-        "max_tokens": recipe.validation.max_tokens,
-        "packing": recipe.training.packing,
-        "source_weights": recipe.corpus.weights,
-    }
-    written = read_json(path)
-    if written is not None and written["identity"] == identity:
-        return
-    model = load_model(reference.folder, dtype="float32")
-    data = RunData(recipe, tokens)
-    scorer = ReferenceScorer(model, data.packing)
-    result: ValidationResult = validator_for(recipe, data, batch_size=8).validate(scorer)
-    if not math.isfinite(result.loss):
-        bad = sum(not math.isfinite(loss) for loss in result.windows)
-        raise SurgeryError(
-            f"the reference {reference.name} is of no use: its loss on {bad} of {len(result.windows)} "
-            f"validation windows is not a finite number",
-            allowed="weights that are finite numbers, on which the model computes finite losses in fp32",
-            action=f"look for NaN or infinite values in the weights in {reference.folder}, or take another reference",
-        )
-    result.write(path, identity=identity, model=reference.name, parameters=model.num_parameters())
-    logger.info("reference: val loss %.4f +- %.4f", result.loss, result.stderr)
+    folder = setup.folder.checkpoints
+    there = sum(1 for _ in published(folder))
+    missing = max(0, checkpoints_staying(setup.recipe.checkpoint, setup.total_steps) - there)
+    size = checkpoint_bytes(setup.target.report["parameters"])
+    require_space(folder, size, count=missing + CHECKPOINTS_IN_HAND)

@@ -1,6 +1,7 @@
 """How a run resumes: from which checkpoint, and what is refused before anything is prepared."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,24 @@ from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.errors import CheckpointError
-from inheritune_ds.run.data import RECORD as DATA_RECORD
-from inheritune_ds.run.folder import RESOLVED_RECIPE, RunFolder, with_revisions
-from inheritune_ds.storage.files import read_json
+from inheritune_ds.run.folder import RunFolder
+from inheritune_ds.run.identity import check_checkpoint
 from inheritune_ds.training.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 class Resumption:
-    """Chooses the checkpoint that one run resumes from, and restores it.
+    """Chooses the checkpoint that a run resumes from, and restores it.
 
     Args:
         folder: The run folder.
         recipe: Its recipe.
         layout: Of this launch.
-        say: Prints one line for the user.
     """
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, layout: SavedLayout, say: Callable[[str], None]) -> None:
-        self._folder, self._recipe, self._layout, self._say = folder, recipe, layout, say
+    def __init__(self, folder: RunFolder, recipe: Recipe, layout: SavedLayout) -> None:
+        self._folder, self._recipe, self.layout = folder, recipe, layout
         self.store = CheckpointStore.of(folder.checkpoints, recipe.checkpoint)
 
     def begin(self) -> None:
@@ -42,7 +43,7 @@ class Resumption:
             raise CheckpointError(
                 f"{newest} is there, and the recipe says checkpoint.resume: never",
                 allowed="a run folder without checkpoints",
-                action="leave out checkpoint.resume to go on from it, or start over with --fresh, which sets the old "
+                action="leave out checkpoint.resume to resume from it, or start over with --fresh, which sets the old "
                 "run aside",
             )
         self.store.claim_generation()
@@ -56,21 +57,12 @@ class Resumption:
         Raises:
             CheckpointError: If there are checkpoints and none is intact, or it cannot resume under this layout.
         """
-        checkpoint = self.store.newest_intact(self._say)
+        checkpoint = self.store.newest_intact(logger.info)
         if checkpoint is None:
             return None
-        reshard.check_convertible(checkpoint.layout, self._layout)
-        self._refuse_other_run(checkpoint.path, checkpoint.manifest["fingerprints"])
+        reshard.check_convertible(checkpoint.layout, self.layout)
+        check_checkpoint(self._folder.path, checkpoint.path, checkpoint.manifest["fingerprints"], self._recipe)
         return {"path": str(checkpoint.path), "manifest": checkpoint.manifest}
-
-    def _refuse_other_run(self, checkpoint: Path, saved: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint that was brought here from another run: with the same shapes it would load."""
-        recipes = (self._recipe.fingerprint, with_revisions(self._recipe, self._folder.pin_of).fingerprint)
-        if saved["recipe"] not in recipes:
-            raise _of_another_run(checkpoint, "by another recipe", saved["recipe"], recipes[1], RESOLVED_RECIPE)
-        data = (read_json(self._folder.path / DATA_RECORD) or {}).get("fingerprint")
-        if data is not None and saved["data"] not in (None, data):
-            raise _of_another_run(checkpoint, "from other data", saved["data"], data, DATA_RECORD)
 
     def restore(self, engine: Engine, saver: Saver, chosen: Mapping[str, Any] | None) -> TrainState | None:
         """Bring the engine to the checkpoint of `choose`; all ranks must call it together."""
@@ -78,13 +70,5 @@ class Resumption:
             return None
         checkpoint = Checkpoint.of(Path(chosen["path"]), chosen["manifest"])
         state = saver.load(engine, checkpoint)
-        self._say(f"resumed from {checkpoint.path} (step {state.step}, {state.tokens:,} tokens)")
+        logger.info("resumed from %s (step %d, %s tokens)", checkpoint.path, state.step, f"{state.tokens:,}")
         return state
-
-
-def _of_another_run(checkpoint: Path, how: str, there: str, here: str, record: str) -> CheckpointError:
-    return CheckpointError(
-        f"{checkpoint} was made {how} than this run: fingerprint {there[:12]}... there, {here[:12]}... in {record}",
-        allowed="checkpoints of this run",
-        action="take it away again, and give the same command",
-    )

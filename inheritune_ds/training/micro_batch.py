@@ -1,25 +1,22 @@
-"""Find the largest micro-batch that fits by real steps, and record it."""
+"""Find the largest micro-batch that fits by real steps."""
 
 import gc
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from inheritune_ds.checkpoints.manifest import newest_step
-from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, batch_of
+from inheritune_ds.config.deepspeed import Resolved, batch_of
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.zero import read_layout
-from inheritune_ds.distributed.coordination import Coordinator
 from inheritune_ds.distributed.world import World
-from inheritune_ds.errors import MachineError, RecipeError
+from inheritune_ds.errors import MachineError
 from inheritune_ds.plan.memory import memory
-from inheritune_ds.storage.files import read_json, write_json
+from inheritune_ds.storage.files import read_json
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import Kernels
@@ -28,90 +25,48 @@ from inheritune_ds.training.peak_memory import peak_memory_gib, reset_peak_memor
 
 logger = logging.getLogger(__name__)
 
-RECORD = "micro_batch.json"
+USABLE_RATIO = 0.95
+"""Share of the memory that a step may take; the rest is for the driver's context and for what other programs do."""
+_STEPS = 2  # the optimizer's state appears in the first
 
 
-class Place(Protocol):
-    """Where a run takes place, as far as it matters here; `run.Launch` is one."""
-
-    @property
-    def machine(self) -> Machine:
-        """What one rank has."""
-
-    @property
-    def world(self) -> World:
-        """This rank among all."""
-
-    @property
-    def meeting(self) -> Coordinator:
-        """Where the ranks wait for rank 0."""
-
-
-def with_tried_micro_batch(  # noqa: PLR0913 - two of them by name
+def find_largest(  # noqa: PLR0913 - three of them by position
     resolved: Resolved,
     recipe: Recipe,
     target: Path,
-    run_dir: Path,
     *,
     kernels: Kernels,
     packing: DocumentPacking | None,
-    launch: Place,
-) -> Resolved:
-    """The config with the largest micro-batch that real steps say fits; all ranks call it together.
-
-    A launch that finds checkpoints takes what the first one found from the run folder, since another micro-batch would
-    sum the gradients in another order.
+    world: World,
+    limit_gib: float,
+) -> int:
+    """Find the largest micro-batch that fits by real steps; all ranks call it together.
 
     Args:
         resolved: The config of the run.
         recipe: Owner of the global batch.
         target: Folder of the target.
-        run_dir: The run folder.
         kernels: What the run computes with.
         packing: How it keeps documents apart, which takes memory as well.
-        launch: Where it takes place.
+        world: This rank among all.
+        limit_gib: What a rank may use.
 
     Raises:
         MachineError: If not even the smallest fits.
-        RecipeError: Under ZeRO-3.
     """
-    if resolved.zero_stage == 3:
-        raise RecipeError(
-            "--auto-micro-batch does not work with ZeRO-3: DeepSpeed does not give the memory of a trial back",
-            allowed="ZeRO-1 or 2",
-            action=f"write {MICRO_BATCH} into the DeepSpeed config; inheritune-ds plan says what fits",
-        )
-    world, per_rank = launch.world, recipe.training.batch_windows // launch.world.size
-    found = launch.meeting.run_on_rank0(lambda: _recorded(run_dir, per_rank))
-    if found:
-        logger.info("%s: %d (found by trying, at this run's first launch)", MICRO_BATCH, found)
-        return _with_size(resolved, found, per_rank // found)
+    windows, seq_len = recipe.training.batch_windows // world.size, recipe.training.seq_len
 
     def build(size: int, micro_steps: int) -> Engine:
-        trial = dict(_with_size(resolved, size, micro_steps).config)
+        trial = dict(with_size(resolved, size, micro_steps).config)
         trial["train_batch_size"] = size * micro_steps * world.size
         return Engine(load_model(target, dtype="float32"), trial, world, kernels, packing)
 
     def measure(size: int) -> float:
-        return measure_peak(
-            build, size, accumulation=per_rank // size, seq_len=recipe.training.seq_len, vocab_size=_vocabulary(target)
-        )
+        vocabulary = int((read_json(target / "config.json") or {})["vocab_size"])
+        return measure_peak(build, size, accumulation=windows // size, seq_len=seq_len, vocab_size=vocabulary)
 
-    limit = smallest(USABLE_RATIO * launch.machine.memory_gib)
-    logger.info("trying micro-batches with real steps (--auto-micro-batch)")
-    sequence = _sequence_gib(resolved, recipe.training.seq_len, world.size)
-    size = largest_that_fits(divisors(per_rank), limit, measure, sequence_gib=sequence)
-    logger.info("%s: %d (the largest that stays below %.1f GiB a rank)", MICRO_BATCH, size, limit)
-    launch.meeting.run_on_rank0(lambda: write_json(run_dir / RECORD, {MICRO_BATCH: size, "usable_gib": limit}))
-    return _with_size(resolved, size, per_rank // size)
-
-
-def _recorded(run_dir: Path, per_rank: int) -> int:
-    """The size that the first launch of a run with checkpoints found; 0 if there is none that divides the windows."""
-    record: Mapping[str, Any] = read_json(run_dir / RECORD) or {}
-    size = record.get(MICRO_BATCH, 0)
-    begun = newest_step(run_dir / "checkpoints") > 0
-    return size if begun and isinstance(size, int) and size > 0 and per_rank % size == 0 else 0
+    sequence_gib = _sequence_gib(resolved, seq_len, world.size)
+    return largest_that_fits(divisors(windows), limit_gib, measure, sequence_gib=sequence_gib)
 
 
 def _sequence_gib(resolved: Resolved, seq_len: int, world_size: int) -> float:
@@ -125,22 +80,23 @@ def _sequence_gib(resolved: Resolved, seq_len: int, world_size: int) -> float:
     return two - one
 
 
-def _with_size(resolved: Resolved, size: int, accumulation: int) -> Resolved:
+def with_size(resolved: Resolved, size: int, accumulation: int) -> Resolved:
+    """A config with another micro-batch.
+
+    Args:
+        resolved: The config.
+        size: Sequences per rank and micro-step.
+        accumulation: Micro-steps per optimizer step.
+    """
     return replace(resolved, config={**resolved.config, **batch_of(size, size * accumulation)})
 
 
-def _vocabulary(target: Path) -> int:
-    config = read_json(target / "config.json") or {}
-    return int(config["vocab_size"])
-
-
-USABLE_RATIO = 0.95
-"""Share of the memory that a step may take; the rest is for the driver's context and for what other programs do."""
-_STEPS = 2  # the optimizer's state appears in the first
-
-
 def largest_that_fits(
-    sizes: list[int], limit_gib: float, measure: Callable[[int], float], *, sequence_gib: float = 0.0
+    sizes: list[int],
+    limit_gib: float,
+    measure: Callable[[int], float],
+    *,
+    sequence_gib: float = 0.0,
 ) -> int:
     """Try sizes and return the largest that stays below a limit.
 

@@ -14,6 +14,7 @@ from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.cli import main
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.run.folder import RunFolder
+from inheritune_ds.run.status import read_status, write_status
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def run(tmp_path: Path) -> Path:
             temporary, step, {"state": TrainState(step, step * 512).as_dict(), "layout": layout}, files, print
         )
         os.utime(saved, (time.time() - 1800 * step,) * 2)
-    folder.write_status("finished", step=16)
+    write_status(folder.path, "finished", step=16)
     folder.release()
     return folder.path
 
@@ -135,7 +136,7 @@ def test_prune_follows_the_recipe(run: Path, capsys: pytest.CaptureFixture[str])
     code, lines, _ = call(capsys, run, "prune")
     assert (code, lines) == (0, ["step-00000004  deleted", "1 deleted; the run goes on from step 16"])
     assert steps(run) == [16, 12, 8]
-    assert RunFolder(run).status()["state"] == "finished"
+    assert read_status(run)["state"] == "finished"
 
 
 def test_prune_keeps_as_many_as_it_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +150,7 @@ def test_prune_after_a_step_brings_the_run_back(run: Path, capsys: pytest.Captur
     code, lines, _ = call(capsys, run, "prune", "--after", "9")
     assert (code, lines[-1]) == (0, "2 deleted; the run goes on from step 8")
     assert steps(run) == [8, 4]
-    status = RunFolder(run).status()
+    status = read_status(run)
     assert (status["state"], status["step"]) == ("requeue", 8)
     assert status["reason"] == "brought back to step 8 by `checkpoints prune`"
     code, _, error = call(capsys, run, "prune", "--after", "2")

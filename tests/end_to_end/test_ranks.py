@@ -125,5 +125,5 @@ def test_a_reference_that_another_process_trains_is_named(launch: Launch, tiny_r
         fcntl.flock(lock, fcntl.LOCK_EX)
         output = launch("train.py", *arguments(recipe, tmp_path), expect=8)
     assert "child needs its reference parent, which another process is training: another process is" in output
-    assert "do: give the same command again when that process has finished" in output
+    assert "do: rerun the same command when that process has finished" in output
     assert "name=OTHER" not in output

@@ -14,8 +14,10 @@ import pytest
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.errors import RunFolderError, StorageError
-from inheritune_ds.run import folder as run_folder
-from inheritune_ds.run.folder import PACKAGES, FolderBusyError, RunFolder
+from inheritune_ds.run import provenance
+from inheritune_ds.run.folder import FolderBusyError, RunFolder
+from inheritune_ds.run.provenance import PACKAGES, write_provenance
+from inheritune_ds.run.status import read_status, write_status
 
 HOLDER = """
 import sys
@@ -172,11 +174,11 @@ def test_claim_in_a_read_only_folder_is_a_storage_error(
 
 
 def test_status_is_read_back(folder: RunFolder, recipe: Recipe) -> None:
-    assert folder.status() == {}
+    assert read_status(folder.path) == {}
     folder.claim(recipe)
     start = datetime.now(UTC).replace(microsecond=0)
-    folder.write_status("requeue", step=42, reason="SIGUSR1: saved", exit_code=0)
-    status = folder.status()
+    write_status(folder.path, "requeue", step=42, reason="SIGUSR1: saved", exit_code=0)
+    status = read_status(folder.path)
     assert {key: status[key] for key in ("state", "step", "reason", "exit_code", "pid")} == {
         "state": "requeue",
         "step": 42,
@@ -185,8 +187,12 @@ def test_status_is_read_back(folder: RunFolder, recipe: Recipe) -> None:
         "pid": os.getpid(),
     }
     assert datetime.fromisoformat(status["time"]) >= start
-    folder.write_status("running")
-    assert (folder.status()["state"], folder.status()["step"], folder.status()["reason"]) == ("running", 0, "")
+    write_status(folder.path, "running")
+    assert (
+        read_status(folder.path)["state"],
+        read_status(folder.path)["step"],
+        read_status(folder.path)["reason"],
+    ) == ("running", 0, "")
 
 
 def test_a_run_has_finished_when_status_summary_and_whole_export_say_so(folder: RunFolder, recipe: Recipe) -> None:
@@ -196,15 +202,15 @@ def test_a_run_has_finished_when_status_summary_and_whole_export_say_so(folder: 
     weights.write_bytes(bytes(8))
     manifest = {"recipe_fingerprint": recipe.fingerprint, "files": {"model.safetensors": {"bytes": 8}}}
     (folder.export / "manifest.json").write_text(json.dumps(manifest))
-    folder.write_status("finished")
+    write_status(folder.path, "finished")
     assert not folder.has_finished(recipe), "run.json is missing"
     (folder.path / "run.json").write_text("{}")
     assert folder.has_finished(recipe)
     assert not folder.has_finished(load_recipe("quickstart", ["seed=7"]))
     assert folder.finished_before == f"quickstart: finished before; see {folder.path / 'report' / 'report.md'}"
-    folder.write_status("running")
+    write_status(folder.path, "running")
     assert not folder.has_finished(recipe)
-    folder.write_status("finished")
+    write_status(folder.path, "finished")
     weights.write_bytes(bytes(7))
     assert not folder.has_finished(recipe)
     (folder.export / "manifest.json").unlink()
@@ -219,7 +225,7 @@ def test_provenance_tells_versions_and_command_and_no_secret(
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--recipe", "quickstart"])
     folder.claim(recipe)
-    folder.write_provenance({"world_size": 2})
+    write_provenance(folder.path, {"world_size": 2})
     text = (folder.path / "provenance.json").read_text(encoding="utf-8")
     document = json.loads(text)
     assert document["command"] == ["train.py", "--recipe", "quickstart"]
@@ -231,18 +237,18 @@ def test_provenance_tells_versions_and_command_and_no_secret(
 
 
 def test_git_state_is_none_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "site-packages" / "inheritune_ds" / "run" / "folder.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "site-packages" / "inheritune_ds" / "run" / "folder.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    assert run_folder._git_state() is None
+    assert provenance._git_state() is None
     monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
-    assert run_folder._git_state() is None
+    assert provenance._git_state() is None
 
 
 def test_git_state_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "inheritune_ds" / "run"
     package.mkdir(parents=True)
     (package / "folder.py").write_text("one\n", encoding="utf-8")
-    monkeypatch.setattr(run_folder, "__file__", str(package / "folder.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "folder.py"))
 
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
@@ -253,11 +259,11 @@ def test_git_state_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.
     git("add", ".")
     git("commit", "-qm", "one")
     commit = git("rev-parse", "HEAD")
-    assert run_folder._git_state() == {"commit": commit, "changed": False}
+    assert provenance._git_state() == {"commit": commit, "changed": False}
     (tmp_path / "untracked").touch()
-    assert run_folder._git_state() == {"commit": commit, "changed": False}
+    assert provenance._git_state() == {"commit": commit, "changed": False}
     (package / "folder.py").write_text("two\n", encoding="utf-8")
-    assert run_folder._git_state() == {"commit": commit, "changed": True}
+    assert provenance._git_state() == {"commit": commit, "changed": True}
 
 
 def test_set_aside_renames_the_whole_folder_and_lets_it_go(folder: RunFolder, recipe: Recipe) -> None:
@@ -318,16 +324,16 @@ def test_a_lock_on_a_folder_that_was_set_aside_meanwhile_is_taken_again(
 def test_a_status_that_is_no_object_is_none(content: str, folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     (folder.path / "status.json").write_text(content)
-    assert folder.status() == {}
-    folder.write_status("running", step=8)
-    assert folder.status()["step"] == 8
+    assert read_status(folder.path) == {}
+    write_status(folder.path, "running", step=8)
+    assert read_status(folder.path)["step"] == 8
 
 
 def test_the_latest_step_ever_saved_stays_in_the_status(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
-    folder.write_status("running", step=8)
-    folder.write_status("failed", step=0, reason="its checkpoints have gone", exit_code=4)
-    assert (folder.status()["step"], folder.status()["saved_step"]) == (0, 8)
+    write_status(folder.path, "running", step=8)
+    write_status(folder.path, "failed", step=0, reason="its checkpoints have gone", exit_code=4)
+    assert (read_status(folder.path)["step"], read_status(folder.path)["saved_step"]) == (0, 8)
 
 
 def test_a_claimed_folder_is_closed_to_others_whatever_the_umask(folder: RunFolder, recipe: Recipe) -> None:

@@ -1,24 +1,20 @@
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from inheritune_ds.config.corpus import HubSource
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.tokens.token_set import TokenSet
-from inheritune_ds.errors import CorpusError, HubError, RunFolderError, SurgeryError
+from inheritune_ds.errors import CorpusError, HubError, RunFolderError
 from inheritune_ds.run import prepare
-from inheritune_ds.run.folder import RunFolder, with_revisions
-from inheritune_ds.run.prepare import _check_same_start
+from inheritune_ds.run.data import RunData
+from inheritune_ds.run.folder import RunFolder
+from inheritune_ds.run.pins import pin_revisions
 from inheritune_ds.storage import hub
-from inheritune_ds.surgery.inherit import MANIFEST
-from inheritune_ds.surgery.reference import ReferenceModel
 
 BRANCH, PUSHED = "a" * 40, "b" * 40
 
@@ -57,11 +53,11 @@ def test_hub_revisions_stay_at_the_commit_of_the_first_launch(
     assert set(revisions(recipe)) == {"main"}
     assert len(revisions(recipe)) == 1 + 7, "the reference, and a source for each domain"
     resolve(BRANCH)
-    assert set(revisions(with_revisions(recipe, folder.pin))) == {BRANCH}
+    assert set(revisions(pin_revisions(recipe, folder.path))) == {BRANCH}
     resolve(PUSHED)
-    assert set(revisions(with_revisions(recipe, folder.pin))) == {BRANCH}
+    assert set(revisions(pin_revisions(recipe, folder.path))) == {BRANCH}
     resolve("")
-    assert set(revisions(with_revisions(recipe, folder.pin))) == {BRANCH}, "a later launch needs no answer"
+    assert set(revisions(pin_revisions(recipe, folder.path))) == {BRANCH}, "a later launch needs no answer"
     assert json.loads((folder.path / "pins.json").read_text()) == {
         "model openlm-research/open_llama_3b@main": BRANCH,
         "dataset togethercomputer/RedPajama-Data-1T-Sample@main": BRANCH,
@@ -75,7 +71,7 @@ def test_the_resolved_recipe_names_the_commit_and_the_branch_s_recipe_still_owns
     assert recipe.reference is not None
     resolve(BRANCH)
     folder.claim(recipe)
-    folder.write_resolved(with_revisions(recipe, folder.pin))
+    folder.write_resolved(pin_revisions(recipe, folder.path))
     folder.release()
     resolved = load_recipe(str(folder.path / "recipe.resolved.yaml"))
     assert resolved.reference is not None
@@ -94,24 +90,10 @@ def test_the_resolved_recipe_names_the_commit_and_the_branch_s_recipe_still_owns
 def test_local_folders_and_recipes_are_not_pinned(folder: RunFolder, resolve: Callable[[str], None]) -> None:
     resolve("")
     quickstart = load_recipe("quickstart")
-    assert with_revisions(quickstart, folder.pin) == quickstart
+    assert pin_revisions(quickstart, folder.path) == quickstart
     local = load_recipe("quickstart", [f"reference.model={folder.path}"])
-    assert with_revisions(local, folder.pin) == local
+    assert pin_revisions(local, folder.path) == local
     assert not (folder.path / "pins.json").exists()
-
-
-def test_other_weights_under_old_checkpoints_are_refused(folder: RunFolder) -> None:
-    before: dict[str, Any] = {"tokens": "1" * 64, "reference": {"weights_sha256": {"model.safetensors": "2"}}}
-    changed = {**before, "reference": {"weights_sha256": {"model.safetensors": "3"}}}
-    folder.target.mkdir()
-    (folder.target / MANIFEST).write_text(json.dumps({"identity": before}))
-    _check_same_start(folder, changed)  # nothing was trained from the old ones: the target is built anew
-    (folder.checkpoints / "step-00000010").mkdir()
-    _check_same_start(folder, before)
-    with pytest.raises(RunFolderError) as caught:
-        _check_same_start(folder, changed)
-    assert "holds checkpoints that were made from something else" in caught.value.problem
-    assert "reference.weights_sha256.model.safetensors: '2' -> '3'" in caught.value.problem
 
 
 def test_ids_beyond_the_model_s_vocabulary_are_refused(tmp_path: Path) -> None:
@@ -121,44 +103,6 @@ def test_ids_beyond_the_model_s_vocabulary_are_refused(tmp_path: Path) -> None:
         prepare._check_ids(tokens, 1000)
     assert caught.value.problem == "corpus.tokenizer has ids up to 1000, the model's vocabulary 1000 entries"
     assert "allowed: a tokenizer whose ids are all below 1000\n  do: use the reference's own" in str(caught.value)
-
-
-class Constant:
-    """Stands in for a scorer: every window has the same loss, but the last."""
-
-    def __init__(self, last: float) -> None:
-        self.last = last
-
-    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
-        losses = [np.full(len(batch), 2.5) for batch in batches]
-        losses[-1][-1] = self.last
-        return losses
-
-
-@pytest.mark.parametrize("last", [math.nan, math.inf])
-def test_a_reference_without_a_finite_loss_is_refused_by_name(
-    last: float, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder.path / "embedded").mkdir()
-    np.arange(4 * 128 + 1, dtype="<u2").tofile(folder.path / "embedded" / "validation-00000.bin")
-    shard = {"file": "validation-00000.bin", "tokens": 4 * 128 + 1}
-    manifest = {
-        "fingerprint": "f",
-        "token_dtype": "uint16",
-        "sources": [{"name": "embedded", "train": [], "validation": [shard]}],
-    }
-    tokens = TokenSet(folder.path, manifest)
-    reference = ReferenceModel("models/broken", folder.path / "broken", "", {"model.safetensors": "0" * 64})
-    monkeypatch.setattr(prepare, "load_model", lambda *_, **__: None)
-    monkeypatch.setattr(prepare, "ReferenceScorer", lambda *_: Constant(last))
-    with pytest.raises(SurgeryError) as caught:
-        prepare._score_reference(reference, load_recipe("quickstart"), tokens, folder)
-    assert caught.value.problem == (
-        "the reference models/broken is of no use: its loss on 1 of 4 validation windows is not a finite number"
-    )
-    assert "allowed: weights that are finite numbers" in str(caught.value)
-    assert f"do: look for NaN or infinite values in the weights in {folder.path / 'broken'}" in str(caught.value)
-    assert not (folder.eval / "reference.json").exists()
 
 
 def token_set(folder: Path, **held_out: int) -> TokenSet:
@@ -173,12 +117,10 @@ def token_set(folder: Path, **held_out: int) -> TokenSet:
     return TokenSet(folder, {"token_dtype": "uint16", "sources": entries})
 
 
-def test_log_data_tells_how_much_is_validated_on_and_of_what(
-    folder: RunFolder, logged: Callable[[], list[str]]
-) -> None:
+def test_the_log_says_how_much_is_validated_on_and_of_what(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
     names = "corpus.sources=[{kind: embedded, name: a}, {kind: embedded, name: b}, {kind: embedded, name: c}]"
     recipe = load_recipe("quickstart", [names, "training.seq_len=128", "validation.max_tokens=512"])
-    prepare.log_data(recipe, token_set(folder.path, a=0, b=2 * 128 + 1, c=2 * 128 + 1))
+    RunData(recipe, token_set(folder.path, a=0, b=2 * 128 + 1, c=2 * 128 + 1)).log()
     assert logged() == [
         "validation: 4 windows of 128 tokens (a 0, b 2, c 2)",
         "WARNING: no token of b, c is trained on: empty, held out, or behind max_tokens",
@@ -186,13 +128,13 @@ def test_log_data_tells_how_much_is_validated_on_and_of_what(
     ]
 
 
-def test_log_data_is_one_line_where_nothing_is_amiss(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
+def test_the_log_has_one_line_where_nothing_is_amiss(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
     recipe = load_recipe("quickstart", ["training.seq_len=128", "validation.max_tokens=512"])
-    prepare.log_data(recipe, token_set(folder.path, embedded=3 * 128 + 1))
+    RunData(recipe, token_set(folder.path, embedded=3 * 128 + 1)).log()
     assert logged() == ["validation: 3 windows of 128 tokens"]
 
 
-def test_log_data_tells_of_weights_that_never_come(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
+def test_the_log_warns_of_weights_that_never_come(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
     sources = "corpus.sources=[{kind: embedded, name: a, weight: 1}, {kind: embedded, name: b, weight: 1}]"
     changes = "corpus.weight_changes=[{at: 1K tokens, weights: {a: 2, b: 1}}, {at: 10M tokens, weights: {a: 1, b: 0}}]"
     recipe = load_recipe("quickstart", [sources, changes, "training.seq_len=128", "training.duration=30 steps"])
@@ -200,7 +142,7 @@ def test_log_data_tells_of_weights_that_never_come(folder: RunFolder, logged: Ca
     for entry in tokens.manifest["sources"]:
         np.zeros(1000, "<u2").tofile(folder.path / entry["name"] / "train-00000.bin")
         entry["train"] = [{"file": "train-00000.bin", "tokens": 1000}]
-    prepare.log_data(recipe, tokens)
+    RunData(recipe, tokens).log()
     assert logged() == [
         "validation: 4 windows of 128 tokens (a 2, b 2)",
         "WARNING: weight_changes at 10M tokens never come: the run ends at 61,440 tokens",

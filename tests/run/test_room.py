@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +12,8 @@ from inheritune_ds.cli import main
 from inheritune_ds.data.tokens.token_set import TokenSet
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.errors import StorageError
-from inheritune_ds.run import execute
+from inheritune_ds.run import prepare
+from inheritune_ds.surgery.inherit import TargetModel
 
 CPU = str(Path(__file__).parents[2] / "ds_configs" / "cpu.json")
 
@@ -26,17 +26,17 @@ def asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, 
         asked.append(count)
         raise StorageError("no room")
 
-    def prepare_run(*_: Any, **__: Any) -> Any:
+    def prepare_tokens(*_: Any) -> tuple[TokenSet, str]:
         entry = {"name": "embedded", "train": [{"file": "train.bin", "tokens": 100_000}], "validation": []}
         (tmp_path / "embedded").mkdir()
         np.zeros(100_000, "<u2").tofile(tmp_path / "embedded" / "train.bin")
-        tokens = TokenSet(tmp_path, {"token_dtype": "uint16", "sources": [entry]})
         for step in range(1, there + 1):
             (tmp_path / "runs" / "quickstart-reference" / "checkpoints" / f"step-{step:08d}").mkdir()
-        return SimpleNamespace(tokens=tokens, target=SimpleNamespace(report={"parameters": 1000}))
+        return TokenSet(tmp_path, {"token_dtype": "uint16", "sources": [entry]}), "f"
 
-    monkeypatch.setattr(execute, "require_space", refuse)
-    monkeypatch.setattr(execute, "prepare_run", prepare_run)
+    monkeypatch.setattr(prepare, "require_space", refuse)
+    monkeypatch.setattr(prepare, "_prepare_tokens", prepare_tokens)
+    monkeypatch.setattr(prepare, "_prepare_target", lambda *_: TargetModel(tmp_path, {"parameters": 1000}))
     for name in ("install", "leave_from_anywhere"):
         monkeypatch.setattr(StopSignal, name, lambda _: None)
     words = ["train", "--recipe", "quickstart-reference", "--deepspeed_config", CPU]

@@ -2,17 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from inheritune_ds.config.deepspeed import Machine, Resolved
+from inheritune_ds.config.deepspeed import Resolved
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.distributed.coordination import Coordinator
-from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import MachineError
 from inheritune_ds.training import micro_batch
@@ -74,18 +71,6 @@ def test_peak_starts_anew_after_a_reset() -> None:
     assert peak_memory_gib() < raised
 
 
-@dataclass
-class Here:
-    """A place of one rank."""
-
-    machine: Machine
-    world: World
-
-    @property
-    def meeting(self) -> Coordinator:
-        return Coordinator(self.world, StopSignal())
-
-
 @pytest.mark.parametrize("packing", [None, DocumentPacking(0)])
 def test_a_trial_keeps_documents_apart_as_the_run_does(
     tmp_path: Path,
@@ -105,20 +90,18 @@ def test_a_trial_keeps_documents_apart_as_the_run_does(
 
     monkeypatch.setattr(micro_batch, "Engine", engine)
     monkeypatch.setattr(micro_batch, "measure_peak", peak)
-    monkeypatch.setattr(micro_batch, "smallest", lambda gib: gib)  # over one rank, which needs no group
     monkeypatch.setattr(micro_batch, "load_model", lambda *_, **__: None)
     (tmp_path / "config.json").write_text('{"vocab_size": 9}')
-    machine = Machine(kind="cuda", memory_gib=1.0, bf16=True)
     world = World(rank=0, size=1, local_rank=0, local_size=1, launcher="single")
-    found = micro_batch.with_tried_micro_batch(
+    found = micro_batch.find_largest(
         resolved({"train_micro_batch_size_per_gpu": 1}),
         recipe,
         tmp_path,
-        tmp_path,
         kernels=Kernels("sdpa", "torch", False, "plain", False, "none"),
         packing=packing,
-        launch=Here(machine, world),
+        world=world,
+        limit_gib=0.95,
     )
-    assert found.micro_batch_size == 8  # 0.8 of 0.95 GiB
+    assert found == 8  # 0.8 of 0.95 GiB
     assert [size for size, _ in built][:1] == [1]
     assert {given for _, given in built} == {packing}

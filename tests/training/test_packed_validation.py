@@ -17,9 +17,9 @@ from inheritune_ds.data.stream.validation_windows import HeldOut
 from inheritune_ds.data.stream.windows import Windows
 from inheritune_ds.data.window_losses import window_mean
 from inheritune_ds.errors import RunFolderError
+from inheritune_ds.evaluation.reference_loss import ReferenceScorer
 from inheritune_ds.report.comparison import paired_difference
 from inheritune_ds.report.results import Evaluation
-from inheritune_ds.run.prepare import ReferenceScorer
 from inheritune_ds.training.packing import DocumentPacking
 from inheritune_ds.training.validation import ValidationResult, Validator
 

@@ -1,0 +1,1 @@
+"""The loss of the reference on the validation windows of a run."""

@@ -1,0 +1,263 @@
+"""The stages of a launch after its preparation, in their order: kernels, micro-batch, engine, resume, train, finish."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from inheritune_ds.checkpoints.saver import Saver
+from inheritune_ds.checkpoints.train_state import TrainState
+from inheritune_ds.config.deepspeed import MICRO_BATCH
+from inheritune_ds.config.kernels import KernelRequest
+from inheritune_ds.distributed.environment import keep_freed_memory
+from inheritune_ds.distributed.watchdog import Watchdog
+from inheritune_ds.errors import InherituneError, RecipeError
+from inheritune_ds.plan.gpus import identify, mfu
+from inheritune_ds.plan.machine import detect_gpus
+from inheritune_ds.plan.model_size import flops_per_token
+from inheritune_ds.run import identity
+from inheritune_ds.run.export import PROBE_TOKENS
+from inheritune_ds.run.finish import write_results
+from inheritune_ds.run.prepare import RunSetup
+from inheritune_ds.run.status import write_status
+from inheritune_ds.surgery.load import load_config, load_model
+from inheritune_ds.tracking.recorder import Recorder, RunRecorder
+from inheritune_ds.training import loop, micro_batch
+from inheritune_ds.training.engine import Engine
+from inheritune_ds.training.kernels import Kernels, choose_kernels
+from inheritune_ds.training.optimizer import parameter_groups
+from inheritune_ds.training.requests import Controls
+
+logger = logging.getLogger(__name__)
+
+_TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def take_kernels(setup: RunSetup) -> Kernels:
+    """Choose what computes the model on this machine; a function of the recipe, not of the step."""
+    launch, resolved = setup.launch, setup.resolved
+    tokens = setup.total_steps * setup.recipe.training.global_batch_tokens
+
+    def choose() -> dict[str, Any]:
+        kernels, notes = choose_kernels(
+            identity.kept_kernels(setup.folder.path, resolved.kernels),
+            config=load_config(setup.target.folder),
+            device=torch.device(launch.machine.kind),
+            dtype=_TORCH_TYPES[resolved.precision],
+            zero_stage=resolved.zero_stage,
+            offload=resolved.offloads_optimizer,
+            run_flops=6.0 * setup.target.report["parameters"] * tokens / launch.world.size,
+        )
+        for note in notes:
+            logger.info(note)
+        return kernels.as_dict()
+
+    kernels = Kernels(**launch.meeting.run_on_rank0(choose))  # one choice for all ranks
+    if launch.machine.kind == "cpu":
+        logger.info("allocator: %s", keep_freed_memory())
+    return kernels
+
+
+def with_micro_batch(setup: RunSetup, kernels: Kernels) -> RunSetup:
+    """With --auto-micro-batch, take the largest micro-batch that real steps say fits; all ranks call it together.
+
+    A run with checkpoints keeps the one of its first launch.
+
+    Raises:
+        MachineError: If not even the smallest fits.
+        RecipeError: Under ZeRO-3.
+    """
+    launch, resolved = setup.launch, setup.resolved
+    if not launch.auto_micro_batch:
+        return setup
+    if resolved.zero_stage == 3:
+        raise RecipeError(
+            "--auto-micro-batch does not work with ZeRO-3: DeepSpeed does not free the memory of a trial",
+            allowed="ZeRO-1 or 2",
+            action=f"write {MICRO_BATCH} into the DeepSpeed config; inheritune-ds plan says what fits",
+        )
+    run_dir, windows = setup.folder.path, setup.recipe.training.batch_windows // launch.world.size
+    size = launch.meeting.run_on_rank0(lambda: identity.kept_micro_batch(run_dir, windows))
+    if size:
+        logger.info("%s: %d (found by trying, at this run's first launch)", MICRO_BATCH, size)
+    else:
+        limit_gib = micro_batch.smallest(micro_batch.USABLE_RATIO * launch.machine.memory_gib)
+        logger.info("trying micro-batches with real steps (--auto-micro-batch)")
+        size = micro_batch.find_largest(
+            resolved,
+            setup.recipe,
+            setup.target.folder,
+            kernels=kernels,
+            packing=setup.data.packing,
+            world=launch.world,
+            limit_gib=limit_gib,
+        )
+        logger.info("%s: %d (the largest that stays below %.1f GiB a rank)", MICRO_BATCH, size, limit_gib)
+        launch.meeting.run_on_rank0(lambda: identity.keep_micro_batch(run_dir, size, limit_gib))
+    return replace(setup, resolved=micro_batch.with_size(resolved, size, windows // size))
+
+
+def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
+    """Put the target under DeepSpeed."""
+    resolved, world = setup.resolved, setup.launch.world
+    model = load_model(setup.target.folder, dtype="float32")
+    groups = parameter_groups(model, setup.recipe.optimizer.weight_decay)
+    engine = Engine(model, resolved.config, world, kernels, setup.data.packing)
+    for note in engine.notes:
+        logger.info(note)
+    refuse_replaced_loss(resolved.kernels, engine.kernels, "; ".join(engine.notes))
+    if world.is_main:
+        identity.keep_kernels(setup.folder.path, engine.kernels.as_dict())
+        setup.write_ds_config(engine.kernels, groups)
+    return engine
+
+
+def refuse_replaced_loss(request: KernelRequest, kernels: Kernels, reason: str) -> None:
+    """Refuse a named loss that the model cannot have.
+
+    Raises:
+        RecipeError: With the reason.
+    """
+    if request.loss not in ("auto", kernels.loss):
+        raise RecipeError(
+            f"kernels.loss: {request.loss} is named, but it cannot be used: {reason}",
+            allowed='"auto" or "plain"',
+            action='write "auto" for kernels.loss',
+        )
+
+
+def resume(setup: RunSetup, engine: Engine) -> tuple[Saver, TrainState | None]:
+    """Restore the chosen checkpoint; the state is None at the start of a run."""
+    saver = Saver(
+        setup.resumption.store,
+        layout=setup.resumption.layout,
+        world=setup.launch.world,
+        reliability=setup.resolved.reliability,
+        fingerprints=setup.fingerprints,
+        say=logger.info,
+    )
+    return saver, setup.resumption.restore(engine, saver, setup.checkpoint)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the training of a launch ended.
+
+    Attributes:
+        state: The last one; it is saved.
+        stopped: Why it ended before the last step; empty if the run is finished.
+    """
+
+    state: TrainState
+    stopped: str
+
+
+def train(setup: RunSetup, engine: Engine, saver: Saver, state: TrainState | None, watch: Watchdog) -> Outcome:
+    """Train to the last step, or until the run is stopped; checkpoints and logs are closed at the end."""
+    launch, folder, data = setup.launch, setup.folder, setup.data
+    world, resumption, micro_batch_size = launch.world, setup.resumption, setup.resolved.micro_batch_size
+    controls = Controls(folder.path, launch.stop, world, max_minutes=launch.max_minutes)
+    with watch.phase("start", folder.newest_step()):
+        recorder = _open_recorder(setup, state)
+        folder.mark("running")
+    parts = loop.LoopParts(
+        recipe=setup.recipe,
+        engine=engine,
+        stream=data.stream,
+        validator=data.validator(batch_size=micro_batch_size, rank=world.rank, size=world.size),
+        saver=saver,
+        restore=lambda: resumption.restore(engine, saver, launch.meeting.run_on_rank0(resumption.choose)),
+        recorder=recorder,
+        controls=controls,
+        watch=watch,
+        world=world,
+        eval_dir=folder.eval,
+        micro_batch_size=micro_batch_size,
+        utilisation=_utilisation(setup),
+        data_metrics=data.metrics,
+    )
+    failure: BaseException | None = None
+    try:
+        result = loop.train(parts, setup.total_steps, state)
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        with watch.phase("finish", folder.newest_step()):
+            _close((saver.close, recorder.close), failure)
+    return Outcome(result.state, "" if result.finished else controls.reason)
+
+
+def _open_recorder(setup: RunSetup, state: TrainState | None) -> Recorder:
+    if not setup.launch.world.is_main:
+        return Recorder()
+    run_dir = setup.folder.path
+    return RunRecorder(
+        run_dir,
+        setup.recipe,
+        setup.total_steps,
+        state,
+        on_saved=lambda step: write_status(run_dir, "running", step=step),
+    )
+
+
+def _utilisation(setup: RunSetup) -> Callable[[float], float] | None:
+    """tokens/s -> MFU, on a GPU whose peak is known."""
+    launch, shape, gpus = setup.launch, setup.resolved.shape, detect_gpus()
+    gpu = identify(gpus[0].name) if gpus else None
+    if launch.machine.kind != "cuda" or shape is None or gpu is None:
+        return None
+    flops = flops_per_token(*shape, setup.recipe.training.seq_len)
+    return lambda tokens_per_s: mfu(tokens_per_s, flops, gpu, launch.world.size)
+
+
+def _close(closers: Sequence[Callable[[], None]], failure: BaseException | None) -> None:
+    """Close everything; the first failure ends the run, a later one is logged."""
+    for close in closers:
+        try:
+            close()
+        except InherituneError as error:
+            if failure is not None:
+                logger.warning(error.problem)
+            else:
+                failure = error
+    if isinstance(failure, InherituneError):
+        raise failure
+
+
+def finish(setup: RunSetup, engine: Engine, outcome: Outcome) -> bool:
+    """Export a finished run and write its report; all ranks call it together.
+
+    Returns:
+        Whether the run is finished; False if it was stopped before its last step.
+    """
+    step = outcome.state.step
+    if outcome.stopped:
+        done = f"saved at step {step}" if step else "before the first step"
+        setup.folder.mark("requeue", f"{outcome.stopped}: {done}")
+        logger.info("stopped %s%s; rerun the same command to resume", "and " if step else "", done)
+        return False
+    logger.info("exporting")
+    probe = setup.data.held_out.read(np.zeros(1, dtype=np.int64))[:, :PROBE_TOKENS]
+    logits = engine.probe_logits(probe)
+    parameters = engine.full_parameters()
+
+    def write() -> None:
+        try:
+            write_results(setup, engine, outcome.state, parameters, torch.from_numpy(probe), logits)
+        finally:
+            _gather(parameters)
+
+    if not setup.launch.world.is_main:
+        _gather(parameters)
+    setup.launch.meeting.run_on_rank0(write)
+    return True
+
+
+def _gather(parameters: Iterator[object]) -> None:
+    """Take part in gathering what is left: all ranks do, whatever happens to the export on rank 0."""
+    for _ in parameters:
+        pass
