@@ -65,13 +65,19 @@ class Case:
         return " ".join(words + ["immediate"] * self.immediate)
 
 
-def build_engine(case: Case, world: "World") -> "tuple[Engine, ZeroSettings]":
-    """The project's engine for a case, and how its config lays the model out."""
+def build_engine(case: Case, world: "World", target: Path | None = None) -> "tuple[Engine, ZeroSettings]":
+    """The project's engine for a case, and how its config lays the model out.
+
+    Args:
+        case: What to build.
+        world: This rank among all.
+        target: Folder of the model; None: one with random weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     from inheritune_ds.config.deepspeed import Machine, resolve
-    from inheritune_ds.surgery.load import build_config
+    from inheritune_ds.surgery.load import build_config, load_model
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import Kernels
 
@@ -99,7 +105,8 @@ def build_engine(case: Case, world: "World") -> "tuple[Engine, ZeroSettings]":
         if hasattr(config, key):
             setattr(config, key, 0.0)
     kernels = Kernels("sdpa", "torch_fused", False, case.loss, False, case.recomputation)
-    engine = Engine(AutoModelForCausalLM.from_config(config), resolved.config, world, kernels)
+    model = AutoModelForCausalLM.from_config(config) if target is None else load_model(target, dtype="float32")
+    engine = Engine(model, resolved.config, world, kernels, target=target)
     return engine, read_layout(resolved.config, seq_len=case.seq_len, world_size=world.size)
 
 

@@ -105,7 +105,7 @@ def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
     resolved, world = setup.resolved, setup.launch.world
     model = load_model(setup.target.folder, dtype="float32")
     groups = parameter_groups(model, setup.recipe.optimizer.weight_decay)
-    engine = Engine(model, resolved.config, world, kernels, setup.data.packing)
+    engine = Engine(model, resolved.config, world, kernels, setup.data.packing, target=setup.target.folder)
     for note in engine.notes:
         logger.info(note)
     refuse_replaced_loss(resolved.kernels, engine.kernels, "; ".join(engine.notes))

@@ -12,6 +12,7 @@ module, prefixes differ, old names are renamed), its reverse, and the loader beh
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from inheritune_ds.storage.hub import first_line
 from inheritune_ds.surgery.blocks import find_blocks
 from inheritune_ds.surgery.config_cut import num_blocks
 from inheritune_ds.surgery.load import quiet_transformers
+from inheritune_ds.surgery.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -189,6 +191,25 @@ def as_in_files(model: "PreTrainedModel", tensors: Mapping[str, torch.Tensor]) -
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def mapped_parameters(model: "PreTrainedModel", folder: Path) -> dict[str, torch.Tensor]:
+    """A model's parameters, mapped from its files instead of held in memory in fp32.
+
+    Args:
+        model: Loaded from the folder in fp32.
+        folder: Holds its files.
+
+    Returns:
+        Every parameter by name: the file's tensor where it has the same values, otherwise the model's own.
+    """
+    files, found = WeightFiles(folder, str(folder)), {}
+    for name, parameter in model.named_parameters():
+        own = parameter.detach()
+        held = [files.tensor(file) for file in as_in_files(model, {name: own.to("meta")}) if file in files.file_of]
+        same = len(held) == 1 and held[0].dtype != own.dtype and torch.equal(held[0].to(own.dtype), own)
+        found[name] = held[0] if same else own
+    return found
 
 
 def contradiction(problems: list[str]) -> SurgeryError:

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.config.deepspeed_keys import OURS
 from inheritune_ds.distributed.process_group import quiet
 from inheritune_ds.distributed.world import World
+from inheritune_ds.surgery.meta_model import mapped_parameters
 from inheritune_ds.training.block_wrapping import wrap_blocks
 from inheritune_ds.training.document_masks import skip_packing_check
 from inheritune_ds.training.faults import not_finite
@@ -71,26 +73,35 @@ class Engine:
         world: This rank among all.
         kernels: What computes it.
         packing: How documents inside a window are kept apart; None if they are not.
+        target: The folder that the model was loaded from, to fill the masters from; None: from the model itself.
 
     Raises:
         RecipeError: If documents are to be kept apart, and the model with these kernels does not.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the model, where it is from, and what computes it
         self,
         model: "PreTrainedModel",
         ds_config: Mapping[str, Any],
         world: World,
         kernels: Kernels,
         packing: DocumentPacking | None = None,
+        *,
+        target: Path | None = None,
     ) -> None:
         import deepspeed
 
         self.world = world
         low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
         # DeepSpeed rounds the model to half precision before it makes its fp32 masters of it. It gives every parameter
-        # new memory then; these are the tensors of before, mapped from the target's file if that is in fp32.
-        exact = {name: p.detach() for name, p in model.named_parameters()} if low_precision else {}
+        # new memory then, so these keep their values.
+        exact: Mapping[str, torch.Tensor] = {}
+        if low_precision:
+            exact = (
+                {name: parameter.detach() for name, parameter in model.named_parameters()}
+                if target is None
+                else mapped_parameters(model, target)
+            )
         self.kernels, self.notes = _fit(model, kernels)
         self._windows = WindowInputs(packing, self.kernels.attention)
         model.train()

@@ -59,7 +59,7 @@ def find_largest(  # noqa: PLR0913 - three of them by position
     def build(size: int, micro_steps: int) -> Engine:
         trial = dict(with_size(resolved, size, micro_steps).config)
         trial["train_batch_size"] = size * micro_steps * world.size
-        return Engine(load_model(target, dtype="float32"), trial, world, kernels, packing)
+        return Engine(load_model(target, dtype="float32"), trial, world, kernels, packing, target=target)
 
     def measure(size: int) -> float:
         vocabulary = int((read_json(target / "config.json") or {})["vocab_size"])
