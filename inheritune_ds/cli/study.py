@@ -23,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Run the study; its own module tells what it prints."""
+    """Run the study, which logs its progress and its table."""
+    from inheritune_ds.console import log_to_console
     from inheritune_ds.study.runner import run_study
 
+    log_to_console()
     run_study(
         args.study,
         deepspeed_config=args.deepspeed_config,

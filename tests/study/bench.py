@@ -1,4 +1,4 @@
-"""A launcher that trains nothing, and what a test asks of it."""
+"""A train.py that trains nothing, and what a test asks of it."""
 
 import json
 import os
@@ -7,24 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from inheritune_ds.console import log_to_console
 from inheritune_ds.study.runner import run_study
-
-# Stands in for the deepspeed command: a launcher that starts a launcher that starts one rank, with
-# the signal manners and exit codes of DeepSpeed 0.19.8 (runner.py and launch.py).
-LAUNCHER = """#!{python} -SE
-import signal, subprocess, sys, time
-if sys.argv[1] == "launch":
-    rank = subprocess.Popen([sys.executable, "-SE", {rank!r}, *sys.argv[2:]])
-    def end(*_):
-        rank.terminate()
-        rank.wait()
-        sys.exit(1)
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
-    sys.exit(rank.wait())
-code = subprocess.run([sys.executable, "-SE", __file__, "launch", *sys.argv[1:]]).returncode
-sys.exit(code if code > 0 else 0)
-"""
 
 # Stands in for train.py: does what a file named after the recipe says.
 RANK = """
@@ -34,8 +18,19 @@ bench = Path({bench!r})
 arguments = sys.argv[1:]
 name = arguments[arguments.index("--recipe") + 1]
 folder = Path(arguments[arguments.index("--runs-dir") + 1]) / Path(name).stem
+rank, ranks = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE"))
+assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == (str(rank), str(ranks))
+others = bench / "others"
+if rank:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    others.touch()
+    sys.exit(0)
+while not others.exists():
+    time.sleep(0.02)
+others.unlink()
 with (bench / "calls").open("a") as calls:
-    calls.write(json.dumps({{"arguments": arguments, "path": os.environ["PATH"], "name": name}}) + "\\n")
+    calls.write(json.dumps({{"arguments": arguments, "name": name, "port": os.environ["MASTER_PORT"]}}) + "\\n")
 folder.mkdir(parents=True, exist_ok=True)
 def status(state):
     (folder / "status.json").write_text(json.dumps({{"state": state}}))
@@ -73,6 +68,7 @@ SUMMARY = {
 
 
 def start(name: str = "quickstart", *overrides: str) -> Path | None:
+    log_to_console()
     return run_study(
         name,
         deepspeed_config=Path("ds_configs/cpu.json"),

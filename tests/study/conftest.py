@@ -2,7 +2,6 @@
 
 import json
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,21 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.study import runner
-from tests.study.bench import LAUNCHER, RANK, SUMMARY
+from inheritune_ds.study import processes, runner
+from tests.study.bench import RANK, SUMMARY
 
 
 @pytest.fixture(autouse=True)
-def _launcher_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def _default_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run on this machine must not change the commands that the tests expect."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(runner, "_LAUNCHER_PORT", probe.getsockname()[1])
+        for module in (processes, runner):
+            monkeypatch.setattr(module, "DEFAULT_PORT", probe.getsockname()[1])
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a launcher of its own; `bench`/NAME says what the run NAME does."""
+    """A current folder with a train.py of its own; `bench`/NAME says what the run NAME does."""
     bench = tmp_path / "bench"
     text = {"seq_len": 128, "tokens_sha256": "a" * 64}
     evaluation = {"step": 1, "loss": 2.5, "stderr": 0.5, "windows": [2.0, 3.0], **text}
@@ -33,15 +33,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (bench / "finished/run.json").write_text(json.dumps(SUMMARY))
     (bench / "finished/eval/validation-step-00000001.json").write_text(json.dumps(evaluation))
     (bench / "finished/metrics.jsonl").write_text(json.dumps(row) + "\n")
-    (bench / "rank.py").write_text(RANK.format(bench=str(bench)))
-    launcher = tmp_path / "bin/deepspeed"
-    launcher.parent.mkdir()
-    launcher.write_text(LAUNCHER.format(python=sys.executable, rank=str(bench / "rank.py")))
-    launcher.chmod(0o755)
-    (tmp_path / "train.py").touch()
+    (tmp_path / "train.py").write_text(RANK.format(bench=str(bench)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "__file__", str(tmp_path / "inheritune_ds/study/runner.py"))
-    monkeypatch.setattr(sys, "executable", str(launcher.parent / "python"))
+    monkeypatch.setattr(runner, "_deepspeed", lambda: "deepspeed")
     return bench
 
 

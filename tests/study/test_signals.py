@@ -5,10 +5,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from inheritune_ds.study import runner
+from inheritune_ds.study import processes
 from inheritune_ds.study.runner import StudyRunError
 from tests.study.bench import interrupt_myself, start, survivors
 
@@ -23,7 +24,7 @@ def test_study_lets_the_ranks_save_at_a_signal(
     assert start() is None
     thread.join()
     captured = capfd.readouterr()
-    assert captured.out.endswith("study quickstart: stopped at quickstart; the same command goes on\n")
+    assert captured.out.endswith("study quickstart: stopped at quickstart; rerun the same command to resume\n")
     assert captured.err == ""
     assert json.loads(Path("runs/quickstart/status.json").read_text()) == {"state": "requeue"}
     assert survivors(bench) == []
@@ -52,10 +53,12 @@ def test_study_ends_at_once_at_a_second_interrupt(
     assert survivors(bench) == []
 
 
-def test_study_stops_a_launcher_that_has_no_ranks_yet(
+def test_study_stops_ranks_that_are_still_starting(
     bench: Path, when_ready: Callable[[Callable[[], None]], threading.Thread], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (bench.parent / "bin/deepspeed").write_text(f"#!/bin/sh\ntouch {bench}/ready\nexec sleep 60\n")
+    (bench.parent / "train.py").write_text(
+        f"import pathlib, time\npathlib.Path('{bench}/ready').touch()\ntime.sleep(60)"
+    )
     began = time.monotonic()
     thread = when_ready(interrupt_myself)
     assert start() is None
@@ -67,8 +70,8 @@ def test_study_stops_a_launcher_that_has_no_ranks_yet(
 def test_study_tells_a_run_that_failed_from_one_that_was_stopped(
     bench: Path, when_ready: Callable[[Callable[[], None]], threading.Thread]
 ) -> None:
-    script = (bench / "rank.py").read_text()
-    (bench / "rank.py").write_text(
+    script = (bench.parent / "train.py").read_text()
+    (bench.parent / "train.py").write_text(
         script.replace('status("requeue")\n    os._exit(0)', 'status("failed")\n    os._exit(5)')
     )
     (bench / "quickstart").write_text("wait")
@@ -78,35 +81,61 @@ def test_study_tells_a_run_that_failed_from_one_that_was_stopped(
     thread.join()
 
 
-def test_study_kills_what_outlives_its_launcher(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = bench.parent / "bin/deepspeed"
-    launcher.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {bench}/orphan\nkill -9 $$\n")
-    monkeypatch.setattr(runner, "_LEAVE_S", 0.3)
-    with pytest.raises(StudyRunError, match="ended with exit code 137"):
-        start()
-    stat = Path(f"/proc/{(bench / 'orphan').read_text().strip()}/stat")
+def has_ended(pid: int) -> bool:
+    """Whether a process ends within seconds; one that nobody has waited for counts as ended."""
+    stat = Path(f"/proc/{pid}/stat")
     deadline = time.monotonic() + 5
     while stat.exists() and " Z " not in stat.read_text() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not stat.exists() or " Z " in stat.read_text()
+    return not stat.exists() or " Z " in stat.read_text()
 
 
-def test_signals_that_come_before_the_launcher_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(runner, "_group", lambda _: {10: 1, 11: 10, 12: 11, 13: 11, 14: 12})
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
-    with runner._Signals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        assert sent == []
-        signals.pass_to(10)
-    assert sent == [(12, signal.SIGINT), (13, signal.SIGINT)]
-    assert signals.count == 1
+ORPHAN = """
+import os, pathlib, signal, subprocess
+if os.environ["RANK"] == "0":
+    pathlib.Path("orphan").write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_study_kills_what_outlives_the_ranks_and_tells_of_the_signal_that_ended_one(bench: Path) -> None:
+    (bench.parent / "train.py").write_text(ORPHAN)
+    with pytest.raises(StudyRunError, match="ended with exit code 137"):
+        start()
+    assert has_ended(int(Path("orphan").read_text()))
+
+
+def test_study_kills_the_ranks_that_stay_after_one_has_failed(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import os, sys, time\ntime.sleep(60) if os.environ['RANK'] == '0' else sys.exit(6)\n"
+    (bench.parent / "train.py").write_text(script)
+    monkeypatch.setattr(processes, "GRACE_S", 0.3)
+    began = time.monotonic()
+    with pytest.raises(StudyRunError, match="ended with exit code 6"):
+        start()
+    assert time.monotonic() - began < 20
+    assert survivors(bench) == []
+
+
+def test_a_signal_that_comes_before_the_ranks_is_passed_on(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bench / "quickstart-reference").write_text("wait")
+    started = processes._start
+
+    def slowly(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return started(*given)
+
+    monkeypatch.setattr(processes, "_start", slowly)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):  # one signal a rank
+        start()
+    assert time.monotonic() - began < 20
+    assert survivors(bench) == []
 
 
 def test_signals_leave_an_ignored_hangup_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with runner._Signals():
+        with processes._Signals():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

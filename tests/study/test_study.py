@@ -1,4 +1,4 @@
-import os
+import shlex
 import socket
 import sys
 from contextlib import suppress
@@ -11,21 +11,20 @@ from inheritune_ds.config.loading import load_recipe, read_document, shipped_nam
 from inheritune_ds.config.messages import validate
 from inheritune_ds.config.yaml import parse_yaml
 from inheritune_ds.errors import InherituneError, MachineError, RecipeError
-from inheritune_ds.study import runner
-from inheritune_ds.study.runner import StudyFile, StudyRunError
+from inheritune_ds.study import processes, runner
+from inheritune_ds.study.runner import StudyRunError
+from inheritune_ds.study.spec import StudyFile
 from tests.study.bench import calls, start, write_study
 
 
-def test_study_chooses_another_port_when_a_run_has_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runner._port() == []
+def test_study_chooses_another_port_when_a_run_has_the_default(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
+        other.bind(("", processes.DEFAULT_PORT))
         other.listen()
-        taken = other.getsockname()[1]
-        monkeypatch.setattr(runner, "_LAUNCHER_PORT", taken)
-        option, port = runner._port()
-    assert option == "--master_port"
-    assert int(port) != taken
+        assert start() is not None
+    ports = [call["port"] for call in calls(bench)]
+    assert str(processes.DEFAULT_PORT) not in ports
+    assert f"deepspeed --master_port {ports[0]} --num_gpus 2 train.py " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", shipped_names("studies"))
@@ -60,13 +59,12 @@ def test_study_echoes_a_command_that_can_be_pasted(bench: Path, capfd: pytest.Ca
     start("quickstart", "training.duration=20 steps")
     echoed = [line for line in capfd.readouterr().out.splitlines() if " train.py " in line]
     assert echoed[1] == (
-        "bin/deepspeed --num_gpus 2 train.py --deepspeed_config ds_configs/cpu.json --recipe quickstart"
+        "deepspeed --num_gpus 2 train.py --deepspeed_config ds_configs/cpu.json --recipe quickstart"
         " --runs-dir runs --cache-dir cache 'training.duration=20 steps'"
         " reference.model=recipe:runs/study-quickstart/recipes/quickstart-reference.yaml"
     )
-    first = calls(bench)[1]
-    assert first["arguments"][-2] == "training.duration=20 steps"
-    assert first["path"].split(os.pathsep)[0] == str(bench.parent / "bin")
+    assert calls(bench)[1]["arguments"] == shlex.split(echoed[1])[4:]
+    assert calls(bench)[1]["port"] == str(processes.DEFAULT_PORT)
 
 
 def test_overrides_of_a_study_reach_the_reference_that_it_trains(bench: Path) -> None:
@@ -108,30 +106,19 @@ def test_a_reference_with_overrides_of_its_own_is_the_one_that_is_inherited(benc
     assert not any("reference.model" in word for word in calls(bench)[-1]["arguments"]), "it is not trained before"
 
 
-def test_study_echoes_plain_deepspeed_where_the_shell_finds_the_same(
-    bench: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", f"{bench.parent / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    start()
-    assert "\ndeepspeed --num_gpus 2 train.py " in capfd.readouterr().out
-
-
-def test_study_takes_deepspeed_from_the_path_as_a_last_resort(
-    bench: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", f"{bench.parent / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert start() is not None
-    assert "\ndeepspeed --num_gpus 2 " in capfd.readouterr().out
-
-
-def test_study_says_when_deepspeed_is_missing(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (bench.parent / "bin/deepspeed").unlink()
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(
-        MachineError, match=r"`deepspeed` is neither at .*bin/deepspeed nor on the PATH\n.*make install"
-    ):
-        start()
+def test_the_launcher_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = tmp_path / "bin" / "deepspeed", tmp_path / "other" / "deepspeed"
+    for launcher in (own, other):
+        launcher.parent.mkdir()
+        launcher.write_text("#!/bin/sh\n")
+        launcher.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(own.with_name("python")))
+    for path, named in ((own.parent, "deepspeed"), (other.parent, "bin/deepspeed"), ("/nowhere", "bin/deepspeed")):
+        monkeypatch.setenv("PATH", str(path))
+        assert runner._deepspeed() == named
+    own.unlink()
+    assert runner._deepspeed() == "deepspeed"
 
 
 def test_study_says_when_train_py_is_missing(bench: Path) -> None:
@@ -182,7 +169,9 @@ def test_study_stops_without_a_report_when_a_run_asks_to_be_requeued(
 ) -> None:
     (bench / "quickstart").write_text("requeue 0")
     assert start() is None
-    assert capfd.readouterr().out.endswith("study quickstart: stopped at quickstart; the same command goes on\n")
+    assert capfd.readouterr().out.endswith(
+        "study quickstart: stopped at quickstart; rerun the same command to resume\n"
+    )
     (bench / "quickstart").unlink()
     assert start() is not None
     assert [call["name"] for call in calls(bench)][2:] == ["quickstart-reference", "quickstart", "quickstart-scratch"]

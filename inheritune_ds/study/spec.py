@@ -1,0 +1,137 @@
+"""A study file: several runs to compare with each other, and the recipe of each."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from inheritune_ds.config.fields import ConfigModel, Name, Text
+from inheritune_ds.config.loading import dump_recipe, load_recipe, read_document, shipped_names
+from inheritune_ds.config.messages import validate
+from inheritune_ds.config.model import RECIPE_PREFIX
+from inheritune_ds.config.recipe import Recipe
+from inheritune_ds.config.yaml import parse_yaml
+from inheritune_ds.errors import InherituneError, RecipeError
+from inheritune_ds.report.study_report import Role
+from inheritune_ds.storage.files import storage_errors, write_text
+
+
+class StudyRun(ConfigModel):
+    """One run of a study."""
+
+    recipe: Text
+    """A shipped name, or a path relative to the study file."""
+    role: Role
+    label: Text | None = None
+    """What the table and the figure call it; the recipe's name when left out."""
+    overrides: list[Text] = Field(default_factory=list)
+    """Such as `name=shallow`, `target.select=first:2`: one recipe can serve several runs."""
+
+
+class StudyFile(ConfigModel):
+    """Runs to compare with each other."""
+
+    name: Name
+    description: Text
+    runs: Annotated[list[StudyRun], Field(min_length=1)]
+    """In the order in which they are trained."""
+
+    @model_validator(mode="after")
+    def _has_target(self) -> Self:
+        if not any(run.role == "target" for run in self.runs):
+            raise ValueError("one of the runs must have the role target")
+        return self
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a study, ready to start.
+
+    Attributes:
+        run: Its entry in the study file.
+        plain: The recipe as its file has it.
+        recipe: The recipe as the study trains it.
+        arguments: The words for train.py that make the second of the first.
+    """
+
+    run: StudyRun
+    plain: Recipe
+    recipe: Recipe
+    arguments: list[str]
+
+    @property
+    def label(self) -> str:
+        """What the table and the figure call it."""
+        return self.run.label or self.recipe.name
+
+
+def load_study(name: str, overrides: Sequence[str], runs_dir: Path) -> tuple[StudyFile, list[PlannedRun]]:
+    """Read a study and the recipe of every run; all problems at once, before the first run starts.
+
+    If the reference of a run is a run of this study, it is that run with its overrides: its recipe is written
+    into `study-NAME/recipes`, and the run's `reference.model` names that file.
+
+    Args:
+        name: A shipped study, or the path of a study file.
+        overrides: `key.path=value` items for every run.
+        runs_dir: Where the run folders are.
+
+    Raises:
+        RecipeError: The study or one of its recipes is wrong.
+    """
+    text, origin = read_document(name, "studies")
+    study = validate(StudyFile, parse_yaml(text, origin), origin)
+    beside = Path() if name in shipped_names("studies") else Path(origin).parent
+    folder = runs_dir / f"study-{study.name}" / "recipes"
+    runs: list[PlannedRun] = []
+    references: dict[Path, Recipe] = {}
+    problems: list[InherituneError] = []
+    for run in study.runs:
+        words = [*run.overrides, *overrides]
+        try:
+            recipe = load_recipe(run.recipe, words, beside=beside)
+            reference = _reference_in_study(recipe, runs)
+            if reference is not None:
+                path = folder / f"{reference.name}.yaml"
+                references[path] = reference
+                words.append(f"reference.model={RECIPE_PREFIX}{path}")
+                recipe = load_recipe(run.recipe, words, beside=beside)
+            which = run.recipe if run.recipe in shipped_names() else str(beside / Path(run.recipe).expanduser())
+            plain = load_recipe(run.recipe, beside=beside)
+            runs.append(PlannedRun(run, plain, recipe, ["--recipe", which, *words]))
+        except RecipeError as problem:
+            problems.append(problem)
+    _check_loaded(study, runs, problems)
+    for path, reference in references.items():
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, dump_recipe(reference))
+    return study, runs
+
+
+def _reference_in_study(recipe: Recipe, before: Sequence[PlannedRun]) -> Recipe | None:
+    """The reference of a recipe as an earlier run of the study trains it; None if its own recipe says it all."""
+    name = recipe.reference.recipe_name if recipe.reference else None
+    if name is None:
+        return None
+    asked = load_recipe(name)
+    trained = [run.recipe for run in before if run.plain == asked]
+    if not trained or any((one.name, one.fingerprint) == (asked.name, asked.fingerprint) for one in trained):
+        return None
+    return trained[0]
+
+
+def _check_loaded(study: StudyFile, runs: Sequence[PlannedRun], problems: list[InherituneError]) -> None:
+    for name, times in Counter(run.recipe.name for run in runs).items():
+        if times > 1:
+            problems.append(
+                RecipeError(
+                    f"study {study.name}: {times} runs are called {name}, so they would share a run folder",
+                    action="give one of them another name: `overrides: [name=...]`",
+                )
+            )
+    if problems:
+        raise RecipeError.of(problems)
