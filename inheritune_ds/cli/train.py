@@ -1,6 +1,7 @@
 """`inheritune-ds train`, and train.py."""
 
 import argparse
+import gc
 import math
 import os
 from typing import TYPE_CHECKING, Any
@@ -125,11 +126,14 @@ def _train(
     stop.leave_from_anywhere()
     export(world, os.environ)
     prepare_environment(os.environ, kind=machine.kind)
+    gc.disable()  # the imports make no garbage, and looking for it takes longer with every module
     from inheritune_ds.distributed.process_group import leave_process_group
     from inheritune_ds.run.execute import execute
     from inheritune_ds.run.launch import Launch
     from inheritune_ds.training.toolchain import check_device
 
+    gc.freeze()
+    gc.enable()
     check_device(machine.kind, world, offload=resolved.offloads)
     launch = Launch(
         **settings,

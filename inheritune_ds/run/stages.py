@@ -1,5 +1,6 @@
 """The stages of a launch after its preparation, in their order: kernels, micro-batch, engine, resume, train, finish."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -103,6 +104,9 @@ def with_micro_batch(setup: RunSetup, kernels: Kernels) -> RunSetup:
 def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
     """Put the target under DeepSpeed."""
     resolved, world = setup.resolved, setup.launch.world
+    # DeepSpeed collects garbage a few times while it builds an engine, and would search all imported modules each time.
+    gc.collect()
+    gc.freeze()
     model = load_model(setup.target.folder, dtype="float32")
     groups = parameter_groups(model, setup.recipe.optimizer.weight_decay)
     engine = Engine(model, resolved.config, world, kernels, setup.data.packing, target=setup.target.folder)

@@ -55,6 +55,8 @@ def _start(run_dir: Path, recipe: Recipe) -> Any | None:
     try:
         import wandb
 
+        # It would import W&B Launch, which takes seconds, to look for inputs of a launched job; there are none.
+        wandb.Run._detect_and_apply_job_inputs = lambda self: None  # type: ignore[method-assign]  # noqa: ARG005, SLF001
         settings = wandb.Settings(
             console="off",
             silent=True,

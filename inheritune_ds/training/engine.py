@@ -28,7 +28,7 @@ from inheritune_ds.training.document_masks import skip_packing_check
 from inheritune_ds.training.faults import not_finite
 from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
-from inheritune_ds.training.optimizer import build_optimizer, parameter_groups, without_names
+from inheritune_ds.training.optimizer import build_optimizer, import_muon, parameter_groups, without_names
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses, prove_apart
 from inheritune_ds.training.step_clock import PassClock
 from inheritune_ds.training.update_gate import Judge, UpdateGate, agreed, count_targets, totals
@@ -91,6 +91,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
+        import_muon()
         self.world = world
         low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
         # DeepSpeed rounds the model to half precision before it makes its fp32 masters of it. It gives every parameter

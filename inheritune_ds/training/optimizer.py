@@ -4,6 +4,7 @@ Matrices decay; norms, biases and embeddings (a tied head among them) do not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,6 +56,23 @@ def _group(named: Iterable[tuple[str, Any]], weight_decay: float) -> dict[str, A
 def without_names(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The groups as an optimizer takes them: without names, and none without parameters."""
     return [{key: value for key, value in group.items() if key != "names"} for group in groups if group["params"]]
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon without compiling its functions.
+
+    DeepSpeed imports it in every run, to see that the optimizer is another one. Compiling would import torch's
+    inductor, which takes more than a second.
+    """
+    from deepspeed.runtime import compiler
+
+    own = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with suppress(ImportError):  # a later DeepSpeed may have it elsewhere
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = own
 
 
 def build_optimizer(

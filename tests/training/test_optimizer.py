@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
+from tests.launching import environment
 
 
 def tiny(family: str, **values: Any) -> PreTrainedModel:
@@ -123,3 +125,20 @@ def test_fused_adam_decouples_its_decay(kind: str, module: str, monkeypatch: pyt
         monkeypatch.setitem(sys.modules, name, fake)
     build_optimizer(kind, parameter_groups(gpt2(), 0.25), **SETTINGS)
     assert seen == {"adam_w_mode": True, "lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-7, "groups": 2}
+
+
+COMPILER = """
+import sys
+from inheritune_ds.training.optimizer import import_muon
+import_muon()
+from deepspeed.runtime import compiler
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+print(compiler.compile.__module__, "torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+def test_muon_is_imported_without_torch_s_compiler() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILER], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "deepspeed.runtime.compiler False"

@@ -8,6 +8,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import os
 import platform
 import sysconfig
 import warnings
@@ -117,11 +118,11 @@ def _stdlib() -> Path:
 
 def _module_files(root: Path) -> list[Path]:
     """List the library's files without tests and installed packages, in the order of their paths."""
-    return [
-        path
-        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
-        if not any(part in _LEFT_OUT or part.startswith("test_") for part in path.relative_to(root).parts)
-    ]
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT and not name.startswith("test_")]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("test_")]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _module_name(relative: Path) -> str:
