@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,8 @@ import pytest
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.errors import RunFolderError, StorageError
-from inheritune_ds.run import provenance
 from inheritune_ds.run.folder import FolderBusyError, RunFolder
-from inheritune_ds.run.provenance import PACKAGES, write_provenance
-from inheritune_ds.run.status import read_status, write_status
+from inheritune_ds.run.status import write_status
 
 HOLDER = """
 import sys
@@ -173,28 +170,6 @@ def test_claim_in_a_read_only_folder_is_a_storage_error(
         folder.claim(recipe)
 
 
-def test_status_is_read_back(folder: RunFolder, recipe: Recipe) -> None:
-    assert read_status(folder.path) == {}
-    folder.claim(recipe)
-    start = datetime.now(UTC).replace(microsecond=0)
-    write_status(folder.path, "requeue", step=42, reason="SIGUSR1: saved", exit_code=0)
-    status = read_status(folder.path)
-    assert {key: status[key] for key in ("state", "step", "reason", "exit_code", "pid")} == {
-        "state": "requeue",
-        "step": 42,
-        "reason": "SIGUSR1: saved",
-        "exit_code": 0,
-        "pid": os.getpid(),
-    }
-    assert datetime.fromisoformat(status["time"]) >= start
-    write_status(folder.path, "running")
-    assert (
-        read_status(folder.path)["state"],
-        read_status(folder.path)["step"],
-        read_status(folder.path)["reason"],
-    ) == ("running", 0, "")
-
-
 def test_a_run_has_finished_when_status_summary_and_whole_export_say_so(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     folder.export.mkdir()
@@ -215,55 +190,6 @@ def test_a_run_has_finished_when_status_summary_and_whole_export_say_so(folder: 
     assert not folder.has_finished(recipe)
     (folder.export / "manifest.json").unlink()
     assert not folder.has_finished(recipe)
-
-
-def test_provenance_tells_versions_and_command_and_no_secret(
-    folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WANDB_API_KEY", "HF_TOKEN", "MY_VARIABLE"):
-        monkeypatch.setenv(name, f"value-of-{name}")
-    monkeypatch.setenv("SLURM_JOB_ID", "123")
-    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--recipe", "quickstart"])
-    folder.claim(recipe)
-    write_provenance(folder.path, {"world_size": 2})
-    text = (folder.path / "provenance.json").read_text(encoding="utf-8")
-    document = json.loads(text)
-    assert document["command"] == ["train.py", "--recipe", "quickstart"]
-    assert (document["world_size"], document["slurm_job_id"]) == (2, "123")
-    assert set(document["packages"]) == set(PACKAGES)
-    assert document["packages"]["torch"].startswith("2.")
-    assert "value-of" not in text
-    assert os.environ["PATH"] not in text
-
-
-def test_git_state_is_none_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "site-packages" / "inheritune_ds" / "run" / "folder.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    assert provenance._git_state() is None
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
-    assert provenance._git_state() is None
-
-
-def test_git_state_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "inheritune_ds" / "run"
-    package.mkdir(parents=True)
-    (package / "folder.py").write_text("one\n", encoding="utf-8")
-    monkeypatch.setattr(provenance, "__file__", str(package / "folder.py"))
-
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
-        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
-        return done.stdout.decode().strip()
-
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "one")
-    commit = git("rev-parse", "HEAD")
-    assert provenance._git_state() == {"commit": commit, "changed": False}
-    (tmp_path / "untracked").touch()
-    assert provenance._git_state() == {"commit": commit, "changed": False}
-    (package / "folder.py").write_text("two\n", encoding="utf-8")
-    assert provenance._git_state() == {"commit": commit, "changed": True}
 
 
 def test_set_aside_renames_the_whole_folder_and_lets_it_go(folder: RunFolder, recipe: Recipe) -> None:
@@ -318,22 +244,6 @@ def test_a_lock_on_a_folder_that_was_set_aside_meanwhile_is_taken_again(
     with pytest.raises(FolderBusyError):
         RunFolder(folder.path).lock()
     RunFolder(moved).lock()  # nobody holds the old one
-
-
-@pytest.mark.parametrize("content", ["3", '"x"', "[1]", "\x00\x00", '{"state'])
-def test_a_status_that_is_no_object_is_none(content: str, folder: RunFolder, recipe: Recipe) -> None:
-    folder.claim(recipe)
-    (folder.path / "status.json").write_text(content)
-    assert read_status(folder.path) == {}
-    write_status(folder.path, "running", step=8)
-    assert read_status(folder.path)["step"] == 8
-
-
-def test_the_latest_step_ever_saved_stays_in_the_status(folder: RunFolder, recipe: Recipe) -> None:
-    folder.claim(recipe)
-    write_status(folder.path, "running", step=8)
-    write_status(folder.path, "failed", step=0, reason="its checkpoints have gone", exit_code=4)
-    assert (read_status(folder.path)["step"], read_status(folder.path)["saved_step"]) == (0, 8)
 
 
 def test_a_claimed_folder_is_closed_to_others_whatever_the_umask(folder: RunFolder, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""The room that a run asks for before it trains."""
+"""The room that a run asks for before it trains, and what it makes once."""
 
 import os
 from pathlib import Path
@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from inheritune_ds.cli import main
+from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.tokens.token_set import TokenSet
 from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.errors import StorageError
 from inheritune_ds.run import prepare
+from inheritune_ds.run.data import RunData
 from inheritune_ds.surgery.inherit import TargetModel
 
 CPU = str(Path(__file__).parents[2] / "ds_configs" / "cpu.json")
@@ -62,3 +64,16 @@ def test_a_run_asks_for_room_for_the_checkpoints_that_will_lie_there(
     overrides: list[str], there: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert asked_for(tmp_path, monkeypatch, *overrides, there=there) == count
+
+
+def test_the_data_of_a_run_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Recipe] = []
+
+    class Counted(RunData):
+        def __init__(self, recipe: Recipe, tokens: TokenSet) -> None:
+            made.append(recipe)
+            super().__init__(recipe, tokens)
+
+    monkeypatch.setattr(prepare, "RunData", Counted)
+    asked_for(tmp_path, monkeypatch)
+    assert len(made) == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from inheritune_ds.cli import main
 from inheritune_ds.config.loading import load_recipe, read_document, shipped_names
 from inheritune_ds.config.messages import validate
 from inheritune_ds.config.yaml import parse_yaml
@@ -228,4 +229,10 @@ def test_study_says_which_studies_there_are(bench: Path) -> None:
 def test_overrides_are_checked_against_every_recipe_before_anything_starts(bench: Path) -> None:
     with pytest.raises(RecipeError, match="3 problems found"):
         start("quickstart", "training.seqlen=3")
+    assert calls(bench) == []
+
+
+def test_a_study_without_a_rank_is_refused(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "quickstart", "--num_gpus", "0"]) == RecipeError.exit_code
+    assert "--num_gpus 0 is not accepted\n  allowed: 1, 2, 3, ..." in capfd.readouterr().err
     assert calls(bench) == []
