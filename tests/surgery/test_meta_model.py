@@ -1,14 +1,23 @@
 """Models without weights: which are refused, and which blocks would compute something else in another place."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from inheritune_ds.errors import SurgeryError
-from inheritune_ds.surgery.meta_model import MetaModel, check_same_blocks, contradiction, not_a_decoder
+from inheritune_ds.surgery.load import load_model
+from inheritune_ds.surgery.meta_model import (
+    MetaModel,
+    check_same_blocks,
+    contradiction,
+    mapped_parameters,
+    not_a_decoder,
+)
 from tests.surgery import tiny
+from tests.surgery.families import tiny_config
 
 
 def config(family: str, **changes: Any) -> PreTrainedConfig:
@@ -176,3 +185,20 @@ def test_windows_by_place_are_seen(kinds: tuple[int, int], *, same: bool) -> Non
         assert "full_attention" in refused(reference, block, target, 1) or "sliding_window" in refused(
             reference, block, target, 1
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_parameters_of_a_half_precision_file_are_mapped_from_it(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(family, 2), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="float32")
+    mapped = mapped_parameters(model, tmp_path)
+    own = dict(model.named_parameters())
+    assert mapped.keys() == own.keys()
+    assert all(torch.equal(mapped[name].float(), own[name]) for name in own)
+    fused = {name for name in own if "experts" in name}  # several tensors of the file
+    assert {name for name, value in mapped.items() if value.dtype == torch.float32} == fused
+    with torch.no_grad():
+        own["lm_head.weight" if family != "gpt2" else "transformer.wte.weight"][0, 0] += 1.0
+    changed = [name for name, value in mapped_parameters(model, tmp_path).items() if value.dtype == torch.float32]
+    assert len(changed) == len(fused) + 1, "values that are not the file's are the model's own"

@@ -81,7 +81,7 @@ def test_a_trial_keeps_documents_apart_as_the_run_does(
 ) -> None:
     built: list[tuple[int, Any]] = []
 
-    def engine(_model: Any, config: dict[str, Any], _world: World, _kernels: Kernels, packing: Any) -> None:
+    def engine(_model: Any, config: dict[str, Any], _world: World, _kernels: Kernels, packing: Any, **_: Any) -> None:
         built.append((config["train_micro_batch_size_per_gpu"], packing))
 
     def peak(build: Callable[[int, int], Any], size: int, **_: int) -> float:

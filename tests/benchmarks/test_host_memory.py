@@ -1,0 +1,31 @@
+"""The host memory benchmark: its sampler, and a rehearsal."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.end_to_end.launching import ROOT, environment
+
+from benchmarks.host_memory import peak_growth
+
+
+def test_growth_is_that_of_anonymous_memory_at_its_peak() -> None:
+    found: dict[str, float] = {}
+    with peak_growth(found, "tensor"):
+        for _ in range(3):
+            torch.ones(8 << 20).sum()
+    assert 0.9 * (32 << 20) < found["tensor"] < 1.5 * (32 << 20)
+
+
+@pytest.mark.rehearsal
+@pytest.mark.timeout(600)
+def test_rehearsal_measures_every_file_type_and_precision(tmp_path: Path) -> None:
+    out = tmp_path / "host_memory.json"
+    words = [sys.executable, "-m", "benchmarks.host_memory", "--rehearse", "--out", str(out)]
+    subprocess.run(words, cwd=ROOT, env=environment(), check=True)
+    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert len(cases) == 4
+    assert all(figures["export_bytes_per_parameter"] >= 0.0 for figures in cases.values())
