@@ -1,8 +1,7 @@
-"""Scores of blocks that an analysis has measured, for selections `by:NAME:n`."""
+"""Measured scores of blocks, for selections `by:NAME:n`."""
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,30 @@ FORMAT = '{"NAME": [one number for each block of the reference, block 0 first; h
 
 
 def read_scores(path: str | None) -> dict[str, list[float]]:
-    """Read a file of scores: a JSON object of lists of numbers; none without a file.
+    """Read a JSON object of lists of numbers; no scores without a file.
 
     Raises:
-        RecipeError: If the file cannot be read, or is something else.
+        RecipeError: If the file cannot be read, or has another content.
     """
     if path is None:
         return {}
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        duplicate = next((name for name in names if names.count(name) > 1), None)
+        if duplicate is not None:
+            raise RecipeError(f"block_scores: {path} names {duplicate!r} twice", allowed=FORMAT)
+        return dict(pairs)
+
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-        document = json.loads(text, object_pairs_hook=_once(path))
+        document = json.loads(text, object_pairs_hook=unique)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise RecipeError(f"block_scores: {path} cannot be read: {reason}", allowed=FORMAT) from None
     if not isinstance(document, dict) or not all(_is_scores(values) for values in document.values()):
-        raise RecipeError(f"block_scores: {path} holds something else than scores", allowed=FORMAT)
+        raise RecipeError(f"block_scores: {path} does not hold scores", allowed=FORMAT)
     return {name: [float(value) for value in values] for name, values in document.items()}
-
-
-def _once(path: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """A reader of JSON objects that refuses a name that stands twice: the last would win without a word."""
-
-    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise RecipeError(f"block_scores: {path} names {twice!r} twice", allowed=FORMAT)
-        return dict(pairs)
-
-    return read
 
 
 def _is_scores(values: object) -> bool:

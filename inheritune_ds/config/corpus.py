@@ -1,4 +1,4 @@
-"""The part of a recipe that says what is read: sources, their weights, the tokenizer and the held-out part."""
+"""The corpus of a recipe: sources, their weights, the tokenizer and the held-out part."""
 
 import math
 import re
@@ -26,47 +26,42 @@ Scalar = str | int | float | bool | None
 MAX_ROUND_WINDOWS = 10_000
 """Longest pattern in which the sources of a mixture may take turns, in windows."""
 OTHER_NAMES = ("tokenizer", "manifest.json", "progress.sqlite", "progress.sqlite-journal")
-"""What lies beside the folders of the sources among token files."""
+"""Names in a token folder that no source can have."""
 
 
 class Filters(ConfigModel):
-    """Which records are taken; the others are counted and left out."""
+    """Which records are taken; the others are counted and skipped."""
 
     keep: dict[Text, list[Scalar]] = Field(default={})
     """Field (dots lead into nested ones) -> values of which the record must have one."""
     drop: dict[Text, list[Scalar]] = Field(default={})
     """Field -> values of which the record must have none."""
     min_characters: Annotated[int, Field(ge=0)] = 0
-    """Shorter documents are left out."""
+    """Shorter documents are skipped."""
     max_characters: PositiveInt | None = None
-    """Longer documents are left out."""
+    """Longer documents are skipped."""
 
     @model_validator(mode="after")
-    def _leaves_something(self) -> Self:
+    def _check_lengths(self) -> Self:
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ValueError(
                 f"min_characters {self.min_characters} is more than max_characters {self.max_characters}: "
-                "no document would be taken"
+                "no document would pass"
             )
         return self
 
 
 class _AnySource(ConfigModel):
-    """What every source has."""
+    """Keys of every source."""
 
     name: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$"), NAME_FORM] = ""
-    """In metrics and file names; made of the kind, dataset or path when left out."""
+    """In metrics and file names; the default is made from the kind, dataset or path."""
     weight: Weight | None = None
     """Share of the windows, relative to the other sources; all sources have one, or none."""
     max_documents: PositiveInt | None = None
-    """Stop after this many documents, held-out ones among them."""
+    """Stop after this many documents, held-out ones included."""
     max_tokens: PositiveInt | None = None
     """Stop after this many training tokens of this source."""
-
-    @property
-    def default_name(self) -> str:
-        """The name of a source that has been given none."""
-        raise NotImplementedError
 
 
 class EmbeddedSource(_AnySource):
@@ -74,32 +69,20 @@ class EmbeddedSource(_AnySource):
 
     kind: Literal["embedded"]
 
-    @property
-    def default_name(self) -> str:
-        """`embedded`."""
-        return self.kind
-
 
 class FilesSource(_AnySource):
     """Local files: .txt, .jsonl and .json (also .gz, .bz2, .zst), .parquet, .arrow."""
 
     kind: Literal["files"]
     paths: Annotated[list[Text], Field(min_length=1)]
-    """Files, folders or glob patterns, relative to the current folder; what one matches is sorted."""
+    """Files, folders or glob patterns, relative to the current folder; the matches of each are sorted."""
     text_field: Text = "text"
     """Field of a record that holds the document; dots lead into nested ones."""
     document_separator: Text | None = None
-    """Cuts a .txt file into documents; the whole file is one document when left out."""
+    """Splits a .txt file into documents; without it the whole file is one document."""
     filters: Filters = Filters()
     bad_records: Literal["refuse", "skip"] = "refuse"
-    """What is done with a record that is no JSON object or has no text in its field; skipped ones are counted."""
-
-    @property
-    def default_name(self) -> str:
-        """Stem of the first path, or its folder if that has wildcards only."""
-        first = PurePath(self.paths[0])
-        stem = first.name.split(".")[0]
-        return _as_name(stem if re.search("[A-Za-z0-9]", stem) else first.parent.name, self.kind)
+    """Handling of a record that is not a JSON object or has no text in its field; skipped ones are counted."""
 
 
 class HubSource(_AnySource):
@@ -112,35 +95,26 @@ class HubSource(_AnySource):
     revision: Text = "main"
     """A commit, tag or branch; resolved to a full commit and pinned in the token manifest."""
     split: Text | None = None
-    """Take only the files whose path tells of this split (`train`, `validation`, `test`); all if left out."""
+    """Take only the files with this split in their path (`train`, `validation`, `test`); default: all files."""
     text_field: Text = "text"
     streaming: bool = True
     """Read while downloading, nothing kept; false downloads all of it into the hub's cache first."""
     filters: Filters = Filters()
     bad_records: Literal["refuse", "skip"] = "refuse"
-    """What is done with a record that has no text in its field; skipped ones are counted."""
+    """Handling of a record that has no text in its field; skipped ones are counted."""
     download_gib: PositiveFloat | None = None
     """Size of the files to download, for the budget."""
 
-    @property
-    def default_name(self) -> str:
-        """The dataset without its owner."""
-        return _as_name(PurePath(self.dataset).name, self.kind)
-
 
 class TokensSource(_AnySource):
-    """Token files as nanoGPT writes them: header-free uint16, an end-of-text token after every document."""
+    """Token files as nanoGPT writes them: headerless uint16, an end-of-text token after every document."""
 
     kind: Literal["nanogpt"]
     train: Text
     """`train.bin`; its tokens must be those of `corpus.tokenizer`."""
     validation: Text | None = None
-    """`val.bin`, taken whole: limits are of `train`. Without it documents of `train` are held out by their hash."""
-
-    @property
-    def default_name(self) -> str:
-        """Folder of `train`."""
-        return _as_name(PurePath(self.train).parent.name, self.kind)
+    """`val.bin`, read completely: limits apply to `train`. Without it, documents of `train` are held out by their
+    hash."""
 
 
 Source = Annotated[EmbeddedSource | FilesSource | HubSource | TokensSource, Field(discriminator="kind")]
@@ -152,14 +126,14 @@ class TrainedTokenizer(ConfigModel):
     """A byte-level BPE trained on the corpus itself."""
 
     vocab_size: Annotated[int, Field(ge=257)]
-    """Entries, the end-of-text token and the 256 bytes among them."""
+    """Entries, including the end-of-text token and the 256 bytes."""
 
 
 class WeightChange(ConfigModel):
-    """Other weights from a point of the run on."""
+    """New weights from a point of the run on."""
 
     at: TokenCount
-    """Tokens seen, such as `500M tokens` (or K or B); it takes effect where the first round after it begins."""
+    """Tokens seen, such as `500M tokens` (or K or B); it takes effect with the first round that begins after it."""
     weights: Annotated[dict[Name, Weight], Field(min_length=1)]
     """Name of a source -> weight, for every source."""
 
@@ -170,7 +144,7 @@ class WeightChange(ConfigModel):
 
     @field_validator("weights")
     @classmethod
-    def _in_turns(cls, weights: dict[str, float]) -> dict[str, float]:
+    def _check_shares(cls, weights: dict[str, float]) -> dict[str, float]:
         shares(list(weights.values()))
         return weights
 
@@ -180,7 +154,7 @@ class Corpus(ConfigModel):
 
     sources: Annotated[list[Source], Field(min_length=1)]
     weight_changes: list[WeightChange] = Field(default=[])
-    """Later weights, in the order of their marks."""
+    """Later weights, in the order of their `at`."""
     tokenizer: (
         Annotated[
             Annotated[Text, Tag("text")] | Annotated[TrainedTokenizer, Tag("mapping")],
@@ -188,15 +162,15 @@ class Corpus(ConfigModel):
         ]
         | None
     ) = None
-    """Hub id or local folder, or `{vocab_size: n}` to train one; the reference's when left out."""
+    """Hub id or local folder, or `{vocab_size: n}` to train one; default: the reference's."""
     max_tokens: PositiveInt | None = None
-    """Stop after this many training tokens: shared by weight, or in the order of sources that have none."""
+    """Stop after this many training tokens: shared by weight, or without weights in the order of the sources."""
     validation_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Share of the documents that is held out, chosen by the hash of their text."""
     duplicates: Literal["keep", "drop"] = "keep"
-    """What is done with exact copies of an earlier document; they are counted in any case."""
+    """Handling of exact copies of an earlier document; they are counted either way."""
     overlap_with: list[EvaluationSet] = Field(default=[])
-    """Evaluation sets; documents of the training part that share an n-gram of words with one are counted."""
+    """Evaluation sets; training documents that share an n-gram of words with one are counted."""
     overlap_ngram: Annotated[int, Field(ge=3)] = 13
     """Words of such an n-gram."""
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # noqa: S105 - no password
@@ -204,70 +178,67 @@ class Corpus(ConfigModel):
 
     @property
     def weights(self) -> list[float] | None:
-        """Weights of the sources at the start; None if they are taken as one."""
+        """Weights of the sources at the start; None without weights."""
         weights = [source.weight for source in self.sources if source.weight is not None]
         return weights or None
 
     @property
     def token_limits(self) -> list[int | None]:
-        """Most training tokens of every source, its own limit and its share of `max_tokens` together.
-
-        Without weights `max_tokens` is for all sources in their order, and not in here.
-        """
-        weights = self.weights
-        if weights is None or self.max_tokens is None:
+        """Most training tokens of every source: its own limit and, with weights, its share of `max_tokens`."""
+        if self.weights is None or self.max_tokens is None:
             return [source.max_tokens for source in self.sources]
-        turns = shares(weights)
+        turns = shares(self.weights)
         limits = [self.max_tokens * turn // sum(turns) for turn in turns]
-        return [
-            limit if source.max_tokens is None else min(limit, source.max_tokens)
-            for limit, source in zip(limits, self.sources, strict=True)
-        ]
+        return [min(limit, source.max_tokens or limit) for limit, source in zip(limits, self.sources, strict=True)]
 
     @field_validator("sources", "overlap_with")
     @classmethod
-    def _named(cls, sources: list[Any]) -> list[Any]:
-        """Give those without a name their default one, numbered where it is taken."""
+    def _fill_in_names(cls, sources: list[Any]) -> list[Any]:
+        """Give sources without a name their default one, numbered where it is taken."""
         taken = {source.name for source in sources}
         named = []
         for source in sources:
             name, number = source.name, 1
             while not name or (not source.name and name in taken):
-                name = source.default_name + (f"-{number}" if number > 1 else "")
+                name = _default_name(source) + (f"-{number}" if number > 1 else "")
                 number += 1
             taken.add(name)
             named.append(source.model_copy(update={"name": name}))
         return named
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check(self) -> Self:
         names = [source.name for source in self.sources]
-        _check_names(names)
-        self._check_weights(names)
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"two sources have the name {duplicates[0]!r}: give each a name of its own")
+        taken = next((name for name in names if name in OTHER_NAMES), None)
+        if taken is not None:
+            raise ValueError(f"a source cannot have the name {taken!r}: the token folder uses it")
+        self._check_weights()
         self._check_changes(set(names))
         self._check_evaluation_sets()
         return self
 
-    def _check_weights(self, names: Sequence[str]) -> None:
-        weights = self.weights
-        if weights is not None and len(weights) < len(names):
-            missing = next(source for source in self.sources if source.weight is None)
-            raise ValueError(f"source {missing.name!r} has no weight and others have: give all of them one, or none")
-        if weights is not None:
-            shares(weights)
+    def _check_weights(self) -> None:
+        missing = next((source.name for source in self.sources if source.weight is None), None)
+        if self.weights is not None and missing is not None:
+            raise ValueError(f"source {missing!r} has no weight and others have: give all of them one, or none")
+        if self.weights is not None:
+            shares(self.weights)
         if 0 in self.token_limits:
-            without = self.sources[self.token_limits.index(0)]
+            source = self.sources[self.token_limits.index(0)]
             raise ValueError(
-                f"nothing of max_tokens is left to source {without.name!r}, whose weight at the start is "
-                f"{without.weight:g}: give every source a max_tokens of its own in its place, or take the source out"
+                f"source {source.name!r} with weight {source.weight:g} at the start gets no tokens of max_tokens: "
+                "give every source its own max_tokens instead, or remove the source"
             )
 
     def _check_changes(self, names: set[str]) -> None:
         if self.weight_changes and self.weights is None:
-            raise ValueError("weight_changes needs weights of the sources to begin with")
+            raise ValueError("weight_changes needs sources with weights")
         marks = [change.tokens for change in self.weight_changes]
         if marks != sorted(set(marks)):
-            raise ValueError("weight_changes must stand in the order of their marks, each later than the one before")
+            raise ValueError("weight_changes must be sorted by `at`, each later than the one before")
         for change in self.weight_changes:
             if set(change.weights) != names:
                 raise ValueError(
@@ -279,43 +250,42 @@ class Corpus(ConfigModel):
         if len(set(names)) < len(names):
             raise ValueError("two sets of overlap_with have the same name: give each a name of its own")
         if any(source.weight is not None for source in self.overlap_with):
-            raise ValueError("a set of overlap_with is not trained on: it has no weight")
+            raise ValueError("a set of overlap_with is not trained on: remove its weight")
         if any(source.max_tokens is not None for source in self.overlap_with):
-            raise ValueError("a set of overlap_with is not made into tokens: limit it with max_documents")
-
-
-def _check_names(names: Sequence[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two sources have the name {twice[0]!r}: give each a name of its own")
-    taken = next((name for name in names if name in OTHER_NAMES), None)
-    if taken is not None:
-        raise ValueError(f"a source cannot have the name {taken!r}: something else in the token folder has it")
+            raise ValueError("a set of overlap_with is not tokenized: limit it with max_documents")
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Turns that each source has in a round, the smallest whole numbers in the proportion of the weights.
+    """Return the turns of each source in a round: the smallest integers in the proportion of the weights.
 
-    Args:
-        weights: As written; 0.045 is 45/1000, not the float nearest to it.
+    A weight counts as written: 0.045 is 45/1000, not the float nearest to it.
 
     Raises:
         ValueError: All are 0, or a round would have more than `MAX_ROUND_WINDOWS` turns.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     if not any(exact):
-        raise ValueError("all weights are 0: at least one must be more")
+        raise ValueError("all weights are 0: at least one must be above 0")
     unit = math.lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * unit) for weight in exact]
     turns = [weight // math.gcd(*whole) for weight in whole]
     if sum(turns) > MAX_ROUND_WINDOWS:
         raise ValueError(
             f"weights {', '.join(str(weight) for weight in weights)} repeat only after {sum(turns):,} windows, "
-            f"and at most {MAX_ROUND_WINDOWS:,} are allowed: write them as small whole numbers or with fewer digits"
+            f"and at most {MAX_ROUND_WINDOWS:,} are allowed: write them as small integers or with fewer digits"
         )
     return turns
 
 
-def _as_name(text: str, otherwise: str) -> str:
-    """Make a name of a file's or dataset's."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or otherwise
+def _default_name(source: Source) -> str:
+    """The file or its folder, the dataset without its owner, the folder of token files, or the kind."""
+    name = ""
+    match source:
+        case FilesSource(paths=[first, *_]):
+            stem = PurePath(first).name.split(".")[0]
+            name = stem if re.search("[A-Za-z0-9]", stem) else PurePath(first).parent.name
+        case HubSource():
+            name = PurePath(source.dataset).name
+        case TokensSource():
+            name = PurePath(source.train).parent.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or source.kind

@@ -1,20 +1,18 @@
-"""The DeepSpeed config of a run: a user's JSON with every `auto` filled in from the recipe and the machine.
-
-Torch is not imported here, so that a login node can check a config at once.
-"""
+"""The DeepSpeed config of a run: a user's JSON with every `auto` filled in from the recipe and the machine."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from inheritune_ds.config import deepspeed_checks
-from inheritune_ds.config.deepspeed_checks import DEFAULT_STAGE, block, is_off, offload_device
+from inheritune_ds.config.deepspeed_checks import DEFAULT_STAGE, block, is_off
 from inheritune_ds.config.deepspeed_keys import OPTIMIZER_TYPE, RECIPE_OWNED, REFUSED, PassedOn
 from inheritune_ds.config.fields import AUTO
 from inheritune_ds.config.kernels import OPTIMIZERS, KernelRequest
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.reliability import Reliability
+from inheritune_ds.config.zero import Precision, offload_device, precision_of
 from inheritune_ds.errors import RecipeError
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
@@ -22,11 +20,10 @@ MICRO_BATCH = "train_micro_batch_size_per_gpu"
 
 @dataclass(frozen=True)
 class Machine:
-    """What the config's `auto` values ask of the machine.
+    """The device of a rank, for the config's `auto` values.
 
     Attributes:
-        kind: `cuda` or `cpu`.
-        memory_gib: Memory that one rank may use, in GiB.
+        memory_gib: Memory that one rank may use.
         bf16: Whether the device computes in bfloat16 at full speed.
     """
 
@@ -40,9 +37,9 @@ class Resolved:
     """A DeepSpeed config with every number written out.
 
     Attributes:
-        config: What DeepSpeed is given, with the blocks `kernels` and `reliability`.
-        notes: A line on each choice that was made.
-        shape: The target's shape and blocks; None if not known.
+        config: DeepSpeed's keys, and the blocks `kernels` and `reliability`.
+        notes: A line on each choice.
+        shape: The target's shape and number of blocks; None if unknown.
     """
 
     config: Mapping[str, Any]
@@ -55,21 +52,18 @@ class Resolved:
         return int(self.config["zero_optimization"]["stage"])
 
     @property
-    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
-        """What the forward and backward pass compute in."""
-        if self.config["bf16"]["enabled"]:
-            return "bf16"
-        return "fp16" if self.config["fp16"]["enabled"] else "fp32"
+    def precision(self) -> Precision:
+        """Precision of the forward and backward pass."""
+        return precision_of(self.config)
 
     @property
     def offloads(self) -> bool:
-        """Whether the optimizer's or the model's state lies in host memory."""
-        zero = self.config["zero_optimization"]
-        return any(offload_device(zero, key) != "none" for key in ("offload_optimizer", "offload_param"))
+        """Whether the optimizer's or the model's state is in host memory."""
+        return self.offloads_optimizer or offload_device(self.config["zero_optimization"], "offload_param") != "none"
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer's state lies in host memory, where DeepSpeed's CPU Adam takes the step."""
+        """Whether the optimizer's state is in host memory and DeepSpeed's CPU Adam updates it."""
         return offload_device(self.config["zero_optimization"], "offload_optimizer") != "none"
 
     @property
@@ -84,12 +78,12 @@ class Resolved:
 
     @property
     def kernels(self) -> KernelRequest:
-        """Which implementations are asked for."""
+        """The `kernels` block."""
         return KernelRequest(**self.config["kernels"])
 
     @property
     def reliability(self) -> Reliability:
-        """How this machine saves, and how long it waits."""
+        """The `reliability` block."""
         return Reliability.of(self.config["reliability"])
 
 
@@ -109,7 +103,7 @@ class _Resolver:
         self.problems.append(RecipeError(f"{self.origin}: {key}: {problem}", allowed=allowed, action=action))
 
     def passed_on(self) -> None:
-        """Take over what the user's file owns, and drop what says nothing."""
+        """Copy the keys that the user's file owns, and drop blocks that are off."""
         for key, value in self.document.items():
             if key in PassedOn.model_fields and value not in (AUTO, None):
                 self.config[key] = value
@@ -120,8 +114,8 @@ class _Resolver:
 
     def owned_by_recipe(self) -> None:
         for path, (_, value) in RECIPE_OWNED.items():
-            node = self.config
             *parents, last = path.split(".")
+            node = self.config
             for part in parents:
                 node = node.setdefault(part, {})
             node[last] = value(self.recipe)
@@ -135,7 +129,7 @@ class _Resolver:
                 "fp16.enabled",
                 "half precision is not available on a CPU",
                 allowed="bf16, or neither (fp32)",
-                action="take ds_configs/cpu.json",
+                action="use ds_configs/cpu.json",
             )
         if bf16["enabled"] == AUTO:
             bf16["enabled"] = machine.bf16 and fp16["enabled"] is not True
@@ -172,65 +166,61 @@ class _Resolver:
                 zero[key] = formula(hidden_size)
                 self.notes.append(f"zero_optimization.{key}: {zero[key]} (auto: from hidden_size {hidden_size})")
         if zero.get("round_robin_gradients") is True:
-            # 0.19.8 links masters to other weights than their own on several ranks: the export would be scrambled.
+            # On several ranks 0.19.8 links masters to the wrong weights: the export would be scrambled.
             zero["round_robin_gradients"] = False
             self.notes.append("zero_optimization.round_robin_gradients: off; DeepSpeed mixes up master weights with it")
         zero.setdefault("overlap_comm", zero["stage"] == 3)
         self.config["zero_optimization"] = zero
 
     def kernels(self, machine: Machine) -> None:
-        """Write the block out in full, and refuse what the machine or another key of this file excludes."""
+        """Write all keys of the block, and refuse what the machine or another key excludes."""
         given = block(self.document, "kernels")
         self.request |= {key: value for key, value in given.items() if key in KernelRequest.model_fields}
         if self.request["activation_checkpointing"] == AUTO:
             self.request["activation_checkpointing"] = "none"
             self.notes.append("kernels.activation_checkpointing: none (auto: it costs a second forward pass)")
-        if str(self.request["attention"]).startswith("flash_attention"):
-            self._flash_attention(self.request["attention"], machine)
-        if self.request["compile"] is True and self.config["zero_optimization"]["stage"] == 3:
-            self.refuse(
-                "kernels.compile",
-                "true cannot be with stage 3: its hooks gather the parameters inside the block and break the graph",
-                allowed='false or "auto", or zero_optimization.stage 1 or 2',
-                action='write "auto"',
-            )
-        self._optimizer()
-
-    def _flash_attention(self, name: str, machine: Machine) -> None:
-        precision = Resolved(self.config, ()).precision
-        if machine.kind == "cpu" or precision == "fp32":
-            why = "has no kernel for a CPU" if machine.kind == "cpu" else "computes in half precision, this run in fp32"
+        so_far = Resolved(self.config, ())
+        attention, on_cpu = str(self.request["attention"]), machine.kind == "cpu"
+        if attention.startswith("flash_attention") and (on_cpu or so_far.precision == "fp32"):
+            why = "has no kernel for a CPU" if on_cpu else "computes in half precision, this run in fp32"
             self.refuse(
                 "kernels.attention",
-                f"{name} {why}",
+                f"{attention} {why}",
                 allowed='sdpa, eager, or "auto"; flash attention on a GPU with bf16 or fp16',
                 action='write "auto"',
             )
+        if self.request["compile"] is True and so_far.zero_stage == 3:
+            self.refuse(
+                "kernels.compile",
+                "true does not work with stage 3: its hooks gather parameters inside the block and break the graph",
+                allowed='false or "auto", or zero_optimization.stage 1 or 2',
+                action='write "auto"',
+            )
+        self._optimizer(offloaded=so_far.offloads_optimizer)
 
-    def _optimizer(self) -> None:
+    def _optimizer(self, *, offloaded: bool) -> None:
         name = self.request["optimizer"]
-        offloaded = Resolved(self.config, ()).offloads_optimizer
         torch_adam = block(block(self.document, "optimizer"), "params").get("torch_adam") is True
         if offloaded and name in OPTIMIZERS:
             self.refuse(
                 "kernels.optimizer",
-                f"{name} cannot be with offload_optimizer: DeepSpeed's CPU Adam works where its state lies",
+                f"{name} does not work with offload_optimizer: only DeepSpeed's CPU Adam updates a state on the host",
                 allowed=f'"{AUTO}"',
                 action=f'write "{AUTO}", or remove zero_optimization.offload_optimizer',
             )
         elif torch_adam and name in ("apex", "deepspeed"):
             self.refuse(
                 "kernels.optimizer",
-                f"{name} stands beside optimizer.params.torch_adam, which asks for torch's",
+                f"{name} contradicts optimizer.params.torch_adam, which selects torch's",
                 allowed="one of them",
                 action="remove optimizer.params.torch_adam",
             )
         elif torch_adam and name == AUTO and not offloaded:
             self.request["optimizer"] = "torch_fused"
-            self.notes.append("kernels.optimizer: torch_fused (optimizer.params.torch_adam asks for torch's)")
+            self.notes.append("kernels.optimizer: torch_fused (optimizer.params.torch_adam selects torch's)")
 
     def batch(self, world_size: int) -> None:
-        """Check that the ranks share a step evenly; an `auto` micro-batch is left to `fit`."""
+        """Check that the ranks share a step evenly; `fit` fills in an `auto` micro-batch."""
         windows = self.recipe.training.batch_windows
         given = self.document.get(MICRO_BATCH, AUTO)
         self.config.pop(MICRO_BATCH, None)
@@ -251,7 +241,7 @@ class _Resolver:
             divisors = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
             self.refuse(
                 MICRO_BATCH,
-                f"{given} does not divide the {per_rank} windows that each of {world_size} ranks has in a step",
+                f"{given} does not divide the {per_rank} windows of a step on each of {world_size} ranks",
                 allowed=divisors,
                 action='write one of these, or "auto"',
             )
@@ -259,7 +249,7 @@ class _Resolver:
         self.config |= batch_of(given, per_rank)
 
     def without_auto(self, given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Leave to DeepSpeed what is `auto` (or null) still; Hugging Face writes `auto` for such settings, too."""
+        """Leave the remaining `auto` and null values to DeepSpeed; Hugging Face's configs have such `auto`s."""
         kept: dict[str, Any] = {}
         for key, value in given.items():
             if value == AUTO:
@@ -272,12 +262,7 @@ class _Resolver:
 
 
 def batch_of(micro_batch_size: int, windows: int) -> dict[str, int]:
-    """DeepSpeed's two keys for a rank's windows of a step.
-
-    Args:
-        micro_batch_size: Sequences a rank holds at once.
-        windows: Of a rank.
-    """
+    """DeepSpeed's two keys for the windows that one rank has in a step."""
     return {MICRO_BATCH: micro_batch_size, "gradient_accumulation_steps": windows // micro_batch_size}
 
 
@@ -290,15 +275,15 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     world_size: int,
     machine: Machine,
 ) -> Resolved:
-    """Fill in every `auto` of a DeepSpeed config and check all of it; an `auto` micro-batch is filled in by `fit`.
+    """Check a DeepSpeed config and fill in every `auto` but that of the micro-batch, which `fit` fills in.
 
     Args:
-        document: The user's JSON as `ds_document.read` returns it.
+        document: The user's JSON, from `deepspeed_checks.read`.
         recipe: Owner of batch, clip, optimizer numbers and schedule.
-        origin: How to call the document in messages.
-        shape: The reference's or target's shape and the target's blocks; None if not known.
+        origin: Name of the document in messages.
+        shape: The reference's or target's shape and the target's number of blocks; None if unknown.
         world_size: Number of ranks.
-        machine: What one rank has.
+        machine: The device of a rank.
 
     Raises:
         RecipeError: With every problem found.
@@ -315,6 +300,6 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     if resolver.problems:
         raise RecipeError.of(resolver.problems)
     config = resolver.without_auto(resolver.config)
-    config["kernels"] = resolver.request  # its auto stays: what works is known only where torch is
+    config["kernels"] = resolver.request  # keeps its auto: only torch knows what works
     config["reliability"] = asdict(Reliability.of(block(document, "reliability")))
     return Resolved(dict(sorted(config.items())), tuple(resolver.notes), shape)

@@ -1,7 +1,4 @@
-"""A user's DeepSpeed JSON: read it, and find what is wrong with it whatever the recipe and the machine are.
-
-Torch is not imported here, so that a login node can check a config at once.
-"""
+"""Read a user's DeepSpeed JSON, and find the problems that need neither recipe nor machine."""
 
 import json
 from collections.abc import Mapping
@@ -11,16 +8,17 @@ from typing import Any
 from inheritune_ds.config.deepspeed_keys import DERIVED, RECIPE_OWNED, REFUSED, Document
 from inheritune_ds.config.fields import AUTO
 from inheritune_ds.config.messages import check
+from inheritune_ds.config.zero import offload_device
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.storage.redaction import secret_problems
 
 DEFAULT_STAGE = 1
 INERT_SCHEDULE = {"last_batch_iteration": -1}
-"""Scheduler params that Hugging Face's examples write out and that say nothing."""
+"""Scheduler params of Hugging Face's examples that have no effect."""
 
 
 def read(path: Path | None) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file; without a path, an empty document (everything `auto`)."""
+    """Read a DeepSpeed JSON file; without a path, return an empty document (everything `auto`)."""
     if path is None:
         return {}
     try:
@@ -35,11 +33,12 @@ def read(path: Path | None) -> dict[str, Any]:
         raise RecipeError(
             f"DeepSpeed config {path}: {error}",
             allowed="JSON, each key once",
-            action="mend the file, or start from ds_configs/zero1.json",
+            action="fix the file, or start from ds_configs/zero1.json",
         ) from None
     if not isinstance(document, dict):
+        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(document), "a single value")
         raise RecipeError(
-            f"DeepSpeed config {path}: the document is {_kind_of(document)}, not an object",
+            f"DeepSpeed config {path}: the document is {kind}, not an object",
             allowed='{"train_micro_batch_size_per_gpu": "auto", ...}',
             action="start from ds_configs/zero1.json",
         )
@@ -48,26 +47,22 @@ def read(path: Path | None) -> dict[str, Any]:
     return document
 
 
-def _kind_of(document: Any) -> str:
-    return {list: "a list", str: "a text", type(None): "null"}.get(type(document), "a single value")
-
-
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
+    document: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in document:
+            raise ValueError(f"the key {key!r} appears twice")
+        document[key] = value
     return document
 
 
 def problems(document: Mapping[str, Any], origin: str, seq_len: int | None = None) -> list[RecipeError]:
-    """Find every key and value that DeepSpeed would ignore or stop at, or that has another owner.
+    """Find every key and value that DeepSpeed would ignore or refuse, or that the recipe owns.
 
     Args:
-        document: The user's JSON as `read` returns it.
-        origin: How to call it in messages.
-        seq_len: The recipe's `training.seq_len`, where the recipe is known.
+        document: The user's JSON, from `read`.
+        origin: Its name in messages.
+        seq_len: The recipe's `training.seq_len`; None if unknown.
     """
     known = {key: value for key, value in document.items() if key not in REFUSED}
     _, found = check(Document, known, origin)
@@ -80,49 +75,41 @@ def problems(document: Mapping[str, Any], origin: str, seq_len: int | None = Non
                     action=f"remove {key}",
                 )
             )
-    return (
-        found
-        + _owned(document, origin, seq_len)
-        + _scheduler(document.get("scheduler"), origin)
-        + _pairs(document, origin)
-    )
+    scheduler = _scheduler(document.get("scheduler"), origin)
+    return found + _owned(document, origin, seq_len) + scheduler + _pairs(document, origin)
 
 
 def block(document: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A copy of an object inside the document; empty when it is left out, null, or not an object."""
+    """A copy of an object inside the document; empty when it is missing, null, or not an object."""
     value = document.get(key)
     return dict(value) if isinstance(value, dict) else {}
 
 
-def offload_device(zero: Mapping[str, Any], key: str) -> str:
-    """Where `offload_optimizer` or `offload_param` puts its state: none or cpu."""
-    device = block(zero, key).get("device", AUTO)
-    return "none" if device == AUTO else str(device)
-
-
 def _owned(document: Mapping[str, Any], origin: str, seq_len: int | None) -> list[RecipeError]:
-    """Refuse numbers that the recipe owns, or that follow from it."""
+    """Refuse numbers that the recipe owns, or that are derived from it."""
     found = []
     for path, (recipe_key, _) in RECIPE_OWNED.items():
-        given = _at(document, path)
+        given: Any = document
+        for part in path.split("."):
+            given = given.get(part, AUTO) if isinstance(given, dict) else AUTO
         if given == AUTO:
             continue
-        said = json.dumps(given) if isinstance(given, list | dict) else str(given)
+        value = json.dumps(given) if isinstance(given, list | dict) else str(given)
         if path == "train_batch_size":  # DeepSpeed counts windows, the recipe tokens
-            said = str(given * seq_len) if seq_len and isinstance(given, int) else f"{given} x training.seq_len"
+            value = str(given * seq_len) if seq_len and isinstance(given, int) else f"{given} x training.seq_len"
         found.append(
             RecipeError(
-                f"{origin}: {path}: {given!r} stands here, but the recipe owns it as {recipe_key}",
-                allowed=f'"{AUTO}", or leave it out',
-                action=f'write "{AUTO}" here and {recipe_key}={said} on the command line',
+                f"{origin}: {path}: {given!r} is set here, but the recipe owns it as {recipe_key}",
+                allowed=f'"{AUTO}", or no such key',
+                action=f'write "{AUTO}" here and {recipe_key}={value} on the command line',
             )
         )
     for key, formula in DERIVED.items():
         if document.get(key, AUTO) != AUTO:
             found.append(
                 RecipeError(
-                    f"{origin}: {key}: {document[key]!r} stands here, but it is derived: {formula}",
-                    allowed=f'"{AUTO}", or leave it out',
+                    f"{origin}: {key}: {document[key]!r} is set here, but it is derived: {formula}",
+                    allowed=f'"{AUTO}", or no such key',
                     action="set training.global_batch_tokens in the recipe",
                 )
             )
@@ -130,7 +117,7 @@ def _owned(document: Mapping[str, Any], origin: str, seq_len: int | None) -> lis
 
 
 def _scheduler(given: Any, origin: str) -> list[RecipeError]:
-    """Refuse a schedule that says something: the recipe owns it."""
+    """Refuse a schedule that has an effect: the recipe owns it."""
     if given is None:
         return []
     params = given.get("params", {}) if isinstance(given, dict) else None
@@ -141,7 +128,7 @@ def _scheduler(given: Any, origin: str) -> list[RecipeError]:
         return []
     return [
         RecipeError(
-            f"{origin}: scheduler: {', '.join(own) or 'it'} stands here, but the recipe owns the schedule",
+            f"{origin}: scheduler: {', '.join(own) or 'it'} is set here, but the recipe owns the schedule",
             allowed='params that are all "auto", or no scheduler block',
             action="set schedule.kind, schedule.warmup_steps, schedule.min_lr_ratio and optimizer.lr in the recipe",
         )
@@ -164,10 +151,10 @@ def _pairs(document: Mapping[str, Any], origin: str) -> list[RecipeError]:
     stage = DEFAULT_STAGE if stage == AUTO else stage
     device = offload_device(zero, "offload_param")
     if stage != 3 and device != "none":
-        key = "zero_optimization.offload_param.device"
         found.append(
             RecipeError(
-                f"{origin}: {key}: {device!r} needs stage 3: DeepSpeed ignores it with stage {stage}",
+                f"{origin}: zero_optimization.offload_param.device: {device!r} needs stage 3: DeepSpeed ignores it "
+                f"with stage {stage}",
                 allowed="zero_optimization.stage 3",
                 action="set zero_optimization.stage to 3 (ds_configs/zero3_offload.json), or remove "
                 "offload_param.device",
@@ -177,12 +164,5 @@ def _pairs(document: Mapping[str, Any], origin: str) -> list[RecipeError]:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a block says of itself that it is not enabled."""
+    """Whether a block has `"enabled": false`."""
     return isinstance(value, dict) and value.get("enabled") is False
-
-
-def _at(document: Mapping[str, Any], path: str) -> Any:
-    value: Any = document
-    for part in path.split("."):
-        value = value.get(part, AUTO) if isinstance(value, dict) else AUTO
-    return value

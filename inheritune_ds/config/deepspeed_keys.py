@@ -23,7 +23,7 @@ def _on(value: bool) -> bool:  # noqa: FBT001 - a validator
 
 
 WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
-"""5e8 is a float in JSON, and whole."""
+"""5e8 is a float in JSON, and an integer."""
 Switch = Auto[bool]
 AlwaysOn = Auto[Annotated[bool, AfterValidator(_on), Allowed("true")]]
 Count = Auto[Annotated[int, Field(ge=0), WHOLE]]
@@ -36,7 +36,7 @@ OffloadDevice = Auto[
         Literal["none", "cpu"],
         Allowed(
             refused="nvme",
-            reason="DeepSpeed does not bring a state on NVMe back as it was: a resumed run would differ",
+            reason="DeepSpeed does not restore a state on NVMe exactly: a resumed run would differ",
         ),
     ]
 ]
@@ -71,7 +71,7 @@ class OffloadOptimizer(ConfigModel):
 
 
 class Zero(ConfigModel):
-    """How ZeRO shares states and communicates."""
+    """ZeRO's sharding and communication."""
 
     stage: Auto[
         Annotated[
@@ -132,7 +132,7 @@ class CommsLogger(ConfigModel):
 
 
 class DataTypes(ConfigModel):
-    """Types of what is summed."""
+    """The type of gradient sums."""
 
     grad_accum_dtype: Precision = AUTO
 
@@ -163,7 +163,7 @@ class Fp16(ConfigModel):
 
 
 class Throughput(ConfigModel):
-    """DeepSpeed's timer of samples a second."""
+    """DeepSpeed's timer of samples per second."""
 
     enabled: Switch = AUTO
     synchronized: Switch = AUTO
@@ -176,9 +176,9 @@ class Timers(ConfigModel):
 
 
 class PassedOn(ConfigModel):
-    """Keys that reach DeepSpeed as they are written; it ignores a top-level key that it does not know.
+    """Keys passed on to DeepSpeed, which ignores unknown top-level keys.
 
-    Its other keys inside bf16, fp16 and data_types keep masters or buffers in half precision.
+    Its other keys in bf16, fp16 and data_types keep masters or buffers in half precision.
     """
 
     aio: Auto[Aio | None] = AUTO
@@ -205,7 +205,7 @@ class PassedOn(ConfigModel):
 
 
 class OptimizerParams(ConfigModel):
-    """The recipe's numbers, and which AdamW."""
+    """The recipe's numbers, and the kind of AdamW."""
 
     lr: Any = AUTO
     betas: Any = AUTO
@@ -216,7 +216,7 @@ class OptimizerParams(ConfigModel):
 
 
 class Optimizer(ConfigModel):
-    """The optimizer, whose numbers are the recipe's."""
+    """AdamW with the recipe's numbers."""
 
     type: Auto[Literal["AdamW"]] = AUTO
     params: Auto[OptimizerParams | None] = AUTO
@@ -229,7 +229,7 @@ Seconds = Auto[
 
 
 class Limits(ConfigModel):
-    """The seconds of every phase."""
+    """The time limits of the phases."""
 
     start: Seconds = AUTO
     first_step: Seconds = AUTO
@@ -240,7 +240,7 @@ class Limits(ConfigModel):
 
 
 class ReliabilityBlock(ConfigModel):
-    """How this machine saves, and how long it waits."""
+    """Saving on this machine, and time limits; a value that is not set has its default of `Reliability`."""
 
     async_save: Switch = AUTO
     on_save_error: Auto[SaveErrorPolicy] = AUTO
@@ -249,7 +249,7 @@ class ReliabilityBlock(ConfigModel):
 
 
 class Document(PassedOn):
-    """All keys that a DeepSpeed config may have; a value of `Any` has an owner who says what is wrong with it."""
+    """All keys that a DeepSpeed config may have; `deepspeed_checks` checks the values of type `Any`."""
 
     train_batch_size: Any = AUTO
     gradient_clipping: Any = AUTO
@@ -261,7 +261,7 @@ class Document(PassedOn):
 
 
 OURS = ("kernels", "reliability")
-"""Blocks of this program; DeepSpeed's tools read past them."""
+"""Blocks of this program, which DeepSpeed's tools ignore."""
 
 REFUSED = {
     "amp": "it needs NVIDIA's apex and excludes ZeRO; use bf16",
@@ -276,7 +276,7 @@ REFUSED = {
     "checkpoint": "the trainer publishes checkpoints itself; see checkpoint in the recipe",
     "compile": "blocks are compiled before DeepSpeed sees them; see kernels.compile",
     "compression_training": "surgery is the recipe's: target.select",
-    "data_efficiency": "the order of the data is the trainer's own",
+    "data_efficiency": "the trainer orders the data itself",
     "dataloader_drop_last": "the trainer reads its token files itself",
     "datastates_ckpt": "the trainer publishes checkpoints itself",
     "expert_parallel": "models with experts are not supported",
@@ -294,7 +294,7 @@ REFUSED = {
     "elasticity": "removed from DeepSpeed",
     "curriculum_learning": "removed from DeepSpeed",
 }
-"""Known to DeepSpeed but in the way here; a block with `"enabled": false` is dropped with a note."""
+"""Keys of DeepSpeed that do not work here; a block with `"enabled": false` is dropped with a note."""
 
 RECIPE_OWNED: dict[str, tuple[str, Callable[[Recipe], Any]]] = {
     "train_batch_size": ("training.global_batch_tokens", lambda recipe: recipe.training.batch_windows),

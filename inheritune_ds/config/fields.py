@@ -1,4 +1,4 @@
-"""What the models of both documents are built from: the base class, plain types, `auto` and durations."""
+"""Base class and types for the models of both documents: names, `auto`, durations."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from inheritune_ds.errors import RecipeError
 
 
 def as_value_error(check: Callable[[], object]) -> None:
-    """Let pydantic collect a problem that a grammar of its own has found."""
+    """Turn the RecipeError of a check into a ValueError, which pydantic collects."""
     try:
         check()
     except RecipeError as error:
@@ -38,18 +38,18 @@ Auto: TypeAlias = Annotated[
 
 
 class ConfigModel(BaseModel):
-    """Base of every model: frozen, and a key that it does not know is an error."""
+    """Base of every model: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Mark of a type: what it allows in words, where its bounds do not say it; and what is refused for a reason.
+    """Annotation of a type for messages and the docs.
 
     Attributes:
-        words: For messages and the docs; made from the type when left out.
-        refused: A value that DeepSpeed takes and this program refuses.
+        words: The allowed values; empty if the type and its bounds say them.
+        refused: A value that DeepSpeed accepts and this program refuses.
         reason: Why it is refused.
     """
 
@@ -68,13 +68,7 @@ _SCALES = {None: 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training, such as `8 epochs`, `100_000 steps` or `250M tokens`.
-
-    Attributes:
-        amount: How many.
-        unit: steps, tokens or epochs.
-        text: As it is written.
-    """
+    """A length of training, such as `8 epochs`, `100_000 steps` or `250M tokens`; `text` is the original spelling."""
 
     amount: int
     unit: str
@@ -85,13 +79,12 @@ class Duration:
 
 
 def _parsed(*units: str) -> PlainValidator:
-    """Read a duration of one of some units."""
     form = re.compile(rf"([0-9][0-9_]*)(K|M|B)? ({'|'.join(units)})")
 
     def parse(value: Any) -> Duration:
         match = form.fullmatch(str(value))
         if match is None:
-            raise ValueError  # without a text: the words of `Allowed` say what is right
+            raise ValueError  # without a text: `Allowed` has the words
         amount, unit = int(match[1]) * _SCALES[match[2]], match[3]
         if amount == 0:
             raise ValueError("the duration must be at least 1")

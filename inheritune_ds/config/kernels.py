@@ -1,7 +1,4 @@
-"""The `kernels` block of a DeepSpeed config: which implementations a user asks for. Torch is not imported here.
-
-DeepSpeed does not read this block; the engine takes it out before DeepSpeed sees the config.
-"""
+"""The `kernels` block of a DeepSpeed config: requested implementations. The engine removes it for DeepSpeed."""
 
 from typing import Literal, get_args
 
@@ -15,27 +12,24 @@ Optimizer = Literal["apex", "deepspeed", "torch_fused", "torch"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 """AdamW with the state on the device, fastest first."""
 OFFLOADED_OPTIMIZER = "deepspeed_cpu"
-"""What every offloaded run takes: DeepSpeedCPUAdam. It cannot be named, since offload_optimizer asks for it."""
+"""DeepSpeedCPUAdam, which offload_optimizer always uses; a config cannot name it."""
 Loss = Literal["chunked", "liger", "plain"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-"""How head and cross-entropy are computed; `auto` is the first."""
+"""Implementations of head and cross-entropy; `auto` is the first."""
 COMPILE_FLOPS_CPU = 1e14
-"""From so many FLOPs of a rank on, compiling pays on a CPU: it costs 15 to 30 s cold and gains a tenth, and two cores
+"""Least FLOPs of a rank for which compiling pays on a CPU: it costs 15 to 30 s cold and gains a tenth, and two cores
 do about 4e11 FLOP/s in bf16."""
 COMPILE_SECONDS_GPU, COMPILE_MFU = 300.0, 0.4
-"""From so long a run at such a share of the GPU's peak on, compiling pays there. Not measured yet."""
+"""Least seconds of a run, at this share of the GPU's peak, for which compiling pays there. Not measured yet."""
 
 
 class KernelRequest(ConfigModel):
-    """What the config asks for; `auto` is left to a machine that has torch.
+    """The requested implementations; `training.kernels` resolves `auto`.
 
     Attributes:
-        attention: Which attention.
-        optimizer: Which AdamW.
         liger: Whether Liger's RMSNorm, RoPE and SwiGLU replace the model's.
-        loss: Which loss.
         compile: Whether torch.compile is applied to each block.
-        activation_checkpointing: What is computed again in the backward pass; `auto` is none.
+        activation_checkpointing: Activations that the backward pass recomputes; `auto` is none.
     """
 
     attention: Auto[Attention] = AUTO

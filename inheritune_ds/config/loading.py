@@ -1,4 +1,4 @@
-"""Reading recipes and studies: strict YAML 1.2, `key.path=value` overrides, all problems at once."""
+"""Load recipes and studies: strict YAML 1.2, `key.path=value` overrides, all problems at once."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ DEFAULT_RECIPE = "openllama-3b-13l"
 
 
 def shipped_names(folder: str = "recipes") -> list[str]:
-    """Names of the recipes (or `studies`) that come with the package, sorted."""
+    """Names of the package's recipes (or `studies`, `corpora`), sorted."""
     files = resources.files("inheritune_ds") / folder
     return sorted(item.name.removesuffix(".yaml") for item in files.iterdir() if item.name.endswith(".yaml"))
 
@@ -28,12 +28,12 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None
     """Load a recipe by shipped name or path and apply overrides.
 
     Args:
-        name: A shipped name, or the path of a YAML file (`beside` is its start when relative).
+        name: A shipped name, or the path of a YAML file.
         overrides: Items such as `training.duration=200 steps`; a later one wins.
-        beside: Folder that relative recipe paths start from; the current one when left out.
+        beside: Start of a relative path; default: the current folder.
 
     Raises:
-        RecipeError: With every problem found; with the secrets alone if it holds any, since other messages show values.
+        RecipeError: With every problem found; only with secrets if there are any, since other messages show values.
     """
     text, origin = read_document(name, "recipes", beside=beside)
     document = parse_yaml(text, origin)
@@ -57,14 +57,14 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None
 
 
 def _expand_preset(document: dict[str, Any], origin: str) -> None:
-    """Put the sources of a shipped corpus in the place of `corpus.preset`, so that the resolved recipe names them."""
+    """Replace `corpus.preset` by the sources of the shipped corpus, so that the resolved recipe names them."""
     corpus = document.get("corpus")
     if not isinstance(corpus, dict) or "preset" not in corpus:
         return
     name, names = corpus.pop("preset"), shipped_names("corpora")
     if "sources" in corpus:
         raise RecipeError(
-            f"{origin}: corpus.preset and corpus.sources stand side by side",
+            f"{origin}: corpus.preset and corpus.sources are both set",
             allowed="one of them",
             action=f"remove one; to change {name}, copy its sources from inheritune_ds/corpora/",
         )
@@ -73,20 +73,20 @@ def _expand_preset(document: dict[str, Any], origin: str) -> None:
         raise RecipeError(
             f"{origin}: corpus.preset {short(name)} is unknown",
             allowed=", ".join(names),
-            action=f"did you mean {hint}?" if hint else "take one of these, or write corpus.sources",
+            action=f"did you mean {hint}?" if hint else "use one of these, or write corpus.sources",
         )
     text = (resources.files("inheritune_ds") / "corpora" / f"{name}.yaml").read_text(encoding="utf-8")
     corpus["sources"] = YAML(typ="safe", pure=True).load(text)
 
 
-_SHIPPED = {
-    "recipes": "`inheritune-ds recipes` lists what is shipped",
-    "studies": "give a shipped study's name, or the path of a study file",
+_KINDS = {
+    "recipes": ("recipe", "`inheritune-ds recipes` lists the shipped ones"),
+    "studies": ("study", "give a shipped study's name, or the path of a study file"),
 }
 
 
 def read_document(name: str, folder: str, *, beside: Path | None = None) -> tuple[str, str]:
-    """Return the text of a shipped document or a file, and how to call it in a message."""
+    """Return the text of a shipped document or a file, and its name in messages."""
     shipped = resources.files("inheritune_ds") / folder / f"{name}.yaml"
     if "/" not in name and shipped.is_file():
         return shipped.read_text(encoding="utf-8"), name
@@ -94,21 +94,18 @@ def read_document(name: str, folder: str, *, beside: Path | None = None) -> tupl
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
-        names = shipped_names(folder)
+        names, (kind, advice) = shipped_names(folder), _KINDS[folder]
         hint = nearest(name, names)
+        reason = (error.strerror or "unreadable").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(
-            f"{folder[:-1] if folder != 'studies' else 'study'} {name!r} cannot be read: {_reason(error)}",
+            f"{kind} {name!r} cannot be read: {reason}",
             allowed=f"a YAML file, or one of {', '.join(names)}",
-            action=f"did you mean {hint}?" if hint else _SHIPPED[folder],
+            action=f"did you mean {hint}?" if hint else advice,
         ) from None
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror or "unreadable").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
-
-
 def dump_recipe(recipe: Recipe) -> str:
-    """Render a recipe with every default written out; `load_recipe` reads it back equal."""
+    """Render a recipe with all defaults; `load_recipe` reads it back equal."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
@@ -116,21 +113,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """Lines `key.path: old -> new` for every value in which two nested documents differ."""
     lines: list[str] = []
     for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
+        before, after = _numbered(old.get(key)), _numbered(new.get(key))
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{prefix}{key}.")
-        elif _numbered(before) and _numbered(after):
-            lines += differences(_numbered(before), _numbered(after), f"{prefix}{key}.")
         elif before != after and not (_is_nan(before) and _is_nan(after)):
-            lines.append(f"{prefix}{key}: {short(before)} -> {short(after)}")
+            lines.append(f"{prefix}{key}: {short(old.get(key))} -> {short(new.get(key))}")
     return lines
 
 
-def _numbered(value: Any) -> dict[str, Any]:
-    """A list of mappings by position; empty for anything else."""
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        return {}
-    return {str(number): item for number, item in enumerate(value)}
+def _numbered(value: Any) -> Any:
+    """Turn a list of mappings into a mapping by position; return other values unchanged."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(number): item for number, item in enumerate(value)}
+    return value
 
 
 def _is_nan(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What is wrong with a document: every problem by key path, with the value, what is allowed and what to do."""
+"""Errors of a document: every problem with its key path, value, allowed values and action."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], document: dict[str, Any], origin: str) -> Model:
-    """Build a model of a document.
-
-    Args:
-        model: Its pydantic model.
-        document: As it was parsed.
-        origin: How to call it in messages.
+    """Build a model of a parsed document; `origin` is its name in messages.
 
     Raises:
         RecipeError: With every problem found.
@@ -32,7 +27,7 @@ def validate(model: type[Model], document: dict[str, Any], origin: str) -> Model
 
 
 def check(model: type[Model], document: dict[str, Any], origin: str) -> tuple[Model | None, list[RecipeError]]:
-    """Build a model as `validate` does, or return the problems."""
+    """Build a model like `validate`, or return the problems."""
     try:
         return model.model_validate(document), []
     except ValidationError as error:
@@ -45,17 +40,18 @@ def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
     where = f"{origin}: {key}" if key else origin
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind in ("extra_forbidden", "invalid_key"):
-        return _unknown_key(
-            where, path, sorted({key for at in models_at(model, item["loc"][:-1]) for key in at.model_fields})
-        )
+        known = sorted({key for at in models_at(model, item["loc"][:-1]) for key in at.model_fields})
+        hint = nearest(path[-1], known)
+        action = f"did you mean {'.'.join([*path[:-1], hint])}?" if hint else f"remove {key}"
+        return RecipeError(f"{where}: unknown key", allowed=", ".join(known), action=action)
     if kind == "value_error" and str(context["error"]):
         return RecipeError(f"{where}: {context['error']}")
     if kind == "missing":
         return RecipeError(f"{where}: required key is missing", allowed=words(*field), action=f"add {key}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        wrong = f"{context['tag']!r} is unknown" if "tag" in context else "required key is missing"
+        problem = f"{context['tag']!r} is unknown" if "tag" in context else "required key is missing"
         kinds = _any_of([kind for at, _ in inner for kind in _kinds(at)])
-        return RecipeError(f"{where}.kind: {wrong}", allowed=kinds, action=f"set {key}.kind")
+        return RecipeError(f"{where}.kind: {problem}", allowed=kinds, action=f"set {key}.kind")
     allowed = words(*field).replace(*_CLOSER.get(kind, ("", "")))
     return RecipeError(
         f"{where}: {short(value)} is not accepted{_reason(inner, value)}",
@@ -68,23 +64,15 @@ _CLOSER = {
     "finite_number": ("a number", "a finite number"),
     "string_too_short": ("text", "text of at least one character"),
 }
-"""Words of a type and closer ones, by the kind of pydantic's error."""
-
-
-def _unknown_key(where: str, path: Sequence[str], known: Sequence[str]) -> RecipeError:
-    hint = nearest(path[-1], known)
-    return RecipeError(
-        f"{where}: unknown key",
-        allowed=", ".join(known),
-        action=f"did you mean {'.'.join([*path[:-1], hint])}?" if hint else f"remove {'.'.join(path)}",
-    )
+"""Words of a type and more precise ones, by the kind of pydantic's error."""
 
 
 def _reason(branches: "Sequence[_Type]", value: Any) -> str:
-    """Why a value is refused that DeepSpeed has and this program has not, in brackets."""
-    marks = [mark for _, metadata in branches for mark in metadata if isinstance(mark, Allowed) and mark.reason]
-    refused = [mark for mark in marks if type(mark.refused) is type(value) and mark.refused == value]
-    return f" ({refused[0].reason})" if refused else ""
+    """The reason for refusing a value that DeepSpeed accepts, in parentheses."""
+    for mark in (mark for _, metadata in branches for mark in metadata if isinstance(mark, Allowed)):
+        if mark.reason and type(mark.refused) is type(value) and mark.refused == value:
+            return f" ({mark.reason})"
+    return ""
 
 
 def short(value: Any) -> str:
@@ -94,22 +82,16 @@ def short(value: Any) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that a mistyped one is likely to stand for; None if there is none."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """The known word that is closest to a mistyped one; None if none is close."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
 
 
 _Type = tuple[Any, Sequence[Any]]
-"""A type and the marks that `Annotated` or a field gives it."""
+"""A type and its metadata: bounds and marks of `Annotated` or of a field."""
 
 
 def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """What a type allows, in the words of a document.
-
-    Args:
-        annotation: The type.
-        metadata: Its bounds and marks.
-    """
+    """The allowed values of a type with its metadata, in the words of a document."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return words(parts[0], [*parts[1:], *metadata])
@@ -124,7 +106,7 @@ def words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _plain(annotation: Any, metadata: Sequence[Any]) -> str:
-    """The words of a type that is no union."""
+    """The allowed values of a type that is not a union."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return '"auto"' if parts == ("auto",) else _any_of(parts)
@@ -154,19 +136,14 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
 
 
 def models_at(model: type[BaseModel], loc: Sequence[int | str]) -> list[type[BaseModel]]:
-    """The models that may be at a location.
-
-    Args:
-        model: Of the whole document.
-        loc: Keys and positions; pydantic's has the branches of unions, too.
-    """
+    """The models that may be at a location: keys and positions, with or without pydantic's branches of unions."""
     return [at for at, _ in _locate(model, loc)[2] if isinstance(at, type) and issubclass(at, BaseModel)]
 
 
 def _locate(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], _Type, list[_Type]]:
-    """Find a location: its key path, the type there, and the branch that pydantic has taken of that.
+    """Find a location: its key path, the type there, and pydantic's branches of that type.
 
-    pydantic puts the branch of a union into the location (`embedded`, `value`); a reader knows only keys.
+    pydantic's location includes branches of unions (`embedded`, `value`), the key path does not.
     """
     path: list[str] = []
     field: _Type = (model, ())
@@ -194,7 +171,7 @@ def _inside(outer: _Type, part: int | str) -> list[_Type]:
 
 
 def _branches(annotation: Any, metadata: Sequence[Any]) -> Iterator[_Type]:
-    """The types of a union, None not counted; the type itself if it is none."""
+    """The types of a union without None; another type itself."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _branches(parts[0], [*parts[1:], *metadata])
@@ -207,14 +184,14 @@ def _branches(annotation: Any, metadata: Sequence[Any]) -> Iterator[_Type]:
 
 
 def _tags(branch: _Type) -> list[Any]:
-    """What pydantic calls a branch: its tag, the `kind` of a source, or the name of the type."""
+    """Pydantic's names of a branch: its tag, the `kind` of a source, or the name of the type."""
     annotation, metadata = branch
     tags = [mark.tag for mark in metadata if isinstance(mark, Tag)]
     return tags or _kinds(annotation) or [getattr(annotation, "__name__", "")]
 
 
 def _kinds(annotation: Any) -> list[str]:
-    """The value of `kind` by which pydantic chooses a model of a union."""
+    """The values of `kind` by which pydantic selects a model of a union."""
     if not isinstance(annotation, type) or not issubclass(annotation, BaseModel):
         return []
     kind = annotation.model_fields.get("kind")

@@ -15,7 +15,7 @@ def apply(document: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not separator or not all(keys):
         raise RecipeError(
-            f"override {override!r} is not of the form key.path=value",
+            f"override {override!r} does not have the form key.path=value",
             allowed="for instance training.seq_len=512",
             action="quote a value with spaces: 'training.duration=200 steps'",
         )
@@ -26,12 +26,13 @@ def apply(document: dict[str, Any], override: str) -> None:
         if child is None and isinstance(node, dict):
             child = node.get(key)
             if child is None:
-                child = node[key] = _made_for(keys[:depth], keys[depth])
+                child = node[key] = _default(keys[:depth], keys[depth])
         if not isinstance(child, dict | list):
+            parent = ".".join(keys[:depth])
             raise RecipeError(
-                f"override {path}: {'.'.join(keys[:depth])} holds {child!r}, which has no keys inside",
-                allowed=f"{'.'.join(keys[:depth])}=value",
-                action=f"override {'.'.join(keys[:depth])} itself",
+                f"override {path}: {parent} holds {child!r}, which has no keys",
+                allowed=f"{parent}=value",
+                action=f"override {parent} itself",
             )
         node = child
     last = keys[-1]
@@ -41,14 +42,14 @@ def apply(document: dict[str, Any], override: str) -> None:
         node[int(last)] = value
     else:
         raise RecipeError(
-            f"override {path}: {last!r} is no position in a list of {len(node)}",
+            f"override {path}: {last!r} is not a position in a list of {len(node)}",
             allowed=f"0 to {len(node) - 1}" if node else "no position: the list is empty",
             action=f"override {'.'.join(keys[:-1])} itself",
         )
 
 
-def _made_for(path: Sequence[str], inner: str) -> dict[str, Any] | list[Any]:
-    """What an override makes of a key that the document leaves out: its default, if a position in a list is meant."""
+def _default(path: Sequence[str], inner: str) -> dict[str, Any] | list[Any]:
+    """The container for a key inside a missing one: its default list if the inner key is a position, or a mapping."""
     fields = [model.model_fields for model in models_at(Recipe, path[:-1])]
     defaults = [known[path[-1]].default for known in fields if path[-1] in known]
     lists = [list(default) for default in defaults if isinstance(default, list | tuple)]

@@ -1,4 +1,4 @@
-"""A recipe: one experiment, checked and frozen; nothing of the machine."""
+"""A recipe: one experiment, checked and frozen, independent of the machine."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from inheritune_ds.config.training import (
 
 
 class PublishedClaim(ConfigModel):
-    """A cost that a publication states for this recipe; the budget says whether it can be true."""
+    """A cost that a publication states for this recipe; the budget reports whether it is possible."""
 
     text: Text
     hours: PositiveFloat
@@ -32,7 +32,7 @@ class PublishedClaim(ConfigModel):
 
 
 class Recipe(ConfigModel):
-    """A whole experiment."""
+    """One experiment."""
 
     name: Name
     description: Text
@@ -51,7 +51,7 @@ class Recipe(ConfigModel):
     published_claim: PublishedClaim | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check(self) -> Self:
         if self.reference is None:
             if self.target.shape is None:
                 raise ValueError("give a reference and target.select, or target.shape (from scratch)")
@@ -68,12 +68,12 @@ class Recipe(ConfigModel):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers of a run: the recipe without names, logging, claims and what guards it.
+        """The keys that determine the numbers of a run.
 
-        A run whose faults have ended it may go on with another policy; run.json counts what was left out.
+        Without `faults`: a run that its faults have ended may resume with another policy.
         """
-        left_out = {"name", "description", "logging", "checkpoint", "faults", "published_claim"}
-        return self.model_dump(mode="json", exclude=left_out)
+        others = {"name", "description", "logging", "checkpoint", "faults", "published_claim"}
+        return self.model_dump(mode="json", exclude=others)
 
     @property
     def fingerprint(self) -> str:

@@ -1,7 +1,4 @@
-"""The `reliability` block of a DeepSpeed config: how this machine saves and how long it waits.
-
-Torch is not imported here. DeepSpeed does not read this block: the engine takes it out of the config first.
-"""
+"""The `reliability` block of a DeepSpeed config: saving and time limits. The engine removes it for DeepSpeed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,19 +13,19 @@ WATCHDOG_S: Mapping[str, float] = {
     "save": 1800.0,
     "finish": 3600.0,
 }
-"""Seconds that a phase may take before it counts as hung: building the engine and resuming, the first step (which
-compiles), any other step with its data and its logging, a whole validation, a save, the export."""
+"""Seconds after which a phase counts as hung: building the engine and resuming, the first step (which compiles), any
+other step with its data and its logging, a whole validation, a save, the export."""
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """What the config asks for.
+    """The resolved block.
 
     Attributes:
         async_save: Whether training waits only for the copy of its state to host memory.
-        on_save_error: Whether a run goes on when a checkpoint cannot be written.
+        on_save_error: Whether a run continues when a checkpoint cannot be written.
         watchdog: Whether a hung phase ends the run.
-        watchdog_s: Seconds of every phase.
+        watchdog_s: Time limit of every phase.
     """
 
     async_save: bool = False
@@ -38,7 +35,7 @@ class Reliability:
 
     @classmethod
     def of(cls, block: Mapping[str, Any]) -> "Reliability":
-        """Read a checked `reliability` block; what it leaves out, or leaves to `auto`, has its default."""
+        """Read a checked `reliability` block; keys that are missing, null or `auto` have their defaults."""
         given = {key: value for key, value in block.items() if value not in ("auto", None)}
         seconds = {key: value for key, value in given.pop("watchdog_s", {}).items() if value not in ("auto", None)}
         return cls(**given, watchdog_s={**WATCHDOG_S, **seconds})

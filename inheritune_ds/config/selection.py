@@ -1,4 +1,4 @@
-"""Which blocks of the reference are kept, and in which order: the grammar of `select`.
+"""Blocks of the reference to keep, and their order: the grammar of `select`.
 
     first:n      the first n blocks                       first:13
     last:n       the last n                               last:2
@@ -12,7 +12,7 @@
     a,b-c,...    the blocks named, in the order written   0-7,20-23   0-8,0-8
 
 Blocks count from 0. Only a list may name a block more than once (`0-8,0-8` is hybrid stacking) or out
-of order. The scores of `by:` are numbers that an analysis of the reference has measured, one a block.
+of order. The scores of `by:` come from an analysis of the reference, one per block.
 """
 
 import difflib
@@ -34,18 +34,17 @@ _FORMS = {
     **dict.fromkeys(("range", "drop"), _RANGE),
     "by": (_NAME, (":", "':' and a number of blocks"), _NUMBER),
 }
-"""What follows the colon of a form, piece by piece: a regular expression, and what a refusal says is expected."""
+"""The text after the colon of a form, piece by piece: a regular expression and its name in messages."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A parsed selection; `parse` makes it.
+    """A parsed selection.
 
     Attributes:
-        text: As it was written.
-        kind: first, last, range, every, even, drop, by or list.
+        kind: A key of `_FORMS`, or list.
         ranges: Pairs (a, b) of a range, drop or list, both ends included.
-        count: The n or k of the other kinds; 0 without one.
+        count: The n or k of the other kinds.
         score: Name of the scores (`by`).
     """
 
@@ -60,11 +59,10 @@ class Selection:
 
         Args:
             depth: Number of blocks of the reference.
-            scores: Measured scores by name, one number a block; needed for `by:` only. Of equal scores the
-                earlier block is kept.
+            scores: Measured scores by name, one per block, for `by:`; of equal scores the earlier block is kept.
 
         Raises:
-            SurgeryError: If the selection does not fit that depth, or its scores are not there.
+            SurgeryError: If the selection does not fit that depth, or its scores are missing.
         """
         if self.kind in ("range", "drop", "list"):
             self._check_ranges(depth)
@@ -114,16 +112,12 @@ class Selection:
             )
 
     def check_scores(self, scores: Mapping[str, Sequence[float]]) -> None:
-        """Check that the scores are there that `by:` goes by, as far as that can be said without the depth.
-
-        Raises:
-            SurgeryError: If they are not.
-        """
+        """Raise SurgeryError if the scores of `by:` are missing; this needs no depth."""
         if self.kind == "by" and self.score not in scores:
             raise SurgeryError(
                 f"select {self.text}: no scores named {self.score!r} were given",
                 allowed=f"one of {', '.join(sorted(scores))}" if scores else "",
-                action='measure them and give the file with block_scores: {"NAME": [one number a block]}, '
+                action='measure them and give the file with block_scores: {"NAME": [one number per block]}, '
                 "or name the blocks in a list",
             )
 
@@ -140,18 +134,18 @@ class Selection:
 
 
 def parse(text: str) -> Selection:
-    """Read a selection.
+    """Parse a selection.
 
     Raises:
-        RecipeError: Pointing at the character that cannot be read.
+        RecipeError: With a caret at the first invalid character.
     """
     form, colon, _ = text.partition(":")
     if not colon and (not text or text[0].isdigit()):
         return Selection(text, "list", ranges=_list(text))
     if not colon or form not in _FORMS:
         nearest = difflib.get_close_matches(form, _FORMS, n=1)
-        named = f"'{nearest[0]}:'" + " and a number" * (not colon) if nearest else "a form or a block's number"
-        raise _refusal(text, 0, named)
+        expected = f"'{nearest[0]}:'" + " and a number" * (not colon) if nearest else "a form or a block's number"
+        raise _refusal(text, 0, expected)
     found = _read(text, len(form) + 1, len(text), _FORMS[form], "nothing more")
     if _FORMS[form] is _RANGE:
         return Selection(text, form, ranges=(_pair(text, found[0], found[-1]),))
@@ -162,7 +156,6 @@ def parse(text: str) -> Selection:
 
 
 def _list(text: str) -> tuple[tuple[int, int], ...]:
-    """Read blocks and ranges of blocks between commas."""
     ranges, start = [], 0
     for item in text.split(","):
         pieces, after = (_RANGE, "','") if re.match("[0-9]+-", item) else ((_NUMBER,), "',' or '-'")
@@ -173,15 +166,7 @@ def _list(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _read(text: str, start: int, end: int, pieces: Sequence[tuple[str, str]], after: str) -> list[re.Match[str]]:
-    """Match pieces one after the other, from start to end; nothing may be left.
-
-    Args:
-        text: The selection.
-        start: Where the first piece begins.
-        end: Where the last one ends.
-        pieces: Regular expressions, and what a refusal says is expected.
-        after: What a refusal says is expected behind the last piece.
-    """
+    """Match pieces one after the other from start to end; `after` is the expected text at the end in a message."""
     found: list[re.Match[str]] = []
     for pattern, expected in pieces:
         match = re.compile(pattern).match(text, start, end)

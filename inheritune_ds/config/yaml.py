@@ -1,4 +1,4 @@
-"""Strict YAML 1.2: read, with duplicate keys refused, and write."""
+"""Read strict YAML 1.2, without duplicate keys, and write it."""
 
 import io
 from typing import Any
@@ -20,7 +20,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
         raise RecipeError(
             f"{where}: {getattr(error, 'problem', None) or 'not valid YAML'}",
             allowed="YAML 1.2, each key once",
-            action="mend the file at that line",
+            action="fix the file at that line",
         ) from None
     if not isinstance(document, dict):
         raise RecipeError(
@@ -32,7 +32,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
 
 
 def write_yaml(document: dict[str, Any]) -> str:
-    """Render a document as YAML with its keys in the order given."""
+    """Render a document as YAML, keeping the order of its keys."""
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.width = 10_000
@@ -42,7 +42,7 @@ def write_yaml(document: dict[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> Any:
-    """Put text with control characters or Unicode's own line ends into double quotes; YAML folds them elsewhere."""
+    """Put text with control characters or Unicode's line ends into double quotes; YAML folds them elsewhere."""
     if isinstance(value, dict):
         return {_quoted(key): _quoted(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""How DeepSpeed lays a model out on its ranks: what decides memory and communication, read out of a resolved config."""
+"""DeepSpeed's layout of a model on its ranks: the settings for memory and communication, from a resolved config."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Recomputation = Literal["none", "selective", "full"]
@@ -15,8 +15,8 @@ PERSISTENCE_THRESHOLD = 10**5
 """DeepSpeed's own stage3_param_persistence_threshold, in elements."""
 
 
-class Placement(TypedDict):
-    """Where states lie."""
+class ZeroSettings(TypedDict):
+    """The layout, as keyword arguments of `plan.memory.memory`."""
 
     seq_len: int
     zero_stage: int
@@ -25,57 +25,43 @@ class Placement(TypedDict):
     accumulate_fp32: bool
     offload_optimizer: bool
     offload_parameters: bool
-
-
-class ZeroSettings(Placement, total=False):
-    """The keyword arguments that `budget.memory` and its callers share.
-
-    The keys of this class may be left out; they stand for a resolved config that says nothing else.
-    """
-
-    activation_checkpointing: Recomputation
-    """What of the activations is computed again in the backward pass (default: none)."""
-    loss: Loss
+    activation_checkpointing: NotRequired[Recomputation]
+    """Activations that the backward pass recomputes (default: none)."""
+    loss: NotRequired[Loss]
     """Whether the logits of all tokens exist at once (plain) or those of a chunk (the default)."""
-    immediate_grad_update: bool
-    """bf16.immediate_grad_update: half-precision gradients are freed as soon as they are added up (default: no)."""
-    overlap_comm: bool
-    """Whether gradients are reduced while the backward pass goes on (default: no)."""
-    reduce_bucket_size: int
+    immediate_grad_update: NotRequired[bool]
+    """bf16.immediate_grad_update: half-precision gradients are freed once accumulated (default: no)."""
+    overlap_comm: NotRequired[bool]
+    """Whether gradients are reduced during the backward pass (default: no)."""
+    reduce_bucket_size: NotRequired[int]
     """Elements (default: DeepSpeed's)."""
-    max_reuse_distance: int
-    """ZeRO-3 keeps a gathered parameter that is used again within so many parameters (default: DeepSpeed's)."""
-    persistence_threshold: int
-    """ZeRO-3 does not share parameters of so many elements or less (default: DeepSpeed's)."""
-    reduce_fp32: bool
-    """communication_data_type fp32 in a half-precision run (default: no, gradients travel in half precision)."""
+    max_reuse_distance: NotRequired[int]
+    """ZeRO-3 keeps a gathered parameter that is reused within this many parameters (default: DeepSpeed's)."""
+    persistence_threshold: NotRequired[int]
+    """ZeRO-3 does not shard parameters with at most this many elements (default: DeepSpeed's)."""
+    reduce_fp32: NotRequired[bool]
+    """communication_data_type fp32 in a half-precision run (default: no, gradients are sent in half precision)."""
 
 
 def read_layout(ds_config: Mapping[str, Any], *, seq_len: int, world_size: int) -> ZeroSettings:
-    """Read out of a DeepSpeed config what decides memory; stage, precision and accumulation type must stand in it.
+    """Read the layout from a DeepSpeed config, which must have stage, precision and accumulation type.
 
-    Any other key that is `auto` or left out has DeepSpeed's own value. `kernels.loss: liger` works in chunks like
-    `chunked`, which is also what `auto` takes.
+    Other keys that are `auto` or missing have DeepSpeed's own values. Chunks are the default of `kernels.loss`, and
+    `liger` uses them, too.
     """
     zero, kernels = _given(ds_config["zero_optimization"]), _given(ds_config.get("kernels", {}))
-    bf16 = _given(ds_config.get("bf16", {}))
-    precision: Precision = "fp32"
-    if bf16.get("enabled"):
-        precision = "bf16"
-    elif ds_config.get("fp16", {}).get("enabled"):
-        precision = "fp16"
     stage = int(zero["stage"])
     return ZeroSettings(
         seq_len=seq_len,
         zero_stage=stage,
         world_size=world_size,
-        precision=precision,
+        precision=precision_of(ds_config),
         accumulate_fp32=ds_config["data_types"]["grad_accum_dtype"] == "fp32",
-        offload_optimizer=_offloads(zero.get("offload_optimizer")),
-        offload_parameters=_offloads(zero.get("offload_param")),
+        offload_optimizer=offload_device(zero, "offload_optimizer") != "none",
+        offload_parameters=offload_device(zero, "offload_param") != "none",
         activation_checkpointing=kernels.get("activation_checkpointing", "none"),
         loss="plain" if kernels.get("loss") == "plain" else "chunked",
-        immediate_grad_update=bool(bf16.get("immediate_grad_update", False)),
+        immediate_grad_update=bool(_given(ds_config.get("bf16", {})).get("immediate_grad_update", False)),
         overlap_comm=bool(zero.get("overlap_comm", stage == 3)),  # DeepSpeed's own default
         reduce_bucket_size=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)),
@@ -88,22 +74,32 @@ def _given(block: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in block.items() if value not in ("auto", None)}
 
 
-def _offloads(block: Mapping[str, Any] | None) -> bool:
-    return block is not None and block.get("device") not in (None, "none")
+def precision_of(ds_config: Mapping[str, Any]) -> Precision:
+    """Precision of the forward and backward pass in a resolved DeepSpeed config."""
+    if ds_config.get("bf16", {}).get("enabled"):
+        return "bf16"
+    return "fp16" if ds_config.get("fp16", {}).get("enabled") else "fp32"
+
+
+def offload_device(zero: Mapping[str, Any], key: str) -> str:
+    """The device of `offload_optimizer` or `offload_param`: none or cpu."""
+    block = zero.get(key)
+    device = block.get("device") if isinstance(block, dict) else None
+    return "none" if device in ("auto", None) else str(device)
 
 
 def element_bytes(precision: Precision) -> int:
-    """Bytes of one weight as the passes see it."""
+    """Bytes of one weight in the passes."""
     return 4 if precision == "fp32" else 2
 
 
 def communication_bytes(layout: ZeroSettings) -> int:
-    """Bytes of one gradient on the wire: DeepSpeed takes the precision of the passes unless told otherwise."""
+    """Bytes of one gradient on the wire: DeepSpeed's default is the precision of the passes."""
     return 4 if layout.get("reduce_fp32", False) else element_bytes(layout["precision"])
 
 
 def uses_bf16_optimizer(layout: ZeroSettings) -> bool:
-    """Whether DeepSpeed 0.19.8 takes its BF16_Optimizer (engine.py, `_do_optimizer_sanity_check`)."""
+    """Whether DeepSpeed 0.19.8 uses its BF16_Optimizer (engine.py, `_do_optimizer_sanity_check`)."""
     return (
         layout["zero_stage"] == 1
         and layout["precision"] == "bf16"

@@ -190,7 +190,7 @@ OPTIONS = [
     (["--dropout", "nan"], 3, "--dropout: Input should be a finite number"),
     (["--seed", "-1"], 3, "--seed -1 is no seed"),
     (["--seed", str(2**70)], 3, f"--seed {2**70} is no seed"),
-    (["--block-scores", "/no.json"], 3, "--select: block_scores is for select: by:NAME:n: leave it out"),
+    (["--block-scores", "/no.json"], 3, "--select: block_scores is for select: by:NAME:n: remove it"),
     (["--select", "by:a:2", "--block-scores", "/no.json"], 3, "block_scores: /no.json cannot be read: No such file"),
     (["--previous", "/nowhere"], 3, "--previous '/nowhere' is no model folder"),
     (["--previous", ""], 3, "--previous '' is no model folder"),

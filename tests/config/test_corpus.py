@@ -28,7 +28,7 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
         ),
         (
             {"sources": [source("a", filters={"min_characters": 10, "max_characters": 5})]},
-            "min_characters 10 is more than max_characters 5: no document would be taken",
+            "min_characters 10 is more than max_characters 5: no document would pass",
         ),
         (
             {"sources": [source("a", weight=1.0), source("b")]},
@@ -36,7 +36,7 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
         ),
         (
             {"sources": [source("a", weight=0.0), source("b", weight=0.0)]},
-            "all weights are 0: at least one must be more",
+            "all weights are 0: at least one must be above 0",
         ),
         (
             {"sources": [source("a", weight=0.12345), source("b", weight=1.0)]},
@@ -44,11 +44,11 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
         ),
         (
             {"sources": [source("a")], "weight_changes": [change("1M tokens", a=1.0)]},
-            "weight_changes needs weights of the sources to begin with",
+            "weight_changes needs sources with weights",
         ),
         (
             {"sources": WEIGHTED, "weight_changes": [change("2M tokens", a=1.0, b=1.0), change("1M tokens", a=1, b=1)]},
-            "weight_changes must stand in the order of their marks, each later than the one before",
+            "weight_changes must be sorted by `at`, each later than the one before",
         ),
         (
             {"sources": WEIGHTED, "weight_changes": [change("0 tokens", a=1.0, b=1.0)]},
@@ -60,15 +60,15 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
         ),
         (
             {"sources": WEIGHTED, "weight_changes": [change("1M tokens", a=0.0, b=0.0)]},
-            "all weights are 0: at least one must be more",
+            "all weights are 0: at least one must be above 0",
         ),
         (
             {"sources": [source("a", weight=1.0), source("b", weight=0.0)], "max_tokens": 1000},
-            "nothing of max_tokens is left to source 'b', whose weight at the start is 0: give every source",
+            "source 'b' with weight 0 at the start gets no tokens of max_tokens: give every source",
         ),
         (
             {"sources": WEIGHTED, "max_tokens": 3},
-            "nothing of max_tokens is left to source 'a', whose weight at the start is 1",
+            "source 'a' with weight 1 at the start gets no tokens of max_tokens",
         ),
         (
             {"sources": [source("a")], "overlap_with": [source("b", name="x"), source("c", name="x")]},
@@ -76,11 +76,11 @@ WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
         ),
         (
             {"sources": [source("a")], "overlap_with": [source("b", weight=1.0)]},
-            "a set of overlap_with is not trained on: it has no weight",
+            "a set of overlap_with is not trained on: remove its weight",
         ),
         (
             {"sources": [source("a")], "overlap_with": [source("b", max_tokens=5)]},
-            "a set of overlap_with is not made into tokens: limit it with max_documents",
+            "a set of overlap_with is not tokenized: limit it with max_documents",
         ),
     ],
 )

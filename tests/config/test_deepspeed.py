@@ -143,7 +143,7 @@ def test_an_inert_scheduler_param_of_hugging_face_is_dropped(resolved: Resolve) 
     found = resolved({**FLAT, "scheduler": {"type": "WarmupDecayLR", "params": params}})
     assert "scheduler" not in found.config
     assert "scheduler: dropped, the recipe's schedule is used (schedule.* in the recipe)" in found.notes
-    with pytest.raises(RecipeError, match="scheduler: last_batch_iteration stands here, but the recipe owns"):
+    with pytest.raises(RecipeError, match="scheduler: last_batch_iteration is set here, but the recipe owns"):
         resolved({**FLAT, "scheduler": {"params": {**params, "last_batch_iteration": 0}}})
 
 

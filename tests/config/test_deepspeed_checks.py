@@ -9,8 +9,8 @@ from inheritune_ds.errors import RecipeError
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"bf16": {}, "bf16": {}}', "the key 'bf16' stands there twice"),
-        ('{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' stands there twice"),
+        ('{"bf16": {}, "bf16": {}}', "the key 'bf16' appears twice"),
+        ('{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' appears twice"),
         ('{"a": 1,}', "Illegal trailing comma before end of object|Expecting property name"),
         ("", "Expecting value"),
         ("[1]", "the document is a list, not an object"),
@@ -46,7 +46,7 @@ def test_problems_need_no_recipe() -> None:
     assert [text.splitlines()[0] for text in found] == [
         "ds.json: bf16.enable: unknown key",
         "ds.json: zero_optimisation: unknown key",
-        "ds.json: train_batch_size: 8 stands here, but the recipe owns it as training.global_batch_tokens",
+        "ds.json: train_batch_size: 8 is set here, but the recipe owns it as training.global_batch_tokens",
     ]
     assert "training.global_batch_tokens=8 x training.seq_len on the command line" in found[2]
     assert problems({}, "ds.json") == []

@@ -61,7 +61,7 @@ def test_torch_adam_of_the_optimizer_block_names_torch_s(resolved: Resolve) -> N
     torch_adam = {"optimizer": {"params": {"torch_adam": True}}}
     found = resolved({**FLAT, **torch_adam})
     assert found.kernels.optimizer == "torch_fused"
-    assert "kernels.optimizer: torch_fused (optimizer.params.torch_adam asks for torch's)" in found.notes
+    assert "kernels.optimizer: torch_fused (optimizer.params.torch_adam selects torch's)" in found.notes
     assert resolved({**FLAT, **torch_adam, "kernels": {"optimizer": "torch"}}).kernels.optimizer == "torch"
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert resolved({**FLAT, **torch_adam, **offload}).kernels.optimizer == "auto"
@@ -80,9 +80,9 @@ def test_the_optimizer_is_offloaded_by_its_own_key(zero: dict[str, Any], offload
 
 
 OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-BREAKS = "true cannot be with stage 3: its hooks gather the parameters inside the block and break the graph"
-CPU_ADAM = "torch cannot be with offload_optimizer: DeepSpeed's CPU Adam works where its state lies"
-TWO_OWNERS = "apex stands beside optimizer.params.torch_adam, which asks for torch's"
+BREAKS = "true does not work with stage 3: its hooks gather parameters inside the block and break the graph"
+CPU_ADAM = "torch does not work with offload_optimizer: only DeepSpeed's CPU Adam updates a state on the host"
+TWO_OWNERS = "apex contradicts optimizer.params.torch_adam, which selects torch's"
 AUTO = 'write "auto"'
 REFUSALS: list[tuple[tuple[Machine, dict[str, Any]], str, str]] = [
     (

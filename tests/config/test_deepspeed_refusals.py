@@ -18,7 +18,7 @@ def refusal(resolved: Resolve, document: dict[str, Any]) -> RecipeError:
 
 
 FORMULA = "training.global_batch_tokens / (micro-batch x seq_len x ranks)"
-NVME = "(DeepSpeed does not bring a state on NVMe back as it was: a resumed run would differ)"
+NVME = "(DeepSpeed does not restore a state on NVMe exactly: a resumed run would differ)"
 STAGE_0 = "(stage 0 loses precision in bf16 and has no gradient norm)"
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimisation": {"stage": 3}}, "ds.json: zero_optimisation: unknown key"),
@@ -29,15 +29,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"gradient_clipping": 0.25},
-        "ds.json: gradient_clipping: 0.25 stands here, but the recipe owns it as optimizer.max_grad_norm",
+        "ds.json: gradient_clipping: 0.25 is set here, but the recipe owns it as optimizer.max_grad_norm",
     ),
     (
         {"optimizer": {"params": {"betas": [0.9, 0.99]}}},
-        "ds.json: optimizer.params.betas: [0.9, 0.99] stands here, but the recipe owns it as optimizer.betas",
+        "ds.json: optimizer.params.betas: [0.9, 0.99] is set here, but the recipe owns it as optimizer.betas",
     ),
     (
         {"gradient_accumulation_steps": 4},
-        f"ds.json: gradient_accumulation_steps: 4 stands here, but it is derived: {FORMULA}",
+        f"ds.json: gradient_accumulation_steps: 4 is set here, but it is derived: {FORMULA}",
     ),
     ({"optimizer": {"type": "Lion"}}, "ds.json: optimizer.type: 'Lion' is not accepted"),
     ({"optimizer": {"params": {"amsgrad": True}}}, "ds.json: optimizer.params.amsgrad: unknown key"),
@@ -46,10 +46,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "AdamW"}, "ds.json: optimizer: 'AdamW' is not accepted"),
     (
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": "auto"}}},
-        "ds.json: scheduler: warmup_num_steps stands here, but the recipe owns the schedule",
+        "ds.json: scheduler: warmup_num_steps is set here, but the recipe owns the schedule",
     ),
-    ({"scheduler": "WarmupLR"}, "ds.json: scheduler: it stands here, but the recipe owns the schedule"),
-    ({"scheduler": {"params": [3]}}, "ds.json: scheduler: it stands here, but the recipe owns the schedule"),
+    ({"scheduler": "WarmupLR"}, "ds.json: scheduler: it is set here, but the recipe owns the schedule"),
+    ({"scheduler": {"params": [3]}}, "ds.json: scheduler: it is set here, but the recipe owns the schedule"),
     ({"bf16": True}, "ds.json: bf16: True is not accepted"),
     ({"bf16": {"enabled": "yes"}}, "ds.json: bf16.enabled: 'yes' is not accepted"),
     ({"fp16": {"enabled": 1}}, "ds.json: fp16.enabled: 1 is not accepted"),
@@ -80,7 +80,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"offload_optimizer": "cpu"}},
         "ds.json: zero_optimization.offload_optimizer: 'cpu' is not accepted",
     ),
-    ({"scheduler": {"kind": "WarmupLR"}}, "ds.json: scheduler: kind stands here, but the recipe owns the schedule"),
+    ({"scheduler": {"kind": "WarmupLR"}}, "ds.json: scheduler: kind is set here, but the recipe owns the schedule"),
     ({"steps_per_print": "often"}, "ds.json: steps_per_print: 'often' is not accepted"),
     ({"prescale_gradients": "yes"}, "ds.json: prescale_gradients: 'yes' is not accepted"),
     ({"communication_data_type": "fp33"}, "ds.json: communication_data_type: 'fp33' is not accepted"),
@@ -137,7 +137,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"train_micro_batch_size_per_gpu": 5},
-        "ds.json: train_micro_batch_size_per_gpu: 5 does not divide the 32 windows that each of 1 ranks has in a step",
+        "ds.json: train_micro_batch_size_per_gpu: 5 does not divide the 32 windows of a step on each of 1 ranks",
     ),
 ]
 

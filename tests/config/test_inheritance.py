@@ -60,9 +60,9 @@ def test_what_a_model_must_have_follows_from_what_is_named() -> None:
         (["", "mlp", "head"], "inherit: ['', 'mlp', 'head'] has an empty entry, number 1 of 3"),
         ("", "inherit: the list of parts is empty"),
         (" , ", "inherit: the list of parts is empty"),
-        ("mlp,all", "inherit: 'all' is a preset; it stands alone, not in a list"),
+        ("mlp,all", "inherit: 'all' is a preset and cannot be part of a list"),
         (["attention", "mlps", "All"], "inherit: 'mlps', 'All': neither preset nor part"),
-        (["paper-scripts"], "inherit: 'paper-scripts' is a preset; it stands alone, not in a list"),
+        (["paper-scripts"], "inherit: 'paper-scripts' is a preset and cannot be part of a list"),
         ([], "inherit: the list of parts is empty"),
     ],
 )

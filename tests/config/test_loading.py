@@ -126,7 +126,7 @@ def test_load_recipe_says_why_a_file_cannot_be_read(tmp_path: Path, make: Any, r
     make(path)
     text = message(name=str(path))
     assert text.startswith(f"recipe '{path}' cannot be read: {reason}")
-    assert "`inheritune-ds recipes` lists what is shipped" in text
+    assert "`inheritune-ds recipes` lists the shipped ones" in text
 
 
 def test_problems_of_a_file_name_the_file(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ ALLOWED_HUB = (
         (
             "optimizer.betas.2=0.5",
             [
-                "override optimizer.betas.2: '2' is no position in a list of 2",
+                "override optimizer.betas.2: '2' is not a position in a list of 2",
                 "  allowed: 0 to 1",
                 "  do: override optimizer.betas itself",
             ],
@@ -249,7 +249,7 @@ ALLOWED_HUB = (
         (
             "noequal",
             [
-                "override 'noequal' is not of the form key.path=value",
+                "override 'noequal' does not have the form key.path=value",
                 "  allowed: for instance training.seq_len=512",
                 "  do: quote a value with spaces: 'training.duration=200 steps'",
             ],
@@ -257,7 +257,7 @@ ALLOWED_HUB = (
         (
             "corpus.sources.5=x",
             [
-                "override corpus.sources.5: '5' is no position in a list of 1",
+                "override corpus.sources.5: '5' is not a position in a list of 1",
                 "  allowed: 0 to 0",
                 "  do: override corpus.sources itself",
             ],
@@ -265,7 +265,7 @@ ALLOWED_HUB = (
         (
             "training.seq_len.x=3",
             [
-                "override training.seq_len.x: training.seq_len holds 128, which has no keys inside",
+                "override training.seq_len.x: training.seq_len holds 128, which has no keys",
                 "  allowed: training.seq_len=value",
                 "  do: override training.seq_len itself",
             ],
@@ -275,7 +275,7 @@ ALLOWED_HUB = (
             [
                 'override seed, line 1: found duplicate key "a" with value "2" (original value: "1")',
                 "  allowed: YAML 1.2, each key once",
-                "  do: mend the file at that line",
+                "  do: fix the file at that line",
             ],
         ),
     ],

@@ -95,7 +95,7 @@ def test_batch_is_whole_windows_and_the_nearest_are_named() -> None:
         ("quickstart-reference", ["corpus.tokenizer="], "corpus.tokenizer is required without a reference"),
         ("quickstart", [f"target.shape={GPT2}"], "target.shape is for training from scratch: it excludes reference"),
         ("quickstart", ["target.select="], "target.select is required with a reference, such as first:4"),
-        ("quickstart", [f"reference.shape={GPT2}"], "shape is owned by recipe:quickstart-reference: leave it out here"),
+        ("quickstart", [f"reference.shape={GPT2}"], "shape is owned by recipe:quickstart-reference: remove it here"),
     ],
 )
 def test_recipe_refuses_parts_that_contradict(name: str, overrides: list[str], message: str) -> None:
@@ -201,7 +201,7 @@ def test_a_folder_has_one_spelling(written: str, plain: str) -> None:
 
 @pytest.mark.parametrize("model", ["recipe:quickstart", "/models/llama", "./llama", "~/llama"])
 def test_a_revision_is_for_the_hub(model: str) -> None:
-    with pytest.raises(ValidationError, match=f"revision v1 is for models of the hub: leave it out for {model}"):
+    with pytest.raises(ValidationError, match=f"revision v1 is for models of the hub: remove it for {model}"):
         Reference(model=model, revision="v1")
     assert Reference(model="openai-community/gpt2", revision="v1").revision == "v1"
 
@@ -216,6 +216,6 @@ def test_a_list_of_one_block_may_look_like_a_number() -> None:
 
 @pytest.mark.parametrize("select", ["first:2", "0-3", None])
 def test_scores_need_a_selection_that_goes_by_them(select: str | None) -> None:
-    with pytest.raises(ValidationError, match="block_scores is for select: by:NAME:n: leave it out"):
+    with pytest.raises(ValidationError, match="block_scores is for select: by:NAME:n: remove it"):
         Target(select=select, block_scores="scores.json")
     assert Target(select="by:rank:2", block_scores="scores.json").block_scores

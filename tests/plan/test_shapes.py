@@ -142,7 +142,7 @@ def test_target_shape_refuses_what_does_not_fit(
         (None, SurgeryError, "no scores named 'rank' were given"),
         ({"mass": [1, 2, 3, 4, 5]}, SurgeryError, "no scores named 'rank' were given"),
         ({"rank": [1, 2, 3, 4]}, SurgeryError, "4 scores named 'rank', but the reference has 5 blocks"),
-        ({"rank": "high"}, RecipeError, "holds something else than scores"),
+        ({"rank": "high"}, RecipeError, "does not hold scores"),
     ],
     ids=["none", "others", "short", "no scores"],
 )

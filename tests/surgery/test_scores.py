@@ -38,7 +38,7 @@ def test_something_else_than_scores_is_refused(tmp_path: Path, text: str) -> Non
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         read_scores(str(path))
-    assert caught.value.problem == f"block_scores: {path} holds something else than scores"
+    assert caught.value.problem == f"block_scores: {path} does not hold scores"
     assert caught.value.allowed == FORMAT
 
 
