@@ -27,7 +27,6 @@ from benchmarks.record import RESULTS, write_result
 from inheritune_ds.config.zero import ZeroSettings
 from inheritune_ds.plan.communication import Link, Transfer, transfers
 from inheritune_ds.plan.model_size import flops_per_token, parameters, tensors
-from inheritune_ds.plan.scaling import predict_step_s
 
 if TYPE_CHECKING:
     from inheritune_ds.distributed.world import World
@@ -164,9 +163,7 @@ def predict(
         communication_s = link.seconds(sent, ranks) / share
     optimizer_s = taken["update_s_a_parameter"] * parameters(case.shape).total / ranks / share
     rate = taken["flops_per_s"] * share
-    step_s = predict_step_s(
-        flops_a_rank=flops, flops_per_s=rate, communication_s=communication_s, optimizer_s=optimizer_s
-    )
+    step_s = flops / rate + communication_s + optimizer_s
     return {"step_s": step_s, "passes_s": flops / rate, "communication_s": communication_s, "optimizer_s": optimizer_s}
 
 

@@ -1,1 +1,1 @@
-"""Arithmetic of a run and its text: budget, memory, hours; no torch."""
+"""Arithmetic of a run and its text: budget, memory, hours; without torch."""

@@ -1,25 +1,25 @@
-"""Whether the lengths in a recipe leave room for what it asks for; checked before anything is prepared."""
+"""Checks of a recipe's lengths before the preparation."""
 
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.errors import InherituneError, RecipeError
 
 MIN_VALIDATION_WINDOWS = 2
-"""Fewer have no standard error."""
+"""The standard error needs two."""
 
 
 def check_lengths(recipe: Recipe, total_steps: int | None) -> None:
-    """Refuse a warm-up that is as long as the run, and a validation of less than two windows.
+    """Refuse a warm-up as long as the run, and a validation of less than two windows.
 
     Args:
         recipe: The experiment.
-        total_steps: Optimizer steps of its run; None when only the tokens of its corpus can tell.
+        total_steps: Optimizer steps of its run; None if unknown before tokenization.
 
     Raises:
         RecipeError: With every problem found.
     """
     problems: list[InherituneError] = []
     warm_up, window = recipe.schedule.warmup_steps, recipe.training.seq_len
-    # A cosine's last step is at its end; the peak has to be before it (but one step alone may be asked for).
+    # A cosine's last step is at its end; the peak has to be before it (except in a run of one step).
     end = 2 if recipe.schedule.kind == "cosine" and total_steps != 1 else 1
     if total_steps is not None and warm_up > total_steps - end:
         problems.append(
@@ -36,7 +36,7 @@ def check_lengths(recipe: Recipe, total_steps: int | None) -> None:
                 f"recipe {recipe.name}: validation.max_tokens {recipe.validation.max_tokens} is less than "
                 f"{MIN_VALIDATION_WINDOWS} windows of training.seq_len {window}: there would be no standard error",
                 allowed=f"at least {MIN_VALIDATION_WINDOWS * window}",
-                action=f"set validation.max_tokens={MIN_VALIDATION_WINDOWS * window} or more, or leave it out",
+                action=f"set validation.max_tokens={MIN_VALIDATION_WINDOWS * window} or more, or remove it",
             )
         )
     if problems:

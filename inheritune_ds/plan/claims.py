@@ -9,37 +9,37 @@ BEST_PUBLISHED_MFU = 0.64
 
 
 def amount(recipe: Recipe, unique: Tokens | None) -> str:
-    """The duration in words, such as `8 epochs of 1B tokens`."""
+    """The duration as text, such as `8 epochs of 1B tokens`."""
     if recipe.training.duration.unit == "epochs" and unique:
         return f"{recipe.training.duration} of {short_count(unique.count)} tokens"
     return str(recipe.training.duration)
 
 
 def short_count(count: float) -> str:
-    """A count to four digits: `1.816B`, `250M`; whole below a million."""
+    """A count with four digits: `1.816B`, `250M`; an integer below a million."""
     if count >= 1e9:
         return f"{count / 1e9:.4g}B"
     return f"{count / 1e6:.4g}M" if count >= 1e6 else f"{count:,.0f}"
 
 
 def check_claim(recipe: Recipe, flops: float | None, unique: Tokens | None) -> str | None:
-    """Say whether the published cost of a recipe can be true; None without a claim.
+    """Check whether the published cost of a recipe is possible; None without a claim.
 
     Args:
         recipe: With its `published_claim`.
-        flops: Of the whole run; None when they are not known.
-        unique: For the words only.
+        flops: Of the whole run; None if unknown.
+        unique: For the text only.
 
     Raises:
-        RecipeError: When the claim names a GPU that is not known.
+        RecipeError: When the claim names an unknown GPU.
     """
     claim = recipe.published_claim
     if claim is None:
         return None
     card = gpu(claim.gpu)
-    what, quoted = amount(recipe, unique), f'the "{claim.text}" of the paper ({claim.source})'
+    run, quoted = amount(recipe, unique), f'the "{claim.text}" of the paper ({claim.source})'
     if flops is None:
-        return f"{quoted} cannot be checked: the model or the corpus is not known yet"
+        return f"{quoted} cannot be checked: the model or the corpus is unknown"
     floor = hours(flops, card, claim.gpus, 1.0)
     needed = floor / claim.hours
     cards = f"{claim.gpus} x {card.label} ({card.peak_bf16_flops / 1e12:.1f} TFLOP/s)"
@@ -49,7 +49,7 @@ def check_claim(recipe: Recipe, flops: float | None, unique: Tokens | None) -> s
         f"{PLANNING_MFU * 100:.0f} % MFU; {claim.hours:g} hours would need an MFU of {needed * 100:.0f} %"
     )
     if needed > 1.0:
-        return f"{what} cannot fit {quoted}: {figures}"
+        return f"{run} cannot fit {quoted}: {figures}"
     if needed > BEST_PUBLISHED_MFU:
-        return f"{what} can hardly fit {quoted}, the best published MFU is {BEST_PUBLISHED_MFU * 100:.0f} %: {figures}"
-    return f"{what} can fit {quoted}: {figures}"
+        return f"{run} can hardly fit {quoted}, the best published MFU is {BEST_PUBLISHED_MFU * 100:.0f} %: {figures}"
+    return f"{run} can fit {quoted}: {figures}"

@@ -1,19 +1,18 @@
-"""What the ranks send each other in one optimizer step: calls and bytes, and the time an alpha-beta model gives them.
+"""Communication of one optimizer step: calls, bytes, and the time by an alpha-beta model.
 
 Counted on DeepSpeed 0.19.8 by `python -m benchmarks.comm` and read from its source. Its ZeRO-1 and 2 do not
-reduce-scatter gradients: they all-reduce them (reduce_scatter: true only decides which slices are copied), so a
-reduction moves twice what the ZeRO paper counts. Gradients travel in the type of the passes unless
-communication_data_type says otherwise, fp32 sums too. Updated weights are gathered once a step. ZeRO-1 reduces once a
-step, ZeRO-2 and 3 in every micro-step. ZeRO-3 gathers weights in every micro-step, the ones that it does not keep until
-the backward pass twice.
+reduce-scatter gradients: they all-reduce them (reduce_scatter: true only selects the copied slices), so a reduction
+moves twice the bytes of the ZeRO paper. Gradients, and fp32 sums too, are sent in the type of the passes unless
+communication_data_type is set. Updated weights are gathered once per step. ZeRO-1 reduces once per step, ZeRO-2 and 3
+in every micro-step. ZeRO-3 gathers weights in every micro-step, and twice unless it keeps them until the backward pass.
 
-A payload is the whole tensor a call is about. On n ranks a ring sends and receives (n - 1) / n of it on each rank for
-an all-gather or a reduce-scatter, twice that for an all-reduce (nccl-tests, doc/PERFORMANCE.md). That is what NCCL
-does; gloo has no reduce-scatter, torch makes it of an all-reduce.
+A payload is the whole tensor of a call. On n ranks a ring sends and receives (n - 1) / n of it on each rank for an
+all-gather or a reduce-scatter, twice that for an all-reduce (nccl-tests, doc/PERFORMANCE.md). NCCL works like this;
+gloo has no reduce-scatter, torch uses an all-reduce instead.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -31,21 +30,14 @@ from inheritune_ds.plan.zero_memory import WHOLE_REDUCTION, Tensors, kept_gather
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 Backend = Literal["nccl", "gloo"]
 LATENCY_S = 10e-6
-"""Of one message between two ranks; assumed, for NCCL within a node and over InfiniBand alike."""
+"""Latency of one message between two ranks; assumed, for NCCL within a node and over InfiniBand alike."""
 _OWN_BYTES = (2 * 8, 4 * 8)
-"""Of the trainer: the tokens of the batch and whether an id is none of the model's; the loss and three requests."""
+"""The trainer's: the tokens of the batch and a flag for an id outside the vocabulary; the loss and three requests."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Collectives of one kind in one optimizer step, as one rank calls them.
-
-    Attributes:
-        what: What they are about.
-        collective: Their kind.
-        calls: How many.
-        payload_bytes: Of all calls together.
-    """
+    """One rank's collectives of one kind in one optimizer step; `payload_bytes` is of all calls together."""
 
     what: str
     collective: Collective
@@ -53,24 +45,18 @@ class Transfer:
     payload_bytes: float
 
     def wire_bytes(self, ranks: int, backend: Backend = "nccl") -> float:
-        """Bytes that each rank sends, and receives as many."""
+        """Bytes that each rank sends; it receives the same number."""
         doubled = self.collective == "all_reduce" or (self.collective == "reduce_scatter" and backend == "gloo")
         return (2 if doubled else 1) * (ranks - 1) / ranks * self.payload_bytes
 
     def messages(self, ranks: int) -> int:
-        """Messages one after the other: a tree for an all-reduce (up and down), a ring for the others."""
+        """Sequential messages: a tree for an all-reduce (up and down), a ring for the others."""
         each = 2 * math.ceil(math.log2(ranks)) if self.collective == "all_reduce" else ranks - 1
         return self.calls * each
 
 
 def transfers(tensors: Tensors, layout: ZeroSettings, *, accumulation: int) -> tuple[Transfer, ...]:
-    """Everything that a step sends.
-
-    Args:
-        tensors: The model's parameters.
-        layout: How DeepSpeed lays them out; one rank sends nothing.
-        accumulation: Micro-steps a step.
-    """
+    """All communication of a step of `accumulation` micro-steps; one rank sends nothing."""
     if layout["world_size"] == 1:
         return ()
     if layout["zero_stage"] == 3:
@@ -80,9 +66,9 @@ def transfers(tensors: Tensors, layout: ZeroSettings, *, accumulation: int) -> t
     gradients = float(communication_bytes(layout) * total)
     if uses_bf16_optimizer(layout):
         calls = _whole_calls(tensors)
-        # One more number: the ranks compare their norms.
+        # One more number: the norm.
         return Transfer("gradients", "all_reduce", calls, gradients), weights, _counts(1)
-    # Norms of both groups, and in half precision the check for overflows.
+    # Norms of both groups, and in half precision the overflow check.
     counts = _counts(2 if layout["precision"] == "fp32" else 3)
     if layout["zero_stage"] == 1:
         calls = _bucketed_calls([*tensors.groups[0], *tensors.groups[1]], layout) + _split_calls(tensors, layout)
@@ -93,18 +79,18 @@ def transfers(tensors: Tensors, layout: ZeroSettings, *, accumulation: int) -> t
 
 
 def _counts(others: int) -> Transfer:
-    """Numbers of a few bytes: token counts, losses, norms, overflows."""
+    """Small messages: token counts, losses, norms, overflows."""
     return Transfer("counts", "all_reduce", len(_OWN_BYTES) + others, sum(_OWN_BYTES) + 4.0 * others)
 
 
 def _whole_calls(tensors: Tensors) -> int:
-    """BF16_Optimizer puts one accumulator a group into calls of more than WHOLE_REDUCTION elements."""
+    """BF16_Optimizer adds accumulators of parameter groups to a call until it exceeds WHOLE_REDUCTION elements."""
     decayed, undecayed = tensors.groups
     return 1 if sum(decayed) <= WHOLE_REDUCTION or not undecayed else 2
 
 
 def _bucketed_calls(sizes: Iterable[int], layout: ZeroSettings) -> int:
-    """Calls that gradients of these sizes make, one after the other, through a bucket."""
+    """Calls for gradients of these sizes in this order through a bucket."""
     limit = layout.get("reduce_bucket_size", REDUCE_BUCKET)
     calls, held = 0, 0
     for size in sizes:
@@ -115,22 +101,17 @@ def _bucketed_calls(sizes: Iterable[int], layout: ZeroSettings) -> int:
 
 
 def _split_calls(tensors: Tensors, layout: ZeroSettings) -> int:
-    """Further calls of gradients larger than the bucket that belong to several ranks: they go slice by slice."""
-    limit, ranks = layout.get("reduce_bucket_size", REDUCE_BUCKET), layout["world_size"]
-    return sum(_slices(group, limit, ranks) for group in tensors.groups)
-
-
-def _slices(sizes: Sequence[int], limit: int, ranks: int) -> int:
-    share, calls = sum(sizes) / ranks, 0
-    for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
-        if size <= limit:
-            continue
-        ends = [share * number for number in range(1, ranks) if start < share * number < start + size]
-        held = 0.0
-        for before, end in zip([float(start), *ends], ends, strict=False):
-            held += end - before
-            if held > limit:
-                calls, held = calls + 1, 0.0
+    """Additional calls for gradients larger than the bucket that belong to several ranks, sent slice by slice."""
+    limit, ranks, calls = layout.get("reduce_bucket_size", REDUCE_BUCKET), layout["world_size"], 0
+    for sizes in tensors.groups:
+        share = sum(sizes) / ranks
+        for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+            ends = [share * number for number in range(1, ranks) if start < share * number < start + size]
+            held = 0.0
+            for before, end in zip([float(start), *ends], ends if size > limit else [], strict=False):
+                held += end - before
+                if held > limit:
+                    calls, held = calls + 1, 0.0
     return calls
 
 
@@ -139,7 +120,7 @@ def _stage_3(tensors: Tensors, layout: ZeroSettings, accumulation: int) -> tuple
     element, wire = element_bytes(layout["precision"]), communication_bytes(layout)
     shared = [size for size in tensors.sizes if size > threshold]
     whole = [size for size in tensors.sizes if size <= threshold]
-    # The backward pass starts with what the forward pass gathered last.
+    # The backward pass starts with the parameters that the forward pass gathered last.
     again = [
         size
         for behind, size in zip(accumulate(shared[::-1]), shared[::-1], strict=True)
@@ -157,20 +138,14 @@ def _stage_3(tensors: Tensors, layout: ZeroSettings, accumulation: int) -> tuple
 
 @dataclass(frozen=True)
 class Link:
-    """The slowest link between the ranks.
-
-    Attributes:
-        bytes_per_s: Bus bandwidth of collectives (as nccl-tests define it).
-        latency_s: Of one message.
-        backend: What makes the collectives.
-    """
+    """The slowest link between the ranks; `bytes_per_s` is the bus bandwidth of collectives, as in nccl-tests."""
 
     bytes_per_s: float
     latency_s: float = LATENCY_S
     backend: Backend = "nccl"
 
     def seconds(self, sent: Iterable[Transfer], ranks: int) -> float:
-        """Time of transfers one after the other: `messages * alpha + bytes on the wire / beta`."""
+        """Time of sequential transfers: `messages * alpha + bytes on the wire / beta`."""
         if ranks == 1:
             return 0.0
         return sum(

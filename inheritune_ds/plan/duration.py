@@ -1,28 +1,20 @@
-"""Steps of a run and tokens of an epoch."""
+"""Steps of a run and windows of an epoch."""
 
 from inheritune_ds.config.training import Training
 from inheritune_ds.errors import RecipeError
 
 
 def windows_in(num_tokens: int, seq_len: int) -> int:
-    """Count the windows of a source.
+    """Count the windows of a source with `num_tokens` tokens.
 
-    Window w is `tokens[w * T : w * T + T + 1]`: neighbours share one token, the last of one being
-    the first of the next, so every token but the first is a target exactly once.
-
-    Args:
-        num_tokens: Tokens of the source.
-        seq_len: T, the inputs of a window.
+    With T = seq_len, window w is `tokens[w * T : w * T + T + 1]`: the last token of a window is the first of the next,
+    so every token but the first is a target exactly once.
     """
     return max(0, num_tokens - 1) // seq_len
 
 
 def steps_in(training: Training, epoch_windows: int | None) -> int | None:
-    """Optimizer steps of a recipe: the whole steps that fit its duration; None for epochs of unknown length.
-
-    Args:
-        training: Duration and batch.
-        epoch_windows: Windows of the corpus; None when they are not known yet.
+    """Optimizer steps that fit the duration of a recipe; None for epochs of unknown length.
 
     Raises:
         RecipeError: When the duration is shorter than one step.

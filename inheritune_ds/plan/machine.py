@@ -1,4 +1,4 @@
-"""What this machine has, asked without torch: GPUs, host memory, bf16 on the CPU."""
+"""Detection of this machine without torch: GPUs, host memory, bf16 on the CPU."""
 
 import os
 import subprocess
@@ -13,13 +13,7 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 @dataclass(frozen=True)
 class DetectedGpu:
-    """A GPU as the driver reports it.
-
-    Attributes:
-        name: The driver's name, such as `NVIDIA RTX A6000`.
-        memory_gib: Total memory, in GiB.
-        compute_capability: Major and minor version; bf16 needs (8, 0).
-    """
+    """A GPU in the driver's words: its name is such as `NVIDIA RTX A6000`."""
 
     name: str
     memory_gib: float
@@ -32,7 +26,7 @@ class DetectedGpu:
 
 
 def detect_gpus() -> list[DetectedGpu]:
-    """Ask `nvidia-smi` for the GPUs; an empty list when there is no driver or it does not answer."""
+    """Ask `nvidia-smi` for the GPUs; an empty list if it is missing, fails or does not answer."""
     try:
         answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -42,7 +36,7 @@ def detect_gpus() -> list[DetectedGpu]:
 
 
 def _parse(line: str) -> DetectedGpu | None:
-    """Read one line `name, MiB, major.minor`; None for one that the driver filled with `[N/A]`."""
+    """Parse a line `name, MiB, major.minor`; None for a line with `[N/A]`."""
     try:
         name, memory_mib, capability = (part.strip() for part in line.rsplit(",", 2))
         major, minor = capability.split(".")
@@ -52,7 +46,7 @@ def _parse(line: str) -> DetectedGpu | None:
 
 
 def host_memory_gib() -> float:
-    """Memory of this machine in GiB: all of it, or the limit of the control group if that is lower."""
+    """Memory of this machine in GiB, or the limit of the control group if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -63,7 +57,7 @@ def host_memory_gib() -> float:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU has bfloat16 instructions; False where that cannot be read (not Linux)."""
+    """Whether the CPU has bfloat16 instructions; False if unknown (not Linux)."""
     try:
         text = CPUINFO.read_text(encoding="utf-8")
     except OSError:

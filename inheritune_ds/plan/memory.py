@@ -1,15 +1,8 @@
-"""Arithmetic of a model and its training: parameters, FLOPs, memory, batch, steps, checkpoint bytes.
+"""Peak memory of one GPU in GiB (2**30 bytes), and the largest micro-batch that fits.
 
-Conventions, stated once:
-
-FLOPs: PaLM's (arXiv 2204.02311, appendix B). A trained token costs `6 * N_matmul + 12 * L * d * T` FLOPs, with
-N_matmul the parameters of the blocks and of the head (tied or not; no input embedding), L blocks, d the hidden
-size and T the sequence length. Attention is counted as if it were not causal. The share of a GPU's dense peak that
-these FLOPs reach is the MFU. What activation checkpointing computes again is not counted in it; with it, it is the HFU.
-
-Memory: GiB (2**30 bytes) on one GPU at the worse of two moments. In the backward pass there are all activations and
-the gradients of earlier micro-steps when it starts, and all gradients when it ends; the worst of it is told. In the
-update the passes have left nothing, but DeepSpeed reduces and copies gradients (see `states`).
+The peak is at the worse of two moments. In the backward pass there are all activations and the gradients of earlier
+micro-steps when it starts, and all gradients when it ends; the worst of it counts. In the update nothing of the passes
+remains, but DeepSpeed reduces and copies gradients (see `zero_memory`).
 """
 
 from collections.abc import Callable, Mapping
@@ -24,21 +17,21 @@ from inheritune_ds.plan.model_size import GIB, tensors
 from inheritune_ds.plan.zero_memory import States, states
 
 LOSS_CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once under the chunked loss (`training.loss` works in chunks of this size)."""
+"""Tokens per chunk of the chunked loss (`training.loss`)."""
 _FIXED_MARGIN_GIB = 1.0
 """CUDA context and the workspaces of cuBLAS and NCCL."""
 _FRAGMENTATION_RATIO = 0.05
-"""Blocks that the allocator holds without using them."""
+"""Unused blocks of the allocator."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one GPU by part, in GiB, at two moments; `host_gib` is what offloading takes from the host, a GPU.
+    """Memory of one GPU by part, in GiB.
 
     Attributes:
         backward: Parts in the backward pass.
         update: Parts while gradients are reduced and weights updated.
-        host_gib: On the host.
+        host_gib: Offloaded to the host, per GPU.
     """
 
     backward: Mapping[str, float]
@@ -57,7 +50,7 @@ class Memory:
 
     @property
     def tensors_gib(self) -> float:
-        """The peak without the margin, which is what a count of live tensors finds."""
+        """The peak without the margin: the bytes of live tensors."""
         return self.total_gib - self.parts["margin"]
 
 
@@ -67,11 +60,11 @@ def memory(
     """Predict the peak memory of one GPU.
 
     Args:
-        shape: The architecture.
+        shape: The architecture, but for its number of blocks.
         num_blocks: Transformer blocks.
-        micro_batch_size: Sequences a rank holds at once.
-        accumulation: Micro-steps a step.
-        **layout: How DeepSpeed lays the model out.
+        micro_batch_size: Sequences per rank and micro-step.
+        accumulation: Micro-steps per step.
+        **layout: DeepSpeed's layout of the model.
     """
     found = states(tensors(shape, num_blocks), layout, accumulation=accumulation)
     moments = _passes(shape, num_blocks, micro_batch_size * layout["seq_len"], layout, found)
@@ -81,7 +74,7 @@ def memory(
 
 
 def _passes(shape: Shape, num_blocks: int, tokens: int, layout: ZeroSettings, found: States) -> list[dict[str, float]]:
-    """Bytes by part when the backward pass starts, when it has come to the last block, and when it ends."""
+    """Bytes by part when the backward pass starts, when it reaches the last block, and when it ends."""
     passes = Passes(
         tokens,
         layout["seq_len"],
@@ -107,7 +100,7 @@ def _joined(*parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def _with_margin(sizes: Mapping[str, float]) -> dict[str, float]:
-    """Bytes as GiB, and what the device and its allocator take besides."""
+    """Convert bytes to GiB and add the margin for the device and its allocator."""
     parts = {name: size / GIB for name, size in sizes.items()}
     return {**parts, "margin": _FIXED_MARGIN_GIB + _FRAGMENTATION_RATIO * sum(parts.values())}
 
@@ -118,10 +111,10 @@ def largest_micro_batch(
     """Find the largest micro-batch that fits and divides a rank's share of the batch.
 
     Args:
-        shape: The architecture.
-        num_blocks: Transformer blocks.
+        shape: As for `memory`.
+        num_blocks: As for `memory`.
         memory_gib: Memory that one rank may use.
-        batch_windows: Sequences of a whole step, over all ranks.
+        batch_windows: Sequences per step, over all ranks.
         **layout: As for `memory`.
 
     Raises:
@@ -155,24 +148,15 @@ def does_not_fit(
     accumulation: int,
     **layout: Unpack[ZeroSettings],
 ) -> RecipeError:
-    """Say how much is missing, and which changes of the DeepSpeed config would make it fit.
-
-    Args:
-        shape: The architecture.
-        num_blocks: Transformer blocks.
-        memory_gib: Memory that one rank may use.
-        micro_batch_size: Sequences a rank holds at once.
-        accumulation: Micro-steps a step.
-        **layout: As for `memory`.
-    """
+    """The error for a micro-batch that does not fit, with the changes of the DeepSpeed config that would help."""
     need = memory(shape, num_blocks, micro_batch_size=micro_batch_size, accumulation=accumulation, **layout)
     largest = max(need.parts, key=lambda part: need.parts[part])
     share = micro_batch_size * accumulation
-    what = "one sequence" if micro_batch_size == 1 else f"{micro_batch_size} sequences"
-    needs = "needs" if micro_batch_size == 1 else "need"
+    one = micro_batch_size == 1
     return RecipeError(
-        f"{what} of {layout['seq_len']} tokens {needs} {need.total_gib:.1f} GiB, {need.parts[largest]:.1f} GiB of "
-        f"it {largest}, but a rank has {memory_gib:.1f} GiB",
+        f"{'one sequence' if one else f'{micro_batch_size} sequences'} of {layout['seq_len']} tokens "
+        f"{'needs' if one else 'need'} {need.total_gib:.1f} GiB, {need.parts[largest]:.1f} GiB of it {largest}, but a "
+        f"rank has {memory_gib:.1f} GiB",
         allowed="a model, precision and ZeRO stage that fit",
         action=_advice(
             lambda size, changed: _total(shape, num_blocks, size, share // size, changed) <= memory_gib,
@@ -192,28 +176,28 @@ _CHANGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("ds_configs/zero2.json", {"zero_stage": 2}),
     ("ds_configs/zero3.json", {"zero_stage": 3}),
 )
-"""What makes a run need less memory, the cheapest in time first; keys are those of `Layout`."""
+"""Changes of the layout that save memory, the cheapest in time first."""
 _OFFLOAD = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
 
 
 def _advice(fits: Callable[[int, ZeroSettings], bool], micro_batch_size: int, share: int, layout: ZeroSettings) -> str:
-    """What makes it fit: a smaller micro-batch, else each change that does alone, else the first ones together."""
+    """Advice that fits: a smaller micro-batch, or each change that is enough alone, or the first ones together."""
     for size in range(micro_batch_size - 1, 0, -1):
         if share % size == 0 and fits(size, layout):
             return f"set train_micro_batch_size_per_gpu to {size}"
     possible = [(words, change) for words, change in _CHANGES if _can_change(layout, change)]
     alone = [words for words, change in possible if fits(micro_batch_size, _changed(layout, change))]
     if alone:
-        return f"take {' or '.join(alone[:3])}"
+        return f"use {' or '.join(alone[:3])}"
     together: dict[str, str] = {}
     changed = layout
     for words, change in possible:
         changed = _changed(changed, change)
-        together[next(iter(change))] = words  # a later value of the same key takes its place
+        together[next(iter(change))] = words  # a later value of the same key replaces the earlier one
         if fits(micro_batch_size, changed):
-            return f"take {' and '.join(together.values())}"
+            return f"use {' and '.join(together.values())}"
     if fits(micro_batch_size, _changed(layout, _OFFLOAD)):
-        return "take ds_configs/zero3_offload.json"
+        return "use ds_configs/zero3_offload.json"
     return "use more ranks, or a GPU with more memory"
 
 
@@ -222,7 +206,7 @@ def _changed(layout: ZeroSettings, change: Mapping[str, Any]) -> ZeroSettings:
 
 
 def _can_change(layout: ZeroSettings, change: Mapping[str, Any]) -> bool:
-    """Whether a change is one in this layout: sharing takes several ranks, other keys half precision."""
+    """Whether a change has an effect on this layout."""
     if all({"loss": "chunked", **layout}.get(key) == value for key, value in change.items()):
         return False
     if "accumulate_fp32" in change:

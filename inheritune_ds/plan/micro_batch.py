@@ -1,4 +1,4 @@
-"""The `auto` micro-batch: the largest that the plan says fits, and the config of a recipe with it."""
+"""The `auto` micro-batch: the largest that fits according to the plan, and the config of a recipe with it."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,14 +15,14 @@ from inheritune_ds.plan.shapes import target_shape
 def resolve_for(
     recipe: Recipe, document: dict[str, Any], origin: str, *, world_size: int, machine: Machine
 ) -> Resolved:
-    """Fill in all of a DeepSpeed config for a recipe: the shape of its target is found, and every `auto` is a number.
+    """Find the shape of a recipe's target and fill in every `auto` of its DeepSpeed config.
 
     Args:
         recipe: The experiment.
-        document: The user's JSON as `ds_document.read` returns it.
-        origin: How to call it in messages.
+        document: The user's JSON, from `deepspeed_checks.read`.
+        origin: Name of the document in messages.
         world_size: Number of ranks.
-        machine: What one rank has.
+        machine: The device of a rank.
 
     Raises:
         InherituneError: With every problem found.
@@ -39,24 +39,17 @@ def resolve_for(
 
 
 def fit(resolved: Resolved, recipe: Recipe, *, origin: str, world_size: int, machine: Machine) -> Resolved:
-    """Give a config without a micro-batch the largest that fits; another config is returned as it is.
-
-    Args:
-        resolved: The config of the recipe.
-        recipe: Owner of the global batch.
-        origin: How to call the user's JSON in messages.
-        world_size: Number of ranks; they share the batch evenly.
-        machine: What one rank has.
+    """Add the largest micro-batch that fits to a config without one.
 
     Raises:
-        RecipeError: The shape of the model is not known, or not even one sequence fits.
+        RecipeError: The shape of the model is unknown, or not even one sequence fits.
     """
     if MICRO_BATCH in resolved.config:
         return resolved
     if resolved.shape is None:
         model = recipe.reference.model if recipe.reference else "the target"
         raise RecipeError(
-            f"{origin}: {MICRO_BATCH}: auto needs the shape of the model, which is not known for {model}",
+            f"{origin}: {MICRO_BATCH}: auto needs the shape of the model, which is unknown for {model}",
             allowed="reference.shape in the recipe (families gpt2 and llama), or a number in the DeepSpeed config",
             action=f'write "{MICRO_BATCH}": 8, or another number of sequences that fits',
         )

@@ -1,4 +1,10 @@
-"""Parameters, FLOPs per token and checkpoint size of a model shape."""
+"""Parameters, FLOPs per token and checkpoint size of a model shape.
+
+FLOPs: PaLM's (arXiv 2204.02311, appendix B). A trained token costs `6 * N_matmul + 12 * L * d * T` FLOPs, with
+N_matmul the parameters of the blocks and of the head (tied or not; no input embedding), L blocks, d the hidden
+size and T the sequence length. Attention is counted as if it were not causal. The share of a GPU's dense peak that
+these FLOPs reach is the MFU, and with recomputation of activations the HFU.
+"""
 
 from dataclasses import dataclass
 
@@ -12,15 +18,11 @@ GIB = float(2**30)
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trainable parameters by part; `total` counts a tied head once, with the embeddings.
+    """Trainable parameters by part.
 
     Attributes:
-        total: All of them.
-        blocks: In all transformer blocks.
-        per_block: In one block.
         embeddings: Token embeddings, and position embeddings (gpt2).
         head: The output projection; 0 when tied to the token embeddings.
-        final_norm: The norm after the last block.
     """
 
     total: int
@@ -32,12 +34,7 @@ class Parameters:
 
 
 def parameters(shape: Shape, num_blocks: int | None = None) -> Parameters:
-    """Count parameters as `transformers` builds the model (gpt2 has biases and learned positions).
-
-    Args:
-        shape: The architecture.
-        num_blocks: Blocks, when they are not the shape's own `num_hidden_layers`.
-    """
+    """Count the parameters of the `transformers` model; the default of `num_blocks` is `num_hidden_layers`."""
     hidden, mlp = shape.hidden_size, mlp_size(shape)
     if shape.model_type == "gpt2":
         attention = 4 * (hidden * hidden + hidden)
@@ -55,13 +52,9 @@ def parameters(shape: Shape, num_blocks: int | None = None) -> Parameters:
 
 
 def tensors(shape: Shape, num_blocks: int) -> Tensors:
-    """Elements of each parameter as `transformers` builds the model, and whether weight decay applies.
+    """Elements of each parameter of the `transformers` model, and whether weight decay applies.
 
-    Matrices decay; norms, biases and embeddings (a tied head among them) do not (`training.optimizer`).
-
-    Args:
-        shape: The architecture.
-        num_blocks: Transformer blocks.
+    It applies to matrices, not to norms, biases and embeddings including a tied head (`training.optimizer`).
     """
     hidden, mlp, embeddings = shape.hidden_size, mlp_size(shape), shape.vocab_size * shape.hidden_size
     if shape.model_type == "gpt2":
@@ -80,27 +73,15 @@ def tensors(shape: Shape, num_blocks: int) -> Tensors:
 
 
 def flops_per_token(shape: Shape, num_blocks: int, seq_len: int) -> float:
-    """FLOPs of one trained token, forward and backward, in the module's convention.
-
-    Args:
-        shape: The architecture.
-        num_blocks: Transformer blocks.
-        seq_len: Tokens a window.
-    """
+    """FLOPs of one trained token, forward and backward, in the module's convention."""
     matmul = parameters(shape, num_blocks).blocks + shape.vocab_size * shape.hidden_size
     return 6.0 * matmul + 12.0 * num_blocks * shape.hidden_size * seq_len
 
 
 def hardware_flops_per_token(shape: Shape, num_blocks: int, seq_len: int, recomputation: Recomputation) -> float:
-    """FLOPs of one trained token with what is computed again: the blocks' forward pass, all of it under `full`.
+    """FLOPs of one trained token with recomputation: `full` repeats the blocks' forward pass.
 
-    `selective` keeps the outputs of matrix products and attention, where nearly all FLOPs are.
-
-    Args:
-        shape: The architecture.
-        num_blocks: Transformer blocks.
-        seq_len: Tokens a window.
-        recomputation: What of a block is computed again.
+    `selective` keeps the outputs of matrix products and attention, which have nearly all FLOPs.
     """
     flops = flops_per_token(shape, num_blocks, seq_len)
     if recomputation != "full":
@@ -109,9 +90,5 @@ def hardware_flops_per_token(shape: Shape, num_blocks: int, seq_len: int, recomp
 
 
 def checkpoint_bytes(count: int) -> int:
-    """Bytes of one checkpoint over all ranks: fp32 master weights and both Adam moments.
-
-    Args:
-        count: Parameters.
-    """
+    """Bytes of a checkpoint of `count` parameters over all ranks: fp32 masters and both Adam moments."""
     return count * (4 + 8)

@@ -1,9 +1,9 @@
-"""Seconds of a step, tokens a second and scaling, from FLOPs, a rate and what the ranks send.
+"""Seconds per step, tokens per second and scaling, from FLOPs, a rate and the communication.
 
-A step is its FLOPs at the rate that one GPU reaches (MFU x peak; optimizer and logging are in that MFU) and, after
-that, its communication. Only ZeRO-3 with overlap_comm gathers weights beside the passes: there communication counts
-as far as it takes longer than two thirds of them, the share that the backward pass has. Strong scaling shares the
-recipe's batch among the GPUs; weak scaling gives every GPU what one has at the planned number of ranks.
+A step is its FLOPs at the rate of one GPU (MFU x peak; the MFU includes optimizer and logging), followed by its
+communication. Only ZeRO-3 with overlap_comm gathers weights during the passes: there only the communication beyond
+two thirds of the passes counts, the share of the backward pass. Strong scaling splits the recipe's batch among the
+GPUs; weak scaling keeps the batch per GPU of the planned number of ranks.
 """
 
 from dataclasses import dataclass, replace
@@ -15,24 +15,12 @@ from inheritune_ds.plan.gpus import GPUS_A_NODE, Gpu
 from inheritune_ds.plan.model_size import flops_per_token, tensors
 
 SCALES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""Numbers of GPUs that a plan tells the scaling for."""
+"""Numbers of GPUs in the scaling table."""
 _BACKWARD_SHARE = 2 / 3
 
 
-def predict_step_s(*, flops_a_rank: float, flops_per_s: float, communication_s: float, optimizer_s: float) -> float:
-    """Seconds of one optimizer step.
-
-    Args:
-        flops_a_rank: Of all micro-steps of one rank, as `budget.flops_per_token` counts them.
-        flops_per_s: What one rank reaches in its forward and backward passes.
-        communication_s: Time in which nothing is computed.
-        optimizer_s: Update of a rank's share, clipping, logging.
-    """
-    return flops_a_rank / flops_per_s + communication_s + optimizer_s
-
-
 def link_between(card: Gpu, gpus: int) -> Link:
-    """The slowest link among a number of GPUs: within a node, or across nodes."""
+    """The slowest link: within a node, or across nodes."""
     if gpus <= GPUS_A_NODE:
         return Link(card.node_gb_per_s * 1e9)
     return Link(min(card.node_gb_per_s, card.network_gb_per_s) * 1e9)
@@ -40,15 +28,13 @@ def link_between(card: Gpu, gpus: int) -> Link:
 
 @dataclass(frozen=True)
 class Job:
-    """One step of a target, however many GPUs share it.
+    """One step of a target, on any number of GPUs.
 
     Attributes:
-        shape: The architecture.
-        num_blocks: Transformer blocks.
-        layout: How DeepSpeed lays it out at the planned number of ranks.
-        micro_batch_size: Sequences a rank holds at once.
-        accumulation: Micro-steps a step at the planned number of ranks.
-        batch_windows: Sequences of a whole step.
+        layout: DeepSpeed's, at the planned number of ranks.
+        micro_batch_size: Sequences per rank and micro-step.
+        accumulation: Micro-steps per step, at the planned number of ranks.
+        batch_windows: Sequences per step, over all ranks.
     """
 
     shape: Shape
@@ -59,25 +45,25 @@ class Job:
     batch_windows: int
 
     def transfers(self, gpus: int, accumulation: int) -> tuple[Transfer, ...]:
-        """What a step sends on a number of GPUs."""
+        """Communication of a step on a number of GPUs."""
         layout: ZeroSettings = {**self.layout, "world_size": gpus}
         return transfers(tensors(self.shape, self.num_blocks), layout, accumulation=accumulation)
 
     def compute_s(self, windows: int, card: Gpu, mfu: float) -> float:
-        """Seconds that one GPU computes for a number of its windows."""
+        """Seconds of computation for a number of windows on one GPU."""
         tokens = windows * self.layout["seq_len"]
         flops = flops_per_token(self.shape, self.num_blocks, self.layout["seq_len"])
         return tokens * flops / (card.peak_bf16_flops * mfu)
 
     def exposed_s(self, gpus: int, accumulation: int, card: Gpu, compute_s: float) -> float:
-        """Seconds of communication in which a GPU computes nothing."""
+        """Seconds of communication without computation."""
         sent = link_between(card, gpus).seconds(self.transfers(gpus, accumulation), gpus)
         if self.layout["zero_stage"] == 3 and self.layout.get("overlap_comm", False):
             return max(0.0, sent - _BACKWARD_SHARE * compute_s)
         return sent
 
     def cut(self, gpus: int) -> tuple[int, int] | None:
-        """Micro-batch and accumulation of the recipe's batch on a number of GPUs; None if they cannot share it."""
+        """Micro-batch and accumulation of the recipe's batch on a number of GPUs; None if it does not divide."""
         if self.batch_windows % gpus:
             return None
         share = self.batch_windows // gpus
@@ -87,16 +73,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Scaled:
-    """One number of GPUs; rates are tokens a second of each GPU, efficiencies compare them with one GPU alone.
+    """Scaling to one number of GPUs; rates are tokens per second and GPU, efficiencies relative to one GPU.
 
     Attributes:
-        gpus: How many.
-        cut: Micro-batch and accumulation of the recipe's batch; None if it cannot be shared.
-        strong_s: Communication of a step of the recipe's batch.
-        strong_rate: With the recipe's batch; None as above.
-        strong_efficiency: The same, compared with one GPU.
-        weak_rate: With as much a GPU as planned.
-        weak_efficiency: The same, compared with one GPU.
+        cut: Micro-batch and accumulation of the recipe's batch; None if it does not divide, like all `strong_` values.
+        strong_s: Communication per step, in seconds.
     """
 
     gpus: int
@@ -109,14 +90,7 @@ class Scaled:
 
 
 def scaled(job: Job, card: Gpu, mfu: float, gpus: int) -> Scaled:
-    """Strong and weak scaling on one number of GPUs.
-
-    Args:
-        job: The step.
-        card: The GPU model.
-        mfu: Share of its peak (0 to 1) that one GPU alone reaches.
-        gpus: How many.
-    """
+    """Strong and weak scaling to one number of GPUs; `mfu` is the share (0 to 1) of the peak on one GPU alone."""
     weak, weak_efficiency, _ = _rate(job, card, mfu, gpus, (job.micro_batch_size, job.accumulation))
     cut = job.cut(gpus)
     if cut is None:
@@ -126,7 +100,7 @@ def scaled(job: Job, card: Gpu, mfu: float, gpus: int) -> Scaled:
 
 
 def _rate(job: Job, card: Gpu, mfu: float, gpus: int, cut: tuple[int, int]) -> tuple[float, float, float]:
-    """Tokens a second of each GPU, efficiency, and exposed communication a step, in seconds."""
+    """Tokens per second and GPU, efficiency, and exposed communication per step in seconds."""
     size, accumulation = cut
     computing = job.compute_s(size * accumulation, card, mfu)
     exposed = job.exposed_s(gpus, accumulation, card, computing)
@@ -135,13 +109,7 @@ def _rate(job: Job, card: Gpu, mfu: float, gpus: int, cut: tuple[int, int]) -> t
 
 
 def sent_gb(job: Job, gpus: int, zero_stage: int | None = None) -> float:
-    """GB that each rank sends in a step.
-
-    Args:
-        job: The step.
-        gpus: Ranks.
-        zero_stage: Another stage than the job's.
-    """
+    """GB that each rank sends per step, with the job's ZeRO stage or another one."""
     layout: ZeroSettings = {**job.layout, "zero_stage": job.layout["zero_stage"] if zero_stage is None else zero_stage}
     parts = replace(job, layout=layout).transfers(gpus, job.accumulation)
     return sum(part.wire_bytes(gpus) for part in parts) / 1e9

@@ -1,4 +1,4 @@
-"""The shape of the model that a recipe trains, found without a network and without torch."""
+"""The shape of a recipe's target, found without a network and without torch."""
 
 import json
 from pathlib import Path
@@ -20,17 +20,16 @@ _UINT16_VALUES = 2**16
 
 
 def target_shape(recipe: Recipe) -> tuple[Shape, int] | None:
-    """Shape of the target, and its number of blocks; None when only the hub can tell.
+    """Return the target's shape and number of blocks (also its `num_hidden_layers`); None if only the hub knows.
 
-    The shape's own `num_hidden_layers` is the target's. A reference `recipe:NAME` is followed to that
-    recipe's target, a local folder is read, and a hub id needs `reference.shape`.
+    A reference `recipe:NAME` has the shape of that recipe's target, a local folder that of its config.json, and a hub
+    id needs `reference.shape`.
 
     Raises:
-        SurgeryError: When more blocks are selected than the reference has, or the scores that a selection goes by are
-            not there.
-        RecipeError: When the windows are longer than the model's positions, recipes refer in a circle, or the file of
-            scores cannot be read.
-        CorpusError: When the tokenizer has more entries than the model or than the token type holds.
+        SurgeryError: When the selection does not fit the reference, or its scores are missing.
+        RecipeError: When the windows are longer than the model's positions, recipes refer to each other in a circle,
+            or a file cannot be read.
+        CorpusError: When the tokenizer has more entries than the model's vocabulary or the token type.
     """
     _check_token_type(recipe)
     shape = _target_shape(recipe, (recipe.name,))
@@ -41,7 +40,7 @@ def target_shape(recipe: Recipe) -> tuple[Shape, int] | None:
 
 
 def reference_shape(recipe: Recipe) -> Shape | None:
-    """Shape of the reference; None without a reference, or when only the hub can tell."""
+    """Shape of the reference; None without a reference, or if only the hub knows."""
     return _reference_shape(recipe.reference, (recipe.name,)) if recipe.reference else None
 
 
@@ -68,7 +67,7 @@ def _target_shape(recipe: Recipe, chain: tuple[str, ...]) -> Shape | None:
 
 
 def _half(recipe: Recipe, shape: Shape) -> Shape:
-    """Half the heads and half the MLP's units; a head keeps its size."""
+    """Halve the number of heads and of MLP units; the head size stays the same."""
     sizes = {
         "hidden_size": shape.hidden_size,
         "num_attention_heads": shape.num_attention_heads,
@@ -99,7 +98,7 @@ def _reference_shape(reference: Reference, chain: tuple[str, ...]) -> Shape | No
 
 
 def _read_config(path: Path) -> Shape | None:
-    """Read a local model's config.json; None for a family that `Shape` does not describe."""
+    """Read a local model's config.json; None for a family without `Shape`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -139,7 +138,7 @@ def _check_fit(recipe: Recipe, shape: Shape) -> None:
             f"recipe {recipe.name}: corpus.tokenizer.vocab_size {tokenizer.vocab_size} is more than the "
             f"{shape.vocab_size} entries of the model's vocabulary",
             allowed=f"at most {shape.vocab_size}",
-            action="train a smaller tokenizer, or leave corpus.tokenizer out to use the reference's",
+            action="train a smaller tokenizer, or remove corpus.tokenizer to use the reference's",
         )
 
 
@@ -150,20 +149,19 @@ def _check_token_type(recipe: Recipe) -> None:
             f"recipe {recipe.name}: corpus.token_dtype uint16 holds {_UINT16_VALUES} values, but "
             f"corpus.tokenizer.vocab_size is {tokenizer.vocab_size}",
             allowed="uint32 or auto",
-            action="leave corpus.token_dtype out",
+            action="remove corpus.token_dtype",
         )
 
 
 def shape_from_config(config: dict[str, Any]) -> Shape | None:
-    """Read the Shape out of a Hugging Face `config.json`; None for a family not described by Shape.
-
-    Args:
-        config: The parsed JSON object; old and new spellings of the keys are both read.
-    """
-    model_type = config.get("model_type")
-    if _has_unshaped_parts(config):
+    """Read the Shape from a Hugging Face `config.json` with old or new keys; None for a model without Shape."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    own_head_size = bool(hidden and heads and config.get("head_dim") not in (None, hidden // heads))
+    untied_gpt2 = config.get("model_type") == "gpt2" and config.get("tie_word_embeddings") is False
+    extra = ("attention_bias", "mlp_bias", "add_cross_attention")
+    if own_head_size or untied_gpt2 or any(config.get(key) for key in extra):
         return None
-    if model_type == "gpt2":
+    if config.get("model_type") == "gpt2":
         return Shape(
             model_type="gpt2",
             vocab_size=config["vocab_size"],
@@ -175,7 +173,7 @@ def shape_from_config(config: dict[str, Any]) -> Shape | None:
             tie_word_embeddings=True,
             scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
         )
-    if model_type == "llama":
+    if config.get("model_type") == "llama":
         rope = config.get("rope_parameters") or {}
         return Shape(
             model_type="llama",
@@ -191,12 +189,3 @@ def shape_from_config(config: dict[str, Any]) -> Shape | None:
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         )
     return None
-
-
-def _has_unshaped_parts(config: dict[str, Any]) -> bool:
-    """Whether a config asks for parameters that Shape has no field for."""
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    own_head_size = bool(hidden and heads and config.get("head_dim") not in (None, hidden // heads))
-    untied_gpt2 = config.get("model_type") == "gpt2" and config.get("tie_word_embeddings") is False
-    extra = ("attention_bias", "mlp_bias", "add_cross_attention")
-    return own_head_size or untied_gpt2 or any(config.get(key) for key in extra)

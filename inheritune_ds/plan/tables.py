@@ -1,4 +1,4 @@
-"""The lines of a plan that foretell: memory, hours, communication, scaling."""
+"""The tables of a plan: memory, hours, communication, scaling."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ UNKNOWN_CORPUS = "unknown until the corpus is tokenized"
 
 
 def wrap(first: str, text: str, indent: int | None = None) -> str:
-    """Fill lines of `WIDTH`; those after the first are indented like its beginning."""
+    """Wrap to `WIDTH`, indenting the lines after the first by `indent` or the length of `first`."""
     rest = " " * (len(first) if indent is None else indent)
     return textwrap.fill(
         text, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
@@ -25,7 +25,7 @@ def wrap(first: str, text: str, indent: int | None = None) -> str:
 
 
 def memory_lines(budget: Budget, card: Gpu) -> Iterator[str]:
-    """Parts of one GPU's memory at the two worst moments, what fits, and which ZeRO stage to take."""
+    """Parts of one GPU's memory at the two worst moments, the largest micro-batch, and advice on the ZeRO stage."""
     if budget.memory is None or budget.job is None:
         yield UNKNOWN_MODEL
         return
@@ -41,7 +41,7 @@ def memory_lines(budget: Budget, card: Gpu) -> Iterator[str]:
         f"ranks: {layout['world_size']}; {kernels}"
     )
     if budget.memory.host_gib:
-        yield f"{'on the host, a rank':<28}{budget.memory.host_gib:>14.2f}"
+        yield f"{'on the host, per rank':<28}{budget.memory.host_gib:>14.2f}"
     yield wrap("", _largest(budget.job, card))
     advice = _stage_advice(budget.job, card)
     if advice:
@@ -51,26 +51,22 @@ def memory_lines(budget: Budget, card: Gpu) -> Iterator[str]:
 def _largest(job: Job, card: Gpu) -> str:
     """The largest micro-batch for each type of the gradient sums."""
     found = []
-    for words, sums in (("fp32", True), ("bf16", False)):
-        layout: ZeroSettings = {**job.layout, "accumulate_fp32": sums}
-        size = _largest_or_none(job, layout, card)
-        found.append(f"{'none' if size is None else size} with gradients summed in {words}")
-    if job.layout["precision"] != "bf16":
-        found = [found[0 if job.layout["accumulate_fp32"] else 1].split()[0]]
+    for fp32_sums in (True, False) if job.layout["precision"] == "bf16" else (job.layout["accumulate_fp32"],):
+        layout: ZeroSettings = {**job.layout, "accumulate_fp32": fp32_sums}
+        try:
+            size = largest_micro_batch(
+                job.shape, job.num_blocks, memory_gib=card.memory_gib, batch_windows=job.batch_windows, **layout
+            )
+            found.append(str(size))
+        except RecipeError:
+            found.append("none")
+    if len(found) > 1:
+        found = [f"{found[0]} with gradients summed in fp32", f"{found[1]} with gradients summed in bf16"]
     return f"Largest micro-batch in {card.memory_gib:.0f} GiB ({card.label}): {', '.join(found)}."
 
 
-def _largest_or_none(job: Job, layout: ZeroSettings, card: Gpu) -> int | None:
-    try:
-        return largest_micro_batch(
-            job.shape, job.num_blocks, memory_gib=card.memory_gib, batch_windows=job.batch_windows, **layout
-        )
-    except RecipeError:
-        return None
-
-
 def _stage_advice(job: Job, card: Gpu) -> str:
-    """ZeRO-1 wherever it fits: the others reduce gradients in every micro-step."""
+    """Advise ZeRO-1 wherever it fits: the others reduce gradients in every micro-step."""
     stage = job.layout["zero_stage"]
     if stage == 1:
         return ""
@@ -80,13 +76,13 @@ def _stage_advice(job: Job, card: Gpu) -> str:
     if need > card.memory_gib:
         return f"ZeRO-1 without offload would need {need:.1f} GiB."
     return (
-        f"ZeRO-1 without offload fits, too ({need:.1f} GiB), and reduces gradients once a step: take "
+        f"ZeRO-1 without offload also fits ({need:.1f} GiB) and reduces gradients once per step: use "
         "ds_configs/zero1.json."
     )
 
 
 def hours_lines(budget: Budget, cards: Sequence[Gpu], mfu: float) -> Iterator[str]:
-    """Tokens a second, hours and the floor on each GPU model."""
+    """Tokens per second, hours and the floor on each GPU model."""
     job = budget.job
     if budget.flops is None or budget.flops_a_token is None or job is None:
         yield UNKNOWN_MODEL if budget.flops_a_token is None else UNKNOWN_CORPUS
@@ -95,7 +91,7 @@ def hours_lines(budget: Budget, cards: Sequence[Gpu], mfu: float) -> Iterator[st
     hardware = hardware_flops_per_token(job.shape, job.num_blocks, job.layout["seq_len"], recomputation)
     if mfu * hardware > budget.flops_a_token:
         raise RecipeError(
-            f"MFU {mfu} is {mfu * hardware / budget.flops_a_token:.0%} of the peak when activations are computed again",
+            f"MFU {mfu} is {mfu * hardware / budget.flops_a_token:.0%} of the peak when activations are recomputed",
             allowed=f"at most {budget.flops_a_token / hardware:.2f} with activation_checkpointing {recomputation}",
             action="give a smaller --mfu",
         )
@@ -116,15 +112,11 @@ def hours_lines(budget: Budget, cards: Sequence[Gpu], mfu: float) -> Iterator[st
     if hardware > budget.flops_a_token:
         yield wrap(
             "",
-            f"Activations are computed again: {hardware / 1e9:.4g} GFLOP a token, so that {mfu * 100:g} % MFU is "
-            f"{mfu * hardware / budget.flops_a_token * 100:.0f} % HFU. The floor counts them.",
+            f"Activations are recomputed: {hardware / 1e9:.4g} GFLOP per token, so that {mfu * 100:g} % MFU is "
+            f"{mfu * hardware / budget.flops_a_token * 100:.0f} % HFU. The floor includes them.",
         )
     if budget.layout["offload_optimizer"] or budget.layout["offload_parameters"]:
-        yield wrap(
-            "",
-            "Offload: what goes to and from main memory, and Adam on the CPU, are not in these figures; a step takes "
-            "longer.",
-        )
+        yield "Offload: these figures do not include transfers to and from host memory and Adam on the CPU."
     if budget.layout["precision"] == "fp32":
         yield "The rates are bf16 peaks; this config computes in fp32, which takes longer. No rate is known for a CPU."
 
@@ -134,12 +126,12 @@ def _hours(value: float) -> str:
 
 
 def communication_lines(budget: Budget, card: Gpu) -> Iterator[str]:
-    """What each rank sends in one step, the time that takes, and what ZeRO-2 and 3 pay for accumulation."""
+    """Bytes that each rank sends per step, their time, and the price of accumulation with ZeRO-2 and 3."""
     job, ranks = budget.job, budget.layout["world_size"]
     if job is None or ranks == 1:
         return
     link = link_between(card, ranks)
-    yield f"{'what':<12}{'collective':<16}{'calls':>8}{'GB sent a rank':>16}{'ms':>10}"
+    yield f"{'what':<12}{'collective':<16}{'calls':>8}{'GB per rank':>16}{'ms':>10}"
     sent = job.transfers(ranks, job.accumulation)
     for part in sent:
         yield (
@@ -153,29 +145,29 @@ def communication_lines(budget: Budget, card: Gpu) -> Iterator[str]:
         once = sent_gb(job, ranks, zero_stage=1)
         yield wrap(
             "",
-            f"ZeRO-{stage} reduces gradients in each of the {job.accumulation} micro-steps: {gb:.3f} GB a step, where "
-            f"ZeRO-1 sends {once:.3f} GB. A larger micro-batch, or ZeRO-1 if it fits, sends less.",
+            f"ZeRO-{stage} reduces gradients in each of the {job.accumulation} micro-steps: {gb:.3f} GB per step, "
+            f"where ZeRO-1 sends {once:.3f} GB. A larger micro-batch, or ZeRO-1 if it fits, sends less.",
         )
 
 
 def _link_words(card: Gpu, gpus: int) -> str:
     where = "within a node" if gpus <= GPUS_A_NODE else "across nodes"
     link = link_between(card, gpus)
-    return f"{link.bytes_per_s / 1e9:.0f} GB/s {where}, {link.latency_s * 1e6:.0f} us a message"
+    return f"{link.bytes_per_s / 1e9:.0f} GB/s {where}, {link.latency_s * 1e6:.0f} us per message"
 
 
 def scaling_lines(budget: Budget, card: Gpu, mfu: float) -> Iterator[str]:
-    """Tokens a second of each GPU for 1 to 512 of them, with the recipe's batch and with a batch that grows."""
+    """Tokens per second and GPU for 1 to 512 GPUs, with the recipe's batch and with a growing batch."""
     job = budget.job
     if job is None:
         return
     yield wrap(
         "",
         f"{card.label} at {mfu * 100:g} % MFU on one GPU; {_link_words(card, GPUS_A_NODE)}; "
-        f"{_link_words(card, GPUS_A_NODE + 1)}. Arithmetic, not measured. Exposed: communication that the "
+        f"{_link_words(card, GPUS_A_NODE + 1)}. Computed, not measured. Exposed: communication that the "
         "passes do not hide.",
     )
-    recipe = f"the recipe's {job.batch_windows} windows a step"
+    recipe = f"the recipe's {job.batch_windows} windows per step"
     yield f"{recipe:^57}{f'{job.micro_batch_size * job.accumulation} windows on each GPU':^33}".rstrip()
     head = f"{'GPUs':>4}{'windows':>11}{'exposed ms':>12}"
     yield f"{head}{'tokens/s/GPU':>15}{'efficiency':>13}{'tokens/s/GPU':>18}{'efficiency':>13}"

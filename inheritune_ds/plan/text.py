@@ -1,7 +1,4 @@
-"""What `--dry-run` and `inheritune-ds plan` print: the resolved pair of documents, then what it costs.
-
-Torch is not imported here: a login node can show the plan at once.
-"""
+"""The text of `--dry-run` and `inheritune-ds plan`: the resolved pair of documents and their cost; without torch."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,16 +29,10 @@ _DEFAULT_GPUS = ("a6000", "a100-80", "h100", "h200")
 
 
 def checked_budget(recipe: Recipe, resolved: Resolved, unique: Tokens | None, world_size: int) -> Budget:
-    """Compute the budget of a run, and check that its lengths go together.
-
-    Args:
-        recipe: The recipe with its overrides.
-        resolved: Its DeepSpeed config.
-        unique: Training tokens of its corpus; None when they are not known.
-        world_size: Ranks.
+    """Compute the budget of a run and check its lengths.
 
     Raises:
-        RecipeError: For lengths that do not go together (`check_lengths`, `steps_in`).
+        RecipeError: For inconsistent lengths (`check_lengths`, `steps_in`).
     """
     budget = build_budget(recipe, resolved.config, shape=resolved.shape, unique=unique, world_size=world_size)
     guessed = recipe.training.duration.unit == "epochs" and unique is not None and unique.estimate
@@ -57,9 +48,9 @@ def plan(
     Args:
         budget: Of the run.
         ds_config: The resolved DeepSpeed config.
-        notes: A line on each choice made while it was resolved.
-        gpu: Short name of the GPU to compute for; when None, hours for the common ones, the rest for the first of them.
-        mfu: Share of the peak that one GPU is taken to reach.
+        notes: A line on each choice of its resolution.
+        gpu: Short name of a GPU; None for hours on the common ones, and the rest for the first of them.
+        mfu: Assumed share of the peak on one GPU.
 
     Raises:
         RecipeError: For an unknown GPU or an impossible MFU.
@@ -74,35 +65,20 @@ def plan(
 
 
 def budget_text(budget: Budget, *, notes: Sequence[str], gpu: str | None, mfu: float = PLANNING_MFU) -> str:
-    """Render the part of `plan` that a run prints before it starts: all but the two documents and the scaling."""
+    """The plan without the two documents and the scaling, for the start of a run."""
     return _sections({**_costs(budget, notes, gpu, mfu), **_claim(budget)})
 
 
 def refuse_what_does_not_fit(budget: Budget, memory_gib: float) -> None:
-    """Check the memory of one GPU; a shape that is not known is let through.
-
-    Args:
-        budget: Of the run.
-        memory_gib: Memory that one rank may use.
-
-    Raises:
-        RecipeError: When it does not fit, with what would.
-    """
+    """Raise RecipeError, with changes that would help, if a known shape needs more than the memory of one rank."""
     job = budget.job
-    if job is None or budget.memory is None or budget.memory.total_gib <= memory_gib:
-        return
-    raise does_not_fit(
-        job.shape,
-        job.num_blocks,
-        memory_gib=memory_gib,
-        micro_batch_size=budget.micro_batch_size,
-        accumulation=budget.accumulation,
-        **budget.layout,
-    )
+    if job is not None and budget.memory is not None and budget.memory.total_gib > memory_gib:
+        sizes = {"micro_batch_size": budget.micro_batch_size, "accumulation": budget.accumulation}
+        raise does_not_fit(job.shape, job.num_blocks, memory_gib=memory_gib, **sizes, **budget.layout)
 
 
 def _cards(gpu_name: str | None) -> list[Gpu]:
-    """The named GPU; or the one that is here, where it is known, before the common ones."""
+    """The named GPU; or this machine's GPU, if known, and the common ones."""
     if gpu_name:
         return [gpu(gpu_name)]
     here = [known for device in detect_gpus()[:1] if (known := identify(device.name)) is not None]
@@ -110,7 +86,7 @@ def _cards(gpu_name: str | None) -> list[Gpu]:
 
 
 def _costs(budget: Budget, notes: Sequence[str], gpu_name: str | None, mfu: float) -> dict[str, str]:
-    """The sections on what the run costs."""
+    """The sections on the cost of the run."""
     cards = _cards(gpu_name)
     return {
         "choices made": "\n".join(wrap("- ", note) for note in notes),
@@ -135,23 +111,16 @@ def _row(label: str, value: str) -> str:
 
 def _budget_rows(budget: Budget) -> Iterator[tuple[str, str]]:
     recipe, count, layout = budget.recipe, budget.parameters, budget.layout
-    if count is None:
-        yield "parameters", UNKNOWN_MODEL
-    else:
-        yield (
-            "parameters",
-            (
-                f"{short_count(count.total)} total ({count.total:,}), {short_count(count.blocks)} of them in "
-                f"{count.blocks // count.per_block} blocks of {short_count(count.per_block)}"
-            ),
+    parameters = UNKNOWN_MODEL
+    if count is not None:
+        parameters = (
+            f"{short_count(count.total)} total ({count.total:,}), {short_count(count.blocks)} of them in "
+            f"{count.blocks // count.per_block} blocks of {short_count(count.per_block)}"
         )
-    yield (
-        "tokens per step",
-        (
-            f"{budget.tokens_a_step:,} = micro-batch {budget.micro_batch_size} x accumulation {budget.accumulation} x "
-            f"ranks {layout['world_size']} x seq_len {layout['seq_len']}"
-        ),
-    )
+    yield "parameters", parameters
+    batch = f"micro-batch {budget.micro_batch_size} x accumulation {budget.accumulation}"
+    on = f"ranks {layout['world_size']} x seq_len {layout['seq_len']}"
+    yield "tokens per step", f"{budget.tokens_a_step:,} = {batch} x {on}"
     unique = budget.unique
     guessed = " (estimate)" if unique and unique.estimate else ""
     yield "unique tokens", f"{unique.count:,}{guessed}" if unique else UNKNOWN_CORPUS
@@ -162,8 +131,8 @@ def _budget_rows(budget: Budget) -> Iterator[tuple[str, str]]:
     if budget.flops_a_token is None:
         yield "FLOPs", UNKNOWN_MODEL
     else:
-        total = UNKNOWN_CORPUS if budget.flops is None else f"{budget.flops:.3g} in all{by_epochs}"
-        yield "FLOPs", f"{budget.flops_a_token / 1e9:.4g} GFLOP a token, {total}"
+        total = UNKNOWN_CORPUS if budget.flops is None else f"{budget.flops:.3g} in total{by_epochs}"
+        yield "FLOPs", f"{budget.flops_a_token / 1e9:.4g} GFLOP per token, {total}"
     if budget.checkpoint_bytes is None:
         yield "checkpoint", UNKNOWN_MODEL
     else:
@@ -171,7 +140,7 @@ def _budget_rows(budget: Budget) -> Iterator[tuple[str, str]]:
         yield "checkpoint", f"{_gib(size / GIB)} ({size:,} bytes), every {recipe.checkpoint.interval_steps} steps"
     yield from _sizes("download", budget.download_gib, "nothing")
     if recipe.reference and recipe.reference.recipe_name:
-        yield "", f"{recipe.reference.model} is trained first when it is missing: its own plan tells what it costs"
+        yield "", f"{recipe.reference.model} is trained first if missing; its own plan shows the cost"
     yield from _sizes("disk", {name: size for name, size in budget.disk_gib.items() if size}, UNKNOWN_MODEL)
 
 
@@ -181,7 +150,7 @@ def _sizes(label: str, sizes: Mapping[str, float | None], nothing: str) -> Itera
     if not sizes:
         yield label, nothing
         return
-    rest = "" if len(known) == len(sizes) else "size unknown" if not known else " and what has no known size"
+    rest = "" if len(known) == len(sizes) else " and an unknown size" if known else "size unknown"
     yield label, (_gib(sum(known)) if known else "") + rest
     for name, size in sizes.items():
         yield "", f"  {name}: {'size unknown' if size is None else _gib(size)}"

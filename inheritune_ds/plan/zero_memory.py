@@ -1,14 +1,14 @@
 """Bytes of weights, gradients and optimizer on one rank at the two worst moments of a step.
 
 Read from DeepSpeed 0.19.8 (bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py), with contiguous_gradients (its
-default) and fused AdamW, which needs no memory of its own. P parameters, n ranks, e bytes of a weight.
+default) and fused AdamW, which needs no memory of its own.
 
-ZeRO-1 in bf16 with fp32 accumulation is its BF16_Optimizer: every rank keeps the whole fp32 accumulator, and the bf16
-gradients beside it unless bf16.immediate_grad_update frees them. It reduces by making a copy of the accumulator in the
-type of communication, and before that one in fp32 if both parameter groups go into one call (5e8 elements or less).
+ZeRO-1 in bf16 with fp32 accumulation is its BF16_Optimizer: every rank keeps the whole fp32 accumulator, and also the
+bf16 gradients unless bf16.immediate_grad_update frees them. The reduction copies the accumulator in the type of
+communication, and before that in fp32 if one call has both parameter groups (5e8 elements or less).
 Every other ZeRO-1 and 2 keeps gradients in the type of the passes, gathers a rank's share in one buffer, and makes a
 flat copy of a parameter group and an fp32 copy of that before its update. ZeRO-2 with fp32 accumulation has the share
-in fp32 and copies nothing. A model in fp32 has masters, too.
+in fp32 and copies nothing. A model in fp32 also has masters.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ class Tensors:
     """Elements of a model's parameters.
 
     Attributes:
-        sizes: Of each parameter, in the order of the forward pass; a tied head is counted once.
-        decayed: Whether weight decay applies to it, which makes two parameter groups.
+        sizes: Per parameter, in the order of the forward pass; without a tied head.
+        decayed: Whether weight decay applies; this makes two parameter groups.
     """
 
     sizes: Sequence[int]
@@ -49,10 +49,8 @@ class Tensors:
     @property
     def groups(self) -> tuple[list[int], list[int]]:
         """The sizes of the parameters with and without weight decay."""
-        of_group: tuple[list[int], list[int]] = ([], [])
-        for size, decays in zip(self.sizes, self.decayed, strict=True):
-            of_group[0 if decays else 1].append(size)
-        return of_group
+        pairs = list(zip(self.sizes, self.decayed, strict=True))
+        return [size for size, decays in pairs if decays], [size for size, decays in pairs if not decays]
 
     @property
     def largest(self) -> int:
@@ -74,12 +72,12 @@ class States:
     """Bytes by part.
 
     Attributes:
-        resident: There all the time.
-        first: Besides, when the backward pass starts: gradients of earlier micro-steps, buffers.
-        going: Besides, when it has come to the last block.
-        last: Besides, when it ends.
-        update: Besides, at the worst moment of reduction and update; nothing of the passes is left then.
-        host: On the host, for each GPU.
+        resident: All the time.
+        first: Additional ones when the backward pass starts: gradients of earlier micro-steps, buffers.
+        going: Additional ones when it reaches the last block.
+        last: Additional ones when it ends.
+        update: Additional ones at the worst moment of reduction and update, without the passes.
+        host: On the host, per GPU.
     """
 
     resident: dict[str, float]
@@ -91,13 +89,7 @@ class States:
 
 
 def states(tensors: Tensors, layout: ZeroSettings, *, accumulation: int) -> States:
-    """Count the bytes.
-
-    Args:
-        tensors: The model's parameters.
-        layout: How DeepSpeed lays them out.
-        accumulation: Micro-steps a step.
-    """
+    """Count the bytes for steps of `accumulation` micro-steps."""
     if layout["zero_stage"] == 3:
         found = _stage_3(tensors, layout)
     elif uses_bf16_optimizer(layout):
@@ -143,8 +135,8 @@ def _stage_1_and_2(tensors: Tensors, layout: ZeroSettings, accumulation: int) ->
     if separate:
         accumulator = {"fp32 gradient accumulator": 4 * share}
         if partitioned:
-            # The whole share is there from the first reduction on; parameters larger than the bucket keep their
-            # gradient until the pass ends if the rank owns them.
+            # The whole share exists from the first reduction on. Parameters larger than the bucket keep their gradient
+            # until the pass ends if the rank owns them.
             pending = element * max(tensors.above(bucket) / ranks, tensors.largest)
             last = {"gradients": pending, **accumulator, **buffers}
             first = accumulator if accumulation > 1 else {}
@@ -157,7 +149,7 @@ def _stage_1_and_2(tensors: Tensors, layout: ZeroSettings, accumulation: int) ->
     flat_copies = (element * group if element == 2 else 0.0) + 4 * group
     before_update = {"gradients": element * share, "copies": flat_copies}
     if partitioned:
-        # The buffer of a rank's share is made anew in each micro-step, when the first gradient is reduced.
+        # Each micro-step allocates the buffer of a rank's share again, when the first gradient is reduced.
         first = {"gradients": element * share} if accumulation > 1 else {}
         going = {"gradients": element * share * (2 if accumulation > 1 else 1), **buffers}
         last = {**going, "gradients": going["gradients"] + element * tensors.largest}
@@ -183,7 +175,7 @@ def _stage_3(tensors: Tensors, layout: ZeroSettings) -> States:
     gathered: dict[str, float] = {}
     if ranks > 1 or layout["offload_parameters"]:
         gathered = {"gathered weights": float(element * min(count, kept_gathered(layout) + tensors.largest))}
-    # One bucket is put in the order of the ranks before it is reduced; a larger gradient is one by itself.
+    # A bucket is sorted by ranks before it is reduced; a larger gradient is a bucket by itself.
     copies = 2.0 * element * tensors.largest + min(bucket, element * count)
     update = {"copies": kept * group + (4 * group if kept != 4 else 0.0)}
     host = 0.0
@@ -193,15 +185,12 @@ def _stage_3(tensors: Tensors, layout: ZeroSettings) -> States:
 
 
 def kept_gathered(layout: ZeroSettings) -> int:
-    """Parameters that ZeRO-3 does not gather again for the backward pass: the last ones of the forward pass.
-
-    A parameter is kept if the passes come back to it within the reuse distance; forth and back is twice the way.
-    """
+    """Last parameters of the forward pass that ZeRO-3 keeps: both ways to them are within the reuse distance."""
     return layout.get("max_reuse_distance", REUSE_DISTANCE) // 2
 
 
 def _offloaded(tensors: Tensors, layout: ZeroSettings, found: States) -> States:
-    """Masters, moments and their fp32 gradients on the host; ZeRO-1 and 2 also a half-precision copy of the share."""
+    """Move masters, moments and their fp32 gradients to the host; ZeRO-1 and 2 also a copy of the share there."""
     element, share = element_bytes(layout["precision"]), tensors.total / layout["world_size"]
     resident = dict(found.resident)
     host = found.host + sum(resident.pop(part, 0.0) for part in ("fp32 master weights", "Adam moments"))

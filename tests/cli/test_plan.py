@@ -19,7 +19,7 @@ def test_plan_refuses_what_does_not_fit_after_it_has_shown_why(capsys: pytest.Ca
     assert (
         "2 sequences of 2048 tokens need 45.2 GiB, 13.5 GiB of it Adam moments, but a rank has 24.0 GiB" in captured.err
     )
-    assert "do: take ds_configs/zero3_offload.json" in captured.err
+    assert "do: use ds_configs/zero3_offload.json" in captured.err
 
 
 def test_plan_refuses_an_mfu_that_no_card_reaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from inheritune_ds.config.deepspeed import Machine, Resolved
 from inheritune_ds.config.deepspeed_checks import read
 from inheritune_ds.config.loading import DEFAULT_RECIPE, differences, load_recipe, read_document, shipped_names
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.plan.budget import layout_of
+from inheritune_ds.config.zero import read_layout
 from inheritune_ds.plan.duration import steps_in
 from inheritune_ds.plan.gpus import gpu
 from inheritune_ds.plan.memory import largest_micro_batch
@@ -170,7 +170,7 @@ def test_a6000_config_holds_the_largest_micro_batch_of_the_paper_s_model() -> No
         *found,
         memory_gib=gpu("a6000").memory_gib,
         batch_windows=recipe.training.batch_windows,
-        **layout_of(config, recipe, 1),
+        **read_layout(config, seq_len=recipe.training.seq_len, world_size=1),
     )
     assert config["train_micro_batch_size_per_gpu"] == largest == 2
 

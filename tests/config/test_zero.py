@@ -1,4 +1,4 @@
-"""What of a resolved DeepSpeed config decides memory and communication."""
+"""The layout that a resolved DeepSpeed config gives."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def read(**changes: Any) -> ZeroSettings:
     return read_layout({**config, **changes}, seq_len=8, world_size=2)
 
 
-def test_layout_of_a_config_that_says_little_is_deepspeeds_own() -> None:
+def test_layout_of_a_minimal_config_has_deepspeeds_defaults() -> None:
     assert read() == {
         "seq_len": 8,
         "zero_stage": 1,
@@ -37,7 +37,7 @@ def test_layout_of_a_config_that_says_little_is_deepspeeds_own() -> None:
     }
 
 
-def test_layout_takes_auto_for_deepspeeds_own() -> None:
+def test_layout_reads_auto_as_deepspeeds_default() -> None:
     zero = {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": "auto", "offload_optimizer": None}
     assert read(zero_optimization=zero, kernels={"loss": "auto"}) == read()
 
@@ -50,6 +50,13 @@ def test_layout_takes_auto_for_deepspeeds_own() -> None:
         ({"kernels": {"loss": "liger"}}, "loss", "chunked"),
         ({"kernels": {"loss": "auto"}}, "loss", "chunked"),
         ({"bf16": {"enabled": True, "immediate_grad_update": True}}, "immediate_grad_update", True),
+        ({"bf16": {"enabled": False}}, "precision", "fp32"),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, "precision", "fp16"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "accumulate_fp32", False),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer", True),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_parameters", True),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}, "offload_parameters", False),
+        ({"zero_optimization": {"stage": 3}}, "zero_stage", 3),
         ({"zero_optimization": {"stage": 3}}, "overlap_comm", True),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}, "reduce_bucket_size", 7),
         ({"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 9}}, "max_reuse_distance", 9),
@@ -61,7 +68,7 @@ def test_layout_reads(changes: dict[str, Any], key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "taken"),
+    ("changes", "used"),
     [
         ({}, True),
         ({"zero_optimization": {"stage": 2}}, False),
@@ -70,12 +77,12 @@ def test_layout_reads(changes: dict[str, Any], key: str, value: object) -> None:
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, False),
     ],
 )
-def test_bf16_optimizer_is_taken_for_stage_1_in_bf16_with_fp32_sums(changes: dict[str, Any], taken: object) -> None:
-    assert uses_bf16_optimizer(read(**changes)) is taken
+def test_bf16_optimizer_is_used_for_stage_1_in_bf16_with_fp32_sums(changes: dict[str, Any], used: object) -> None:
+    assert uses_bf16_optimizer(read(**changes)) is used
 
 
 @pytest.mark.parametrize(
     ("changes", "size"), [({}, 2), ({"communication_data_type": "fp32"}, 4), ({"bf16": {"enabled": False}}, 4)]
 )
-def test_gradients_travel_in_the_precision_of_the_passes(changes: dict[str, Any], size: int) -> None:
+def test_gradients_are_sent_in_the_precision_of_the_passes(changes: dict[str, Any], size: int) -> None:
     assert communication_bytes(read(**changes)) == size

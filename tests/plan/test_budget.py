@@ -8,7 +8,7 @@ from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.training import Checkpointing
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.plan.budget import Budget, Tokens, build_budget, checkpoints_staying, layout_of
+from inheritune_ds.plan.budget import Budget, Tokens, build_budget, checkpoints_staying
 from inheritune_ds.plan.claims import amount, check_claim, short_count
 from inheritune_ds.plan.model_size import GIB
 from inheritune_ds.plan.shapes import target_shape
@@ -59,7 +59,7 @@ def test_budget_of_the_paper() -> None:
         (100_000, None, 30, 3),
         (100_000, None, 31, 4),  # the last one is saved at the end, between two intervals
         (1, 1, 100, 10),
-        (2, 3, 100, 5),  # 30, 60, 90 for good, and two more whatever step they are of
+        (2, 3, 100, 5),  # 30, 60, 90, and the two newest
         (2, 3, 25, 2),
         (2, 3, None, 2),
     ],
@@ -72,7 +72,7 @@ def test_the_most_checkpoints_that_stay_at_once(
 
 
 @pytest.mark.parametrize(
-    ("duration", "rule", "told"),
+    ("duration", "rule", "part"),
     [
         ("240 steps", ["keep=1", "keep_every=1", "interval_steps=40"], "checkpoints (6 kept, 2 in hand)"),
         ("240 steps", ["keep=100000"], "checkpoints (2 kept, 2 in hand)"),
@@ -80,15 +80,15 @@ def test_the_most_checkpoints_that_stay_at_once(
         ("2 epochs", ["keep=5", "keep_every=2"], "checkpoints (at least 5 kept, 2 in hand)"),
     ],
 )
-def test_budget_has_room_for_the_checkpoints_that_stay(duration: str, rule: list[str], told: str) -> None:
+def test_budget_has_room_for_the_checkpoints_that_stay(duration: str, rule: list[str], part: str) -> None:
     changes = [f"training.duration={duration}", *(f"checkpoint.{change}" for change in rule)]
     budget = budget_of(load_recipe("quickstart", changes), unique=None)
-    kept = int(told.partition(" kept")[0].split("(")[1].removeprefix("at least "))
+    kept = int(part.partition(" kept")[0].split("(")[1].removeprefix("at least "))
     assert budget.checkpoint_bytes is not None
-    assert budget.disk_gib[told] == pytest.approx((kept + 2) * budget.checkpoint_bytes / GIB)
+    assert budget.disk_gib[part] == pytest.approx((kept + 2) * budget.checkpoint_bytes / GIB)
 
 
-def test_budget_knows_what_it_does_not_know() -> None:
+def test_budget_of_an_unknown_model_has_no_figures() -> None:
     recipe = load_recipe("quickstart", ["reference.model=EleutherAI/pythia-160m", "training.duration=2 epochs"])
     budget = budget_of(recipe, unique=None)
     unknown = (budget.parameters, budget.steps, budget.tokens_seen, budget.epochs, budget.flops, budget.memory)
@@ -122,61 +122,31 @@ def test_budget_export_follows_its_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "precision"),
+    ("override", "texts"),
     [
-        ({}, "bf16"),
-        ({"bf16": {"enabled": False}}, "fp32"),
-        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, "fp16"),
+        (
+            "published_claim.gpus=1",
+            [
+                '8B tokens cannot fit the "under 12 hours on one A6000" of the paper',
+                "the floor is 162.2 hours at 100 % of the peak of 1 x RTX A6000 (154.8 TFLOP/s), 324.5 hours at",
+                "12 hours would need an MFU of 1352 %",
+            ],
+        ),
+        ("published_claim.hours=160", ["8B tokens cannot fit the"]),
+        ("published_claim.hours=170", ["8B tokens can hardly fit the"]),
+        ("published_claim.hours=300", ["8B tokens can fit the"]),
+        ("published_claim.gpus=4", ["the floor is 40.6 hours at 100 % of the peak of 4 x RTX A6000"]),
     ],
 )
-def test_layout_reads_the_precision(changes: dict[str, Any], precision: str) -> None:
-    assert layout_of(ds_config(**changes), load_recipe("quickstart"), 1)["precision"] == precision
-
-
-def test_layout_reads_stage_ranks_accumulation_and_offload() -> None:
-    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
-    config = ds_config(zero_optimization=zero, data_types={"grad_accum_dtype": "bf16"})
-    layout = layout_of(config, load_recipe("quickstart"), 4)
-    assert (layout["seq_len"], layout["zero_stage"], layout["world_size"]) == (128, 3, 4)
-    assert (layout["accumulate_fp32"], layout["offload_optimizer"], layout["offload_parameters"]) == (
-        False,
-        True,
-        False,
-    )
-
-
-def test_claim_of_the_paper_cannot_fit() -> None:
-    recipe = load_recipe("openllama-3b-13l")
-    text = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION)
-    assert text is not None
-    assert text.startswith('8B tokens cannot fit the "under 12 hours on one A6000" of the paper')
-    assert "the floor is 162.2 hours at 100 % of the peak of 1 x RTX A6000 (154.8 TFLOP/s)" in text
-    assert "324.5 hours at 50 % MFU; 12 hours would need an MFU of 1352 %" in text
-
-
-@pytest.mark.parametrize(
-    ("hours", "verdict"),
-    [(160.0, "cannot fit"), (170.0, "can hardly fit"), (300.0, "can fit")],
-)
-def test_claim_verdict_follows_the_mfu_it_needs(hours: float, verdict: str) -> None:
-    recipe = load_recipe("openllama-3b-13l", [f"published_claim.hours={hours}"])
-    text = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION)
-    assert text is not None
-    assert text.startswith(f"8B tokens {verdict} the")
-
-
-def test_claim_counts_its_gpus() -> None:
-    recipe = load_recipe("openllama-3b-13l", ["published_claim.gpus=4"])
-    text = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION)
-    assert text is not None
-    assert "the floor is 40.6 hours at 100 % of the peak of 4 x RTX A6000" in text
+def test_claim_is_compared_with_the_floor(override: str, texts: list[str]) -> None:
+    recipe = load_recipe("openllama-3b-13l", [override])
+    found = check_claim(recipe, budget_of(recipe).flops, ONE_BILLION) or ""
+    assert all(text in found for text in texts)
 
 
 def test_claim_is_silent_without_one_and_open_without_flops() -> None:
     assert check_claim(load_recipe("quickstart"), 1e18, None) is None
-    text = check_claim(load_recipe("openllama-3b-13l"), None, None)
-    assert text is not None
-    assert "cannot be checked" in text
+    assert "cannot be checked" in str(check_claim(load_recipe("openllama-3b-13l"), None, None))
 
 
 def test_claim_on_an_unknown_gpu_is_refused() -> None:
@@ -185,7 +155,7 @@ def test_claim_on_an_unknown_gpu_is_refused() -> None:
         check_claim(recipe, 1e18, None)
 
 
-def test_amount_says_the_duration_in_words() -> None:
+def test_amount_is_the_duration_as_text() -> None:
     recipe = load_recipe("openllama-3b-13l", ["training.duration=8 epochs"])
     assert amount(recipe, ONE_BILLION) == "8 epochs of 1B tokens"
     assert amount(recipe, None) == "8 epochs"

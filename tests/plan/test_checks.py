@@ -52,13 +52,13 @@ def test_a_validation_of_less_than_two_windows_is_refused() -> None:
         "there would be no standard error"
     )
     assert caught.value.allowed == "at least 512"
-    assert caught.value.action == "set validation.max_tokens=512 or more, or leave it out"
+    assert caught.value.action == "set validation.max_tokens=512 or more, or remove it"
     check_lengths(
         recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"max_tokens": 512})}), 1000
     )
 
 
-def test_both_lengths_are_told_at_once() -> None:
+def test_both_lengths_are_reported_at_once() -> None:
     recipe = load_recipe("quickstart", ["validation.max_tokens=1", "schedule.warmup_steps=99"])
     with pytest.raises(RecipeError, match="2 problems found"):
         check_lengths(recipe, 50)

@@ -9,9 +9,8 @@ HOUR_S = 3600.0
 STUDENT_FLOPS = 11.3018e9
 
 
-def test_gpu_finds_by_name_in_any_case() -> None:
-    assert gpu("A6000") is GPUS["a6000"]
-    assert gpu("a6000").peak_bf16_flops == 154.8e12
+def test_gpu_is_found_by_name_in_any_case() -> None:
+    assert gpu("A6000") is gpu("a6000") is GPUS["a6000"]
 
 
 def test_gpu_refuses_an_unknown_name_and_suggests_the_nearest() -> None:
@@ -20,7 +19,7 @@ def test_gpu_refuses_an_unknown_name_and_suggests_the_nearest() -> None:
     assert "GPU 'a600' is unknown" in str(caught.value)
     assert "did you mean a6000?" in str(caught.value)
     assert "h200" in caught.value.allowed
-    with pytest.raises(RecipeError, match="leave the GPU out"):
+    with pytest.raises(RecipeError, match="or no GPU"):
         gpu("abacus")
 
 
@@ -65,10 +64,6 @@ def test_identify_knows_the_drivers_names(reported: str, name: str) -> None:
 )
 def test_identify_does_not_guess(reported: str) -> None:
     assert identify(reported) is None
-
-
-def test_every_gpu_has_a_source_and_its_own_name() -> None:
-    assert all(card.source and name == card.name for name, card in GPUS.items())
 
 
 def test_every_gpu_is_faster_within_a_node_than_across_and_in_memory_than_in_links() -> None:

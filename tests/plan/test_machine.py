@@ -1,4 +1,4 @@
-"""What the machine is asked, with a stand-in for the driver's tool."""
+"""Detection of this machine, with a stand-in for the driver's tool."""
 
 from pathlib import Path
 
@@ -35,17 +35,16 @@ def test_detect_gpus_asks_for_the_columns_it_reads(tmp_path: Path, monkeypatch: 
     assert not found.bf16
 
 
-def test_detect_gpus_is_empty_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detect_gpus_is_empty_without_a_driver_or_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert detect_gpus() == []
-
-
-def test_detect_gpus_is_empty_when_the_driver_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_tool(tmp_path, monkeypatch, "echo 'NVIDIA RTX A6000, 49140, 8.6'\nexit 9")
     assert detect_gpus() == []
 
 
-def test_detect_gpus_leaves_out_what_the_driver_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detect_gpus_skips_lines_that_the_driver_does_not_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_tool(tmp_path, monkeypatch, "echo 'GPU, one, 10240, 8.0'\necho 'X, [N/A], [N/A]'\necho broken")
     assert detect_gpus() == [DetectedGpu("GPU, one", 10.0, (8, 0))]
 

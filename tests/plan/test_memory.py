@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.training import Training
 from inheritune_ds.config.zero import ZeroSettings
 from inheritune_ds.errors import RecipeError
-from inheritune_ds.plan.activations import mlp_size
 from inheritune_ds.plan.duration import steps_in, windows_in
 from inheritune_ds.plan.memory import Memory, does_not_fit, largest_micro_batch, memory
 from inheritune_ds.plan.model_size import (
@@ -23,6 +22,8 @@ from inheritune_ds.plan.model_size import (
     parameters,
     tensors,
 )
+from inheritune_ds.surgery.config_cut import set_dropout
+from inheritune_ds.surgery.load import build_config
 from inheritune_ds.training.optimizer import parameter_groups
 
 OPENLLAMA_3B = Shape(
@@ -61,61 +62,27 @@ def layout(**changes: Any) -> ZeroSettings:
     return {**base, **changes}  # type: ignore[typeddict-item]
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
 def llama(**changes: Any) -> Shape:
-    small: dict[str, Any] = {
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 176,
-        "max_position_embeddings": 64,
-    }
-    return Shape(**{**small, **changes})
+    return Shape(model_type="llama", **{**SMALL, "intermediate_size": 176, **changes})
 
 
 def gpt2(**changes: Any) -> Shape:
-    small: dict[str, Any] = {
-        "model_type": "gpt2",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
-    return Shape(**{**small, **changes})
+    return Shape(model_type="gpt2", tie_word_embeddings=True, **{**SMALL, **changes})
 
 
 def build(shape: Shape, num_blocks: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The model that transformers builds for a shape."""
-    config: GPT2Config | LlamaConfig
-    common: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    if shape.model_type == "gpt2":
-        config = GPT2Config(
-            vocab_size=shape.vocab_size,
-            n_embd=shape.hidden_size,
-            n_layer=num_blocks,
-            n_head=shape.num_attention_heads,
-            n_positions=shape.max_position_embeddings,
-            n_inner=shape.intermediate_size,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **common,
-        )
-    else:
-        config = LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=num_blocks,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            intermediate_size=mlp_size(shape),
-            max_position_embeddings=shape.max_position_embeddings,
-            tie_word_embeddings=shape.tie_word_embeddings,
-            **common,
-        )
+    config = build_config(shape.model_copy(update={"num_hidden_layers": num_blocks}))
+    set_dropout(config, 0.0)
     model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model
 
@@ -130,22 +97,6 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_parameters_equal_those_of_the_transformers_model(shape: Shape) -> None:
-    model = build(shape, shape.num_hidden_layers)
-    counted = parameters(shape)
-    named = dict(model.named_parameters())  # a tied head is one parameter
-    assert counted.total == sum(tensor.numel() for tensor in named.values())
-    in_blocks = [tensor.numel() for name, tensor in named.items() if ".layers." in name or ".h." in name]
-    assert counted.blocks == sum(in_blocks)
-    assert counted.blocks == counted.per_block * shape.num_hidden_layers
-    in_embeddings = [
-        tensor.numel() for name, tensor in named.items() if "embed" in name or "wte" in name or "wpe" in name
-    ]
-    assert counted.embeddings == sum(in_embeddings)
-    assert counted.head == sum(tensor.numel() for name, tensor in named.items() if "lm_head" in name)
-
-
 def test_parameters_of_13_openllama_blocks_are_1816m() -> None:
     counted = parameters(OPENLLAMA_3B, 13)
     assert counted.embeddings == counted.head == 102_400_000
@@ -155,36 +106,22 @@ def test_parameters_of_13_openllama_blocks_are_1816m() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_blocks", "billions"),
+    ("shape", "num_blocks", "seq_len", "billions", "gflops"),
     [
-        (OPENLLAMA_3B, 26, 3.426),
-        (OPENLLAMA_3B, 13, 1.816),
-        (GPT2_MEDIUM, 24, 0.355),
-        (GPT2_MEDIUM, 16, 0.254),
-        (GPT2_LARGE, 36, 0.774),
-        (GPT2_LARGE, 18, 0.420),
-        (GPT2_XLARGE, 48, 1.557),
-        (GPT2_XLARGE, 24, 0.819),
+        (OPENLLAMA_3B, 26, 2048, 3.426, 21.99),
+        (OPENLLAMA_3B, 13, 2048, 1.816, 11.30),
+        (GPT2_MEDIUM, 24, 1024, 0.355, 2.42),
+        (GPT2_MEDIUM, 16, 1024, 0.254, 1.72),
+        (GPT2_LARGE, 36, 1024, 0.774, 5.20),
+        (GPT2_LARGE, 18, 1024, 0.420, 2.79),
+        (GPT2_XLARGE, 48, 1024, 1.557, 10.27),
+        (GPT2_XLARGE, 24, 1024, 0.819, 5.38),
     ],
 )
-def test_parameters_equal_the_published_counts(shape: Shape, num_blocks: int, billions: float) -> None:
-    assert parameters(shape, num_blocks).total / 1e9 == pytest.approx(billions, abs=0.001)  # the table cuts digits off
-
-
-@pytest.mark.parametrize(
-    ("shape", "num_blocks", "seq_len", "gflops"),
-    [
-        (OPENLLAMA_3B, 13, 2048, 11.30),
-        (OPENLLAMA_3B, 26, 2048, 21.99),
-        (GPT2_MEDIUM, 24, 1024, 2.42),
-        (GPT2_MEDIUM, 16, 1024, 1.72),
-        (GPT2_LARGE, 36, 1024, 5.20),
-        (GPT2_LARGE, 18, 1024, 2.79),
-        (GPT2_XLARGE, 48, 1024, 10.27),
-        (GPT2_XLARGE, 24, 1024, 5.38),
-    ],
-)
-def test_flops_per_token_equal_the_published_counts(shape: Shape, num_blocks: int, seq_len: int, gflops: float) -> None:
+def test_parameters_and_flops_per_token_equal_the_published_counts(
+    shape: Shape, num_blocks: int, seq_len: int, billions: float, gflops: float
+) -> None:
+    assert parameters(shape, num_blocks).total / 1e9 == pytest.approx(billions, abs=0.001)  # the table truncates
     assert flops_per_token(shape, num_blocks, seq_len) / 1e9 == pytest.approx(gflops, abs=0.011)
 
 
@@ -193,16 +130,25 @@ def predicted(micro_batch_size: int = 1, accumulation: int = 64, **changes: Any)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tensors_are_those_of_the_transformers_model(shape: Shape) -> None:
+def test_parameters_and_tensors_equal_those_of_the_transformers_model(shape: Shape) -> None:
     model = build(shape, shape.num_hidden_layers)
+    named = {name: tensor.numel() for name, tensor in model.named_parameters()}  # a tied head is one parameter
+
+    def elements(*parts: str) -> int:
+        return sum(size for name, size in named.items() if any(part in name for part in parts))
+
+    counted = parameters(shape)
+    assert counted.total == sum(named.values())
+    assert counted.blocks == counted.per_block * shape.num_hidden_layers == elements(".layers.", ".h.")
+    assert counted.embeddings == elements("embed", "wte", "wpe")
+    assert counted.head == elements("lm_head")
     decayed, undecayed = parameter_groups(model, 0.1)
-    counted = tensors(shape, shape.num_hidden_layers)
-    assert sorted(counted.groups[0]) == sorted(parameter.numel() for parameter in decayed["params"])
-    assert sorted(counted.groups[1]) == sorted(parameter.numel() for parameter in undecayed["params"])
-    assert counted.total == parameters(shape).total
+    groups = tensors(shape, shape.num_hidden_layers).groups
+    assert sorted(groups[0]) == sorted(parameter.numel() for parameter in decayed["params"])
+    assert sorted(groups[1]) == sorted(parameter.numel() for parameter in undecayed["params"])
 
 
-def test_memory_tells_the_worse_of_two_moments() -> None:
+def test_memory_is_that_of_the_worse_of_two_moments() -> None:
     small, large = predicted(accumulate_fp32=False), predicted(8, 8, accumulate_fp32=False)
     assert small.parts is small.update
     assert small.parts["copies"] > 0
@@ -280,34 +226,32 @@ def refusal(memory_gib: float, batch_windows: int = 64, **changes: Any) -> Recip
     return caught.value
 
 
-def test_largest_micro_batch_says_what_does_not_fit_and_what_to_do() -> None:
+def test_largest_micro_batch_refuses_a_model_that_does_not_fit_with_advice() -> None:
     text = str(refusal(24.0))
     assert "one sequence of 2048 tokens needs 41.4 GiB, 13.5 GiB of it Adam moments" in text
     assert "a rank has 24.0 GiB" in text
-    assert "take ds_configs/zero3_offload.json" in text
+    assert "use ds_configs/zero3_offload.json" in text
 
 
 @pytest.mark.parametrize(
     ("memory_gib", "changes", "advice"),
     [
-        (40.5, {}, 'take bf16.immediate_grad_update true or kernels.activation_checkpointing "selective" or'),
-        (14.0, {"world_size": 8}, "take ds_configs/zero2.json or ds_configs/zero3.json"),
+        (40.5, {}, 'use bf16.immediate_grad_update true or kernels.activation_checkpointing "selective" or'),
+        (14.0, {"world_size": 8}, "use ds_configs/zero2.json or ds_configs/zero3.json"),
         (
             39.0,
             {"loss": "plain", "seq_len": 4096},
-            'take kernels.loss "chunked" and bf16.immediate_grad_update true and kernels.activation_checkpointing',
+            'use kernels.loss "chunked" and bf16.immediate_grad_update true and kernels.activation_checkpointing',
         ),
         (2.0, {}, "use more ranks, or a GPU with more memory"),
     ],
 )
-def test_the_advice_is_what_fits(memory_gib: float, changes: dict[str, Any], advice: str) -> None:
+def test_the_advice_fits(memory_gib: float, changes: dict[str, Any], advice: str) -> None:
     assert advice in refusal(memory_gib, **changes).action
 
 
-def test_the_advice_to_take_a_smaller_micro_batch_names_one_that_fits() -> None:
-    error = does_not_fit(
-        OPENLLAMA_3B, 13, memory_gib=A6000_GIB, micro_batch_size=16, accumulation=4, **layout(accumulate_fp32=True)
-    )
+def test_the_advised_smaller_micro_batch_fits() -> None:
+    error = does_not_fit(OPENLLAMA_3B, 13, memory_gib=A6000_GIB, micro_batch_size=16, accumulation=4, **layout())
     assert error.problem.startswith("16 sequences of 2048 tokens need ")
     assert error.action == "set train_micro_batch_size_per_gpu to 2"
 
@@ -318,8 +262,8 @@ def test_largest_micro_batch_refuses_a_batch_that_ranks_cannot_share() -> None:
 
 
 @pytest.mark.parametrize(("recomputation", "factor"), [("none", 1.0), ("selective", 1.0), ("full", 4 / 3)])
-def test_hardware_flops_count_the_forward_pass_of_the_blocks_again(recomputation: str, factor: float) -> None:
-    tall = gpt2(num_hidden_layers=48, vocab_size=8)  # next to nothing but blocks
+def test_hardware_flops_include_the_repeated_forward_pass_of_the_blocks(recomputation: str, factor: float) -> None:
+    tall = gpt2(num_hidden_layers=48, vocab_size=8)  # almost only blocks
     own = flops_per_token(tall, 48, 64)
     again = hardware_flops_per_token(tall, 48, 64, recomputation)  # type: ignore[arg-type]
     assert again == pytest.approx(factor * own, rel=2e-3)
@@ -337,12 +281,9 @@ def test_steps_in_takes_whole_steps_of_each_unit() -> None:
 
 
 @given(epochs=st.integers(1, 9), unique=st.integers(200_000, 10_000_000))
-def test_steps_in_never_sees_more_than_the_epochs_asked_for(epochs: int, unique: int) -> None:
+def test_steps_in_is_the_most_that_fit_into_the_epochs(epochs: int, unique: int) -> None:
     windows = windows_in(unique, 2048)
-    steps = steps_in(training(f"{epochs} epochs"), windows)
-    asked = epochs * windows * 2048
-    assert steps is not None
-    assert steps * 131_072 <= asked < (steps + 1) * 131_072
+    assert steps_in(training(f"{epochs} epochs"), windows) == epochs * windows * 2048 // 131_072
 
 
 def test_steps_in_refuses_less_than_one_step() -> None:

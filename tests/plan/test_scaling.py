@@ -7,7 +7,7 @@ import pytest
 
 from inheritune_ds.plan.gpus import gpu
 from inheritune_ds.plan.model_size import flops_per_token
-from inheritune_ds.plan.scaling import SCALES, Job, link_between, predict_step_s, scaled, sent_gb
+from inheritune_ds.plan.scaling import SCALES, Job, link_between, scaled, sent_gb
 from tests.plan.test_memory import GPT2_MEDIUM, OPENLLAMA_3B, layout
 
 A6000, H200 = gpu("a6000"), gpu("h200")
@@ -16,10 +16,6 @@ A6000, H200 = gpu("a6000"), gpu("h200")
 def job(micro_batch_size: int = 2, accumulation: int = 32, **changes: Any) -> Job:
     common = {"reduce_bucket_size": 3200 * 3200, "persistence_threshold": 32_000}
     return Job(OPENLLAMA_3B, 13, layout(**{**common, **changes}), micro_batch_size, accumulation, batch_windows=64)
-
-
-def test_step_is_computation_then_communication_then_update() -> None:
-    assert predict_step_s(flops_a_rank=6e9, flops_per_s=2e9, communication_s=0.5, optimizer_s=0.25) == 3.75
 
 
 @pytest.mark.parametrize(("card", "tokens_a_s"), [("a6000", 6_848), ("a100-80", 13_803), ("h200", 43_754)])
@@ -32,7 +28,7 @@ def test_compute_takes_the_flops_of_the_tokens() -> None:
     assert job().compute_s(64, A6000, 0.4) == pytest.approx(flops / (154.8e12 * 0.4))
 
 
-def test_one_gpu_is_the_measure_of_all() -> None:
+def test_efficiencies_are_relative_to_one_gpu() -> None:
     alone = scaled(job(), A6000, 0.5, 1)
     assert (alone.strong_s, alone.strong_efficiency, alone.weak_efficiency) == (0.0, 1.0, 1.0)
     rates = [scaled(job(), H200, 0.5, gpus) for gpus in SCALES]
@@ -40,7 +36,7 @@ def test_one_gpu_is_the_measure_of_all() -> None:
     assert all(at.weak_efficiency == pytest.approx(at.weak_rate / rates[0].weak_rate) for at in rates)
 
 
-def test_strong_scaling_cuts_the_batch_and_says_where_it_cannot() -> None:
+def test_strong_scaling_divides_the_batch_or_has_no_figures() -> None:
     assert [job().cut(gpus) for gpus in (1, 4, 32, 64)] == [(2, 32), (2, 8), (2, 1), (1, 1)]
     assert job().cut(3) is None
     beyond = scaled(job(), H200, 0.5, 128)
