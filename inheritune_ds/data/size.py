@@ -1,4 +1,4 @@
-"""How many training tokens a corpus has: counted when its token files are there, else estimated."""
+"""Training tokens of a corpus: counted from its token files if they exist, otherwise estimated."""
 
 import json
 import platform
@@ -21,18 +21,14 @@ from inheritune_ds.plan.budget import Tokens
 from inheritune_ds.plan.model_size import GIB
 
 _BYTES_A_TOKEN = 4.0
-"""English text under a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""
+"""English text with a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""
 _EMBEDDED_BYTES = 2_400_000
 _EXPANSION = {".gz": 3.0, ".bz2": 3.5, ".zst": 3.0, ".parquet": 1.7}
-"""Bytes of text a byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
+"""Bytes of text per byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
 
 
 def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:
-    """Training tokens of a corpus; None when neither its token files, a cap nor its size are known.
-
-    Args:
-        corpus: What to read.
-        cache_dir: Where token files of earlier runs are.
+    """Training tokens of a corpus; None if its token files, its limits and its size are all unknown.
 
     Raises:
         CorpusError: A corpus file is missing.
@@ -43,21 +39,21 @@ def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:
             if _same_corpus(corpus, manifest):
                 return Tokens(tuple(int(source["train_tokens"]) for source in manifest["sources"]), estimate=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not a finished manifest of this version: the corpus is tokenized again, and says so
+            continue  # not a finished manifest of this version: the run logs that it tokenizes the corpus again
     return estimate_tokens(corpus)
 
 
 def _same_corpus(corpus: Corpus, manifest: Mapping[str, Any]) -> bool:
-    """Whether token files were made from this corpus, by what can be compared without reading documents.
+    """Whether token files were made from this corpus, compared without reading documents.
 
-    Training compares the hashes of all files, too; a plan has no time for that. A corpus that leaves the tokenizer
-    to its reference is never found: the name of the tokenizer is not known here.
+    Training also compares the hashes of all files. A corpus without its own tokenizer never matches: the name of the
+    reference's tokenizer is not known here.
     """
-    tokenizer, spoken = corpus.tokenizer, manifest["tokenizer"]
+    tokenizer, entry = corpus.tokenizer, manifest["tokenizer"]
     if isinstance(tokenizer, TrainedTokenizer):
-        same_tokenizer = spoken.get("train") == tokenizer.vocab_size
+        same_tokenizer = entry.get("train") == tokenizer.vocab_size
     else:
-        same_tokenizer = tokenizer is not None and spoken.get("name") == tokenizer
+        same_tokenizer = tokenizer is not None and entry.get("name") == tokenizer
     settings = corpus.model_dump(mode="json", include=set(manifest["corpus"]))
     identities = [source["identity"] for source in manifest["sources"]]
     return (
@@ -83,9 +79,9 @@ def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any])
 
 
 def estimate_tokens(corpus: Corpus) -> Tokens | None:
-    """Guess the training tokens of a corpus that is not tokenized yet: its bytes / 4, at most its limits.
+    """Estimate the training tokens of a corpus without token files: bytes / 4, at most its limits.
 
-    Limits stand in for sizes that are not known.
+    A limit replaces a size that is not known.
 
     Raises:
         CorpusError: A corpus file is missing.

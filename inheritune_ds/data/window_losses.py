@@ -1,4 +1,4 @@
-"""Mean of a loss that is known window by window, and its standard error."""
+"""Mean loss over windows and its standard error."""
 
 import math
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ import numpy.typing as npt
 
 
 def window_mean(values: npt.ArrayLike, targets: Sequence[int] = ()) -> tuple[float, float]:
-    """Mean over all counted targets of what is a mean over those of each window, and its standard error.
+    """Mean over all counted targets, and its standard error, from the means of n >= 2 windows.
 
     With r = sum(c x) / sum(c) for n windows of c targets, the squared standard error is that of a ratio of two sums,
-    n / (n - 1) * sum((c (x - r))^2) / sum(c)^2 (Cochran, Sampling Techniques, 3rd edition, 6.4). Where all windows have
-    as many targets this is the mean and s / sqrt(n).
+    n / (n - 1) * sum((c (x - r))^2) / sum(c)^2 (Cochran, Sampling Techniques, 3rd edition, 6.4). If all windows have
+    equally many targets, this is the mean and s / sqrt(n).
 
     Args:
-        values: The means of n >= 2 windows.
-        targets: Counted in each; empty if all have as many.
+        values: (n,) means of the windows.
+        targets: (n,) counted targets; empty if all windows have equally many.
     """
     means = np.asarray(values, dtype=np.float64)
     count = len(means)
-    with np.errstate(invalid="ignore"):  # the caller says what it means that a loss is not finite
+    with np.errstate(invalid="ignore"):  # the caller reports losses that are not finite
         if len(set(targets)) < 2:
             return float(means.mean()), float(means.std(ddof=1) / math.sqrt(count))
         counts = np.asarray(targets, dtype=np.float64)

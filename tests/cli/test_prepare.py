@@ -71,5 +71,5 @@ def test_a_reference_whose_tokenizer_is_not_trained_yet_is_told(
     command = ["prepare", "--recipe", "quickstart", "--runs-dir", str(tmp_path / "runs"), "corpus.tokenizer=null"]
     assert main(command) == RecipeError.exit_code
     error = capsys.readouterr().err
-    assert "takes the tokenizer of its reference quickstart-reference, whose recipe trains one on its own" in error
+    assert "uses the tokenizer of its reference quickstart-reference, which has not been trained yet" in error
     assert "do: train quickstart-reference first (train.py --recipe quickstart-reference)" in error

@@ -55,5 +55,5 @@ def test_documents_are_kept_apart_only_where_their_ends_tell_of_them(
 
 def test_a_source_without_a_token_has_no_part_in_a_run_without_weights(tmp_path: Path) -> None:
     assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1, 0)) == 22
-    with pytest.raises(CorpusError, match="'source-1' has 100 tokens, less than one window"):
+    with pytest.raises(CorpusError, match="'source-1' has 100 tokens, fewer than one window"):
         total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1, 100))

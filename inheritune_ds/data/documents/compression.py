@@ -1,7 +1,7 @@
-"""Bytes of a corpus file, unpacked on the way: gzip, bzip2 and Zstandard.
+"""Streams a corpus file, decompressing gzip, bzip2 and Zstandard.
 
-Memory is bounded whatever the file holds, and a file that is cut off or damaged is noticed: Python's own bz2 module
-stops without a word where a later part of the file is damaged, and zstandard's reader where the file is cut off.
+Memory is bounded for any file, and a truncated or damaged file is detected: Python's own bz2 module stops silently if
+a later part of the file is damaged, and zstandard's reader does if the file is truncated.
 """
 
 import bz2
@@ -16,26 +16,25 @@ from inheritune_ds.errors import CorpusError
 SUFFIXES = (".gz", ".bz2", ".zst")
 
 _CHUNK_BYTES = 2**20
-# What is left of a part is copied whenever some of it was unpacked, so parts are small.
+# The remainder of a part is copied after every call, so parts are small.
 _PART_BYTES = 2**17
-# zstandard cannot limit what it gives at once, and a block of 4 bytes may stand for 128 KiB: a hostile file
-# gets 128 MiB with this. An ordinary one is unpacked at the same speed as in larger pieces.
+# zstandard cannot limit its output, and a block of 4 bytes may expand to 128 KiB: with this size a hostile file
+# allocates 128 MiB at most. Ordinary files decompress as fast as in larger pieces.
 _ZSTD_PIECE_BYTES = 2**12
 # Corpora packed with `zstd --long=31` need a window of this size (RedPajama and the Pile are).
 _ZSTD_WINDOW_BYTES = 2**31
 
 
 def open_unpacked(path: Path, on_bytes: Callable[[int], None], file: io.RawIOBase | None = None) -> io.BufferedReader:
-    """Open a file for reading what is packed in it; one without such an ending is read as it is.
+    """Open a file and decompress it by its suffix; other suffixes are read unchanged.
 
     Args:
-        path: The file; its ending tells how it is packed.
-        on_bytes: Told the bytes of every part of the file (packed) as it is read.
-        file: The file where it is open already, at its beginning, such as one on another machine; closed with the
-            stream. `path` is then its name only.
+        path: The file; only its name if `file` is given.
+        on_bytes: Receives the number of compressed bytes of every part that is read.
+        file: The open file, such as one on another machine; closed with the stream.
 
     Returns:
-        A stream whose `read` raises CorpusError where the file is cut off or damaged.
+        A stream; `read` raises CorpusError if the file is truncated or damaged.
 
     Raises:
         OSError: The file cannot be opened.
@@ -47,18 +46,18 @@ class _Frame(Protocol):
     """One gzip member, bzip2 stream or Zstandard frame; a file may hold several."""
 
     padding: bytes
-    """Bytes that may follow it and mean nothing."""
+    """Bytes without meaning that may follow the frame."""
 
     @property
     def ended(self) -> bool:
-        """Whether its end was seen."""
+        """Whether the end of the frame was read."""
 
     @property
     def pending(self) -> bool:
-        """Whether it can give more without being given more."""
+        """Whether it can return more output without more input."""
 
     def take(self, packed: bytes) -> tuple[bytes, bytes]:
-        """Unpack; returns (unpacked bytes, packed bytes that were not used)."""
+        """Decompress; returns (output, unused input)."""
 
 
 class _Gzip:
@@ -146,7 +145,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def _unpacked(chunks: Iterator[bytes], new_frame: Callable[[], _Frame], path: Path) -> Iterator[bytes]:
-    """Yield what the frames of a file hold, never an empty part."""
+    """Yield the content of a file's frames, never an empty part."""
     frame, ended_frames, inside = new_frame(), 0, False
     for chunk in chunks:
         left = chunk
@@ -170,6 +169,6 @@ def _unpacked(chunks: Iterator[bytes], new_frame: Callable[[], _Frame], path: Pa
 
 def _damaged(path: Path, reason: str) -> CorpusError:
     return CorpusError(
-        f"corpus file {path}: it is cut off or damaged ({reason})",
+        f"corpus file {path}: it is truncated or damaged ({reason})",
         action="copy or download it again, then compare its size with the original",
     )

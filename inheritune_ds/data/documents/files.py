@@ -1,12 +1,12 @@
-"""Local corpus files to documents: which files a source means, and what is in them, one after the other.
+"""Reads the documents of local corpus files.
 
-Every problem is told with the file and the line or row it stands in. What is left out is counted by its documents:
-every record that is read gives one, with the reason if it has no text to train on.
+Errors name the file and its line or row. Every record gives one document, with a reason if it is skipped.
 """
 
 import io
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from inheritune_ds.config.corpus import FilesSource
@@ -21,17 +21,16 @@ ALLOWED = ".txt, .jsonl or .json (one JSON object a line), each also with .gz, .
 
 
 def expand(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
-    """List the files that paths, folders and glob patterns mean, each once.
+    """List the files that paths, folders and glob patterns match, each once.
 
-    A folder means all files below it that can be read, hidden ones apart; a pattern means files only.
+    A folder matches all corpus files below it that are not hidden; a pattern matches files only.
 
     Args:
-        patterns: Paths, folders or patterns, in order; what one of them matches is sorted.
-        folder: Where relative ones start; the current folder when left out.
+        patterns: Paths, folders or patterns, in order; the matches of each are sorted.
+        folder: Base of relative patterns; None for the current folder.
 
     Raises:
-        CorpusError: One of them matches no file, or a file that was asked for by name or pattern is of a kind
-            that is not read.
+        CorpusError: A pattern matches no file, or a named file has an unsupported format.
     """
     start = folder or Path.cwd()
     files: dict[Path, Path] = {}
@@ -41,19 +40,14 @@ def expand(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
     return list(files.values())
 
 
-def left_out(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
-    """List the files in folders among `patterns` that are no corpus files by their ending (a README, a licence).
-
-    Args:
-        patterns: As for `expand`.
-        folder: As for `expand`.
+def skipped_files(patterns: Sequence[str]) -> list[Path]:
+    """List the files in folders among `patterns` that are not corpus files (a README, a license).
 
     Raises:
         CorpusError: A folder cannot be read.
     """
-    start = folder or Path.cwd()
-    folders = [start / Path(pattern).expanduser() for pattern in patterns]
-    return [path for found in folders if found.is_dir() for path in _below(found) if not format_of(path)]
+    folders = [Path(pattern).expanduser() for pattern in patterns]
+    return [path for folder in folders if folder.is_dir() for path in _below(folder) if not format_of(path)]
 
 
 def _matches(pattern: str, start: Path) -> list[Path]:
@@ -62,7 +56,7 @@ def _matches(pattern: str, start: Path) -> list[Path]:
         found = [path for path in _below(wanted) if format_of(path)]
         if not found:
             raise CorpusError(
-                f"corpus path {pattern!r} is a folder without a file that is read (looked for in {start})",
+                f"corpus path {pattern!r} is a folder without a corpus file (searched in {start})",
                 allowed=ALLOWED,
                 action="correct corpus.sources, or convert the files",
             )
@@ -71,14 +65,14 @@ def _matches(pattern: str, start: Path) -> list[Path]:
     found = [wanted] if wanted.is_file() else sorted(p for p in Path(wanted.anchor).glob(str(relative)) if p.is_file())
     if not found:
         raise CorpusError(
-            f"corpus path {pattern!r} matches no file (looked for in {start})",
+            f"corpus path {pattern!r} matches no file (searched in {start})",
             allowed="an existing file or folder, or a glob pattern such as books/*.jsonl.gz",
-            action="correct corpus.sources, or start the program in the folder that the paths are relative to",
+            action="correct corpus.sources, or start the program in the base folder of the relative paths",
         )
     for path in found:
         if not format_of(path):
             raise CorpusError(
-                f"corpus file {path}: a file with this ending is not read",
+                f"corpus file {path}: files with this suffix are not supported",
                 allowed=ALLOWED,
                 action="convert or rename it, or narrow the pattern in corpus.sources",
             )
@@ -86,7 +80,7 @@ def _matches(pattern: str, start: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    """List all files below a folder that are not hidden, sorted by their paths."""
+    """List all files below a folder that are not hidden, sorted by path."""
 
     def refuse(error: OSError) -> None:
         raise cannot_read(error.filename, error)
@@ -94,7 +88,7 @@ def _below(folder: Path) -> list[Path]:
     found: list[Path] = []
     visited: set[str] = set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        # Links may lead in a circle.
+        # Links may form a circle.
         folders[:] = [name for name in folders if not name.startswith(".")]
         if os.path.realpath(place) in visited:
             folders.clear()
@@ -105,7 +99,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def format_of(path: Path) -> str:
-    """Say the ending that tells the format; "" for a file that is not read, a table that is packed among them."""
+    """The suffix of a file's format; "" if it is not supported (compressed tables, for example)."""
     if path.suffix in compression.SUFFIXES:
         inner = Path(path.stem).suffix
         return inner if inner in _TEXT_SUFFIXES else ""
@@ -117,17 +111,17 @@ def documents(
     start: Cursor = Cursor(),  # noqa: B008 - an immutable tuple
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Document]:
-    """Yield every record of a source's files, also one that is left out.
+    """Yield every record of a source's files, skipped ones too.
 
     Args:
         source: The files.
-        start: Where to begin: the cursor of a document that was read earlier from the same files. The rest is the
-            same as if all had been read. Files that lie before are not opened, lines not parsed, row groups not read.
-        on_bytes: Told the bytes of the files (as they lie on the disk) that are done, those before `start` too:
-            all told, the sum of their sizes.
+        start: Cursor of a document that was read before from the same files; reading resumes there. Earlier files are
+            not opened, earlier lines not parsed, earlier row groups not read.
+        on_bytes: Receives numbers of bytes (on disk) as they are read, those before `start` too: in total the sum
+            of the file sizes.
 
     Raises:
-        CorpusError: A file is missing, damaged or changes while it is read; a bad record, where these are refused.
+        CorpusError: A file is missing, damaged or changes during reading, or has a bad record and these are refused.
     """
     yield from read(expand(source.paths), RecordRules.of(source), source.document_separator, start, on_bytes)
 
@@ -139,7 +133,7 @@ def read(
     start: Cursor,
     on_bytes: Callable[[int], None],
 ) -> Iterator[Document]:
-    """Yield every record of files, in their order; arguments and errors are those of `documents`."""
+    """Yield every record of files in order; arguments and errors are those of `documents`."""
     refuse_fields_of_plain_text(paths, rules)
     for number, path in enumerate(paths):
         mark = FileMark.of(path)
@@ -147,11 +141,11 @@ def read(
             on_bytes(mark.size)
             continue
         begin = Cursor(number, start.record if number == start.file else 0)
-        told = _Told(on_bytes)
+        counter = _ByteCounter(on_bytes)
         try:
-            found = yield from records(path, rules, separator, begin, told)
+            found = yield from records(path, rules, separator, begin, counter)
         except CorpusError:
-            mark.check()  # a change is the cause of whatever was found wrong
+            mark.check()  # if the file was changed, report that as the cause
             raise
         except OSError as error:
             mark.check()
@@ -159,40 +153,40 @@ def read(
         mark.check()
         if found < begin.record:
             raise CorpusError(
-                f"corpus file {path}: it has {found:,} records, and {begin.record:,} were read from it before",
-                action="put the file back as it was, or begin anew",
+                f"corpus file {path}: it has {found:,} records, but {begin.record:,} were read from it before",
+                action="restore the file, or start over",
             )
-        on_bytes(mark.size - told.bytes)
+        on_bytes(mark.size - counter.total)
 
 
 def refuse_fields_of_plain_text(paths: Sequence[Path], rules: RecordRules) -> None:
-    """Refuse filters that look at fields where there are none.
+    """Refuse filters on fields for plain text.
 
     Raises:
-        CorpusError: Naming the first such file.
+        CorpusError: Names the first such file.
     """
     for path in paths:
         if format_of(path) == ".txt" and (rules.filters.keep or rules.filters.drop):
             raise CorpusError(
-                f"corpus file {path}: plain text has no fields that filters.keep and filters.drop could look at",
+                f"corpus file {path}: plain text has no fields for filters.keep and filters.drop",
                 allowed="filters.min_characters and filters.max_characters",
-                action="leave keep and drop out, or make a source of its own for the .txt files",
+                action="remove keep and drop, or put the .txt files into a separate source",
             )
 
 
-class _Told:
-    """Passes numbers of bytes on and adds them up."""
+@dataclass
+class _ByteCounter:
+    """Forwards numbers of bytes and adds them up."""
 
-    def __init__(self, on_bytes: Callable[[int], None]) -> None:
-        self.bytes = 0
-        self._on_bytes = on_bytes
+    on_bytes: Callable[[int], None]
+    total: int = 0
 
     def __call__(self, amount: int) -> None:
-        self.bytes += amount
-        self._on_bytes(amount)
+        self.total += amount
+        self.on_bytes(amount)
 
 
-def records(  # noqa: PLR0913, PLR0917 - what the readers of all formats need together
+def records(  # noqa: PLR0913, PLR0917 - the union of the arguments of all readers
     path: Path,
     rules: RecordRules,
     separator: str | None,
@@ -203,15 +197,15 @@ def records(  # noqa: PLR0913, PLR0917 - what the readers of all formats need to
     """Yield the records of one file; returns how many it has.
 
     Args:
-        path: The file; its ending tells the format.
-        rules: What is asked of a record.
-        separator: What stands between the documents of plain text.
-        start: The file's number, and how many records to pass over.
-        on_bytes: Told the bytes of the file that are done.
-        file: The file where it is open already, such as one on another machine; `path` is then its name only.
+        path: The file; only its name if `file` is given.
+        rules: Which records are used.
+        separator: Between the documents of plain text; None for one document per file.
+        start: The file's number, and how many records to skip.
+        on_bytes: Receives numbers of bytes of the file as they are read.
+        file: The open file, such as one on another machine.
 
     Raises:
-        CorpusError: The file is damaged, or has a bad record where these are refused.
+        CorpusError: The file is damaged, or has a bad record and these are refused.
         OSError: The file cannot be read.
     """
     kind = format_of(path)

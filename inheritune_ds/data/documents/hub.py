@@ -1,9 +1,8 @@
-"""Documents of a dataset on the Hugging Face hub, or of a folder with a copy of one.
+"""Reads the documents of a dataset on the Hugging Face hub, or of a local copy of one.
 
-The files are read as local ones are (`readers`), whether they are streamed, downloaded first or found in the cache,
-so the documents are the same. `datasets` opens the streamed ones and connects again when a connection is lost. Its
-own readers are not used: they take a Zstandard file that is cut off for a shorter one, fail where a field changes its
-type from one part of a file to the next, and begin a resumed file at its beginning.
+Streamed, downloaded and cached files all go through the local readers (`readers`), so the documents are the same.
+`datasets` opens streamed files and reconnects after a lost connection. Its own readers are not used: they accept a
+truncated Zstandard file, fail if a field changes its type within a file, and resume a file at its beginning.
 """
 
 import fnmatch
@@ -24,13 +23,13 @@ from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage import hub
 
 LINE_END = "\n"
-"""What parts the documents of a .txt file of the hub, as in `datasets`."""
+"""Separates the documents of a .txt file of the hub, as in `datasets`."""
 
 _FOLDERS = r"(?:(?!\.)[^/]+/)*"
 
 
 def is_folder(source: HubSource) -> bool:
-    """Whether `dataset` means a folder of this machine and not a name of the hub."""
+    """Whether `dataset` is a local folder and not a name of the hub."""
     return is_local_path(source.dataset) or Path(source.dataset).is_dir()
 
 
@@ -38,12 +37,12 @@ def folder_files(source: HubSource) -> list[Path]:
     """Files of a local dataset, sorted.
 
     Raises:
-        CorpusError: There is no such folder, or nothing in it matches `data_files`.
+        CorpusError: The folder does not exist, or `data_files` matches nothing in it.
     """
     folder = Path(source.dataset).expanduser()
     if not folder.is_dir():
         raise CorpusError(
-            f"corpus dataset {source.dataset!r} is written as a path, and there is no such folder",
+            f"corpus dataset {source.dataset!r} is a path, but the folder does not exist",
             allowed="a local folder, or a hub id such as allenai/c4",
             action="correct dataset in corpus.sources",
         )
@@ -53,12 +52,12 @@ def folder_files(source: HubSource) -> list[Path]:
 
 
 def settings(source: HubSource) -> dict[str, Any]:
-    """What of the identity of a source its recipe says, wherever the files lie."""
+    """The part of a source's identity that the recipe decides, wherever the files are."""
     return {"kind": "hub", "split": source.split, "text_field": source.text_field}
 
 
 def pinned(source: HubSource) -> HubSource:
-    """The source with a full commit for its revision.
+    """The source with a full commit as its revision.
 
     Raises:
         HubError: The hub cannot be reached, or has no such dataset.
@@ -69,7 +68,7 @@ def pinned(source: HubSource) -> HubSource:
 
 
 def identify(source: HubSource) -> dict[str, Any]:
-    """Say exactly which data a dataset of the hub means, with and without a network.
+    """Identify the data of a hub dataset, with and without a network.
 
     Raises:
         HubError: The hub cannot be reached, or has no such dataset.
@@ -83,18 +82,17 @@ def documents(
     start: Cursor = Cursor(),  # noqa: B008 - an immutable tuple
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Document]:
-    """Yield every record of a dataset's files, sorted by their paths, also one that is left out.
+    """Yield every record of a dataset's files, sorted by path, skipped ones too.
 
     Args:
         source: The dataset.
-        start: Where to begin: the cursor of a document that was read earlier from the same commit, streamed or not.
-            Files that lie before are not asked for; of a streamed parquet file only the row groups that are needed.
-        on_bytes: Told the bytes of the files that are done, as they lie on the hub; not of streamed files that lie
-            before `start`.
+        start: Cursor of a document that was read before from the same commit, streamed or not; reading resumes there.
+            Earlier files are not requested, and of a streamed parquet file only the row groups that are needed.
+        on_bytes: Receives numbers of bytes of the files as they are read; streamed files before `start` do not count.
 
     Raises:
-        CorpusError: No such file or split, a damaged file; a bad record, where these are refused.
-        HubError: The hub cannot be reached, has no such dataset, or its answers break off.
+        CorpusError: No such file or split, a damaged file, or a bad record and these are refused.
+        HubError: The hub cannot be reached, has no such dataset, or the connection is lost.
         StorageError: The hub's cache cannot be written.
     """
     rules = RecordRules.of(source)
@@ -112,10 +110,10 @@ def documents(
 
 
 def _matching(source: HubSource, repository: hub.Repository, present: list[str]) -> list[str]:
-    """Paths of the files that `data_files` means, sorted.
+    """Paths of the files that `data_files` matches, sorted.
 
     Raises:
-        CorpusError: None does, or one is of a kind that is not read.
+        CorpusError: No file matches, or a file has an unsupported format.
     """
     wanted = re.compile(_expression(source.data_files))
     names = [name for name in present if wanted.fullmatch(name)]
@@ -133,7 +131,7 @@ def _matching(source: HubSource, repository: hub.Repository, present: list[str])
         kind = readers.format_of(Path(name))
         if not kind or (kind == ".arrow" and source.streaming and not repository.offline):
             raise CorpusError(
-                f"{where}: {name}: a file with this ending is not {'streamed' if kind else 'read'}",
+                f"{where}: {name}: files with this suffix cannot be {'streamed' if kind else 'read'}",
                 allowed=readers.ALLOWED,
                 action="set streaming of this source to false" if kind else "narrow data_files in corpus.sources",
             )
@@ -141,14 +139,14 @@ def _matching(source: HubSource, repository: hub.Repository, present: list[str])
 
 
 def _expression(pattern: str) -> str:
-    """A regular expression for a glob pattern, in which `**` stands for any folders and `*` never for a slash."""
+    """A regular expression for a glob pattern; `**` matches any folders, `*` matches no slash."""
     *folders, last = pattern.split("/")
     parts = [_FOLDERS if part == "**" else _part(part) + "/" for part in folders]
     return "".join(parts) + (_FOLDERS + _part("*") if last == "**" else _part(last))
 
 
 def _part(pattern: str) -> str:
-    """A regular expression for one folder or file name of a pattern; hidden ones are meant only if it says so."""
+    """A regular expression for one path part of a pattern; hidden names match only if the pattern begins with a dot."""
     visible = "" if pattern.startswith(".") else r"(?!\.)"
     return visible + "".join(map(_word, re.split(r"(\*+|\?|\[[^\]]+\])", pattern)))
 
@@ -164,7 +162,7 @@ def _word(word: str) -> str:
 
 
 def _patterns(pattern: str, present: list[str], names: list[str]) -> list[str]:
-    """What to download: the pattern where the hub's client takes it for the same files, or else every path."""
+    """Patterns to download: `pattern` if the hub client matches the same files with it, otherwise every path."""
     taken = [name for name in present if fnmatch.fnmatch(name, pattern)]
     return [pattern] if taken == names else [glob.escape(name) for name in names]
 
@@ -182,15 +180,16 @@ def _streamed(
 
 
 class _HubFile(io.RawIOBase):
-    """A file of the hub, read while it is downloaded; what goes wrong comes as an error of this program.
+    """A file of the hub, read during its download.
 
     Raises:
-        HubError: The hub refuses it, or cannot be reached any more.
+        HubError: The hub refuses the file, or cannot be reached.
     """
 
     def __init__(self, repository: hub.Repository, name: str) -> None:
         super().__init__()
-        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # read when `datasets` is imported: it reports no use
+        # Read when `datasets` is imported: do not report downloads.
+        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
         from datasets.download.streaming_download_manager import xopen
 
         self._repository = repository
@@ -201,7 +200,7 @@ class _HubFile(io.RawIOBase):
     def _try(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:  # noqa: BLE001  `datasets` passes on whatever its HTTP clients raise
+        except Exception as error:  # noqa: BLE001  `datasets` does not convert the errors of its HTTP clients
             raise hub.failure(error, self._repository) from None
 
     def readable(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which files of a dataset belong to a split, by the words in their paths that `datasets` goes by, too."""
+"""Selects the files of a dataset split by the words in their paths, as `datasets` does."""
 
 import re
 from collections.abc import Sequence
@@ -10,31 +10,31 @@ _WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""datasets/data_files.py, KEYWORDS_IN_PATH_NAME_BASE: the word stands alone between marks or at an end."""
+"""datasets/data_files.py, KEYWORDS_IN_PATH_NAME_BASE: the word is between punctuation marks or at an end."""
 
 
 def files_of_split(names: Sequence[str], split: str, where: str) -> list[str]:
-    """Choose the files of a split.
+    """Select the files of a split.
 
     Args:
         names: Paths inside the dataset.
-        split: `train`, `validation`, `test`, or a word of the dataset's own that stands in the paths.
-        where: How to call the dataset in a message.
+        split: `train`, `validation`, `test`, or another word that appears in the paths.
+        where: Name of the dataset in messages.
 
     Raises:
-        CorpusError: No path speaks of that split, and others speak of another.
+        CorpusError: No path contains the split, and others contain another one.
     """
-    told = {name: _splits_in(name, split) for name in names}
-    chosen = [name for name, splits in told.items() if split in splits]
+    splits_of = {name: _splits_in(name, split) for name in names}
+    chosen = [name for name, splits in splits_of.items() if split in splits]
     if chosen:
         return chosen
-    others = sorted({other for splits in told.values() for other in splits})
+    others = sorted(set().union(*splits_of.values()))
     if split == "train" and not others:
         return list(names)
     raise CorpusError(
-        f"{where} has no file of the split {split!r} among the {len(names)} that data_files matches",
-        allowed=f"the splits that their paths tell: {', '.join(others) or 'train, for no path tells of any'}",
-        action="correct split of this source, or leave it out to read every file that data_files matches",
+        f"{where} has no file of the split {split!r} among the {len(names)} files that data_files matches",
+        allowed=f"the splits in their paths: {', '.join(others) or 'train, because no path names one'}",
+        action="correct split of this source, or remove it to read every file that data_files matches",
     )
 
 

@@ -1,4 +1,4 @@
-"""Token files made by others (nanoGPT's train.bin and val.bin) as documents of token ids."""
+"""Reads token files in nanoGPT's format (train.bin and val.bin) as documents of token ids."""
 
 import hashlib
 import itertools
@@ -18,17 +18,17 @@ from inheritune_ds.errors import CorpusError
 _ITEM = np.dtype("<u2")
 _CHUNK_TOKENS = 2**22
 MAX_DOCUMENT_TOKENS = 2**26
-"""More tokens than that without an end of text between them are no document of a corpus, but a file without ends."""
+"""More tokens than this without an end-of-text token mean that the file has no such tokens."""
 
 
 class TokenDocument(NamedTuple):
-    """A document, as it stands in the file.
+    """A document of a token file.
 
     Attributes:
         ids: Its tokens, the end-of-text token last.
-        digest: sha256 of them.
+        digest: sha256 of `ids`.
         held_out: Whether it belongs to the validation part.
-        cursor: Where the next document begins: in which file, and at which token.
+        cursor: File number, and token number of the next document.
     """
 
     ids: npt.NDArray[np.uint16]
@@ -37,7 +37,7 @@ class TokenDocument(NamedTuple):
     cursor: Cursor
 
 
-def documents(  # noqa: PLR0913 - one argument for each thing that decides
+def documents(  # noqa: PLR0913 - one argument for each setting
     source: TokensSource,
     start: Cursor,
     *,
@@ -46,18 +46,18 @@ def documents(  # noqa: PLR0913 - one argument for each thing that decides
     ratio: float,
     wants_more: Callable[[], bool] = lambda: True,
 ) -> Iterator[TokenDocument]:
-    """Yield the documents of a source in their order.
+    """Yield the documents of a source in order.
 
     Args:
         source: The files.
-        start: Where to begin.
+        start: File and token number to begin at.
         eos_id: The token that ends every document.
-        id_space: One more than the tokenizer's largest id.
-        ratio: Share of the documents that is held out, where the source has no validation file.
-        wants_more: Asked before every document of `train`; the validation file is taken whole.
+        id_space: The tokenizer's largest id plus 1.
+        ratio: Held-out share of the documents if the source has no validation file.
+        wants_more: Called before every document of `train`; the validation file is always read whole.
 
     Raises:
-        CorpusError: An id is not the tokenizer's, or the documents have no ends.
+        CorpusError: An id is not one of the tokenizer's, or the documents have no end-of-text tokens.
     """
     paths = token_files(source)
     for number in range(start.file, len(paths)):
@@ -71,7 +71,7 @@ def documents(  # noqa: PLR0913 - one argument for each thing that decides
 
 
 def _documents(path: Path, start: int, eos_id: int, id_space: int) -> Iterator[tuple[npt.NDArray[np.uint16], int]]:
-    """Yield documents and the places where they end."""
+    """Yield (ids, end position) of the documents of a file."""
     tokens = np.memmap(path, dtype=_ITEM, mode="r")
     reach = _CHUNK_TOKENS
     while start < len(tokens):
@@ -89,9 +89,9 @@ def _documents(path: Path, start: int, eos_id: int, id_space: int) -> Iterator[t
             if reach > MAX_DOCUMENT_TOKENS:
                 raise CorpusError(
                     f"token file {path} has no end-of-text token (id {eos_id}) among {len(part):,} tokens from "
-                    f"number {start:,} on",
-                    allowed=f"documents of at most {MAX_DOCUMENT_TOKENS:,} tokens, each ended by that token",
-                    action="name the tokenizer that made the file in corpus.tokenizer, or put the ends in",
+                    f"position {start:,}",
+                    allowed=f"documents of at most {MAX_DOCUMENT_TOKENS:,} tokens, each ending in that token",
+                    action="set corpus.tokenizer to the tokenizer that made the file, or add end-of-text tokens",
                 )
 
 
@@ -99,8 +99,8 @@ def _check_ids(part: npt.NDArray[np.uint16], path: Path, start: int, id_space: i
     if len(part) and int(part.max()) >= id_space:
         place = int(np.argmax(part >= id_space))
         raise CorpusError(
-            f"token file {path} has the id {int(part[place])} at token {start + place:,}, and the tokenizer has ids "
-            f"up to {id_space - 1} only",
+            f"token file {path} has the id {int(part[place])} at token {start + place:,}, but the tokenizer has ids "
+            f"up to {id_space - 1}",
             allowed="tokens made with corpus.tokenizer",
-            action="name the tokenizer that made the file in corpus.tokenizer",
+            action="set corpus.tokenizer to the tokenizer that made the file",
         )

@@ -1,7 +1,7 @@
 """The running Python's own documentation as a corpus: English text that every machine has.
 
-Two parts: the topics that `help()` prints (`pydoc_data.topics`) and the docstrings of the standard
-library, one document a module. Files are parsed, never imported; nothing is downloaded.
+It has the topics of `help()` (`pydoc_data.topics`) and the docstrings of the standard library, one document per
+module. Files are parsed, never imported; nothing is downloaded.
 """
 
 import ast
@@ -20,17 +20,17 @@ from typing import Any
 from inheritune_ds.data.documents.records import Cursor, Document
 from inheritune_ds.errors import CorpusError
 
-_LEFT_OUT = {"__pycache__", "dist-packages", "idle_test", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
+_EXCLUDED = {"__pycache__", "dist-packages", "idle_test", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class Documentation:
-    """The corpus, in its order, and what had to be left out.
+    """The documents of the corpus in order.
 
     Attributes:
-        documents: Topics in alphabetical order, then modules in the order of their paths.
-        unparsed_files: Files of the standard library that are no valid Python.
+        documents: Topics in alphabetical order, then modules by path.
+        unparsed_files: Files of the standard library that are not valid Python.
     """
 
     documents: tuple[str, ...]
@@ -38,10 +38,7 @@ class Documentation:
 
 
 def documents(start: Cursor = Cursor()) -> Iterator[Document]:  # noqa: B008 - an immutable tuple
-    """Yield the documents of the running Python; the same ones in the same order every time.
-
-    Args:
-        start: Where to begin.
+    """Yield the documents of the running Python, always in the same order.
 
     Raises:
         CorpusError: This Python comes without its documentation.
@@ -53,12 +50,12 @@ def documents(start: Cursor = Cursor()) -> Iterator[Document]:  # noqa: B008 - a
 
 @functools.cache
 def running() -> Documentation:
-    """Collect the running Python's documentation; parsing takes seconds, so it is done once a process."""
+    """Collect the running Python's documentation once per process; parsing takes seconds."""
     return collect()
 
 
 def identity() -> dict[str, Any]:
-    """Say which documentation this is: the Python version and a hash of everything that is read."""
+    """Identify this documentation: the Python version and a hash of all its files."""
     digest = hashlib.sha256()
     for name, text in sorted(_topics().items()):
         digest.update(f"{name}\0{text}\0".encode())
@@ -73,11 +70,11 @@ def collect(stdlib: Path | None = None, topics: Mapping[str, str] | None = None)
     """Read the documentation of a standard library.
 
     Args:
-        stdlib: Folder of the library; the running Python's when left out.
-        topics: Help topics by name; the running Python's when left out.
+        stdlib: Folder of the library; None for the running Python's.
+        topics: Help topics by name; None for the running Python's.
 
     Raises:
-        CorpusError: This Python comes without topics or without the source of its library.
+        CorpusError: This Python has no topics or no source of its library.
     """
     topics = _topics() if topics is None else topics
     root = stdlib or _stdlib()
@@ -98,7 +95,7 @@ def _topics() -> Mapping[str, str]:
         from pydoc_data.topics import topics  # noqa: PLC0415, RUF100  (some Pythons come without it)
     except ImportError:
         raise CorpusError(
-            f"the embedded corpus needs pydoc_data, which this Python {platform.python_version()} does not have",
+            f"the embedded corpus needs pydoc_data, which is missing in this Python {platform.python_version()}",
             action="install Python's complete standard library (Debian: libpython3-stdlib), "
             "or use other text: corpus.sources with kind: files",
         ) from None
@@ -109,18 +106,17 @@ def _stdlib() -> Path:
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "argparse.py").is_file():
         raise CorpusError(
-            f"the embedded corpus needs the source of the standard library, and {root} does not hold it",
-            action="use a Python whose library is not packed or compiled, "
-            "or use other text: corpus.sources with kind: files",
+            f"the embedded corpus needs the source of the standard library, which is missing in {root}",
+            action="use a Python with .py files in its library, or use other text: corpus.sources with kind: files",
         )
     return root
 
 
 def _module_files(root: Path) -> list[Path]:
-    """List the library's files without tests and installed packages, in the order of their paths."""
+    """List the library's files by path, without tests and installed packages."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _LEFT_OUT and not name.startswith("test_")]
+        folders[:] = [name for name in folders if name not in _EXCLUDED and not name.startswith("test_")]
         found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("test_")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
@@ -132,7 +128,7 @@ def _module_name(relative: Path) -> str:
 
 def _parse(path: Path) -> ast.Module | None:
     with warnings.catch_warnings():
-        # Old modules hold invalid escapes; that is the library's affair and no reader's.
+        # Old modules of the library have invalid escapes.
         warnings.simplefilter("ignore")
         try:
             return ast.parse(path.read_bytes())
@@ -141,7 +137,7 @@ def _parse(path: Path) -> ast.Module | None:
 
 
 def _module_document(tree: ast.Module, module: str, seen: set[str]) -> str:
-    """Join a module's docstrings that were not seen before, each headed by its qualified name."""
+    """Join a module's docstrings that were not seen before, each below its qualified name."""
     parts: list[str] = []
     for name, docstring in _docstrings(tree, module):
         if docstring not in seen:
@@ -151,7 +147,7 @@ def _module_document(tree: ast.Module, module: str, seen: set[str]) -> str:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Yield (qualified name, docstring) of a node and of all that is defined inside, in source order."""
+    """Yield (qualified name, docstring) of a node and its inner definitions, in source order."""
     if isinstance(node, (ast.Module, *_DOCUMENTED)):
         docstring = ast.get_docstring(node)
         if docstring and docstring.strip():

@@ -1,4 +1,4 @@
-"""One record of a corpus: its text, or why it is left out, and where the next one stands."""
+"""One record of a corpus: its text, or why it is skipped, and the cursor behind it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ Skipped = Literal["", "empty", "filtered", "bad"]
 
 
 class Cursor(NamedTuple):
-    """A place between two records of a source; reading begins again here.
+    """A position between two records of a source, at which reading can resume.
 
     Attributes:
         file: Number of the file in the source's order.
-        record: Records of that file that lie before.
+        record: Records of that file before the position.
     """
 
     file: int = 0
@@ -26,10 +26,10 @@ class Document(NamedTuple):
     """A record that was read.
 
     Attributes:
-        text: Its text; "" if it is left out.
-        skipped: Why it is left out; "" if it is not.
-        cursor: Where the next record begins.
-        note: What is wrong with a bad record.
+        text: Its text; "" if it is skipped.
+        skipped: Why it is skipped; "" if it is not.
+        cursor: Position behind the record.
+        note: Problem of a bad record.
     """
 
     text: str
@@ -40,12 +40,12 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordRules:
-    """What a source asks of its records.
+    """Which records of a source are used, and where their text is.
 
     Attributes:
-        text_field: Field of the text; dots lead into nested fields.
-        filters: Which records are taken.
-        skip_bad: Whether a record without usable text is left out instead of refused.
+        text_field: Field of the text, with dots for nested fields.
+        filters: Conditions on records.
+        skip_bad: Whether a record without usable text is skipped instead of refused.
     """
 
     text_field: str
@@ -58,27 +58,27 @@ class RecordRules:
         return cls(source.text_field, source.filters, source.bad_records == "skip")
 
     def document(self, record: object, where: str, cursor: Cursor) -> Document:
-        """Take a record apart.
+        """Extract the text of a parsed JSON object or a row.
 
         Args:
-            record: A parsed JSON object or a row.
-            where: How to call it in a message, such as `books.jsonl:12`.
-            cursor: Where the next record begins.
+            record: The record.
+            where: Its name in messages, such as `books.jsonl:12`.
+            cursor: Position behind the record.
 
         Raises:
-            CorpusError: It has no text in its field, and bad records are refused.
+            CorpusError: The record has no text in its field, and bad records are refused.
         """
         try:
             text = text_of(record, self.text_field, where)
         except CorpusError as error:
             return self.bad(error, cursor)
-        assert isinstance(record, Mapping)  # text_of has looked
+        assert isinstance(record, Mapping)  # text_of has checked
         if not self._wanted(record):
             return Document("", "filtered", cursor)
         return self.plain(text, cursor)
 
     def plain(self, text: str | None, cursor: Cursor) -> Document:
-        """Take a text that has no fields around it."""
+        """Apply the filters to a text without fields."""
         if not text or text.isspace():
             return Document("", "empty", cursor)
         longest = self.filters.max_characters
@@ -87,7 +87,7 @@ class RecordRules:
         return Document(encodable(text), "", cursor)
 
     def bad(self, error: CorpusError, cursor: Cursor) -> Document:
-        """Leave a record out that `error` tells of, or raise it.
+        """Skip a record with the problem `error`, or raise it.
 
         Raises:
             CorpusError: Bad records are refused.
@@ -102,11 +102,11 @@ class RecordRules:
 
 
 def field_of(record: object, path: str) -> Any:
-    """Value of a field; None where the path leads nowhere.
+    """Value of a field; None if the path does not exist.
 
     Args:
         record: A parsed JSON object.
-        path: A key as it stands, or keys of nested objects with dots between them.
+        path: A key, or keys of nested objects with dots between them.
     """
     if isinstance(record, Mapping):
         if path in record:
@@ -117,21 +117,21 @@ def field_of(record: object, path: str) -> Any:
 
 
 def text_of(record: object, field: str, where: str) -> str | None:
-    """Take the text out of a record; None if it is null.
+    """The text of a record; None if it is null.
 
     Args:
         record: A parsed JSON object or a row.
-        field: Name of the field with the text; dots lead into nested ones.
-        where: How to call the record in a message, such as `books.jsonl:12`.
+        field: Field of the text, with dots for nested fields.
+        where: Name of the record in messages, such as `books.jsonl:12`.
 
     Raises:
-        CorpusError: The record is no object, has no such field, or holds something else in it.
+        CorpusError: The record is not an object, or its field is missing or not text.
     """
     if not isinstance(record, Mapping):
         raise CorpusError(
             f"{where}: the record is {type(record).__name__}, not an object",
             allowed='one JSON object a line, such as {"text": "..."}',
-            action="mend or remove it, or set bad_records of this source to skip",
+            action="correct or remove it, or set bad_records of this source to skip",
         )
     outer, _, last = field.rpartition(".")
     holder = record if field in record or not outer else field_of(record, outer)
@@ -154,7 +154,7 @@ def no_field(where: str, field: str, present: Sequence[str]) -> CorpusError:
 
 
 def no_text(where: str, field: str, kind: str) -> CorpusError:
-    """The error of a field that holds something else than text."""
+    """The error of a field that does not hold text."""
     return CorpusError(
         f"{where}: field {field!r} holds {kind}, not text",
         allowed="a string (null counts as an empty document)",
@@ -163,7 +163,7 @@ def no_text(where: str, field: str, kind: str) -> CorpusError:
 
 
 def encodable(text: str) -> str:
-    """Replace halves of surrogate pairs (a broken escape in JSON) by U+FFFD: UTF-8 has no form for them."""
+    """Replace unpaired surrogates (from broken escapes in JSON) by U+FFFD: UTF-8 cannot encode them."""
     try:
         text.encode()
     except UnicodeEncodeError:

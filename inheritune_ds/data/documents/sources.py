@@ -1,4 +1,4 @@
-"""Where documents come from: the recipe's `corpus.sources`, one after the other."""
+"""Reads and identifies the sources of a recipe's corpus."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,14 +8,14 @@ from inheritune_ds.config.corpus import EmbeddedSource, FilesSource, HubSource, 
 from inheritune_ds.console import Meter
 from inheritune_ds.data.documents import files as readers
 from inheritune_ds.data.documents import hub, python_docs
-from inheritune_ds.data.documents.change_check import FileMark, Snapshot, cannot_read
+from inheritune_ds.data.documents.change_check import FileMark, cannot_read
 from inheritune_ds.data.documents.records import Cursor, Document
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage.files import sha256_file
 
 
 def pinned(source: Source) -> Source:
-    """The source with the commit in place of the hub's branch or tag, which may move while it is read.
+    """The source with a commit instead of a hub branch or tag, which may move during reading.
 
     Raises:
         HubError: The hub cannot be reached, or has no such dataset.
@@ -26,11 +26,11 @@ def pinned(source: Source) -> Source:
 
 
 def identify(source: Source) -> dict[str, Any]:
-    """Say exactly which data a source means, so that changed data is never taken for the old.
+    """Identify the data of a source, so that changed data is detected.
 
     Returns:
-        For files, name, size (bytes) and sha256 of each; for the hub, the full commit; for the
-        embedded corpus, the Python version and a hash; with the settings that decide what is read.
+        The settings that decide which documents are read, and: for files, name, size (bytes) and sha256 of each; for
+        the hub, the full commit; for the embedded corpus, the Python version and a hash.
 
     Raises:
         CorpusError: A file is missing.
@@ -58,15 +58,15 @@ def documents(
     start: Cursor = Cursor(),  # noqa: B008 - an immutable tuple
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Document]:
-    """Yield every record of a source in its order, also one that is left out.
+    """Yield every record of a source in order, skipped ones too.
 
     Args:
-        source: Where to read.
-        start: Where to begin: the cursor of a document that was read earlier from the same data.
-        on_bytes: Told how many bytes are done; for sources whose `total_bytes` is known, that many in the end.
+        source: The source.
+        start: Cursor of a document that was read before from the same data; reading resumes there.
+        on_bytes: Receives numbers of bytes as they are read; their sum is `total_bytes` if that is known.
 
     Raises:
-        CorpusError: A file is missing, damaged or changes while it is read; a bad record, where these are refused.
+        CorpusError: A file is missing, damaged or changes during reading, or has a bad record and these are refused.
         HubError: The hub cannot be reached, or has no such dataset.
     """
     if isinstance(source, EmbeddedSource):
@@ -77,51 +77,48 @@ def documents(
 
 
 def total_bytes(source: TextSource) -> int | None:
-    """Size of the files that `documents` reads, as they lie on the disk; None where it is not known beforehand.
+    """Size on disk of the files that `documents` reads; None if it is not known beforehand.
 
     Raises:
         CorpusError: A file is missing.
     """
-    marks = snapshot(source).marks
+    marks = snapshot(source)
     return sum(mark.size for mark in marks) if marks else None
 
 
-def snapshot(source: Source) -> Snapshot:
-    """Look at the local files of a source before they are identified and read; `check` looks again afterwards.
+def snapshot(source: Source) -> tuple[FileMark, ...]:
+    """Stat the local files of a source before they are identified and read.
 
     Raises:
         CorpusError: A file is missing.
     """
-    return Snapshot.of(_local_files(source))
+    return tuple(FileMark.of(path) for path in _local_files(source))
 
 
-def check(source: Source, before: Snapshot) -> None:
-    """Look again at the local files of a source.
-
-    Args:
-        source: As it was.
-        before: What `snapshot` gave.
+def check(source: Source, before: tuple[FileMark, ...]) -> None:
+    """Compare the local files of a source with an earlier `snapshot`.
 
     Raises:
-        CorpusError: A file is gone, was changed, or has come since.
+        CorpusError: A file is gone, changed or new.
     """
-    before.check()
-    known = {mark.path for mark in before.marks}
+    for mark in before:
+        mark.check()
+    known = {mark.path for mark in before}
     for path in _local_files(source):
         if path not in known:
             raise CorpusError(
-                f"corpus file {path}: it came while the corpus was read",
-                action="let its writer finish, then give the same command again: it is read, too",
+                f"corpus file {path}: it appeared while the corpus was read",
+                action="let its writer finish, then rerun the same command: it reads this file too",
             )
 
 
-def left_out_files(source: Source) -> list[str]:
-    """Names of the files in a source's folders whose ending says that they are no corpus files, such as a README.
+def skipped_files(source: Source) -> list[str]:
+    """Names of the files in a source's folders that are not corpus files, such as a README.
 
     Raises:
         CorpusError: A folder cannot be read.
     """
-    return [path.name for path in readers.left_out(source.paths)] if isinstance(source, FilesSource) else []
+    return [path.name for path in readers.skipped_files(source.paths)] if isinstance(source, FilesSource) else []
 
 
 def _local_files(source: Source) -> list[Path]:

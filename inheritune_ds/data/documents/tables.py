@@ -1,7 +1,7 @@
-"""Records of tables: parquet files, and Arrow files and streams as `datasets` writes them.
+"""Reads records of tables: parquet files, and Arrow files and streams as `datasets` writes them.
 
-Only the columns that are needed are decoded, about 16 MiB of text at a time. What a writer of parquet puts into one
-page is unpacked as a whole, though: as a rule the text of 1,024 rows, which is little unless the rows are books.
+Only the needed columns are decoded, about 16 MiB of text at a time. A parquet page is decompressed as a whole,
+usually the text of 1,024 rows, which is little unless the rows are books.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from inheritune_ds.errors import CorpusError
 _BATCH_BYTES = 2**24
 _BATCH_ROWS = 1024
 _ARROW_FILE_MAGIC = b"ARROW1"
-# What a writer of an Arrow stream puts last (Arrow columnar format, "IPC Streaming Format"): without a look at it
-# a stream that was cut off between two of its batches reads like a shorter one.
+# The end of an Arrow stream (Arrow columnar format, "IPC Streaming Format"): a stream that is truncated between two
+# batches lacks only this.
 _ARROW_STREAM_END = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
 
 
@@ -30,20 +30,20 @@ def parquet(
     on_bytes: Callable[[int], None],
     file: io.RawIOBase | None = None,
 ) -> Generator[Document, None, int]:
-    """Yield the rows of a parquet file; row groups that are passed over are not read.
+    """Yield the rows of a parquet file; skipped row groups are not read.
 
     Args:
-        path: The file.
-        rules: What is asked of a row.
-        start: The file's number, and how many rows to pass over.
-        on_bytes: Told after every row group about how many bytes of the file it was.
-        file: The file where it is open already, such as one on another machine; `path` is then its name only.
+        path: The file; only its name if `file` is given.
+        rules: Which rows are used.
+        start: The file's number, and how many rows to skip.
+        on_bytes: Receives about the bytes of every row group that is done.
+        file: The open file, such as one on another machine.
 
     Returns:
-        How many rows the file has.
+        Rows of the file.
 
     Raises:
-        CorpusError: The file is damaged, has no text in that field, or has a bad row where these are refused.
+        CorpusError: The file is damaged, has no text in that field, or has a bad row and these are refused.
         OSError: The file cannot be read.
     """
     import pyarrow.parquet as pq
@@ -51,7 +51,7 @@ def parquet(
     size = path.stat().st_size if file is None else file.seek(0, io.SEEK_END)
     with (
         _readable(path, "parquet"),
-        # Without pre_buffer a row group is read piece by piece and never as a whole.
+        # pre_buffer would read a row group as a whole.
         pq.ParquetFile(
             path if file is None else file, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
         ) as table,
@@ -78,7 +78,7 @@ def parquet(
 
 
 def _text_bytes(group: Any, field: str) -> int:
-    """Bytes of text in a row group, unpacked."""
+    """Uncompressed bytes of text in a row group."""
     columns = (group.column(index) for index in range(group.num_columns))
     return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
 
@@ -86,19 +86,12 @@ def _text_bytes(group: Any, field: str) -> int:
 def arrow(
     path: Path, rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
 ) -> Generator[Document, None, int]:
-    """Yield the rows of an Arrow file or stream; batches that are passed over are mapped and not decoded.
+    """Yield the rows of an Arrow file or stream; skipped batches are mapped and not decoded.
 
-    Args:
-        path: The file.
-        rules: What is asked of a row.
-        start: The file's number, and how many rows to pass over.
-        on_bytes: Told after every batch about how many bytes of the file it was.
-
-    Returns:
-        How many rows the file has.
+    Arguments and result are those of `parquet`.
 
     Raises:
-        CorpusError: The file is damaged, changes, has no text in that field, or has a bad row where these are refused.
+        CorpusError: The file is damaged or changed, has no text in that field, or has a bad row and these are refused.
         OSError: The file cannot be read.
     """
     import pyarrow as pa
@@ -107,18 +100,18 @@ def arrow(
     with _readable(path, "Arrow"), pa.memory_map(str(path)) as file:
         schema, batches = _open_arrow(file, path)
         rows = _Rows(path, rules, schema, start.file)
-        first = told = 0
+        first = reported = 0
         for batch, read in batches:
             passed = min(max(start.record - first, 0), batch.num_rows)
             chosen = batch.select(rows.tops)
             step = _rows_at_once(chosen.nbytes, chosen.num_rows)
             for row in range(passed, batch.num_rows, step):
-                # A mapped file that has become shorter would end the process without a word.
+                # Reading past the end of a mapped file would kill the process.
                 mark.check()
                 yield from rows.documents(chosen.slice(row, step), first + row)
             first += batch.num_rows
-            on_bytes(read - told)
-            told = read
+            on_bytes(read - reported)
+            reported = read
         return first
 
 
@@ -145,16 +138,16 @@ def _open_arrow(file: Any, path: Path) -> tuple[Any, Iterator[tuple[Any, int]]]:
 
 
 def _rows_at_once(size: int, rows: int) -> int:
-    """Rows that are decoded together, out of `rows` with `size` bytes."""
+    """Rows to decode together, out of `rows` with `size` bytes."""
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(size, 1)))
 
 
 class _Rows:
-    """Takes batches of a table apart.
+    """Turns batches of a table into documents.
 
     Attributes:
-        columns: Paths of the fields that are needed, nested ones with dots.
-        tops: Columns that these are in.
+        columns: Paths of the needed fields, with dots for nested ones.
+        tops: Columns that contain these fields.
     """
 
     def __init__(self, path: Path, rules: RecordRules, schema: Any, file: int) -> None:
@@ -168,7 +161,7 @@ class _Rows:
         if not _is_text(kind):
             raise no_text(str(path), rules.text_field, str(kind))
         asked = {*rules.filters.keep, *rules.filters.drop}
-        # A field that is in no row of the table counts as null, as one that a JSON record lacks.
+        # A field that the table lacks counts as null, as in JSON.
         present = sorted(field for field in asked if _kind_of(schema, field) is not None)
         self._asked_tops = [name for name in names if name in {_top(schema, field) for field in present}]
         self.columns = list(dict.fromkeys([rules.text_field, *present]))
@@ -176,25 +169,18 @@ class _Rows:
         self.tops = [name for name in names if name == text_top or name in self._asked_tops]
 
     def documents(self, batch: Any, first: int) -> Iterator[Document]:
-        """Yield the rows of a batch.
-
-        Args:
-            batch: With the columns that are needed.
-            first: Rows of the file that lie before.
-        """
+        """Yield the rows of a batch that begins at row `first` of the file."""
         import pyarrow as pa
 
-        # As bytes: pyarrow does not look whether text is UTF-8, and gives up a whole batch for one row that is not.
+        # As bytes: pyarrow does not check UTF-8, and one invalid row fails the whole batch.
         values = _column(batch, self._rules.text_field).cast(pa.large_binary())
-        # Offsets that a damaged file has wrong would be followed out of its memory.
+        # Wrong offsets of a damaged file would read outside its memory.
         values.validate(full=True)
         try:
             others = batch.select(self._asked_tops).to_pylist() if self._asked_tops else [{}] * batch.num_rows
         except UnicodeDecodeError as error:
             where = f"{self._path}, a row of {first + 1} to {first + batch.num_rows}"
-            raise text_files.not_utf8(
-                where, error.reason, f"byte {error.start} of a field that filters look at"
-            ) from None
+            raise text_files.not_utf8(where, error.reason, f"byte {error.start} of a field that filters use") from None
         for row, (value, other) in enumerate(zip(values.to_pylist(), others, strict=True), first + 1):
             yield self._document(value, other, row)
 
@@ -210,12 +196,12 @@ class _Rows:
 
 
 def _top(schema: Any, field: str) -> str:
-    """The column that a field is in."""
+    """The column that contains a field."""
     return field if field in schema.names else field.partition(".")[0]
 
 
 def _kind_of(schema: Any, field: str) -> Any:
-    """Type of a field, whose path may lead into nested ones; None if there is none."""
+    """Type of a field, nested or not; None if it does not exist."""
     import pyarrow as pa
 
     if field in schema.names:
@@ -230,7 +216,7 @@ def _kind_of(schema: Any, field: str) -> Any:
 
 
 def _column(batch: Any, field: str) -> Any:
-    """Values of a field; those of a nested one are null where what it is in is null."""
+    """Values of a field; null where an outer field is null."""
     import pyarrow.compute as pc
 
     if field in batch.schema.names:
@@ -249,7 +235,7 @@ def _is_text(kind: Any) -> bool:
 
 @contextlib.contextmanager
 def _readable(path: Path, kind: str) -> Iterator[None]:
-    """Turn what pyarrow raises at a damaged file into a CorpusError; some of it is an OSError without a number."""
+    """Turn pyarrow's errors about a damaged file into a CorpusError; some are an OSError without errno."""
     import pyarrow as pa
 
     try:
@@ -264,6 +250,6 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
 
 def _unreadable(path: Path, kind: str, reason: str) -> CorpusError:
     return CorpusError(
-        f"corpus file {path}: it is not a readable {kind} file ({reason})",
+        f"corpus file {path}: it is not a valid {kind} file ({reason})",
         action="copy or download it again, then compare its size with the original",
     )

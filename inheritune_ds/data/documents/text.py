@@ -1,7 +1,6 @@
-"""Records of text files: JSON lines, and plain text cut at a separator.
+"""Reads records of text files: JSON lines, and plain text split at a separator.
 
-A record is never larger in memory than `MAX_DOCUMENT_BYTES`; while it is taken apart it is held up to three times
-(as bytes, as a line of text, as the text in it).
+A record is at most `MAX_DOCUMENT_BYTES` long; up to three copies are in memory (bytes, line, text).
 """
 
 import io
@@ -13,7 +12,7 @@ from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
 from inheritune_ds.errors import CorpusError
 
 MAX_DOCUMENT_BYTES = 128 * 2**20
-"""Longest document, and longest line of JSON, that is read (UTF-8 bytes): about 130 books in one piece."""
+"""Longest document, and longest line of JSON (UTF-8 bytes): about 130 books."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 2**20
@@ -22,19 +21,19 @@ _CHUNK_BYTES = 2**20
 def json_lines(
     stream: io.BufferedReader, path: Path, rules: RecordRules, start: Cursor
 ) -> Generator[Document, None, int]:
-    """Yield the records of a file with one JSON object a line; blank lines are no records.
+    """Yield the records of a file with one JSON object per line; blank lines are skipped.
 
     Args:
-        stream: The unpacked file, from its beginning.
-        path: How to call it in messages.
-        rules: What is asked of a record.
-        start: The file's number, and how many records to pass over; their lines are not parsed.
+        stream: The decompressed file, at its beginning.
+        path: Name of the file in messages.
+        rules: Which records are used.
+        start: The file's number, and how many records to skip; their lines are not parsed.
 
     Returns:
-        How many records the file has.
+        Records of the file.
 
     Raises:
-        CorpusError: A bad record, where these are refused; the file is damaged.
+        CorpusError: The file is damaged, or has a bad record and these are refused.
     """
     records = 0
     for number, line in enumerate(_lines(stream), 1):
@@ -47,7 +46,7 @@ def json_lines(
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[bytes | None]:
-    """Yield lines; None stands for one that is too long."""
+    """Yield lines; None replaces one that is too long."""
     first = True
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         if first:
@@ -72,8 +71,8 @@ def _json_document(line: bytes | None, where: str, rules: RecordRules, cursor: C
     except (ValueError, RecursionError) as error:
         problem = CorpusError(
             f"{where}: not a JSON object ({error})",
-            allowed="one complete JSON object a line",
-            action="mend or remove that line, or set bad_records of this source to skip",
+            allowed="one complete JSON object per line",
+            action="correct or remove that line, or set bad_records of this source to skip",
         )
         return rules.bad(problem, cursor)
     return rules.document(record, where, cursor)
@@ -82,23 +81,13 @@ def _json_document(line: bytes | None, where: str, rules: RecordRules, cursor: C
 def plain_text(
     stream: io.BufferedReader, path: Path, rules: RecordRules, separator: str | None, start: Cursor
 ) -> Generator[Document, None, int]:
-    """Yield the documents of a plain text: all of it as one, or the pieces between separators.
+    """Yield the documents of a plain text: the whole file, or the pieces between separators.
 
-    A separator at the end of the file ends the last document and begins none. What is no text is always refused,
-    as nobody knows where the document that it spoils would end.
-
-    Args:
-        stream: The unpacked file, from its beginning.
-        path: How to call it in messages.
-        rules: What is asked of a document.
-        separator: Where to cut.
-        start: The file's number, and how many documents to pass over; they are not decoded.
-
-    Returns:
-        How many documents the file has.
+    A separator at the end of the file begins no document. Bytes that are not text are always refused, because the end
+    of their document is unknown. Arguments and result are those of `json_lines`.
 
     Raises:
-        CorpusError: A document is too long or not UTF-8; the file is damaged.
+        CorpusError: A document is too long or not UTF-8, or the file is damaged.
     """
     documents = 0
     for offset, piece in _pieces(stream, path, separator):
@@ -107,14 +96,14 @@ def plain_text(
             try:
                 text = piece.decode()
             except UnicodeDecodeError as error:
-                place = f"byte {offset + error.start:,}" + (" of what is packed" if path.suffix != ".txt" else "")
+                place = f"byte {offset + error.start:,}" + (" after decompression" if path.suffix != ".txt" else "")
                 raise not_utf8(f"corpus file {path}", error.reason, place) from None
             yield rules.plain(text, Cursor(start.file, documents))
     return documents
 
 
 def _pieces(stream: io.BufferedReader, path: Path, separator: str | None) -> Iterator[tuple[int, bytes]]:
-    """Yield (place in the file, bytes) of every document."""
+    """Yield (byte offset in the file, bytes) of every document."""
     head = stream.read(len(_BYTE_ORDER_MARK))
     rest = bytearray(head.removeprefix(_BYTE_ORDER_MARK))
     offset = len(head) - len(rest)
@@ -124,14 +113,14 @@ def _pieces(stream: io.BufferedReader, path: Path, separator: str | None) -> Ite
         end = -1 if cut is None else rest.find(cut, searched)
         if max(end, len(rest) if end < 0 else 0) > MAX_DOCUMENT_BYTES:
             what = "the text" if cut is None else f"the document that begins at byte {offset:,}"
-            raise too_long(f"corpus file {path}: {what}", "set document_separator of this source to what parts them")
+            raise too_long(f"corpus file {path}: {what}", "set document_separator of this source")
         if cut is not None and end >= 0:
             yield offset, bytes(rest[:end])
             del rest[: end + len(cut)]
             offset += end + len(cut)
             searched = 0
             continue
-        # What was searched may hold the beginning of a separator at its end.
+        # A separator may begin in the bytes that were searched and end in the next chunk.
         searched = max(0, len(rest) - len(cut or b"") + 1)
         chunk = stream.read(_CHUNK_BYTES)
         if not chunk:
@@ -144,14 +133,14 @@ def _pieces(stream: io.BufferedReader, path: Path, separator: str | None) -> Ite
 def too_long(what: str, action: str) -> CorpusError:
     """The error of a document above the limit."""
     return CorpusError(
-        f"{what} is longer than {MAX_DOCUMENT_BYTES // 2**20} MiB, the most that is read as one document",
+        f"{what} is longer than {MAX_DOCUMENT_BYTES // 2**20} MiB, the limit of one document",
         allowed=f"documents of at most {MAX_DOCUMENT_BYTES:,} bytes",
         action=action,
     )
 
 
 def not_utf8(where: str, reason: str, place: str) -> CorpusError:
-    """The error of text that is in another encoding, or damaged."""
+    """The error of text in another encoding, or damaged."""
     return CorpusError(
         f"{where}: it is not UTF-8 text ({reason} at {place})",
         allowed="UTF-8",

@@ -1,1 +1,1 @@
-"""Token files to batches: windows, their order, their mixture."""
+"""From token files to batches: windows, their order, their mixture."""

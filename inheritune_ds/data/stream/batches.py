@@ -1,9 +1,9 @@
-"""Tokens on disk to batches; which window comes when is a pure function of the seed and the step.
+"""From tokens on disk to batches; each step's windows are a pure function of the seed and the step.
 
-Nothing is drawn and nothing is remembered: the window at any position is computed from the seed, so
-a run continues at any step at once, with any number of ranks, and sees what it would have seen.
+There is no state: the window at any position is computed from the seed. So a run resumes at any step at once, with any
+number of ranks, with the same windows as without interruption.
 
-Shapes: B windows, T = `seq_len`; a window is T tokens and the one that follows, T + 1 in all.
+Shapes: B windows, T = `seq_len`; a window has T + 1 tokens, the last one only as a target.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +27,8 @@ class Draw(NamedTuple):
 
     Attributes:
         sources: Numbers of their sources.
-        epochs: How often that source had been gone through before.
-        places: Number of the window in its source; with `random` sampling the number of its first token.
+        epochs: Epochs of that source before.
+        places: Number of the window in its source; with `random` sampling, of its first token.
     """
 
     sources: NDArray[np.int64]
@@ -37,12 +37,12 @@ class Draw(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """What has been read of a source.
+    """The part of a source that has been read.
 
     Attributes:
         windows: Windows drawn.
-        unique_windows: Different ones among them; None where that is not a matter of counting: with `random` sampling,
-            and after the first epoch of a source of which windows were left out.
+        unique_windows: Different ones among them; None if they cannot be counted: with `random` sampling, and after the
+            first epoch of a source with skipped windows.
         epochs: Windows drawn / windows of the source.
     """
 
@@ -52,19 +52,18 @@ class Coverage(NamedTuple):
 
 
 class BatchStream:
-    """Global batches cut into the micro-batches of ranks; the step is the whole state.
+    """Global batches split into the micro-batches of ranks; the step is the whole state.
 
-    Step s (from 0) takes the windows at positions [s * batch_windows, (s + 1) * batch_windows).
-    Row j of micro-batch m on rank r is number m * (world_size * micro_batch_size) +
-    r * micro_batch_size + j among them: world size and accumulation change who reads a window,
-    never which windows make a step.
+    Step s (from 0) uses the windows at positions [s * batch_windows, (s + 1) * batch_windows). Row j of micro-batch m
+    on rank r is number m * (world_size * micro_batch_size) + r * micro_batch_size + j among them: world size and
+    accumulation change the rank that reads a window, never the windows of a step.
 
     Args:
-        sources: Name -> windows of each; a window never reaches from one source into the next.
+        sources: Name -> windows of each; a window never spans two sources.
         seed: Of the run, in [0, 2**64).
         batch_windows: Windows of a step over all ranks and micro-batches.
-        sampling: How the windows of a source follow each other.
-        weights: Of the sources, as `weights_of` gives them; None takes the sources as one.
+        sampling: Order of the windows of a source.
+        weights: The result of `weights_of`; None concatenates the sources.
 
     Raises:
         CorpusError: A source has no window.
@@ -95,7 +94,7 @@ class BatchStream:
         return sum(self._tokens.sizes)
 
     def draw(self, step: int) -> Draw:
-        """Say which windows make a step.
+        """Return the windows of a step.
 
         Raises:
             ValueError: The step is negative.
@@ -107,17 +106,11 @@ class BatchStream:
     ) -> Iterator[NDArray[np.int64]]:
         """Yield the micro-batches that a rank reads at a step.
 
-        Args:
-            step: Number of the optimizer step, from 0.
-            rank: In [0, world_size).
-            world_size: Ranks that share the step.
-            micro_batch_size: Windows a rank takes at a time.
-
         Yields:
             (micro_batch_size, T + 1) token ids, batch_windows / (world_size * micro_batch_size) times.
 
         Raises:
-            ValueError: The batch does not divide, or there is no such rank or step.
+            ValueError: The batch does not divide, or the rank or step is out of range.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} outside [0, {world_size})")
@@ -134,31 +127,25 @@ class BatchStream:
             for first in range(0, len(starts), micro_batch_size)
         )
 
-    def seen(self, end: int, left_out: Sequence[tuple[int, int]] = ()) -> dict[str, Coverage]:
-        """Say what has been read of every source.
+    def seen(self, end: int, skipped: Sequence[tuple[int, int]] = ()) -> dict[str, Coverage]:
+        """Return the coverage of every source by batches [0, end).
 
         Args:
-            end: Batches from 0 up to this one, without it.
-            left_out: Ranges of batches among them that were not read, first to end, apart from each other.
+            end: The first batch that has not been read.
+            skipped: Disjoint ranges [first, end) of skipped batches.
         """
-        drawn = np.array(self._drawn_before(end))
-        skipped = sum(
-            (
-                np.array(self._drawn_before(min(stop, end))) - self._drawn_before(min(first, end))
-                for first, stop in left_out
-            ),
-            start=np.zeros_like(drawn),
-        )
-        return {
-            name: self._seen(int(windows), int(missed), size)
-            for name, windows, missed, size in zip(self._tokens.names, drawn, skipped, self._tokens.sizes, strict=True)
-        }
+        drawn = self._drawn_before(end)
+        missed = np.zeros_like(drawn)
+        for first, stop in skipped:
+            missed += self._drawn_before(min(stop, end)) - self._drawn_before(min(first, end))
+        counts = zip(drawn.tolist(), missed.tolist(), self._tokens.sizes, strict=True)
+        return {name: self._seen(*count) for name, count in zip(self._tokens.names, counts, strict=True)}
 
-    def _drawn_before(self, number: int) -> Sequence[int]:
-        return self._mixture.turns_before(number * self.batch_windows)
+    def _drawn_before(self, number: int) -> NDArray[np.int64]:
+        return np.array(self._mixture.turns_before(number * self.batch_windows), dtype=np.int64)
 
     def _seen(self, drawn: int, skipped: int, size: int) -> Coverage:
-        """After an epoch a window that was skipped may have come again, or not: counting does not tell."""
+        """After an epoch, a skipped window may have come again or not: the windows cannot be counted."""
         windows = drawn - skipped
         countable = not self._random and (drawn <= size or not skipped)
         return Coverage(windows, min(windows, size) if countable else None, windows / size)
@@ -177,19 +164,15 @@ class BatchStream:
         for name, size, count in zip(self._tokens.names, self._tokens.sizes, self._tokens.counts, strict=True):
             if not size:
                 raise CorpusError(
-                    f"the training part of source {name!r} has {count} tokens, less than one window of "
+                    f"the training part of source {name!r} has {count} tokens, fewer than one window of "
                     f"training.seq_len = {self._tokens.seq_len}",
-                    action="give the source more documents or a higher max_tokens, take it out of corpus.sources or "
+                    action="add documents to the source, raise its max_tokens, remove it from corpus.sources or "
                     "lower training.seq_len",
                 )
 
 
 def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStream:
-    """The batches of a recipe; without weights, sources that have no token at all are left out.
-
-    Args:
-        recipe: What is asked for.
-        shards: Name of every source -> its training tokens.
+    """The batches of a recipe from the training tokens of its sources; without weights, empty sources are skipped.
 
     Raises:
         CorpusError: A source has no window.
@@ -207,18 +190,13 @@ def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStre
 
 
 def build_held_out(recipe: Recipe, shards: Mapping[str, TokenShards]) -> HeldOut:
-    """The held-out windows of a recipe, mixed by the weights at its start.
-
-    Args:
-        recipe: What is asked for.
-        shards: Name of every source -> its held-out tokens.
-    """
+    """The held-out windows of a recipe, mixed by the weights at its start."""
     weights = weights_of(recipe.corpus, recipe.training.seq_len)
     return HeldOut(_windows(recipe, shards), None if weights is None else weights[0].shares)
 
 
 def _windows(recipe: Recipe, shards: Mapping[str, TokenShards]) -> dict[str, Windows]:
-    """Windows of the sources in the recipe's order, whichever order the shards are given in."""
+    """Windows of the sources in the recipe's order."""
     return {source.name: Windows(shards[source.name], recipe.training.seq_len) for source in recipe.corpus.sources}
 
 

@@ -1,6 +1,6 @@
-"""Which source each window of the stream is taken from: pure functions of the position, for any position at once.
+"""Selects the source of each window of the stream: pure functions of the position, for any position at once.
 
-A position is a number of windows from the start of the run; the turns of a source are its windows before it.
+A position is the number of windows before it in the run; the turns of a source are its windows before the position.
 
 Shapes: B positions, S sources.
 """
@@ -19,26 +19,19 @@ from inheritune_ds.config.corpus import Corpus, shares
 
 _HALF = 20
 MAX_WINDOWS = 1 << 2 * _HALF
-"""Most windows that sources without weights may have together: their products must fit 64 bits."""
+"""Most windows of all sources without weights: products must fit 64 bits."""
 
 Turns = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 class Mixture(Protocol):
-    """Whose turn it is when."""
+    """Order of the sources."""
 
     def at(self, positions: NDArray[np.int64]) -> Turns:
-        """Look up positions.
-
-        Args:
-            positions: (B,) positions from 0 on, in any order.
-
-        Returns:
-            (B,) numbers of sources, and (B,) turns that the source had before.
-        """
+        """Map positions (B,) to source numbers (B,) and earlier turns of that source (B,)."""
 
     def turns_before(self, position: int) -> list[int]:
-        """Turns that every source has before a position."""
+        """Turns of every source before a position."""
 
 
 class Weights(NamedTuple):
@@ -46,7 +39,7 @@ class Weights(NamedTuple):
 
     Attributes:
         mark: They hold from the first round that begins at or after this position.
-        shares: Turns of every source in a round; 0 for one that is left out.
+        shares: Turns of every source in a round; 0 for an unused one.
     """
 
     mark: int
@@ -54,11 +47,11 @@ class Weights(NamedTuple):
 
 
 def weights_of(corpus: Corpus, seq_len: int) -> list[Weights] | None:
-    """Weights of a corpus and their changes; None if its sources are taken as one.
+    """Weights of a corpus and their changes; None if it has no weights.
 
     Args:
         corpus: Sources and weight changes.
-        seq_len: Tokens a window: a mark in tokens counts as the windows that hold as many.
+        seq_len: Tokens per window: a mark in tokens is rounded up to windows.
     """
     if corpus.weights is None:
         return None
@@ -73,11 +66,11 @@ def weights_of(corpus: Corpus, seq_len: int) -> list[Weights] | None:
 class Weighted:
     """Sources by weight, in rounds of D windows in which source i has a_i turns.
 
-    The turns of a round are spread such that after any k windows each source has had less than one window more or less
-    than k * a_i / D: its turn j stands in [floor(j * D / a_i), ceil((j + 1) * D / a_i)). Baruah, Cohen, Plaxton, Varvel
-    1996, "Proportionate progress", prove that such a sequence exists; taking the turn whose end is nearest finds it
-    (earliest deadline first, exact for jobs of one slot). Other weights begin with a round, so this holds across
-    changes too.
+    The turns of a round are spread such that after any k windows the count of each source differs from k * a_i / D by
+    less than one window: its turn j is in [floor(j * D / a_i), ceil((j + 1) * D / a_i)). Baruah, Cohen, Plaxton, Varvel
+    1996, "Proportionate progress", prove that such a sequence exists; taking the turn with the nearest end finds it
+    (earliest deadline first, exact for jobs of one slot). New weights begin with a round, so this also holds across
+    changes.
 
     Args:
         weights: In the order of their marks, the first with mark 0.
@@ -101,7 +94,7 @@ class Weighted:
         return list(self._starts)
 
     def at(self, positions: NDArray[np.int64]) -> Turns:
-        """Look up positions, as `Mixture` says."""
+        """See `Mixture.at`."""
         parts = np.searchsorted(self._starts, positions, side="right") - 1
         sources, turns = np.empty_like(positions), np.empty_like(positions)
         for part in np.unique(parts).tolist():
@@ -116,7 +109,7 @@ class Weighted:
         return sources, turns
 
     def turns_before(self, position: int) -> list[int]:
-        """Turns that every source has before a position."""
+        """See `Mixture.turns_before`."""
         part = bisect.bisect_right(self._starts, position) - 1
         turns = self._shares[part]
         table, _ = round_table(turns)
@@ -126,11 +119,11 @@ class Weighted:
 
 
 class Even:
-    """Sources without weights, as one: every window of each once an epoch, spread evenly over the epoch.
+    """Sources without weights: every window of each once per epoch, spread evenly over the epoch.
 
-    Of the o windows of an epoch that are left to them, the first source has floor(o * n / N), n being its windows and N
-    those of all that are left; the next has its part of the rest, and so on. A source is at no point more than one
-    window short of its part, or more than S - 1 ahead.
+    Of o windows of an epoch, the first source has floor(o * n / N), with n its windows and N those of all sources; the
+    next source has its part of the remainder by the same rule, and so on. A source is never more than one window behind
+    its part, or more than S - 1 ahead.
 
     Args:
         sizes: Windows of every source.
@@ -145,7 +138,7 @@ class Even:
         self._sizes = list(sizes)
 
     def at(self, positions: NDArray[np.int64]) -> Turns:
-        """Look up positions, as `Mixture` says."""
+        """See `Mixture.at`."""
         left = sum(self._sizes)
         epochs, offsets = np.divmod(positions, np.int64(left))
         sources = np.full_like(positions, len(self._sizes) - 1)
@@ -160,7 +153,7 @@ class Even:
         return sources, epochs * np.array(self._sizes)[sources] + offsets
 
     def turns_before(self, position: int) -> list[int]:
-        """Turns that every source has before a position."""
+        """See `Mixture.turns_before`."""
         left = sum(self._sizes)
         epochs, offset = divmod(position, left)
         found = []
@@ -172,7 +165,7 @@ class Even:
 
 
 class InTurn:
-    """Sources without weights one after the other, again and again.
+    """Sources without weights one after the other, repeated.
 
     Args:
         sizes: Windows of every source.
@@ -183,13 +176,13 @@ class InTurn:
         self._begins = np.cumsum([0, *sizes], dtype=np.int64)[:-1]
 
     def at(self, positions: NDArray[np.int64]) -> Turns:
-        """Look up positions, as `Mixture` says."""
+        """See `Mixture.at`."""
         epochs, offsets = np.divmod(positions, self._sizes.sum())
         sources = np.searchsorted(self._begins, offsets, side="right") - 1
         return sources, epochs * self._sizes[sources] + offsets - self._begins[sources]
 
     def turns_before(self, position: int) -> list[int]:
-        """Turns that every source has before a position."""
+        """See `Mixture.turns_before`."""
         epochs, offset = divmod(position, int(self._sizes.sum()))
         found: list[int] = (epochs * self._sizes + np.clip(offset - self._begins, 0, self._sizes)).tolist()
         return found
@@ -197,13 +190,10 @@ class InTurn:
 
 @cache
 def round_table(turns: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Lay out a round of `Weighted`.
-
-    Args:
-        turns: Turns of every source.
+    """Schedule a round of `Weighted` with these turns per source.
 
     Returns:
-        (D,) sources of the slots, and (D,) how often that source has come before in the round.
+        (D,) sources of the slots, and (D,) earlier turns of that source in the round.
     """
     length = sum(turns)
     waiting = [(0, source) for source, count in enumerate(turns) if count]
@@ -223,7 +213,7 @@ def round_table(turns: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.i
 
 
 def _part(counts: NDArray[np.int64], size: int, whole: int) -> NDArray[np.int64]:
-    """floor(count * size / whole) for counts and sizes up to `MAX_WINDOWS`, whose product would not fit 64 bits."""
+    """floor(count * size / whole) for counts and sizes up to `MAX_WINDOWS`, without overflow of 64 bits."""
     high, low = counts >> _HALF, counts & ((1 << _HALF) - 1)
     quotient, remainder = np.divmod(high * size, np.int64(whole))
     part: NDArray[np.int64] = (quotient << _HALF) + ((remainder << _HALF) + low * size) // whole

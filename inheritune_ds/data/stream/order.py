@@ -1,8 +1,7 @@
-"""Which window of a source comes at which of its turns: pure functions of seed and turn, for any turn at once.
+"""Selects the window of a source at each of its turns: pure functions of seed and turn, for any turn at once.
 
-Every order is of several sources, each with a sequence of its own. Turn t of a source that has n windows belongs to its
-epoch t // n. The integer mixing is written out here because the streams of numpy's generators may change between
-its versions.
+An order covers several sources, each with its own sequence. Turn t of a source with n windows belongs to its epoch
+t // n. The integer mixing is implemented here because numpy's generators may change between versions.
 
 Shapes: B turns, S sources.
 """
@@ -26,29 +25,17 @@ Found = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 class Order(Protocol):
-    """What comes when."""
+    """Order of the windows of each source."""
 
     def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
-        """Look up what comes at turns of sources.
-
-        Args:
-            sources: (B,) numbers of sources.
-            turns: (B,) turns of that source from 0 on, in any order.
-
-        Returns:
-            (B,) epochs from 0 on, and (B,) places.
-        """
+        """Map source numbers (B,) and their turns (B,) to epochs (B,) and places (B,), all from 0."""
 
 
 def order_seeds(seed: int, names: Sequence[str]) -> list[int]:
     """Seed of every source's order.
 
-    A source on its own has the run's seed. Several have each one of its own, made of the seed and the name alone: a
-    source that is added or moved does not change the order of the others.
-
-    Args:
-        seed: Of the run.
-        names: Of the sources.
+    A single source has the run's seed. Several have one each, from the run's seed and the name alone: adding or moving
+    a source does not change the order of the others.
     """
     if len(names) == 1:
         return [seed]
@@ -57,10 +44,10 @@ def order_seeds(seed: int, names: Sequence[str]) -> list[int]:
 
 
 class ShuffledOrder:
-    """Every epoch is another permutation of all windows of the source; a place is a window's number.
+    """A new permutation of all windows of the source in every epoch; a place is a window's number.
 
     Inside an epoch, the permutation is a Feistel network keyed by (seed, epoch) over the pairs (left, right), left < a,
-    right < b, with a * b the smallest such product not below n; values that fall outside [0, n) walk on along their
+    right < b, with a * b the smallest such product not below n; values outside [0, n) are permuted again along their
     cycle (Black, Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3).
 
     Args:
@@ -68,7 +55,7 @@ class ShuffledOrder:
         seeds: Seed of every source, in [0, 2**64).
 
     Raises:
-        ValueError: A source has no window to order.
+        ValueError: A source has no window.
     """
 
     def __init__(self, sizes: Sequence[int], seeds: Sequence[int]) -> None:
@@ -79,7 +66,7 @@ class ShuffledOrder:
         self._states = _seed_states(seeds)
 
     def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
-        """Look up turns, as `Order` says."""
+        """See `Order.at`."""
         sizes = self._sizes[sources]
         epochs, offsets = np.divmod(turns, sizes)
         left_sizes, right_sizes = self._left_sizes[sources], self._right_sizes[sources]
@@ -99,39 +86,38 @@ class ShuffledOrder:
 
 
 class SequentialOrder:
-    """The windows of a source as they stand, every epoch alike; a place is a window's number.
+    """The windows of a source in their own order, the same in every epoch; a place is a window's number.
 
     Args:
         sizes: Windows of every source.
 
     Raises:
-        ValueError: A source has no window to order.
+        ValueError: A source has no window.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = _sizes(sizes)
 
     def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
-        """Look up turns, as `Order` says."""
+        """See `Order.at`."""
         epochs, places = np.divmod(turns, self._sizes[sources])
         return epochs, places
 
 
 class RandomOrder:
-    """Windows at random places, with replacement, as nanoGPT's get_batch; a place is the number of a first token.
+    """Windows at random places, with replacement, as in nanoGPT's get_batch; a place is the number of a first token.
 
-    Turn t takes the 64-bit word t of the source's splitmix64 stream modulo `tokens - T`, which are nanoGPT's places
-    (`torch.randint(len(data) - block_size, ...)`, train.py): the bias of that is below places / 2**64, so one place of
-    ten billion is likelier than another by less than one in a billion. An epoch is as many turns as the source has
-    windows.
+    Turn t takes the 64-bit word t of the source's splitmix64 stream modulo `tokens - T`, the range of nanoGPT's places
+    (`torch.randint(len(data) - block_size, ...)`, train.py): the bias is below places / 2**64, so for ten billion
+    places probabilities differ by less than one in a billion. An epoch has as many turns as the source has windows.
 
     Args:
         sizes: Windows of every source.
-        places: Tokens of every source less T.
+        places: Tokens of every source minus T.
         seeds: Seed of every source, in [0, 2**64).
 
     Raises:
-        ValueError: A source has no window to order.
+        ValueError: A source has no window.
     """
 
     def __init__(self, sizes: Sequence[int], places: Sequence[int], seeds: Sequence[int]) -> None:
@@ -140,7 +126,7 @@ class RandomOrder:
         self._states = _seed_states(seeds)
 
     def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
-        """Look up turns, as `Order` says."""
+        """See `Order.at`."""
         words = _mix(self._states[sources] + (turns.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
         return turns // self._sizes[sources], (words % self._places[sources]).astype(np.int64)
 
@@ -169,7 +155,7 @@ def _permute(
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Finalize as splitmix64 does: a bijection of 64-bit integers in which every bit reaches every bit."""
+    """Finalize as splitmix64 does: a bijection of 64-bit integers that mixes every bit into all others."""
     values = (values ^ (values >> np.uint64(30))) * _MIX_1
     values = (values ^ (values >> np.uint64(27))) * _MIX_2
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""The held-out windows in a fixed order whose beginning has all sources in their proportion."""
+"""The held-out windows in a fixed order; any first part of it mixes the sources in proportion."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from inheritune_ds.data.stream.windows import SourceTokens, Windows
 class HeldOut:
     """The held-out windows of all sources, each once.
 
-    By weight, sources take turns as in training, each with its windows in the order of its text; where one has no more
-    the others go on, and a source of weight 0 comes last. Without weights they are spread evenly, so that any number of
-    first windows has them in proportion to their held-out parts. A single source is read as it stands.
+    With weights, sources take turns as in training, each with its windows in the order of its text; when one has no
+    more, the others continue, and a source of weight 0 is last. Without weights they are spread evenly, so that any
+    first part has them in proportion to their held-out parts.
 
     Args:
         sources: Name -> windows of each.
@@ -43,48 +43,34 @@ class HeldOut:
         return self._tokens.seq_len
 
     def read(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read windows.
-
-        Args:
-            numbers: (B,) places in the order.
-
-        Returns:
-            (B, T + 1) token ids.
-        """
+        """Return the token ids (B, T + 1) of the windows at places (B,) in the order."""
         return self._tokens.read(self._sources[numbers], self._ids[numbers] * self.seq_len)
 
     def used(self, count: int) -> dict[str, int]:
-        """How many windows of every source are among the first ones.
-
-        Args:
-            count: How many first windows.
-        """
+        """Windows of every source among the first `count`."""
         windows = np.bincount(self._sources[:count], minlength=len(self._windows)).tolist()
         return dict(zip(self._windows, windows, strict=True))
 
     def sha256(self, count: int) -> str:
-        """Hash (hex) of the first windows: their token ids, whichever integer type the files have, and their order.
+        """Hash (hex) of the first `count` windows: their token ids as 32-bit numbers, and their order.
 
-        Two models are compared window by window, so the same windows in another order are not the same.
-
-        Args:
-            count: How many first windows.
+        Models are compared window by window, so the order counts.
         """
         digest = hashlib.sha256()
         for name, windows in self.used(count).items():
             self._windows[name].hash_into(digest, windows)
-        if len(self._windows) > 1:  # a source keeps its own order, so what is left is whose turn it is
+        if len(self._windows) > 1:  # each source keeps its own order, so only the turns are missing
             digest.update(self._sources[:count].astype("<u4").tobytes())
         return digest.hexdigest()
 
 
 def _taking_turns(sizes: Sequence[int], shares: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sources and windows by the position at which endless rounds would come to them; both (windows,)."""
+    """Sources and windows, both (windows,), by their position in endless rounds."""
     table, _ = round_table(shares)
     positions = []
     for source, (size, share) in enumerate(zip(sizes, shares, strict=True)):
         rounds, turns = np.divmod(np.arange(size), max(share, 1))
-        # A source of weight 0 comes after all rounds that any other needs.
+        # A source of weight 0 comes after all rounds of the others.
         slots = np.flatnonzero(table == source) if share else np.array([(1 + max(sizes)) * len(table)])
         positions.append(rounds * len(table) + slots[turns])
     order = np.argsort(np.concatenate(positions), kind="stable")

@@ -1,6 +1,6 @@
-"""Token files on disk: many shards read as one sequence, and its windows.
+"""Reads the shards of token files as one sequence, and its windows.
 
-Shapes: B windows, T = `seq_len`; a window is T tokens and the one that follows, T + 1 in all.
+Shapes: B windows, T = `seq_len`; a window has T + 1 tokens, the last one only as a target.
 """
 
 import hashlib
@@ -18,30 +18,29 @@ _HASH_TOKENS = 1 << 20
 
 
 class TokenShards:
-    """Header-free little-endian token files, one after the other, read through memory maps.
+    """Header-free little-endian token files, concatenated and memory-mapped.
 
-    Every file is mapped at once and its descriptor closed again, so thousands of shards cost address space only, and
-    a file that is removed later can still be read. (numpy's own maps keep a descriptor each, of which a process may
-    have 1,024.)
+    File descriptors are closed after mapping, so thousands of shards need only address space, and a file that is
+    removed later can still be read. (numpy's own maps keep a descriptor each; a process may have 1,024.)
 
     Args:
-        paths: The files, in their order.
-        counts: Tokens that each must hold.
+        paths: The files in order.
+        counts: Expected tokens of each.
         dtype: `uint16` or `uint32`.
 
     Raises:
-        CorpusError: A file is missing, cannot be read or does not hold its tokens.
+        CorpusError: A file is missing, cannot be read or has another number of tokens.
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], dtype: str) -> None:
         item = np.dtype(dtype).newbyteorder("<")
         self.arrays = [_mapped(path, count, item) for path, count in zip(paths, counts, strict=True)]
-        """The memory maps."""
+
         self._place()
 
     @classmethod
     def joined(cls, parts: Sequence["TokenShards"]) -> "TokenShards":
-        """The tokens of several one after the other, on the same memory maps."""
+        """Concatenate the tokens of several, on the same memory maps."""
         whole = cls([], [], "uint16")
         whole.arrays = [array for part in parts for array in part.arrays]
         whole._place()
@@ -51,15 +50,15 @@ class TokenShards:
         return self._num_tokens
 
     def _place(self) -> None:
-        """Note where every file begins in the sequence."""
+        """Compute the position of every file in the sequence."""
         ends = np.cumsum([0, *map(len, self.arrays)], dtype=np.int64)
         self._begins, self._num_tokens = ends[:-1], int(ends[-1])
 
     def read(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Read spans of tokens; one may reach over the ends of files.
+        """Read spans of tokens, which may cross the ends of files.
 
         Args:
-            starts: (B,) numbers of their first tokens.
+            starts: (B,) positions of their first tokens.
             length: Tokens of each.
 
         Returns:
@@ -71,7 +70,7 @@ class TokenShards:
         if starts.size and (starts.min() < 0 or starts.max() + length > len(self)):
             raise ValueError(f"spans of {length} from {starts.min()} to {starts.max()} outside [0, {len(self)})")
         out = np.empty((len(starts), length), dtype=np.int64)
-        # The last file that begins at or before the start: an empty one begins where the next does.
+        # The last file that begins at or before the start; an empty file begins at the same position as the next.
         shards = np.searchsorted(self._begins, starts, side="right") - 1
         offsets = starts - self._begins[shards]
         for row, shard, offset in zip(out, shards.tolist(), offsets.tolist(), strict=True):
@@ -83,7 +82,7 @@ class TokenShards:
         return out
 
     def _read_across(self, row: NDArray[np.int64], shard: int, offset: int) -> None:
-        """Fill a row that reaches into the next files."""
+        """Fill a row that crosses into the next files."""
         filled = 0
         while filled < len(row):
             part = self.arrays[shard][offset : offset + len(row) - filled]
@@ -116,13 +115,7 @@ class Windows:
         return windows_in(len(self.shards), self.seq_len)
 
     def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read windows.
-
-        Args:
-            ids: (B,) window numbers, each in [0, len(self)).
-
-        Returns:
-            (B, T + 1) token ids: columns [0, T) are inputs, columns [1, T + 1) their targets.
+        """Return the token ids (B, T + 1) of windows (B,): columns [0, T) are inputs, columns [1, T + 1) their targets.
 
         Raises:
             ValueError: An id is out of range.
@@ -132,12 +125,7 @@ class Windows:
         return self.shards.read(ids * self.seq_len, self.seq_len + 1)
 
     def hash_into(self, digest: "hashlib._Hash", count: int) -> None:
-        """Add the token ids of the first windows to a hash, as 32-bit numbers whichever type the files have.
-
-        Args:
-            digest: Of hashlib.
-            count: How many windows; of none nothing is added.
-        """
+        """Add the token ids of the first `count` windows to a hash, as 32-bit numbers."""
         num_tokens = count * self.seq_len + 1 if count else 0
         for start in range(0, num_tokens, _HASH_TOKENS):
             tokens = self.shards.read(np.array([start]), min(_HASH_TOKENS, num_tokens - start))
@@ -157,22 +145,22 @@ class SourceTokens:
     def __init__(self, sources: Mapping[str, Windows]) -> None:
         lengths = {windows.seq_len for windows in sources.values()}
         if len(lengths) != 1:
-            raise ValueError(f"windows of one length are needed, not of {sorted(lengths)}")
+            raise ValueError(f"windows must have one length, not {sorted(lengths)}")
         self.names = list(sources)
         self.seq_len = lengths.pop()
         self.sizes = [len(windows) for windows in sources.values()]
-        """Windows of every source."""
+
         self.counts = [len(windows.shards) for windows in sources.values()]
-        """Tokens of every source."""
+
         self._tokens = TokenShards.joined([windows.shards for windows in sources.values()])
         self._begins = np.cumsum([0, *self.counts], dtype=np.int64)[:-1]
 
     def read(self, sources: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read windows that begin anywhere.
+        """Read windows at any position.
 
         Args:
             sources: (B,) numbers of sources.
-            starts: (B,) numbers of first tokens within the source; T more must follow there.
+            starts: (B,) positions of first tokens within the source, followed by T more.
 
         Returns:
             (B, T + 1) token ids.
@@ -186,14 +174,14 @@ def _mapped(path: Path, count: int, item: np.dtype[np.unsignedinteger]) -> NDArr
     if size != expected:
         found = "is missing" if size is None else f"has {size} bytes"
         raise CorpusError(
-            f"{path}: the token file {found}, its manifest says {expected}",
-            action="give the same command again: the tokens are made anew",
+            f"{path}: the token file {found}, but its manifest says {expected}",
+            action="rerun the same command to remake the tokens",
         )
     if not count:
         return np.empty(0, item)  # an empty file cannot be mapped
     try:
         with pa.memory_map(str(path)) as file:
-            # A buffer of the whole file would have megabytes of each shard read ahead; one byte keeps the map as well.
+            # One byte keeps the map; a buffer of the whole file would read ahead megabytes of each shard.
             first = file.read_buffer(1)
             return np.frombuffer(pa.foreign_buffer(first.address, file.size(), base=first), item)
     except OSError as error:

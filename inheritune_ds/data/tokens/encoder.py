@@ -1,10 +1,9 @@
-"""Token ids of documents of any length in bounded memory: a long one is encoded in pieces.
+"""Encodes documents of any length in bounded memory: long ones are cut into pieces.
 
-The ids are those of the whole document. Where a cut is proven to change nothing, and for which
-tokenizers, stands in `cuts`. Two cases are left, and both are counted as `forced_cuts`: no such
-place within `MAX_PIECE_CHARACTERS` (a million letters without a space or mark, a million times the
-same character), and a tokenizer that is neither of the known kinds. Such a cut is made at the end
-of a word if there is one. The text is still whole: only the few tokens at the cut may differ.
+The ids are those of the whole document. `safe_cuts` proves which cuts change nothing, and for which tokenizers.
+Other cuts are counted as `forced_cuts`: no such place within `MAX_PIECE_CHARACTERS` (a million letters without a
+space or mark), or a tokenizer of an unknown kind. A forced cut is at the end of a word if possible; all text is kept,
+and only the few tokens at the cut may differ.
 """
 
 import json
@@ -21,42 +20,42 @@ from inheritune_ds.errors import CorpusError
 Ids = npt.NDArray[np.uint32]
 
 PIECE_CHARACTERS = 2**14
-"""A longer document is cut at the first safe place behind this many; larger pieces are slower, not better."""
+"""A longer document is cut at the first safe place behind this position; larger pieces are slower."""
 MAX_PIECE_CHARACTERS = 2**20
-"""No piece is longer, whatever the text: bounds the memory, most of it `tokenizers`' own."""
+"""Longest piece; it bounds the memory, most of which `tokenizers` uses."""
 
 _BATCH_CHARACTERS = 2**16
 _TRIES = 1000
-"""Places to look at closely before a cut is forced."""
+"""Places to check before a cut is forced."""
 _PROBE = "a text"
 
 
 class Continued(str):
-    """A piece that is not the first of its document: the tokenizer puts nothing in front of it."""
+    """A later piece of a document: the tokenizer adds nothing in front of it."""
 
     __slots__ = ()
 
 
 class TextEncoder:
-    """Encodes documents; cheap to make in another process from the same arguments.
+    """Encodes documents; another process can create it from the same arguments.
 
-    A special token that is spelled out in a document is text like any other, as for tiktoken's
-    `encode_ordinary` and SentencePiece: the end-of-text id stands at the ends of documents only.
+    The text of a special token inside a document is ordinary text, as in tiktoken's `encode_ordinary` and
+    SentencePiece: the end-of-text id is at the ends of documents only.
 
     Args:
-        tokenizer_json: What `Tokenizer.to_str()` gives.
+        tokenizer_json: The result of `Tokenizer.to_str()`.
         eos_id: The token that ends a document.
         piece_characters: Documents up to this length are one piece.
-        max_piece_characters: No piece is longer.
+        max_piece_characters: Longest piece.
 
     Attributes:
-        backend: The tokenizer; without truncation and padding.
-        front: Ids that the tokenizer's template puts before a document ([1] for LLaMA).
-        back: Ids that it puts behind one, the end of text left out.
-        forced_cuts: Cuts so far that are not proven to leave the ids as they are.
+        backend: The tokenizer without truncation and padding.
+        front: Ids that the tokenizer's template adds before a document ([1] for LLaMA).
+        back: Ids that it adds behind a document, without the end of text.
+        forced_cuts: Cuts so far that are not proven to keep the ids.
 
     Raises:
-        CorpusError: The template puts its tokens elsewhere than around the text.
+        CorpusError: The template adds tokens inside the text.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class TextEncoder:
     ) -> None:
         spec = json.loads(tokenizer_json)
         for token in spec["added_tokens"]:
-            token["special"] |= token["id"] == eos_id  # else a document could spell its own end
+            token["special"] |= token["id"] == eos_id  # otherwise the text of a document could contain its end
         later = safe_cuts.continued(spec)
         self.backend = _backend(spec)
         self.eos_id = eos_id
@@ -78,7 +77,7 @@ class TextEncoder:
         self._later = _backend(later) if later != spec else self.backend
         self._rule = safe_cuts.rule_of(spec)
         self._max = max_piece_characters
-        # Without a proven rule every cut may cost something: few and large pieces.
+        # Without a proven rule every cut may change ids: use few large pieces.
         self._wanted = piece_characters if self._rule else max_piece_characters // 2
         self._seams = safe_cuts.Seams(
             normalize=self._normalize,
@@ -87,7 +86,7 @@ class TextEncoder:
         )
 
     def pieces(self, text: str) -> list[str]:
-        """Cut a document; its parts, joined, are the text. A short one is its own only piece."""
+        """Cut a document into pieces, which join to the text; a short document is one piece."""
         pieces: list[str] = []
         start = 0
         while len(text) - start > self._wanted:
@@ -99,10 +98,10 @@ class TextEncoder:
         return [*pieces, Continued(text[start:]) if start else text]
 
     def encode(self, pieces: Sequence[str]) -> list[Ids]:
-        """Return the ids of each piece, of one document or of many, nothing around them.
+        """Return the ids of each piece, without the template's tokens.
 
         Args:
-            pieces: As `pieces` gives them; a plain string is the first piece of its document.
+            pieces: Pieces of one or more documents; a plain string is the first piece of its document.
         """
         encoded: list[Ids] = []
         batch: list[str] = []
@@ -118,14 +117,14 @@ class TextEncoder:
         return encoded + _encode_batch(backend, batch)
 
     def document(self, pieces: Sequence[Ids]) -> Ids:
-        """Join the ids of a document's pieces: the template's around them, then the end of text."""
+        """Join the ids of a document's pieces and add the template's ids and the end of text."""
         front, end = np.array(self.front, np.uint32), np.array([*self.back, self.eos_id], np.uint32)
         return np.concatenate([front, *pieces, end])
 
     def _cut(self, text: str, start: int) -> int:
-        """Return the end of the piece that begins at `start`; that of the text if it is not cut."""
+        """Return the end of the piece that begins at `start`."""
         first, last = start + self._wanted, min(start + self._max, len(text))
-        places = (self._rule.candidates if self._rule else safe_cuts.word_ends)(text, first, last)
+        places = (self._rule or safe_cuts.WordEnds()).candidates(text, first, last)
         cut = next((place for place in islice(places, _TRIES) if self._seams.holds(self._rule, text, place)), last)
         found = cut < last
         if cut < len(text) and not (found and self._rule):
@@ -151,15 +150,15 @@ def _encode_batch(backend: Tokenizer, batch: list[str]) -> list[Ids]:
 
 
 def _template(backend: Tokenizer, eos_id: int) -> tuple[list[int], list[int]]:
-    """Return what stands before and behind a text, the end of text left out."""
+    """Return the ids before and behind a text, without the end of text."""
     bare, whole = backend.encode(_PROBE, add_special_tokens=False).ids, backend.encode(_PROBE).ids
     mask = backend.encode(_PROBE).special_tokens_mask
     first = mask.index(0) if 0 in mask else len(mask)
     front, back = whole[:first], whole[first + len(bare) :]
     if [*front, *bare, *back] != whole:
         raise CorpusError(
-            f"the tokenizer's template makes {whole} of {_PROBE!r}, whose own ids are {bare}",
-            allowed="a template that puts tokens in front of a text or behind it, such as `<s> $A`",
+            f"the tokenizer's template turns {_PROBE!r} with the ids {bare} into {whole}",
+            allowed="a template that adds tokens before or behind a text, such as `<s> $A`",
             action="correct post_processor in its tokenizer.json",
         )
     return list(front), list(back[:-1] if back[-1:] == [eos_id] else back)

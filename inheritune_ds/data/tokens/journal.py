@@ -1,6 +1,6 @@
-"""How far a preparation has come, so that a killed one goes on at the same document.
+"""Progress of a preparation, so that a killed one resumes at the same document.
 
-One SQLite file holds both the place reached and the hashes of the documents seen, and both change in one transaction.
+One SQLite file holds the position and the hashes of the documents seen; one transaction changes both.
 """
 
 import json
@@ -20,11 +20,8 @@ _CACHE_KIB = 65_536
 class Journal:
     """The journal of a folder that is being filled.
 
-    Args:
-        folder: Where it lies.
-
     Raises:
-        StorageError: It cannot be written.
+        StorageError: The journal cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,61 +30,57 @@ class Journal:
             try:
                 self._database = self._open()
                 self.state()
-            except (sqlite3.DatabaseError, ValueError):  # torn by a power cut: begin anew
+            except (sqlite3.DatabaseError, ValueError):  # damaged by a power failure: start over
                 remove_journal(folder)
                 self._database = self._open()
 
     def _open(self) -> sqlite3.Connection:
-        # Transactions are begun and ended by hand: every change since the last commit is undone by a kill.
-        database: sqlite3.Connection = self._refused(sqlite3.connect, self.path, isolation_level=None)
-        self._refused(database.execute, f"PRAGMA cache_size = -{_CACHE_KIB}")
-        self._refused(database.execute, "CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY, document TEXT)")
-        self._refused(database.execute, "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._refused(database.execute, "BEGIN")
+        # Explicit transactions: a kill undoes every change since the last commit.
+        database: sqlite3.Connection = self._run(sqlite3.connect, self.path, isolation_level=None)
+        self._run(database.execute, f"PRAGMA cache_size = -{_CACHE_KIB}")
+        self._run(database.execute, "CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY, document TEXT)")
+        self._run(database.execute, "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._run(database.execute, "BEGIN")
         return database
 
     def state(self) -> dict[str, Any] | None:
-        """What was last committed; None in a new journal."""
-        row = self._refused(self._database.execute, "SELECT document FROM state WHERE id = 0").fetchone()
+        """The last committed state; None in a new journal."""
+        row = self._run(self._database.execute, "SELECT document FROM state WHERE id = 0").fetchone()
         return json.loads(row[0]) if row else None
 
     def is_new(self, digest: bytes) -> bool:
-        """Note a document; returns whether it is seen for the first time.
-
-        Args:
-            digest: Its sha256, of which 16 bytes are kept.
-        """
-        cursor = self._refused(self._database.execute, "INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],))
+        """Record a document by its sha256, of which 16 bytes are kept; returns whether it is new."""
+        cursor = self._run(self._database.execute, "INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],))
         return bool(cursor.rowcount)
 
     def commit(self, state: dict[str, Any]) -> None:
-        """Keep a state and every document noted so far."""
-        self._refused(self._database.execute, "INSERT OR REPLACE INTO state VALUES (0, ?)", (json.dumps(state),))
-        self._refused(self._database.execute, "COMMIT")
-        self._refused(self._database.execute, "BEGIN")
+        """Save a state and all documents recorded so far."""
+        self._run(self._database.execute, "INSERT OR REPLACE INTO state VALUES (0, ?)", (json.dumps(state),))
+        self._run(self._database.execute, "COMMIT")
+        self._run(self._database.execute, "BEGIN")
 
     def close(self) -> None:
-        """Leave the journal as it was last committed."""
+        """Close the journal in its last committed state."""
         with closing(self._database):
             if self._database.in_transaction:
                 self._database.rollback()
 
-    def _refused(self, execute: Any, *arguments: Any, **settings: Any) -> Any:
-        """Run a statement; a full disk is told as every other one is."""
+    def _run(self, execute: Any, *arguments: Any, **settings: Any) -> Any:
+        """Run a statement; report a full disk as a StorageError."""
         try:
             return execute(*arguments, **settings)
         except sqlite3.OperationalError as error:
             raise StorageError(
                 f"{self.path} cannot be written: {error}",
-                action="free some space, then give the same command again: it goes on where it stopped",
+                action="free some space, then rerun the same command to resume",
             ) from None
 
 
 def remove_journal(folder: Path) -> None:
-    """Delete the journal of a folder, closed: nothing has to be gone on with any more.
+    """Delete the closed journal of a folder.
 
     Raises:
-        StorageError: It cannot be deleted.
+        StorageError: The journal cannot be deleted.
     """
     with storage_errors(folder):
         for name in JOURNAL_FILES:

@@ -1,12 +1,11 @@
-"""Overlap of documents with evaluation sets: n-grams of words that they share.
+"""Overlap of documents with evaluation sets: shared n-grams of words.
 
-After Brown et al. 2020, appendix C: words are lower-cased runs of letters and digits, whatever stands
-between them; a document overlaps with an item of an evaluation set if they share n words in a row.
-An item of fewer words is looked for as a whole, down to `MIN_WORDS` (their lower limit too: shorter
-ones stand everywhere); still shorter ones are counted and not compared.
+After Brown et al. 2020, appendix C: words are lower-cased runs of letters and digits; a document overlaps with an
+item of an evaluation set if they share n consecutive words. A shorter item is compared as a whole, down to `MIN_WORDS`
+(their lower limit too: shorter ones are everywhere); still shorter ones are counted and not compared.
 
-Words and n-grams are compared by 64-bit hashes: what is shared is always found, and something else is
-taken for it about once in 2**64 / (n-grams of the sets) n-grams. Hashes are the same in every process.
+Words and n-grams are compared by 64-bit hashes, which are the same in every process: every overlap is found, and a
+false one occurs about once in 2**64 / (n-grams of the sets) n-grams.
 """
 
 import re
@@ -22,7 +21,7 @@ from inheritune_ds.errors import CorpusError
 
 Hashes = npt.NDArray[np.uint64]
 Hits = dict[int, list[int]]
-"""Number of an evaluation set -> numbers of its items that a document overlaps with."""
+"""Number of an evaluation set -> numbers of the overlapping items."""
 
 MIN_WORDS = 8
 """Shorter items are not compared."""
@@ -44,14 +43,14 @@ class _Set(NamedTuple):
 
 
 class _Table:
-    """Hashes of the n-grams of one length, and the items they come from."""
+    """Hashes of the n-grams of one length, and the items that contain them."""
 
     def __init__(self, hashes: list[Hashes], owners: list[int]) -> None:
         every = np.concatenate(hashes)
         owner_of = np.repeat(np.array(owners, np.int64), [len(found) for found in hashes])
         order = np.lexsort((owner_of, every))
         self._hashes, self._owners = every[order], owner_of[order]
-        # Most n-grams of a document are in no set: a table of bits, small enough for a cache, says so without a search.
+        # Most n-grams of a document are in no set: a table of bits, small enough for a CPU cache, filters them.
         bits = max(16, (16 * len(every)).bit_length())
         self._shift = np.uint64(64 - bits)
         seen = np.zeros(2**bits, np.bool_)
@@ -73,7 +72,7 @@ class OverlapIndex:
 
     Attributes:
         ngram: Words of an n-gram.
-        sets: What was read, in order.
+        sets: The evaluation sets, in order.
         tables: Length -> the n-grams of that length: `ngram`, and the lengths of shorter items.
     """
 
@@ -83,16 +82,16 @@ class OverlapIndex:
 
     @classmethod
     def build(cls, sets: Mapping[str, Iterable[str]], ngram: int) -> Self:
-        """Read evaluation sets.
+        """Index evaluation sets.
 
         Args:
             sets: Name -> texts of the items.
-            ngram: Words in a row that make an overlap.
+            ngram: Consecutive words that make an overlap.
 
         Raises:
-            CorpusError: A set has no item that is long enough to be compared.
+            CorpusError: A set has no item that is long enough to compare.
         """
-        told: list[_Set] = []
+        read: list[_Set] = []
         found: dict[int, tuple[list[Hashes], list[int]]] = {}
         owner = 0
         for name, texts in sets.items():
@@ -107,16 +106,16 @@ class OverlapIndex:
                     hashes.append(next(grams for size, grams in _ngrams(words, length) if size == length))
                     owners.append(owner)
                 owner += 1
-            told.append(_Set(name, first, owner - first, short))
-            _check_set(told[-1], min(MIN_WORDS, ngram))
-        return cls(ngram, tuple(told), {length: _Table(*of_length) for length, of_length in sorted(found.items())})
+            read.append(_Set(name, first, owner - first, short))
+            _check_set(read[-1], min(MIN_WORDS, ngram))
+        return cls(ngram, tuple(read), {length: _Table(*of_length) for length, of_length in sorted(found.items())})
 
     def find(self, text: str) -> Hits:
-        """Return the items that a document overlaps with, ascending; empty for most."""
+        """Return the items that a document overlaps with, ascending; empty for most documents."""
         owners: set[int] = set()
         last = _NO_WORDS
         for words in _word_hashes(text):
-            # The last words of a chunk are looked at again, with those that follow them.
+            # N-grams may begin in the last words of a chunk.
             together = np.concatenate([last, words])
             for length, grams in _ngrams(together, self.ngram):
                 if length in self.tables:
@@ -124,7 +123,7 @@ class OverlapIndex:
             last = together[max(0, len(together) - self.ngram + 1) :]
         hits: Hits = {}
         for owner in sorted(owners):
-            number = next(n for n, told in enumerate(self.sets) if owner < told.first + told.items)
+            number = next(n for n, known in enumerate(self.sets) if owner < known.first + known.items)
             hits.setdefault(number, []).append(owner - self.sets[number].first)
         return hits
 
@@ -133,55 +132,53 @@ class OverlapCounter:
     """Counts documents with overlap, and the items they overlap with.
 
     Args:
-        index: What documents are compared with.
-        kept: What `state` gave before, to go on from there.
+        index: The evaluation sets.
+        kept: An earlier result of `state` to continue from.
     """
 
     def __init__(self, index: OverlapIndex, kept: Mapping[str, Any] | None = None) -> None:
         self._sets = index.sets
         self._ngram = index.ngram
-        kept = kept or {}
-        self._documents = dict.fromkeys(range(len(self._sets)), 0) | {
-            int(number): int(count) for number, count in kept.get("documents", {}).items()
-        }
-        self._items: dict[int, set[int]] = {
-            number: set(kept.get("items", {}).get(str(number), ())) for number in range(len(self._sets))
-        }
+        documents, items = (kept or {}).get("documents", {}), (kept or {}).get("items", {})
+        self._documents = [int(documents.get(str(number), 0)) for number in range(len(self._sets))]
+        self._items: list[set[int]] = [set(items.get(str(number), ())) for number in range(len(self._sets))]
 
     def add(self, hits: Hits) -> None:
-        """Count one document, from what `OverlapIndex.find` says of it."""
+        """Count one document by the result of `OverlapIndex.find`."""
         for number, items in hits.items():
             self._documents[number] += 1
             self._items[number].update(items)
 
     def state(self) -> dict[str, Any]:
-        """Everything counted so far, as JSON can hold it."""
+        """All counts so far, for JSON."""
         return {
-            "documents": {str(number): count for number, count in self._documents.items()},
-            "items": {str(number): sorted(items) for number, items in self._items.items()},
+            "documents": {str(number): count for number, count in enumerate(self._documents)},
+            "items": {str(number): sorted(items) for number, items in enumerate(self._items)},
         }
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """Counts by set: its items, those too short to compare, items hit, documents with a hit."""
         return {
-            told.name: {
+            name: {
                 "ngram": self._ngram,
-                "items": told.items,
-                "items_too_short": told.too_short,
-                "items_hit": len(self._items[number]),
-                "documents_hit": self._documents[number],
+                "items": items,
+                "items_too_short": too_short,
+                "items_hit": len(hit),
+                "documents_hit": documents,
             }
-            for number, told in enumerate(self._sets)
+            for (name, _, items, too_short), hit, documents in zip(
+                self._sets, self._items, self._documents, strict=True
+            )
         }
 
 
-def _check_set(told: _Set, words: int) -> None:
-    if told.items == told.too_short:
+def _check_set(found: _Set, words: int) -> None:
+    if found.items == found.too_short:
         raise CorpusError(
-            f"evaluation set {told.name!r} has nothing to compare documents with: none of its {told.items} items "
+            f"evaluation set {found.name!r} has nothing to compare documents with: none of its {found.items} items "
             f"has {words} words",
             allowed=f"items of at least {words} words",
-            action="name another text_field of this set in corpus.overlap_with, or leave the set out",
+            action="set another text_field of this set in corpus.overlap_with, or remove the set",
         )
 
 
@@ -189,20 +186,20 @@ _NO_WORDS: Hashes = np.zeros(0, np.uint64)
 
 
 def _word_hashes(text: str) -> Iterator[Hashes]:
-    """Yield hashes of the words of a text, a chunk at a time; no word is cut (below a chunk's length)."""
+    """Yield hashes of the words of a text, a chunk at a time; a word shorter than a chunk is never cut."""
     start = 0
     while start < len(text):
         end = start + _CHUNK_CHARACTERS
         if end < len(text):
             gap = _BREAK.search(text, end, end + _CHUNK_CHARACTERS)
             end = gap.end() if gap else end + _CHUNK_CHARACTERS
-        # The form of a lower-case sigma depends on what follows it, which a chunk may not have.
+        # The form of a lower-case sigma depends on the next letter, which may be in the next chunk.
         yield _chunk_hashes(text[start:end].lower().replace("ς", "σ"))  # noqa: RUF001  a sigma is meant
         start = end
 
 
 def _chunk_hashes(text: str) -> Hashes:
-    """Hash of each word: sum of code point x base**place in the word, mixed."""
+    """Hash of each word: sum of code point x base**(position in the word), mixed."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     inside = _word_characters()[points]
     starts = np.flatnonzero(inside & ~np.concatenate([[False], inside[:-1]]))
@@ -214,7 +211,7 @@ def _chunk_hashes(text: str) -> Hashes:
 
 
 def _ngrams(words: Hashes, longest: int) -> Iterator[tuple[int, Hashes]]:
-    """Yield (n, hashes of all n words in a row) for n from 1 to `longest`, where there are as many words."""
+    """Yield (n, hashes of all n consecutive words) for n from 1 to `longest`, if there are as many words."""
     sums = words
     for length in range(1, min(longest, len(words)) + 1):
         if length > 1:
@@ -223,7 +220,7 @@ def _ngrams(words: Hashes, longest: int) -> Iterator[tuple[int, Hashes]]:
 
 
 def _mix(hashes: Hashes) -> Hashes:
-    """Spread every bit over all others (the finalizer of SplitMix64, Steele et al. 2014)."""
+    """Mix every bit into all others (the finalizer of SplitMix64, Steele et al. 2014)."""
     mixed = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -1,10 +1,10 @@
-"""Documents to token files: made once, found again by a fingerprint of everything that decides them.
+"""Turns documents into token files, once; a fingerprint of all settings and data finds them again.
 
-`cache/tokens/<fingerprint>/` holds a folder for every source with its shards (header-free little-endian integers:
-`train-00000.bin`, `validation-00000.bin`, ...), `tokenizer/` (a Hugging Face folder) and `manifest.json`. A document
-becomes what the tokenizer makes of it with its own special tokens (LLaMA's puts <s> in front, GPT-2's nothing), then
-one end-of-text token; documents follow one another without padding. While it is made, everything lies in
-`cache/tokens/.<fingerprint>.partial/`, from where a killed preparation goes on.
+`cache/tokens/<fingerprint>/` holds a folder per source with its shards (header-free little-endian integers:
+`train-00000.bin`, `validation-00000.bin`, ...), `tokenizer/` (a Hugging Face folder) and `manifest.json`. A document is
+encoded with the tokenizer's own special tokens (LLaMA's adds <s> in front, GPT-2's nothing) and ends in one end-of-text
+token; documents follow each other without padding. A preparation writes to `cache/tokens/.<fingerprint>.partial/`; if
+it is killed, the next one resumes there.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 from inheritune_ds.config.corpus import Corpus, Source, TokensSource, TrainedTokenizer
 from inheritune_ds.console import Meter
 from inheritune_ds.data.documents import nanogpt, sources
-from inheritune_ds.data.documents.change_check import Snapshot
+from inheritune_ds.data.documents.change_check import FileMark
 from inheritune_ds.data.documents.holdout import is_held_out
 from inheritune_ds.data.tokens.encoder import TextEncoder
 from inheritune_ds.data.tokens.journal import JOURNAL_FILES, Journal, remove_journal
@@ -49,12 +49,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Version of the token files: raised whenever the same corpus would give other bytes."""
+"""Version of the token files: incremented when the same corpus gives other bytes."""
 SAMPLE_DOCUMENTS = 32
-"""Documents of every source on which the tokenizer is tried before anything is written."""
+"""Documents of every source that check the tokenizer before anything is written."""
+TOTALS = ("train_tokens", "train_documents", "validation_tokens", "validation_documents", *COUNTS)
+"""Keys of the manifest that are sums over the sources."""
 
 
-def prepare(  # noqa: PLR0913 - one argument for each thing that decides
+def prepare(  # noqa: PLR0913 - one argument for each setting
     corpus: Corpus,
     tokenizer: str | TrainedTokenizer,
     cache_dir: Path,
@@ -64,19 +66,19 @@ def prepare(  # noqa: PLR0913 - one argument for each thing that decides
     damage_of: Callable[[TokenSet], str | None] = find_damage,
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenSet:
-    """Return the tokens of a corpus, made now unless they are there.
+    """Return the tokens of a corpus; make them unless they exist.
 
     Args:
-        corpus: What to read.
-        tokenizer: Hub id, local folder, or how to train one.
-        cache_dir: The cache; tokens appear under `tokens/`, whole or not at all.
+        corpus: The sources and their settings.
+        tokenizer: Hub id, local folder, or settings for training one.
+        cache_dir: The cache; tokens appear in `tokens/`, whole or not at all.
         revision: Of a tokenizer on the hub.
-        workers: Processes that encode; as many as this process may use cores when left out.
-        damage_of: Says what is wrong with finished token files whose sizes are right; None if nothing is.
-        shard_tokens: When a shard is closed.
+        workers: Processes that encode; None for the cores of this process.
+        damage_of: Describes the damage of existing token files with the right sizes; None if they are intact.
+        shard_tokens: Size at which a shard is closed.
 
     Raises:
-        CorpusError: A corpus file is missing or damaged, a part is empty, or the tokens do not fit.
+        CorpusError: A corpus file is missing or damaged, a part is empty, or the ids exceed `token_dtype`.
         HubError: The hub is needed and cannot be reached.
         StorageError: The cache cannot be written.
     """
@@ -88,22 +90,22 @@ def prepare(  # noqa: PLR0913 - one argument for each thing that decides
         tidy(partial)
         return found
     if damage:
-        logger.warning("the tokens in %s are damaged and are made anew from the corpus: %s", folder, damage)
+        logger.warning("the tokens in %s are damaged; they are remade from the corpus: %s", folder, damage)
     with exclusive(partial):
-        found, _ = _finished(plan, folder, damage_of)  # another process may have made it meanwhile
+        found, _ = _finished(plan, folder, damage_of)  # another process may have made them meanwhile
         if found is None:
             _fill(plan, partial, workers or len(os.sched_getaffinity(0)))
             with storage_errors(folder):
                 publish(partial, folder)
             found = open_finished(folder, plan.fingerprint)
-            assert found is not None  # published a line above
+            assert found is not None  # just published
     return found
 
 
 def _finished(
     plan: "_Plan", folder: Path, damage_of: Callable[[TokenSet], str | None]
 ) -> tuple[TokenSet | None, str | None]:
-    """The tokens that are there and intact, and what is damaged of those that are there."""
+    """The existing intact tokens, and the damage of existing ones."""
     found = open_finished(folder, plan.fingerprint)
     damage = damage_of(found) if found else "a file is missing or has another size" if folder.exists() else None
     return None if damage else found, damage
@@ -111,13 +113,13 @@ def _finished(
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that decides the tokens, known before a document is read."""
+    """All settings and data that decide the tokens, known before a document is read."""
 
     corpus: Corpus
     tokenizer: "PreTrainedTokenizerBase | None"
     sentencepiece: bytes | None
     shard_tokens: int
-    snapshots: tuple[Snapshot, ...]
+    snapshots: tuple[tuple[FileMark, ...], ...]
     identity: Mapping[str, Any]
 
     @classmethod
@@ -126,24 +128,24 @@ class _Plan:
         model = None
         if isinstance(tokenizer, TrainedTokenizer):
             _check_dtype(corpus, tokenizer.vocab_size)
-            spoken: dict[str, Any] = {"train": tokenizer.vocab_size, "tokenizers": version("tokenizers")}
+            entry: dict[str, Any] = {"train": tokenizer.vocab_size, "tokenizers": version("tokenizers")}
         else:
             loaded = load_tokenizer(tokenizer, revision)
             _check_eos(loaded, tokenizer)
             _check_dtype(corpus, _id_space(loaded))
             model = sentencepiece_model(tokenizer, revision)
-            spoken = {"name": tokenizer, "sha256": tokenizer_sha256(loaded)}
+            entry = {"name": tokenizer, "sha256": tokenizer_sha256(loaded)}
         for source in corpus.sources:
             if isinstance(source, TokensSource):
                 nanogpt.token_files(source)
                 nanogpt.check_ids(source, _id_space(loaded) if loaded is not None else 0)
-        # What is identified here is read later: a branch may have moved by then.
+        # Sources are read later, when a hub branch may have moved.
         pinned = {
             "sources": [sources.pinned(source) for source in corpus.sources],
             "overlap_with": [sources.pinned(source) for source in corpus.overlap_with],
         }
         corpus = corpus.model_copy(update=pinned)
-        # Taken before the files are hashed: whatever changes after that is noticed.
+        # Taken before the files are hashed, so that every later change is detected.
         snapshots = tuple(sources.snapshot(source) for source in corpus.sources)
         settings = {"validation_ratio", "max_tokens", "token_dtype", "duplicates", "overlap_ngram"}
         identity = {
@@ -153,7 +155,7 @@ class _Plan:
                 _identify(source, limit) for source, limit in zip(corpus.sources, corpus.token_limits, strict=True)
             ],
             "overlap_with": [_identify(source, source.max_tokens) for source in corpus.overlap_with],
-            "tokenizer": spoken,
+            "tokenizer": entry,
             "corpus": corpus.model_dump(mode="json", include=settings),
         }
         return cls(corpus, loaded, model, shard_tokens, snapshots, identity)
@@ -161,7 +163,7 @@ class _Plan:
     @property
     def fingerprint(self) -> str:
         decisive = dict(self.identity)
-        # The same tokenizer under another name gives the same tokens.
+        # The name of the tokenizer does not decide the tokens.
         decisive["tokenizer"] = {key: value for key, value in decisive["tokenizer"].items() if key != "name"}
         canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -170,20 +172,20 @@ class _Plan:
         return cache_dir / "tokens" / self.fingerprint
 
     def check_files(self) -> None:
-        """Raise if a corpus file is gone, has changed or has come since."""
+        """Raise if a corpus file is gone, changed or new."""
         for source, snapshot in zip(self.corpus.sources, self.snapshots, strict=True):
             sources.check(source, snapshot)
 
 
 def _identify(source: Source, limit: int | None) -> dict[str, Any]:
-    """Data and settings of a source; its weight decides only how often it is read, but its share of max_tokens."""
-    told = {"name": source.name, "max_documents": source.max_documents, "max_tokens": limit}
+    """Data and settings of a source; its weight counts only through its share of max_tokens."""
+    limits = {"name": source.name, "max_documents": source.max_documents, "max_tokens": limit}
     settings = source.model_dump(mode="json", include={"filters", "bad_records"})
-    return {**told, **settings, **sources.identify(source)}
+    return {**limits, **settings, **sources.identify(source)}
 
 
 def _id_space(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """One more than the largest id; ids need not be without gaps."""
+    """The tokenizer's largest id plus 1; ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -191,9 +193,9 @@ def _check_eos(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     if tokenizer.eos_token_id is None:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         raise CorpusError(
-            f"tokenizer {name!r} does not say which token ends a text (it has no eos_token)",
+            f"tokenizer {name!r} has no eos_token, the token that ends a text",
             allowed=f"one of its special tokens: {', '.join(special) or 'none is declared'}",
-            action='put a tokenizer_config.json with {"eos_token": "..."} beside its tokenizer.json '
+            action='add a tokenizer_config.json with {"eos_token": "..."} beside its tokenizer.json '
             "(the original model's repository has one)",
         )
 
@@ -201,14 +203,14 @@ def _check_eos(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
 def _check_dtype(corpus: Corpus, id_space: int) -> None:
     if corpus.token_dtype == "uint16" and id_space > 2**16:  # noqa: S105  no password
         raise CorpusError(
-            f"corpus.token_dtype uint16 holds 65,536 ids, and the vocabulary has {id_space:,}",
+            f"corpus.token_dtype uint16 holds 65,536 ids, but the vocabulary has {id_space:,}",
             allowed="auto or uint32",
             action="set corpus.token_dtype=auto",
         )
 
 
 def _fill(plan: _Plan, partial: Path, workers: int) -> None:
-    """Make the folder complete: tokenizer, shards, and the manifest last."""
+    """Complete the folder: tokenizer, shards, and the manifest last."""
     if open_finished(partial, plan.fingerprint) is not None:  # killed between the manifest and the rename
         remove_journal(partial)
         return
@@ -227,7 +229,7 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
             partial,
             form=TokenFormat(dtype, id_space, plan.shard_tokens),
             encoder=encoder,
-            tokenizer=definition,
+            definition=definition,
             journal=journal,
             workers=workers,
             index=_overlap_index(plan.corpus),
@@ -243,7 +245,7 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
             "fingerprint": plan.fingerprint,
             **plan.identity,
             "sources": [
-                {**count, "left_out_files": sources.left_out_files(source), "identity": identity}
+                {**count, "left_out_files": sources.skipped_files(source), "identity": identity}
                 for source, identity, count in zip(plan.corpus.sources, plan.identity["sources"], counts, strict=True)
             ],
             "tokenizer": {**plan.identity["tokenizer"], "sha256": tokenizer_sha256(tokenizer)},
@@ -253,23 +255,13 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
             "vocab_size": id_space,
             "eos_id": tokenizer.eos_token_id,
             "bos_id": tokenizer.bos_token_id,
-            "fidelity": fidelity,
+            "fidelity": asdict(fidelity),
             "overlap": build.overlap.as_dict() if build.overlap is not None else None,
             "files": describe_files(partial, left_out=JOURNAL_FILES),
             "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
         }
         write_json(partial / "manifest.json", manifest)
-    remove_journal(partial)  # last: whatever kills this process before, finished shards are not made again
-
-
-TOTALS = (
-    "train_tokens",
-    "train_documents",
-    "validation_tokens",
-    "validation_documents",
-    *COUNTS,
-)
-"""What the manifest sums over the sources."""
+    remove_journal(partial)  # last: until here, a killed preparation resumes from finished shards
 
 
 def _tokenizer(plan: _Plan, partial: Path, *, is_new: bool) -> "PreTrainedTokenizerBase":
@@ -283,7 +275,7 @@ def _tokenizer(plan: _Plan, partial: Path, *, is_new: bool) -> "PreTrainedTokeni
 
 
 def _trained(plan: _Plan) -> "PreTrainedTokenizerBase":
-    # Said outright, `tokenizers` uses its threads and does not warn when the process starts others later.
+    # If this is set, `tokenizers` uses its threads and does not warn when the process starts others later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     wanted = int(plan.identity["tokenizer"]["train"])
     with Meter("training the tokenizer", "documents") as meter:
@@ -291,9 +283,9 @@ def _trained(plan: _Plan) -> "PreTrainedTokenizerBase":
 
 
 def _training_texts(corpus: Corpus, meter: Meter) -> Iterator[str]:
-    """Yield the documents that are not held out: a tokenizer must not know the validation part.
+    """Yield the training documents; the tokenizer must not see the validation part.
 
-    Limits in documents hold, those in tokens do not: there are no tokens yet.
+    Limits in documents apply, limits in tokens do not: there are no tokens yet.
     """
     for source in corpus.sources:
         for text in _texts(source):
@@ -309,49 +301,49 @@ def _texts(source: Source) -> Iterator[str]:
     return itertools.islice(texts, source.max_documents)
 
 
-def _check_tokenizer(plan: _Plan, encoder: TextEncoder) -> dict[str, Any]:
-    """Try the tokenizer on the first documents of every source; returns what the manifest says of it."""
+def _check_tokenizer(plan: _Plan, encoder: TextEncoder) -> Fidelity:
+    """Check the tokenizer with the first documents of every source."""
     sample = (text for source in plan.corpus.sources for text in itertools.islice(_texts(source), SAMPLE_DOCUMENTS))
-    found: Fidelity = check_fidelity(encoder, sample, plan.sentencepiece)
+    found = check_fidelity(encoder, sample, plan.sentencepiece)
     if found.warning:
         logger.warning(found.warning)
-    return found.as_dict()
+    return found
 
 
 def _overlap_index(corpus: Corpus) -> OverlapIndex | None:
     if not corpus.overlap_with:
         return None
-    blind = [source.name for source in corpus.sources if isinstance(source, TokensSource)]
-    if blind:
-        logger.warning("overlap is not looked for in %s: token files hold no text", ", ".join(blind))
+    without_text = [source.name for source in corpus.sources if isinstance(source, TokensSource)]
+    if without_text:
+        logger.warning("overlap is not checked in %s: token files hold no text", ", ".join(without_text))
     return OverlapIndex.build({source.name: _texts(source) for source in corpus.overlap_with}, corpus.overlap_ngram)
 
 
 def _check_parts(corpus: Corpus, counts: list[dict[str, Any]]) -> None:
     train, validation = (sum(count[f"{part}_documents"] for count in counts) for part in ("train", "validation"))
-    left_out = sum(count[key] for count in counts for key in ("empty_documents", "filtered_documents", "bad_records"))
+    skipped = sum(count[key] for count in counts for key in ("empty_documents", "filtered_documents", "bad_records"))
     if not train + validation:
         raise CorpusError(
-            f"the corpus has no document with text in it ({left_out} empty, filtered or bad ones were left out)",
+            f"the corpus has no document with text ({skipped} empty, filtered or bad ones were skipped)",
             action="check paths, text_field and filters of corpus.sources",
         )
     if not train:
         raise CorpusError(
             f"the training part is empty: all {validation} documents were held out "
             f"at corpus.validation_ratio={corpus.validation_ratio}",
-            action="lower corpus.validation_ratio, or give more documents in corpus.sources",
+            action="lower corpus.validation_ratio, or add documents to corpus.sources",
         )
     if not validation:
         raise CorpusError(
             f"the validation part is empty: none of {train} documents was held out "
             f"at corpus.validation_ratio={corpus.validation_ratio}",
             action=f"raise corpus.validation_ratio{'' if corpus.max_tokens is None else ' or corpus.max_tokens'}, "
-            "or give more documents in corpus.sources (document_separator cuts a .txt file into several)",
+            "or add documents to corpus.sources (document_separator splits a .txt file into several)",
         )
     empty = [count["name"] for count in counts if not count["train_tokens"]]
     if corpus.weights is not None and empty:
         raise CorpusError(
-            f"source {empty[0]} has a weight and no token to train on",
+            f"source {empty[0]} has a weight but no training tokens",
             action="remove it from corpus.sources, or check its paths, filters and limits",
         )
 

@@ -1,14 +1,12 @@
-"""Whether a tokenizer gives texts back, and whether it is the one that the model was trained with.
+"""Checks a tokenizer on a sample of the documents, before anything is written.
 
-Two checks on a sample of the documents, before anything is written. Byte-level and byte-fallback
-tokenizers give every text back, decode(encode(x)) == x, up to what their own normalizer does. And a
-tokenizer that comes with a SentencePiece model must give SentencePiece's ids: converted ones have
-differed from it without a sign (transformers issue 24233: the model knows "thermal" as one token, and
-the converted tokenizer made two of it).
+Byte-level and byte-fallback tokenizers reproduce every text, decode(encode(x)) == x, up to their own normalizer. The
+ids of a tokenizer with a SentencePiece model must be SentencePiece's: converted ones have differed silently
+(transformers issue 24233: the model knows "thermal" as one token, the converted tokenizer made two of it).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -18,23 +16,23 @@ from inheritune_ds.data.tokens.encoder import TextEncoder
 from inheritune_ds.errors import CorpusError
 
 SAMPLE_CHARACTERS = 2**16
-"""Of each document; long enough that it is encoded in pieces too."""
+"""Of each document; long enough for several pieces."""
 
 _SHOWN = 24
 
 
 @dataclass
 class Fidelity:
-    """What was found on a sample.
+    """Counts of sample documents, each up to `SAMPLE_CHARACTERS`.
 
     Attributes:
-        documents: Documents tried, each up to `SAMPLE_CHARACTERS`.
-        exact: Came back as they were.
-        normalized: Came back as the tokenizer's own normalizer leaves them (other spaces, composed accents).
-        lossy: Came back as something else.
-        unknown_tokens: Places where the tokenizer had no token for the text.
+        documents: Documents checked.
+        exact: Decoded to the same text.
+        normalized: Decoded to the text after the tokenizer's own normalizer (other spaces, composed accents).
+        lossy: Decoded to another text.
+        unknown_tokens: Occurrences of the unknown token.
         first_difference: Where the first lossy document differs; "" if there is none.
-        compared_with_sentencepiece: Documents whose ids are those of SentencePiece.
+        compared_with_sentencepiece: Documents with the same ids in SentencePiece.
     """
 
     documents: int = 0
@@ -45,36 +43,33 @@ class Fidelity:
     first_difference: str = ""
     compared_with_sentencepiece: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
-
     @property
     def warning(self) -> str:
-        """What the user must know; "" if nothing is lost."""
+        """The warning for the user; "" if no document is lossy."""
         if not self.lossy:
             return ""
         unknown = f" ({self.unknown_tokens:,} unknown tokens)" if self.unknown_tokens else ""
         return (
-            f"the tokenizer does not give texts back: {self.lossy:,} of {self.documents:,} sample documents "
-            f"come out of it changed{unknown}; the first: {self.first_difference}"
+            f"the tokenizer does not reproduce texts: {self.lossy:,} of {self.documents:,} sample documents "
+            f"are decoded differently{unknown}; the first: {self.first_difference}"
         )
 
 
 def check_fidelity(encoder: TextEncoder, texts: Iterable[str], sentencepiece_model: bytes | None) -> Fidelity:
-    """Try a tokenizer on documents.
+    """Check a tokenizer on documents.
 
     Args:
-        encoder: What the documents will be encoded with.
-        texts: Documents; of each only the first `SAMPLE_CHARACTERS` are used.
-        sentencepiece_model: The `tokenizer.model` that belongs to it.
+        encoder: Encodes the documents.
+        texts: Documents; only the first `SAMPLE_CHARACTERS` of each are used.
+        sentencepiece_model: The tokenizer's own `tokenizer.model`, if any.
 
     Raises:
         CorpusError: Its ids are not those of SentencePiece.
     """
     found = Fidelity()
     processor = _processor(sentencepiece_model) if sentencepiece_model is not None else None
-    unknown = _unknown_id(encoder)
+    name = getattr(encoder.backend.model, "unk_token", None)
+    unknown = encoder.backend.token_to_id(name) if name is not None else None
     for text in texts:
         sample = text[:SAMPLE_CHARACTERS]
         ids = np.concatenate(encoder.encode(encoder.pieces(sample))).tolist()
@@ -94,11 +89,6 @@ def _processor(model: bytes) -> Any:
     return kind(model_proto=model)
 
 
-def _unknown_id(encoder: TextEncoder) -> int | None:
-    name = getattr(encoder.backend.model, "unk_token", None)
-    return encoder.backend.token_to_id(name) if name is not None else None
-
-
 def _count(found: Fidelity, encoder: TextEncoder, text: str, back: str) -> None:
     normalizer = encoder.backend.normalizer
     if back == text:
@@ -109,7 +99,7 @@ def _count(found: Fidelity, encoder: TextEncoder, text: str, back: str) -> None:
         found.lossy += 1
         place = _first_difference(text, back)
         found.first_difference = found.first_difference or (
-            f"{_around(text, place)!r} comes back as {_around(back, place)!r}"
+            f"{_around(text, place)!r} is decoded as {_around(back, place)!r}"
         )
 
 
@@ -121,10 +111,10 @@ def _compare(ids: list[int], expected: list[int], text: str, encoder: TextEncode
     start = max(0, place - 2)
     raise CorpusError(
         f"the tokenizer's ids are not those of the tokenizer.model beside it: at {_around(text, len(before))!r} "
-        f"it gives {ids[start : place + 6]}, and SentencePiece gives {expected[start : place + 6]}",
-        allowed="the ids that the model was trained with, whichever file they are made from",
+        f"it gives {ids[start : place + 6]}, but SentencePiece gives {expected[start : place + 6]}",
+        allowed="the ids that the model was trained with",
         action="remove tokenizer.json from the tokenizer's folder, so that tokenizer.model is read; "
-        "or remove tokenizer.model, if the two are meant to differ",
+        "or remove tokenizer.model, if the two differ on purpose",
     )
 
 

@@ -1,28 +1,25 @@
-r"""Where a long text may be cut so that its parts, encoded one by one, give the ids of the whole.
+r"""Where a text can be cut so that its pieces, encoded separately, give the ids of the whole.
 
-A tokenizer works in four steps: added tokens are looked for, the text between them is normalized, a
-pre-tokenizer splits it, and a model makes ids of each split. A cut is exact if every step does the
-same on both sides of it as without it. What is proven here, and for which tokenizers:
+A tokenizer finds added tokens, normalizes the text between them, splits it with a pre-tokenizer, and turns each split
+into ids with a model. A cut is exact if every step does the same on both sides as without the cut. This is proven for:
 
-- Added tokens: special ones are not looked for (`pieces.TextEncoder` says so to the backend). The
-  others are plain strings here (no stripping, no `single_word`), so a cut that none of them lies
-  across changes nothing.
-- Normalizer: its steps (`_LOCAL_NORMALIZERS`) change a character by its neighbours only: a sequence
-  of combining characters, a run of spaces, the ends of the text. The text of 64 characters on either
-  side is normalized whole and in two, and must give the same. What a step does to the front of a
-  text alone (Prepend, Strip) is taken out of the tokenizer of later pieces (`continued`).
-- Pre-tokenizer and model, `WordEnds`: a split expression of `_SPLIT_EXPRESSIONS`. It is matched from left
-  to right, each match begins where the last one ended, and it looks ahead by one character and never
-  back. None of its alternatives goes on from a letter or digit to white space, or from a letter to one
-  of the marks in `_MARKS`; so a match ends at such a place, with or without the rest of the text, and the
-  next one begins there. The only look ahead, `(?!\S)`, is behind white space, and no cut is. The model
+- Added tokens: special ones are not searched for (`TextEncoder` disables this). The others are plain strings here
+  (no stripping, no `single_word`), so a cut outside all of them changes nothing.
+- Normalizers in `_LOCAL_NORMALIZERS`: they change a character depending on its neighbors only: a sequence of combining
+  characters, a run of spaces, the ends of the text. The 64 characters on either side are normalized together and
+  separately, and must give the same. Steps for the front of a text alone (Prepend, Strip) are removed from the
+  tokenizer of later pieces (`continued`).
+- `WordEnds`, a split expression of `_SPLIT_EXPRESSIONS`: it matches from left to right, each match begins at the end
+  of the last one, and it looks ahead by one character and never back. No alternative continues from a letter or digit
+  to white space, or from a letter to one of `_MARKS`; so with or without the rest of the text, a match ends there
+  and the next one begins. The only look-ahead, `(?!\S)`, is behind white space, and no cut is. The model
   sees one split at a time.
-- `UnmergedPairs`: a BPE model that sees the text whole (LLaMA's). A piece that lies across the cut xy
-  would need a merge of something that ends in x with something that begins with y. If no merge of the
-  model does, no symbol ever spans the cut, and merges on one side do not wait for the other: the
-  order of merges is by rank, then position, and each changes its own neighbours only.
+- `UnmergedPairs`, a BPE model that sees the text whole (LLaMA's). A token across the cut xy needs a merge of a symbol
+  that ends in x with one that begins with y. If the model has no such merge, no symbol ever spans the cut, and merges
+  on one side do not wait for the other: merges are ordered by rank, then position, and each changes only its
+  neighbors.
 
-Added to that, the text around each cut is encoded whole and in two as a check of all this.
+In addition, the text around each cut is encoded together and separately to check all this.
 """
 
 import re
@@ -30,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 CONTEXT_CHARACTERS = 64
-"""On either side of a cut, for the checks."""
+"""Length of the text on either side of a cut that is checked."""
 
 _MARKS = ",.;:!?，。；：！？、"  # noqa: RUF001  the full-width forms are meant
 _WORD_END = re.compile(rf"[^\W_](?=[ \n])|[^\W\d_](?=[{_MARKS}])")
@@ -42,7 +39,7 @@ _FRONT = r"[^\r\n\p{L}\p{N}]?"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA_3 = rf"{_CONTRACTIONS}|{_FRONT}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-"""As tiktoken's cl100k_base."""
+"""The same as tiktoken's cl100k_base."""
 _QWEN_2 = rf"{_CONTRACTIONS}|{_FRONT}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _O200K = (
     rf"{_FRONT}[{_UPPER}]*[{_LOWER}]+{_CONTRACTIONS}?|{_FRONT}[{_UPPER}]+[{_LOWER}]*{_CONTRACTIONS}?"
@@ -56,21 +53,21 @@ class Rule(Protocol):
     """Where the pre-tokenizer and the model allow a cut."""
 
     def candidates(self, text: str, start: int, end: int) -> Iterator[int]:
-        """Yield places between `start` and `end` at which the text may be cut, as its raw characters say."""
+        """Yield positions between `start` and `end` where the raw text allows a cut."""
 
     def allows(self, left: str, right: str) -> bool:
-        """Whether two normalized texts can be encoded apart."""
+        """Whether two normalized texts can be encoded separately."""
 
 
 class WordEnds:
-    """Cuts behind a letter or digit before a space, line end or mark: a known split expression."""
+    """Cuts behind a letter or digit before a space, line end or mark, for a known split expression."""
 
     def candidates(self, text: str, start: int, end: int) -> Iterator[int]:
         """Yield the ends of words."""
         return (match.end() for match in _WORD_END.finditer(text, start, end))
 
     def allows(self, left: str, right: str) -> bool:
-        """Whether the seam is the end of a word after normalization too."""
+        """Whether the seam is still the end of a word after normalization."""
         return _WORD_END.match(left[-1:] + right[:1]) is not None
 
 
@@ -79,7 +76,7 @@ class UnmergedPairs:
 
     Args:
         model: The `model` part of a tokenizer's JSON.
-        space: What a space is by the time the model sees it.
+        space: The model's representation of a space.
     """
 
     def __init__(self, model: Mapping[str, Any], space: str) -> None:
@@ -88,7 +85,7 @@ class UnmergedPairs:
         self._space = space
 
     def candidates(self, text: str, start: int, end: int) -> Iterator[int]:
-        """Yield places between characters that are not joined as they stand."""
+        """Yield positions between characters that no merge joins."""
         return (
             place
             for place in range(start + 1, end)
@@ -96,7 +93,7 @@ class UnmergedPairs:
         )
 
     def allows(self, left: str, right: str) -> bool:
-        """Whether the two characters at the seam are not joined; two unknown ones may be fused to one."""
+        """Whether no merge joins the characters at the seam; two unknown ones may be fused."""
         pair = (left[-1:] + right[:1]).replace(" ", self._space)
         if len(pair) < 2 or pair in self._joined:
             return False
@@ -104,11 +101,7 @@ class UnmergedPairs:
 
 
 def rule_of(spec: Mapping[str, Any]) -> Rule | None:
-    """Choose the rule that is proven for a tokenizer; None if none is.
-
-    Args:
-        spec: A tokenizer's JSON, parsed.
-    """
+    """Select the proven rule for a parsed tokenizer JSON; None if there is none."""
     model = spec["model"]
     local = all(_is_local(step) for step in _steps(spec["normalizer"], "normalizers"))
     if not local or not _has_plain_tokens(spec) or model["type"] != "BPE" or model.get("dropout"):
@@ -122,10 +115,10 @@ def rule_of(spec: Mapping[str, Any]) -> Rule | None:
 
 
 def continued(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer for text that follows other text: what is done to the front of a text is not done.
+    """Return the tokenizer of later pieces, which does nothing special at the front of a text.
 
     Args:
-        spec: A tokenizer's JSON, parsed; not changed.
+        spec: A parsed tokenizer JSON; not changed.
     """
     normalizers = [
         {**step, "pattern": {"Regex": r" +\z"}} if _strips_front(step) else step
@@ -141,12 +134,12 @@ def continued(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Seams:
-    """Judges a cut by the text around it.
+    """Checks a cut by the text around it.
 
     Args:
-        normalize: The normalizer of text that follows other text.
-        encode: The ids of text that follows other text.
-        added: Added tokens that are looked for in a text.
+        normalize: The normalizer of later pieces.
+        encode: Encodes later pieces.
+        added: Added tokens that are searched for in a text.
     """
 
     def __init__(
@@ -157,7 +150,7 @@ class Seams:
         self._added = {form for token in added for form in (token, normalize(token)) if len(form) > 1}
 
     def holds(self, rule: Rule | None, text: str, cut: int) -> bool:
-        """Whether a text may be cut there; without a rule, whether nothing around the cut speaks against it."""
+        """Whether a text can be cut at `cut`; without a rule, whether no check fails."""
         left, right = text[max(0, cut - CONTEXT_CHARACTERS) : cut], text[cut : cut + CONTEXT_CHARACTERS]
         before, after = self._normalize(left), self._normalize(right)
         if rule is not None and not rule.allows(before, after):
@@ -172,13 +165,8 @@ class Seams:
         return any(token in text[max(0, cut - len(token) + 1) : cut + len(token) - 1] for token in self._added)
 
 
-def word_ends(text: str, start: int, end: int) -> Iterator[int]:
-    """Yield the ends of words, where an unproven cut does least."""
-    return WordEnds().candidates(text, start, end)
-
-
 def _steps(part: Mapping[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """Steps of a normalizer or pre-tokenizer, sequences taken apart."""
+    """Steps of a normalizer or pre-tokenizer, with sequences flattened."""
     if part is None:
         return []
     if part["type"] == "Sequence":
@@ -187,16 +175,16 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _joined(part: Mapping[str, Any] | None, inner: str, steps: list[dict[str, Any]]) -> Mapping[str, Any] | None:
-    """Put steps together again; the part itself if they are its own."""
+    """Join steps into a sequence; the part itself if they are unchanged."""
     if steps == _steps(part, inner):
         return part
     return {"type": "Sequence", inner: steps}
 
 
 def _has_plain_tokens(spec: Mapping[str, Any]) -> bool:
-    """Whether the added tokens that are looked for are plain strings with nothing done around them."""
+    """Whether the added tokens that are searched for are plain strings."""
     tokens = [token for token in spec["added_tokens"] if not token["special"]]
-    # Text behind an added token gets a prefix of its own, which the tokenizer of later pieces would not give.
+    # Text behind an added token gets its own prefix, which the tokenizer of later pieces would not add.
     return not tokens or (
         continued(spec) == spec
         and not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in tokens)
@@ -204,7 +192,7 @@ def _has_plain_tokens(spec: Mapping[str, Any]) -> bool:
 
 
 def _merges_characters(model: Mapping[str, Any]) -> bool:
-    """Whether ids come from merges of characters alone: no affixes, no whole words, no merges of byte tokens."""
+    """Whether ids come from merges of characters alone: no affixes, whole words, or merges of byte tokens."""
     if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
         return False
     return not any(_BYTE_TOKEN.fullmatch(part) for merge in model["merges"] for part in merge)
@@ -230,7 +218,7 @@ def _without_prefix(step: dict[str, Any]) -> dict[str, Any]:
 
 
 def _splits_words(splits: list[dict[str, Any]]) -> bool:
-    """Whether a known expression splits the text, behind nothing but splits around single characters."""
+    """Whether a known expression splits the text, preceded only by splits around single characters."""
     for split in splits:
         if split["type"] in ("Digits", "Punctuation"):
             continue

@@ -1,4 +1,4 @@
-"""Build a fast tokenizer from a SentencePiece model; its ids are checked against the original."""
+"""Builds a fast tokenizer from a SentencePiece model and checks its ids against the original."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ _PROBES = (
 
 
 def from_sentencepiece(folder: Path, name: str) -> Any:
-    """Rebuild a SentencePiece BPE model; merges are ranked by the score of what they make."""
+    """Rebuild a SentencePiece BPE model; merges are ranked by the score of their result."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     model = (folder / "tokenizer.model").read_bytes()
@@ -78,27 +78,27 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_kind(proto: Any, name: str) -> None:
-    """Refuse models that are not merges of pieces."""
+    """Refuse models other than BPE, or with user-defined pieces."""
     differences = {
-        "is no BPE model": proto.trainer_spec.model_type != proto.trainer_spec.BPE,
+        "is not a BPE model": proto.trainer_spec.model_type != proto.trainer_spec.BPE,
         "has user-defined pieces": any(piece.type == proto.SentencePiece.USER_DEFINED for piece in proto.pieces),
     }
-    found = [what for what, is_so in differences.items() if is_so]
+    found = [difference for difference, is_present in differences.items() if is_present]
     if found:
         raise CorpusError(
-            f"tokenizer {name!r}: tokenizer.model {' and '.join(found)}, which is not read",
+            f"tokenizer {name!r}: tokenizer.model {' and '.join(found)}, which is not supported",
             allowed="tokenizer.json, or a SentencePiece BPE model without user-defined pieces (LLaMA's kind)",
             action="convert it to tokenizer.json, and compare ids with SentencePiece's",
         )
 
 
 def _normalizer(spec: Any) -> Any:
-    """Rebuild what SentencePiece does to a text before it looks for pieces."""
+    """Rebuild SentencePiece's normalization."""
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
-        # Spaces only: SentencePiece keeps line ends at the edges, which Strip would take.
+        # Spaces only: SentencePiece keeps line ends at the edges, which Strip would remove.
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
@@ -106,7 +106,7 @@ def _normalizer(spec: Any) -> Any:
 
 
 def _check_ids(backend: Any, model: bytes, name: str) -> None:
-    """Compare ids with SentencePiece's own on a text with everything that was ever read wrongly."""
+    """Compare ids with SentencePiece's own on a text with all known sources of errors."""
     from sentencepiece import SentencePieceProcessor
 
     processor: Any = SentencePieceProcessor(model_proto=model)
@@ -121,11 +121,11 @@ def _check_ids(backend: Any, model: bytes, name: str) -> None:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, best score first, then by the length of the left part.
+    """All pairs of pieces that form a piece, best score first, then longest left part first.
 
-    SentencePiece takes the leftmost pair of those with the same score. Merges have a rank each; with the longest
-    left part first a run of one character grows from its left end, as there: Mistral's model, whose runs of spaces
-    all have the same score, needs that (18 spaces are 16 + 1 and one in front of the word, not 14 + 3).
+    SentencePiece merges the leftmost of pairs with the same score. Merges have unique ranks; with the longest left part
+    first a run of one character grows from its left end, as in SentencePiece: Mistral's model, with the same score for
+    all runs of spaces, needs this (18 spaces are 16 + 1 and one in front of the word, not 14 + 3).
     """
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     ranked = []
@@ -141,7 +141,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def _special(settings: dict[str, Any], key: str, pieces: list[str], number: int) -> str | None:
-    """Name of a special token: the settings' (a string or an object), else the model's own."""
+    """Name of a special token: from the settings (a string or an object), otherwise from the model."""
     given = settings.get(key)
     token = given.get("content") if isinstance(given, dict) else given
     if token in pieces:

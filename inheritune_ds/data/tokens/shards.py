@@ -1,4 +1,4 @@
-"""Token files being written: shards of one part of one source, each ending at the end of a document."""
+"""Writes the shards of one part of one source; each ends at the end of a document."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage.files import storage_errors
 
 SHARD_TOKENS = 100_000_000
-"""A shard is closed at the end of the document in which it reaches so many tokens (200 MB of uint16)."""
+"""A shard is closed at the end of the document that reaches this size (200 MB of uint16)."""
 
 
 class ShardWriter:
@@ -23,11 +23,11 @@ class ShardWriter:
         folder: Of the source.
         part: `train` or `validation`.
         dtype: `uint16` or `uint32`.
-        state: What `state` gave when it was last kept; what was written later is cut off.
-        shard_tokens: When a shard is closed.
+        state: The last committed result of `state`; later data is truncated.
+        shard_tokens: Size at which a shard is closed.
 
     Raises:
-        CorpusError: A shard is shorter than was kept.
+        CorpusError: A shard is shorter than in `state`.
         StorageError: The disk refuses.
     """
 
@@ -44,7 +44,7 @@ class ShardWriter:
             for path in folder.glob(f"{part}-*.bin"):
                 if path.name not in kept:
                     path.unlink()
-            self._refuse_torn()
+            self._refuse_truncated()
             if self._shards and self._shards[-1]["tokens"] < shard_tokens:
                 self._reopen()
 
@@ -59,7 +59,7 @@ class ShardWriter:
         return sum(shard["documents"] for shard in self._shards)
 
     def append(self, ids: npt.NDArray[Any]) -> bool:
-        """Write the ids of a document; returns whether that has closed a shard.
+        """Write the ids of a document; returns whether this closed a shard.
 
         Raises:
             StorageError: The disk refuses.
@@ -78,18 +78,18 @@ class ShardWriter:
         return True
 
     def state(self) -> list[dict[str, Any]]:
-        """Flush everything to the disk and say what is there: file, tokens and documents of every shard."""
+        """Flush to disk and return file, tokens and documents of every shard."""
         self._sync()
         return [dict(shard) for shard in self._shards]
 
     def abandon(self) -> None:
-        """Leave the file that is open as it is, even on a full disk: what was not kept is cut off next time."""
+        """Close the open file without flushing to disk; `state` decides which data is truncated next time."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
 
     def close(self) -> None:
-        """Complete the file that is open."""
+        """Complete the open file."""
         if self._file is not None:
             self._sync()
             self._file.close()
@@ -104,16 +104,16 @@ class ShardWriter:
         with storage_errors(self._path):
             self._file = self._path.open("wb")
 
-    def _refuse_torn(self) -> None:
-        """Look whether the disk still holds what the journal tells of: a power cut may have taken its end."""
+    def _refuse_truncated(self) -> None:
+        """Check that the files are as long as in the journal: a power failure may have truncated them."""
         for shard in self._shards:
             path = self._folder / str(shard["file"])
             wanted = shard["tokens"] * self._dtype.itemsize
             size = path.stat().st_size if path.is_file() else 0
             if size < wanted:
                 raise CorpusError(
-                    f"{path} has {size:,} bytes, and {wanted:,} were written: it was cut while it was prepared",
-                    action=f"remove the folder {self._folder.parent} and give the same command again",
+                    f"{path} has {size:,} bytes, but {wanted:,} were written: it was truncated during preparation",
+                    action=f"remove the folder {self._folder.parent} and rerun the same command",
                 )
 
     def _reopen(self) -> None:

@@ -1,4 +1,4 @@
-"""A finished folder of token files and what its manifest says."""
+"""A finished folder of token files and its manifest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,7 @@ from inheritune_ds.storage.folders import has_files
 
 @dataclass(frozen=True)
 class Shard:
-    """A token file.
-
-    Attributes:
-        path: Header-free little-endian integers.
-        tokens: How many.
-    """
+    """A token file of header-free little-endian integers."""
 
     path: Path
     tokens: int
@@ -26,13 +21,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """The tokens of one source.
-
-    Attributes:
-        name: As in the recipe.
-        train: Its shards to train on, in order.
-        validation: Its shards that are held out.
-    """
+    """The shards of one source, in order."""
 
     name: str
     train: tuple[Shard, ...]
@@ -40,13 +29,8 @@ class TokenSource:
 
     @property
     def train_tokens(self) -> int:
-        """Tokens to train on."""
+        """Training tokens."""
         return sum(shard.tokens for shard in self.train)
-
-    @property
-    def validation_tokens(self) -> int:
-        """Tokens held out."""
-        return sum(shard.tokens for shard in self.validation)
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ class TokenSet:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of what decides the tokens."""
+        """sha256 (hex) of all settings and data that decide the tokens."""
         return str(self.manifest["fingerprint"])
 
     @property
@@ -85,32 +69,32 @@ class TokenSet:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the tokenizer's largest id, added tokens among them."""
+        """The tokenizer's largest id plus 1, including added tokens."""
         return int(self.manifest["vocab_size"])
 
     @property
     def eos_id(self) -> int:
-        """Id of the token that ends every document, and stands nowhere else."""
+        """Id of the token that ends every document and appears nowhere else."""
         return int(self.manifest["eos_id"])
 
     @property
     def train_tokens(self) -> int:
-        """Tokens to train on, of all sources."""
+        """Training tokens of all sources."""
         return int(self.manifest["train_tokens"])
 
     @property
     def validation_tokens(self) -> int:
-        """Tokens held out, of all sources."""
+        """Held-out tokens of all sources."""
         return int(self.manifest["validation_tokens"])
 
     @property
     def train_documents(self) -> int:
-        """Documents to train on; the last of a source may be cut by a limit."""
+        """Training documents; a limit may cut the last one of a source."""
         return int(self.manifest["train_documents"])
 
     @property
     def validation_documents(self) -> int:
-        """Documents held out."""
+        """Held-out documents."""
         return int(self.manifest["validation_documents"])
 
     @property
@@ -120,12 +104,7 @@ class TokenSet:
 
 
 def open_finished(folder: Path, fingerprint: str) -> TokenSet | None:
-    """Open a folder if it is complete: its manifest fits and every file is there in its full size.
-
-    Args:
-        folder: `cache/tokens/<fingerprint>`.
-        fingerprint: What the manifest must say.
-    """
+    """Open `cache/tokens/<fingerprint>` if its manifest has this fingerprint and every file has its full size."""
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
         return None
@@ -133,7 +112,7 @@ def open_finished(folder: Path, fingerprint: str) -> TokenSet | None:
 
 
 def find_damage(tokens: TokenSet) -> str | None:
-    """Say what is no longer as it was written, by the hash of every file; None if all is.
+    """Describe the first file with a wrong hash; None if all are intact.
 
     Raises:
         CorpusError: A file cannot be read.
@@ -148,7 +127,7 @@ def find_damage(tokens: TokenSet) -> str | None:
     except OSError as error:
         raise CorpusError(
             f"{error.filename or tokens.folder}: it cannot be read ({(error.strerror or 'unreadable').lower()})",
-            action=f"check the disk, or remove the folder {tokens.folder} and give the same command again: "
-            "the tokens are made anew",
+            action=f"check the disk, or remove the folder {tokens.folder} and rerun the same command "
+            "to remake the tokens",
         ) from None
     return None

@@ -1,4 +1,4 @@
-"""Tokenizers: load, train, fingerprint, and choose the one of a recipe."""
+"""Loads, trains and fingerprints tokenizers, and selects the one of a recipe."""
 
 import hashlib
 import json
@@ -26,18 +26,17 @@ _TRAINING_BATCH = 1000
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
     """Load a tokenizer from the hub or a folder, without running code that comes with it.
 
-    Read is the first of `tokenizer.json` (taken as it stands), `tokenizer.model` (SentencePiece
-    BPE, with the same ids as SentencePiece gives), `vocab.json` with `merges.txt` (GPT-2's kind,
-    if no `tokenizer_config.json` or `config.json` says otherwise). Special tokens come from
-    `tokenizer_config.json`. A bare `tokenizer.json` does not say which token ends a text: if
-    `<|endoftext|>` is its only special token (GPT-2), that one does.
+    The first existing one is read: `tokenizer.json` (unchanged), `tokenizer.model` (SentencePiece BPE, with
+    SentencePiece's ids), `vocab.json` with `merges.txt` (GPT-2's kind, unless `tokenizer_config.json` or `config.json`
+    names another). Special tokens come from `tokenizer_config.json`. A bare `tokenizer.json` does not name the token
+    that ends a text: if `<|endoftext|>` is its only special token (GPT-2), it is that one.
 
     Args:
         name: Hub id or local folder.
         revision: Hub only: commit, tag or branch.
 
     Raises:
-        CorpusError: The folder is missing, or holds no tokenizer that can be read.
+        CorpusError: The folder is missing, or has no supported tokenizer.
         HubError: The hub cannot be reached or has no such repository.
     """
     folder = _find_folder(name, revision)
@@ -45,7 +44,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
         tokenizer = _from_folder(folder, name)
     except CorpusError:
         raise
-    except Exception as error:  # noqa: BLE001  every reader of these formats has error classes of its own
+    except Exception as error:  # noqa: BLE001  every reader of these formats has its own error classes
         raise CorpusError(
             f"tokenizer {name!r}: its files cannot be read ({type(error).__name__}: {hub.first_line(error)})",
             allowed="a Hugging Face tokenizer folder",
@@ -53,19 +52,15 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
         ) from None
     if not tokenizer.is_fast:
         raise CorpusError(
-            f"tokenizer {name!r} is a {type(tokenizer).__name__}, which has no `tokenizers` backend",
+            f"tokenizer {name!r} is a {type(tokenizer).__name__} without a `tokenizers` backend",
             allowed="a tokenizer that can be saved as tokenizer.json",
-            action="choose another tokenizer, or convert it to tokenizer.json",
+            action="select another tokenizer, or convert it to tokenizer.json",
         )
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def sentencepiece_model(name: str, revision: str = "main") -> bytes | None:
-    """Return the SentencePiece model of a tokenizer that `load_tokenizer` has loaded; None if it has none.
-
-    Args:
-        name: Hub id or local folder.
-        revision: Hub only.
+    """Return the SentencePiece model of a tokenizer; None if it has none. Arguments as for `load_tokenizer`.
 
     Raises:
         CorpusError: The folder is missing.
@@ -80,18 +75,17 @@ def sentencepiece_model(name: str, revision: str = "main") -> bytes | None:
     processor: Any = SentencePieceProcessor
     try:
         processor(model_proto=model)
-    except RuntimeError:  # some families give this name to a file of another kind, such as tiktoken's
+    except RuntimeError:  # some families use this name for another format, such as tiktoken's
         return None
     return model or None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
-    """Train a byte-level BPE; `<|endoftext|>` (id 0) begins and ends texts, nothing is unknown.
+    """Train a byte-level BPE; `<|endoftext|>` (id 0) begins and ends texts, no token is unknown.
 
     Args:
-        texts: The documents to learn merges from.
-        vocab_size: Entries, the end-of-text token and the 256 bytes among them; a small corpus may
-            give fewer.
+        texts: The training documents.
+        vocab_size: Entries, including the end-of-text token and the 256 bytes; a small corpus may give fewer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -110,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 def backend_of(tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """Return the `tokenizers.Tokenizer` inside, without truncation and padding."""
+    """Return the inner `tokenizers.Tokenizer`, without truncation and padding."""
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined, unused-ignore]
     backend.no_truncation()
     backend.no_padding()
@@ -118,7 +112,7 @@ def backend_of(tokenizer: "PreTrainedTokenizerBase") -> Any:
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash (hex) of all that decides the ids of a text: the serialised backend and the eos token."""
+    """Hash (hex) of the serialized backend and the eos token, which decide all ids."""
     canonical = json.dumps([json.loads(backend_of(tokenizer).to_str()), tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -128,9 +122,9 @@ def _find_folder(name: str, revision: str) -> Path:
         folder = Path(name).expanduser()
         if not folder.is_dir():
             raise CorpusError(
-                f"tokenizer {name!r} is written as a path, and there is no such folder",
+                f"tokenizer {name!r} is a path, but the folder does not exist",
                 allowed="a local folder, or a hub id such as openai-community/gpt2",
-                action="correct corpus.tokenizer (or reference.model, whose tokenizer is taken without it)",
+                action="correct corpus.tokenizer (or reference.model, the default tokenizer)",
             )
         return folder
     return hub.snapshot(hub.resolve(name, revision, "model"), _FILES + _SETTINGS)
@@ -152,35 +146,34 @@ def _from_folder(folder: Path, name: str) -> Any:
         family: Any = AutoTokenizer if described else GPT2Tokenizer
         return family.from_pretrained(folder, **({"trust_remote_code": False} if described else {}))
     raise CorpusError(
-        f"tokenizer {name!r}: {folder} holds none of the files of a tokenizer",
+        f"tokenizer {name!r}: {folder} has no tokenizer files",
         allowed="tokenizer.json, or tokenizer.model (SentencePiece), or vocab.json with merges.txt",
-        action="name another folder or hub id, or copy these files into it",
+        action="use another folder or hub id, or copy these files into it",
     )
 
 
 def tokenizer_of(recipe: Recipe, reference: Path | None) -> tuple[str | TrainedTokenizer, str]:
-    """Name and revision of the tokenizer: the corpus's own, else the reference's.
+    """Name and revision of the tokenizer: the corpus's own, otherwise the reference's.
 
     Args:
         recipe: The experiment.
-        reference: Folder of its reference, where that is at hand.
+        reference: Folder of its reference; None if it is not available.
 
     Raises:
-        RecipeError: It is the one that the reference's own recipe trains, and the reference is not at hand.
+        RecipeError: The reference's recipe trains its tokenizer, and the reference is not available.
     """
     if recipe.corpus.tokenizer is not None:
         return recipe.corpus.tokenizer, "main"
     if reference is not None:
         return str(reference), "main"
-    assert recipe.reference is not None  # the recipe's own check
+    assert recipe.reference is not None  # Recipe validates this
     inner = recipe.reference.recipe_name
     if inner is None:
         return recipe.reference.model, recipe.reference.revision
     name, revision = tokenizer_of(load_recipe(inner), None)
     if isinstance(name, TrainedTokenizer):
         raise RecipeError(
-            f"recipe {recipe.name} takes the tokenizer of its reference {inner}, whose recipe trains one on its own "
-            "corpus, and that has not been done yet",
-            action=f"train {inner} first (train.py --recipe {inner}), or say corpus.tokenizer",
+            f"recipe {recipe.name} uses the tokenizer of its reference {inner}, which has not been trained yet",
+            action=f"train {inner} first (train.py --recipe {inner}), or set corpus.tokenizer",
         )
     return name, revision

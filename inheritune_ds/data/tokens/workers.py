@@ -1,9 +1,8 @@
-"""Processes that turn text into token ids, in order and with a bounded number of jobs under way.
+"""Encodes text in several processes, in order and with a bounded number of pending jobs.
 
-Processes and not threads: the `tokenizers` library shares one cache among its threads, and turning ids into an array
-holds Python's lock. Every thread of a pool has one process and a pipe to it. A `ProcessPoolExecutor` has one pipe for
-the results of all its processes, and waits forever when one of them is killed while it sends. A process ends by itself
-when this one is gone: its pipe is closed then.
+Processes instead of threads: the `tokenizers` library shares one cache among its threads, and converting ids to an
+array holds Python's lock. Every thread of a pool has one process and its own pipe: a `ProcessPoolExecutor` has one pipe
+for all results, and waits forever if a process is killed while it sends. A process ends when its pipe is closed.
 """
 
 import multiprocessing
@@ -15,23 +14,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from types import TracebackType
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
-
-from inheritune_ds.data.tokens.encoder import TextEncoder
+from inheritune_ds.data.tokens.encoder import Ids, TextEncoder
 from inheritune_ds.errors import MachineError
 from inheritune_ds.storage.redaction import redact_output
 
-Ids = npt.NDArray[np.uint32]
 JOBS_HERE = 8
-"""Jobs that this process does itself before it starts workers: a small corpus is done by then."""
+"""First jobs, which this process does itself: a small corpus needs no workers."""
 
 
 class _Worker(threading.local):
-    """The process of a thread, started when the thread gets its first job."""
+    """The process of a thread, started with its first job."""
 
     process: SpawnProcess | None = None
     pipe: Connection
@@ -41,9 +35,9 @@ class EncoderPool:
     """Encodes lists of text pieces; use it as a context manager.
 
     Args:
-        encoder: What encodes here.
-        definition: Arguments with which workers build their own.
-        workers: Processes; with 1 this process does all itself.
+        encoder: Encodes in this process.
+        definition: Arguments of the workers' `TextEncoder`.
+        workers: Processes; with 1 only this process encodes.
     """
 
     def __init__(self, encoder: TextEncoder, definition: tuple[str, int], workers: int) -> None:
@@ -56,9 +50,7 @@ class EncoderPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.terminate()
         self._threads.shutdown(cancel_futures=True)
@@ -66,10 +58,10 @@ class EncoderPool:
             process.join()
 
     def encode(self, jobs: Iterable[list[str]]) -> Iterator[list[Ids]]:
-        """Yield the ids of every job, in order; whoever stops early drops the jobs that are under way.
+        """Yield the ids of every job, in order; closing the iterator cancels pending jobs.
 
         Args:
-            jobs: Lists of texts, each text encoded on its own; taken as the workers get along.
+            jobs: Lists of texts, each encoded separately; read only as fast as they are encoded.
 
         Raises:
             MachineError: A worker has died.
@@ -98,8 +90,8 @@ class EncoderPool:
         except (EOFError, OSError):
             process.join(timeout=1.0)
             raise MachineError(
-                f"a process that tokenizes has ended by itself (exit code {process.exitcode})",
-                action="look for an out-of-memory kill (dmesg), and give the same command again, with fewer --workers: "
+                f"a tokenizer worker process died (exit code {process.exitcode})",
+                action="look for an out-of-memory kill (dmesg), and rerun the same command with fewer --workers: "
                 "finished shards are kept",
             ) from None
         return found
@@ -116,8 +108,8 @@ class EncoderPool:
 
 
 def _work(pipe: Connection, definition: tuple[str, int]) -> None:
-    """Encode what comes through the pipe until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one
+    """Encode the texts from the pipe until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent process handles Ctrl-C
     redact_output()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder = TextEncoder(*definition)

@@ -1,8 +1,7 @@
-"""The documents of a corpus to shards: read, encoded by several processes, written in their order.
+"""Turns the documents of a corpus into shards: reads, encodes in several processes, writes in order.
 
-Everything that is counted is counted when a document is written, in the order of the documents, and kept in the
-journal together with the place of the next one. So the result depends neither on the number of processes nor on how
-often the preparation was killed.
+All counts are made when a document is written, in the order of the documents, and saved in the journal together with
+the position of the next one. The result depends neither on the number of processes nor on kills.
 """
 
 import hashlib
@@ -30,28 +29,22 @@ from inheritune_ds.errors import InherituneError
 JOB_CHARACTERS = 2**20
 JOB_PIECES = 512
 JOB_RECORDS = 2**13
-"""A job is handed in after so many records in any case, so that those which are left out do not pile up before it."""
+"""A job is submitted after at most this many records, so that skipped ones do not pile up before it."""
 COMMIT_INTERVAL_S = 30.0
-"""The journal is written after every shard, and so often in between."""
+"""The journal is written after every shard, and after this time."""
 
-COUNTS = (
-    "empty_documents",
-    "filtered_documents",
-    "bad_records",
-    "duplicate_documents",
-    "forced_cuts",
-)
+COUNTS = ("empty_documents", "filtered_documents", "bad_records", "duplicate_documents", "forced_cuts")
 _SKIPPED = {"empty": "empty_documents", "filtered": "filtered_documents", "bad": "bad_records"}
 
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """What token files hold.
+    """Format of token files.
 
     Attributes:
         dtype: `uint16` or `uint32`.
-        id_space: One more than the tokenizer's largest id.
-        shard_tokens: When a shard is closed.
+        id_space: The tokenizer's largest id plus 1.
+        shard_tokens: Size at which a shard is closed.
     """
 
     dtype: str
@@ -60,7 +53,7 @@ class TokenFormat:
 
 
 class _Item(NamedTuple):
-    """A document on its way: everything about it but its ids."""
+    """A document without its ids."""
 
     document: Document
     digest: bytes
@@ -71,13 +64,13 @@ class _Item(NamedTuple):
 
 
 class _SourceState:
-    """What has been written of a source, and where its next document begins.
+    """Everything written of a source, and the position of its next document.
 
     Args:
         source: As in the recipe.
         folder: Of all token files.
         form: Of the token files.
-        kept: What `as_dict` gave when it was last kept; empty at the beginning.
+        kept: The last committed result of `as_dict`; empty at the beginning.
         limit: Most training tokens.
     """
 
@@ -106,7 +99,7 @@ class _SourceState:
         return not enough and (self._max_documents is None or self.documents < self._max_documents)
 
     def as_dict(self) -> dict[str, Any]:
-        """Flush the shards and say everything; for the journal and, at the end, the manifest."""
+        """Flush the shards and return the state, for the journal and the manifest."""
         return {
             "name": self.name,
             "cursor": list(self.cursor),
@@ -122,69 +115,62 @@ class _SourceState:
         }
 
     def abandon(self) -> None:
-        """Leave the files as they are, to be gone on with from what was last kept."""
+        """Close the files without completing them; the next attempt resumes from the journal."""
         self.train.abandon()
         self.validation.abandon()
 
     def close(self) -> dict[str, Any]:
-        """Complete the files; returns what the manifest says of the source."""
+        """Complete the files; returns the source's entry in the manifest."""
         self.train.close()
         self.validation.close()
-        told = self.as_dict()
-        del told["cursor"]
-        counts = told.pop("counts")
-        return {**told, **counts}
+        state = self.as_dict()
+        del state["cursor"]
+        counts = state.pop("counts")
+        return {**state, **counts}
 
 
+@dataclass
 class Build:
-    """A folder of shards being filled.
+    """Fills a folder with shards.
 
-    Args:
-        corpus: What to read.
-        folder: Where the shards go.
+    Attributes:
         form: Of the token files.
-        encoder: Text to ids.
-        tokenizer: Arguments with which workers build the same encoder.
-        journal: Of this folder.
+        definition: Arguments of the workers' `TextEncoder`.
         workers: Processes that encode.
-        index: Evaluation sets to compare with; None if there are none.
-        check_files: Raises if a corpus file is not the one any more that the fingerprint was made of. It is called
-            before anything is kept: else what was read from a changed file would be gone on with.
+        index: Evaluation sets to compare with.
+        check_files: Raises if a corpus file is not the one in the fingerprint. It is called before every commit:
+            otherwise a resumed preparation would keep text from a changed file.
     """
 
-    def __init__(  # noqa: PLR0913 - one argument for each thing that decides
-        self,
-        corpus: Corpus,
-        folder: Path,
-        *,
-        form: TokenFormat,
-        encoder: TextEncoder,
-        tokenizer: tuple[str, int],
-        journal: Journal,
-        workers: int,
-        index: OverlapIndex | None,
-        check_files: Callable[[], None],
-    ) -> None:
-        self._corpus, self._folder, self._form = corpus, folder, form
-        self._definition, self._encoder = tokenizer, encoder
-        self._journal, self._workers, self._index = journal, workers, index
-        self._check_files = check_files
-        kept = journal.state() or {}
+    corpus: Corpus
+    folder: Path
+    form: TokenFormat
+    encoder: TextEncoder
+    definition: tuple[str, int]
+    journal: Journal
+    workers: int
+    index: OverlapIndex | None
+    check_files: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        kept = self.journal.state() or {}
         self._finished: list[dict[str, Any]] = kept.get("finished", [])
         self._kept: dict[str, Any] = kept.get("current", {})
-        self.overlap = OverlapCounter(index, kept.get("overlap")) if index is not None else None
+        self.overlap = OverlapCounter(self.index, kept.get("overlap")) if self.index is not None else None
         self._bytes = 0
         self._committed_s = time.monotonic()
 
     def run(self) -> list[dict[str, Any]]:
-        """Write every source; returns what the manifest says of each."""
-        sizes = [_total_bytes(source) for source in self._corpus.sources]
+        """Write every source; returns the manifest's entry of each."""
+        sizes = [
+            None if isinstance(source, TokensSource) else sources.total_bytes(source) for source in self.corpus.sources
+        ]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         with (
-            Meter("tokenizing", "tokens", self._corpus.max_tokens) as self._meter,
-            EncoderPool(self._encoder, self._definition, self._workers) as self._pool,
+            Meter("tokenizing", "tokens", self.corpus.max_tokens) as self._meter,
+            EncoderPool(self.encoder, self.definition, self.workers) as self._pool,
         ):
-            for number, source in enumerate(self._corpus.sources):
+            for number, source in enumerate(self.corpus.sources):
                 if number >= len(self._finished):
                     self._finished.append(self._write(source, number))
                     self._kept = {}
@@ -193,26 +179,26 @@ class Build:
         return self._finished
 
     def _write(self, source: Source, number: int) -> dict[str, Any]:
-        self._now = _SourceState(source, self._folder, self._form, self._kept, self._limit(number))
+        self._now = _SourceState(source, self.folder, self.form, self._kept, self._limit(number))
         try:
             if isinstance(source, TokensSource):
                 self._copy(source)
             elif self._now.wants_more:
                 self._encode(source)
-            told = self._now.close()
+            entry = self._now.close()
         except BaseException:
             self._now.abandon()
             raise
         if isinstance(source, EmbeddedSource):
-            told["unparsed_files"] = python_docs.running().unparsed_files
-        return told
+            entry["unparsed_files"] = python_docs.running().unparsed_files
+        return entry
 
     def _limit(self, number: int) -> int | None:
-        """Most training tokens of a source: its own limit, or what the sources before it have left of the whole."""
-        own = self._corpus.token_limits[number]
-        if self._corpus.max_tokens is None or self._corpus.weights is not None:
+        """Most training tokens of a source: its own limit, and the remainder of the corpus's limit."""
+        own = self.corpus.token_limits[number]
+        if self.corpus.max_tokens is None or self.corpus.weights is not None:
             return own
-        left: int = self._corpus.max_tokens - sum(source["train_tokens"] for source in self._finished)
+        left: int = self.corpus.max_tokens - sum(source["train_tokens"] for source in self._finished)
         return left if own is None else min(own, left)
 
     def _read(self, count: int) -> None:
@@ -223,9 +209,9 @@ class Build:
         for document in nanogpt_documents.documents(
             source,
             state.cursor,
-            eos_id=self._encoder.eos_id,
-            id_space=self._form.id_space,
-            ratio=self._corpus.validation_ratio,
+            eos_id=self.encoder.eos_id,
+            id_space=self.form.id_space,
+            ratio=self.corpus.validation_ratio,
             wants_more=lambda: state.wants_more,
         ):
             state.cursor = document.cursor
@@ -239,9 +225,9 @@ class Build:
                 return
 
     def _encoded(self, source: TextSource) -> Iterator[tuple[_Item, npt.NDArray[Any]]]:
-        """Yield documents with their ids, in order; an error of the reader comes after those that stand before it.
+        """Yield documents with their ids, in order; a reader's error is raised after the documents before it.
 
-        So a limit that is reached before a bad record is reached, however far several processes have it read ahead.
+        So a limit before a bad record is reached, however far the processes have read ahead.
         """
         waiting: deque[_Item] = deque()
         parts: deque[npt.NDArray[Any]] = deque()
@@ -251,18 +237,18 @@ class Build:
             parts.extend(found)
             while waiting and waiting[0].pieces <= len(parts):
                 item = waiting.popleft()
-                yield item, self._encoder.document([parts.popleft() for _ in range(item.pieces)])
+                yield item, self.encoder.document([parts.popleft() for _ in range(item.pieces)])
         for error in failed:
             raise error
 
     def _jobs(self, documents: Iterator[Document], waiting: deque[_Item]) -> Iterator[list[str]]:
-        """Yield the pieces of the documents in lists of bounded size; the documents come into `waiting`."""
+        """Yield the pieces of the documents in lists of bounded size; the documents are appended to `waiting`."""
         job: list[str] = []
         characters = records = 0
         for document in documents:
-            forced_before = self._encoder.forced_cuts
-            pieces = self._encoder.pieces(document.text) if document.text else []
-            waiting.append(self._examine(document, len(pieces), self._encoder.forced_cuts - forced_before))
+            forced_before = self.encoder.forced_cuts
+            pieces = self.encoder.pieces(document.text) if document.text else []
+            waiting.append(self._examine(document, len(pieces), self.encoder.forced_cuts - forced_before))
             records += 1
             for piece in pieces:
                 job.append(piece)
@@ -278,12 +264,12 @@ class Build:
     def _examine(self, document: Document, pieces: int, forced_cuts: int) -> _Item:
         text = document.text
         digest = hashlib.sha256(text.encode()).digest() if text else b""
-        held = bool(text) and is_held_out(digest, self._corpus.validation_ratio)
-        hits = self._index.find(text) if self._index is not None and text and not held else None
+        held = bool(text) and is_held_out(digest, self.corpus.validation_ratio)
+        hits = self.index.find(text) if self.index is not None and text and not held else None
         return _Item(document, digest, held, pieces, forced_cuts, hits)
 
     def _take(self, item: _Item, ids: npt.NDArray[Any]) -> bool:
-        """Count a document and write it, unless it is left out; returns whether that has closed a shard."""
+        """Count a document and write it unless it is skipped; returns whether this closed a shard."""
         state, document = self._now, item.document
         state.cursor = document.cursor
         if document.skipped:
@@ -297,13 +283,13 @@ class Build:
         return False
 
     def _is_wanted(self, digest: bytes) -> bool:
-        if self._journal.is_new(digest):
+        if self.journal.is_new(digest):
             return True
         self._now.counts["duplicate_documents"] += 1
-        return self._corpus.duplicates == "keep"
+        return self.corpus.duplicates == "keep"
 
     def _put(self, ids: npt.NDArray[Any], *, held_out: bool) -> bool:
-        """Write a document; returns whether that has closed a shard."""
+        """Write a document; returns whether this closed a shard."""
         state = self._now
         if held_out:
             return state.validation.append(ids)
@@ -314,26 +300,21 @@ class Build:
         return closed
 
     def _keep(self, *, at_once: bool) -> None:
-        """Keep the place behind a document, if it is time; documents that are left out take time as well."""
+        """Commit the position behind a document if it is time; skipped documents take time too."""
         if at_once or time.monotonic() - self._committed_s > COMMIT_INTERVAL_S:
             self._kept = self._now.as_dict()
             self._commit()
 
     def _commit(self) -> None:
-        self._check_files()
+        self.check_files()
         overlap = self.overlap.state() if self.overlap is not None else None
-        self._journal.commit({"finished": self._finished, "current": self._kept, "overlap": overlap})
+        self.journal.commit({"finished": self._finished, "current": self._kept, "overlap": overlap})
         self._committed_s = time.monotonic()
 
 
 def _until_error(documents: Iterator[Document], failed: list[InherituneError]) -> Iterator[Document]:
-    """Yield what can be read; what ends it comes into `failed`."""
+    """Yield documents until an error, which is appended to `failed`."""
     try:
         yield from documents
     except InherituneError as error:
         failed.append(error)
-
-
-def _total_bytes(source: Source) -> int | None:
-    """Bytes that reading a source will count; None where that is not known."""
-    return None if isinstance(source, TokensSource) else sources.total_bytes(source)

@@ -1,52 +1,43 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from inheritune_ds.data.documents.change_check import FileMark, Snapshot, cannot_read
+from inheritune_ds.data.documents.change_check import FileMark, cannot_read
 from inheritune_ds.errors import CorpusError
 
 
-def test_snapshot_is_content_with_files_that_stay(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).write_text("text")
-    snapshot = Snapshot.of([tmp_path / "a", tmp_path / "b"])
-    snapshot.check()
-    assert [mark.size for mark in snapshot.marks] == [4, 4]
+def change_mtime(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
 
-def test_snapshot_notices_a_file_that_vanished(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (Path.unlink, r"(?s)/a: it vanished while the corpus was read \(no such file.*restore it"),
+        (lambda path: path.write_text("more text"), r"it was changed while .* \(it had 4 bytes and has 9\)"),
+        (change_mtime, r"(?s)it was changed.*let its writer finish"),
+    ],
+)
+def test_mark_detects_a_change(change: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("text")
-    snapshot = Snapshot.of([path])
-    path.unlink()
-    with pytest.raises(CorpusError, match=r"(?s)/a: it vanished while the corpus was read \(no such file.*put it back"):
-        snapshot.check()
+    mark = FileMark.of(path)
+    mark.check()
+    assert mark.size == 4
+    change(path)
+    with pytest.raises(CorpusError, match=message):
+        mark.check()
 
 
-def test_snapshot_notices_a_file_that_was_changed(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_text("text")
-    snapshot = Snapshot.of([path])
-    path.write_text("text and more")
-    with pytest.raises(CorpusError, match=r"it was changed while .* \(it had 4 bytes and has 13\)"):
-        snapshot.check()
-
-
-def test_snapshot_notices_a_change_that_keeps_the_size(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_text("text")
-    snapshot = Snapshot.of([path])
-    os.utime(path, ns=(0, snapshot.marks[0].mtime_ns + 1))
-    with pytest.raises(CorpusError, match=r"(?s)it was changed.*let its writer finish"):
-        snapshot.check()
-
-
-def test_mark_of_a_missing_file_says_so(tmp_path: Path) -> None:
+def test_mark_refuses_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"/gone: it cannot be read \(no such file or directory\)"):
         FileMark.of(tmp_path / "gone")
 
 
-def test_cannot_read_says_something_whatever_the_system_said() -> None:
-    assert "a: it cannot be read (permission denied)" in str(cannot_read("a", PermissionError(13, "Permission denied")))
-    assert "a: it cannot be read (unreadable)" in str(cannot_read("a", OSError()))
+@pytest.mark.parametrize(
+    ("error", "reason"), [(PermissionError(13, "Permission denied"), "permission denied"), (OSError(), "unreadable")]
+)
+def test_cannot_read_names_a_reason(error: OSError, reason: str) -> None:
+    assert f"a: it cannot be read ({reason})" in str(cannot_read("a", error))

@@ -67,7 +67,7 @@ def test_open_unpacked_notices_every_place_where_a_file_can_be_cut_off(tmp_path:
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(
-            CorpusError, match=r"(?s)it is cut off or damaged \(its end is missing\).*download it again"
+            CorpusError, match=r"(?s)it is truncated or damaged \(its end is missing\).*download it again"
         ):
             unpack(path)
     path.write_bytes(whole)
@@ -79,7 +79,7 @@ def test_open_unpacked_notices_every_place_where_a_file_can_be_cut_off(tmp_path:
 def test_open_unpacked_notices_what_was_never_packed(tmp_path: Path, suffix: str, junk: bytes) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(junk)
-    with pytest.raises(CorpusError, match=rf"a{suffix}: it is cut off or damaged"):
+    with pytest.raises(CorpusError, match=rf"a{suffix}: it is truncated or damaged"):
         unpack(path)
 
 
@@ -87,7 +87,7 @@ def test_open_unpacked_notices_what_was_never_packed(tmp_path: Path, suffix: str
 def test_open_unpacked_notices_damage_after_the_first_frame(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(PACK[suffix](CONTENT) + b"junk that follows")
-    with pytest.raises(CorpusError, match="it is cut off or damaged"):
+    with pytest.raises(CorpusError, match="it is truncated or damaged"):
         unpack(path)
 
 

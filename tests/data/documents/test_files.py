@@ -122,7 +122,7 @@ def test_documents_open_no_file_before_the_start(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("ending", [".txt", ".jsonl.gz", ".parquet", ".arrow"])
 def test_documents_refuse_a_start_behind_the_end_of_a_file(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path, f"a{ending}", ["one", "two"])
-    with pytest.raises(CorpusError, match=r"(?s)it has 2 records, and 3 were read from it before.*or begin anew"):
+    with pytest.raises(CorpusError, match=r"(?s)it has 2 records, but 3 were read from it before.*or start over"):
         list(readers.documents(source(path, document_separator="<|>"), Cursor(0, 3)))
 
 
@@ -163,7 +163,7 @@ def test_documents_say_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: py
 def test_documents_refuse_a_file_that_is_cut_off_also_when_bad_records_are_skipped(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, name, [f"text {number}" for number in range(50)])
     path.write_bytes(path.read_bytes()[:-6])
-    with pytest.raises(CorpusError, match=r"(?s)it is cut off or damaged.*download it again"):
+    with pytest.raises(CorpusError, match=r"(?s)it is truncated or damaged.*download it again"):
         read(path, bad_records="skip")
 
 
@@ -171,7 +171,7 @@ def test_documents_refuse_a_file_that_is_cut_off_also_when_bad_records_are_skipp
 def test_documents_refuse_to_look_for_fields_in_plain_text(tmp_path: Path, filters: dict[str, Any]) -> None:
     write(tmp_path, "a.jsonl", ["one"])
     write(tmp_path, "b.txt.gz", ["one"])
-    with pytest.raises(CorpusError, match=r"(?s)b\.txt\.gz: plain text has no fields.*min_characters.*of its own"):
+    with pytest.raises(CorpusError, match=r"(?s)b\.txt\.gz: plain text has no fields.*min_characters.*separate source"):
         read(tmp_path, filters=filters)
 
 
@@ -196,7 +196,7 @@ def test_expand_takes_all_of_a_folder_but_hidden_files_and_those_of_other_kinds(
         (tmp_path / name).write_text("x")
     found = readers.expand([tmp_path.name + "/"], tmp_path.parent)
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/10.arrow", "a/2.parquet", "b.jsonl.gz"]
-    left_out = readers.left_out([str(tmp_path), str(tmp_path / "*.gz")])
+    left_out = readers.skipped_files([str(tmp_path), str(tmp_path / "*.gz")])
     assert [path.relative_to(tmp_path).as_posix() for path in left_out] == ["README.md", "a/LICENSE", "c.zst"]
 
 
@@ -212,7 +212,7 @@ def test_expand_follows_links_to_folders_and_goes_round_no_circle(tmp_path: Path
 def test_expand_refuses_a_folder_without_corpus_files(tmp_path: Path) -> None:
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "README.md").write_text("x")
-    with pytest.raises(CorpusError, match=r"(?s)'books/' is a folder without a file that is read.*\.arrow"):
+    with pytest.raises(CorpusError, match=r"(?s)'books/' is a folder without a corpus file.*\.arrow"):
         readers.expand(["books/"], tmp_path)
 
 
@@ -235,7 +235,7 @@ def test_expand_refuses_a_folder_that_it_cannot_look_into(tmp_path: Path, monkey
 def test_expand_names_the_pattern_and_the_folder(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(CorpusError) as caught:
         readers.expand([pattern], tmp_path)
-    assert f"corpus path {pattern!r} matches no file (looked for in {tmp_path})" in str(caught.value)
+    assert f"corpus path {pattern!r} matches no file (searched in {tmp_path})" in str(caught.value)
     assert "correct corpus.sources" in str(caught.value)
 
 
@@ -244,7 +244,7 @@ def test_expand_lists_the_endings_it_reads(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     for pattern in (name, "a*"):
         with pytest.raises(
-            CorpusError, match=r"(?s)with this ending is not read\n  allowed: \.txt, \.jsonl.*\.bz2.*\.parquet"
+            CorpusError, match=r"(?s)with this suffix are not supported\n  allowed: \.txt, \.jsonl.*\.bz2.*\.parquet"
         ):
             readers.expand([pattern], tmp_path)
 

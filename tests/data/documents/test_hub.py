@@ -151,8 +151,10 @@ def test_a_wrong_pattern_ending_or_split_is_refused(hub_server: HubServer, clien
         "  allowed: its files: data/a-1.jsonl, data/b-1.jsonl.gz, data/b-3.jsonl.zst, data/c-1.jsonl.bz2, "
         "data/c-2.json ...\n  do: correct data_files in corpus.sources: a pattern inside the dataset's repository"
     )
-    assert f"at {commit}: x.csv: a file with this ending is not read\n  allowed: .txt" in refusal(data_files="*.csv")
-    assert "t.arrow: a file with this ending is not streamed" in refusal(data_files="*.arrow")
+    assert f"at {commit}: x.csv: a file with this suffix are not supported\n  allowed: .txt" in refusal(
+        data_files="*.csv"
+    )
+    assert "t.arrow: files with this suffix cannot be streamed" in refusal(data_files="*.arrow")
     assert "has no file of the split 'test' among the" in refusal(split="test")
 
 
@@ -340,7 +342,7 @@ def test_a_file_that_is_cut_off_on_the_hub_is_noticed(hub_server: HubServer, cli
     for streaming in (True, False):
         answer = client.ask("documents", source=source("org/cut", "*.zst", streaming=streaming))
         assert answer["exit_code"] == 6
-        assert "x.jsonl.zst: it is cut off or damaged (its end is missing)" in answer["message"]
+        assert "x.jsonl.zst: it is truncated or damaged (its end is missing)" in answer["message"]
 
 
 def test_a_full_disk_is_no_fault_of_the_hub() -> None:

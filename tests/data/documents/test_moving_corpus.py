@@ -28,7 +28,7 @@ def test_a_file_that_comes_while_the_corpus_is_read_is_not_read_in_silence(
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenize, "_overlap_index", index_late)
-        with pytest.raises(CorpusError, match=r"/corpus/a\.jsonl: it came while the corpus was read"):
+        with pytest.raises(CorpusError, match=r"/corpus/a\.jsonl: it appeared while the corpus was read"):
             prepare(corpus, bpe, tmp_path / "cache")
     late.unlink()
     found = prepare(corpus, bpe, tmp_path / "cache")

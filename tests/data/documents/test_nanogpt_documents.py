@@ -103,9 +103,7 @@ def test_a_missing_file_is_named(tmp_path: Path, bpe: str) -> None:
 
 def test_half_a_token_is_refused(tmp_path: Path, bpe: str) -> None:
     (tmp_path / "train.bin").write_bytes(b"\1\0\2\0\3")
-    with pytest.raises(
-        CorpusError, match=r"train\.bin has 5 bytes, which is no whole number of 16-bit tokens\n  do: copy"
-    ):
+    with pytest.raises(CorpusError, match=r"train\.bin has 5 bytes, not a whole number of 16-bit tokens\n  do: copy"):
         prepare(corpus_of(source_of(str(tmp_path / "train.bin"))), bpe, tmp_path / "cache")
 
 
@@ -156,5 +154,5 @@ def test_an_empty_file_and_one_of_wider_ids_are_refused(tmp_path: Path, bpe: str
     with pytest.raises(CorpusError, match=r"token file .*train\.bin is empty"):
         prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")
     np.concatenate(make_documents(80)).astype("<u4").tofile(path)
-    with pytest.raises(CorpusError, match=r"train\.bin looks like one of 32-bit ids: every second 16-bit number"):
+    with pytest.raises(CorpusError, match=r"train\.bin seems to hold 32-bit ids: every second 16-bit number"):
         prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")

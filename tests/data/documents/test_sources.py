@@ -33,7 +33,7 @@ def test_documents_of_embedded_are_the_embedded_ones() -> None:
     assert tuple(document.text for document in found) == python_docs.running().documents
     assert list(sources.documents(source, found[9].cursor)) == found[10:]
     assert sources.identify(source) == python_docs.identity()
-    assert (sources.total_bytes(source), sources.snapshot(source).marks, sources.left_out_files(source)) == (
+    assert (sources.total_bytes(source), sources.snapshot(source), sources.skipped_files(source)) == (
         None,
         (),
         [],
@@ -54,7 +54,7 @@ def test_documents_of_files_are_read_from_a_cursor_on(tmp_path: Path) -> None:
 def test_left_out_files_are_named(tmp_path: Path) -> None:
     for name in ("a.jsonl", "README.md", "LICENSE"):
         (tmp_path / name).write_text("x")
-    assert sources.left_out_files(FilesSource(kind="files", paths=[str(tmp_path)])) == ["LICENSE", "README.md"]
+    assert sources.skipped_files(FilesSource(kind="files", paths=[str(tmp_path)])) == ["LICENSE", "README.md"]
 
 
 def test_snapshot_notices_a_change_between_hashing_and_the_end_of_reading(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_check_notices_a_file_that_has_come(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("no corpus file")
     sources.check(source, before)
     (tmp_path / "a.txt").write_text("other text")
-    with pytest.raises(CorpusError, match=r"(?s)a\.txt: it came while the corpus was read.*let its writer finish"):
+    with pytest.raises(CorpusError, match=r"(?s)a\.txt: it appeared while the corpus was read.*let its writer finish"):
         sources.check(source, before)
 
 
@@ -163,9 +163,9 @@ def test_identify_a_local_dataset_by_its_files(dataset: Path) -> None:
 def test_documents_of_a_local_dataset_name_what_is_wrong(dataset: Path) -> None:
     with pytest.raises(CorpusError, match=r"(?s)there is no field 'body'.*text, n"):
         list(sources.documents(hub_source(dataset, text_field="body")))
-    with pytest.raises(CorpusError, match=r"corpus path 'data/\*\.parquet' matches no file \(looked for in .*set\)"):
+    with pytest.raises(CorpusError, match=r"corpus path 'data/\*\.parquet' matches no file \(searched in .*set\)"):
         list(sources.documents(hub_source(dataset, data_files="data/*.parquet")))
     with pytest.raises(CorpusError, match=r"(?s)split.*test.*data_files"):
         list(sources.documents(hub_source(dataset, split="test")))
-    with pytest.raises(CorpusError, match="is written as a path, and there is no such folder"):
+    with pytest.raises(CorpusError, match="is a path, but the folder does not exist"):
         list(sources.documents(hub_source(dataset / "gone")))

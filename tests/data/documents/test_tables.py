@@ -139,14 +139,14 @@ def test_documents_of_a_table_notice_every_place_where_it_can_be_cut_off(tmp_pat
     whole = path.read_bytes()
     for size in range(0, len(whole), 8 if kind == "stream" else 97):
         path.write_bytes(whole[:size])
-        with pytest.raises(CorpusError, match=r"(?s)it is not a readable (parquet|Arrow) file.*download it again"):
+        with pytest.raises(CorpusError, match=r"(?s)it is not a valid (parquet|Arrow) file.*download it again"):
             read(path, bad_records="skip")
 
 
 def test_documents_of_an_arrow_stream_refuse_what_follows_it(tmp_path: Path) -> None:
     path = write(tmp_path, "stream", {"text": ["a"]})
     path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(CorpusError, match=r"not a readable Arrow file \(the end of its stream is missing, or somethi"):
+    with pytest.raises(CorpusError, match=r"not a valid Arrow file \(the end of its stream is missing, or somethi"):
         read(path)
 
 
@@ -154,7 +154,7 @@ def test_documents_of_an_arrow_stream_refuse_what_follows_it(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_documents_notice_what_is_no_table(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CorpusError, match=r"it is not a readable (parquet|Arrow) file"):
+    with pytest.raises(CorpusError, match=r"it is not a valid (parquet|Arrow) file"):
         read(tmp_path / name)
 
 
@@ -177,7 +177,7 @@ def test_documents_of_parquet_notice_a_page_with_another_checksum(tmp_path: Path
     path = write(tmp_path, "parquet", {"text": ["some text " * 100]}, compression="none", write_page_checksum=True)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"some text some", b"some test some", 1))
-    with pytest.raises(CorpusError, match=r"(?s)it is not a readable parquet file.*CRC"):
+    with pytest.raises(CorpusError, match=r"(?s)it is not a valid parquet file.*CRC"):
         read(path)
 
 
@@ -189,7 +189,7 @@ def test_documents_of_arrow_notice_offsets_that_lead_out_of_the_file(tmp_path: P
     assert content.count(right) == 1
     wrong = right[:4] + (2**30).to_bytes(4, "little") + right[8:]
     path.write_bytes(content.replace(right, wrong))
-    with pytest.raises(CorpusError, match="it is not a readable Arrow file"):
+    with pytest.raises(CorpusError, match="it is not a valid Arrow file"):
         read(path)
 
 

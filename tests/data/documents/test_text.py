@@ -176,7 +176,7 @@ def test_plain_text_tells_the_byte_that_is_not_utf8(before: bytes, separator: st
     place = f"{len(before) + 5:,}"
     with pytest.raises(CorpusError, match=rf"(?s)a\.txt: it is not UTF-8 text \(.* at byte {place}\).*iconv -f LATIN1"):
         plain(before + b"--caf\xe9 and more", separator)
-    with pytest.raises(CorpusError, match=rf"a\.txt\.gz: .* at byte {place} of what is packed"):
+    with pytest.raises(CorpusError, match=rf"a\.txt\.gz: .* at byte {place} after decompression"):
         plain(before + b"--caf\xe9 and more", separator, Path("a.txt.gz"))
 
 

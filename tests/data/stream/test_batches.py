@@ -286,7 +286,7 @@ def test_a_source_without_a_window_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         BatchStream(sources, seed=1, batch_windows=4)
     assert caught.value.problem == (
-        "the training part of source 'arxiv' has 3 tokens, less than one window of training.seq_len = 4"
+        "the training part of source 'arxiv' has 3 tokens, fewer than one window of training.seq_len = 4"
     )
     assert "take it out of corpus.sources or lower training.seq_len" in caught.value.action
 

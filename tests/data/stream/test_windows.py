@@ -103,10 +103,12 @@ def test_opening_a_shard_does_not_read_it(tmp_path: Path) -> None:
 
 
 def test_shards_name_a_missing_or_cut_file(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)gone\.bin: the token file is missing, its manifest says 20.*made anew"):
+    with pytest.raises(
+        CorpusError, match=r"(?s)gone\.bin: the token file is missing, but its manifest says 20.*to remake"
+    ):
         TokenShards([tmp_path / "gone.bin"], [10], "uint16")
     whole, cut = token_file(tmp_path / "whole.bin", 10), token_file(tmp_path / "cut.bin", 9)
-    with pytest.raises(CorpusError, match=r"cut\.bin: the token file has 18 bytes, its manifest says 20"):
+    with pytest.raises(CorpusError, match=r"cut\.bin: the token file has 18 bytes, but its manifest says 20"):
         TokenShards([whole, cut], [10, 10], "uint16")
 
 
@@ -185,7 +187,7 @@ def test_source_tokens_are_read_together(tmp_path: Path) -> None:
 
 def test_source_tokens_need_windows_of_one_length(tmp_path: Path) -> None:
     shards, _ = shards_of(tmp_path, [20])
-    with pytest.raises(ValueError, match=r"windows of one length are needed, not of \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"windows must have one length, not \[4, 5\]"):
         SourceTokens({"a": Windows(shards, 4), "b": Windows(shards, 5)})
-    with pytest.raises(ValueError, match=r"windows of one length are needed, not of \[\]"):
+    with pytest.raises(ValueError, match=r"windows must have one length, not \[\]"):
         SourceTokens({})

@@ -261,7 +261,9 @@ def test_a_document_is_what_the_template_says_and_ends_once(template: str, front
 def test_a_template_that_repeats_the_text_is_refused() -> None:
     backend = Tokenizer.from_str(backend_for("llama"))
     backend.post_processor = processors.TemplateProcessing(single="$A <s> $A", special_tokens=[("<s>", 1)])
-    with pytest.raises(CorpusError, match=r"(?s)template makes \[.*allowed: a template that puts.*post_processor"):
+    with pytest.raises(
+        CorpusError, match=r"(?s)template turns .* into \[.*allowed: a template that adds.*post_processor"
+    ):
         TextEncoder(backend.to_str(), 2)
 
 

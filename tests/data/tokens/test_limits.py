@@ -126,4 +126,4 @@ def test_an_evaluation_set_is_as_long_as_its_limit_and_not_looked_for_in_token_f
     found = prepare(Corpus(sources=sources, validation_ratio=0.2, overlap_with=[items]), bpe, tmp_path / "cache")
     overlap = found.manifest["overlap"]["items"]
     assert (overlap["items"], overlap["items_hit"]) == (15, sum(not is_held(text) for text in texts[:15]))
-    assert logged() == ["WARNING: overlap is not looked for in imported: token files hold no text"]
+    assert logged() == ["WARNING: overlap is not checked in imported: token files hold no text"]

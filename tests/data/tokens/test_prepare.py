@@ -144,7 +144,7 @@ def test_a_tokenizer_that_loses_text_is_told_and_noted(tmp_path: Path, logged: C
     folder = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1})
     tokens = prepare(make_corpus(tmp_path, make_texts(40)), folder, tmp_path / "cache")
     (line,) = logged()
-    assert line.startswith("WARNING: the tokenizer does not give texts back: 32 of 32 sample documents")
+    assert line.startswith("WARNING: the tokenizer does not reproduce texts: 32 of 32 sample documents")
     assert tokens.manifest["fidelity"]["lossy"] == 32
 
 

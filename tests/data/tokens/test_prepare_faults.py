@@ -95,7 +95,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     ),
     "a gzip file that is cut off": (
         lambda folder: write(folder, "c.jsonl.gz", gzip.compress(b"".join(records(make_texts(400))))[:-400]),
-        r"c\.jsonl\.gz: it is cut off or damaged \(its end is missing\)\n  do: copy or download it again",
+        r"c\.jsonl\.gz: it is truncated or damaged \(its end is missing\)\n  do: copy or download it again",
     ),
     "no file": (
         lambda folder: folder / "c.jsonl",
@@ -161,7 +161,7 @@ def meddle(monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], object])
     [
         (
             Path.unlink,
-            r"it vanished while the corpus was read \(no such file or directory\)\n  do: put it back as it was",
+            r"it vanished while the corpus was read \(no such file or directory\)\n  do: restore it",
         ),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b"cat", b"dog")),
@@ -242,7 +242,7 @@ def test_a_flipped_bit_is_found_and_the_tokens_are_made_anew(tmp_path: Path, run
     ended = run(corpus, "--verify")
     assert ended.code == 0
     damage = f"{name} has sha256 {found[:12]}... not {expected[name][:12]}..."
-    warning = f"WARNING: the tokens in {folder} are damaged and are made anew from the corpus: {damage}"
+    warning = f"WARNING: the tokens in {folder} are damaged; they are remade from the corpus: {damage}"
     assert ended.said == [warning, *table, INTACT]
     assert files_below(folder) == expected
     assert names_in(folder.parent) == [folder.name]

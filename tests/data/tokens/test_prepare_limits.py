@@ -83,7 +83,7 @@ def test_a_source_with_a_weight_and_no_tokens_is_refused(tmp_path: Path, bpe: st
         sources=two_sources(tmp_path, {"weight": 1}, {"weight": 1, "filters": Filters(min_characters=10**6)}),
         validation_ratio=0.2,
     )
-    with pytest.raises(CorpusError, match=r"source b has a weight and no token to train on\n  do: remove it"):
+    with pytest.raises(CorpusError, match=r"source b has a weight but no training tokens\n  do: remove it"):
         prepare(corpus, bpe, tmp_path / "cache")
 
 

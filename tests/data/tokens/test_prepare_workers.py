@@ -66,7 +66,7 @@ def test_a_killed_worker_ends_the_preparation_and_the_next_one_goes_on(
         patch.setattr(ShardWriter, "append", kill_one)
         assert main(command) == MachineError.exit_code == 10
     problem, action = capsys.readouterr().err.splitlines()
-    assert problem == "inheritune-ds: error: a process that tokenizes has ended by itself (exit code -9)"
+    assert problem == "inheritune-ds: error: a tokenizer worker process died (exit code -9)"
     assert action.startswith(
         "  do: look for an out-of-memory kill (dmesg), and give the same command again, with fewer"
     )
@@ -113,7 +113,7 @@ def test_jobs_that_are_dropped_leave_the_workers_free(encoder: tuple[TextEncoder
 def test_the_death_of_a_worker_keeps_no_job_waiting(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
     """The thread of a dead worker takes the next job, and must not wait for the worker that another thread has."""
     jobs = [make_texts(200) for _ in range(3 * workers.JOBS_HERE)]
-    message = r"has ended by itself \(exit code -9\)"
+    message = r"worker process died \(exit code -9\)"
     with workers.EncoderPool(*encoder, workers=2) as pool, pytest.raises(MachineError, match=message):  # noqa: PT012
         for _ in pool.encode(jobs):
             for worker in multiprocessing.active_children()[:1]:
@@ -137,7 +137,7 @@ def test_the_death_of_a_worker_that_sends_is_noticed(
         return receive(self)
 
     monkeypatch.setattr(Connection, "recv", kill_and_receive)
-    with workers.EncoderPool(*encoder, workers=2) as pool, pytest.raises(MachineError, match="has ended by itself"):
+    with workers.EncoderPool(*encoder, workers=2) as pool, pytest.raises(MachineError, match="worker process died"):
         list(pool.encode(jobs))
 
 

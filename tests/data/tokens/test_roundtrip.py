@@ -55,8 +55,8 @@ def test_a_wrong_decoder_is_a_loss_and_the_first_place_is_shown() -> None:
     found = check_fidelity(encoder_of(backend), ["mat", "the first difference", "the cat"], None)
     assert (found.documents, found.exact, found.lossy) == (3, 1, 2)
     assert found.warning == (
-        "the tokenizer does not give texts back: 2 of 3 sample documents come out of it changed; "
-        "the first: 'the first difference' comes back as 'theĠfirstĠdifference'"
+        "the tokenizer does not reproduce texts: 2 of 3 sample documents are decoded differently; "
+        "the first: 'the first difference' is decoded as 'theĠfirstĠdifference'"
     )
 
 

@@ -117,6 +117,8 @@ def test_a_shard_shorter_than_was_kept_is_never_filled_up(tmp_path: Path, number
         path.unlink()
     else:
         os.truncate(path, left)
-    with pytest.raises(CorpusError, match=rf"{path.name} has {left or 0} bytes, and .*it was cut while") as caught:
+    with pytest.raises(
+        CorpusError, match=rf"{path.name} has {left or 0} bytes, but .*it was truncated during"
+    ) as caught:
         ShardWriter(tmp_path / "books", "train", "uint16", kept, shard_tokens=4)
     assert caught.value.action.startswith(f"remove the folder {tmp_path} and")

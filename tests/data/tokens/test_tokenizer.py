@@ -193,8 +193,8 @@ def test_load_tokenizer_normalizes_as_sentencepiece_does(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "unigram"}, "is no BPE model, which is not read"),
-        ({"user_defined_symbols": ["<sep>"]}, "has user-defined pieces, which is not read"),
+        ({"model_type": "unigram"}, "is not a BPE model, which is not supported"),
+        ({"user_defined_symbols": ["<sep>"]}, "has user-defined pieces, which is not supported"),
     ],
 )
 def test_load_tokenizer_refuses_other_kinds_of_sentencepiece(
@@ -214,12 +214,12 @@ def test_load_tokenizer_refuses_ids_that_differ_from_sentencepiece(
 
 
 def test_load_tokenizer_names_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)gone' is written as a path, and there is no such folder.*corpus\.tok"):
+    with pytest.raises(CorpusError, match=r"(?s)gone' is a path, but the folder does not exist.*corpus\.tok"):
         load_tokenizer(str(tmp_path / "gone"))
 
 
 def test_load_tokenizer_says_which_files_it_looks_for(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)holds none of the files of a tokenizer.*tokenizer\.json, or"):
+    with pytest.raises(CorpusError, match=r"(?s)has no tokenizer files.*tokenizer\.json, or"):
         load_tokenizer(str(tmp_path))
 
 
@@ -234,7 +234,7 @@ def test_load_tokenizer_needs_a_backend(tmp_path: Path, monkeypatch: pytest.Monk
         is_fast = False
 
     monkeypatch.setattr(vocabulary, "_from_folder", lambda _folder, _name: Slow())
-    with pytest.raises(CorpusError, match="is a Slow, which has no `tokenizers` backend"):
+    with pytest.raises(CorpusError, match="is a Slow without a `tokenizers` backend"):
         load_tokenizer(str(tmp_path))
 
 
