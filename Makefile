@@ -3,7 +3,7 @@
 #   make test           the tests, in minutes
 #   make test-all       those and the thorough ones (planted mutations, the campaign's short forms), with branch coverage
 #   make rehearse       every benchmark at toy size, the GPU check among them
-#   make campaign       prove the promises of docs/explanation/reliability.md (ARGS='kills_sync flips': these parts only)
+#   make campaign       prove the promises of docs/explanation/reliability.md (ARGS='-k flips': one part)
 # For work on the code: make check, make format, make clean.
 
 PYTHON ?= python3
@@ -44,7 +44,7 @@ rehearse: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m rehearsal tests/benchmarks $(ARGS)
 
 campaign: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.campaign $(ARGS)
+	$(BIN)/python -m pytest -m campaign -o tmp_path_retention_policy=failed tests/campaign $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

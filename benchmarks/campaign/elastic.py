@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import SHAPE, rows, write_ds_config, write_recipe
+from benchmarks.campaign.part import Cases, Figures, Part
 from benchmarks.campaign.resumes import KEEPS_ALL, NAME, STEPS, Precision, Seen, differences, launch, windows_of
 
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-6, "bf16": 5e-4}
@@ -89,31 +89,27 @@ def _losses(run: Path) -> dict[tuple[int, str], float]:
     return {(row["step"], key): row[key] for row in rows(run) for key in ("train/loss", "val/loss") if key in row}
 
 
-def _cases() -> list[Case]:
+def _cases() -> Cases:
     stages: dict[str, Mapping[str, Any]] = {
         **{f"zero{stage}": {"stage": stage} for stage in (1, 2, 3)},
         **{f"zero{stage}-offload": {"stage": stage, **OFFLOADED} for stage in (2, 3)},
     }
     names = ["zero1", "zero2", "zero3", "zero1", "zero3", "zero2", "zero1", "zero2-offload", "zero3-offload", "zero1"]
-    return [
-        *(
-            Case(
-                f"ranks-2-1-4-2-zero{stage}-{precision}",
-                partial(_sizes, precision=precision, sizes=(2, 1, 4, 2), stage=stage),
+    return {
+        **{
+            f"ranks-2-1-4-2-zero{stage}-{precision}": partial(
+                _sizes, precision=precision, sizes=(2, 1, 4, 2), stage=stage
             )
             for stage in (1, 2, 3)
             for precision in TOLERANCE
-        ),
-        *(
-            Case(
-                f"{one}-to-{other}-{precision}",
-                partial(_stages, precision=precision, keys=(stages[one], stages[other])),
-            )
+        },
+        **{
+            f"{one}-to-{other}-{precision}": partial(_stages, precision=precision, keys=(stages[one], stages[other]))
             for one, other in pairwise(names)
             for precision in TOLERANCE
-        ),
-        *(Case(f"same-layout-zero{stage}", partial(_same_size, stage=stage)) for stage in (1, 2, 3)),
-    ]
+        },
+        **{f"same-layout-zero{stage}": partial(_same_size, stage=stage) for stage in (1, 2, 3)},
+    }
 
 
 def _summary(figures: list[Figures]) -> Mapping[str, Any]:
@@ -129,7 +125,7 @@ PART = Part(
     name="elastic",
     point=7,
     promise="A run goes on with another number of ranks or ZeRO stage: the same windows, the same losses",
-    cases=_cases,
+    cases=_cases(),
     short=("zero1-to-zero3-fp32",),
     summary=_summary,
 )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign import spikes
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     arguments,
     numerics,
@@ -22,6 +21,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
+from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.errors import TrainingError
 
 RANKS, SEEDS = 2, 10
@@ -103,20 +103,20 @@ def _spikes(_folder: Path, kind: str, steps: int = 10_000, seeds: int = SEEDS) -
     return {"kind": kind, **total}
 
 
-def _cases() -> list[Case]:
+def _cases() -> Cases:
     plain = [
         (stage, [f"{stage}-{precision}-{accumulation}" for precision in ("fp32", "bf16") for accumulation in (1, 4)])
         for stage in STAGES
     ]
     launches = [*plain, ("offload", [f"{setting}-offload" for _, settings in plain for setting in settings])]
-    return [
-        *(Case(f"left-out-{name}", partial(_left_out, settings=tuple(settings))) for name, settings in launches),
-        Case("left-out-short", partial(_left_out, settings=("zero1-bf16-4", "zero2-bf16-1-offload", "zero3-fp32-1"))),
-        Case("one-update", _one_update),
-        Case("rollback", _rollback),
-        Case("rollbacks-used-up", _rollbacks_used_up),
-        *(Case(f"spikes-{kind}", partial(_spikes, kind=kind)) for kind in spikes.KINDS),
-    ]
+    return {
+        **{f"left-out-{name}": partial(_left_out, settings=tuple(settings)) for name, settings in launches},
+        "left-out-short": partial(_left_out, settings=("zero1-bf16-4", "zero2-bf16-1-offload", "zero3-fp32-1")),
+        "one-update": _one_update,
+        "rollback": _rollback,
+        "rollbacks-used-up": _rollbacks_used_up,
+        **{f"spikes-{kind}": partial(_spikes, kind=kind) for kind in spikes.KINDS},
+    }
 
 
 def _summary(figures: list[Figures]) -> Mapping[str, Any]:
@@ -143,7 +143,7 @@ PART = Part(
     name="faults",
     point=8,
     promise="A loss or gradient that is not finite changes no weight and no moment; several in a row roll the run back",
-    cases=_cases,
+    cases=_cases(),
     short=("left-out-short",),
     summary=_summary,
 )

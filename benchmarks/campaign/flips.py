@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     arguments,
     environment,
@@ -27,6 +26,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
+from benchmarks.campaign.part import Figures, Part
 from benchmarks.campaign.resumes import stopped_after
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import MANIFEST, published
@@ -221,14 +221,6 @@ def _made(folder: Path) -> Figures:
     return _try(make_checkpoints(folder), folder / "plain", 40, seed=0)
 
 
-def _cases() -> list[Case]:
-    return [
-        Case("zero1", partial(_launched, stage=1)),
-        Case("zero3", partial(_launched, stage=3)),
-        Case("made", _made),
-    ]
-
-
 def _summary(figures: list[Figures]) -> Mapping[str, Any]:
     """All that was done was found, or the case had failed."""
     counted = ("flips", "tampered", "plain_loads", "plain_loads_in_silence")
@@ -240,7 +232,7 @@ PART = Part(
     name="flips",
     point=4,
     promise="A changed file is found before anything of it is loaded, and the checkpoint before it is used within 5 s",
-    cases=_cases,
+    cases={"zero1": partial(_launched, stage=1), "zero3": partial(_launched, stage=3), "made": _made},
     short=("made",),
     summary=_summary,
 )

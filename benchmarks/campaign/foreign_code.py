@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.campaign.cases import Case, Figures
 from benchmarks.campaign.launching import SHAPE, arguments, run_to_end, write_ds_config, write_recipe
+from benchmarks.campaign.part import Cases, Figures
 from inheritune_ds.checkpoints.manifest import MANIFEST, manifest_text, published, read_manifest
 from inheritune_ds.storage.files import blake3_file
 
@@ -212,13 +212,11 @@ def _forge(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
 
 
-def cases() -> list[Case]:
-    """All trials with foreign code."""
-    return [
-        Case("pickle-model", pickled_models),
-        Case("pickle-tokenizer", pickled_tokenizers),
-        Case("code-of-a-repository", repository_code),
-        Case("switches", switches),
-        Case("pickle-token-shard", pickled_token_shard),
-        Case("pickle-checkpoint", pickled_checkpoint),
-    ]
+CASES: Cases = {
+    "pickle-model": pickled_models,
+    "pickle-tokenizer": pickled_tokenizers,
+    "code-of-a-repository": repository_code,
+    "switches": switches,
+    "pickle-token-shard": pickled_token_shard,
+    "pickle-checkpoint": pickled_checkpoint,
+}

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     Launcher,
     arguments,
@@ -17,6 +16,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
+from benchmarks.campaign.part import Figures, Part
 from inheritune_ds.errors import HangError
 
 LIMIT_S = 6.0
@@ -82,11 +82,6 @@ HANGS = (
 )
 
 
-def case(hang: Hang) -> Case:
-    """The trial of a hang."""
-    return Case(hang.name, partial(run, hang))
-
-
 def run(hang: Hang, folder: Path) -> Figures:
     """Launch, wait for the sleep and for the end; look at what is left; give the same command again."""
     _, limit, step = EXPECTED[hang.place]
@@ -135,11 +130,6 @@ def _check_end(hang: Hang, output: str, run_folder: Path, code: int) -> None:
             assert "in sleep_for_ever" in stacks, stacks
 
 
-def cases() -> list[Case]:
-    """One for each place, and the main ones under each launcher."""
-    return [case(hang) for hang in HANGS]
-
-
 def summary(figures: list[Figures]) -> Figures:
     """How late a job ended."""
     late = [one["seconds_after_limit"] for one in figures]
@@ -150,7 +140,7 @@ PART = Part(
     name="hangs",
     point=9,
     promise="a rank that hangs ends the job within its limit + 10 s, with the stacks of every rank and no process left",
-    cases=cases,
+    cases={hang.name: partial(run, hang) for hang in HANGS},
     short=("forward_python",),
     summary=summary,
 )

@@ -19,7 +19,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     Launched,
     arguments,
@@ -32,6 +31,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
+from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.checkpoints.manifest import find_fault, published, step_of
 
 INTERVAL = 4
@@ -235,13 +235,16 @@ def check_end(folder: Path, run: Path, steps: int) -> None:
     assert strays == [], f"stray files: {strays}"
 
 
-def _cases(*, asynchronous: bool) -> list[Case]:
-    def case(seed: int) -> Case:
-        return Case(f"seed-{seed}", partial(chain, seed=seed, kinds=_KINDS, steps=STEPS, asynchronous=asynchronous))
-
+def _cases(*, asynchronous: bool) -> Cases:
+    killed = partial(chain, asynchronous=asynchronous)
     kinds: tuple[Kind, ...] = ("save",) if asynchronous else ("save", "step")
-    short = partial(chain, seed=100, kinds=kinds, steps=STEPS_OF_SHORT, asynchronous=asynchronous)
-    return [*map(case, range(asynchronous, CHAINS, 2)), Case("short", short)]
+    return {
+        **{
+            f"seed-{seed}": partial(killed, seed=seed, kinds=_KINDS, steps=STEPS)
+            for seed in range(asynchronous, CHAINS, 2)
+        },
+        "short": partial(killed, seed=100, kinds=kinds, steps=STEPS_OF_SHORT),
+    }
 
 
 def _summary(figures: list[Figures]) -> dict[str, Any]:
@@ -265,7 +268,7 @@ def _part(*, asynchronous: bool) -> Part:
         point=2,
         promise=f"A run that is killed at any instant goes on by the same command, repeats {told}, and ends the same; "
         f"it saves {'in the background' if asynchronous else 'while training waits'}.",
-        cases=partial(_cases, asynchronous=asynchronous),
+        cases=_cases(asynchronous=asynchronous),
         short=("short",),
         summary=_summary,
     )

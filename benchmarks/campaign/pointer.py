@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     Launcher,
     arguments,
@@ -21,6 +20,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
+from benchmarks.campaign.part import Cases, Figures, Part
 from benchmarks.campaign.resumes import stopped_after
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, published
@@ -210,15 +210,15 @@ def _launched_losses(folder: Path) -> Figures:
     return {"pointers": 0, "refusals": 2 * len(LOSSES), "slowest_s": 0.0}
 
 
-def _cases() -> list[Case]:
-    python = ("missing", "empty", "garbage", "loop")
-    return [
-        *(Case(f"pointer_{name}", partial(_pointer, harm=name)) for name in POINTERS),
-        *(Case(name, partial(_loss, harm=name)) for name in LOSSES),
-        Case("launched_python", partial(_launched_pointers, launcher="python", ranks=1, harms=python)),
-        Case("launched_torchrun", partial(_launched_pointers, launcher="torchrun", ranks=2, harms=("absent_tag",))),
-        Case("launched_losses", _launched_losses),
-    ]
+_CASES: Cases = {
+    **{f"pointer_{name}": partial(_pointer, harm=name) for name in POINTERS},
+    **{name: partial(_loss, harm=name) for name in LOSSES},
+    "launched_python": partial(
+        _launched_pointers, launcher="python", ranks=1, harms=("missing", "empty", "garbage", "loop")
+    ),
+    "launched_torchrun": partial(_launched_pointers, launcher="torchrun", ranks=2, harms=("absent_tag",)),
+    "launched_losses": _launched_losses,
+}
 
 
 def _summary(figures: list[Figures]) -> Mapping[str, Any]:
@@ -233,7 +233,7 @@ PART = Part(
     name="pointer",
     point=5,
     promise="Whatever the pointer says, the newest intact checkpoint is used; with none left, the run is refused",
-    cases=_cases,
+    cases=_CASES,
     short=(*(f"pointer_{name}" for name in POINTERS), *LOSSES),
     summary=_summary,
 )

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import Launched, started
+from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import POINTER, find_fault
 from inheritune_ds.checkpoints.store import CheckpointStore
@@ -182,16 +182,15 @@ def _killed(folder: Path, *, stage: int, background: bool, rank: int, file: str)
     return {"faults": 1, "looks": watch.looks, "incomplete": 0, "longest_gap_s": watch.longest_gap_s}
 
 
-def _cases() -> list[Case]:
-    cases = []
+def _cases() -> Cases:
+    cases = {}
     for stage in (1, 3):
         for background in (False, True):
             kind = f"zero{stage}-{'async' if background else 'sync'}"
-            run = partial(_slow_and_refused, stage=stage, background=background)
-            cases.append(Case(f"{kind}-slow-and-refused", run))
+            cases[f"{kind}-slow-and-refused"] = partial(_slow_and_refused, stage=stage, background=background)
             for rank, file in _FILES:
-                kill = partial(_killed, stage=stage, background=background, rank=rank, file=file)
-                cases.append(Case(f"{kind}-killed-{rank}-{file}", kill))
+                killed = partial(_killed, stage=stage, background=background, rank=rank, file=file)
+                cases[f"{kind}-killed-{rank}-{file}"] = killed
     return cases
 
 
@@ -208,7 +207,7 @@ PART = Part(
     point=3,
     promise="The pointer never names a checkpoint that is not complete, whichever rank's writer is slow, refused or "
     "killed at whichever file; the same check catches DeepSpeed's own save.",
-    cases=_cases,
+    cases=_cases(),
     short=("zero1-sync-slow-and-refused",),
     summary=_summary,
 )

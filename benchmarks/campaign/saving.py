@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import environment
+from benchmarks.campaign.part import Figures, Part
 from benchmarks.record import REPOSITORY
 from inheritune_ds.storage.files import read_json
 
@@ -31,10 +31,6 @@ def _measure(folder: Path, *, ranks: int) -> Figures:
     return {"ranks": ranks, "bytes": found["bytes"], "ratios": found["ratios"], "plain": found["plain_mib_per_s"]}
 
 
-def _cases() -> list[Case]:
-    return [Case(f"{ranks}-ranks", partial(_measure, ranks=ranks)) for ranks in (1, 2)]
-
-
 def _summary(figures: list[Figures]) -> Mapping[str, Mapping[str, float]]:
     return {
         f"{found['ranks']} ranks (median)": {name: ratio["median"] for name, ratio in found["ratios"].items()}
@@ -47,7 +43,7 @@ PART = Part(
     point=12,
     promise="Saving takes at most 1.25 times as long as writing and fsyncing the same bytes plainly; an asynchronous "
     "save holds training up for less than 15 % of that.",
-    cases=_cases,
+    cases={f"{ranks}-ranks": partial(_measure, ranks=ranks) for ranks in (1, 2)},
     short=(),  # a measurement of seconds is nothing for a test: tests/benchmarks rehearses it
     summary=_summary,
 )

@@ -7,13 +7,12 @@ import gzip
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign import foreign_code
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     Launcher,
     arguments,
@@ -23,6 +22,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
+from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.storage.files import read_json
 
 MARKER = "c4n4ry"
@@ -150,20 +150,16 @@ def _clean(folder: Path, inputs: Iterable[Path] = ()) -> Figures:
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "hits": 0}
 
 
-def _cases() -> list[Case]:
-    launched: list[tuple[str, Callable[..., Figures], Launcher, int]] = [
-        ("finished-python", a_finished_run, "python", 1),
-        ("finished-deepspeed", a_finished_run, "deepspeed", 2),
-        ("finished-torchrun", a_finished_run, "torchrun", 2),
-        ("traceback-python", a_traceback, "python", 1),
-        ("traceback-deepspeed", a_traceback, "deepspeed", 2),
-        ("traceback-torchrun", a_traceback, "torchrun", 2),
-    ]
-    return [
-        *(Case(name, partial(run, launcher=launcher, ranks=ranks)) for name, run, launcher, ranks in launched),
-        Case("refused", refused_documents),
-        *foreign_code.cases(),
-    ]
+_LAUNCHES: tuple[tuple[Launcher, int], ...] = (("python", 1), ("deepspeed", 2), ("torchrun", 2))
+_CASES: Cases = {
+    **{
+        f"{name}-{launcher}": partial(run, launcher=launcher, ranks=ranks)
+        for name, run in (("finished", a_finished_run), ("traceback", a_traceback))
+        for launcher, ranks in _LAUNCHES
+    },
+    "refused": refused_documents,
+    **foreign_code.CASES,
+}
 
 
 def _summary(figures: list[Figures]) -> Figures:
@@ -182,7 +178,7 @@ PART = Part(
     "secrets",
     11,
     "No secret stands in anything that is written or printed, and code in foreign files is never run.",
-    _cases,
+    _CASES,
     ("refused", "traceback-python", *foreign_code.SHORT),
     _summary,
 )

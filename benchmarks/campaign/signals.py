@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.launching import (
     Launched,
     Launcher,
@@ -23,6 +22,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
+from benchmarks.campaign.part import Figures, Part
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.distributed.signals import EXIT_INTERRUPTED
 
@@ -174,11 +174,6 @@ def trials(launcher: Launcher) -> list[Trial]:
     return found
 
 
-def cases(launcher: Launcher) -> list[Case]:
-    """A case a trial."""
-    return [Case(trial.name, partial(run, trial)) for trial in trials(launcher)]
-
-
 def summary(figures: list[Figures]) -> Figures:
     """How long leaving took."""
     return {"longest_seconds_to_leave": max(one["seconds_to_leave"] for one in figures), "allowed_s": ALLOWED_S}
@@ -190,7 +185,7 @@ def _part(launcher: Launcher) -> Part:
         point=10,
         promise="SIGTERM, SIGUSR1 or SIGINT to any rank, at any time: saved, every rank gone within 30 s, "
         f"status.json says requeue; under {launcher}",
-        cases=partial(cases, launcher),
+        cases={trial.name: partial(run, trial) for trial in trials(launcher)},
         short=("steady_SIGTERM_all",) if launcher == "python" else ("steady_SIGTERM_one",),
         summary=summary,
     )

@@ -8,13 +8,12 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign.cases import Case, Figures, Part
 from benchmarks.campaign.drive_storage import fill
 from benchmarks.campaign.launching import (
     Launched,
@@ -29,6 +28,7 @@ from benchmarks.campaign.launching import (
     write_ds_config,
     write_recipe,
 )
+from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.checkpoints.manifest import POINTER, find_fault, published, read_manifest
 from inheritune_ds.checkpoints.retention import prune
 from inheritune_ds.checkpoints.store import CheckpointStore
@@ -251,28 +251,26 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
         return {"kept_while_damaged": 3}
 
 
-def cases() -> list[Case]:
+def _cases() -> Cases:
     """All of them that this process may run."""
     kinds = [*(["ENOSPC"] if can_mount() else []), "EFBIG", "EIO"]
-    listed = [
-        Case("retention", retention_on_a_full_disk),
-        Case("some operations", partial(operations, rank=0, stride=25, kinds=kinds)),
-    ]
+    cases: dict[str, Callable[[Path], Figures]] = {
+        "retention": retention_on_a_full_disk,
+        "some operations": partial(operations, rank=0, stride=25, kinds=kinds),
+    }
     for rank in (0, 1):
-        listed += [
-            Case(f"rank {rank}, {kind}", partial(operations, rank=rank, stride=1, kinds=[kind])) for kind in kinds
-        ]
+        cases |= {f"rank {rank}, {kind}": partial(operations, rank=rank, stride=1, kinds=[kind]) for kind in kinds}
         background = partial(operations, rank=rank, stride=7, kinds=kinds, async_save=True)
-        listed.append(Case(f"rank {rank}, in the background", background))
+        cases[f"rank {rank}, in the background"] = background
     if can_mount():
-        listed += [
-            Case("rank 0, EROFS", partial(operations, rank=0, stride=1, kinds=["EROFS"])),
-            Case("full and continue", full_and_continue),
-            Case("full and stop", full_and_stop),
-            Case("not a byte left", not_a_byte_left),
-            Case("told before training", told_before_training),
-        ]
-    return listed
+        cases |= {
+            "rank 0, EROFS": partial(operations, rank=0, stride=1, kinds=["EROFS"]),
+            "full and continue": full_and_continue,
+            "full and stop": full_and_stop,
+            "not a byte left": not_a_byte_left,
+            "told before training": told_before_training,
+        }
+    return cases
 
 
 def summary(found: list[Figures]) -> dict[str, Any]:
@@ -294,7 +292,7 @@ PART = Part(
     point=6,
     promise="A disk that refuses any operation of a save costs that save: the last good checkpoint loads, the partial "
     "one is removed, the message names the path and the bytes, and the run goes on or stops as it was told.",
-    cases=cases,
+    cases=_cases(),
     short=("retention", "some operations"),
     summary=summary,
 )

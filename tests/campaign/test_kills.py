@@ -1,31 +1,14 @@
 """SIGKILL: one run, killed in a save and between two, and what the campaign's checks find."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from benchmarks.campaign.cases import Case
 from benchmarks.campaign.kills import IN_SAVE_AT_LEAST, PARTS, Kind, check_start, draw_kills
 
 
-@pytest.mark.thorough
-@pytest.mark.launch
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("case", "kills"),
-    [(part.chosen(short=True)[0], kills) for part, kills in zip(PARTS, (2, 1), strict=True)],
-    ids=[part.name for part in PARTS],
-)
-def test_killed_run_goes_on_by_the_same_command_and_ends_the_same(case: Case, kills: int, tmp_path: Path) -> None:
-    found = case.run(tmp_path)
-    assert len(found["kills"]) == kills
-    assert any(kill["in_save"] for kill in found["kills"])
-
-
 def test_the_full_form_has_a_hundred_kills_of_which_forty_must_hit_a_save() -> None:
-    chains = [case.run for part in PARTS for case in part.cases() if case.name not in part.short]
+    chains = [case for part in PARTS for name, case in part.cases.items() if name not in part.short]
     kinds = [kind for chain in chains for kind in chain.keywords["kinds"]]  # type: ignore[attr-defined]
     assert len(kinds) == 100
     assert len(chains) * IN_SAVE_AT_LEAST >= 40

@@ -4,24 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.campaign.cases import Figures
 from benchmarks.campaign.storage import PART, can_mount
 
 
-def figures_of(name: str, scratch: Path) -> Figures:
-    (case,) = (case for case in PART.chosen(short=True) if case.name == name)
-    return case.run(scratch)
-
-
 def test_a_full_disk_does_not_cost_the_only_verified_checkpoint(tmp_path: Path) -> None:
-    assert figures_of("retention", tmp_path) == {"kept_while_damaged": 3}
+    assert PART.cases["retention"](tmp_path) == {"kept_while_damaged": 3}
 
 
 @pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(600)
 def test_a_refused_operation_costs_that_save_and_nothing_else(tmp_path: Path) -> None:
-    figures = figures_of("some operations", tmp_path)
+    figures = PART.cases["some operations"](tmp_path)
     assert set(figures["by_kind"]) == {"EFBIG", "EIO", *(["ENOSPC"] if can_mount() else [])}
     assert figures["trials"] == sum(figures["by_kind"].values()) == figures["refused"] + figures["published"]
     assert figures["refused"] >= 2 * len(figures["by_kind"])

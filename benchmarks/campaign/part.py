@@ -1,0 +1,29 @@
+"""A part of the campaign: all trials of one promise."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, Any]
+"""Measurements of one case, as JSON holds them."""
+Cases = Mapping[str, Callable[[Path], Figures]]
+"""Trials by name. Each gets an empty scratch folder and raises AssertionError with the evidence of a broken promise."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The proof of one promise.
+
+    Attributes:
+        point: Number of the promise in docs/explanation/reliability.md.
+        short: Names of the cases that `make test-all` runs.
+        summary: Figures of all cases that passed -> figures of the part.
+    """
+
+    name: str
+    point: int
+    promise: str
+    cases: Cases
+    short: tuple[str, ...]
+    summary: Callable[[list[Figures]], Mapping[str, Any]]
