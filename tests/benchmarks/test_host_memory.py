@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.end_to_end.launching import ROOT, environment
+from tests.launching import ROOT, environment
 
 from benchmarks.host_memory import peak_growth
 
