@@ -9,7 +9,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from inheritune_ds.errors import CorpusError
 
@@ -28,13 +28,9 @@ _ZSTD_WINDOW_BYTES = 2**31
 def open_unpacked(path: Path, on_bytes: Callable[[int], None], file: io.RawIOBase | None = None) -> io.BufferedReader:
     """Open a file and decompress it by its suffix; other suffixes are read unchanged.
 
-    Args:
-        path: The file; only its name if `file` is given.
-        on_bytes: Receives the number of compressed bytes of every part that is read.
-        file: The open file, such as one on another machine; closed with the stream.
-
-    Returns:
-        A stream; `read` raises CorpusError if the file is truncated or damaged.
+    If `file` is given (open and at its beginning, such as one on another machine), `path` is only its name. `on_bytes`
+    receives the number of compressed bytes of every part. `read` raises CorpusError if the file is truncated or
+    damaged.
 
     Raises:
         OSError: The file cannot be opened.
@@ -42,49 +38,42 @@ def open_unpacked(path: Path, on_bytes: Callable[[int], None], file: io.RawIOBas
     return io.BufferedReader(_Unpacked(path, file or path.open("rb", buffering=0), on_bytes), _CHUNK_BYTES)
 
 
-class _Frame(Protocol):
+class _Frame:
     """One gzip member, bzip2 stream or Zstandard frame; a file may hold several."""
 
-    padding: bytes
+    padding = b""
     """Bytes without meaning that may follow the frame."""
+    _stream: Any
 
     @property
     def ended(self) -> bool:
         """Whether the end of the frame was read."""
+        return bool(self._stream.eof)
 
     @property
     def pending(self) -> bool:
         """Whether it can return more output without more input."""
+        return False
 
     def take(self, packed: bytes) -> tuple[bytes, bytes]:
         """Decompress; returns (output, unused input)."""
+        raise NotImplementedError
 
 
-class _Gzip:
+class _Gzip(_Frame):
     padding = b"\0"
-    pending = False
 
     def __init__(self) -> None:
         self._stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-
-    @property
-    def ended(self) -> bool:
-        return self._stream.eof
 
     def take(self, packed: bytes) -> tuple[bytes, bytes]:
         ready = self._stream.decompress(packed, _CHUNK_BYTES)
         return ready, self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
 
 
-class _Bzip2:
-    padding = b""
-
+class _Bzip2(_Frame):
     def __init__(self) -> None:
         self._stream = bz2.BZ2Decompressor()
-
-    @property
-    def ended(self) -> bool:
-        return self._stream.eof
 
     @property
     def pending(self) -> bool:
@@ -94,18 +83,11 @@ class _Bzip2:
         return self._stream.decompress(packed, _CHUNK_BYTES), self._stream.unused_data
 
 
-class _Zstandard:
-    padding = b""
-    pending = False
-
+class _Zstandard(_Frame):
     def __init__(self) -> None:
         import zstandard
 
         self._stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
-
-    @property
-    def ended(self) -> bool:
-        return self._stream.eof
 
     def take(self, packed: bytes) -> tuple[bytes, bytes]:
         ready = self._stream.decompress(packed[:_ZSTD_PIECE_BYTES])

@@ -21,13 +21,10 @@ ALLOWED = ".txt, .jsonl or .json (one JSON object a line), each also with .gz, .
 
 
 def expand(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
-    """List the files that paths, folders and glob patterns match, each once.
+    """List the files that paths, folders and glob patterns match, each once, the matches of each pattern sorted.
 
-    A folder matches all corpus files below it that are not hidden; a pattern matches files only.
-
-    Args:
-        patterns: Paths, folders or patterns, in order; the matches of each are sorted.
-        folder: Base of relative patterns; None for the current folder.
+    A folder matches all corpus files below it that are not hidden; a pattern matches files only. `folder` is the base
+    of relative patterns; None for the current folder.
 
     Raises:
         CorpusError: A pattern matches no file, or a named file has an unsupported format.
@@ -113,12 +110,9 @@ def documents(
 ) -> Iterator[Document]:
     """Yield every record of a source's files, skipped ones too.
 
-    Args:
-        source: The files.
-        start: Cursor of a document that was read before from the same files; reading resumes there. Earlier files are
-            not opened, earlier lines not parsed, earlier row groups not read.
-        on_bytes: Receives numbers of bytes (on disk) as they are read, those before `start` too: in total the sum
-            of the file sizes.
+    `start` is the cursor of a document that was read before from the same files; earlier files are not opened, earlier
+    lines not parsed, earlier row groups not read. `on_bytes` receives numbers of bytes (on disk) as they are read,
+    those before `start` too: in total the sum of the file sizes.
 
     Raises:
         CorpusError: A file is missing, damaged or changes during reading, or has a bad record and these are refused.
@@ -194,15 +188,10 @@ def records(  # noqa: PLR0913, PLR0917 - the union of the arguments of all reade
     on_bytes: Callable[[int], None],
     file: io.RawIOBase | None = None,
 ) -> Generator[Document, None, int]:
-    """Yield the records of one file; returns how many it has.
+    """Yield the records of one file after the first `start.record`; returns how many it has.
 
-    Args:
-        path: The file; only its name if `file` is given.
-        rules: Which records are used.
-        separator: Between the documents of plain text; None for one document per file.
-        start: The file's number, and how many records to skip.
-        on_bytes: Receives numbers of bytes of the file as they are read.
-        file: The open file, such as one on another machine.
+    If `file` is given (open, such as one on another machine), `path` is only its name. `on_bytes` receives numbers of
+    bytes of the file as they are read.
 
     Raises:
         CorpusError: The file is damaged, or has a bad record and these are refused.

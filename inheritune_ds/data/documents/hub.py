@@ -84,11 +84,9 @@ def documents(
 ) -> Iterator[Document]:
     """Yield every record of a dataset's files, sorted by path, skipped ones too.
 
-    Args:
-        source: The dataset.
-        start: Cursor of a document that was read before from the same commit, streamed or not; reading resumes there.
-            Earlier files are not requested, and of a streamed parquet file only the row groups that are needed.
-        on_bytes: Receives numbers of bytes of the files as they are read; streamed files before `start` do not count.
+    `start` is the cursor of a document that was read before from the same commit, streamed or not; earlier files are
+    not requested, and of a streamed parquet file only the needed row groups. `on_bytes` receives numbers of bytes of
+    the files as they are read; streamed files before `start` do not count.
 
     Raises:
         CorpusError: No such file or split, a damaged file, or a bad record and these are refused.

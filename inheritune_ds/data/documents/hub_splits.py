@@ -14,12 +14,7 @@ _WORDS = {
 
 
 def files_of_split(names: Sequence[str], split: str, where: str) -> list[str]:
-    """Select the files of a split.
-
-    Args:
-        names: Paths inside the dataset.
-        split: `train`, `validation`, `test`, or another word that appears in the paths.
-        where: Name of the dataset in messages.
+    """Select the files of a split: `train`, `validation`, `test`, or another word that appears in the paths.
 
     Raises:
         CorpusError: No path contains the split, and others contain another one.

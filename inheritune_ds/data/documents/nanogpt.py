@@ -50,9 +50,7 @@ def _has_wide_ids(path: Path) -> bool:
 def check_ids(source: TokensSource, id_space: int) -> None:
     """Refuse token files that the tokenizer cannot have made.
 
-    Args:
-        source: The files.
-        id_space: The tokenizer's largest id plus 1; 0 if the tokenizer is trained on the corpus.
+    `id_space` is the tokenizer's largest id plus 1; 0 if the tokenizer is trained on the corpus.
 
     Raises:
         CorpusError: The tokenizer has more than 65,536 ids, or is not known yet.

@@ -48,16 +48,11 @@ def documents(  # noqa: PLR0913 - one argument for each setting
 ) -> Iterator[TokenDocument]:
     """Yield the documents of a source in order.
 
-    Args:
-        source: The files.
-        start: File and token number to begin at.
-        eos_id: The token that ends every document.
-        id_space: The tokenizer's largest id plus 1.
-        ratio: Held-out share of the documents if the source has no validation file.
-        wants_more: Called before every document of `train`; the validation file is always read whole.
+    `ratio` is the held-out share of the documents if the source has no validation file. `wants_more` is called before
+    every document of `train`; the validation file is always read whole.
 
     Raises:
-        CorpusError: An id is not one of the tokenizer's, or the documents have no end-of-text tokens.
+        CorpusError: An id is not below `id_space`, or the documents have no end-of-text tokens.
     """
     paths = token_files(source)
     for number in range(start.file, len(paths)):

@@ -67,11 +67,7 @@ def identity() -> dict[str, Any]:
 
 
 def collect(stdlib: Path | None = None, topics: Mapping[str, str] | None = None) -> Documentation:
-    """Read the documentation of a standard library.
-
-    Args:
-        stdlib: Folder of the library; None for the running Python's.
-        topics: Help topics by name; None for the running Python's.
+    """Read the documentation of a standard library, by default the running Python's.
 
     Raises:
         CorpusError: This Python has no topics or no source of its library.

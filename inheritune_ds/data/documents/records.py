@@ -58,12 +58,7 @@ class RecordRules:
         return cls(source.text_field, source.filters, source.bad_records == "skip")
 
     def document(self, record: object, where: str, cursor: Cursor) -> Document:
-        """Extract the text of a parsed JSON object or a row.
-
-        Args:
-            record: The record.
-            where: Its name in messages, such as `books.jsonl:12`.
-            cursor: Position behind the record.
+        """Extract the text of a parsed JSON object or a row; `where` is its name in messages, such as `books.jsonl:12`.
 
         Raises:
             CorpusError: The record has no text in its field, and bad records are refused.
@@ -102,12 +97,7 @@ class RecordRules:
 
 
 def field_of(record: object, path: str) -> Any:
-    """Value of a field; None if the path does not exist.
-
-    Args:
-        record: A parsed JSON object.
-        path: A key, or keys of nested objects with dots between them.
-    """
+    """Value of a field, a key or keys of nested objects with dots between them; None if it does not exist."""
     if isinstance(record, Mapping):
         if path in record:
             return record[path]
@@ -118,11 +108,6 @@ def field_of(record: object, path: str) -> Any:
 
 def text_of(record: object, field: str, where: str) -> str | None:
     """The text of a record; None if it is null.
-
-    Args:
-        record: A parsed JSON object or a row.
-        field: Field of the text, with dots for nested fields.
-        where: Name of the record in messages, such as `books.jsonl:12`.
 
     Raises:
         CorpusError: The record is not an object, or its field is missing or not text.

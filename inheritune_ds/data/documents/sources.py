@@ -28,9 +28,8 @@ def pinned(source: Source) -> Source:
 def identify(source: Source) -> dict[str, Any]:
     """Identify the data of a source, so that changed data is detected.
 
-    Returns:
-        The settings that decide which documents are read, and: for files, name, size (bytes) and sha256 of each; for
-        the hub, the full commit; for the embedded corpus, the Python version and a hash.
+    The result has the settings that decide which documents are read, and: for files, name, size (bytes) and sha256 of
+    each; for the hub, the full commit; for the embedded corpus, the Python version and a hash.
 
     Raises:
         CorpusError: A file is missing.
@@ -60,10 +59,8 @@ def documents(
 ) -> Iterator[Document]:
     """Yield every record of a source in order, skipped ones too.
 
-    Args:
-        source: The source.
-        start: Cursor of a document that was read before from the same data; reading resumes there.
-        on_bytes: Receives numbers of bytes as they are read; their sum is `total_bytes` if that is known.
+    `start` is the cursor of a document that was read before from the same data. `on_bytes` receives numbers of bytes as
+    they are read; their sum is `total_bytes` if that is known.
 
     Raises:
         CorpusError: A file is missing, damaged or changes during reading, or has a bad record and these are refused.

@@ -30,17 +30,10 @@ def parquet(
     on_bytes: Callable[[int], None],
     file: io.RawIOBase | None = None,
 ) -> Generator[Document, None, int]:
-    """Yield the rows of a parquet file; skipped row groups are not read.
+    """Yield the rows of a parquet file after the first `start.record`, whose row groups are not read; returns its rows.
 
-    Args:
-        path: The file; only its name if `file` is given.
-        rules: Which rows are used.
-        start: The file's number, and how many rows to skip.
-        on_bytes: Receives about the bytes of every row group that is done.
-        file: The open file, such as one on another machine.
-
-    Returns:
-        Rows of the file.
+    If `file` is given (open, such as one on another machine), `path` is only its name. `on_bytes` receives about the
+    bytes of every row group that is done.
 
     Raises:
         CorpusError: The file is damaged, has no text in that field, or has a bad row and these are refused.
@@ -86,9 +79,7 @@ def _text_bytes(group: Any, field: str) -> int:
 def arrow(
     path: Path, rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
 ) -> Generator[Document, None, int]:
-    """Yield the rows of an Arrow file or stream; skipped batches are mapped and not decoded.
-
-    Arguments and result are those of `parquet`.
+    """Yield the rows of an Arrow file or stream as `parquet` does; skipped batches are mapped and not decoded.
 
     Raises:
         CorpusError: The file is damaged or changed, has no text in that field, or has a bad row and these are refused.

@@ -21,16 +21,9 @@ _CHUNK_BYTES = 2**20
 def json_lines(
     stream: io.BufferedReader, path: Path, rules: RecordRules, start: Cursor
 ) -> Generator[Document, None, int]:
-    """Yield the records of a file with one JSON object per line; blank lines are skipped.
+    """Yield the records of a decompressed file with one JSON object per line; returns how many it has.
 
-    Args:
-        stream: The decompressed file, at its beginning.
-        path: Name of the file in messages.
-        rules: Which records are used.
-        start: The file's number, and how many records to skip; their lines are not parsed.
-
-    Returns:
-        Records of the file.
+    Blank lines are skipped; the lines of the first `start.record` records are not parsed.
 
     Raises:
         CorpusError: The file is damaged, or has a bad record and these are refused.
@@ -81,10 +74,10 @@ def _json_document(line: bytes | None, where: str, rules: RecordRules, cursor: C
 def plain_text(
     stream: io.BufferedReader, path: Path, rules: RecordRules, separator: str | None, start: Cursor
 ) -> Generator[Document, None, int]:
-    """Yield the documents of a plain text: the whole file, or the pieces between separators.
+    """Yield the documents of a plain text, the whole file or the pieces between separators; returns how many it has.
 
     A separator at the end of the file begins no document. Bytes that are not text are always refused, because the end
-    of their document is unknown. Arguments and result are those of `json_lines`.
+    of their document is unknown.
 
     Raises:
         CorpusError: A document is too long or not UTF-8, or the file is damaged.

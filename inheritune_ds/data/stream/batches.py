@@ -128,12 +128,7 @@ class BatchStream:
         )
 
     def seen(self, end: int, skipped: Sequence[tuple[int, int]] = ()) -> dict[str, Coverage]:
-        """Return the coverage of every source by batches [0, end).
-
-        Args:
-            end: The first batch that has not been read.
-            skipped: Disjoint ranges [first, end) of skipped batches.
-        """
+        """Return the coverage of every source by batches [0, end) without the disjoint ranges [first, stop) skipped."""
         drawn = self._drawn_before(end)
         missed = np.zeros_like(drawn)
         for first, stop in skipped:

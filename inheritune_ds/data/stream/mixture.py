@@ -47,12 +47,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(corpus: Corpus, seq_len: int) -> list[Weights] | None:
-    """Weights of a corpus and their changes; None if it has no weights.
-
-    Args:
-        corpus: Sources and weight changes.
-        seq_len: Tokens per window: a mark in tokens is rounded up to windows.
-    """
+    """Weights of a corpus and their changes, with marks in windows (rounded up); None if it has no weights."""
     if corpus.weights is None:
         return None
     names = [source.name for source in corpus.sources]
@@ -64,16 +59,13 @@ def weights_of(corpus: Corpus, seq_len: int) -> list[Weights] | None:
 
 
 class Weighted:
-    """Sources by weight, in rounds of D windows in which source i has a_i turns.
+    """Sources by weight, in rounds of D windows in which source i has a_i turns; the first weights have mark 0.
 
     The turns of a round are spread such that after any k windows the count of each source differs from k * a_i / D by
     less than one window: its turn j is in [floor(j * D / a_i), ceil((j + 1) * D / a_i)). Baruah, Cohen, Plaxton, Varvel
     1996, "Proportionate progress", prove that such a sequence exists; taking the turn with the nearest end finds it
     (earliest deadline first, exact for jobs of one slot). New weights begin with a round, so this also holds across
     changes.
-
-    Args:
-        weights: In the order of their marks, the first with mark 0.
     """
 
     def __init__(self, weights: Sequence[Weights]) -> None:
@@ -125,9 +117,6 @@ class Even:
     next source has its part of the remainder by the same rule, and so on. A source is never more than one window behind
     its part, or more than S - 1 ahead.
 
-    Args:
-        sizes: Windows of every source.
-
     Raises:
         ValueError: There are more than `MAX_WINDOWS` in all.
     """
@@ -165,11 +154,7 @@ class Even:
 
 
 class InTurn:
-    """Sources without weights one after the other, repeated.
-
-    Args:
-        sizes: Windows of every source.
-    """
+    """Sources without weights one after the other, repeated."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = np.array(sizes, dtype=np.int64)
@@ -190,11 +175,7 @@ class InTurn:
 
 @cache
 def round_table(turns: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Schedule a round of `Weighted` with these turns per source.
-
-    Returns:
-        (D,) sources of the slots, and (D,) earlier turns of that source in the round.
-    """
+    """Schedule a round of `Weighted`; returns the source (D,) of each slot and its earlier turns (D,) in the round."""
     length = sum(turns)
     waiting = [(0, source) for source, count in enumerate(turns) if count]
     ready: list[tuple[int, int]] = []

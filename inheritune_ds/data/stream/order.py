@@ -48,11 +48,7 @@ class ShuffledOrder:
 
     Inside an epoch, the permutation is a Feistel network keyed by (seed, epoch) over the pairs (left, right), left < a,
     right < b, with a * b the smallest such product not below n; values outside [0, n) are permuted again along their
-    cycle (Black, Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3).
-
-    Args:
-        sizes: Windows n of every source.
-        seeds: Seed of every source, in [0, 2**64).
+    cycle (Black, Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3). Seeds are in [0, 2**64).
 
     Raises:
         ValueError: A source has no window.
@@ -87,9 +83,6 @@ class ShuffledOrder:
 
 class SequentialOrder:
     """The windows of a source in their own order, the same in every epoch; a place is a window's number.
-
-    Args:
-        sizes: Windows of every source.
 
     Raises:
         ValueError: A source has no window.

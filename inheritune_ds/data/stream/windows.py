@@ -18,18 +18,13 @@ _HASH_TOKENS = 1 << 20
 
 
 class TokenShards:
-    """Header-free little-endian token files, concatenated and memory-mapped.
+    """Header-free little-endian token files (uint16 or uint32), concatenated and memory-mapped.
 
     File descriptors are closed after mapping, so thousands of shards need only address space, and a file that is
     removed later can still be read. (numpy's own maps keep a descriptor each; a process may have 1,024.)
 
-    Args:
-        paths: The files in order.
-        counts: Expected tokens of each.
-        dtype: `uint16` or `uint32`.
-
     Raises:
-        CorpusError: A file is missing, cannot be read or has another number of tokens.
+        CorpusError: A file is missing, cannot be read or has another number of tokens than `counts`.
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], dtype: str) -> None:
@@ -55,14 +50,7 @@ class TokenShards:
         self._begins, self._num_tokens = ends[:-1], int(ends[-1])
 
     def read(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Read spans of tokens, which may cross the ends of files.
-
-        Args:
-            starts: (B,) positions of their first tokens.
-            length: Tokens of each.
-
-        Returns:
-            (B, length) token ids.
+        """Return the tokens (B, length) of spans that begin at `starts` (B,) and may cross the ends of files.
 
         Raises:
             ValueError: A span begins or ends outside the sequence.
@@ -91,12 +79,7 @@ class TokenShards:
 
 
 class Windows:
-    """The windows of one source.
-
-    Args:
-        shards: Its tokens.
-        seq_len: T, the inputs of a window.
-    """
+    """The windows of one source, each with T = `seq_len` inputs."""
 
     def __init__(self, shards: TokenShards, seq_len: int) -> None:
         self.shards = shards
@@ -133,10 +116,7 @@ class Windows:
 
 
 class SourceTokens:
-    """The tokens of several sources, read together.
-
-    Args:
-        sources: Name -> windows of each, all of the same length.
+    """The tokens of several sources with windows of one length, read together.
 
     Raises:
         ValueError: There is no source, or their windows differ in length.
@@ -156,15 +136,7 @@ class SourceTokens:
         self._begins = np.cumsum([0, *self.counts], dtype=np.int64)[:-1]
 
     def read(self, sources: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read windows at any position.
-
-        Args:
-            sources: (B,) numbers of sources.
-            starts: (B,) positions of first tokens within the source, followed by T more.
-
-        Returns:
-            (B, T + 1) token ids.
-        """
+        """Return the windows (B, T + 1) that begin at the tokens `starts` (B,) of `sources` (B,)."""
         return self._tokens.read(self._begins[sources] + starts, self.seq_len + 1)
 
 

@@ -98,11 +98,7 @@ class TextEncoder:
         return [*pieces, Continued(text[start:]) if start else text]
 
     def encode(self, pieces: Sequence[str]) -> list[Ids]:
-        """Return the ids of each piece, without the template's tokens.
-
-        Args:
-            pieces: Pieces of one or more documents; a plain string is the first piece of its document.
-        """
+        """Return the ids of each piece without the template's; a plain string is the first piece of its document."""
         encoded: list[Ids] = []
         batch: list[str] = []
         backend, characters = self.backend, 0

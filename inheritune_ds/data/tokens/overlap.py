@@ -68,13 +68,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class OverlapIndex:
-    """The n-grams of evaluation sets.
-
-    Attributes:
-        ngram: Words of an n-gram.
-        sets: The evaluation sets, in order.
-        tables: Length -> the n-grams of that length: `ngram`, and the lengths of shorter items.
-    """
+    """The n-grams of evaluation sets; `tables` has those of `ngram` words and of the lengths of shorter items."""
 
     ngram: int
     sets: tuple[_Set, ...]
@@ -82,11 +76,7 @@ class OverlapIndex:
 
     @classmethod
     def build(cls, sets: Mapping[str, Iterable[str]], ngram: int) -> Self:
-        """Index evaluation sets.
-
-        Args:
-            sets: Name -> texts of the items.
-            ngram: Consecutive words that make an overlap.
+        """Index evaluation sets, name -> texts of the items.
 
         Raises:
             CorpusError: A set has no item that is long enough to compare.
@@ -129,12 +119,7 @@ class OverlapIndex:
 
 
 class OverlapCounter:
-    """Counts documents with overlap, and the items they overlap with.
-
-    Args:
-        index: The evaluation sets.
-        kept: An earlier result of `state` to continue from.
-    """
+    """Counts documents with overlap, and the items they overlap with; continues from `kept`, an earlier `state`."""
 
     def __init__(self, index: OverlapIndex, kept: Mapping[str, Any] | None = None) -> None:
         self._sets = index.sets

@@ -28,7 +28,7 @@ from inheritune_ds.data.documents.holdout import is_held_out
 from inheritune_ds.data.tokens.encoder import TextEncoder
 from inheritune_ds.data.tokens.journal import JOURNAL_FILES, Journal, remove_journal
 from inheritune_ds.data.tokens.overlap import OverlapIndex
-from inheritune_ds.data.tokens.roundtrip import Fidelity, check_fidelity
+from inheritune_ds.data.tokens.roundtrip import check_fidelity
 from inheritune_ds.data.tokens.shards import SHARD_TOKENS
 from inheritune_ds.data.tokens.token_set import TokenSet, find_damage, open_finished
 from inheritune_ds.data.tokens.tokenizer import (
@@ -255,7 +255,7 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
             "vocab_size": id_space,
             "eos_id": tokenizer.eos_token_id,
             "bos_id": tokenizer.bos_token_id,
-            "fidelity": asdict(fidelity),
+            "fidelity": fidelity,
             "overlap": build.overlap.as_dict() if build.overlap is not None else None,
             "files": describe_files(partial, left_out=JOURNAL_FILES),
             "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
@@ -301,13 +301,13 @@ def _texts(source: Source) -> Iterator[str]:
     return itertools.islice(texts, source.max_documents)
 
 
-def _check_tokenizer(plan: _Plan, encoder: TextEncoder) -> Fidelity:
-    """Check the tokenizer with the first documents of every source."""
+def _check_tokenizer(plan: _Plan, encoder: TextEncoder) -> dict[str, Any]:
+    """Check the tokenizer on the first documents of every source; returns its entry in the manifest."""
     sample = (text for source in plan.corpus.sources for text in itertools.islice(_texts(source), SAMPLE_DOCUMENTS))
     found = check_fidelity(encoder, sample, plan.sentencepiece)
     if found.warning:
         logger.warning(found.warning)
-    return found
+    return asdict(found)
 
 
 def _overlap_index(corpus: Corpus) -> OverlapIndex | None:

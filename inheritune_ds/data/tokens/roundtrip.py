@@ -56,15 +56,10 @@ class Fidelity:
 
 
 def check_fidelity(encoder: TextEncoder, texts: Iterable[str], sentencepiece_model: bytes | None) -> Fidelity:
-    """Check a tokenizer on documents.
-
-    Args:
-        encoder: Encodes the documents.
-        texts: Documents; only the first `SAMPLE_CHARACTERS` of each are used.
-        sentencepiece_model: The tokenizer's own `tokenizer.model`, if any.
+    """Check a tokenizer on the first `SAMPLE_CHARACTERS` of each document.
 
     Raises:
-        CorpusError: Its ids are not those of SentencePiece.
+        CorpusError: Its ids are not those of its `sentencepiece_model`.
     """
     found = Fidelity()
     processor = _processor(sentencepiece_model) if sentencepiece_model is not None else None

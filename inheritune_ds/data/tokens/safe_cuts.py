@@ -72,12 +72,7 @@ class WordEnds:
 
 
 class UnmergedPairs:
-    """Cuts between two characters that no merge of a BPE model joins.
-
-    Args:
-        model: The `model` part of a tokenizer's JSON.
-        space: The model's representation of a space.
-    """
+    """Cuts between two characters that no merge of a BPE model joins; `space` is the model's form of a space."""
 
     def __init__(self, model: Mapping[str, Any], space: str) -> None:
         self._joined = {left[-1] + right[0] for left, right in model["merges"]}
@@ -115,11 +110,7 @@ def rule_of(spec: Mapping[str, Any]) -> Rule | None:
 
 
 def continued(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tokenizer of later pieces, which does nothing special at the front of a text.
-
-    Args:
-        spec: A parsed tokenizer JSON; not changed.
-    """
+    """Return the tokenizer (a parsed JSON) of later pieces, which does nothing special at the front of a text."""
     normalizers = [
         {**step, "pattern": {"Regex": r" +\z"}} if _strips_front(step) else step
         for step in _steps(spec["normalizer"], "normalizers")
@@ -134,13 +125,7 @@ def continued(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Seams:
-    """Checks a cut by the text around it.
-
-    Args:
-        normalize: The normalizer of later pieces.
-        encode: Encodes later pieces.
-        added: Added tokens that are searched for in a text.
-    """
+    """Checks a cut by the text around it, with the normalizer, encoder and searched added tokens of later pieces."""
 
     def __init__(
         self, normalize: Callable[[str], str], encode: Callable[[str], list[int]], added: Iterable[str]

@@ -17,14 +17,9 @@ SHARD_TOKENS = 100_000_000
 
 
 class ShardWriter:
-    """Appends documents to the shards of a part.
+    """Appends documents to the shards of a part (`train` or `validation`).
 
-    Args:
-        folder: Of the source.
-        part: `train` or `validation`.
-        dtype: `uint16` or `uint32`.
-        state: The last committed result of `state`; later data is truncated.
-        shard_tokens: Size at which a shard is closed.
+    It continues from `state`, its last committed state; later data is truncated.
 
     Raises:
         CorpusError: A shard is shorter than in `state`.

@@ -31,10 +31,6 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
     names another). Special tokens come from `tokenizer_config.json`. A bare `tokenizer.json` does not name the token
     that ends a text: if `<|endoftext|>` is its only special token (GPT-2), it is that one.
 
-    Args:
-        name: Hub id or local folder.
-        revision: Hub only: commit, tag or branch.
-
     Raises:
         CorpusError: The folder is missing, or has no supported tokenizer.
         HubError: The hub cannot be reached or has no such repository.
@@ -83,9 +79,7 @@ def sentencepiece_model(name: str, revision: str = "main") -> bytes | None:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
     """Train a byte-level BPE; `<|endoftext|>` (id 0) begins and ends texts, no token is unknown.
 
-    Args:
-        texts: The training documents.
-        vocab_size: Entries, including the end-of-text token and the 256 bytes; a small corpus may give fewer.
+    `vocab_size` includes the end-of-text token and the 256 bytes; a small corpus may give fewer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -153,11 +147,7 @@ def _from_folder(folder: Path, name: str) -> Any:
 
 
 def tokenizer_of(recipe: Recipe, reference: Path | None) -> tuple[str | TrainedTokenizer, str]:
-    """Name and revision of the tokenizer: the corpus's own, otherwise the reference's.
-
-    Args:
-        recipe: The experiment.
-        reference: Folder of its reference; None if it is not available.
+    """Name and revision of the tokenizer: the corpus's own, otherwise the reference's (a folder, if it is available).
 
     Raises:
         RecipeError: The reference's recipe trains its tokenizer, and the reference is not available.

@@ -32,13 +32,7 @@ class _Worker(threading.local):
 
 
 class EncoderPool:
-    """Encodes lists of text pieces; use it as a context manager.
-
-    Args:
-        encoder: Encodes in this process.
-        definition: Arguments of the workers' `TextEncoder`.
-        workers: Processes; with 1 only this process encodes.
-    """
+    """Encodes lists of text pieces; use it as a context manager. With one worker, only this process encodes."""
 
     def __init__(self, encoder: TextEncoder, definition: tuple[str, int], workers: int) -> None:
         self._encoder, self._definition, self._count = encoder, definition, workers
@@ -58,10 +52,7 @@ class EncoderPool:
             process.join()
 
     def encode(self, jobs: Iterable[list[str]]) -> Iterator[list[Ids]]:
-        """Yield the ids of every job, in order; closing the iterator cancels pending jobs.
-
-        Args:
-            jobs: Lists of texts, each encoded separately; read only as fast as they are encoded.
+        """Yield the ids of every job, a list of texts, in order; closing the iterator cancels pending jobs.
 
         Raises:
             MachineError: A worker has died.

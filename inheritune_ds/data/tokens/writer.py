@@ -39,13 +39,7 @@ _SKIPPED = {"empty": "empty_documents", "filtered": "filtered_documents", "bad":
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """Format of token files.
-
-    Attributes:
-        dtype: `uint16` or `uint32`.
-        id_space: The tokenizer's largest id plus 1.
-        shard_tokens: Size at which a shard is closed.
-    """
+    """Format of token files; `id_space` is the tokenizer's largest id plus 1."""
 
     dtype: str
     id_space: int
@@ -64,15 +58,7 @@ class _Item(NamedTuple):
 
 
 class _SourceState:
-    """Everything written of a source, and the position of its next document.
-
-    Args:
-        source: As in the recipe.
-        folder: Of all token files.
-        form: Of the token files.
-        kept: The last committed result of `as_dict`; empty at the beginning.
-        limit: Most training tokens.
-    """
+    """Everything written of a source and the position of its next document, restored from its last `as_dict`."""
 
     def __init__(
         self, source: Source, folder: Path, form: TokenFormat, kept: Mapping[str, Any], limit: int | None
@@ -133,13 +119,8 @@ class _SourceState:
 class Build:
     """Fills a folder with shards.
 
-    Attributes:
-        form: Of the token files.
-        definition: Arguments of the workers' `TextEncoder`.
-        workers: Processes that encode.
-        index: Evaluation sets to compare with.
-        check_files: Raises if a corpus file is not the one in the fingerprint. It is called before every commit:
-            otherwise a resumed preparation would keep text from a changed file.
+    `check_files` raises if a corpus file is not the one in the fingerprint. It is called before every commit: otherwise
+    a resumed preparation would keep text from a changed file.
     """
 
     corpus: Corpus

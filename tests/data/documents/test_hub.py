@@ -151,9 +151,7 @@ def test_a_wrong_pattern_ending_or_split_is_refused(hub_server: HubServer, clien
         "  allowed: its files: data/a-1.jsonl, data/b-1.jsonl.gz, data/b-3.jsonl.zst, data/c-1.jsonl.bz2, "
         "data/c-2.json ...\n  do: correct data_files in corpus.sources: a pattern inside the dataset's repository"
     )
-    assert f"at {commit}: x.csv: a file with this suffix are not supported\n  allowed: .txt" in refusal(
-        data_files="*.csv"
-    )
+    assert f"at {commit}: x.csv: files with this suffix cannot be read\n  allowed: .txt" in refusal(data_files="*.csv")
     assert "t.arrow: files with this suffix cannot be streamed" in refusal(data_files="*.arrow")
     assert "has no file of the split 'test' among the" in refusal(split="test")
 

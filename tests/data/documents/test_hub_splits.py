@@ -26,22 +26,22 @@ NAMES = [
         (["de-train.jsonl", "fr-train.jsonl"], "fr", ["fr-train.jsonl"]),
     ],
 )
-def test_files_of_split_goes_by_words_in_the_paths(names: list[str], split: str, chosen: list[str]) -> None:
+def test_files_of_split_uses_words_in_the_paths(names: list[str], split: str, chosen: list[str]) -> None:
     assert files_of_split(names, split, "dataset") == chosen
 
 
 @pytest.mark.parametrize(
-    ("names", "split", "told"),
-    [(NAMES, "dev", "test, train, validation"), (["a.jsonl"], "test", "train, for no path tells of any")],
+    ("names", "split", "others"),
+    [(NAMES, "dev", "test, train, validation"), (["a.jsonl"], "test", "train, because no path names one")],
 )
-def test_a_split_that_no_path_tells_of_is_refused(names: list[str], split: str, told: str) -> None:
+def test_files_of_split_refuses_a_split_that_no_path_names(names: list[str], split: str, others: str) -> None:
     with pytest.raises(CorpusError) as caught:
         files_of_split(names, split, "dataset a/b")
     assert f"dataset a/b has no file of the split {split!r} among the {len(names)}" in caught.value.problem
-    assert told in caught.value.allowed
+    assert others in caught.value.allowed
 
 
-def test_the_words_are_those_of_datasets() -> None:
+def test_split_words_are_those_of_datasets() -> None:
     from datasets.data_files import SPLIT_KEYWORDS
 
     from inheritune_ds.data.documents.hub_splits import _WORDS

@@ -111,7 +111,7 @@ def test_a_vocabulary_of_more_ids_than_16_bits_hold_is_refused(tmp_path: Path) -
     folder = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1, "dog": 69_999})
     path = write_bin(tmp_path / "train.bin", make_documents(5))
     message = (
-        r"train\.bin holds 16-bit ids, and the tokenizer has 70,000 ids\n  allowed: the tokenizer that made the file"
+        r"train\.bin holds 16-bit ids, but the tokenizer has 70,000 ids\n  allowed: the tokenizer that made the file"
     )
     with pytest.raises(CorpusError, match=message):
         prepare(corpus_of(source_of(path)), folder, tmp_path / "cache")
@@ -120,9 +120,7 @@ def test_a_vocabulary_of_more_ids_than_16_bits_hold_is_refused(tmp_path: Path) -
 
 def test_a_tokenizer_that_is_trained_on_the_corpus_is_refused(tmp_path: Path) -> None:
     path = write_bin(tmp_path / "train.bin", make_documents(5))
-    message = (
-        r"the tokenizer is trained on text, of which token files hold none\n.*\n  do: name it in corpus\.tokenizer"
-    )
+    message = r"the tokenizer is trained on text, which token files do not hold\n.*\n  do: set corpus\.tokenizer"
     with pytest.raises(CorpusError, match=message):
         prepare(corpus_of(source_of(path)), TrainedTokenizer(vocab_size=300), tmp_path / "cache")
 
@@ -132,7 +130,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path, bpe
     place = sum(map(len, documents[:-1])) + 1
     text = make_corpus(tmp_path, make_texts(40)).sources[0]
     corpus = Corpus(sources=[text, source_of(write_bin(tmp_path / "train.bin", documents))], validation_ratio=0.2)
-    message = rf"train\.bin has the id 60000 at token {place:,}, and the tokenizer has ids up to \d+ only\n"
+    message = rf"train\.bin has the id 60000 at token {place:,}, but the tokenizer has ids up to \d+\n"
     with pytest.raises(CorpusError, match=message):
         prepare(corpus, bpe, tmp_path / "cache")
 
@@ -141,9 +139,7 @@ def test_a_file_without_ends_is_refused(tmp_path: Path, bpe: str, monkeypatch: p
     monkeypatch.setattr(nanogpt_documents, "_CHUNK_TOKENS", 500)
     monkeypatch.setattr(nanogpt_documents, "MAX_DOCUMENT_TOKENS", 2000)
     path = write_bin(tmp_path / "train.bin", [np.array([5, END], "<u2"), np.full(5000, 7, "<u2")])
-    message = (
-        r"no end-of-text token \(id 0\) among 2,000 tokens from number 2 on\n  allowed: documents of at most 2,000"
-    )
+    message = r"no end-of-text token \(id 0\) among 2,000 tokens from position 2\n  allowed: documents of at most 2,000"
     with pytest.raises(CorpusError, match=message):
         prepare(corpus_of(source_of(path)), bpe, tmp_path / "cache")
 

@@ -57,20 +57,20 @@ def test_left_out_files_are_named(tmp_path: Path) -> None:
     assert sources.skipped_files(FilesSource(kind="files", paths=[str(tmp_path)])) == ["LICENSE", "README.md"]
 
 
-def test_snapshot_notices_a_change_between_hashing_and_the_end_of_reading(tmp_path: Path) -> None:
+def test_check_detects_a_change_between_hashing_and_the_end_of_reading(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("text")
     source = FilesSource(kind="files", paths=[str(tmp_path)])
-    snapshot = sources.snapshot(source)
+    before = sources.snapshot(source)
     sources.identify(source)
-    snapshot.check()
+    sources.check(source, before)
     (tmp_path / "a.txt").write_text("other text")
     list(sources.documents(source))
     with pytest.raises(CorpusError, match=r"a\.txt: it was changed while the corpus was read"):
-        snapshot.check()
+        sources.check(source, before)
 
 
-def test_check_notices_a_file_that_has_come(tmp_path: Path) -> None:
+def test_check_detects_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("text")
     source = FilesSource(kind="files", paths=[str(tmp_path)])
     before = sources.snapshot(source)

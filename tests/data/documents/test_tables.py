@@ -118,7 +118,7 @@ def test_documents_of_a_table_refuse_or_skip_a_row_that_is_not_utf8(tmp_path: Pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_a_table_refuse_a_filtered_field_that_is_not_utf8(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, {"text": ["a", "b", "c"], "set": not_utf8()})
-    with pytest.raises(CorpusError, match=r"row of 1 to 3: it is not UTF-8.* a field that filters look at"):
+    with pytest.raises(CorpusError, match=r"row of 1 to 3: it is not UTF-8.* a field that filters use"):
         read(path, filters={"keep": {"set": ["one"]}}, bad_records="skip")
 
 

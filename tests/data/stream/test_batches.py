@@ -288,7 +288,7 @@ def test_a_source_without_a_window_is_named(tmp_path: Path) -> None:
     assert caught.value.problem == (
         "the training part of source 'arxiv' has 3 tokens, fewer than one window of training.seq_len = 4"
     )
-    assert "take it out of corpus.sources or lower training.seq_len" in caught.value.action
+    assert "remove it from corpus.sources or lower training.seq_len" in caught.value.action
 
 
 def recipe_of(corpus: Mapping[str, Any], **training: Any) -> Recipe:

@@ -295,7 +295,7 @@ def test_prepare_refuses_ids_that_do_not_fit_before_reading(tmp_path: Path, kind
     corpus = make_corpus(tmp_path, make_texts(4), token_dtype="uint16")
     folder = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1, "dog": 70_000})
     tokenizer = folder if kind == "named" else TrainedTokenizer(vocab_size=70_001)
-    message = r"(?s)token_dtype uint16 holds 65,536 ids, and the vocabulary has 70,001.*corpus\.token_dtype=auto"
+    message = r"(?s)token_dtype uint16 holds 65,536 ids, but the vocabulary has 70,001.*corpus\.token_dtype=auto"
     with pytest.raises(CorpusError, match=message):
         prepare(corpus, tokenizer, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -303,7 +303,7 @@ def test_prepare_refuses_ids_that_do_not_fit_before_reading(tmp_path: Path, kind
 
 def test_prepare_needs_a_token_that_ends_texts(tmp_path: Path, tokenizer_folder: Callable[..., str]) -> None:
     folder = tokenizer_folder(tokenizer__json="llama/tokenizer.json")
-    message = r'(?s)has no eos_token\).*<unk>, <s>, </s>.*tokenizer_config\.json with \{"eos_token": "\.\.\."\}'
+    message = r'(?s)has no eos_token, .*<unk>, <s>, </s>.*tokenizer_config\.json with \{"eos_token": "\.\.\."\}'
     with pytest.raises(CorpusError, match=message):
         prepare(make_corpus(tmp_path, make_texts(4)), folder, tmp_path / "cache")
     (Path(folder) / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

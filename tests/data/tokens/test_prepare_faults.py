@@ -103,7 +103,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     ),
     "only empty documents": (
         lambda folder: write(folder, "c.jsonl", b"".join(records(["", " \n"]))),
-        r"the corpus has no document with text in it \(2 empty, filtered or bad ones were left out\)\n  do: check",
+        r"the corpus has no document with text \(2 empty, filtered or bad ones were skipped\)\n  do: check",
     ),
 }
 
@@ -280,7 +280,7 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path, bpe: str, mon
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(token_set, "sha256_file", refuse)
-    with pytest.raises(CorpusError, match=r"it cannot be read \(input/output error\)\n  do: .*made anew") as caught:
+    with pytest.raises(CorpusError, match=r"it cannot be read \(input/output error\)\n  do: .*to remake") as caught:
         prepare(corpus, bpe, tmp_path / "cache")
     assert str(tokens.folder) in caught.value.problem
 
@@ -322,7 +322,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, bpe: str) -> No
 @pytest.mark.parametrize(
     ("texts", "settings", "message"),
     [
-        ([], {}, "no document with text in it"),
+        ([], {}, r"no document with text \("),
         (
             5,
             {"validation_ratio": 0.999},

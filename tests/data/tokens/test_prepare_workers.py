@@ -67,9 +67,7 @@ def test_a_killed_worker_ends_the_preparation_and_the_next_one_goes_on(
         assert main(command) == MachineError.exit_code == 10
     problem, action = capsys.readouterr().err.splitlines()
     assert problem == "inheritune-ds: error: a tokenizer worker process died (exit code -9)"
-    assert action.startswith(
-        "  do: look for an out-of-memory kill (dmesg), and give the same command again, with fewer"
-    )
+    assert action.startswith("  do: look for an out-of-memory kill (dmesg), and rerun the same command with fewer")
     assert multiprocessing.active_children() == []
     assert main(command) == 0
     check_result(tmp_path / "cache", expected)
