@@ -15,12 +15,12 @@ from inheritune_ds.storage.files import sha256_file
 
 TRAINED = TrainedTokenizer(vocab_size=300)
 END = 0
-"""Id of the token that ends a text, for every tokenizer that is made here."""
+"""End-of-text id of every tokenizer in these tests."""
 _WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "log", "and", "ran", "zebra", "hat", "12", "quick", "brown"]
 
 
 def make_texts(count: int, seed: int = 1, words: int = 20) -> list[str]:
-    """Different documents of some words."""
+    """Different documents of `words` words."""
     draw = random.Random(seed)
     return [f"{number} {seed} " + " ".join(draw.choices(_WORDS, k=words)) for number in range(count)]
 
@@ -31,7 +31,7 @@ def is_held(text: str, ratio: float = 0.2) -> bool:
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
-    """A file with one document a line."""
+    """Write a file with one document per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
@@ -49,7 +49,7 @@ def make_corpus(folder: Path, texts: Iterable[str], **settings: Any) -> Corpus:
 
 
 def tokens_of(tokens: TokenSet, part: str = "train", source: str = "corpus") -> list[int]:
-    """What the shards of a part hold, read as nanoGPT reads a file."""
+    """Tokens in the shards of a part, read as nanoGPT reads a file."""
     (entry,) = (entry for entry in tokens.manifest["sources"] if entry["name"] == source)
     folder = tokens.folder / source
     return [
@@ -65,21 +65,17 @@ def files_below(folder: Path) -> dict[str, str]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What lies in a folder, hidden things too."""
+    """Names in a folder, hidden ones too."""
     return sorted(path.name for path in folder.iterdir())
 
 
-def word_level(folder: Path, vocabulary: dict[str, int], *, ends_itself: bool = False, eos: bool = True) -> str:
-    """A tokenizer of whole words; unknown ones become `cat`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+def word_level(folder: Path, vocabulary: dict[str, int], *, eos: bool = True) -> str:
+    """Save a tokenizer of whole words; unknown ones become `cat`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="cat"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    if ends_itself:
-        backend.post_processor = processors.TemplateProcessing(
-            single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", END)]
-        )
     family: Any = PreTrainedTokenizerFast
     family(tokenizer_object=backend, **({"eos_token": "<|endoftext|>"} if eos else {})).save_pretrained(folder)
     return str(folder)
@@ -87,7 +83,7 @@ def word_level(folder: Path, vocabulary: dict[str, int], *, ends_itself: bool = 
 
 def recipe_file(folder: Path, corpus: Corpus, tokenizer: str | TrainedTokenizer) -> Path:
     """A recipe with a corpus, for the command line (JSON is YAML)."""
-    spoken = tokenizer if isinstance(tokenizer, str) else tokenizer.model_dump()
+    setting = tokenizer if isinstance(tokenizer, str) else tokenizer.model_dump()
     shape = {
         "model_type": "gpt2",
         "vocab_size": 300,
@@ -101,7 +97,7 @@ def recipe_file(folder: Path, corpus: Corpus, tokenizer: str | TrainedTokenizer)
         "name": "prepared",
         "description": "a corpus",
         "target": {"shape": shape},
-        "corpus": {**corpus.model_dump(mode="json"), "tokenizer": spoken},
+        "corpus": {**corpus.model_dump(mode="json"), "tokenizer": setting},
         "training": {"seq_len": 16, "global_batch_tokens": 16, "duration": "1 steps"},
         "optimizer": {"lr": 1e-3},
         "schedule": {"kind": "constant"},

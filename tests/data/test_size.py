@@ -1,6 +1,5 @@
 """Training tokens of a corpus: from finished token files where there are any, else a marked estimate."""
 
-import gzip
 import json
 import platform
 from pathlib import Path
@@ -37,28 +36,41 @@ def write_manifest(cache: Path, wanted: Corpus, identity: dict[str, Any], **chan
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def test_estimate_is_a_quarter_of_the_bytes_without_the_held_out_part(tmp_path: Path) -> None:
-    plain, packed = tmp_path / "a.txt", tmp_path / "b.jsonl.gz"
-    plain.write_bytes(b"x" * 4000)
-    packed.write_bytes(gzip.compress(b'{"text": "y"}' * 100))
-    assert estimate_tokens(corpus(files(plain))) == Tokens((800,), estimate=True)
-    both = int((4000 + 3 * packed.stat().st_size) / 4 * 0.8)
-    assert estimate_tokens(corpus(files(plain, packed))) == Tokens((both,), estimate=True)
+TEXT: dict[str, Any] = {"kind": "files", "paths": ["a.txt"]}
+HUB: dict[str, Any] = {"kind": "hub", "dataset": "a/b", "data_files": "*.parquet"}
+HALF = {**TEXT, "weight": 1.0}
 
 
-def test_estimate_takes_the_cap_before_any_size(tmp_path: Path) -> None:
-    hub = {"kind": "hub", "dataset": "a/b", "data_files": "*.parquet"}
-    assert estimate_tokens(corpus(hub, max_tokens=5)) == Tokens((5,), estimate=True)
-    assert estimate_tokens(corpus(hub)) is None
-    assert estimate_tokens(corpus({**hub, "download_gib": 1.0})) == Tokens((int(2**30 * 1.7 / 4 * 0.8),), estimate=True)
-
-
-def test_estimate_takes_the_caps_of_sources_before_their_sizes(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"x" * 4000)
-    text, hub = files(tmp_path / "a.txt"), {"kind": "hub", "dataset": "a/b", "data_files": "*.parquet"}
-    assert estimate_tokens(corpus({**text, "max_tokens": 300})) == Tokens((300,), estimate=True)
-    assert estimate_tokens(corpus(text, {**hub, "max_tokens": 70})) == Tokens((870,), estimate=True)
-    assert estimate_tokens(corpus({**text, "max_tokens": 300}, hub)) is None
+@pytest.mark.parametrize(
+    ("sources", "max_tokens", "tokens"),
+    [
+        ([TEXT], None, 800),  # 4000 bytes / 4, without the held-out 20 %
+        ([TEXT, {"kind": "files", "paths": ["b.jsonl.gz"]}], None, 800 + 600),
+        ([{"kind": "nanogpt", "train": "train.bin"}], None, 800),
+        ([TEXT], 5, 5),
+        ([TEXT], 1_000_000, 800),
+        ([{**TEXT, "max_tokens": 300}], None, 300),
+        ([HALF, HALF], 1_000, 1_000),
+        ([HALF, HALF], 10_000, 1_600),
+        ([HUB], 5, 5),
+        ([HUB], None, None),
+        ([{**HUB, "download_gib": 1.0}], None, int(2**30 * 1.7 / 4 * 0.8)),
+        ([TEXT, {**HUB, "max_tokens": 70}], None, 870),
+        ([{**TEXT, "max_tokens": 300}, HUB], None, None),
+    ],
+)
+def test_estimate_is_a_quarter_of_the_bytes_up_to_the_limits(
+    sources: list[dict[str, Any]],
+    max_tokens: int | None,
+    tokens: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("a.txt", 4000), ("b.jsonl.gz", 1000), ("train.bin", 2000)):
+        Path(name).write_bytes(b"x" * size)
+    expected = None if tokens is None else Tokens((tokens,), estimate=True)
+    assert estimate_tokens(corpus(*sources, max_tokens=max_tokens)) == expected
 
 
 def test_estimate_of_the_embedded_corpus_is_within_a_fifth_of_its_tokens() -> None:
@@ -74,13 +86,15 @@ def test_estimate_refuses_a_missing_file(tmp_path: Path, max_tokens: int | None)
 
 
 def test_count_finds_the_token_files_that_prepare_wrote(tmp_path: Path) -> None:
-    text = tmp_path / "a.jsonl"
-    lines = [json.dumps({"text": f"document number {n} of the corpus says {n * n}"}) for n in range(200)]
-    text.write_text("\n".join(lines), encoding="utf-8")
-    wanted = corpus(files(text))
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for name, path in zip("ab", paths, strict=True):
+        path.write_text("\n".join(json.dumps({"text": f"{name} {n} {n * n}"}) for n in range(200)), encoding="utf-8")
+    wanted = corpus(*(files(path) for path in paths))
     prepared = prepare(wanted, TrainedTokenizer(vocab_size=300), tmp_path / "cache")
-    assert count_tokens(wanted, tmp_path / "cache") == Tokens((prepared.train_tokens,), estimate=False)
-    text.write_text("\n".join(lines[1:]), encoding="utf-8")
+    parts = tuple(source.train_tokens for source in prepared.sources)
+    assert len(parts) == 2
+    assert count_tokens(wanted, tmp_path / "cache") == Tokens(parts, estimate=False)
+    paths[0].write_text('{"text": "another document"}', encoding="utf-8")
     changed = count_tokens(wanted, tmp_path / "cache")
     assert changed is not None
     assert changed.estimate
@@ -135,30 +149,3 @@ def test_count_passes_over_a_manifest_it_cannot_read(tmp_path: Path, text: str) 
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     assert count_tokens(corpus({"kind": "embedded"}, max_tokens=9), tmp_path) == Tokens((9,), estimate=True)
-
-
-def test_count_tells_every_source(tmp_path: Path) -> None:
-    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for name, path in zip("ab", paths, strict=True):
-        path.write_text("\n".join(json.dumps({"text": f"{name} {n} {n * n}"}) for n in range(200)), encoding="utf-8")
-    wanted = corpus(*(files(path) for path in paths))
-    prepared = prepare(wanted, TrainedTokenizer(vocab_size=300), tmp_path / "cache")
-    parts = tuple(source.train_tokens for source in prepared.sources)
-    assert len(parts) == 2
-    assert count_tokens(wanted, tmp_path / "cache") == Tokens(parts, estimate=False)
-
-
-def test_estimate_counts_the_tokens_of_token_files(tmp_path: Path) -> None:
-    (tmp_path / "train.bin").write_bytes(b"x" * 2000)
-    source = {"kind": "nanogpt", "train": str(tmp_path / "train.bin")}
-    assert estimate_tokens(corpus(source)) == Tokens((800,), estimate=True)
-
-
-def test_estimate_is_no_more_than_the_corpus_has(tmp_path: Path) -> None:
-    text = tmp_path / "a.txt"
-    text.write_bytes(b"x" * 4000)
-    assert estimate_tokens(corpus(files(text), max_tokens=1_000_000)) == Tokens((800,), estimate=True)
-    assert estimate_tokens(corpus(files(text), max_tokens=5)) == Tokens((5,), estimate=True)
-    half = [{**files(text), "weight": 1.0}, {**files(text), "weight": 1.0}]
-    assert estimate_tokens(corpus(*half, max_tokens=1_000)) == Tokens((1_000,), estimate=True)
-    assert estimate_tokens(corpus(*half, max_tokens=10_000)) == Tokens((1_600,), estimate=True)

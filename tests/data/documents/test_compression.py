@@ -24,10 +24,6 @@ def unpack(path: Path) -> bytes:
         return stream.read()
 
 
-def test_open_unpacked_knows_the_endings_it_names() -> None:
-    assert set(compression.SUFFIXES) == set(PACK)
-
-
 @pytest.mark.parametrize("suffix", ["", *SUFFIXES])
 def test_open_unpacked_gives_the_content_and_tells_the_size_of_the_file(tmp_path: Path, suffix: str) -> None:
     noise = random.Random(2).randbytes(3_000_000)

@@ -95,34 +95,42 @@ def test_reading_goes_on_from_every_document_whatever_the_chunk(
         assert rest == [later.ids.tolist() for later in whole[number:]]
 
 
-def test_a_missing_file_is_named(tmp_path: Path, bpe: str) -> None:
-    message = r"token file .*none\.bin does not exist\n  allowed: a header-free .*\n  do: correct train and validation"
-    with pytest.raises(CorpusError, match=message):
-        prepare(corpus_of(source_of(str(tmp_path / "none.bin"))), bpe, tmp_path / "cache")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"does not exist\n  allowed: a header-free .*\n  do: correct train and validation"),
+        (b"\1\0\2\0\3", r"has 5 bytes, not a whole number of 16-bit tokens\n  do: copy"),
+        (b"", "is empty"),
+        (np.arange(1, 200, dtype="<u4").tobytes(), "seems to hold 32-bit ids: every second 16-bit number"),
+    ],
+)
+def test_prepare_refuses_a_file_that_is_not_one_of_16_bit_ids(
+    tmp_path: Path, bpe: str, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "train.bin"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CorpusError, match=rf"token file .*train\.bin {message}"):
+        prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")
 
 
-def test_half_a_token_is_refused(tmp_path: Path, bpe: str) -> None:
-    (tmp_path / "train.bin").write_bytes(b"\1\0\2\0\3")
-    with pytest.raises(CorpusError, match=r"train\.bin has 5 bytes, not a whole number of 16-bit tokens\n  do: copy"):
-        prepare(corpus_of(source_of(str(tmp_path / "train.bin"))), bpe, tmp_path / "cache")
-
-
-def test_a_vocabulary_of_more_ids_than_16_bits_hold_is_refused(tmp_path: Path) -> None:
-    folder = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1, "dog": 69_999})
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [
+        (70_000, r"has 70,000 ids\n  allowed: the tokenizer that made the file"),
+        (None, r"is trained on text, which token files do not hold\n.*\n  do: set corpus\.tokenizer"),
+    ],
+)
+def test_prepare_refuses_a_tokenizer_that_cannot_have_made_the_file(
+    tmp_path: Path, vocab_size: int | None, message: str
+) -> None:
+    tokenizer: str | TrainedTokenizer = TrainedTokenizer(vocab_size=300)
+    if vocab_size:
+        tokenizer = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1, "dog": vocab_size - 1})
     path = write_bin(tmp_path / "train.bin", make_documents(5))
-    message = (
-        r"train\.bin holds 16-bit ids, but the tokenizer has 70,000 ids\n  allowed: the tokenizer that made the file"
-    )
-    with pytest.raises(CorpusError, match=message):
-        prepare(corpus_of(source_of(path)), folder, tmp_path / "cache")
+    with pytest.raises(CorpusError, match=rf"train\.bin holds 16-bit ids, but the tokenizer {message}"):
+        prepare(corpus_of(source_of(path)), tokenizer, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_tokenizer_that_is_trained_on_the_corpus_is_refused(tmp_path: Path) -> None:
-    path = write_bin(tmp_path / "train.bin", make_documents(5))
-    message = r"the tokenizer is trained on text, which token files do not hold\n.*\n  do: set corpus\.tokenizer"
-    with pytest.raises(CorpusError, match=message):
-        prepare(corpus_of(source_of(path)), TrainedTokenizer(vocab_size=300), tmp_path / "cache")
 
 
 def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path, bpe: str) -> None:
@@ -142,13 +150,3 @@ def test_a_file_without_ends_is_refused(tmp_path: Path, bpe: str, monkeypatch: p
     message = r"no end-of-text token \(id 0\) among 2,000 tokens from position 2\n  allowed: documents of at most 2,000"
     with pytest.raises(CorpusError, match=message):
         prepare(corpus_of(source_of(path)), bpe, tmp_path / "cache")
-
-
-def test_an_empty_file_and_one_of_wider_ids_are_refused(tmp_path: Path, bpe: str) -> None:
-    path = tmp_path / "train.bin"
-    path.touch()
-    with pytest.raises(CorpusError, match=r"token file .*train\.bin is empty"):
-        prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")
-    np.concatenate(make_documents(80)).astype("<u4").tofile(path)
-    with pytest.raises(CorpusError, match=r"train\.bin seems to hold 32-bit ids: every second 16-bit number"):
-        prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")

@@ -8,7 +8,6 @@ import pytest
 
 from inheritune_ds.config.corpus import EmbeddedSource, FilesSource, HubSource, TokensSource
 from inheritune_ds.data.documents import python_docs, sources
-from inheritune_ds.data.documents.records import Cursor
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage import hub
 
@@ -38,36 +37,6 @@ def test_documents_of_embedded_are_the_embedded_ones() -> None:
         (),
         [],
     )
-
-
-def test_documents_of_files_are_read_from_a_cursor_on(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n{"text": " \\n\\t"}\n{"text": null}\n{"text": ""}\n{"text": " two "}\n')
-    source = FilesSource(kind="files", paths=[str(path)])
-    found = list(sources.documents(source))
-    assert [document.text for document in found] == ["one", "", "", "", " two "]
-    told: list[int] = []
-    assert list(sources.documents(source, Cursor(0, 3), told.append)) == found[3:]
-    assert sum(told) == sources.total_bytes(source) == path.stat().st_size
-
-
-def test_left_out_files_are_named(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "README.md", "LICENSE"):
-        (tmp_path / name).write_text("x")
-    assert sources.skipped_files(FilesSource(kind="files", paths=[str(tmp_path)])) == ["LICENSE", "README.md"]
-
-
-def test_check_detects_a_change_between_hashing_and_the_end_of_reading(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("text")
-    source = FilesSource(kind="files", paths=[str(tmp_path)])
-    before = sources.snapshot(source)
-    sources.identify(source)
-    sources.check(source, before)
-    (tmp_path / "a.txt").write_text("other text")
-    list(sources.documents(source))
-    with pytest.raises(CorpusError, match=r"a\.txt: it was changed while the corpus was read"):
-        sources.check(source, before)
 
 
 def test_check_detects_a_new_file(tmp_path: Path) -> None:

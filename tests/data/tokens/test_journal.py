@@ -1,5 +1,7 @@
 import hashlib
+import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,35 +14,35 @@ def digest(number: int) -> bytes:
     return hashlib.sha256(str(number).encode()).digest()
 
 
-def test_what_was_committed_is_there_again_and_nothing_else(tmp_path: Path) -> None:
+def test_journal_keeps_what_was_committed_and_nothing_else(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.state() is None
-    assert journal.is_new(digest(1))
-    assert not journal.is_new(digest(1))
+    assert [journal.is_new(digest(number)) for number in (1, 1)] == [True, False]
+    journal.commit({"number": 1})
     journal.commit({"b": 1, "a": [2, {"c": ""}]})
     assert journal.is_new(digest(2))
     journal.close()
     journal = Journal(tmp_path)
-    state = journal.state()
-    assert state == {"b": 1, "a": [2, {"c": ""}]}
-    assert state is not None
-    assert list(state) == ["b", "a"], "the manifest is made of it: its keys keep their order"
-    assert not journal.is_new(digest(1))
-    assert journal.is_new(digest(2))
+    assert json.dumps(journal.state()) == '{"b": 1, "a": [2, {"c": ""}]}', "the manifest keeps the order of its keys"
+    assert [journal.is_new(digest(number)) for number in (1, 2)] == [False, True]
     journal.close()
 
 
-def test_a_later_state_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    for number in range(3):
-        journal.commit({"number": number})
-    assert journal.state() == {"number": 2}
+def write_invalid_state(path: Path) -> None:
+    journal = Journal(path.parent)
+    journal.commit({"number": 1})
     journal.close()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE state SET document = '{'")
+        database.commit()
 
 
-@pytest.mark.parametrize("content", [b"", b"torn" * 5000, b"SQLite format 3\0" + bytes(20_000)])
-def test_a_torn_journal_is_begun_anew(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / NAME).write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"torn" * 5000, b"SQLite format 3\0" + bytes(20_000), None])
+def test_journal_starts_over_if_it_is_damaged(tmp_path: Path, content: bytes | None) -> None:
+    if content is None:
+        write_invalid_state(tmp_path / NAME)
+    else:
+        (tmp_path / NAME).write_bytes(content)
     journal = Journal(tmp_path)
     assert journal.state() is None
     assert journal.is_new(digest(1))
@@ -48,20 +50,7 @@ def test_a_torn_journal_is_begun_anew(tmp_path: Path, content: bytes) -> None:
     journal.close()
 
 
-def test_a_state_that_is_no_json_is_begun_anew(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    journal.commit({"number": 1})
-    journal.close()
-    database = sqlite3.connect(tmp_path / NAME)
-    database.execute("UPDATE state SET document = '{'")
-    database.commit()
-    database.close()
-    journal = Journal(tmp_path)
-    assert journal.state() is None
-    journal.close()
-
-
-def test_removing_leaves_nothing(tmp_path: Path) -> None:
+def test_remove_journal_leaves_nothing(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.commit({})
     journal.close()
@@ -71,7 +60,7 @@ def test_removing_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_journal_names_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=rf"{NAME} cannot be written: .*\n  do: free some space") as caught:
         Journal(tmp_path / "none")
     assert str(tmp_path / "none") in caught.value.problem

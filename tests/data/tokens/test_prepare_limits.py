@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,25 +181,6 @@ def test_the_overlap_with_evaluation_sets_is_told(tmp_path: Path, bpe: str) -> N
     assert tokens.manifest["overlap"] == {
         "quiz": {"ngram": 13, "items": 10, "items_too_short": 1, "items_hit": 7, "documents_hit": 7}
     }
-
-
-def test_a_preset_is_read_from_local_files_with_its_weights(
-    tmp_path: Path, bpe: str, tokenizer_folder: Callable[..., str]
-) -> None:
-    """As somebody without the hub would: the preset's sources with files in their place."""
-    recipe = load_recipe("openllama-3b-13l")
-    names = [source.name for source in recipe.corpus.sources]
-    weights = recipe.corpus.weights
-    assert weights is not None
-    assert len(names) == len(weights) == 7
-    local: list[Any] = [
-        files_source(write_jsonl(tmp_path / f"{name}.jsonl", make_texts(120, seed)), name=name, weight=weight)
-        for seed, (name, weight) in enumerate(zip(names, weights, strict=True))
-    ]
-    corpus = Corpus(sources=local, validation_ratio=0.2, max_tokens=2000)
-    tokens = prepare(corpus, bpe, tmp_path / "cache")
-    found = [source.train_tokens for source in tokens.sources]
-    assert found == [int(2000 * weight / sum(weights) + 1e-9) for weight in weights]
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "manifest.json", "progress.sqlite"])

@@ -43,13 +43,10 @@ def test_train_tokenizer_learns_words_and_reads_everything_back() -> None:
     assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.eos_token_id) == (END_OF_TEXT, END_OF_TEXT, 0)
     assert tokenizer.unk_token is None
     assert 257 < len(tokenizer) <= 300
+    assert len(train_tokenizer(TEXTS, 257)) == 257
     assert len(ids_of(tokenizer, " cat")) == 1
     for text in ("the cat", TRICKY, " \r\n\0"):
         assert backend_of(tokenizer).decode(ids_of(tokenizer, text)) == text
-
-
-def test_train_tokenizer_never_makes_more_entries_than_asked() -> None:
-    assert len(train_tokenizer(TEXTS, 257)) == 257
 
 
 def test_train_tokenizer_gives_the_same_in_every_process() -> None:
@@ -213,20 +210,24 @@ def test_load_tokenizer_refuses_ids_that_differ_from_sentencepiece(
         load_tokenizer(folder)
 
 
-def test_load_tokenizer_names_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)gone' is a path, but the folder does not exist.*corpus\.tok"):
-        load_tokenizer(str(tmp_path / "gone"))
-
-
-def test_load_tokenizer_says_which_files_it_looks_for(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)has no tokenizer files.*tokenizer\.json, or"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_load_tokenizer_says_that_a_file_is_damaged(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(CorpusError, match=r"(?s)its files cannot be read \(\w+: .*download the folder again"):
-        load_tokenizer(str(tmp_path))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, r"(?s)has no tokenizer files.*tokenizer\.json, or"),
+        ({"tokenizer.json": '{"version": "1.0"'}, r"(?s)its files cannot be read \(\w+: .*download the folder again"),
+        (None, r"(?s)folder' is a path, but the folder does not exist.*corpus\.tok"),
+    ],
+)
+def test_load_tokenizer_refuses_a_folder_without_a_tokenizer(
+    tmp_path: Path, content: dict[str, str] | None, message: str
+) -> None:
+    folder = tmp_path / "folder"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        load_tokenizer(str(folder))
 
 
 def test_load_tokenizer_needs_a_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

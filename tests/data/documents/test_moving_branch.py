@@ -1,39 +1,13 @@
 """A corpus that somebody changes while it is prepared."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from inheritune_ds.config.corpus import Corpus, HubSource
-from inheritune_ds.data.tokens import prepare as tokenize
 from inheritune_ds.data.tokens.prepare import prepare
-from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage import hub
-from tests.data.prepared import files_source, make_texts, names_in, tokens_of, write_jsonl
-
-
-def test_a_file_that_comes_while_the_corpus_is_read_is_not_read_in_silence(
-    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_jsonl(tmp_path / "corpus" / "b.jsonl", make_texts(40))
-    late = tmp_path / "corpus" / "a.jsonl"
-    corpus = Corpus(sources=[files_source(tmp_path / "corpus")], validation_ratio=0.2)
-    wanted = prepare(corpus, bpe, tmp_path / "undisturbed")
-    index = tokenize._overlap_index  # after the files were identified, before they are read
-
-    def index_late(*given: Any) -> Any:
-        write_jsonl(late, make_texts(40, seed=2))
-        return index(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "_overlap_index", index_late)
-        with pytest.raises(CorpusError, match=r"/corpus/a\.jsonl: it appeared while the corpus was read"):
-            prepare(corpus, bpe, tmp_path / "cache")
-    late.unlink()
-    found = prepare(corpus, bpe, tmp_path / "cache")
-    assert names_in(tmp_path / "cache" / "tokens") == [wanted.fingerprint]
-    assert found.manifest == wanted.manifest
+from tests.data.prepared import files_source, make_texts, tokens_of, write_jsonl
 
 
 def test_a_branch_that_moves_is_read_at_the_commit_that_was_identified(
