@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,6 @@ from inheritune_ds.storage.files import read_json, write_json
 from inheritune_ds.surgery.inherit import MANIFEST, Cut, TargetModel, build_target, find_target, make_config
 from inheritune_ds.surgery.load import load_config
 from inheritune_ds.surgery.reference import ReferenceModel, locate
-from inheritune_ds.training.kernels import Kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,7 +43,6 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 VISIBLE_S = 60.0
 """How long a rank waits until it sees files that rank 0 has written: network file systems take their time."""
-REFERENCE_RESULT = "reference.json"
 DS_CONFIG = "ds_config.resolved.json"
 
 
@@ -76,33 +74,6 @@ class RunSetup:
     checkpoint: Mapping[str, Any] | None
     fingerprints: Mapping[str, Any]
 
-    @property
-    def note(self) -> dict[str, Any]:
-        """What another rank needs to make the same; JSON."""
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "tokens": str(self.data.tokens.folder.resolve()),
-            "tokens_fingerprint": self.data.tokens.fingerprint,
-            "checkpoint": self.checkpoint,
-            "fingerprints": self.fingerprints,
-        }
-
-    def write_ds_config(self, kernels: Kernels, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Write ds_config.resolved.json.
-
-        Args:
-            kernels: What computes the model.
-            groups: The optimizer's parameter groups.
-        """
-        # DeepSpeed ignores a top-level key that it does not know, so the file stays readable by its tools.
-        own = {
-            "kernels": kernels.as_dict(),
-            "parameter_groups": [
-                {"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups
-            ],
-        }
-        write_json(self.folder.path / DS_CONFIG, {**self.resolved.config, **own})
-
 
 def prepare(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch) -> RunSetup:
     """Find or build everything that training starts from; all ranks call it together.
@@ -115,66 +86,19 @@ def prepare(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launc
     """
     layout = SavedLayout(launch.world.size, resolved.zero_stage, resolved.precision)
     resumption = Resumption(folder, recipe, layout)
-    built: list[RunSetup] = []
+    built: list[tuple[RunData, TargetModel]] = []
 
     def build() -> dict[str, Any]:
         with launch.stop.interruptible():  # the folder is claimed: a signal can be written to status.json
-            built.append(_build(recipe, resolved, folder, launch, resumption))
-        return built[0].note
+            note, data, target = _build(recipe, resolved, folder, launch, resumption)
+        built.append((data, target))
+        return note
 
     note = launch.meeting.run_on_rank0(build)
-    return built[0] if built else _open(note, resolved, folder, launch, resumption)
-
-
-def _build(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch, resumption: Resumption) -> RunSetup:
-    """Choose the checkpoint, then prepare tokens, target and the reference's loss; on rank 0."""
-    resumption.begin()
-    checkpoint = resumption.choose()
-    write_status(folder.path, "preparing", step=folder.newest_step())
-    world = launch.world
-    provenance = write_provenance(folder.path, {"world_size": world.size, "launcher": world.launcher})
-    write_json(folder.path / DS_CONFIG, resolved.config)
-    recipe = pin_revisions(recipe, folder.path)
-    folder.write_resolved(recipe)
-    reference = _find_reference(recipe, launch)
-    tokens, data_fingerprint = _prepare_tokens(recipe, reference, folder, launch.cache_dir)
-    data = RunData(recipe, tokens)
-    data.log()
-    setup = RunSetup(
-        recipe=recipe,
-        resolved=resolved,
-        launch=launch,
-        folder=folder,
-        data=data,
-        total_steps=data.total_steps,
-        target=_prepare_target(recipe, reference, tokens, folder),
-        resumption=resumption,
-        checkpoint=checkpoint,
-        fingerprints={
-            "recipe": recipe.fingerprint,
-            "data": data_fingerprint,
-            "code": {key: provenance[key] for key in ("inheritune_ds", "git", "packages")},
-        },
-    )
-    if reference is not None:
-        _score_reference(setup, reference)
-    _require_room(setup)
-    return setup
-
-
-def _open(
-    note: Mapping[str, Any], resolved: Resolved, folder: RunFolder, launch: Launch, resumption: Resumption
-) -> RunSetup:
-    """Open what rank 0 has built.
-
-    Raises:
-        RunFolderError: If this rank cannot see the files.
-    """
-    recipe = validate(Recipe, note["recipe"], "the recipe of rank 0")
-    tokens, target = _wait_for_files(note, folder)
-    data = RunData(recipe, tokens)
+    pinned = validate(Recipe, note["recipe"], "the recipe of rank 0")
+    data, target = built[0] if built else _open(note, pinned, folder)
     return RunSetup(
-        recipe=recipe,
+        recipe=pinned,
         resolved=resolved,
         launch=launch,
         folder=folder,
@@ -187,13 +111,56 @@ def _open(
     )
 
 
-def _wait_for_files(note: Mapping[str, Any], folder: RunFolder) -> tuple[TokenSet, TargetModel]:
+def _build(
+    recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch, resumption: Resumption
+) -> tuple[dict[str, Any], RunData, TargetModel]:
+    """Choose the checkpoint, then prepare tokens, target and the reference's loss; on rank 0.
+
+    Returns:
+        What the other ranks need to open the same, as JSON; the data; the target.
+    """
+    resumption.begin()
+    checkpoint = resumption.choose()
+    write_status(folder.path, "preparing", step=folder.newest_step())
+    world = launch.world
+    provenance = write_provenance(folder.path, {"world_size": world.size, "launcher": world.launcher})
+    write_json(folder.path / DS_CONFIG, resolved.config)
+    recipe = pin_revisions(recipe, folder.path)
+    folder.write_resolved(recipe)
+    reference = _find_reference(recipe, launch)
+    tokens, data_fingerprint = _prepare_tokens(recipe, reference, folder, launch.cache_dir)
+    data = RunData(recipe, tokens)
+    data.log()
+    target = _prepare_target(recipe, reference, tokens, folder)
+    if reference is not None:
+        _score_reference(recipe, reference, data, folder)
+    there = sum(1 for _ in published(folder.checkpoints))
+    missing = max(0, checkpoints_staying(recipe.checkpoint, data.total_steps) - there)
+    size = checkpoint_bytes(target.report["parameters"])
+    require_space(folder.checkpoints, size, count=missing + CHECKPOINTS_IN_HAND)
+    code = {key: provenance[key] for key in ("inheritune_ds", "git", "packages")}
+    note = {
+        "recipe": recipe.model_dump(mode="json"),
+        "tokens": str(tokens.folder.resolve()),
+        "tokens_fingerprint": tokens.fingerprint,
+        "checkpoint": checkpoint,
+        "fingerprints": {"recipe": recipe.fingerprint, "data": data_fingerprint, "code": code},
+    }
+    return note, data, target
+
+
+def _open(note: Mapping[str, Any], recipe: Recipe, folder: RunFolder) -> tuple[RunData, TargetModel]:
+    """Open what rank 0 has built.
+
+    Raises:
+        RunFolderError: If this rank cannot see the files.
+    """
     deadline_s = time.monotonic() + VISIBLE_S
     while True:
         tokens = open_finished(Path(note["tokens"]), note["tokens_fingerprint"])
         report = read_json(folder.path / "inheritance.json")
         if tokens is not None and report is not None and (folder.target / MANIFEST).exists():
-            return tokens, TargetModel(folder.target, report)
+            return RunData(recipe, tokens), TargetModel(folder.target, report)
         if time.monotonic() > deadline_s:
             raise RunFolderError(
                 f"this rank does not see what rank 0 has prepared in {folder.path} and {note['tokens']}",
@@ -289,11 +256,10 @@ def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreT
     return load_config(locate(recipe.reference, Path).folder)
 
 
-def _score_reference(setup: RunSetup, reference: ReferenceModel) -> None:
+def _score_reference(recipe: Recipe, reference: ReferenceModel, data: RunData, folder: RunFolder) -> None:
     """Write eval/reference.json: the reference's loss on the windows that the target is measured on."""
-    recipe, data = setup.recipe, setup.data
     write_reference_loss(
-        setup.folder.eval / REFERENCE_RESULT,
+        folder.eval / "reference.json",
         reference,
         data.validator(batch_size=BATCH_SIZE),
         packing=data.packing,
@@ -305,16 +271,3 @@ def _score_reference(setup: RunSetup, reference: ReferenceModel) -> None:
             "source_weights": recipe.corpus.weights,
         },
     )
-
-
-def _require_room(setup: RunSetup) -> None:
-    """Refuse a disk without room for the checkpoints that the run will keep.
-
-    Raises:
-        StorageError: Naming the bytes needed and the bytes free.
-    """
-    folder = setup.folder.checkpoints
-    there = sum(1 for _ in published(folder))
-    missing = max(0, checkpoints_staying(setup.recipe.checkpoint, setup.total_steps) - there)
-    size = checkpoint_bytes(setup.target.report["parameters"])
-    require_space(folder, size, count=missing + CHECKPOINTS_IN_HAND)

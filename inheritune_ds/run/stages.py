@@ -22,8 +22,9 @@ from inheritune_ds.plan.model_size import flops_per_token
 from inheritune_ds.run import identity
 from inheritune_ds.run.export import PROBE_TOKENS
 from inheritune_ds.run.finish import write_results
-from inheritune_ds.run.prepare import RunSetup
+from inheritune_ds.run.prepare import DS_CONFIG, RunSetup
 from inheritune_ds.run.status import write_status
+from inheritune_ds.storage.files import write_json
 from inheritune_ds.surgery.load import load_config, load_model
 from inheritune_ds.tracking.recorder import Recorder, RunRecorder
 from inheritune_ds.training import loop, micro_batch
@@ -115,7 +116,10 @@ def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
     refuse_replaced_loss(resolved.kernels, engine.kernels, "; ".join(engine.notes))
     if world.is_main:
         identity.keep_kernels(setup.folder.path, engine.kernels.as_dict())
-        setup.write_ds_config(engine.kernels, groups)
+        # DeepSpeed ignores a top-level key that it does not know, so the file stays readable by its tools.
+        listed = [{"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups]
+        own = {"kernels": engine.kernels.as_dict(), "parameter_groups": listed}
+        write_json(setup.folder.path / DS_CONFIG, {**resolved.config, **own})
     return engine
 
 
