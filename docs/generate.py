@@ -1,7 +1,7 @@
-"""Write what the docs repeat from the code: tables of keys, exit codes, metrics and options, and the layer picture.
+"""Generate the parts of the docs that come from the code: tables of keys, exit codes, metrics, options; the picture.
 
-Each table is between `<!-- generated: NAME -->` and `<!-- end -->`; the text around it is written by
-hand. `python docs/generate.py` writes all of it; `--check` prints a diff and exits with 1 when something is stale.
+Each table is between `<!-- generated: NAME -->` and `<!-- end -->`. `--check` prints a diff and exits with 1 if a
+table or the picture is stale.
 """
 # ruff: noqa: INP001  # a script beside the docs, not a package
 
@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -63,17 +64,11 @@ MEANINGS = {
     "Shape.tie_word_embeddings": "Whether the head is the token embedding (always so for gpt2).",
     "HubSource.dataset": "Id of the dataset on the hub.",
     "HubSource.text_field": "Field of a record that holds the document.",
-    "EmbeddedSource.kind": "This source.",
-    "FilesSource.kind": "This source.",
-    "HubSource.kind": "This source.",
-    "TokensSource.kind": "This source.",
+    **dict.fromkeys([f"{kind}Source.kind" for kind in ("Embedded", "Files", "Hub", "Tokens")], "This source."),
 }
-"""Meaning of keys whose model leaves them without a docstring."""
-
-
+"""Meaning of keys without a docstring in their model."""
 AUTO_KERNELS = {
-    "attention": "the first of these that works; flash attention needs a GPU, bf16 or fp16, and a family that supports "
-    "it",
+    "attention": "the first of these that works; flash attention needs a GPU, bf16 or fp16, and a supported family",
     "optimizer": "the first of these that works; on a CPU `torch_fused`. `offload_optimizer` always uses DeepSpeed's "
     "CPU Adam, and a name is refused",
     "liger": "on for a GPU if liger-kernel has RMSNorm, RoPE or SwiGLU for the family (it has none for GPT-2) and "
@@ -85,13 +80,12 @@ AUTO_KERNELS = {
     "activation_checkpointing": "`none`; the others trade a second forward pass (`selective`: without its matrix "
     "products and attention) for memory",
 }
-"""What `auto` selects in inheritune_ds/training/kernels.py, one line each."""
-
+"""The selection of `auto` in inheritune_ds/training/kernels.py, one line each."""
 RELIABILITY = {
     "async_save": "training waits only until its state is copied to host memory; a thread writes, coordinates with "
     "the other ranks and publishes. Needs as much host memory as this rank's share of a checkpoint",
-    "on_save_error": "what happens when the disk refuses a checkpoint (full, read-only, broken): continue training "
-    "with a warning, or exit with code 5. The older checkpoints stay either way",
+    "on_save_error": "when the disk refuses a checkpoint (full, read-only, broken): continue training with a warning, "
+    "or exit with code 5. The older checkpoints remain either way",
     "watchdog": "whether a phase that exceeds its limit ends the run",
     "start": "building the engine, restoring a checkpoint",
     "first_step": "the first step of a launch, which compiles",
@@ -100,7 +94,7 @@ RELIABILITY = {
     "save": "a save until training resumes; in the background, the time that a rank waits for another",
     "finish": "export, checks and report",
 }
-"""What the keys of the `reliability` block mean."""
+"""Meaning of the keys of the `reliability` block."""
 
 
 def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
@@ -109,17 +103,15 @@ def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
     for ancestor in reversed([each for each in model.__mro__ if issubclass(each, fields.ConfigModel)]):
         (tree,) = ast.parse(inspect.getsource(ancestor)).body
         assert isinstance(tree, ast.ClassDef)
-        for node, below in zip(tree.body, tree.body[1:], strict=False):
-            if not isinstance(node, ast.AnnAssign) or not isinstance(below, ast.Expr):
-                continue
-            if isinstance(below.value, ast.Constant):
-                assert isinstance(node.target, ast.Name)
-                found[node.target.id] = " ".join(str(below.value.value).split())
+        for pair in pairwise(tree.body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                    found[name] = " ".join(str(text).split())
     return found
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Models that a field's type names, in order."""
+    """The models in a field's type, in order."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
@@ -127,7 +119,7 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def describe_type(annotation: Any, metadata: list[Any]) -> str:
-    """A type and its bounds in words."""
+    """A type with its bounds as text."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return describe_type(parts[0], [*parts[1:], *metadata])
@@ -166,7 +158,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def recipe_keys() -> str:
-    """A section a model: what it is, and a table of its keys."""
+    """A section per model: its docstring, and a table of its keys."""
     paths: dict[type[BaseModel], list[str]] = {recipe.Recipe: [""]}
     queue: list[type[BaseModel]] = [recipe.Recipe]
     sections = []
@@ -195,73 +187,50 @@ def _first_line(described: type) -> str:
 
 
 def exit_codes() -> str:
-    """A row an exit code."""
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
-    by_code = sorted((kind for kind in kinds if issubclass(kind, errors.InherituneError)), key=_exit_code)
-    return table(
-        ("code", "error", "meaning"),
-        [
-            ("0", "", "success, or an agreed early stop: `status.json` in the run folder says which"),
-            ("1", "", "a defect of this program (traceback): please report it"),
-            ("2", "", "a mistake on the command line"),
-            *((f"{_exit_code(kind)}", f"`{kind.__name__}`", _first_line(kind)) for kind in by_code[1:]),
-            (
-                "130",
-                "",
-                (
-                    "Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) while a run is prepared: finished stages are "
-                    "kept; or a second Ctrl-C within 5 s"
-                ),
-            ),
-        ],
+    """A row per exit code."""
+    kinds = [kind for kind in errors.InherituneError.__subclasses__() if kind.__module__ == errors.__name__]
+    interrupted = (
+        "Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) while a run is prepared: finished stages are kept; or a "
+        "second Ctrl-C within 5 s"
     )
-
-
-def _exit_code(kind: type[errors.InherituneError]) -> int:
-    return kind.exit_code
+    rows = [
+        ("0", "", "success, or an agreed early stop: `status.json` in the run folder says which"),
+        ("1", "", "a defect of this program (traceback): please report it"),
+        ("2", "", "a mistake on the command line"),
+    ]
+    kinds.sort(key=lambda kind: kind.exit_code)
+    rows += [(f"{kind.exit_code}", f"`{kind.__name__}`", _first_line(kind)) for kind in kinds]
+    return table(("code", "error", "meaning"), [*rows, ("130", "", interrupted)])
 
 
 def options() -> str:
-    """A table a verb: its options."""
+    """A table per verb: its options."""
     sections = []
     for verb, summary in cli.VERBS.items():
-        recorded = _Options()
-        importlib.import_module(f"inheritune_ds.cli.{verb}").add_arguments(recorded)
+        parser = argparse.ArgumentParser(add_help=False)
+        importlib.import_module(f"inheritune_ds.cli.{verb}").add_arguments(parser)
+        rows = []
+        for action in parser._actions:  # noqa: SLF001 - argparse has no public list
+            choices = ", ".join(f"`{choice}`" for choice in action.choices or ())
+            kind = "integer" if action.type is int else "number" if action.type is float else "text"
+            value = "switch" if action.nargs == 0 else choices or str(action.metavar or kind)
+            names = action.option_strings or [action.dest]
+            rows.append((", ".join(f"`{name}`" for name in names), value, str(action.help)))
         sections += [f"### {verb}", "", f"{summary[0].upper()}{summary[1:]}.", ""]
-        if recorded.rows:
-            sections.append(table(("option", "value", "meaning"), recorded.rows))
-        sections += [recorded.epilog, ""]
+        sections += [table(("option", "value", "meaning"), rows)] if rows else []
+        sections += [parser.epilog or "", ""]
     return "\n".join(sections)
 
 
-class _Options:
-    """Takes the options of a verb in place of argparse's parser."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str, str]] = []
-        self.epilog = ""
-
-    def add_argument(self, *names: str, **given: Any) -> None:
-        """Record an option."""
-        choices = ", ".join(f"`{choice}`" for choice in given.get("choices", ()))
-        kind = {int: "integer", float: "number"}.get(given.get("type", str), "text")
-        value = "switch" if given.get("action") == "store_true" else choices or given.get("metavar") or kind
-        self.rows.append((", ".join(f"`{name}`" for name in names), value, given["help"]))
-
-    def add_mutually_exclusive_group(self) -> "_Options":
-        """Take options of which only one can be given."""
-        return self
-
-
 def ds_owned() -> str:
-    """DeepSpeed keys whose value comes from the recipe."""
+    """DeepSpeed keys with values from the recipe."""
     owned = [(f"`{key}`", f"`{owner}` in the recipe") for key, (owner, _) in deepspeed_keys.RECIPE_OWNED.items()]
     derived = [(f"`{key}`", f"derived: {formula}") for key, formula in deepspeed_keys.DERIVED.items()]
     return table(("DeepSpeed key", "comes from"), owned + derived)
 
 
 def ds_passed_on() -> str:
-    """DeepSpeed keys that reach DeepSpeed as they are written."""
+    """DeepSpeed keys that are passed on."""
     keys = ", ".join(f"`{key}`" for key in sorted(deepspeed_keys.PassedOn.model_fields))
     zero = ", ".join(f"`{key}`" for key in deepspeed_keys.Zero.model_fields)
     return f"Top level: {keys}.\n\nInside `zero_optimization`: {zero}.\n"
@@ -272,7 +241,7 @@ def _values(field: FieldInfo) -> str:
 
 
 def ds_kernels() -> str:
-    """Keys of the `kernels` block: values, and what auto takes."""
+    """Keys of the `kernels` block: values, and the selection of `auto`."""
     rows = [
         (f"`{key}`", f"{_values(field)}, or `auto`", AUTO_KERNELS[key])
         for key, field in KernelRequest.model_fields.items()
@@ -300,46 +269,34 @@ def ds_refused() -> str:
 
 
 def metrics() -> str:
-    """A row a metric."""
-    return table(
-        ("name", "unit", "meaning"), [(f"`{name}`", metric.unit, metric.meaning) for name, metric in METRICS.items()]
-    )
+    """A row per metric."""
+    rows = [(f"`{name}`", metric.unit, metric.meaning) for name, metric in METRICS.items()]
+    return table(("name", "unit", "meaning"), rows)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "recipe_keys": recipe_keys,
-    "exit_codes": exit_codes,
-    "ds_owned": ds_owned,
-    "ds_passed_on": ds_passed_on,
-    "ds_kernels": ds_kernels,
-    "ds_reliability": ds_reliability,
-    "ds_refused": ds_refused,
-    "metrics": metrics,
-    "families": families,
-    "campaign": campaign,
-    "options": options,
-    "layers": layers.overview,
-}
+TABLES: list[Callable[[], str]] = [recipe_keys, exit_codes, options, metrics, families, campaign, layers.overview]
+TABLES += [ds_owned, ds_passed_on, ds_kernels, ds_reliability, ds_refused]
+SECTIONS = {make.__name__: make for make in TABLES}
 
 
 def render(text: str) -> str:
-    """Return a page with its generated sections written again."""
+    """Return a page with its sections generated again."""
     return SECTION.sub(lambda match: f"{match[1]}\n{SECTIONS[match['name']]().strip()}\n\n{match[3]}", text)
 
 
 def current() -> Iterator[tuple[Path, str, str]]:
-    """Yield every file with generated text: its path, the text it has, and the text it should have."""
+    """Yield every file with generated text: its path, its text, and the new text."""
     for path in sorted(DOCS.rglob("*.md")):
         old = path.read_text(encoding="utf-8")
         yield path, old, render(old)
     drawing = DOCS / "images" / "architecture.svg"
-    yield drawing, drawing.read_text(encoding="utf-8") if drawing.exists() else "", layers.picture()
+    yield drawing, drawing.read_text(encoding="utf-8"), layers.picture()
 
 
 def main() -> int:
     """Write or check every file; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a file is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is stale")
     check = parser.parse_args().check
     stale = [(path, old, new) for path, old, new in current() if old != new]
     for path, old, new in stale:

@@ -1,6 +1,6 @@
 """Draw the wings of the package and the imports between them, as a picture (SVG) and as a table.
 
-The order of the wings is that of `.importlinter`; the imports are read from the source, without importing it.
+The order of the wings is that of `.importlinter`; the imports are read from the source.
 """
 # ruff: noqa: INP001  # a script beside the docs, not a package
 
@@ -14,12 +14,11 @@ from tables import table
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "inheritune_ds"
-ROW, BOX, HALF, LANE, MARGIN = 40, 580, 15, 20, 10
-"""Pixels: distance of two rows, width and half the height of a box, distance of two lanes, margin."""
-PORT = 7
-"""Pixels from the middle of a box's right side: down to where its own imports start, up to where others arrive."""
+ROW, BOX, HALF, LANE, MARGIN, PORT = 40, 580, 15, 20, 10, 7
+"""Pixels: distance of two rows, width and half the height of a box, distance of two lanes, margin, distance from the
+middle of a box's right side down to the start of its own imports and up to the end of others."""
 DOWN, UP = "#0072B2", "#D55E00"
-"""Colors of an import from a wing below, which is the rule, and from a wing above, which breaks it."""
+"""Colors of an import from a wing below, as the rule demands, and from a wing above."""
 
 
 def wings() -> list[str]:
@@ -38,9 +37,9 @@ def purpose(wing: str) -> str:
 
 
 def imports() -> dict[str, set[str]]:
-    """Return what each wing imports from other wings; imports for type checkers only do not count."""
+    """Return the other wings that each wing imports, without imports for type checkers only."""
     found: dict[str, set[str]] = {wing: set() for wing in wings()}
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in PACKAGE.rglob("*.py"):
         wing = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if wing in found:
             names = {name.split(".")[1] for name in _imported(ast.parse(path.read_text(encoding="utf-8")))}
@@ -61,43 +60,36 @@ def _imported(node: ast.AST) -> Iterator[str]:
 
 
 def overview() -> str:
-    """Return a row a wing: what it is, and which wings it imports."""
+    """A row per wing: its purpose and its imports."""
     order, found = wings(), imports()
     imported = {wing: ", ".join(other for other in order if other in found[wing]) for wing in order}
     return table(("wing", "what it is", "imports"), [(f"`{wing}`", purpose(wing), imported[wing]) for wing in order])
 
 
 def picture() -> str:
-    """Return the SVG: a box a wing, a lane down from each wing, an arrow into each wing that is imported."""
+    """Return the SVG: a box per wing, a lane down from each wing, an arrow into each imported wing."""
     order, found = wings(), imports()
     lanes = [wing for wing in reversed(order) if found[wing]]
     x = {wing: MARGIN + BOX + LANE * (2 + place) for place, wing in enumerate(lanes)}
     y = {wing: MARGIN + HALF + ROW * place for place, wing in enumerate(order)}
     width, height = MARGIN + BOX + LANE * (len(lanes) + 2), 2 * (MARGIN + HALF) + ROW * (len(order) - 1)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return "\n".join(
-        [
-            f'{head} font-family="Helvetica, Arial, sans-serif" font-size="13">',
-            "<title>The wings of inheritune_ds and the imports between them</title>",
-            '<rect width="100%" height="100%" fill="white"/>',
-            *_arrows(found, x, y),
-            *(line for wing in order for line in _box(wing, y[wing])),
-            "</svg>",
-            "",
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    font = 'font-family="Helvetica, Arial, sans-serif" font-size="13"'
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>']
+    lines += ["<title>The wings of inheritune_ds and the imports between them</title>"]
+    lines += ['<rect width="100%" height="100%" fill="white"/>', *_arrows(found, x, y)]
+    box = f'x="{MARGIN}" width="{BOX}" height="{2 * HALF}" rx="4" fill="#f3f6f9" stroke="#8a97a5"'
+    for wing in order:
+        lines += [
+            f'<rect y="{y[wing] - HALF}" {box}/>',
+            f'<text x="{MARGIN + 10}" y="{y[wing] + 5}" font-weight="bold" fill="#222222">{wing}</text>',
+            f'<text x="{MARGIN + 110}" y="{y[wing] + 5}" fill="#444444">{escape(purpose(wing))}</text>',
         ]
-    )
-
-
-def _box(wing: str, y: int) -> list[str]:
-    return [
-        f'<rect x="{MARGIN}" y="{y - HALF}" width="{BOX}" height="{2 * HALF}" rx="4" fill="#f3f6f9" stroke="#8a97a5"/>',
-        f'<text x="{MARGIN + 10}" y="{y + 5}" font-weight="bold" fill="#222222">{wing}</text>',
-        f'<text x="{MARGIN + 110}" y="{y + 5}" fill="#444444">{escape(purpose(wing))}</text>',
-    ]
+    return "\n".join([*lines, "</svg>", ""])
 
 
 def _arrows(found: Mapping[str, set[str]], x: Mapping[str, int], y: Mapping[str, int]) -> Iterator[str]:
-    """Yield a line into each imported wing, a lane along each importing wing, and a dot where both are joined."""
+    """Yield a line into each imported wing, a lane along each importing wing, and a dot at each connection."""
     edge = MARGIN + BOX
     for wing in y:
         arriving = [x[other] for other in x if wing in found[other]]

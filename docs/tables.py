@@ -1,4 +1,4 @@
-"""Tables of the docs that show results: model families as the tests know them, parts of the campaign."""
+"""Tables of results for the docs: tested model families, parts of the campaign."""
 # ruff: noqa: INP001  # a script beside the docs, not a package
 
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from inheritune_ds.storage.files import read_json
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent))  # for the lists that the tests hold
+sys.path.insert(0, str(DOCS.parent))  # for the lists in the tests
 
 
 def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -20,7 +20,7 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def campaign() -> str:
-    """A row a part of the campaign: what it proves, the outcome, and how long it took."""
+    """A row per part of the campaign: its promise, outcome and duration."""
     results = read_json(DOCS / "results" / "reliability.json") or {}
     rows = []
     for name, part in sorted(results.items(), key=lambda item: (item[1]["point"], item[0])):
@@ -39,7 +39,7 @@ def _figure(value: Any) -> str:
 
 
 def families() -> str:
-    """Model types by what a surgery can do with them."""
+    """Model types that surgery cuts exactly, with exceptions, or not at all."""
     from tests.surgery.families import NOT_TINY, TINY
     from tests.surgery.refusals import IN_PLACE, REFUSED
 
