@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,25 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.record import REPOSITORY
+from tests.launching import launcher_line
 
 POLL_S = 0.02
 
 
 def train_command(*arguments: str, num_gpus: int = 1) -> list[str]:
     """`deepspeed --num_gpus N train.py ...` with this python and a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(num_gpus),
-        "--master_port",
-        str(port),
-    ]
-    return [*launcher, str(REPOSITORY / "train.py"), *arguments]
+    return [*launcher_line("deepspeed", num_gpus), str(REPOSITORY / "train.py"), *arguments]
 
 
 @contextmanager

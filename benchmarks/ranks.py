@@ -1,7 +1,6 @@
 """Several ranks on this machine that run one benchmark module together, and the small engines that they build."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from benchmarks.record import REPOSITORY
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.zero import Loss, Precision, Recomputation, ZeroSettings, read_layout
+from tests.launching import environment, free_port, torchrun_variables
 
 if TYPE_CHECKING:
     import torch
@@ -166,10 +166,8 @@ def run_ranks(module: str, arguments: Sequence[str], ranks: int, *, threads: int
         threads: Of each rank.
         timeout_s: For all of it.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-        probe.close()
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(ranks)]
         processes = [_start(module, arguments, rank, ranks, port, threads, logs[rank]) for rank in range(ranks)]
         shown, deadline = 0, time.monotonic() + timeout_s
@@ -191,24 +189,11 @@ def run_ranks(module: str, arguments: Sequence[str], ranks: int, *, threads: int
 def _start(  # noqa: PLR0913, PLR0917 - what a rank's environment takes
     module: str, arguments: Sequence[str], rank: int, ranks: int, port: str, threads: int, log: Path
 ) -> "subprocess.Popen[bytes]":
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
     with log.open("wb") as stream:
         return subprocess.Popen(
             [sys.executable, "-u", "-m", module, *arguments],
             cwd=REPOSITORY,
-            env=environment,
+            env=environment(OMP_NUM_THREADS=str(threads), **torchrun_variables(rank, ranks, port)),
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -171,9 +171,9 @@ def launcher_line(launcher: Launcher, ranks: int) -> list[str]:
     """The words before the script for a launcher."""
     port = free_port()
     if launcher == "deepspeed":
-        return [str(SCRIPTS / "deepspeed"), "--master_port", port, "--num_gpus", str(ranks)]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, "--num_gpus", str(ranks)]
     if launcher == "torchrun":
-        return [str(SCRIPTS / "torchrun"), "--master_port", port, "--nproc_per_node", str(ranks)]
+        return [sys.executable, "-m", "torch.distributed.run", "--master_port", port, "--nproc_per_node", str(ranks)]
     assert launcher == "python"
     assert ranks == 1
     return [sys.executable]

@@ -10,79 +10,37 @@ import argparse
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.config.messages import validate
-from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.config.yaml import parse_yaml
-from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.world import detect, export
+from benchmarks.ranks import join_ranks
 from inheritune_ds.errors import CorpusError
+from tests import tiny
 
-RECIPE = """
-name: faults
-description: a tiny llama
-seed: 11
-target:
-  shape: {{model_type: llama, vocab_size: 257, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4,
-          intermediate_size: 64, max_position_embeddings: 32}}
-corpus: {{sources: [{{kind: embedded}}], tokenizer: {{vocab_size: 257}}}}
-training: {{seq_len: 32, global_batch_tokens: {tokens}, duration: 50 steps}}
-optimizer: {{lr: 3.0e-3}}
-schedule: {{kind: constant}}
-validation: {{interval_steps: 1000}}
-checkpoint: {{interval_steps: 1000}}
-"""
 MICRO_BATCH, SEQ_LEN, MARKED = 2, 32, 256
 """MARKED is the token that the fault in data hangs on; good batches have none."""
 
 
 def build(case: str, world: Any) -> Any:
     """An engine for a case."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from inheritune_ds.config.deepspeed import Machine, resolve
-    from inheritune_ds.plan.shapes import target_shape
-    from inheritune_ds.surgery.load import build_config
-    from inheritune_ds.training.engine import Engine
-    from inheritune_ds.training.kernels import choose_kernels
-
     stage, precision, accumulation, *offload = case.split("-")
     tokens = SEQ_LEN * MICRO_BATCH * int(accumulation) * world.size
-    recipe = validate(Recipe, parse_yaml(RECIPE.format(tokens=tokens), "faults"), "faults")
-    zero: dict[str, Any] = {"stage": int(stage.removeprefix("zero"))}
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    resolved = resolve(
-        {
-            "zero_optimization": zero,
-            "bf16": {"enabled": precision == "bf16"},
-            "train_micro_batch_size_per_gpu": MICRO_BATCH,
-        },
+    recipe = tiny.recipe(
+        seed=11,
+        target={"shape": {**tiny.LLAMA, "num_hidden_layers": 2}},
+        training={"seq_len": SEQ_LEN, "global_batch_tokens": tokens, "duration": "50 steps"},
+    )
+    zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+    return tiny.engine(
         recipe,
-        origin="faults",
-        shape=target_shape(recipe),
-        world_size=world.size,
-        machine=Machine("cpu", 8.0, bf16=True),
+        world,
+        stage=int(stage.removeprefix("zero")),
+        precision=precision,
+        micro_batch=MICRO_BATCH,
+        zero_optimization=zero,
     )
-    assert recipe.target.shape is not None
-    torch.manual_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
-    kernels, _ = choose_kernels(
-        resolved.kernels,
-        config=model.config,
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        zero_stage=resolved.zero_stage,
-        offload=resolved.offloads_optimizer,
-        run_flops=None,
-    )
-    return Engine(model, resolved.config, world, kernels)
 
 
 def batches(number: int, accumulation: int, rank: int) -> list[Any]:
@@ -243,14 +201,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("cases")
     args = parser.parse_args()
-    world = detect(os.environ)
-    export(world, os.environ)
-    prepare_environment(os.environ, kind="cpu")
+    world = join_ranks()
     import torch.distributed as dist
 
-    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group
 
-    start_process_group(world)
     results = {}
     for case in args.cases.split(","):
         ranks: list[Any] = [None] * world.size

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign.drive_faults import batches, build, state_sha256
+from benchmarks.ranks import join_ranks
 from inheritune_ds.checkpoints.manifest import Checkpoint, examine, find_fault, published, step_of
 from inheritune_ds.checkpoints.store import CheckpointStore
-from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.world import World, detect, export
+from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import StorageError
 
 CASE = "zero1-fp32-1"
@@ -276,14 +276,11 @@ def main() -> None:
     parser.add_argument("stride", type=int)
     parser.add_argument("--async", action="store_true", dest="async_save")
     args = parser.parse_args()
-    world = detect(os.environ)
-    export(world, os.environ)
-    prepare_environment(os.environ, kind="cpu")
+    world = join_ranks()
     import torch.distributed as dist
 
-    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
+    from inheritune_ds.distributed.process_group import leave_process_group
 
-    start_process_group(world)
     trials = Trials(world, args.folder, args.rank, async_save=args.async_save)
     trials.run(args.kinds.split(","), args.stride)
     broken: list[Any] = [None] * world.size

@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from benchmarks.campaign.launching import (
     arguments,
-    environment,
     fields,
     listed,
     numerics,
@@ -31,6 +30,7 @@ from benchmarks.campaign.resumes import stopped_after
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import MANIFEST, published
 from inheritune_ds.checkpoints.store import CheckpointStore
+from tests.launching import environment
 
 FLIPS = 250
 """In the newest checkpoint of each of the two runs."""

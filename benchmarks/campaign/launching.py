@@ -4,9 +4,7 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +15,8 @@ from typing import Any, Literal
 from benchmarks.record import REPOSITORY
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.storage.files import blake3_file, read_json, sha256_file
+from tests.launching import environment, launcher_line
 
-SCRIPTS = Path(sys.executable).parent
 MARK = "INHERITUNE_CAMPAIGN"
 """A variable that every process of a launch inherits, whatever session or group it moves to."""
 POLL_S = 0.002
@@ -89,36 +87,6 @@ def arguments(recipe: Path, ds_config: Path, folder: Path, *more: str, runs: str
     """Arguments of train.py; token files below `folder/cache`, the run folder below `folder/<runs>`."""
     folders = ["--runs-dir", str(folder / runs), "--cache-dir", str(folder / "cache")]
     return ["--deepspeed_config", str(ds_config), "--recipe", str(recipe), *folders, *more]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """One thread a rank, no tracker, nothing of an outer launcher."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
-    return {
-        **kept,
-        "PATH": os.pathsep.join([str(SCRIPTS), os.environ.get("PATH", "")]),
-        "DS_ACCELERATOR": "cpu",
-        "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": str(REPOSITORY),
-        **extra,
-    }
-
-
-def launcher_line(launcher: Launcher, ranks: int) -> list[str]:
-    """The words before the script, with a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    if launcher == "deepspeed":
-        return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, "--num_gpus", str(ranks)]
-    if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--master_port", port, "--nproc_per_node", str(ranks)]
-    if ranks != 1:
-        raise ValueError("python alone starts one rank")
-    return [sys.executable]
 
 
 @dataclass

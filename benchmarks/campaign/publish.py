@@ -1,7 +1,6 @@
 """Point 3: the pointer never names a checkpoint that is not complete, whichever writer is slow, refused or killed."""
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import POINTER, find_fault
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import TrainingError
+from tests.launching import free_port, torchrun_variables
 
 RANKS = 2
 POLL_S = 0.01
@@ -96,27 +96,20 @@ def _launch(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Launched], list
     """Let two ranks save as planned while both folders are watched; the ranks, their exit codes, the watchers."""
     path = folder / "plan.json"
     path.write_text(json.dumps(plan), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    words = (str(folder), str(path))
-    script = "benchmarks/campaign/drive_saves.py"
+    port = free_port()
     with ExitStack() as stack:
         watch = stack.enter_context(Poller(folder / "checkpoints"))
         native = stack.enter_context(Poller(folder / "native"))
         ranks = []
         for rank in range(RANKS):
             # not under a launcher: it would end the other rank before that can say what it has seen
+            variables: dict[str, Any] = torchrun_variables(rank, RANKS, port)
             run = started(
                 folder,
-                *words,
-                script=script,
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(RANKS),
-                LOCAL_WORLD_SIZE=str(RANKS),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
+                str(folder),
+                str(path),
+                script="benchmarks/campaign/drive_saves.py",
+                **variables,
             )
             ranks.append(stack.enter_context(run))
         codes = [launched.wait() for launched in ranks]

@@ -12,7 +12,15 @@ from benchmarks.campaign.part import Part
 from benchmarks.record import REPOSITORY, environment
 from inheritune_ds.storage.files import read_json, write_json
 
-CODE = ("inheritune_ds", "benchmarks/campaign", "ds_configs", "train.py")
+CODE = (
+    "inheritune_ds",
+    "benchmarks/campaign",
+    "benchmarks/ranks.py",
+    "tests/launching.py",
+    "tests/tiny.py",
+    "ds_configs",
+    "train.py",
+)
 """Everything that the outcome of a case depends on."""
 _SUFFIXES = (".py", ".yaml", ".json")
 

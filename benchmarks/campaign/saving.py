@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from benchmarks.campaign.launching import environment
 from benchmarks.campaign.part import Figures, Part
 from benchmarks.record import REPOSITORY
 from inheritune_ds.storage.files import read_json
+from tests.launching import environment
 
 
 def _measure(folder: Path, *, ranks: int) -> Figures:

@@ -19,25 +19,19 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu_parts.case import Case, Trained
 from benchmarks.gpu_parts.planning import predicted_gib, predicted_tokens_per_s
+from benchmarks.program import kernels_of, loop_parts
 from benchmarks.record import REPOSITORY
 from benchmarks.side_by_side import TOTAL_STEPS, write_tokens
 from benchmarks.subjects.project import recipe_of
 from benchmarks.subjects.turns import Order
 from benchmarks.subjects.windows import build_model
-from inheritune_ds.checkpoints.saver import Saver
-from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config import deepspeed_checks
 from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, resolve
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.config.reliability import Reliability
-from inheritune_ds.data.stream.batches import BatchStream
-from inheritune_ds.data.stream.windows import Windows
 from inheritune_ds.distributed.environment import prepare_environment
 from inheritune_ds.distributed.process_group import start_process_group
-from inheritune_ds.distributed.signals import StopSignal
-from inheritune_ds.distributed.watchdog import Watchdog
 from inheritune_ds.distributed.world import World, detect, export
 from inheritune_ds.plan.gpus import identify, mfu
 from inheritune_ds.plan.machine import host_memory_gib
@@ -45,9 +39,7 @@ from inheritune_ds.plan.micro_batch import fit
 from inheritune_ds.plan.model_size import GIB, flops_per_token
 from inheritune_ds.tracking.recorder import Recorder
 from inheritune_ds.training.engine import Engine
-from inheritune_ds.training.kernels import choose_kernels
-from inheritune_ds.training.loop import LoopParts, train
-from inheritune_ds.training.requests import Controls
+from inheritune_ds.training.loop import train
 
 SYNC_STEPS = 2
 """Steps of the pass that counts host synchronisations, after the timed ones."""
@@ -152,54 +144,27 @@ def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
     start_process_group(world)
     model = build_model(order)
     parameters = model.num_parameters()
-    kernels, notes = choose_kernels(
-        resolved.kernels,
-        config=model.config,
-        device=torch.device(case.device),
-        dtype=torch.bfloat16,
-        zero_stage=resolved.zero_stage,
-        offload=resolved.offloads_optimizer,
-        run_flops=6.0 * parameters * TOTAL_STEPS * recipe.training.global_batch_tokens,
-    )
+    run_tokens = TOTAL_STEPS * recipe.training.global_batch_tokens
+    kernels, notes = kernels_of(resolved, model, case.device, run_tokens)
     engine = Engine(model, resolved.config, world, kernels)
     del model
     meter = _Meter(case, resolved.gradient_accumulation_steps, start_s)
     try:
-        train(_loop_parts(order, recipe, resolved, engine, meter), TOTAL_STEPS, TrainState())
+        parts = loop_parts(
+            recipe,
+            engine,
+            meter,
+            tokens=Path(order.tokens),
+            folder=folder,
+            layout=SavedLayout(world.size, resolved.zero_stage, resolved.precision),
+            micro_batch=resolved.micro_batch_size,
+        )
+        train(parts, TOTAL_STEPS, TrainState())
     except _DoneError:
         engine.close()  # after anything else, memory running out above all, it might raise again and hide that
     finally:
         meter.close()
     return meter.result(replace(found, parameters=parameters, notes=(*notes, *engine.notes)))
-
-
-def _loop_parts(order: Order, recipe: Recipe, resolved: Resolved, engine: Engine, meter: "_Meter") -> LoopParts:
-    file = Path(order.tokens)
-    windows = Windows.of_file(file, "uint16", order.seq_len, file.stat().st_size // 2)
-    never: Any = None  # the case ends before a validation is due
-    return LoopParts(
-        recipe=recipe,
-        engine=engine,
-        stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
-        validator=never,
-        saver=Saver(
-            CheckpointStore(Path(order.folder) / "checkpoints", keep=1),
-            layout=SavedLayout(engine.world.size, resolved.zero_stage, resolved.precision),
-            world=engine.world,
-            reliability=Reliability(),
-            fingerprints={},
-            say=print,
-        ),
-        recorder=meter,
-        restore=lambda: None,
-        controls=Controls(Path(order.folder), StopSignal(), engine.world),
-        watch=Watchdog(Reliability(watchdog=False), engine.world, Path(order.folder), on_hang=print),
-        world=engine.world,
-        eval_dir=Path(order.folder),
-        micro_batch_size=resolved.micro_batch_size,
-        utilisation=None,
-        data_metrics=lambda _state: {},
-    )
 
 
 class _Meter(Recorder):

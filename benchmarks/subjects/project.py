@@ -10,7 +10,6 @@ from inheritune_ds.config import deepspeed_checks
 from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, resolve
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.distributed.world import detect, export
 from inheritune_ds.plan.shapes import target_shape
 
@@ -68,25 +67,19 @@ def run(order: Order, turns: Turns) -> None:
 
     import torch
 
+    from benchmarks.program import kernels_of, loop_parts
     from benchmarks.subjects.windows import build_model
+    from inheritune_ds.checkpoints.train_state import SavedLayout
     from inheritune_ds.distributed.environment import keep_freed_memory
     from inheritune_ds.distributed.process_group import start_process_group
+    from inheritune_ds.tracking.recorder import RunRecorder
     from inheritune_ds.training.engine import Engine, StepResult
-    from inheritune_ds.training.kernels import choose_kernels
     from inheritune_ds.training.loop import train
 
     start_process_group(world)
     model = build_model(order)
     tokens = order.total_steps * recipe.training.global_batch_tokens
-    kernels, notes = choose_kernels(
-        resolved.kernels,
-        config=model.config,
-        device=torch.device(order.device),
-        dtype=torch.bfloat16,
-        zero_stage=resolved.zero_stage,
-        offload=resolved.offloads_optimizer,
-        run_flops=6.0 * model.num_parameters() * tokens,
-    )
+    kernels, notes = kernels_of(resolved, model, order.device, tokens)
     if order.device == "cpu" and (order.keep_freed_memory or order.subject == "project_shipped"):
         notes = (*notes, f"allocator: {keep_freed_memory()}")
 
@@ -97,62 +90,24 @@ def run(order: Order, turns: Turns) -> None:
             turns.windows += sum(map(len, micro_batches))
             return super().train_step(micro_batches, **told)
 
-    engine = Counted(model, resolved.config, world, kernels)
-    turns.notes = (*notes, *engine.notes)
-    train(_parts(order, turns, recipe, resolved, engine), order.total_steps, None)
-
-
-def _parts(order: Order, turns: Turns, recipe: Recipe, resolved: Resolved, engine: Any) -> Any:
-    """What the loop works with, on windows of the token file, pausing after every step."""
-    from inheritune_ds.checkpoints.saver import Saver
-    from inheritune_ds.checkpoints.store import CheckpointStore
-    from inheritune_ds.checkpoints.train_state import SavedLayout
-    from inheritune_ds.config.reliability import Reliability
-    from inheritune_ds.data.stream.batches import BatchStream
-    from inheritune_ds.data.stream.validation_windows import HeldOut
-    from inheritune_ds.data.stream.windows import Windows
-    from inheritune_ds.distributed.watchdog import Watchdog
-    from inheritune_ds.run.folder import RunFolder
-    from inheritune_ds.tracking.recorder import RunRecorder
-    from inheritune_ds.training.loop import LoopParts
-    from inheritune_ds.training.requests import Controls
-    from inheritune_ds.training.validation import Validator
-
     class PausingRecorder(RunRecorder):
-        """The program's own, which the loop tells of every step."""
+        """The program's own; a turn may end after every step."""
 
         def update(self, step: int, loss: float, tokens_per_s: float) -> None:
             super().update(step, loss, tokens_per_s)
             turns.step_done(lambda: loss)
 
-    world = engine.world
-    folder = RunFolder(Path(order.folder) / "run")
-    folder.eval.mkdir(parents=True)
-    file = Path(order.tokens)
-    windows = Windows.of_file(file, "uint16", order.seq_len, file.stat().st_size // 2)
-    stream = BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows)
-    return LoopParts(
-        recipe=recipe,
-        engine=engine,
-        stream=stream,
-        validator=Validator(
-            HeldOut({"tokens": windows}), max_tokens=recipe.validation.max_tokens, batch_size=2, rank=0, size=1
-        ),
-        saver=Saver(
-            CheckpointStore(folder.checkpoints, keep=1),
-            layout=SavedLayout(world.size, resolved.zero_stage, resolved.precision),
-            world=world,
-            reliability=Reliability(),
-            fingerprints={},
-            say=print,
-        ),
-        recorder=PausingRecorder(folder.path, recipe, order.total_steps, None, on_saved=lambda _: None),
-        restore=lambda: None,
-        controls=Controls(folder.path, StopSignal(), world),
-        watch=Watchdog(Reliability(watchdog=False), world, folder.path, on_hang=print),
-        world=world,
-        eval_dir=folder.eval,
-        micro_batch_size=resolved.micro_batch_size,
-        utilisation=None,
-        data_metrics=lambda _state: {},
+    engine = Counted(model, resolved.config, world, kernels)
+    turns.notes = (*notes, *engine.notes)
+    folder = Path(order.folder) / "run"
+    folder.mkdir(parents=True)
+    parts = loop_parts(
+        recipe,
+        engine,
+        PausingRecorder(folder, recipe, order.total_steps, None, on_saved=lambda _: None),
+        tokens=Path(order.tokens),
+        folder=folder,
+        layout=SavedLayout(world.size, resolved.zero_stage, resolved.precision),
+        micro_batch=resolved.micro_batch_size,
     )
+    train(parts, order.total_steps, None)

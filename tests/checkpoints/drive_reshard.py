@@ -13,84 +13,49 @@ import argparse
 import gc
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from inheritune_ds.config.messages import validate
-from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.config.yaml import parse_yaml
-from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.world import World, detect, export
+from benchmarks.ranks import join_ranks
+from inheritune_ds.distributed.world import World
+from tests import tiny
 
-RECIPE = """
-name: elastic
-description: a tiny llama
-target: {shape: {model_type: llama, vocab_size: 257, hidden_size: 12, num_hidden_layers: 2, num_attention_heads: 2,
-                 intermediate_size: 20, max_position_embeddings: 16}}
-corpus: {sources: [{kind: embedded}], tokenizer: {vocab_size: 257}}
-training: {seq_len: 8, global_batch_tokens: 64, duration: 4 steps}
-optimizer: {lr: 3.0e-3}
-schedule: {kind: constant, warmup_steps: 0}
-validation: {interval_steps: 4, max_tokens: 64}
-checkpoint: {interval_steps: 4}
-"""
+SHAPE = {
+    **tiny.LLAMA,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 16,
+}
 WINDOWS = 8
 
 
 def build(layout: str, world: World, seed: int) -> Any:
     """An engine of a layout."""
-    import torch
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-    from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.config.deepspeed import Machine, resolve
-    from inheritune_ds.plan.shapes import target_shape
-    from inheritune_ds.surgery.load import build_config
-    from inheritune_ds.training.engine import Engine
-    from inheritune_ds.training.kernels import choose_kernels
-
-    recipe = validate(Recipe, parse_yaml(RECIPE, "elastic"), "elastic")
-    stage, rest = int(layout[0]), layout[1:]
-    precision, letters = rest[:4], rest[4:]
-    zero: dict[str, Any] = {"stage": stage}
-    if "o" in letters:
-        zero["offload_optimizer"] = {"device": "cpu"}
+    recipe = tiny.recipe(
+        seed=seed,
+        target={"shape": SHAPE},
+        training={"seq_len": 8, "global_batch_tokens": 64, "duration": "4 steps"},
+    )
+    letters = layout[5:]
+    zero: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}} if "o" in letters else {}
     if "s" in letters:
         zero["sub_group_size"] = 500
-    document = {
-        "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "bf16" if "a" in letters else "fp32"},
-        "train_micro_batch_size_per_gpu": 2,
-    }
-    resolved = resolve(
-        document,
-        recipe,
-        origin="test",
-        shape=target_shape(recipe),
-        world_size=world.size,
-        machine=Machine("cpu", 8.0, bf16=True),
-    )
-    assert recipe.target.shape is not None
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
-    kernels, _ = choose_kernels(
-        resolved.kernels,
-        config=model.config,
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        zero_stage=stage,
-        offload="o" in letters,
-        run_flops=None,
-    )
-    config = dict(resolved.config)
-    if precision == "fp16":
-        # Refused on a CPU, which is slow at it; torch computes it all the same.
-        config["fp16"] = {"enabled": True, "initial_scale_power": 10, "hysteresis": 2, "loss_scale_window": 2}
+    # fp16 is refused on a CPU, which is slow at it; torch computes it all the same.
     with patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
-        return Engine(model, config, world, kernels)
+        return tiny.engine(
+            recipe,
+            world,
+            stage=int(layout[0]),
+            precision=layout[1:5],
+            fp16={"initial_scale_power": 10, "hysteresis": 2, "loss_scale_window": 2},
+            zero_optimization=zero,
+            data_types={"grad_accum_dtype": "bf16" if "a" in letters else "fp32"},
+        )
 
 
 def update(engine: Any, world: World, number: int) -> float:
@@ -181,13 +146,10 @@ def main() -> None:
     parser.add_argument("saved")
     parser.add_argument("loaded")
     args = parser.parse_args()
-    world = detect(os.environ)
-    export(world, os.environ)
-    prepare_environment(os.environ, kind="cpu")
+    world = join_ranks()
     from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 
-    start_process_group(world)
     gc.freeze()  # DeepSpeed collects garbage while it builds an engine, and what was imported is most of it
     told: dict[str, Any] = {}
     for layout in filter(None, args.saved.split(",")):

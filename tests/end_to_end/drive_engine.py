@@ -15,8 +15,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.world import detect, export
+from benchmarks.ranks import join_ranks
+from inheritune_ds.distributed.world import detect
 from tests import tiny
 
 SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "unique")
@@ -147,12 +147,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
-    world = detect(os.environ)
-    export(world, os.environ)
-    prepare_environment(os.environ, kind="cpu")
-    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
+    join_ranks()
+    from inheritune_ds.distributed.process_group import leave_process_group
 
-    start_process_group(world)
     cuts = [(size, kind) for kind in ("whole", "padded", "documents") for size in (16, 4, 1)]
     result = {
         "accumulation": [{"size": size, "kind": kind, **one_step(size, kind)} for size, kind in cuts],

@@ -17,11 +17,10 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.ranks import join_ranks
 from inheritune_ds.config.messages import validate
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.signals import StopSignal
-from inheritune_ds.distributed.world import World, detect, export
+from inheritune_ds.distributed.world import World
 from inheritune_ds.tracking.recorder import Recorder
 from tests import tiny
 
@@ -53,56 +52,28 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
     """Train a freshly built model under one ZeRO stage."""
     import torch
 
-    from inheritune_ds.checkpoints.saver import Saver
-    from inheritune_ds.checkpoints.store import CheckpointStore
+    from benchmarks.program import loop_parts
     from inheritune_ds.checkpoints.train_state import SavedLayout
-    from inheritune_ds.config.reliability import Reliability
-    from inheritune_ds.data.stream.batches import BatchStream
-    from inheritune_ds.data.stream.validation_windows import HeldOut
-    from inheritune_ds.data.stream.windows import SourceTokens, Windows
-    from inheritune_ds.distributed.watchdog import Watchdog
+    from inheritune_ds.data.stream.windows import SourceTokens
     from inheritune_ds.surgery.compare import weights_sha256
-    from inheritune_ds.training.loop import LoopParts, train
+    from inheritune_ds.training.loop import train
     from inheritune_ds.training.packing import DocumentPacking
-    from inheritune_ds.training.requests import Controls
-    from inheritune_ds.training.validation import Validator
 
     stage, packing = int(named[0]), DocumentPacking(END_OF_DOCUMENT) if named.endswith("d") else None
     given = dict(tiny.model(recipe).named_parameters())
     engine = tiny.engine(recipe, world, stage=stage, precision=precision, packing=packing)
     masters_exact = all(torch.equal(given[name], value) for name, value in engine.full_parameters())
-    tokens = GOLDEN / "tokens.bin"
-    windows = Windows.of_file(tokens, "uint16", recipe.training.seq_len, tokens.stat().st_size // 2)
     collector = Collector()
-    parts = LoopParts(
-        recipe=recipe,
-        engine=engine,
-        stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
-        validator=Validator(
-            HeldOut({"tokens": windows}),
-            max_tokens=512,
-            batch_size=3,
-            rank=world.rank,
-            size=world.size,
-            packing=packing,
-        ),
-        saver=Saver(
-            CheckpointStore(folder / f"stage-{stage}", keep=1),
-            layout=SavedLayout(world.size, stage, precision),
-            world=world,
-            reliability=Reliability(),
-            fingerprints={},
-            say=print,
-        ),
-        recorder=collector,
-        restore=lambda: None,
-        controls=Controls(folder, StopSignal(), world),
-        watch=Watchdog(Reliability(watchdog=False), world, folder, on_hang=print),
-        world=world,
-        eval_dir=folder,
-        micro_batch_size=2,
-        utilisation=None,
-        data_metrics=lambda _state: {},
+    parts = loop_parts(
+        recipe,
+        engine,
+        collector,
+        tokens=GOLDEN / "tokens.bin",
+        folder=folder,
+        layout=SavedLayout(world.size, stage, precision),
+        micro_batch=2,
+        validation_batch=3,
+        packing=packing,
     )
     seen: list[list[int]] = []
     read = SourceTokens.read
@@ -137,12 +108,9 @@ def main() -> None:
     args = parser.parse_args()
     training = {**RECIPE["training"], "duration": f"{args.steps} steps"}
     recipe = validate(Recipe, {**RECIPE, "training": training}, "golden")
-    world = detect(os.environ)
-    export(world, os.environ)
-    prepare_environment(os.environ, kind="cpu")
-    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
+    world = join_ranks()
+    from inheritune_ds.distributed.process_group import leave_process_group
 
-    start_process_group(world)
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         shared = Path(os.environ.get("DRIVE_SCRATCH", scratch))
