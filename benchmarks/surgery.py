@@ -87,9 +87,9 @@ def cut(reference: Path, folder: Path) -> float:
         reference=ReferenceModel("reference", reference, "", {}),
         reference_config=load_config(reference),
     )
-    plan, _, values = plan_target(chosen, *make_config(chosen.target, chosen.reference_config))
+    values = plan_target(chosen, *make_config(chosen.target, chosen.reference_config))
     folder.mkdir()
-    write_shards(folder, plan.grafts, values)
+    write_shards(folder, values.plan.grafts, values)
     return time.perf_counter() - start
 
 

@@ -16,11 +16,7 @@ LINE_INTERVAL_S = 10.0
 
 
 def log_to_console(*, is_main: bool = True) -> None:
-    """Print what the package logs on standard output, one plain line a record; on rank 0 only.
-
-    Args:
-        is_main: Whether this process is rank 0.
-    """
+    """Print the package's log records on standard output, one plain line each; only on rank 0 (`is_main`)."""
     logger = logging.getLogger("inheritune_ds")
     logger.handlers[:] = [_ConsoleHandler() if is_main else logging.NullHandler()]
     logger.setLevel(logging.INFO)
@@ -28,7 +24,7 @@ def log_to_console(*, is_main: bool = True) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints to what `sys.stdout` is at that moment: a bar that is shown redirects it to the lines above itself."""
+    """Prints to the current `sys.stdout`, which a visible bar redirects to the lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname}: " if record.levelno > logging.INFO else ""
@@ -36,12 +32,12 @@ class _ConsoleHandler(logging.Handler):
 
 
 class Meter:
-    """Counts what was done and shows it on stderr; use it as a context manager.
+    """Counts finished work and shows it on stderr; use it as a context manager.
 
     Args:
-        title: What is being done, such as `tokenizing`.
-        unit: What is counted, such as `tokens`.
-        total: How many there will be, when that is known; then the time left is shown too.
+        title: Of the work, such as `tokenizing`.
+        unit: Of the count, such as `tokens`.
+        total: Final count, if known; the time left is then shown, too.
     """
 
     def __init__(self, title: str, unit: str, total: int | None = None) -> None:
@@ -72,8 +68,8 @@ class Meter:
 
         Args:
             amount: Units done since the last call.
-            note: More to say, such as how many documents these were.
-            share: How much of all is done, from 0 to 1, where that is known better than from `total`.
+            note: More text, such as the number of documents.
+            share: Finished part of all work, from 0 to 1, if known better than from `total`.
         """
         self.done += amount
         if share is not None and self._first_share is None:
@@ -98,20 +94,20 @@ class Meter:
         return ", ".join(part for part in parts if part)
 
     def _left_s(self, now_s: float, per_s: float) -> float | None:
-        """Seconds left, by the share of the input that was read (if it is given) or by the total."""
+        """Seconds left, by the finished share of the input (if given) or by the total."""
         if self._share is not None and self._first_share is not None:
-            since = self._share - self._first_share  # what an earlier, killed process did took none of this time
+            since = self._share - self._first_share  # excludes the work of an earlier, killed process
             return (now_s - self._started_s) * max(0.0, 1.0 - self._share) / since if since > 0 else None
         return max(0, self.total - self.done) / per_s if self.total and self.done else None
 
 
 class TrainingProgress:
-    """The steps of a run on standard output; the last one stays.
+    """Shows the steps of a run on standard output; the last one stays.
 
     Args:
         total_steps: Steps of the whole run.
         start_step: Steps done before this launch.
-        label: What the line begins with, the run's name.
+        label: Beginning of the line, the run's name.
     """
 
     def __init__(self, total_steps: int, start_step: int, label: str) -> None:
@@ -143,7 +139,7 @@ class TrainingProgress:
             self._print_pending()
 
     def close(self) -> None:
-        """Leave the last state on the screen; a second call does nothing."""
+        """Leave the last state on the screen; may be called again."""
         if self._bar:
             self._bar[0].stop()
         self._print_pending()
@@ -154,7 +150,7 @@ class TrainingProgress:
             self._pending = ""
 
     def _time_left(self, now_s: float, step: int) -> str:
-        # From the first update on, since what comes before it (compiling, the first step) is paid once.
+        # Measured from the first update on: compilation and the first step happen once.
         if self._begun is None:
             self._begun = now_s, step
         begun_s, begun_step = self._begun
@@ -170,7 +166,7 @@ class TrainingProgress:
 def _open_bar(
     file: IO[str], title: str, total: int | None, *, done: int = 0, transient: bool
 ) -> "tuple[Progress, TaskID] | None":
-    """Show a bar if `file` is a terminal; what is printed from then on appears above it."""
+    """Show a bar if `file` is a terminal; text printed from then on appears above it."""
     if not file.isatty():
         return None
     from rich.console import Console
@@ -181,7 +177,7 @@ def _open_bar(
         *columns,
         console=Console(file=file, soft_wrap=True),
         transient=transient,
-        redirect_stdout=sys.stdout.isatty(),  # one that is a file keeps its lines
+        redirect_stdout=sys.stdout.isatty(),  # a file receives its lines unchanged
         redirect_stderr=sys.stderr.isatty(),
     )
     bar.start()

@@ -1,4 +1,4 @@
-"""Every error a user may meet, with its exit code.
+"""Errors for users, and their exit codes.
 
     InherituneError             1   (never raised itself)
     |- RecipeError              3   the recipe, an override or the DeepSpeed config is wrong
@@ -13,22 +13,21 @@
     |- ExportError             12   the exported model is not the trained one
     |- HangError               13   a phase of training took longer than its limit
 
-0 is success *or* an agreed early stop; `status.json` in the run folder tells which. 2 is a
-mistyped command line (argparse). 130 is a Ctrl-C, SIGTERM or SIGUSR1 while a run is prepared,
-when nothing has to be saved, or a second Ctrl-C within 5 s. A traceback (exit code 1) is a
-defect of this program.
+0 is success *or* an agreed early stop; `status.json` in the run folder distinguishes them. 2 is an
+invalid command line (argparse). 130 is a Ctrl-C, SIGTERM or SIGUSR1 before training, when nothing
+has to be saved, or a second Ctrl-C within 5 s. A traceback (exit code 1) is a bug.
 """
 
 from collections.abc import Sequence
 
 
 class InherituneError(Exception):
-    """A mistake or condition that the user can act on: one message, one exit code, no traceback.
+    """A condition that the user can act on: one message, one exit code, no traceback.
 
     Args:
-        problem: What is wrong, where, and the value found.
-        allowed: What would have been accepted, if that can be said.
-        action: What to do next.
+        problem: The fault, its place, and the value found.
+        allowed: Accepted values, if known.
+        action: The next step for the user.
     """
 
     exit_code = 1
@@ -37,12 +36,8 @@ class InherituneError(Exception):
         self.problem = problem
         self.allowed = allowed
         self.action = action
-        lines = [problem]
-        if allowed:
-            lines.append(f"  allowed: {allowed}")
-        if action:
-            lines.append(f"  do: {action}")
-        super().__init__("\n".join(lines))
+        hints = {"allowed": allowed, "do": action}
+        super().__init__("\n".join([problem, *(f"  {label}: {text}" for label, text in hints.items() if text)]))
 
 
 class RecipeError(InherituneError):
@@ -52,7 +47,7 @@ class RecipeError(InherituneError):
 
     @classmethod
     def of(cls, problems: Sequence[InherituneError]) -> "RecipeError":
-        """Join all problems found into one error, each on lines of its own."""
+        """Join several problems into one numbered error."""
         if len(problems) == 1 and isinstance(problems[0], cls):
             return problems[0]
         text = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, 1))
@@ -61,7 +56,7 @@ class RecipeError(InherituneError):
 
 
 class CheckpointError(InherituneError):
-    """Checkpoints exist but none of them can be used to go on."""
+    """Checkpoints exist, but the run cannot resume from any of them."""
 
     exit_code = 4
 
@@ -79,7 +74,7 @@ class CorpusError(InherituneError):
 
 
 class HubError(InherituneError):
-    """The Hugging Face hub cannot be reached, or it does not give what was asked for."""
+    """The Hugging Face hub cannot be reached, or it refuses a request."""
 
     exit_code = 7
 
@@ -97,19 +92,19 @@ class SurgeryError(InherituneError):
 
 
 class MachineError(InherituneError):
-    """A compiler, a device, a launcher's variable or a package that the run needs is missing or does not work."""
+    """A required compiler, device, launcher variable or package is missing or does not work."""
 
     exit_code = 10
 
 
 class TrainingError(InherituneError):
-    """The training run went wrong, e.g. its loss is not a finite number any more."""
+    """The training run went wrong, for example with a non-finite loss."""
 
     exit_code = 11
 
 
 class ExportError(InherituneError):
-    """The exported model is not, bit for bit, the trained one."""
+    """The exported model is not bitwise identical to the trained one."""
 
     exit_code = 12
 

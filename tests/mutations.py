@@ -128,7 +128,7 @@ MUTATIONS = [
     Mutation(
         "a target that grows would have tensors of two types",
         VALUES,
-        "return torch.promote_types(tensor.dtype, self._skeleton.dtype)",
+        "return torch.promote_types(tensor.dtype, self.skeleton.dtype)",
         "return tensor.dtype",
         "two_types",
     ),
@@ -337,6 +337,6 @@ MUTATIONS = [
         REFERENCE,
         "_SHA256.fullmatch(str(known)) and known != found:",
         "_SHA256.fullmatch(str(known)) and known == name:",
-        "blob or every_shard",
+        "blob or shards_are_compared",
     ),
 ]

@@ -24,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, IO[str]]]:
-    """A pseudo-terminal: the end to read from, and a stream of the other one."""
+    """A pseudo-terminal: the descriptor to read from, and the stream to write to."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     reader, writer = pty.openpty()
@@ -34,7 +34,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, IO[str]]]:
 
 
 def read_all(terminal: tuple[int, IO[str]]) -> str:
-    """Read what is on a terminal after closing its other end; Linux ends it with an error instead of b""."""
+    """Close the stream and read the terminal; on Linux the end is an error instead of b""."""
     reader, stream = terminal
     stream.close()
     chunks = []
@@ -45,9 +45,7 @@ def read_all(terminal: tuple[int, IO[str]]) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_lines_of_rank_0_are_printed_as_they_are_on_standard_output(
-    rank: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_rank_0_prints_log_lines(rank: int, capsys: pytest.CaptureFixture[str]) -> None:
     log_to_console()
     log_to_console(is_main=rank == 0)
     root = logging.StreamHandler(sys.stderr)
@@ -72,29 +70,25 @@ def test_meter_prints_a_line_every_ten_seconds(clock: list[float], capsys: pytes
     ]
 
 
-def test_meter_says_no_time_left_without_a_total(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with Meter("hashing", "bytes") as meter:
-        clock[0] += 20.0
-        meter.advance(4_000)
-    assert capsys.readouterr().err == "hashing: 4,000 bytes, 200 bytes/s\n"
-
-
-def test_meter_tells_a_slow_rate(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with Meter("reference validation", "batches", 50) as meter:
-        clock[0] += 15.0
-        meter.advance(1)
-    assert capsys.readouterr().err == "reference validation: 1 of 50 batches, 0.067 batches/s, 735 s left\n"
-
-
-def test_meter_is_silent_when_the_work_is_short(capsys: pytest.CaptureFixture[str]) -> None:
-    with Meter("hashing", "bytes") as meter:
-        meter.advance(1)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_meter_draws_a_bar_on_a_terminal_and_lines_go_above_it(
-    monkeypatch: pytest.MonkeyPatch, terminal: tuple[int, IO[str]]
+@pytest.mark.parametrize(
+    ("total", "waited_s", "amount", "line"),
+    [
+        (None, 20.0, 4_000, "hashing: 4,000 files, 200 files/s\n"),
+        (50, 15.0, 1, "hashing: 1 of 50 files, 0.067 files/s, 735 s left\n"),
+        (None, 0.0, 1, ""),
+    ],
+    ids=["no total", "slow", "short"],
+)
+def test_meter_shows_rate_and_time_left(  # noqa: PLR0917 - fixtures are parameters
+    total: int | None, waited_s: float, amount: int, line: str, clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with Meter("hashing", "files", total) as meter:
+        clock[0] += waited_s
+        meter.advance(amount)
+    assert capsys.readouterr() == ("", line)
+
+
+def test_meter_draws_a_bar_below_the_log_lines(monkeypatch: pytest.MonkeyPatch, terminal: tuple[int, IO[str]]) -> None:
     monkeypatch.setattr(sys, "stdout", terminal[1])
     monkeypatch.setattr(sys, "stderr", terminal[1])
     log_to_console()
@@ -107,7 +101,7 @@ def test_meter_draws_a_bar_on_a_terminal_and_lines_go_above_it(
     assert f"{LINE}\r\n" in text
 
 
-def test_meter_leaves_a_standard_output_that_is_a_file_alone(
+def test_meter_does_not_write_to_standard_output_in_a_file(
     monkeypatch: pytest.MonkeyPatch, terminal: tuple[int, IO[str]], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal[1])
@@ -138,6 +132,8 @@ def test_progress_prints_a_plain_line_every_ten_seconds_and_the_last(
 
 
 def test_progress_shows_hours_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    TrainingProgress(10, 10, "quickstart").close()
+    assert capsys.readouterr() == ("", "")
     progress = TrainingProgress(1000, 0, "long")
     progress.update(1, 5.0, 1.0)
     clock[0] += 100.0
@@ -145,12 +141,7 @@ def test_progress_shows_hours_left(clock: list[float], capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines()[-1].endswith("2:44:50 left")
 
 
-def test_progress_prints_nothing_without_an_update(capsys: pytest.CaptureFixture[str]) -> None:
-    TrainingProgress(10, 10, "quickstart").close()
-    assert capsys.readouterr() == ("", "")
-
-
-def test_progress_draws_a_bar_on_a_terminal_and_leaves_its_last_state(
+def test_progress_draws_a_bar_and_leaves_its_last_state(
     monkeypatch: pytest.MonkeyPatch, terminal: tuple[int, IO[str]]
 ) -> None:
     monkeypatch.setattr(sys, "stdout", terminal[1])

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inheritune_ds.config.model import Reference, Target
     from inheritune_ds.errors import RecipeError
-    from inheritune_ds.surgery.inherit import Previous, TargetModel
+    from inheritune_ds.surgery.inherit import TargetModel
+    from inheritune_ds.surgery.reference import ReferenceModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,7 @@ def _run(args: argparse.Namespace, output: Path, reference: "Reference", target:
     previous = _previous(args)
     located = locate(reference, lambda name: args.runs_dir / name / "export")
     _check_outside(args, output, "reference", located.folder)
-    identity = {"reference": located.identity, "previous": previous and previous.identity, **known}
+    identity = {"reference": located.identity, "previous": previous and previous.weights_identity, **known}
     found = _find(args.output, output, identity)
     built_before = found is not None
     if found is None:
@@ -270,7 +271,7 @@ def _one_spelling(name: str) -> str:
     return str(Path(name)) if name and Path(name).is_dir() else name
 
 
-def _previous(args: argparse.Namespace) -> "Previous | None":
+def _previous(args: argparse.Namespace) -> "ReferenceModel | None":
     from inheritune_ds.errors import RecipeError
     from inheritune_ds.surgery.inherit import locate_previous
 

@@ -1,4 +1,4 @@
-"""Comparing two models on the same validation windows."""
+"""Compare two models on the same validation windows."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from inheritune_ds.errors import RunFolderError
 from inheritune_ds.report.results import Evaluation
 
 CLEAR_STANDARD_ERRORS = 3.0
-"""A difference of at most this many standard errors is called no difference."""
+"""Smaller differences are reported as no difference."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,10 @@ class Difference:
 
 
 def paired_difference(of: str, a: Evaluation, to: str, b: Evaluation) -> Difference:
-    """Compare two models window by window.
-
-    Args:
-        of: Name of the first model, for the words.
-        a: Its losses.
-        to: Name of the second.
-        b: Its losses on the same windows, in the same order.
+    """Compare model `of` with losses `a` and model `to` with losses `b`, window by window.
 
     Raises:
-        RunFolderError: When the windows are not the same, or fewer than two.
+        RunFolderError: When the windows differ, or are fewer than two.
     """
     check_same_windows(of, a, to, b)
     if len(a.windows) < 2:
@@ -54,16 +48,10 @@ def paired_difference(of: str, a: Evaluation, to: str, b: Evaluation) -> Differe
 
 
 def check_same_windows(of: str, a: Evaluation, to: str, b: Evaluation) -> None:
-    """Refuse two evaluations that are not of the same windows of the same tokens.
-
-    Args:
-        of: Name of the first model, for the words.
-        a: Its losses.
-        to: Name of the second.
-        b: Its losses.
+    """Refuse two evaluations of different windows or tokens.
 
     Raises:
-        RunFolderError: Naming what differs.
+        RunFolderError: Naming the difference.
     """
     found = [
         (
@@ -80,7 +68,7 @@ def check_same_windows(of: str, a: Evaluation, to: str, b: Evaluation) -> None:
             f"{of} was validated on {differing[0]} and {to} on {differing[1]}: they cannot be compared",
             allowed="the same held-out windows: one corpus, tokenizer, corpus.validation_ratio, corpus.max_tokens, "
             "training.seq_len, training.packing and validation.max_tokens for both",
-            action="make these equal in the recipes and train one of the two again, under a name of its own",
+            action="make these equal in the recipes, and train one of the two again under a new name",
         )
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours, told apart with any colour vision (jfly.uni-koeln.de/color), darkest first."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's colors, distinct for any color vision (jfly.uni-koeln.de/color), darkest first."""
 _INK = "#222222"
 _QUIET = "#6b6b6b"
 _TRAINING = "#3f96c4"
@@ -51,21 +51,21 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Level:
-    """A loss that does not change: the reference's. Drawn as a thin dashed line."""
+    """A constant loss, the reference's, drawn as a thin dashed line."""
 
     label: str
-    """Empty when a curve that ends there says it already."""
+    """Empty if a curve with a label ends there."""
     value: float
-    colour: str = _QUIET
+    color: str = _QUIET
 
 
-def draw_study(path: Path, title: str, runs: Sequence[tuple[str, Path]], level: Level | None) -> None:
-    """Draw the validation curves of several runs over tokens seen.
+def draw_study(path: Path, title: str, lines: Sequence[tuple[str, Path]], level: Level | None) -> None:
+    """Draw the validation curves of several runs over tokens seen, as a PNG.
 
     Args:
-        path: The PNG to write.
-        title: Above the figure.
-        runs: Label and folder of each run, most important first; that one is drawn on top.
+        path: Of the PNG.
+        title: Of the figure.
+        lines: Label and run folder of each curve; the first is drawn on top.
         level: The reference's final loss, if there is a reference.
 
     Raises:
@@ -73,13 +73,13 @@ def draw_study(path: Path, title: str, runs: Sequence[tuple[str, Path]], level: 
     """
     from matplotlib import rc_context
 
-    curves = [_validation(run_dir, read_metrics(run_dir)) for _, run_dir in runs]
+    curves = [_validation(run_dir, read_metrics(run_dir)) for _, run_dir in lines]
     with rc_context(_STYLE):
         figure = _new_figure(7.6, 4.4)
         axes = figure.subplots()
         ends = [
-            _draw_validation(axes, curves[index], label, COLOURS[index % len(COLOURS)], len(runs) - index)
-            for index, (label, _) in enumerate(runs)
+            _draw_validation(axes, curves[index], label, COLORS[index % len(COLORS)], len(lines) - index)
+            for index, (label, _) in enumerate(lines)
         ]
         dashed = "; dashed: the reference's final loss" if level else ""
         _head(axes, title, f"all on the same windows; bands: ± 1 standard error{dashed}")
@@ -89,11 +89,7 @@ def draw_study(path: Path, title: str, runs: Sequence[tuple[str, Path]], level: 
 
 
 def draw_run(path: Path, result: RunResult) -> None:
-    """Draw one run: training loss, validation loss with one standard error, learning rate.
-
-    Args:
-        path: The PNG to write.
-        result: A finished run.
+    """Draw training loss, validation loss with one standard error, and learning rate of a run, as a PNG.
 
     Raises:
         RunFolderError: When its metrics are damaged or hold no validation.
@@ -105,7 +101,7 @@ def draw_run(path: Path, result: RunResult) -> None:
     with rc_context(_STYLE):
         figure = _new_figure(7.6, 5.2)
         loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        ends = [_draw_validation(loss_axes, validation, "validation", COLOURS[0], 2)]
+        ends = [_draw_validation(loss_axes, validation, "validation", COLORS[0], 2)]
         if training.tokens:
             loss_axes.plot(training.tokens, training.values, color=_TRAINING, linewidth=1.2, zorder=2, clip_on=False)
             ends.append(_End("training", training.tokens[-1], training.values[-1], _TRAINING))
@@ -127,13 +123,13 @@ def _validation(run_dir: Path, rows: Sequence[Row]) -> Curve:
         raise RunFolderError(
             f"{run_dir / METRICS_FILE} holds no validation",
             allowed="rows with val/loss and val/stderr",
-            action="delete the run folder and give the run's own command again",
+            action="delete the run folder and rerun the run's own command",
         )
     return found
 
 
 def _new_figure(width: float, height: float) -> "Figure":
-    # Without pyplot: no window system, no state that outlives the figure.
+    # Without pyplot: no window system, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -144,21 +140,21 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 @dataclass(frozen=True)
 class _End:
-    """Where a line ends, and what is written there."""
+    """The last point of a line, and its label."""
 
     label: str
     tokens: float
     value: float
-    colour: str
+    color: str
 
 
-def _draw_validation(axes: "Axes", curve: Curve, label: str, colour: str, order: int) -> _End:
+def _draw_validation(axes: "Axes", curve: Curve, label: str, color: str, order: int) -> _End:
     marker = "o" if len(curve.tokens) <= _MOST_MARKERS else ""
-    axes.plot(curve.tokens, curve.values, color=colour, marker=marker, markersize=4.5, zorder=2 + order, clip_on=False)
+    axes.plot(curve.tokens, curve.values, color=color, marker=marker, markersize=4.5, zorder=2 + order, clip_on=False)
     low = [value - error for value, error in zip(curve.values, curve.stderr, strict=True)]
     high = [value + error for value, error in zip(curve.values, curve.stderr, strict=True)]
-    axes.fill_between(curve.tokens, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
-    return _End(label, curve.tokens[-1], curve.values[-1], colour)
+    axes.fill_between(curve.tokens, low, high, color=color, alpha=0.18, linewidth=0, zorder=2)
+    return _End(label, curve.tokens[-1], curve.values[-1], color)
 
 
 def _head(axes: "Axes", title: str, subtitle: str) -> None:
@@ -178,7 +174,7 @@ def _token_axis(axes: "Axes", curves: Sequence[Curve]) -> None:
 
 
 def count(number: float) -> str:
-    """Write a count shortly: 800k, 1.5M, 2B."""
+    """Abbreviate a count: 800k, 1.5M, 2B."""
     for scale, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= scale:
             return f"{number / scale:g}{suffix}"
@@ -186,12 +182,12 @@ def count(number: float) -> str:
 
 
 def _finish(figure: "Figure", axes: "Axes", ends: Sequence[_End], level: Level | None, path: Path) -> None:
-    """Draw the level and the labels, whose places are known only once all else has been laid out; save."""
+    """Draw the level and, after the layout, the labels at the ends of the lines; save."""
     ends = list(ends)
     if level is not None:
-        axes.axhline(level.value, color=level.colour, linewidth=1.0, linestyle=(0, (5, 3)), zorder=1.5)
+        axes.axhline(level.value, color=level.color, linewidth=1.0, linestyle=(0, (5, 3)), zorder=1.5)
         if level.label:
-            ends.append(_End(level.label, axes.get_xlim()[1], level.value, level.colour))
+            ends.append(_End(level.label, axes.get_xlim()[1], level.value, level.color))
     figure.canvas.draw()
     _label_ends(axes, ends)
     with storage_errors(path.parent):
@@ -199,7 +195,7 @@ def _finish(figure: "Figure", axes: "Axes", ends: Sequence[_End], level: Level |
 
 
 def _label_ends(axes: "Axes", ends: Sequence[_End]) -> None:
-    """Write final value and label right of each line's end, moved apart where they would overlap."""
+    """Write final value and label to the right of each line's end, without overlap."""
     points_per_pixel = 72.0 / axes.figure.dpi
     right = axes.get_xlim()[1]
     heights = [float(axes.transData.transform((right, end.value))[1]) * points_per_pixel for end in ends]
@@ -210,24 +206,19 @@ def _label_ends(axes: "Axes", ends: Sequence[_End]) -> None:
             xytext=(7, place - height),
             textcoords="offset points",
             va="center",
-            color=end.colour,
+            color=end.color,
             fontweight="bold",
             annotation_clip=False,
         )
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move heights apart, as little as possible, until neighbours are at least `gap` from each other.
+    """Move heights apart, as little as possible, until neighbors are at least `gap` from each other.
 
-    Groups that touch are merged around their mean, which is the least-squares solution
-    (pool adjacent violators).
-
-    Args:
-        heights: Wanted places, in any unit.
-        gap: Least distance, in the same unit.
+    Adjacent groups are merged around their mean, the least-squares solution (pool adjacent violators).
     """
     order = sorted(range(len(heights)), key=lambda index: heights[index])
-    groups: list[tuple[float, int]] = []  # (mean of wanted place minus rank x gap, members)
+    groups: list[tuple[float, int]] = []  # (mean of height minus rank x gap, members)
     for rank, index in enumerate(order):
         mean, members = heights[index] - rank * gap, 1
         while groups and groups[-1][0] > mean:

@@ -1,8 +1,8 @@
-"""Read what a run has left in its folder: the summary and the validations."""
+"""Read the summary and the validations of a finished run."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,13 +21,20 @@ class Evaluation(BaseModel):
     stderr: float
     """Its standard error."""
     windows: tuple[float, ...]
-    """Mean loss of each window, always in the same order."""
+    """Mean loss of each window, in a fixed order."""
     seq_len: int
-    """Tokens a window."""
+    """Tokens per window."""
     tokens_sha256: str
-    """Hash of the windows' tokens: losses with the same one are of the same text."""
+    """Hash of the windows' tokens."""
     targets: tuple[int, ...] = ()
-    """Counted in each window where documents are kept apart; empty if that is every token."""
+    """Counted targets of each window, if documents are kept apart; empty if every token counts."""
+
+    def document(self) -> dict[str, Any]:
+        """Its entry in report.json, without the losses of single windows."""
+        return {**self.model_dump(exclude={"windows", "targets"}), "windows": len(self.windows)}
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} ± {self.stderr:.4f}"
 
 
 class ReferenceEvaluation(Evaluation):
@@ -38,7 +45,7 @@ class ReferenceEvaluation(Evaluation):
 
 
 class RunSummary(BaseModel):
-    """`run.json`: written once, when a run has finished."""
+    """`run.json`, written when a run has finished."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -50,7 +57,7 @@ class RunSummary(BaseModel):
     steps: int
     tokens_seen: int
     unique_tokens: int | None
-    """Different tokens among them; None with random sampling."""
+    """None with random sampling."""
     epochs: float
     train_seconds: float
     """Wall-clock seconds of training, all launches together."""
@@ -58,7 +65,7 @@ class RunSummary(BaseModel):
     zero_stage: int
     precision: str
     master_weights: Literal["refilled", "fp32 model"]
-    """How the optimizer's fp32 weights got the target's exact values (see training/engine.py)."""
+    """Source of the optimizer's exact fp32 weights (see training/engine.py)."""
     kind: Literal["inherited", "scratch"]
     export: str
     """Folder of the exported model, relative to the run folder."""
@@ -76,9 +83,22 @@ class RunResult:
     """Validation after the last step."""
     reference: ReferenceEvaluation | None
 
+    @property
+    def export(self) -> Path:
+        """Folder of the exported model."""
+        return self.folder / self.summary.export
+
+    def document(self) -> dict[str, Any]:
+        """Its entries in report.json."""
+        return {
+            "run": self.summary.model_dump(),
+            "initial": self.initial.document() if self.initial else None,
+            "final": self.final.document(),
+        }
+
 
 def run_result(run_dir: Path) -> RunResult:
-    """Gather what a finished run has left in its folder.
+    """Read the results of a finished run.
 
     Raises:
         RunFolderError: When run.json or the last validation is missing or damaged.
@@ -102,12 +122,12 @@ def _read(path: Path, model: type[Model]) -> Model:
         raise RunFolderError(
             f"{path} cannot be read: {(error.strerror or 'unreadable').lower()}",
             allowed="the folder of a finished run",
-            action="give the run's own command again; it goes on where it stopped",
+            action="rerun the run's own command to resume it",
         ) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RunFolderError(
             f"{path} is damaged: {f'{where}: ' if where else ''}{first['msg']}",
-            action="bring an intact copy back; without one, delete the run folder and give the run's own command again",
+            action="restore an intact copy; without one, delete the run folder and rerun the run's own command",
         ) from None

@@ -5,79 +5,62 @@ from pathlib import Path
 
 from inheritune_ds.report.comparison import Difference, paired_difference
 from inheritune_ds.report.figures import draw_run
-from inheritune_ds.report.results import RunResult, run_result
+from inheritune_ds.report.results import Evaluation, RunResult, run_result
 from inheritune_ds.report.tables import (
     AT_END,
     AT_START,
     NOTE,
     difference_parts,
-    exported_model,
-    loss_cell,
     make_folder,
     reference_name,
     table,
-    without_windows,
 )
 from inheritune_ds.storage.files import write_json, write_text
 
 
 def write_run_report(run_dir: Path) -> Path:
-    """Write report.md, report.json and curves.png of a finished run into `run_dir`/report.
-
-    Args:
-        run_dir: The run folder.
-
-    Returns:
-        Path of report.md.
+    """Write report.md, report.json and curves.png into `run_dir`/report; return the path of report.md.
 
     Raises:
-        RunFolderError: When the run has not finished, or a file of it is damaged.
+        RunFolderError: When the run has not finished, or one of its files is damaged.
         StorageError: When the folder cannot be written.
     """
     result = run_result(run_dir)
     folder = make_folder(run_dir)
     draw_run(folder / "curves.png", result)
     differences = _run_differences(result)
-    summary = result.summary
     document = {
-        "run": summary.model_dump(),
-        "initial": without_windows(result.initial),
-        "final": without_windows(result.final),
-        "reference": without_windows(result.reference),
+        **result.document(),
+        "reference": result.reference.document() if result.reference else None,
         "differences": [asdict(difference) for difference in differences],
         "note": NOTE,
     }
     write_json(folder / "report.json", document)
     parts = [
-        f"# {summary.name}",
+        f"# {result.summary.name}",
         "\n".join(_validation_table(result)),
         *difference_parts(differences),
         "\n".join(_facts_table(result)),
         NOTE,
         "![Training and validation loss and the learning rate over the tokens seen](curves.png)",
-        f"The exported model (a Hugging Face folder): `{exported_model(result)}`",
+        f"The exported model (a Hugging Face folder): `{result.export}`",
     ]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
     return folder / "report.md"
 
 
 def _run_differences(result: RunResult) -> list[Difference]:
-    differences = []
-    if result.initial is not None:
-        differences.append(paired_difference(AT_END, result.final, AT_START, result.initial))
+    others: list[tuple[str, Evaluation]] = [(AT_START, result.initial)] if result.initial else []
     if result.reference is not None:
-        differences.append(
-            paired_difference(AT_END, result.final, reference_name(result.reference.model), result.reference)
-        )
-    return differences
+        others.append((reference_name(result.reference.model), result.reference))
+    return [paired_difference(AT_END, result.final, name, other) for name, other in others]
 
 
 def _validation_table(result: RunResult) -> list[str]:
-    body = [[AT_END, loss_cell(result.final)]]
-    if result.initial is not None:
-        body.insert(0, [AT_START, loss_cell(result.initial)])
+    body = [[AT_START, str(result.initial)]] if result.initial else []
+    body.append([AT_END, str(result.final)])
     if result.reference is not None:
-        body.append([f"reference: {reference_name(result.reference.model)}", loss_cell(result.reference)])
+        body.append([f"reference: {reference_name(result.reference.model)}", str(result.reference)])
     return table(["validation", "val loss"], body)
 
 
@@ -96,7 +79,7 @@ def _facts_table(result: RunResult) -> list[str]:
         "ranks": f"{summary.world_size} (ZeRO stage {summary.zero_stage}, {summary.precision})",
         "fp32 master weights": {
             "refilled": f"the target's exact values, set again after DeepSpeed had rounded them ({summary.precision})",
-            "fp32 model": "the target's exact values, as the model itself holds them",
+            "fp32 model": "the target's exact values, as in the model itself",
         }[summary.master_weights],
         "recipe fingerprint": summary.recipe_fingerprint,
     }

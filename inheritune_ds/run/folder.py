@@ -17,7 +17,7 @@ from inheritune_ds.run import identity
 from inheritune_ds.run.pins import with_known_pins
 from inheritune_ds.run.status import State, read_status, write_status
 from inheritune_ds.storage.files import read_json, remove_leftovers, storage_errors, sync_path, write_exact
-from inheritune_ds.storage.folders import has_files
+from inheritune_ds.storage.folders import damaged_files
 
 EXPORT_MANIFEST = "manifest.json"
 """In an export: the fingerprint of its recipe, and its files."""
@@ -173,7 +173,7 @@ class RunFolder:
         manifest = read_json(self.export / EXPORT_MANIFEST)
         if manifest is None or manifest["recipe_fingerprint"] not in identity.fingerprints(self.path, recipe):
             return False
-        return has_files(self.export, manifest["files"])
+        return not damaged_files(self.export, manifest["files"])
 
     @property
     def finished_before(self) -> str:

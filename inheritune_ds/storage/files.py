@@ -1,4 +1,4 @@
-"""Files that others rely on: written whole or not at all, and known by their hash."""
+"""Write files atomically, read JSON, hash files."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from blake3 import blake3
 
@@ -21,42 +21,26 @@ _RUST_REFUSAL = re.compile(r"\(os error (\d+)\)")
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """Hash a file by sha256 (hex), which others publish and check.
-
-    Args:
-        path: The file.
-        advance: Told the bytes of every chunk that is done.
-    """
+    """sha256 of a file (hex); `advance` is called with the bytes of every hashed chunk."""
     return _hash_file(path, hashlib.sha256(), advance)
 
 
 def blake3_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """Hash a file by BLAKE3 (hex, 64 characters), several times as fast: for the gigabytes of a checkpoint.
-
-    Args:
-        path: The file.
-        advance: Told the bytes of every chunk that is done.
-    """
+    """BLAKE3 of a file (hex, 64 characters), several times as fast as sha256; `advance` as in `sha256_file`."""
     return _hash_file(path, blake3(), advance)
 
 
-def _hash_file(path: Path, digest: "_Digest", advance: Callable[[int], None]) -> str:
+def _hash_file(path: Path, digest: Any, advance: Callable[[int], None]) -> str:
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
             advance(len(chunk))
-    return digest.hexdigest()
-
-
-class _Digest(Protocol):
-    def update(self, data: bytes, /) -> object: ...
-
-    def hexdigest(self) -> str: ...
+    return str(digest.hexdigest())
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write below `path` into a StorageError, also one told by a Rust library."""
+    """Turn an OSError from writing below `path` into a StorageError, also one inside a Rust library's error."""
     try:
         yield
     except OSError as error:
@@ -64,7 +48,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     except InherituneError:
         raise
     except Exception as error:
-        # safetensors and tokenizers tell it as an error of their own: "... No space left on device (os error 28)"
+        # safetensors and tokenizers raise their own class: "... No space left on device (os error 28)"
         found = _RUST_REFUSAL.search(str(error))
         if found is None:
             raise
@@ -73,14 +57,14 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def _refusal(path: Path | str, number: int | None, reason: str) -> StorageError:
     if number in (errno.ENOSPC, errno.EDQUOT):
-        action = "free some space, then give the same command again"
+        action = "free some space, then rerun the same command"
     else:
         action = "choose a folder that you may write to; the command's --help names its options"
     return StorageError(f"{path} cannot be written: {reason}", action=action)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by new text, atomically and durably; secrets in it are masked.
+    """Replace a file by text, atomically and durably, with secrets masked.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -89,13 +73,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_exact(path: Path, text: str) -> None:
-    """Replace a file by text that has no room for free words, as `write_text` does but without a look for secrets.
-
-    Numbers must not change because a password is a number, too.
-
-    Raises:
-        StorageError: If the folder cannot be written.
-    """
+    """Like `write_text`, but without masking: a number in a machine-written file may equal a numeric password."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         try:
@@ -109,11 +87,7 @@ def write_exact(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left of `write_exact` in a folder that nobody else is writing to.
-
-    Raises:
-        StorageError: If the folder cannot be written.
-    """
+    """Remove temporary files of killed writers; no other process may be writing to the folder."""
     with storage_errors(folder):
         for path in folder.glob(".*.tmp"):
             if _TEMPORARY.fullmatch(path.name) and path.is_file():
@@ -121,12 +95,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replace a file by a JSON document, atomically; NaN is refused (ValueError). Secrets in its texts are masked."""
+    """Replace a file by a JSON document, atomically, with secrets masked; NaN raises a ValueError."""
     write_exact(path, json.dumps(redact_document(document), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; None when it is missing, cut short or unreadable."""
+    """Read a JSON file; None if it is missing, truncated or unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

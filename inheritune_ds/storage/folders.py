@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written beside their place, synced, then renamed."""
+"""Publish folders atomically: fill a hidden folder, sync it, rename it."""
 
 import errno
 import fcntl
@@ -24,18 +24,18 @@ def staged(
     usable: Callable[[Path], bool] = lambda _: False,
     replaceable: Callable[[Path], bool] = lambda _: True,
 ) -> Iterator[Path]:
-    """Give a hidden folder to fill; publish it as `final` at the end, remove it after an error.
+    """Yield a hidden folder to fill; publish it as `final` at the end, or remove it after an error.
 
-    Two processes may do this at once: the first to finish wins, the other takes what it finds.
+    Two processes may do this at once: the first to finish wins, the other uses its result.
 
     Args:
-        final: Folder to appear.
-        usable: Whether what is there by then will do; it is kept, and what was filled is dropped.
-        replaceable: Whether what is there by then, and is not usable, may be replaced. An empty folder always may.
+        final: Published folder.
+        usable: Whether to keep what exists at `final` at the end, and discard the filled folder.
+        replaceable: Whether to replace it if it is not usable. An empty folder is always replaced.
 
     Raises:
         StorageError: The folder beside `final` cannot be made, synced or renamed.
-        RunFolderError: Something has appeared there that must not be replaced.
+        RunFolderError: Something that must not be replaced exists at `final` at the end.
     """
     host = socket.gethostname()
     staging = final.parent / f".{final.name}.{host}.{os.getpid()}.tmp"
@@ -54,12 +54,9 @@ def staged(
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Make a folder and be the only process that fills it; another one waits until this one is done or gone.
+    """Create a folder and lock it while this process fills it; other processes wait for the lock.
 
-    Unlike `staged`, what was filled stays after an error or a kill, so that it can be gone on with.
-
-    Args:
-        folder: To be filled.
+    Unlike `staged`, the files stay after an error or a kill, so that the work can resume.
 
     Raises:
         StorageError: The folder or its lock cannot be made.
@@ -75,7 +72,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            folder.rmdir()  # only if nothing was filled in
+            folder.rmdir()  # succeeds only if it is empty
         with suppress(OSError):
             lock.unlink()
         os.close(descriptor)
@@ -94,24 +91,20 @@ def _lock(path: Path) -> int:
                 return descriptor
         except FileNotFoundError:
             pass
-        os.close(descriptor)  # the one who had it has removed the file: that lock is nobody's any more
+        os.close(descriptor)  # the previous owner has removed the file, so this lock excludes no one
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a process has left that was killed between publishing `folder` and the end of `exclusive`.
-
-    Args:
-        folder: That was to be filled.
-    """
+    """Remove the leftovers of a process that was killed between publishing `folder` and the end of `exclusive`."""
     lock = _lock_of(folder)
     with suppress(OSError):
         _remove_leftovers(folder.parent, socket.gethostname())
-    with suppress(OSError):  # there is none, or it is held
+    with suppress(OSError):  # no lock, or another process holds it
         descriptor = os.open(lock, os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(OSError):
-                folder.rmdir()  # only if nothing was filled in
+                folder.rmdir()  # succeeds only if it is empty
             lock.unlink()
         finally:
             os.close(descriptor)
@@ -121,33 +114,23 @@ def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def describe_files(folder: Path, left_out: Container[str] = ()) -> dict[str, dict[str, Any]]:
-    """Size in bytes and sha256 of every file below a folder, by its path inside it.
-
-    Args:
-        folder: Where they lie.
-        left_out: Such paths that are not wanted.
-    """
+def describe_files(folder: Path, ignored: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every file below a folder, by relative path; `ignored` paths are skipped."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for name, path in paths.items()
-        if name not in left_out
+        if name not in ignored
     }
 
 
-def has_files(folder: Path, described: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether every described file is there in its full size; hashes are not read."""
-    return not damaged_files(folder, described)
-
-
 def damaged_files(folder: Path, described: Any, *, hashes: bool = False) -> list[str]:
-    """Described files that are missing or differ.
+    """List described files that are missing or differ.
 
     Args:
-        folder: Where they lie.
-        described: What `describe_files` has told; of anything else every entry counts as damaged.
-        hashes: Whether to read the files; their sizes alone are compared otherwise.
+        folder: Of the files.
+        described: Result of `describe_files`; entries of another form count as damaged.
+        hashes: Whether to compare hashes; otherwise only sizes.
     """
     if not isinstance(described, Mapping):
         return ["the list of files"]
@@ -161,11 +144,11 @@ def _is_intact(path: Path, entry: Any, *, hashes: bool) -> bool:
 
 
 def _remove_leftovers(parent: Path, host: str) -> None:
-    """Remove what processes of this machine left that ended without tidying up (SIGKILL, power)."""
+    """Remove temporary folders of ended processes of this machine."""
     name = re.compile(rf"\..*\.{re.escape(host)}\.([0-9]+)(\.broken)?\.tmp")
     for path in list(parent.iterdir()):
         match = name.fullmatch(path.name)
-        # One with this process's own number was left by an earlier one: ours is not made yet.
+        # An earlier process had this process's id: this one has made no folder yet.
         if match and (int(match.group(1)) == os.getpid() or not _is_alive(int(match.group(1)))):
             _remove(path)
 
@@ -194,29 +177,25 @@ def publish(
     usable: Callable[[Path], bool] = lambda _: False,
     replaceable: Callable[[Path], bool] = lambda _: True,
 ) -> None:
-    """Sync a complete folder and let it appear under its final name; the arguments are those of `staged`."""
+    """Sync a complete folder and rename it to `final`; arguments as in `staged`."""
     sync_folder(staging)
     try:
-        staging.rename(final)  # succeeds where nothing is, or an empty folder
+        staging.rename(final)  # succeeds if `final` is missing or an empty folder
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
         if not usable(final):
             if not replaceable(final):
                 raise RunFolderError(
-                    f"{final} was free when this began, now it holds something else; that was left as it is",
-                    action="name a new folder, or remove this one",
+                    f"{final} was created by another process in the meantime; it was not changed",
+                    action="choose a new folder, or remove this one",
                 ) from None
             _replace(staging, final)
     sync_path(final.parent)
 
 
-def _replaced(final: Path) -> Path:
-    return final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.broken.tmp")
-
-
 def _replace(staging: Path, final: Path) -> None:
-    broken = _replaced(final)
+    broken = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.broken.tmp")
     _remove(broken)
     final.rename(broken)
     try:

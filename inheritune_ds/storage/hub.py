@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: a name and revision to a full commit, a commit to files on disk."""
+"""Resolve revisions on the Hugging Face hub to commits, and download files at a commit."""
 
 import errno
 import os
@@ -16,38 +16,28 @@ RepoType = Literal["model", "dataset"]
 Answer = TypeVar("Answer")
 
 _TIMEOUT_S = 3.0
-"""A machine without a network must hear so at once; the hub answers this question in well under 1 s."""
-
+"""Fail fast without a network; the hub answers in well under 1 s."""
 _BUSY_WAITS_S = (1.0, 2.0)
-"""Pauses before a hub that answered that it is busy or broken (429, 5xx) is asked again: its client does not always."""
+"""Pauses before retries after HTTP 429 or 5xx; the hub's client does not always retry."""
 _SECRET = re.compile(r"\bhf_\w{8,}|(?<=://)[^/@\s]+@|(?<=\?)[^\s'\">)]+")
-"""A token; a password in an address; the query of an address, which on a CDN is a signature."""
+"""A token, the password of a URL, or its query, which on a CDN is a signature."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the hub at one commit.
-
-    Attributes:
-        name: Such as `openlm-research/open_llama_3b`.
-        repo_type: `model` or `dataset`.
-        commit: Full commit, 40 hex digits.
-        offline: Why the hub did not answer, so that only the local cache can be read; "" when it did.
-    """
+    """A repository of the hub at one commit."""
 
     name: str
+    """Such as `openlm-research/open_llama_3b`."""
     repo_type: RepoType
     commit: str
+    """40 hex digits."""
     offline: str
+    """Why the hub did not answer, so that only the local cache is read; "" if it did."""
 
 
 def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
-    """Find the full commit of a revision: from the hub, or without a network from the local cache.
-
-    Args:
-        name: Hub id.
-        revision: Commit, tag or branch. A full commit stands for itself.
-        repo_type: `model` or `dataset`.
+    """Find the full commit of a revision (commit, tag or branch) on the hub, or offline in the local cache.
 
     Raises:
         HubError: No such repository or revision, no access, or neither network nor cache.
@@ -72,13 +62,13 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
         offline = _answer(error) or first_line(error)
     try:
         commit = api.resolve_revision(name, repo_type=repo_type, revision=revision, local_files_only=bool(offline))
-    except Exception as error:  # noqa: BLE001  as above; whatever it was, the commit is not known
+    except Exception as error:  # noqa: BLE001  as above
         raise _unreachable(name, repo_type, offline or first_line(error)) from None
     return Repository(name, repo_type, commit.resolved, offline)
 
 
 def _patiently(action: Callable[[], Answer]) -> Answer:
-    """Do something again if the hub is busy, but not if there is no network."""
+    """Retry while the hub is busy, but not without a network."""
     for wait_s in _BUSY_WAITS_S:
         try:
             return action()
@@ -90,7 +80,7 @@ def _patiently(action: Callable[[], Answer]) -> Answer:
 
 
 def list_files(repository: Repository) -> list[str]:
-    """Paths of all files of a repository at its commit, sorted; without a network from the local cache.
+    """Paths of all files of a repository at its commit, sorted; offline from the local cache.
 
     Raises:
         HubError: The hub refuses, or neither network nor cache.
@@ -113,9 +103,9 @@ def list_files(repository: Repository) -> list[str]:
 
 
 def snapshot(repository: Repository, patterns: list[str]) -> Path:
-    """Return a folder with a repository's files that match patterns; downloads them when online.
+    """Return a folder with a repository's files that match patterns; download them when online.
 
-    What was downloaded before a failure stays in the hub's cache, and the next attempt goes on from there.
+    Partial downloads stay in the hub's cache, and the next attempt resumes them.
 
     Args:
         repository: At its commit.
@@ -143,12 +133,7 @@ def snapshot(repository: Repository, patterns: list[str]) -> Path:
 
 
 def failure(error: BaseException, repository: Repository) -> InherituneError:
-    """Say what a client's exception means for reading a repository.
-
-    Args:
-        error: What `huggingface_hub` or `datasets` raised.
-        repository: What was read.
-    """
+    """Translate an exception of `huggingface_hub` or `datasets` while reading a repository."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     name, repo_type = repository.name, repository.repo_type
@@ -168,19 +153,19 @@ def failure(error: BaseException, repository: Repository) -> InherituneError:
     said = answer or f"{type(links[-1]).__name__}: {first_line(links[-1])}"
     return HubError(
         f"{repo_type} {name!r} at {repository.commit}: the hub's answers break off ({said})",
-        action="run the same command again, it goes on from what it has; if it fails again, see whether the hub is "
-        f"up{_local_way_out(repo_type)}",
+        action="rerun the same command to resume; if it fails again, check whether the hub is up"
+        + _local_way_out(repo_type),
     )
 
 
 def _refusal(error: BaseException, name: str, revision: str, repo_type: RepoType) -> HubError | None:
-    """The error of a hub that answered no; None for any other."""
+    """The error for a refusal by the hub; None for any other exception."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     for link in _links(error):
         if isinstance(link, GatedRepoError):
             return HubError(
-                f"the hub's {repo_type} {name} is gated: it is handed out only after its terms were accepted",
+                f"the hub's {repo_type} {name} is gated: downloads require that its terms were accepted",
                 action="accept the terms on its page, then `hf auth login` (or set HF_TOKEN) on this machine"
                 + _local_way_out(repo_type),
             )
@@ -190,7 +175,7 @@ def _refusal(error: BaseException, name: str, revision: str, repo_type: RepoType
                 allowed="a commit, tag or branch of that repository",
                 action="correct revision in the recipe",
             )
-        # To somebody whom it does not know the hub says 401 of a private repository, and of one that does not exist.
+        # Without a valid token the hub answers 401 for private and for missing repositories.
         if isinstance(link, RepositoryNotFoundError) or _status(link) in {401, 403}:
             return HubError(
                 f"the hub has no {repo_type} {name!r}, or this machine may not see it ({_answer(link)})",
@@ -201,7 +186,7 @@ def _refusal(error: BaseException, name: str, revision: str, repo_type: RepoType
 
 
 def _links(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it came of, the last one first."""
+    """An exception and its causes, the last one first."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -209,12 +194,12 @@ def _links(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int:
-    """Status of the hub's answer; 0 if there was none."""
+    """HTTP status of the hub's answer; 0 without an answer."""
     return int(getattr(getattr(error, "response", None), "status_code", 0))
 
 
 def _answer(error: BaseException) -> str:
-    """What the hub answered, such as `HTTP 503 Service Unavailable`; "" if it did not."""
+    """The hub's answer, such as `HTTP 503 Service Unavailable`; "" without one."""
     status = _status(error)
     return f"HTTP {status} {responses.get(status, '')}".strip() if status else ""
 
@@ -231,11 +216,11 @@ def _unreachable(name: str, repo_type: RepoType, reason: str) -> HubError:
 
 def _local_way_out(repo_type: RepoType) -> str:
     if repo_type == "dataset":
-        return ", or copy the files here and name them under corpus.sources with kind: files"
-    return ", or copy the folder here and give its path in place of the name"
+        return ", or copy the files here and list them under corpus.sources with kind: files"
+    return ", or copy the folder here and give its path instead of the name"
 
 
 def first_line(error: BaseException) -> str:
-    """Say an error in one short line without secrets; some libraries' texts fill a page, others are empty."""
+    """An error in one line of at most 160 characters, without secrets; the class name if it has no text."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return _SECRET.sub("...", line)[:160]

@@ -1,8 +1,7 @@
-"""Secrets stay out of everything that is written or printed.
+"""Keep secrets out of written files and printed text.
 
-A secret is the value of an environment variable whose name says so, the password of a URL in any variable, what has
-the form of a Hugging Face token, and the user-info of a URL. Documents of the user that hold one are refused; whatever
-else is written or printed has `***` in its place.
+Secrets are the values of environment variables with names such as `*_TOKEN`, the passwords of URLs in any variable,
+Hugging Face tokens, and the user-info of URLs. A user's document with a secret is refused; elsewhere it becomes `***`.
 """
 
 import json
@@ -17,19 +16,19 @@ from inheritune_ds.errors import RecipeError
 
 MASK = "***"
 SHORTEST = 8
-"""Shorter values, such as `true`, are no secrets, and masking them would spoil ordinary text."""
+"""Shorter values, such as `true`, are not masked: they occur in ordinary text."""
 _NAME = re.compile(r"(^|_)(TOKEN|API_?KEY|ACCESS_KEY|SECRET(_KEY)?|PASSWORD)$", re.IGNORECASE)
 _USER_INFO = re.compile(r"(?<=://)[^\s/?#'\"<>\\]+(?=@)")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Put MASK in the place of every secret."""
+    """Replace every secret by MASK."""
     return _masked(text, sorted(_forms(environ), key=len, reverse=True))
 
 
 def redact_document(document: Any, environ: Mapping[str, str] = os.environ) -> Any:
-    """Mask every text in a JSON document, its keys too; numbers are left alone."""
+    """Mask every text in a JSON document, also keys; numbers stay unchanged."""
     forms = sorted(_forms(environ), key=len, reverse=True)
 
     def walk(value: Any) -> Any:
@@ -58,7 +57,7 @@ def _named(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _forms(environ: Mapping[str, str]) -> set[str]:
-    """The secrets of the environment, as they are and as they stand in URLs, JSON and quoted by Python."""
+    """The secrets of the environment: plain, URL-quoted, JSON-escaped, and as Python's repr."""
     secrets = {secret for _, secret in _named(environ)}
     return {
         form
@@ -68,7 +67,7 @@ def _forms(environ: Mapping[str, str]) -> set[str]:
 
 
 def find_secret(text: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Say which kind of secret a text holds, without repeating it; None if it holds none."""
+    """Describe the secret in a text without repeating it; None if it has none."""
     name = next((name for name, secret in _named(environ) if secret in text), None)
     if name is not None:
         return f"the secret of the environment variable {name}"
@@ -78,12 +77,7 @@ def find_secret(text: str, environ: Mapping[str, str] = os.environ) -> str | Non
 
 
 def secret_problems(document: Any, origin: str) -> list[RecipeError]:
-    """Find the secrets in a user's document.
-
-    Args:
-        document: Mappings, lists and values.
-        origin: How to call it in messages.
-    """
+    """Find the secrets in a user's document; `origin` names it in messages."""
     found = ((path, find_secret(text)) for path, text in _texts(document, ""))
     return [_refusal(f"{origin}: {redact(path)}", secret) for path, secret in found if secret is not None]
 
@@ -110,22 +104,19 @@ def override_problems(overrides: Iterable[str]) -> list[RecipeError]:
 def _refusal(where: str, secret: str) -> RecipeError:
     return RecipeError(
         f"{where} holds {secret}",
-        allowed="what everybody may read: it is written into the run folder, the model card and the tracker",
-        action="take it out; libraries find secrets in the environment (HF_TOKEN, WANDB_API_KEY, HTTPS_PROXY)",
+        allowed="public text: it is written into the run folder, the model card and the tracker",
+        action="remove it; libraries find secrets in the environment (HF_TOKEN, WANDB_API_KEY, HTTPS_PROXY)",
     )
 
 
 class RedactedStream:
-    """A text stream that masks secrets; everything but writing is the stream's own.
-
-    A secret that is written in pieces is not recognised.
-    """
+    """A text stream that masks secrets in each write; a secret split over several writes is not recognized."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write a text; returns its length before masking, as callers expect."""
+        """Write a text; return its length before masking."""
         self._stream.write(redact(text))
         return len(text)
 
@@ -139,7 +130,7 @@ class RedactedStream:
 
 
 def redact_output() -> None:
-    """Mask secrets in all that Python prints from here on, tracebacks and the lines of libraries among them."""
+    """Mask secrets in everything that Python prints from now on, also tracebacks and output of libraries."""
     if not isinstance(sys.stdout, RedactedStream):
         sys.stdout = cast("TextIO", RedactedStream(sys.stdout))
     if not isinstance(sys.stderr, RedactedStream):

@@ -1,48 +1,39 @@
-"""safetensors files written a tensor at a time, and their headers.
+"""Write safetensors files one tensor at a time, and read their headers, without torch.
 
-The format (huggingface/safetensors, README): the length of the header in 8 bytes, the header in JSON, padded with
-spaces to whole 8 bytes, then the tensors without gaps. Torch is not imported here.
+The format (huggingface/safetensors, README): 8 bytes with the length of the header, the header in JSON, padded with
+spaces to a multiple of 8 bytes, then the tensors without gaps.
 """
 
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 _COPY_BYTES = 1 << 26
-_MAX_HEADER_BYTES = 100 * 10**6
-"""The limit of safetensors itself."""
+_MAX_HEADER_BYTES = 100 * 10**6  # the limit of safetensors itself
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file.
-
-    Attributes:
-        dtype: As safetensors names it, such as F32.
-        shape: Of the tensor.
-        start: Offset of its first byte in the file.
-        nbytes: Bytes.
-    """
+    """One tensor of a file."""
 
     dtype: str
+    """Its name in safetensors, such as F32."""
     shape: tuple[int, ...]
     start: int
+    """Offset of the first byte in the file."""
     nbytes: int
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file, whose tensors are handed over one after the other.
+    """Writes one new safetensors file, one tensor after the other. All methods may raise an OSError.
 
     Args:
         path: A file that does not exist yet.
-        tensors: dtype (as safetensors names it), shape and bytes of each tensor by name, in the order of the file.
-
-    Raises:
-        OSError: If the disk refuses; so do all methods.
+        tensors: dtype (its name in safetensors), shape and bytes of each tensor by name, in the order of the file.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> None:
@@ -53,7 +44,7 @@ class SafetensorsWriter:
             at += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        # Others cannot write to it, whatever the umask: such a checkpoint would not be loaded again.
+        # No write permission for other users under any umask: such a checkpoint would be refused.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._stream = io.FileIO(descriptor, "w")
         try:
@@ -69,7 +60,7 @@ class SafetensorsWriter:
             at += os.write(self._stream.fileno(), data[at : at + _COPY_BYTES])
 
     def copy(self, source: Path, offset: int, nbytes: int) -> bool:
-        """Let the kernel copy the bytes of the next tensor from another file; False if that file is too short."""
+        """Copy the bytes of the next tensor from another file in the kernel; False if that file is too short."""
         end = offset + nbytes
         with source.open("rb") as stream:
             while offset < end:
@@ -102,11 +93,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         if length > _MAX_HEADER_BYTES:
             raise ValueError(f"{path} has no header of a safetensors file")
         header = json.loads(stream.read(length))
-    return dict(_entries(header, 8 + length))
-
-
-def _entries(header: Mapping[str, Any], start: int) -> Iterable[tuple[str, Entry]]:
+    header.pop("__metadata__", None)
+    entries = {}
     for name, value in header.items():
-        if name != "__metadata__":
-            first, end = value["data_offsets"]
-            yield name, Entry(value["dtype"], tuple(value["shape"]), start + first, end - first)
+        first, end = value["data_offsets"]
+        entries[name] = Entry(value["dtype"], tuple(value["shape"]), 8 + length + first, end - first)
+    return entries

@@ -1,4 +1,4 @@
-"""Compare tensors of a target with those of its reference, byte by byte."""
+"""Compare the tensors of a target with those of its sources, byte by byte."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from inheritune_ds.surgery.tensor_map import TensorCopy
 
 _CHUNK_BYTES = 1 << 24
-_WORKERS = 2
-"""hashlib and numpy let go of the interpreter while they work on a chunk."""
+_WORKERS = 2  # hashlib and numpy release the GIL
 
 
 def describe_tensors(
@@ -28,15 +27,14 @@ def describe_tensors(
 
     Args:
         folder: The written target.
-        grafts: What was written.
-        value: Gives a graft's tensor from its source again, or the fresh one.
+        grafts: The written tensors.
+        value: Gives the expected tensor, read again from its source or fresh.
 
     Returns:
-        Of each tensor: name, block, part, inherited, source (model, tensor, block, file; None if fresh), shape, dtype,
-        sha256.
+        For each tensor its entry in inheritance.json.
 
     Raises:
-        SurgeryError: If a tensor on the disk is not the one that was meant, or holds a number that is not finite.
+        SurgeryError: If a tensor on the disk differs from the expected one, or holds a non-finite number.
     """
     written = WeightFiles(folder, str(folder))
     described: list[dict[str, Any]] = []
@@ -49,7 +47,7 @@ def describe_tensors(
 
 
 def _compare(written: torch.Tensor, meant: torch.Tensor, graft: "TensorCopy") -> str:
-    """Hash a written tensor (hex) while comparing it with the one that was meant, in pieces."""
+    """Hash a written tensor (hex) while comparing it with the expected one, chunk by chunk."""
     if written.dtype != meant.dtype or written.shape != meant.shape:
         raise _differs(graft)
     digest = hashlib.sha256()
@@ -65,21 +63,20 @@ def _compare(written: torch.Tensor, meant: torch.Tensor, graft: "TensorCopy") ->
         if not all(bool(torch.isfinite(rows[at : at + step]).all()) for at in range(0, len(rows), step)):
             raise SurgeryError(
                 f"{graft.source_name or graft.name} of the {graft.source.role if graft.source else 'target'} holds a "
-                "number that is not finite",
-                action="bring the weights again: these are damaged, or their training had diverged",
+                "non-finite number",
+                action="copy or download the weights again: they are damaged, or their training diverged",
             )
     return digest.hexdigest()
 
 
 def _differs(graft: "TensorCopy") -> SurgeryError:
     return SurgeryError(
-        f"{graft.name} was not written as it was read",
-        action="check the disk, then give the same command again",
+        f"{graft.name} was not written as it was read", action="check the disk, then rerun the same command"
     )
 
 
 def as_bytes(tensor: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """The bytes of a tensor, without a copy if it is contiguous."""
+    """Bytes of a tensor, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, dtype=np.uint8)
 
@@ -107,16 +104,16 @@ def _describe(graft: "TensorCopy", written: WeightFiles, digest: str) -> dict[st
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Hash the bytes of a tensor (hex), whatever its dtype."""
+    """sha256 of the bytes of a tensor (hex)."""
     return hashlib.sha256(as_bytes(tensor.cpu()).data).hexdigest()
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor], hashes: Mapping[str, str] | None = None) -> str:
-    """Hash of a whole state dict (hex): names, dtypes, shapes and bytes, in the order of the names.
+    """sha256 of a state dict (hex): names, dtypes, shapes and bytes, in the order of the names.
 
     Args:
-        state: The tensors by name.
-        hashes: `tensor_sha256` of each, if it is known.
+        state: Tensors by name.
+        hashes: `tensor_sha256` of each; None to compute them.
     """
     digest = hashlib.sha256()
     for name in sorted(state):

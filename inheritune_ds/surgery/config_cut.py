@@ -1,10 +1,9 @@
-"""The target's config: a copy of the reference's in which all that speaks of single blocks follows the selection.
+"""Derive the target's config from the reference's and the selected blocks.
 
-Configs speak of blocks in three ways: lists with one entry a block (`layer_types`), lists of block numbers
-(`mlp_only_layers`), and numbers from which the model derives what a block is from its place (`decoder_sparse_step`).
-The first two are cut. The third is rewritten by the rules of this module where the config can express the result.
-What no rule covers is found by comparing the modules of the two models (`surgery.skeleton.check_same_blocks`),
-so a family that is not foreseen here is refused, never cut wrongly.
+A config describes single blocks in three ways: lists with one entry per block (`layer_types`), lists of block numbers
+(`mlp_only_layers`), and numbers that map a block's index to its kind (`decoder_sparse_step`). Lists are cut. Numbers
+are rewritten by the rules of this module where the config can express the result. `meta_model.check_same_blocks`
+compares the modules of the two models, so a family without a rule is refused, never cut wrongly.
 """
 
 import math
@@ -21,20 +20,19 @@ DROPOUT_KEY = re.compile(r"(^|_)(dropout|pdrop|dropout_p|dropout_prob|dropout_ra
 _PER_BLOCK_KEY = re.compile(r"layer|block|pattern|intermediate_size|num_.*heads|topk|experts|^moe_|_types$")
 _BLOCK_NUMBERS_KEY = re.compile(r"(layers|layer_ids|layer_idx|indices|idxs|idx|layers_enum)$")
 _FLAG_KEYS = ("no_rope_layers",)
-"""Lists of 0 and 1, one a block, under a name like that of a list of block numbers."""
+"""Lists of 0 and 1, one per block, named like a list of block numbers."""
 _DEPTH_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
-_PLACE_KEYS = ("scale_attn_by_inverse_layer_idx",)
-"""Switches that make a block compute by its place; they cannot be told the old place."""
-
+_INDEX_KEYS = ("scale_attn_by_inverse_layer_idx",)
+"""Switches that make a block's computation depend on its index."""
 _DENSE_FIRST_KEYS = ("first_k_dense_replace", "num_dense_layers")
 
 Values = dict[str, Any]
 Rule = Callable[[Values, int, Sequence[int]], Values]
-"""Config, depth and kept blocks -> the keys that change."""
+"""Maps config, depth and kept blocks to the changed keys."""
 
 
 def num_blocks(config: "PreTrainedConfig") -> int:
-    """Number of blocks that a config asks for.
+    """Number of blocks in a config.
 
     Raises:
         SurgeryError: If it has no such number.
@@ -49,47 +47,43 @@ def num_blocks(config: "PreTrainedConfig") -> int:
 
 
 def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrainedConfig":
-    """Copy a config for the selected blocks; the reference's own config is never touched.
-
-    Args:
-        config: The reference's.
-        blocks: Kept blocks of the reference, in the target's order.
+    """Copy the reference's config for the kept blocks, given in the target's order.
 
     Raises:
-        SurgeryError: If what a block computes depends on its place in a way that the config cannot express.
+        SurgeryError: If a block's computation depends on its index in a way that the config cannot express.
     """
     depth = num_blocks(config)
     values = config.to_dict()
     if tuple(blocks) == tuple(range(depth)):
         return type(config).from_dict(values)
-    _refuse_by_place(config.model_type, values, blocks)
+    _check_indices(config.model_type, values, blocks)
     values |= _cut_values(values, depth, blocks)
     depth_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values |= {key: len(blocks) for key in (*_DEPTH_KEYS, depth_key) if values.get(key) == depth}
     try:
         return type(config).from_dict(values)
-    except Exception as error:  # noqa: BLE001 - config classes check themselves with errors of many kinds
+    except Exception as error:  # noqa: BLE001 - config classes raise errors of many kinds
         raise SurgeryError(
             f"a {config.model_type} config for {len(blocks)} blocks is refused by its own class: {error}",
             allowed="another selection",
         ) from None
 
 
-def _refuse_by_place(model_type: str, values: Values, blocks: Sequence[int]) -> None:
-    """Refuse a selection that moves blocks which compute by their place."""
+def _check_indices(model_type: str, values: Values, blocks: Sequence[int]) -> None:
+    """Refuse a selection that moves blocks whose computation depends on their index."""
     if tuple(blocks) == tuple(range(len(blocks))):
         return
-    for key in _PLACE_KEYS:
+    for key in _INDEX_KEYS:
         if values.get(key):
             raise SurgeryError(
-                f"{model_type}: with {key} = {values[key]} a block computes by its place, and this selection "
-                "moves blocks to other places",
-                allowed="a selection that leaves every block in its place: first:n",
+                f"{model_type}: with {key} = {values[key]} a block's output depends on its index, and this selection "
+                "changes block indices",
+                allowed="a selection that keeps every block at its index: first:n",
             )
 
 
 def _cut_values(values: Values, depth: int, blocks: Sequence[int]) -> Values:
-    """The keys with lists, tables and numbers by block after the cut."""
+    """Cut the lists, tables and numbers that describe single blocks."""
     cut: Values = {}
     for key, value in values.items():
         if isinstance(value, list | tuple):
@@ -102,7 +96,7 @@ def _cut_values(values: Values, depth: int, blocks: Sequence[int]) -> Values:
 
 
 def _cut_list(key: str, value: list[Any], depth: int, blocks: Sequence[int]) -> list[Any]:
-    """A list of the config after the cut; lists that do not speak of blocks stay as they are."""
+    """Cut a list; lists that do not describe blocks stay unchanged."""
     numbers = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < depth for item in value)
     if numbers and _BLOCK_NUMBERS_KEY.search(key) and key not in _FLAG_KEYS and sorted(set(value)) == value:
         return [place for place, block in enumerate(blocks) if block in value]
@@ -112,25 +106,22 @@ def _cut_list(key: str, value: list[Any], depth: int, blocks: Sequence[int]) -> 
 
 
 def _renumber(value: dict[Any, Any], blocks: Sequence[int]) -> dict[Any, Any]:
-    """A table by block number after the cut."""
+    """Cut a table by block number."""
     by_block = {int(block): (type(block), entry) for block, entry in value.items()}
     return {by_block[block][0](place): by_block[block][1] for place, block in enumerate(blocks) if block in by_block}
 
 
-def _sparse_step(values: Values, depth: int, blocks: Sequence[int]) -> Values:
+def _sparse_step(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
     """Qwen-MoE: block i is a mixture of experts if (i + 1) % decoder_sparse_step == 0 and not in mlp_only_layers."""
     if "decoder_sparse_step" not in values:
         return {}
     step, dense = values["decoder_sparse_step"], values.get("mlp_only_layers") or []
-    is_dense = [block in dense or not step or (block + 1) % step != 0 for block in range(depth)]
-    return {
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [place for place, block in enumerate(blocks) if is_dense[block]],
-    }
+    places = [place for place, block in enumerate(blocks) if block in dense or not step or (block + 1) % step != 0]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": places}
 
 
 def _dense_first(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
-    """DeepSeek, GLM, AFMoE, LFM: the first so many blocks are dense, the others mixtures of experts."""
+    """DeepSeek, GLM, AFMoE, LFM: the first blocks are dense, the others mixtures of experts."""
     key = next((key for key in _DENSE_FIRST_KEYS if isinstance(values.get(key), int)), None)
     if key is None or isinstance(values.get("mlp_layer_types"), list):
         return {}
@@ -145,7 +136,7 @@ def _dense_first(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
 
 
 def _periods(period_key: str, offset_key: str) -> Rule:
-    """Jamba: block i is special if (i - offset) % period == 0, with 0 <= offset < period."""
+    """Jamba: block i has attention (or experts) if (i - offset) % period == 0, with 0 <= offset < period."""
 
     def rule(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
         period, offset = values.get(period_key), values.get(offset_key)
@@ -153,20 +144,19 @@ def _periods(period_key: str, offset_key: str) -> Rule:
             return {}
         wanted = [block % period == offset for block in blocks]
         # A period beyond the last block marks one block at most, or none.
-        for new_period in range(1, len(blocks) + 2):
-            for new_offset in range(new_period):
-                if [place % new_period == new_offset for place in range(len(blocks))] == wanted:
-                    return {period_key: new_period, offset_key: new_offset}
+        for new_period, new_offset in ((p, o) for p in range(1, len(blocks) + 2) for o in range(p)):
+            if [place % new_period == new_offset for place in range(len(blocks))] == wanted:
+                return {period_key: new_period, offset_key: new_offset}
         raise SurgeryError(
             f"{period_key} = {period}, {offset_key} = {offset}: no period and offset describe the selected blocks",
-            allowed=f"a selection in which the special blocks (number % {period} == {offset}) stand at even distances",
+            allowed=f"a selection in which the blocks with number % {period} == {offset} are evenly spaced",
         )
 
     return rule
 
 
 def _moe_span(values: Values, depth: int, blocks: Sequence[int]) -> Values:
-    """ERNIE: blocks moe_layer_start_index to moe_layer_end_index (-1: the last) have experts, every interval-th one."""
+    """ERNIE: blocks moe_layer_start_index to moe_layer_end_index (-1: last) have experts, every interval-th block."""
     start, end, interval = (values.get(f"moe_layer_{name}") for name in ("start_index", "end_index", "interval"))
     if not isinstance(start, int) or not isinstance(end, int) or not isinstance(interval, int):
         return {}
@@ -179,12 +169,12 @@ def _moe_span(values: Values, depth: int, blocks: Sequence[int]) -> Values:
             return {"moe_layer_start_index": first, "moe_layer_end_index": final, "moe_layer_interval": step}
     raise SurgeryError(
         f"moe_layer_interval = {interval}: no interval describes which of the selected blocks have experts",
-        allowed="a selection in which the blocks with experts stand at even distances",
+        allowed="a selection in which the blocks with experts are evenly spaced",
     )
 
 
 def _cycle(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
-    """RecurrentGemma: block_types is a pattern that is repeated over the blocks."""
+    """RecurrentGemma: block_types is a pattern that repeats over the blocks."""
     pattern = values.get("block_types")
     if not isinstance(pattern, list | tuple) or not pattern:
         return {}
@@ -197,13 +187,13 @@ def _residual_scale(values: Values, depth: int, blocks: Sequence[int]) -> Values
     if not isinstance(scale, float):
         return {}
     wanted, root = scale / math.sqrt(depth), math.sqrt(len(blocks))
-    guess = wanted * root
-    near = [guess, math.nextafter(guess, 0.0), math.nextafter(guess, math.inf)]
-    return {"scale_depth": next((value for value in near if value / root == wanted), guess)}
+    rounded = wanted * root
+    near = [rounded, math.nextafter(rounded, 0.0), math.nextafter(rounded, math.inf)]
+    return {"scale_depth": next((value for value in near if value / root == wanted), rounded)}
 
 
 def _attention_types(values: Values, depth: int, blocks: Sequence[int]) -> Values:
-    """GPT-Neo: attention_types is [[kinds, repeats], ...]; attention_layers, one kind a block, is made of it."""
+    """GPT-Neo: attention_types is [[kinds, repeats], ...]; attention_layers is its expansion, one kind per block."""
     layers = values.get("attention_layers")
     if isinstance(layers, list | tuple) and len(layers) == depth and "attention_types" in values:
         return {"attention_types": [[[layers[block]], 1] for block in blocks]}

@@ -1,7 +1,7 @@
-"""The paper's half-width baseline: every block, with the first half of the heads and of the MLP's units.
+"""The paper's half-width baseline: every block, with the first half of the heads and of the MLP units.
 
-Source: arXiv 2404.08634v4, appendix D. The hidden size and the number of heads are halved, so a head keeps its size;
-a tensor of the target is the leading half of the reference's along every dimension that was halved.
+Source: arXiv 2404.08634v4, appendix D. Hidden size and number of heads are halved, so a head keeps its size.
+A tensor of the target is the leading half of the reference's along every halved dimension.
 """
 
 from typing import TYPE_CHECKING
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "opt", "olmo", "stablelm", "starcoder2")
-"""Families whose tensors are known to be laid out head by head, or to hold q, k and v one after the other as
-`_SEGMENTS` says."""
+"""Families whose tensors are laid out head by head, or concatenate q, k and v as `_SEGMENTS` lists."""
 _SEGMENTS = {"attn.c_attn.weight": 3, "attn.c_attn.bias": 3}
-"""Tensors of several equal pieces along the last dimension, each halved by itself (GPT-2: q, k, v)."""
+"""Tensors of several equal pieces along the last dimension, each halved separately (GPT-2: q, k, v)."""
 _HALVED = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim", "n_inner")
 
 
@@ -25,8 +24,7 @@ def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """Copy a config with half the width.
 
     Raises:
-        SurgeryError: If the family is not one of `FAMILIES`, a size is odd, or a setting gives tensors that have no
-            half.
+        SurgeryError: If the family is not one of `FAMILIES`, a size is odd, or a setting gives tensors without a half.
     """
     if config.model_type not in FAMILIES:
         raise SurgeryError(
@@ -35,13 +33,13 @@ def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
         )
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         raise SurgeryError(
-            f"width half: the embeddings have a width of their own (word_embed_proj_dim is "
-            f"{config.word_embed_proj_dim}, hidden_size {config.hidden_size})",
+            f"width half: word_embed_proj_dim is {config.word_embed_proj_dim}, hidden_size {config.hidden_size}: the "
+            "embeddings have another width than the blocks",
             allowed="a reference whose embeddings are as wide as its blocks",
         )
     if config.model_type == "stablelm" and config.qk_layernorm:
         raise SurgeryError(
-            "width half: every head has a norm of its own (qk_layernorm is true), and half of them would be left over",
+            "width half: every head has a norm of its own (qk_layernorm is true), which the target's heads would lack",
             allowed="a reference without qk_layernorm",
         )
     values = config.to_dict()
@@ -61,15 +59,15 @@ def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
 
 
 def leading_half(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
-    """The leading part of a tensor that has the given shape.
+    """Take the leading part of a tensor.
 
     Args:
         tensor: The reference's.
-        shape: The target's; each dimension is the reference's or half of it.
+        shape: The target's; each size is the reference's or half of it.
         name: Of the tensor inside the model.
 
     Raises:
-        SurgeryError: If the shape is not a part of the tensor's.
+        SurgeryError: If a size is neither.
     """
     if tensor.dim() != len(shape) or any(
         size not in (whole, whole / 2) for size, whole in zip(shape, tensor.shape, strict=True)

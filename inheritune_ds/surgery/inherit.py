@@ -1,11 +1,11 @@
 """Build the target: selected blocks of the reference with its embeddings, final norm and head.
 
-The steps: find out what the sources hold, list every tensor of the target with its source (`grafts`), write the
-files straight from the sources' (`writing`), read them back and compare (`report`), prove that the model computes
-the same (`proof`), publish. Nothing is published unless all of it succeeds. With `inherit: none`, or a shape from
-scratch, all tensors are fresh.
+The steps: read the sources' headers, map every tensor of the target to its source (`tensor_map`), write the files
+(`write_shards`), read them back and compare (`compare`), prove that the model computes the same (`verify`), publish.
+Nothing is published unless every step succeeds. With `inherit: none`, or a shape from scratch, all tensors are fresh.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ from inheritune_ds.surgery.config_cut import DROPOUT_KEY, cut_config, num_blocks
 from inheritune_ds.surgery.half_width import halve_config
 from inheritune_ds.surgery.load import build_config, load_config
 from inheritune_ds.surgery.meta_model import MetaModel, check_decoder, check_same_blocks
-from inheritune_ds.surgery.metadata_files import copy_licence, copy_tokenizer, is_own_tokenizer, write_configs
+from inheritune_ds.surgery.metadata_files import copy_license, copy_tokenizer, is_own_tokenizer, write_configs
 from inheritune_ds.surgery.reference import ReferenceModel, locate
 from inheritune_ds.surgery.report import target_card
-from inheritune_ds.surgery.tensor_map import SourceModel, TensorMap, plan_copies
+from inheritune_ds.surgery.tensor_map import SourceModel, plan_copies
 from inheritune_ds.surgery.tensor_values import TargetValues
 from inheritune_ds.surgery.verify import count_parameters, prove
 from inheritune_ds.surgery.write_shards import write_shards
@@ -42,60 +42,29 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REPORT = "inheritance.json"
 _FREE_KEYS = {"dtype", "_name_or_path", "transformers_version", "architectures", "use_cache"}
-"""Config keys in which a trained target may differ from a cut of its reference; dropout may, too."""
+"""Config keys in which a trained target may differ from a cut of its reference, beside dropout."""
 
 
 @dataclass(frozen=True)
 class TargetModel:
-    """A target on disk.
-
-    Attributes:
-        folder: A Hugging Face folder.
-        report: Its inheritance report.
-    """
+    """A target on disk: its Hugging Face folder and its inheritance report."""
 
     folder: Path
     report: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Previous:
-    """The target of an earlier round, whose trained blocks are kept when the next one grows.
-
-    Attributes:
-        name: How the user called it.
-        folder: Its Hugging Face folder.
-        weights_sha256: sha256 by file name of its weight files.
-    """
-
-    name: str
-    folder: Path
-    weights_sha256: dict[str, str]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the report records of it; the place of the folder does not count."""
-        return {"name": self.name, "weights_sha256": self.weights_sha256}
-
-
-def locate_previous(folder: Path) -> Previous:
-    """Find the target of an earlier round.
-
-    Raises:
-        RecipeError: If the folder holds no model.
-        SurgeryError: If a weight file is not the one that its own records describe.
-    """
-    found = locate(Reference(model=str(folder.resolve())), Path)
-    return Previous(str(folder), found.folder, found.weights_sha256)
+def locate_previous(folder: Path) -> ReferenceModel:
+    """Find the target of an earlier round; errors as in `locate`."""
+    return dataclasses.replace(locate(Reference(model=str(folder.resolve())), Path), name=str(folder))
 
 
 def find_target(folder: Path, identity: Mapping[str, Any], *, verify: bool = False) -> TargetModel | None:
-    """The finished target in `folder`, if it was built for the same `identity` and is whole.
+    """Open the finished target in `folder`; None unless it is intact and has this `identity`.
 
     Args:
-        folder: Where it may be.
-        identity: What it was built for.
-        verify: Whether to hash its files; their sizes alone are compared otherwise.
+        folder: Of the target.
+        identity: As in `Cut`.
+        verify: Whether to hash its files; otherwise only their sizes are compared.
     """
     manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
     if not isinstance(manifest, dict) or not isinstance(report, dict) or manifest.get("identity") != identity:
@@ -105,7 +74,7 @@ def find_target(folder: Path, identity: Mapping[str, Any], *, verify: bool = Fal
 
 
 def may_replace(folder: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether `folder` holds nothing but files of a target of this `identity`, so that one that is damaged may go."""
+    """Whether `folder` holds nothing but a (damaged) target of this `identity`."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("identity") != identity:
         return False
@@ -116,56 +85,52 @@ def may_replace(folder: Path, identity: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a target is built from.
-
-    Attributes:
-        target: From the recipe.
-        seed: Of the random values of fresh tensors.
-        identity: Recorded, so that `find_target` knows whose the target is.
-        command: That builds this target, for the model card.
-        reference: Weights to inherit from; None with `inherit: none` or from scratch.
-        reference_config: Config the target's is cut from; None from scratch.
-        previous: Its blocks become the first ones; the selection's further blocks come from the reference.
-        tokenizer: Travels along, and so do its special ids if the reference's are not its own. None: no tokenizer
-            that could be read.
-        tokenizer_source: Folder whose tokenizer files are copied as they are, over those of `tokenizer`.
-    """
+    """Inputs of `build_target`."""
 
     target: Target
     seed: int
+    """Of the random values of fresh tensors."""
     identity: Mapping[str, Any]
+    """Recorded in the manifest; `find_target` compares it."""
     command: str
+    """Rebuilds this target; printed in the model card."""
     reference: ReferenceModel | None
+    """None with `inherit: none` or from scratch."""
     reference_config: "PreTrainedConfig | None"
-    previous: Previous | None = None
+    """None from scratch."""
+    previous: ReferenceModel | None = None
+    """Target of an earlier round: gives the first blocks; the selection's other blocks come from the reference."""
     tokenizer: "PreTrainedTokenizerBase | None" = None
+    """Saved with the target; another tokenizer than the reference's also sets the special ids. None if unreadable."""
     tokenizer_source: Path | None = None
+    """Folder with tokenizer files to copy unchanged, over those of `tokenizer`."""
 
 
 def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel:
     """Build the target, prove it, and publish it as a Hugging Face folder.
 
     Args:
-        cut: What to build.
-        folder: Where the target goes.
-        replace: Whether an older target in `folder`, or whatever is there, is replaced. If not, only an empty folder
-            or a damaged target of this identity is, and one that is whole is taken instead.
+        cut: Inputs.
+        folder: Of the target.
+        replace: Whether to replace any contents of `folder`. If not, only an empty folder or a damaged target of this
+            identity is replaced, and an intact one is returned.
 
     Raises:
-        RunFolderError: If something is in `folder` by the end that is not to be replaced.
+        RunFolderError: If `folder` holds something at the end that must not be replaced.
         SurgeryError: If the selection or the model does not fit, weights are damaged, or the proof fails.
         CorpusError: If the tokenizer has ids that the model has no embedding for.
         StorageError: If the folder cannot be written.
     """
     config, selection, foreign = _fitted_config(cut)
-    plan, skeleton, values = plan_target(cut, config, selection)
+    values = plan_target(cut, config, selection)
+    plan = values.plan
     for source in plan.sources:
         if source.files.is_pickle:
             logger.info("%s: pickle files, read with torch.load(mmap=True, weights_only=True)", source.role)
     keeps = (lambda _: False) if replace else lambda there: find_target(there, cut.identity, verify=True) is not None
     replaces = (lambda _: True) if replace else lambda there: may_replace(there, cut.identity)
     with staged(folder, keeps, replaces) as temporary, storage_errors(folder):
-        write_configs(temporary, skeleton, None if foreign else cut.reference)
+        write_configs(temporary, values.skeleton, None if foreign else cut.reference)
         if cut.tokenizer is not None:
             cut.tokenizer.save_pretrained(temporary)
         if cut.tokenizer_source is not None:
@@ -173,22 +138,28 @@ def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel
         write_shards(temporary, plan.grafts, values)
         tensors = describe_tensors(temporary, plan.grafts, values.of)
         values.drop_fresh()
-        proven = prove(temporary, plan, skeleton, half=cut.target.width == "half")
-        report = {**_describe(cut, selection, plan, skeleton, values), "proof": proven, "tensors": tensors}
+        proven = prove(temporary, plan, values.skeleton, half=cut.target.width == "half")
+        report = {**_describe(cut, selection, values), "proof": proven, "tensors": tensors}
         write_json(temporary / REPORT, report)
-        licence = copy_licence(cut.reference.folder, temporary) if cut.reference else ""
-        write_text(temporary / "README.md", target_card(report, licence, cut.command))
+        license_name = copy_license(cut.reference.folder, temporary) if cut.reference else ""
+        write_text(temporary / "README.md", target_card(report, license_name, cut.command))
         write_json(temporary / MANIFEST, {"identity": cut.identity, "files": describe_files(temporary)})
     return TargetModel(folder, report)
 
 
 def _fitted_config(cut: Cut) -> "tuple[PreTrainedConfig, tuple[int, ...], bool]":
-    """The target's config with its tokenizer's special ids, the selection, and whether that tokenizer is foreign."""
+    """The target's config with its tokenizer's special ids, the selection, and whether the tokenizer is foreign."""
     config, selection = make_config(cut.target, cut.reference_config)
     tokenizer, reference = cut.tokenizer, cut.reference
     if tokenizer is None:
         return config, selection, reference is None
-    check_vocabulary(len(tokenizer), config.vocab_size)
+    if len(tokenizer) > config.vocab_size:
+        raise CorpusError(
+            f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary {config.vocab_size}",
+            allowed=f"a tokenizer with at most {config.vocab_size} entries",
+            action="use the model's own tokenizer: in a recipe, remove corpus.tokenizer to use the reference's, or "
+            "give target.shape a larger vocab_size",
+        )
     foreign = reference is None or not is_own_tokenizer(tokenizer, reference)
     if foreign:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -198,13 +169,14 @@ def _fitted_config(cut: Cut) -> "tuple[PreTrainedConfig, tuple[int, ...], bool]"
     return config, selection, foreign
 
 
-def _describe(
-    cut: Cut, selection: tuple[int, ...], plan: TensorMap, skeleton: MetaModel, values: TargetValues
-) -> dict[str, Any]:
-    """What inheritance.json says of a target as a whole."""
+def _describe(cut: Cut, selection: tuple[int, ...], values: TargetValues) -> dict[str, Any]:
+    """The entries of inheritance.json about the target as a whole."""
+    plan, skeleton = values.plan, values.skeleton
+    names = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}  # buffers do not count
+    inherited = [graft for graft in plan.grafts if graft.source is not None and graft.module_name in names]
     return {
         "reference": cut.reference.identity if cut.reference else None,
-        "previous": cut.previous.identity if cut.previous else None,
+        "previous": cut.previous.weights_identity if cut.previous else None,
         "previous_blocks": sum(source.role == "previous" for source, _ in plan.steps),
         "select": cut.target.select,
         "selection": list(selection),
@@ -213,8 +185,9 @@ def _describe(
         "seed": cut.seed,
         "blocks": skeleton.blocks.depth,
         **count_parameters(skeleton),
-        **_kept(plan, values, skeleton),
-        "left_out": plan.left_out,
+        "inherited_parameters": sum(values.meta(graft).numel() for graft in inherited),
+        "inherited_block_parameters": sum(values.meta(graft).numel() for graft in inherited if graft.block is not None),
+        "left_out": plan.leftovers,
     }
 
 
@@ -234,69 +207,67 @@ def make_config(
         if target.width == "half":
             config = halve_config(config)
     set_dropout(config, target.dropout)
-    config.use_cache = True  # a wish of generation; the trainer itself never keeps a cache
+    config.use_cache = True  # for generation; the trainer passes use_cache=False
     return config, selection
 
 
-def plan_target(
-    cut: Cut, config: "PreTrainedConfig", selection: tuple[int, ...]
-) -> tuple[TensorMap, MetaModel, TargetValues]:
-    """List every tensor of the target with its source, and check that the model takes them all.
+def plan_target(cut: Cut, config: "PreTrainedConfig", selection: tuple[int, ...]) -> TargetValues:
+    """List every tensor of the target with its source, and check that the model accepts them all.
 
     Args:
-        cut: What to build.
+        cut: Inputs.
         config: The target's (`make_config`).
         selection: Kept blocks of the reference.
 
     Raises:
-        SurgeryError: If the sources are damaged, or the model cannot be cut so.
+        SurgeryError: If the sources are damaged, or this selection of the model is impossible.
     """
     target, reference, previous = cut.target, cut.reference, cut.previous
-    if previous is not None and (target.inherit != "all" or target.width != "full"):
+    half = target.width == "half"
+    if previous is not None and (target.inherit != "all" or half):
         raise SurgeryError(
-            f"previous: {previous.name} grows as it is, nothing of it is made anew",
+            f"previous: {previous.name} can only grow with all its tensors kept",
             allowed="inherit: all and width: full",
         )
     if reference is None:
         skeleton = MetaModel(config)
-        plan = plan_copies(skeleton, [], None, ())
-        return plan, skeleton, TargetValues(skeleton, plan, half=target.width == "half", seed=cut.seed)
+        return TargetValues(skeleton, plan_copies(skeleton, [], None, ()), half=half, seed=cut.seed)
     origin = SourceModel("reference", reference.folder, load_config(reference.folder))
     steps, outer = [(origin, block) for block in selection], origin
     if previous is not None:
         outer = _earlier(previous, origin, reference, selection)
         steps[: outer.skeleton.blocks.depth] = [(outer, block) for block in range(outer.skeleton.blocks.depth)]
     skeleton = MetaModel(config, torch.promote_types(origin.dtype, outer.dtype), path=origin.skeleton.blocks.path)
-    if target.width == "full":
+    if not half:
         for place, (source, block) in enumerate(steps):
             check_same_blocks(source.skeleton, block, skeleton, place)
     plan = plan_copies(skeleton, steps, outer, inherited_parts(target.inherit))
-    values = TargetValues(skeleton, plan, half=target.width == "half", seed=cut.seed)
+    values = TargetValues(skeleton, plan, half=half, seed=cut.seed)
     try:
         skeleton.load({graft.name: values.meta(graft) for graft in plan.grafts if graft.source})
     except SurgeryError as error:
         raise SurgeryError(
-            f"a {config.model_type} model cannot be cut so: tensors outside the blocks have a part for each block, or "
-            f"the blocks are not alike\n{error.problem.partition(chr(10))[2]}",
-            allowed="a model whose blocks are all that depends on their number",
+            f"a {config.model_type} model does not allow this selection: tensors outside the blocks have a part for "
+            f"each block, or the blocks differ in shape\n{error.problem.partition(chr(10))[2]}",
+            allowed="a model in which only the list of blocks depends on the depth",
         ) from None
-    return plan, skeleton, values
+    return values
 
 
 def _earlier(
-    previous: Previous, origin: SourceModel, reference: ReferenceModel, selection: tuple[int, ...]
+    previous: ReferenceModel, origin: SourceModel, reference: ReferenceModel, selection: tuple[int, ...]
 ) -> SourceModel:
-    """The target of the round before, checked to be cut from the same reference with the beginning of the selection.
+    """Open the target of the previous round and check that it is a prefix of this selection of the same reference.
 
     Raises:
-        SurgeryError: If it has as many blocks as are asked for now, is another model, or tells nothing of its origin.
+        SurgeryError: If it has at least as many blocks as the selection, is another model, or has no report.
     """
     source = SourceModel("previous", previous.folder, load_config(previous.folder))
     depth = source.skeleton.blocks.depth
     if depth >= len(selection):
         raise SurgeryError(
             f"previous: {previous.name} has {depth} blocks, and the selection keeps {len(selection)}",
-            allowed="a selection with more blocks than the target that grows",
+            allowed="a selection with more blocks than the previous target",
         )
     expected = cut_config(origin.config, selection[:depth]).to_dict()
     found = source.config.to_dict()
@@ -308,41 +279,17 @@ def _earlier(
     report = read_json(previous.folder / REPORT) or read_json(previous.folder.parent / REPORT)
     if not isinstance(report, dict) or "selection" not in report:
         raise SurgeryError(
-            f"previous: {previous.name} does not tell what it was cut from: there is no {REPORT} in it or beside it",
+            f"previous: the origin of {previous.name} is unknown: there is no {REPORT} in it or beside it",
             allowed="a folder that `inherit` built, or the export inside its run folder",
         )
     if report["selection"] != list(selection[:depth]):
         differing.append(f"its selection is {report['selection']}")
     if (report["reference"] or {}).get("weights_sha256") != reference.weights_sha256:
-        differing.append("the reference that it was cut from")
+        differing.append("its reference")
     if differing:
         raise SurgeryError(
             f"previous: {previous.name} is not the first {depth} blocks of this selection of {origin.folder}; it "
             f"differs in {', '.join(differing)}",
-            allowed="a target that was cut from the same reference with the beginning of the same selection",
+            allowed="a target of the same reference whose selection is the beginning of this one",
         )
     return source
-
-
-def _kept(plan: TensorMap, values: TargetValues, skeleton: MetaModel) -> dict[str, int]:
-    """Inherited parameters, in all and in blocks; buffers that a file holds are none."""
-    names = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}
-    kept = [graft for graft in plan.grafts if graft.source is not None and graft.module_name in names]
-    sizes = [(values.meta(graft).numel(), graft.block is not None) for graft in kept]
-    inside = sum(size for size, in_block in sizes if in_block)
-    return {"inherited_parameters": sum(size for size, _ in sizes), "inherited_block_parameters": inside}
-
-
-def check_vocabulary(tokenizer_size: int, model_size: int) -> None:
-    """Refuse a tokenizer with more entries than the model has embeddings.
-
-    Raises:
-        CorpusError: Naming both sizes.
-    """
-    if tokenizer_size > model_size:
-        raise CorpusError(
-            f"the tokenizer has {tokenizer_size} entries, the model's vocabulary {model_size}",
-            allowed=f"a tokenizer with at most {model_size} entries",
-            action="bring the tokenizer that belongs to the model; in a recipe, leave corpus.tokenizer out to use the "
-            "reference's own, or give target.shape a larger vocab_size",
-        )

@@ -69,7 +69,7 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' load report, warnings and bars off the console: what matters in them is raised."""
+    """Silence transformers' load report, warnings and bars; problems are raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -86,10 +86,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer that lies beside a model; None if there is none.
+    """Load the tokenizer in a model folder; None if there is none.
 
     Raises:
-        CorpusError: If there is one that cannot be read.
+        CorpusError: If it cannot be read.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
@@ -97,7 +97,7 @@ def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
 
 
 def build_config(shape: Shape) -> "PreTrainedConfig":
-    """Build the Hugging Face config of a model that is trained from scratch."""
+    """Build the Hugging Face config of a model from scratch."""
     from transformers import AutoConfig
 
     values = shape.model_dump(exclude_none=True)
@@ -110,5 +110,5 @@ def build_config(shape: Shape) -> "PreTrainedConfig":
     else:
         values.pop("scale_attn_by_inverse_layer_idx")
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    # The tokenizer decides the special ids (see `inherit`); GPT-2's default lies outside a small vocabulary.
+    # `inherit` sets the special ids from the tokenizer; GPT-2's default lies outside a small vocabulary.
     return AutoConfig.for_model(model_type, bos_token_id=None, eos_token_id=None, **values)

@@ -1,12 +1,11 @@
 """A model without its weights: modules on the meta device, filled from checkpoint tensors part by part.
 
-Everything that a surgery asks of a model is asked of a skeleton: which tensors it has and what they are called in a
-file, where its blocks are, whether two blocks compute the same. It costs no memory for weights. For the proof some
-modules are filled, used and emptied again.
+It answers which tensors a model has, their names in a file, where its blocks are, and whether two blocks compute the
+same. `verify` fills single modules, runs them and empties them again.
 
-transformers loads a whole model or nothing, so this module is the one place that calls four of its internal
-functions: the key mapping between files and modules (per-expert tensors of a file are one fused parameter of the
-module, prefixes differ, old names are renamed), its reverse, and the loader behind `from_pretrained`.
+transformers loads only whole models, so this module alone calls four of its internal functions: the key mapping
+between files and modules (per-expert tensors of a file are one fused parameter of the module, prefixes differ, old
+names are renamed), its reverse, and the loader behind `from_pretrained`.
 """
 
 import copy
@@ -33,13 +32,13 @@ class MetaModel:
     """A causal language model on the meta device.
 
     Args:
-        config: Its config; a copy is used.
-        dtype: Of its parameters.
-        path: Of its list of blocks, if that is known from a model of the same family.
+        config: Copied, not changed.
+        dtype: Of the parameters.
+        path: Of the list of blocks, if known from a model of the same family.
 
     Raises:
-        SurgeryError: If no causal language model can be built from the config, its blocks cannot be told, or some
-            of them share weights.
+        SurgeryError: If no causal language model can be built from the config, or its blocks cannot be identified or
+            share weights.
     """
 
     def __init__(
@@ -52,12 +51,8 @@ class MetaModel:
         self.blocks = find_blocks(self.model, num_blocks(self.config), path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
-        self._check_sharing()
-
-    def _check_sharing(self) -> None:
         for name, source in self.tied.items():
-            here, there = self.blocks.index_of(name), self.blocks.index_of(source)
-            if here is not None or there is not None:
+            if self.blocks.index_of(name) is not None or self.blocks.index_of(source) is not None:
                 raise SurgeryError(
                     f"a {self.config.model_type} model cannot be cut: its blocks share weights ({name} is {source})",
                     allowed="a model in which every block has weights of its own",
@@ -65,15 +60,15 @@ class MetaModel:
 
     @property
     def required(self) -> set[str]:
-        """Names of the tensors that a file must give: all that are not tied to another."""
+        """Names of the tensors that a file must hold: all but those tied to another."""
         return self.shapes.keys() - self.tied.keys()
 
     def block(self, index: int) -> nn.Module:
-        """The module of one block."""
+        """Module of one block."""
         return self.model.get_submodule(f"{self.blocks.path}.{index}")
 
     def module_names(self, file_names: Iterable[str]) -> dict[str, str]:
-        """Name of the module's tensor that each tensor of a file goes into, whether the model has it or not."""
+        """Map names in a file to names in the model, also for tensors that the model lacks."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -91,7 +86,7 @@ class MetaModel:
         return {name: rename(name) for name in file_names}
 
     def is_ignored(self, module_name: str) -> bool:
-        """Whether the model's class says that a tensor of this name in a file is a leftover of older versions."""
+        """Whether the model's class ignores a tensor of this name in a file, as older versions saved it."""
         patterns = set(self.model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001 - no public name
         patterns |= {
             r"rotary_emb\.inv_freq",
@@ -101,14 +96,13 @@ class MetaModel:
         return any(re.search(pattern, module_name) for pattern in patterns)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put tensors into their modules.
+        """Load tensors into their modules.
 
         Args:
-            tensors: By their names in the file. On the meta device, nothing but names and shapes is checked.
+            tensors: By name in the file. Meta tensors are only checked for names and shapes.
 
         Raises:
-            SurgeryError: If a tensor has no place, has another shape, or one of several that make up a parameter
-                is not there.
+            SurgeryError: If a tensor has no place or another shape, or a part of a fused parameter is missing.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -125,7 +119,7 @@ class MetaModel:
         try:
             with quiet_transformers():
                 info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), load_config)
-        except Exception as error:  # noqa: BLE001 - whatever a family's own conversion raises
+        except Exception as error:  # noqa: BLE001 - a family's own conversion may raise anything
             raise SurgeryError(
                 f"the weights of a {self.config.model_type} model cannot be loaded part by part: {first_line(error)}",
                 allowed="a model whose weights are converted block by block",
@@ -145,8 +139,8 @@ class MetaModel:
         """Make some modules ready to compute: load their tensors and compute the buffers that no file holds.
 
         Args:
-            tensors: Their tensors, by name in the file.
-            wanted: Whether a tensor or buffer of that module name is among them.
+            tensors: By name in the file.
+            wanted: Whether to fill the tensor or buffer of this name in the model.
         """
         from transformers import initialization
 
@@ -159,34 +153,30 @@ class MetaModel:
         with torch.no_grad(), initialization.guard_torch_init_functions():
             for name, module in self.model.named_modules():
                 own = [*dict(module.named_buffers(recurse=False)), *dict(module.named_parameters(recurse=False))]
-                # A module without tensors of its own may compute the buffers of those inside it.
+                # A module without tensors of its own may compute the buffers of its submodules.
                 if all(wanted(f"{name}.{leaf}" if name else leaf) for leaf in own):
-                    # Loaded values are marked and stay; the module's own mark is of an earlier filling.
+                    # Loaded tensors carry a mark of their own; the module's mark is from an earlier fill.
                     vars(module).pop("_is_hf_initialized", None)
                     self._owner(name)._initialize_weights(module)  # noqa: SLF001 - no public name
 
     def _owner(self, name: str) -> "PreTrainedModel":
-        """The innermost model around a module: its class knows how the module's buffers are computed."""
+        """Innermost model around a module: its class computes the module's buffers."""
         from transformers import PreTrainedModel
 
         owner = self.model
-        parts = name.split(".") if name else []
-        for end in range(1, len(parts) + 1):
-            module = self.model.get_submodule(".".join(parts[:end]))
+        module: nn.Module = owner
+        for part in name.split(".") if name else []:
+            module = module.get_submodule(part)
             owner = module if isinstance(module, PreTrainedModel) else owner
         return owner
 
-    def empty_block(self, index: int) -> None:
-        """Give the memory of a filled block back."""
-        self.block(index).to("meta")
-
 
 def as_in_files(model: "PreTrainedModel", tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A module's tensors as a file holds them: under the file's names, a fused parameter as several tensors.
+    """Convert tensors to their form in a file: the file's names, a fused parameter as several tensors.
 
     Args:
-        model: The model, as `from_pretrained` gives it.
-        tensors: By their names in the model; also on the meta device.
+        model: As `from_pretrained` returns it.
+        tensors: By name in the model; may be meta tensors.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -213,32 +203,18 @@ def mapped_parameters(model: "PreTrainedModel", folder: Path) -> dict[str, torch
 
 
 def contradiction(problems: list[str]) -> SurgeryError:
-    """The error for weights and config that do not belong together."""
+    """The error for weights that do not match their config."""
     shown = "\n".join(f"    {problem}" for problem in problems[:5])
     more = f"\n    and {len(problems) - 5} more" if len(problems) > 5 else ""
     return SurgeryError(
         f"the config contradicts the weights:\n{shown}{more}",
         allowed="weights and config.json of the same model",
-        action="bring both from the same place again; weights are never filled in at random",
+        action="download both from the same place again; missing weights are never filled in at random",
     )
 
 
 def check_decoder(config: "PreTrainedConfig") -> None:
-    """Refuse what is no decoder-only causal language model with weights of a plain number type.
-
-    Raises:
-        SurgeryError: With the reason.
-    """
-    reason = not_a_decoder(config)
-    if reason:
-        raise SurgeryError(
-            f"a {config.model_type} model cannot be cut: {reason}",
-            allowed="a decoder-only causal language model of the installed transformers",
-        )
-
-
-def not_a_decoder(config: "PreTrainedConfig") -> str:
-    """Why a config describes no model that can be cut; empty if it may."""
+    """Raise a SurgeryError unless a config describes a decoder-only causal language model that can be cut."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     shared = getattr(config, "num_kv_shared_layers", 0)
@@ -251,17 +227,22 @@ def not_a_decoder(config: "PreTrainedConfig") -> str:
         ),
         "transformers has no causal language model for it": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
         f"it is made of several models ({', '.join(sorted(config.sub_configs))})": _is_composite(config),
-        "its weights are quantised (quantization_config)": getattr(config, "quantization_config", None) is not None,
+        "its weights are quantized (quantization_config)": getattr(config, "quantization_config", None) is not None,
         f"blocks share keys and values across layers (num_kv_shared_layers is {shared})": bool(shared),
-        "blocks take the choice of keys from an earlier block (indexer_types holds 'shared')": "shared" in indexers,
+        "blocks reuse the key selection of an earlier block (indexer_types holds 'shared')": "shared" in indexers,
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None:
+        raise SurgeryError(
+            f"a {config.model_type} model cannot be cut: {reason}",
+            allowed="a decoder-only causal language model of the installed transformers",
+        )
 
 
 def _is_composite(config: "PreTrainedConfig") -> bool:
     try:
         return config.get_text_config() is not config
-    except ValueError:  # several that could be meant (MusicGen)
+    except ValueError:  # it has several (MusicGen)
         return True
 
 
@@ -271,7 +252,7 @@ def _build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     try:
         with torch.device("meta"), quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # noqa: BLE001 - model classes refuse configs with errors of many kinds
+    except Exception as error:  # noqa: BLE001 - model classes raise errors of many kinds
         raise SurgeryError(
             f"no causal language model can be built from this {config.model_type} config: {first_line(error)}",
             allowed="a decoder-only model, such as gpt2 or llama",
@@ -281,10 +262,10 @@ def _build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def check_same_blocks(reference: MetaModel, block: int, target: MetaModel, place: int) -> None:
-    """Refuse a block that would compute something else in its new place.
+    """Refuse a block that would compute something else at its new index.
 
-    Every module of the two blocks must be of the same class, with tensors of the same shapes and the same settings;
-    a number that is the block's own index or the model's depth in both may differ, and so may dropout.
+    Every module of the two blocks must have the same class, tensor shapes and settings. Dropout may differ, and a
+    number that equals the block's index or the model's depth in both.
 
     Raises:
         SurgeryError: Naming the setting that differs.
@@ -310,12 +291,12 @@ def check_same_blocks(reference: MetaModel, block: int, target: MetaModel, place
 
 
 def _is_of_config(key: str, value: Any, skeleton: MetaModel) -> bool:
-    """Whether a module's setting is a list of the whole model, kept under the config's name (GPT-Neo)."""
+    """Whether a module's setting is a list of the whole model under the config's name (GPT-Neo)."""
     return isinstance(value, list | tuple) and bool(value == getattr(skeleton.config, key, None))
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module's own attributes say, tensors by their shapes."""
+    """Plain attributes of a module, and the shapes of its tensors."""
     plain = {
         key: value
         for key, value in vars(module).items()
@@ -332,6 +313,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def _place_error(kind: str, block: int, place: int, difference: str) -> SurgeryError:
     return SurgeryError(
         f"{kind}: block {block} of the reference would not compute the same as block {place} of the target: "
-        f"{difference}. What it does follows from its place, and the config cannot express the selection",
-        allowed="a selection that leaves blocks in their places (first:n), or moves them by whole periods of the model",
+        f"{difference}. Its computation depends on its index, and the config cannot express the selection",
+        allowed="a selection that keeps every block at its index (first:n), or moves blocks by whole periods of the "
+        "model",
     )

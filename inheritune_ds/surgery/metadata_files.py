@@ -1,4 +1,4 @@
-"""What travels along with a target's tensors: config, generation config, tokenizer files, licence."""
+"""Write the files beside a target's tensors: config, generation config, tokenizer, license."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION = "generation_config.json"
-_LICENCE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
+_LICENSE_FILES = re.compile(r"(licen[cs]e|notice|use_policy)", re.IGNORECASE)
 
 
 def write_configs(folder: Path, skeleton: MetaModel, reference: ReferenceModel | None) -> None:
@@ -32,7 +32,7 @@ def write_configs(folder: Path, skeleton: MetaModel, reference: ReferenceModel |
     if reference is not None and (reference.folder / GENERATION).is_file():
         if not isinstance(read_json(reference.folder / GENERATION), dict):
             raise SurgeryError(
-                f"{reference.folder / GENERATION} is not a JSON object", action="bring the file again, or remove it"
+                f"{reference.folder / GENERATION} is not a JSON object", action="download the file again, or remove it"
             )
         shutil.copyfile(reference.folder / GENERATION, folder / GENERATION)
     else:
@@ -45,15 +45,15 @@ def write_configs(folder: Path, skeleton: MetaModel, reference: ReferenceModel |
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of a model folder as they are."""
+    """Copy the tokenizer files of a model folder unchanged."""
     for path in matching_files(source, TOKENIZER_PATTERNS):
         shutil.copyfile(path, folder / path.name)
 
 
-def copy_licence(source: Path, folder: Path) -> str:
-    """Copy the reference's licence files; return the licence that its card names, or nothing."""
+def copy_license(source: Path, folder: Path) -> str:
+    """Copy the reference's license files; return the license that its card names, or ""."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and _LICENCE_FILES.match(path.name):
+        if path.is_file() and _LICENSE_FILES.match(path.name):
             shutil.copyfile(path, folder / path.name)
     try:
         card = (source / "README.md").read_text(encoding="utf-8", errors="replace")
@@ -68,10 +68,10 @@ def copy_licence(source: Path, folder: Path) -> str:
     return ", ".join(str(name) for name in names if name)
 
 
-def is_own_tokenizer(tokenizer: "PreTrainedTokenizerBase", reference: ReferenceModel | None) -> bool:
-    """Whether a tokenizer has the entries of the one that lies beside a model; true if there is none to compare."""
+def is_own_tokenizer(tokenizer: "PreTrainedTokenizerBase", reference: ReferenceModel) -> bool:
+    """Whether a tokenizer has the entries of the reference's; true if the reference has none."""
     try:
-        own = own_tokenizer(reference.folder) if reference is not None else None
+        own = own_tokenizer(reference.folder)
     except CorpusError:
-        return False  # it cannot be read: the corpus has another for that reason
+        return False  # unreadable, so the corpus was tokenized with another
     return own is None or own.get_vocab() == tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""The reference model: where it lies, what it is, and its weights."""
+"""Locate the reference model and identify its weights and settings."""
 
 import json
 import re
@@ -24,45 +24,46 @@ TOKENIZER_PATTERNS = (
     "chat_template*",
 )
 SETTINGS_PATTERNS = ("config.json", "generation_config.json", *TOKENIZER_PATTERNS)
-"""Beside the weights, what decides how a model computes and what its tokens mean."""
+"""Files beside the weights that determine the model's outputs."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A reference on disk.
-
-    Attributes:
-        name: As the recipe calls it.
-        folder: Hugging Face folder with config and weights.
-        commit: Full commit of a hub model; empty for a folder.
-        weights_sha256: sha256 by file name of the weight files.
-        settings_sha256: The same of its config, generation config and tokenizer.
-    """
+    """A reference on disk: a Hugging Face folder with config and weights."""
 
     name: str
+    """As in the recipe."""
     folder: Path
     commit: str
+    """Full commit of a hub model; empty for a folder."""
     weights_sha256: dict[str, str]
+    """By file name."""
     settings_sha256: dict[str, str] = field(default_factory=dict)
+    """Of config, generation config and tokenizer, by file name."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run folder records of the reference; the place of the folder does not count."""
+        """Its entry in the run folder, without the path of the folder."""
         return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+    @property
+    def weights_identity(self) -> dict[str, Any]:
+        """Its entry as the previous target of a growing one."""
+        return {"name": self.name, "weights_sha256": self.weights_sha256}
 
 
 def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> ReferenceModel:
-    """Bring the reference onto this machine.
+    """Find the reference on this machine or download it.
 
     Args:
         reference: From the recipe.
-        recipe_export: Gives the exported folder of a `recipe:NAME` reference.
+        recipe_export: Returns the exported folder of a `recipe:NAME` reference.
 
     Raises:
         HubError: If the hub cannot be reached or does not have it.
         RecipeError: If a local folder is missing or holds no model.
-        SurgeryError: If a weight file is not the one that its own records describe.
+        SurgeryError: If a weight file does not match its recorded hash.
     """
     commit = ""
     if reference.recipe_name is not None:
@@ -79,18 +80,12 @@ def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> Refere
 
 
 def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of a folder that match one of several patterns, each once, sorted."""
+    """Files of a folder that match any pattern, sorted."""
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def _check_known_hashes(folder: Path, weights: dict[str, str]) -> None:
-    """Compare the files' hashes with those that are known of them, if any.
-
-    The hub's cache names the blob of a large file by its sha256, and an export of this program has a manifest.
-
-    Raises:
-        SurgeryError: Naming the file that differs.
-    """
+    """Compare the files' hashes with recorded ones: blob names in the hub's cache, or the manifest of an export."""
     manifest = read_json(folder / "manifest.json")
     listed = manifest.get("files") if isinstance(manifest, dict) else None
     for name, found in weights.items():
@@ -99,16 +94,12 @@ def _check_known_hashes(folder: Path, weights: dict[str, str]) -> None:
         if _SHA256.fullmatch(str(known)) and known != found:
             raise SurgeryError(
                 f"{folder / name} is damaged: its sha256 is {found}, it was {known}",
-                action="delete the file and bring it again",
+                action="delete the file and download it again",
             )
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Read `config.json` of a local model.
-
-    Raises:
-        RecipeError: If there is none, or it is not JSON.
-    """
+    """Read `config.json` of a local model, or raise a RecipeError."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError:
@@ -127,7 +118,7 @@ def _download(reference: Reference) -> tuple[Path, str]:
     repository = hub.resolve(reference.model, reference.revision, "model")
     folder = hub.snapshot(repository, [*FILE_PATTERNS, *SAFE_PATTERNS])
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
-        folder = hub.snapshot(repository, [*FILE_PATTERNS, *PICKLE_PATTERNS])  # only if there is nothing better
+        folder = hub.snapshot(repository, [*FILE_PATTERNS, *PICKLE_PATTERNS])  # only without safetensors
     if reference.shape is not None:
         check_shape(reference.shape, read_config(folder, reference.model), reference.model)
     return folder, repository.commit
@@ -152,10 +143,10 @@ def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
 
 
 def read_shape(config: dict[str, Any], name: str) -> Shape | None:
-    """The shape that a config describes; None for a family without one.
+    """Shape in a config; None for a family that `Shape` does not cover.
 
     Raises:
-        SurgeryError: If it lacks a size, or has one that no model can have.
+        SurgeryError: If a size is missing or invalid.
     """
     try:
         return shape_from_config(config)

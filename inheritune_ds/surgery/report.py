@@ -1,4 +1,4 @@
-"""The inheritance report, the lineage and the model card of a target."""
+"""Lineage, model card and summary of a target, from its inheritance report."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lineage(report: Mapping[str, Any]) -> str:
-    """One sentence on where a target comes from and which of its tensors are fresh."""
+    """Describe in one sentence the origin of a target and its fresh tensors."""
     reference, tensors = report["reference"], report["tensors"]
     if not reference:
         return "random values; nothing was inherited."
@@ -21,7 +21,7 @@ def lineage(report: Mapping[str, Any]) -> str:
 
 
 def blocks_of(report: Mapping[str, Any]) -> str:
-    """Which blocks a target has, and from where."""
+    """Describe the blocks of a target and their sources."""
     kept = report.get("previous_blocks", 0)
     if not kept:
         return f"blocks {report['selection']}"
@@ -31,23 +31,20 @@ def blocks_of(report: Mapping[str, Any]) -> str:
     )
 
 
-def target_card(report: Mapping[str, Any], licence: str, command: str) -> str:
-    """Text of a target's model card: lineage, selection, what is fresh, licence, how to make it again.
+def target_card(report: Mapping[str, Any], license_name: str, command: str) -> str:
+    """Text of a target's model card.
 
     Args:
         report: The inheritance report.
-        licence: What the reference's card says; empty if nothing.
-        command: That builds this target.
+        license_name: From the reference's card; empty if it has none.
+        command: Rebuilds this target.
     """
-    front = [f"license: {licence}"] if licence and "," not in licence else []
+    front = [f"license: {license_name}"] if license_name and "," not in license_name else []
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags: [inheritune]"]
     front_matter = "\n".join(front)
     inherited = report["inherit"] if isinstance(report["inherit"], str) else ", ".join(report["inherit"])
     state = "grown from an earlier target and not trained since" if report["previous"] else "not trained yet"
-    terms = licence or "its card names none"
-    holds = (
-        f"the reference's ({terms}); its terms hold for this model, too" if report["reference"] else "see the corpus"
-    )
+    terms = f"the reference's ({license_name or 'its card names none'}); its terms apply to this model, too"
     return f"""---
 {front_matter}
 ---
@@ -59,9 +56,9 @@ Made by inheritune_ds; **{state}**. `inheritance.json` lists every tensor with i
 - Lineage: {lineage(report)}
 - Selection: `{report["select"]}`; inherited: {inherited}; width: {report["width"]}
 - Parameters: {report["parameters"]:,}, of them {report["block_parameters"]:,} in {report["blocks"]} blocks
-- Licence: {holds}
+- License: {terms if report["reference"] else "see the corpus"}
 
-Make it again:
+Rebuild it:
 
 ```
 {command}
@@ -70,17 +67,17 @@ Make it again:
 
 
 def target_summary(report: Mapping[str, Any], folder: Path) -> str:
-    """The lines that tell a user what was built."""
+    """Summarize a target for the console."""
     tensors = report["tensors"]
     fresh = sum(not tensor["inherited"] for tensor in tensors)
-    left_out = ", ".join(report["left_out"][:3]) + (", ..." if len(report["left_out"]) > 3 else "")
+    skipped = ", ".join(report["left_out"][:3]) + (", ..." if len(report["left_out"]) > 3 else "")
     source = " of the reference" if report["selection"] else ""
     rows = {
         "blocks": f"{report['blocks']}: {blocks_of(report)}{source}",
         "parameters": f"{report['parameters']:,}, {report['block_parameters']:,} of them in blocks",
         "inherited": f"{len(tensors) - fresh} of {len(tensors)} tensors, {report['inherited_parameters']:,} parameters",
         "hidden state": report["proof"]["hidden_state"] or report["proof"]["hidden_state_reason"],
-        **({"left out": f"{left_out}: no place in the model, or second copies"} if left_out else {}),
+        **({"skipped": f"{skipped}: no place in the model, or second copies"} if skipped else {}),
         "target": str(folder),
         "report": str(folder / "inheritance.json"),
     }

@@ -1,8 +1,7 @@
-"""Which tensor of the target comes from which tensor of a source: the whole surgery as a list, before a byte is moved.
+"""Map every tensor of the target to a tensor of a source, before any byte is written.
 
-It works on the tensors as the files name and store them. A kept block's tensors get the number of their new place;
-everything else keeps its name. The target's files are therefore read by transformers in the same way as the
-reference's, whatever it renames or fuses when it loads them.
+Names and formats are those of the files. A kept block's tensors get their new block number; all other names stay.
+transformers therefore renames and fuses the target's tensors on loading exactly as it does the reference's.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,38 +24,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorCopy:
-    """One tensor of the target's files.
-
-    Attributes:
-        name: In the target's files.
-        module_name: In the target's model.
-        block: Its block in the target; None outside the blocks.
-        part: One of `parts.PARTS`; empty for what belongs to none.
-        source: Where it comes from; None for a fresh tensor.
-        source_name: In the source's files.
-        source_block: Its block in the source.
-    """
+    """One tensor of the target's files."""
 
     name: str
+    """In the target's files."""
     module_name: str
+    """In the target's model."""
     block: int | None
+    """In the target; None outside the blocks."""
     part: str
+    """One of `config.inheritance.PARTS`; empty if none."""
     source: "SourceModel | None" = None
+    """None for a fresh tensor."""
     source_name: str = ""
+    """In the source's files."""
     source_block: int | None = None
 
 
 class SourceModel:
-    """A model that tensors are taken from, checked to be whole: its config describes its weights.
+    """A model to copy tensors from, checked to be complete and to match its config.
 
     Args:
-        role: How messages and the report call it: `reference` or `previous`.
+        role: Its name in messages and the report: `reference` or `previous`.
         folder: Hugging Face model folder.
-        config: Its config.
+        config: Of the model.
 
     Raises:
         RecipeError: If it has no weights.
-        SurgeryError: If weights are missing or damaged or contradict the config, or it is no model that can be cut.
+        SurgeryError: If weights are missing or damaged or contradict the config, or the model cannot be cut.
     """
 
     def __init__(self, role: str, folder: Path, config: "PreTrainedConfig") -> None:
@@ -79,7 +74,7 @@ class SourceModel:
         odd = {str(self.files.meta(name).dtype) for name in self.files} - {str(dtype) for dtype in DTYPES}
         if odd:
             raise SurgeryError(
-                f"the {self.role}'s weights are quantised: {self.folder} holds tensors of {', '.join(sorted(odd))}",
+                f"the {self.role}'s weights are quantized: {self.folder} holds tensors of {', '.join(sorted(odd))}",
                 allowed=f"tensors of {', '.join(sorted(DTYPES.values()))}",
             )
 
@@ -93,7 +88,7 @@ class SourceModel:
             raise contradiction([f"{name} belongs to no block of the config" for name in stray])
 
     def _check_numbers(self) -> None:
-        """Refuse whole numbers in place of weights, and two tensors that are each the whole of the same parameter."""
+        """Refuse integers as weights, and two full tensors for the same parameter."""
         known = self.skeleton.model.state_dict()
         metas = {name: self.files.meta(name) for name in self.module_of}
         whole: dict[str, str] = {}
@@ -101,7 +96,7 @@ class SourceModel:
         for name, module in self.module_of.items():
             if known[module].is_floating_point() and not metas[name].is_floating_point():
                 kind = str(metas[name].dtype).removeprefix("torch.")
-                problems.append(f"{name} holds numbers of type {kind}, the model's are of floating point")
+                problems.append(f"{name} holds numbers of type {kind}, the model's are floating point")
             if metas[name].shape == known[module].shape:
                 if module in whole:
                     problems.append(f"{whole[module]} and {name} are both {module} of the model")
@@ -122,15 +117,15 @@ class SourceModel:
         skeleton.load({name: self.files.meta(name) for name in self.module_of})
 
     def _settle_ties(self) -> None:
-        """Leave out second copies of tied tensors, which pickle files hold; they must be copies.
+        """Skip second copies of tied tensors, which pickle files hold; check that they are equal.
 
-        A file may hold the copy alone, as `safetensors.torch.save_model` writes it: that is the tensor then.
+        A file may hold only the copy (`safetensors.torch.save_model`): it is then used under the first one's name.
         """
         for name, module in list(self.module_of.items()):
             twin = self.skeleton.tied.get(module)
-            first = next((file for file, its in self.module_of.items() if its == twin), None)
             if twin is None:
                 continue
+            first = next((file for file, its in self.module_of.items() if its == twin), None)
             if first is None:
                 self.module_of[name] = self._renamed[name] = twin
                 continue
@@ -140,7 +135,7 @@ class SourceModel:
             self.leftovers.append(name)
 
     def loaded_as(self, name: str) -> str:
-        """The name under which a tensor of the files is loaded and written: its own, but for a tied copy alone."""
+        """Name under which a tensor of the files is loaded and written."""
         return self._renamed.get(name, name)
 
     @cached_property
@@ -153,33 +148,30 @@ class SourceModel:
 
     @cached_property
     def _number_at(self) -> dict[str, int]:
-        """At which dotted component of its name a block's tensor carries the block's number."""
+        """Position of the block's number among the dotted components of each block tensor's name."""
         blocks, found, known = self.skeleton.blocks, {}, set()
-        for block, names in self.by_block.items():
+        for block, name in ((block, name) for block, names in self.by_block.items() for name in names):
             if block is None:
                 continue
-            for name in names:
-                words = name.split(".")
-                for at, word in enumerate(words):
-                    if word != str(block):
+            words = name.split(".")
+            for at in (at for at, word in enumerate(words) if word == str(block)):
+                prefix = ".".join(words[:at])
+                if prefix not in known:
+                    other = (block + 1) % blocks.depth
+                    moved = ".".join([*words[:at], str(other), *words[at + 1 :]])
+                    if blocks.index_of(self.skeleton.module_names([moved])[moved]) != other:
                         continue
-                    head = (".".join(words[:at]), at)
-                    if head not in known:
-                        other = (block + 1) % blocks.depth
-                        moved = ".".join([*words[:at], str(other), *words[at + 1 :]])
-                        if blocks.index_of(self.skeleton.module_names([moved])[moved]) != other:
-                            continue
-                        known.add(head)
-                    found[name] = at
-                    break
+                    known.add(prefix)
+                found[name] = at
+                break
         return found
 
     def moved(self, name: str, place: int) -> str:
-        """The name of a block's tensor when its block stands in another place."""
+        """Name of a block's tensor with another block number."""
         words = name.split(".")
         if name not in self._number_at:
             raise SurgeryError(
-                f"a {self.config.model_type} model cannot be cut: {name} does not say its block by a number",
+                f"a {self.config.model_type} model cannot be cut: the name {name} has no block number",
                 allowed="a model whose files name a block's tensors by the block's number",
             )
         words[self._number_at[name]] = str(place)
@@ -187,7 +179,7 @@ class SourceModel:
 
 
 def _dtype(config: "PreTrainedConfig", files: WeightFiles) -> torch.dtype:
-    """The type that transformers loads a model in: what the config says, else that of the first tensor."""
+    """The dtype in which transformers loads a model: the config's, else that of the first floating-point tensor."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     found = (files.meta(name).dtype for name in sorted(files))
@@ -196,28 +188,24 @@ def _dtype(config: "PreTrainedConfig", files: WeightFiles) -> torch.dtype:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """All tensors of a target.
-
-    Attributes:
-        grafts: One for each tensor of its files; fresh ones have no source.
-        steps: For every block of the target, its source and its number there.
-        outer: The source of everything outside the blocks; None if nothing is inherited.
-    """
+    """All tensors of a target."""
 
     grafts: list[TensorCopy]
+    """One for each tensor of its files."""
     steps: list[tuple[SourceModel, int]]
+    """For each block of the target, its source and its number there."""
     outer: SourceModel | None
+    """Source of everything outside the blocks; None if nothing is inherited."""
 
     @property
-    def sources(self) -> list["SourceModel"]:
-        """Every source once."""
-        return list(
-            {source.role: source for source in [self.outer, *(source for source, _ in self.steps)] if source}.values()
-        )
+    def sources(self) -> list[SourceModel]:
+        """Each source once."""
+        found = [self.outer, *(source for source, _ in self.steps)]
+        return list({source.role: source for source in found if source}.values())
 
     @property
-    def left_out(self) -> list[str]:
-        """Tensors of the sources' files that no model has a place for."""
+    def leftovers(self) -> list[str]:
+        """Tensors of the sources' files without a place in their models."""
         return sorted({name for source in self.sources for name in source.leftovers})
 
 
@@ -227,14 +215,14 @@ def plan_copies(
     """List every tensor of the target with its source.
 
     Args:
-        target: The target's skeleton.
-        steps: Source and block number of each of the target's blocks.
-        outer: Source of embeddings, final norm and head; None if nothing is inherited.
-        parts: What is inherited (`parts.PARTS`).
+        target: On the meta device.
+        steps: As in `TensorMap`.
+        outer: As in `TensorMap`.
+        parts: Inherited parts, of `config.inheritance.PARTS`.
 
     Raises:
-        SurgeryError: If the target has no tensor of a part that is asked for, no place for a tensor of a source, or
-            a tensor of no known part, unless everything is inherited.
+        SurgeryError: If the target has no tensor of a requested part, no place for a tensor of a source, or (unless
+            everything is inherited) a tensor of no known part.
     """
     _check_parts(target, parts)
     origins: dict[str, _Origin] = {}
@@ -254,11 +242,11 @@ def plan_copies(
 
 
 _Origin = tuple[SourceModel, str, int | None]
-"""Source of a tensor, its name in the source's files, and its block in the target."""
+"""Source, name in the source's files, block in the target."""
 
 
 def _inherited(target: MetaModel, origins: Mapping[str, _Origin], parts: Collection[str]) -> list[TensorCopy]:
-    """The tensors of `origins`, by their names in the target's files, that belong to one of the parts."""
+    """Copies of those tensors of `origins` (by name in the target's files) that belong to one of the parts."""
     everything = set(parts) == set(PARTS)
     grafts: list[TensorCopy] = []
     for name, module in target.module_names(origins).items():
@@ -273,7 +261,7 @@ def _inherited(target: MetaModel, origins: Mapping[str, _Origin], parts: Collect
         if not part and not everything:
             raise SurgeryError(
                 f"{module} of a {target.config.model_type} model belongs to none of the parts that can be inherited "
-                "by themselves",
+                "separately",
                 allowed="inherit: all",
             )
         if everything or _is_inherited(target, module, part, parts):
@@ -283,7 +271,7 @@ def _inherited(target: MetaModel, origins: Mapping[str, _Origin], parts: Collect
 
 
 def _check_parts(target: MetaModel, parts: Collection[str]) -> None:
-    """Refuse to inherit what the model does not have: the target would be another than the one asked for."""
+    """Refuse to inherit parts that the model does not have."""
     has = {part_of(target.model, target.blocks, name) for name in target.shapes}
     lacking = [choice for choice in needed_parts(parts) if not has & {*choice}]
     if lacking:
@@ -296,7 +284,7 @@ def _check_parts(target: MetaModel, parts: Collection[str]) -> None:
 
 
 def _is_inherited(target: MetaModel, module: str, part: str, parts: Collection[str]) -> bool:
-    """A tensor that the head is tied to (or that is tied to the embeddings) comes with either of the two."""
+    """Whether a tensor's part is inherited; a tensor shared by embeddings and head comes with either."""
     tied = module in target.tied or module in target.tied.values()
     return part in parts or (
         tied and part in ("token_embeddings", "head") and bool({"token_embeddings", "head"} & {*parts})

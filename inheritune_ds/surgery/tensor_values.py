@@ -1,4 +1,4 @@
-"""The values of a target's tensors: mapped from a source's file, converted where two sources differ, or fresh."""
+"""The values of a target's tensors: mapped from a source's file, converted, or fresh."""
 
 import copy
 
@@ -12,25 +12,25 @@ from inheritune_ds.surgery.weight_files import Span
 
 
 class TargetValues:
-    """Gives the values of the target's tensors: mapped from a source, converted where needed, or fresh."""
+    """Reads, converts or initializes the tensors of a target."""
 
     def __init__(self, skeleton: MetaModel, plan: TensorMap, *, half: bool, seed: int) -> None:
-        self._skeleton, self._half, self._seed = skeleton, half, seed
+        self.skeleton, self.plan, self._half, self._seed = skeleton, plan, half, seed
         self._fresh: dict[str, torch.Tensor] = {}
-        self.sizes = {graft.name: _bytes(self.meta(graft)) for graft in plan.grafts}
+        self.sizes = {graft.name: self.meta(graft).nbytes for graft in plan.grafts}
 
     def meta(self, graft: TensorCopy) -> torch.Tensor:
-        """Type and shape of a tensor of the target."""
+        """A tensor of the target on the meta device."""
         if graft.source is None:
-            shape, dtype = self._skeleton.shapes[graft.module_name], self._skeleton.dtype
+            shape, dtype = self.skeleton.shapes[graft.module_name], self.skeleton.dtype
         else:
             found = graft.source.files.meta(graft.source_name)
-            shape = self._skeleton.shapes[graft.module_name] if self._half else tuple(found.shape)
+            shape = self.skeleton.shapes[graft.module_name] if self._half else tuple(found.shape)
             dtype = self._dtype(graft.source, found)
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def span(self, graft: TensorCopy) -> Span | None:
-        """Where a source's file holds exactly the bytes of a tensor of the target; None if they must be made."""
+        """Bytes in a source's file that equal a tensor of the target; None if it is converted or fresh."""
         if graft.source is None or self._half:
             return None
         found = graft.source.files.meta(graft.source_name)
@@ -42,32 +42,27 @@ class TargetValues:
             return self._fresh_tensors()[graft.module_name]
         tensor = graft.source.files.tensor(graft.source_name)
         if self._half:
-            tensor = leading_half(tensor, self._skeleton.shapes[graft.module_name], graft.module_name)
+            tensor = leading_half(tensor, self.skeleton.shapes[graft.module_name], graft.module_name)
         return tensor.to(self._dtype(graft.source, tensor))
 
     def _dtype(self, source: SourceModel, tensor: torch.Tensor) -> torch.dtype:
-        """A source's own type; where two sources have different ones, that which holds both exactly."""
-        if tensor.is_floating_point() and source.dtype != self._skeleton.dtype:
-            return torch.promote_types(tensor.dtype, self._skeleton.dtype)
+        """The source's dtype; if two sources differ, the dtype that holds both exactly."""
+        if tensor.is_floating_point() and source.dtype != self.skeleton.dtype:
+            return torch.promote_types(tensor.dtype, self.skeleton.dtype)
         return tensor.dtype
 
     def _fresh_tensors(self) -> dict[str, torch.Tensor]:
-        """A whole model as its architecture initialises it: the same values whatever part of it is used."""
+        """Initialize a whole model, so that values do not depend on which parts are used."""
         if not self._fresh:
             from transformers import AutoModelForCausalLM
 
             torch.manual_seed(self._seed)
             with quiet_transformers():
-                model = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(self._skeleton.config), dtype=self._skeleton.dtype
-                )
+                config = copy.deepcopy(self.skeleton.config)
+                model = AutoModelForCausalLM.from_config(config, dtype=self.skeleton.dtype)
             self._fresh = dict(model.state_dict())
         return self._fresh
 
     def drop_fresh(self) -> None:
-        """Give the memory of fresh tensors back."""
+        """Free the memory of fresh tensors."""
         self._fresh = {}
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

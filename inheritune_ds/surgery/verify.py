@@ -1,10 +1,9 @@
-"""The proof of a surgery: the written target computes what the reference computes with its other blocks bypassed.
+"""Verify that the written target computes the same as the reference with its other blocks bypassed.
 
-The target is loaded as any user would load it. The reference is never whole in memory: its skeleton holds the
-embeddings and one block at a time, read from the source files anew, so nothing of the written target is used.
-Every block runs inside the reference's own forward pass, at its own place there, on the hidden state that the kept
-block before it gave; whatever the model does around its blocks (masks, positions, windows by place) is the
-reference's own doing.
+The target is loaded with `from_pretrained`. The reference is never whole in memory: a meta model holds the embeddings
+and one block at a time, read from the source files again, so nothing of the written target is used. Each block runs
+inside the reference's own forward pass, at its own index, on the output of the kept block before it. Masks, positions
+and windows are therefore the reference's own.
 """
 
 import hashlib
@@ -33,11 +32,10 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 
 def prove(folder: Path, plan: TensorMap, skeleton: MetaModel, *, half: bool) -> dict[str, Any]:
-    """Prove the written target; the figures for the report.
+    """Verify the written target; return the `proof` entry of the report.
 
     Raises:
-        SurgeryError: If it does not load, has another number of parameters than the budget's arithmetic, or gives
-            another hidden state than the reference.
+        SurgeryError: If the target does not load, or its parameter count or hidden state differs from the expected.
     """
     tokens = probe_tokens(skeleton.config)
     start, hidden, rest = target_hidden_states(folder, skeleton, tokens)
@@ -53,15 +51,14 @@ def prove(folder: Path, plan: TensorMap, skeleton: MetaModel, *, half: bool) -> 
     if not bool(torch.isfinite(expected).all()):
         raise SurgeryError(
             "the kept blocks of the reference give a hidden state that is not finite",
-            action="bring the weights again: these are damaged, or their training had diverged",
+            action="copy or download the weights again: they are damaged, or their training diverged",
         )
     if not torch.equal(hidden, expected):
         difference = float((hidden.double() - expected.double()).abs().max())
         raise SurgeryError(
             f"the target does not compute what the kept blocks of the reference compute: their hidden states differ by "
-            f"up to {difference:.3g}; what a block of this family computes depends on its place, or on more than the "
-            "hidden state",
-            allowed="a selection that leaves blocks in their places: first:n",
+            f"up to {difference:.3g}; a block of this family depends on its index, or on more than the hidden state",
+            allowed="a selection that keeps every block at its index: first:n",
             action="report this with the model's config.json: nothing was published",
         )
     return {
@@ -75,21 +72,21 @@ def prove(folder: Path, plan: TensorMap, skeleton: MetaModel, *, half: bool) -> 
 
 
 def _check_budget(skeleton: MetaModel) -> int | None:
-    """The budget's count of the target's parameters, which must be the model's; None for a family it does not know."""
+    """Compare the plan's parameter count with the model's; None for a family without one."""
     shape = read_shape(skeleton.config.to_dict(), "the target's config")
     if shape is None:
         return None
     expected, found = model_size.parameters(shape).total, count_parameters(skeleton)["parameters"]
     if expected != found:
         raise SurgeryError(
-            f"the target has {found:,} parameters, the budget's arithmetic says {expected:,}",
+            f"the target has {found:,} parameters, the plan's arithmetic gives {expected:,}",
             action="report this with the model's config.json: nothing was published",
         )
     return expected
 
 
 def probe_tokens(config: "PreTrainedConfig") -> torch.Tensor:
-    """Token ids spread over the vocabulary: shape (1, T), the same for every model with that vocabulary."""
+    """Token ids of shape (1, T), spread over the vocabulary; they depend on its size alone."""
     longest = getattr(config, "max_position_embeddings", None)
     count = min(PROBE_TOKENS, longest) if isinstance(longest, int) and longest > 0 else PROBE_TOKENS
     return torch.tensor([[int(config.vocab_size * ((n + 1) * _GOLDEN_RATIO % 1.0)) for n in range(count)]])
@@ -97,19 +94,17 @@ def probe_tokens(config: "PreTrainedConfig") -> torch.Tensor:
 
 @torch.no_grad()
 def target_hidden_states(
-    folder: Path,
-    skeleton: MetaModel,
-    tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
+    folder: Path, skeleton: MetaModel, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Load the target, run it, and note what goes into its first block and comes out of its last one.
+    """Load the target, run it, and record the input of its first block and the output of its last one.
 
     Args:
         folder: The written target.
-        skeleton: Of it: what it computes in, and where its blocks are.
-        tokens_BT: Token ids of shape (B, T).
+        skeleton: Its meta model.
+        tokens: Ids of shape (B, T).
 
     Returns:
-        The two hidden states, of shape (B, T, width), and what a block returns beside its hidden state.
+        The two hidden states, of shape (B, T, width), and the other outputs of a block (None: a tensor alone).
 
     Raises:
         SurgeryError: If the target does not load without missing or unexpected tensors.
@@ -131,7 +126,7 @@ def target_hidden_states(
     last = model.get_submodule(f"{blocks.path}.{blocks.depth - 1}")
     first.register_forward_pre_hook(note_input, with_kwargs=True)
     last.register_forward_hook(note_output)
-    _forward(model, tokens_BT)
+    _forward(model, tokens)
     rest = tuple(seen["output"][1:]) if isinstance(seen["output"], tuple | list) else None
     return seen["input"], seen["hidden"], rest
 
@@ -139,24 +134,22 @@ def target_hidden_states(
 @torch.no_grad()
 def reference_hidden_state(
     steps: Sequence[tuple[SourceModel, int]],
-    tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
+    tokens: torch.Tensor,
     *,
     dtype: torch.dtype,
     given: torch.Tensor | None,
     rest: tuple[Any, ...] | None,
 ) -> torch.Tensor:
-    """The hidden state after the kept blocks of the sources, one block in memory at a time.
+    """Compute the hidden state after the kept blocks of the sources, of shape (B, T, width).
+
+    One block is in memory at a time.
 
     Args:
         steps: Source and block number, in the target's order.
-        tokens_BT: Token ids of shape (B, T).
-        dtype: What the target computes in.
-        given: Hidden state to start from where the target's embeddings are not the sources'; None to start from the
-            embeddings of the first block's source, which are the target's.
-        rest: What a block of this family returns beside its hidden state; None if it returns a tensor alone.
-
-    Returns:
-        The hidden state of shape (B, T, width).
+        tokens: Ids of shape (B, T).
+        dtype: Of the computation.
+        given: Hidden state to start from; None to start from the embeddings of the first block's source.
+        rest: Other outputs of a block; None if it returns a tensor alone.
     """
     hidden = given
     runners: dict[str, _Runner] = {}
@@ -164,18 +157,18 @@ def reference_hidden_state(
         for source, block in steps:
             if source.role not in runners:
                 runners[source.role] = _Runner(source, dtype, rest)
-            hidden = runners[source.role].run(block, hidden, tokens_BT)
+            hidden = runners[source.role].run(block, hidden, tokens)
             meter.advance(1)
     assert hidden is not None  # a selection has at least one block
     return hidden
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy where torch's allocator puts it: a product may round otherwise on a mapped file, which begins anywhere."""
+    """Copy to an aligned address; matrix products may round differently on a mapped file, which is unaligned."""
     return tensor.clone()
 
 
-class _Stop(Exception):  # noqa: N818 - no error: it ends a forward pass that has given what was wanted
+class _Stop(Exception):  # noqa: N818 - no error: it ends a forward pass early
     """Carries the hidden state out of a forward pass."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
@@ -192,7 +185,7 @@ class _Runner:
             source.skeleton if source.skeleton.dtype == dtype else MetaModel(source.config, dtype)
         )
         blocks = skeleton.blocks
-        # The head is not filled: every pass ends before it.
+        # The head stays empty: every pass ends before it.
         head = skeleton.model.get_output_embeddings()
         embeddings = skeleton.model.get_input_embeddings()
         in_head = {
@@ -212,13 +205,8 @@ class _Runner:
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden if self._rest is None else (hidden, *self._rest)
 
-    def run(
-        self,
-        index: int,
-        hidden: torch.Tensor | None,
-        tokens_BT: torch.Tensor,  # noqa: N803 - shape suffix
-    ) -> torch.Tensor:
-        """Run one block on a hidden state, or on the embeddings' (None); return what it gives."""
+    def run(self, index: int, hidden: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+        """Run one block on a hidden state (None: the embeddings'); return its output."""
         skeleton = self._skeleton
         block = skeleton.block(index)
         names = self._source.by_block.get(index, [])
@@ -235,25 +223,25 @@ class _Runner:
 
         block.forward = compute_and_stop
         try:
-            _forward(skeleton.model, tokens_BT)
+            _forward(skeleton.model, tokens)
         except _Stop as stop:
             return stop.hidden
         finally:
             block.forward = self._bypass
-            skeleton.empty_block(index)
+            block.to("meta")
         raise SurgeryError(
             f"a {self._source.config.model_type} model cannot be proven: its forward pass does not call its blocks"
         )
 
 
-def _forward(model: "PreTrainedModel", tokens_BT: torch.Tensor) -> None:  # noqa: N803 - shape suffix
+def _forward(model: "PreTrainedModel", tokens: torch.Tensor) -> None:
     try:
-        model(input_ids=tokens_BT, use_cache=False)
+        model(input_ids=tokens, use_cache=False)
     except _Stop:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a model's own code raises
+    except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
         raise SurgeryError(
-            f"a {model.config.model_type} model cannot be proven: its forward pass on {tokens_BT.shape[1]} token ids "
+            f"a {model.config.model_type} model cannot be proven: its forward pass on {tokens.shape[1]} token ids "
             f"fails: {first_line(error)}",
             allowed="a causal language model that takes input_ids alone",
         ) from None
@@ -265,7 +253,7 @@ def _hidden(output: Any) -> torch.Tensor:
 
 
 def count_parameters(skeleton: MetaModel) -> dict[str, int]:
-    """Parameters in all and in blocks; a tied head counts once."""
+    """Count parameters in total and in blocks; a tied head counts once."""
     named = list(skeleton.model.named_parameters())
     inside = [parameter.numel() for name, parameter in named if skeleton.blocks.index_of(name) is not None]
     return {"parameters": sum(parameter.numel() for _, parameter in named), "block_parameters": sum(inside)}

@@ -1,4 +1,4 @@
-"""The weight files of a model folder: tensors by name, mapped into memory and read only where they are used."""
+"""The weight files of a model folder: tensors by name, mapped into memory."""
 
 import json
 import pickle
@@ -20,15 +20,15 @@ PICKLE_PATTERNS = (PICKLE, PICKLE_INDEX, "pytorch_model-*.bin")
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """List the weight files of a model folder, as transformers chooses them: safetensors first, one file first.
+    """List the weight files of a model folder in transformers' order: safetensors first, a single file first.
 
     Args:
-        folder: The folder.
-        name: How the user called the model.
+        folder: Of the model.
+        name: Of the model in the recipe.
 
     Raises:
         RecipeError: If there are none.
-        SurgeryError: If the index names a file that is not there, or is no index.
+        SurgeryError: If the index is invalid or names a missing file.
     """
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / single).is_file():
@@ -53,12 +53,12 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls them. A tensor of another type is quantised, and such a model is refused."""
+"""Names of dtypes in safetensors. A model with other dtypes is quantized, and is refused."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes of one tensor in a file: `size` bytes from `offset` on."""
+    """The bytes of one tensor in a file."""
 
     path: Path
     offset: int
@@ -66,29 +66,22 @@ class Span:
 
 
 class WeightFiles:
-    """The tensors of a model folder.
-
-    Nothing is read but the files' headers; a tensor's pages come from the disk when they are used, and go when the
-    memory is needed elsewhere.
+    """The tensors of a model folder. Only headers are read at first; tensors are mapped.
 
     Args:
         folder: A Hugging Face model folder.
-        name: How the user called the model.
+        name: Of the model in the recipe.
 
     Raises:
         RecipeError: If there are no weights.
-        SurgeryError: If a file is missing, cut short, damaged, or does not hold what its index says.
-
-    Attributes:
-        is_pickle: Whether the weights are pickle files.
-        file_of: Name of the file that holds a tensor, by the tensor's name.
+        SurgeryError: If a file is missing, truncated, damaged, or differs from its index.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         paths = weight_files(folder, name)
         self.is_pickle = paths[0].suffix == ".bin"
-        self.file_of: dict[str, str] = {}
+        self.file_of: dict[str, str] = {}  # file name by tensor name
         self._open: dict[str, Any] = {}
         self._headers: dict[Path, dict[str, Entry]] = {}
         for path in paths:
@@ -97,7 +90,7 @@ class WeightFiles:
                 if tensor in self.file_of:
                     raise SurgeryError(
                         f"{folder}: tensor {tensor} is in both {self.file_of[tensor]} and {path.name}",
-                        action="bring the weight files from one place again",
+                        action="copy or download all weight files again, from one place",
                     )
                 self.file_of[tensor] = path.name
         index = folder / (PICKLE_INDEX if self.is_pickle else INDEX)
@@ -114,7 +107,7 @@ class WeightFiles:
             raise SurgeryError(
                 f"{index} {what} ({len(absent) + len(unlisted)} tensors differ)",
                 allowed="an index that names every tensor of its shards",
-                action="bring the index and the shards from one place again",
+                action="copy or download the index and the shards again, from one place",
             )
 
     def __iter__(self) -> Iterator[str]:
@@ -124,7 +117,7 @@ class WeightFiles:
         return len(self.file_of)
 
     def span(self, name: str) -> Span | None:
-        """Where the bytes of a tensor lie; None in a pickle file."""
+        """The bytes of a tensor; None in a pickle file."""
         if self.is_pickle:
             return None
         path = self.folder / self.file_of[name]
@@ -134,7 +127,7 @@ class WeightFiles:
         return Span(path, entry.start, entry.nbytes)
 
     def meta(self, name: str) -> torch.Tensor:
-        """A tensor's type and shape, as a tensor on the meta device."""
+        """A tensor on the meta device."""
         return self.tensor(name).to("meta")
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -146,7 +139,7 @@ class WeightFiles:
         handle = self._open[self.file_of[name]]
         try:
             tensor: torch.Tensor = handle[name] if self.is_pickle else handle.get_tensor(name)
-        except Exception as error:  # noqa: BLE001 - the reader's own error class, or whatever a damaged file causes
+        except Exception as error:  # noqa: BLE001 - a damaged file causes errors of many kinds
             raise _unreadable(self.folder / self.file_of[name], error) from None
         return tensor
 
@@ -155,10 +148,10 @@ def _read_index(folder: Path, index: str) -> dict[str, str]:
     path = folder / index
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        usable = isinstance(listed, dict) and listed and all(isinstance(file, str) for file in listed.values())
+        valid = isinstance(listed, dict) and listed and all(isinstance(file, str) for file in listed.values())
     except (OSError, ValueError, KeyError, TypeError):
-        usable = False
-    if not usable:
+        valid = False
+    if not valid:
         raise SurgeryError(f"{path} is no index of weight files", allowed='{"weight_map": {"tensor": "file", ...}}')
     for file in sorted(set(listed.values())):
         if file != Path(file).name:
@@ -185,13 +178,13 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         raise SurgeryError(
-            f"{path} holds more than tensors: pickle that would run code is not loaded",
+            f"{path} holds more than tensors; pickles that run code are not loaded",
             allowed="a file that torch.load(weights_only=True) reads, or safetensors",
         ) from None
     except RuntimeError as error:
         if "mmap can only be used" in str(error):
             raise SurgeryError(
-                f"{path} is in the format of torch before 1.6, which cannot be read part by part",
+                f"{path} is in the format of torch before 1.6, which cannot be memory-mapped",
                 action=f'convert it once: python -c "import torch; p = {str(path)!r}; '
                 'torch.save(torch.load(p, weights_only=True), p)"',
             ) from None
@@ -209,5 +202,5 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
 def _unreadable(path: Path, error: Exception) -> SurgeryError:
     return SurgeryError(
         f"{path} is damaged or cut short: {first_line(error)}",
-        action="bring the file again and compare its sha256 with the source's",
+        action="copy or download the file again, and compare its sha256 with the source's",
     )

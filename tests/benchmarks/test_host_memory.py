@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.launching import ROOT, environment
 
 from benchmarks.host_memory import peak_growth
+from tests.launching import ROOT, environment
 
 
 def test_growth_is_that_of_anonymous_memory_at_its_peak() -> None:

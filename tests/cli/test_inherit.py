@@ -108,7 +108,7 @@ def test_tensors_without_a_place_are_shown(reference: Path, tmp_path: Path, caps
     tiny.edit_weights(reference, lambda tensors: tensors.update(more))
     assert inherit(reference, tmp_path / "target") == 0
     shown = capsys.readouterr().out
-    assert "  left out      v_head.0, v_head.1, v_head.2, ...: no place in the model, or second copies\n" in shown
+    assert "  skipped       v_head.0, v_head.1, v_head.2, ...: no place in the model, or second copies\n" in shown
 
 
 def untouched(_: Path) -> None:
@@ -210,7 +210,7 @@ HARMS: list[tuple[str, Harm, int, str]] = [
     ("truncated", truncate, 9, "model.safetensors is damaged or cut short"),
     ("header's length", flip(9), 9, "model.safetensors is damaged or cut short"),
     ("header's brace", flip(8 * 8 + 1), 9, "model.safetensors is damaged or cut short"),
-    ("not a number", not_a_number, 9, "model.layers.1.mlp.up_proj.weight of the reference holds a number that is not"),
+    ("not a number", not_a_number, 9, "model.layers.1.mlp.up_proj.weight of the reference holds a non-finite number"),
     ("too deep", config(num_hidden_layers=5), 9, "model.layers.4.input_layernorm.weight is not in the files"),
     ("too flat", config(num_hidden_layers=3), 9, "model.layers.3.input_layernorm.weight belongs to no block"),
     ("too wide", config(hidden_size=32), 9, "has shape [40, 16], the config asks for [40, 32]"),
@@ -221,9 +221,9 @@ HARMS: list[tuple[str, Harm, int, str]] = [
     ("unknown family", config(model_type="nobody"), 9, "config.json cannot be loaded"),
     ("unknown function", config(hidden_act="nobody"), 9, "no causal language model can be built"),
     ("a text for a number", config(num_attention_heads="two"), 9, "config.json cannot be loaded"),
-    ("quantised", config(quantization_config={"quant_method": "gptq"}), 9, "its weights are quantised"),
+    ("quantized", config(quantization_config={"quant_method": "gptq"}), 9, "its weights are quantized"),
     ("encoder-decoder", encoder_decoder, 9, "a t5 model cannot be cut: it is of an encoder-decoder family"),
-    ("pickle with code", pickled, 9, "pickle that would run code is not loaded"),
+    ("pickle with code", pickled, 9, "pickles that run code are not loaded"),
     ("no weights", remove(WEIGHTS), 3, "holds no weights"),
     ("no config", remove("config.json"), 3, "config.json is missing"),
     ("broken config", text("config.json", "{"), 3, "config.json is not JSON"),

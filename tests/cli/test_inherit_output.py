@@ -116,7 +116,7 @@ def test_files_that_appear_while_the_target_is_built_are_left_alone(
 
     while_proving(monkeypatch, appear)
     assert inherit(reference, output) == 8
-    assert f"{output} was free when this began, now it holds something else" in capsys.readouterr().err
+    assert f"{output} was created by another process in the meantime" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
     assert {path.name for path in tmp_path.iterdir()} == {"models", "target"}
 

@@ -17,9 +17,9 @@ from inheritune_ds.tracking.metrics import curve, read_metrics
 
 STEPS, BATCH_TOKENS = 100, 4096
 TEXT: dict[str, Any] = {"seq_len": 128, "tokens_sha256": "a" * 64}
-"""Which windows all evaluations here are of."""
+"""Windows of all evaluations of this file."""
 NOISE = (0.3, -0.2, 0.1, -0.4, 0.2, 0.0)
-"""Losses differ much between windows and little between models: what the paired difference takes out."""
+"""Of the windows: large, and the same for all models, so the paired difference removes it."""
 
 
 def losses(level: float, *, tilt: float = 0.01) -> list[float]:
@@ -37,7 +37,7 @@ def write_json(path: Path, document: object) -> None:
 
 
 def make_run(folder: Path, start: float, end: float, *, tilt: float = 0.01, reference: float | None = None) -> Path:
-    """Write what a finished run leaves."""
+    """Write the files of a finished run."""
     summary = {
         "name": folder.name, "recipe_fingerprint": "f" * 64, "parameters": 1_234_567, "blocks": 4,
         "block_parameters": 1_000_000, "steps": STEPS, "tokens_seen": STEPS * BATCH_TOKENS, "unique_tokens": 300_000,
@@ -80,11 +80,8 @@ def columns(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_read_metrics_gives_nothing_before_the_first_row(tmp_path: Path) -> None:
+def test_read_metrics_ignores_an_incomplete_last_line(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-
-
-def test_read_metrics_passes_over_an_incomplete_last_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/tokens": 8, "train/loss": 2.5}\n{"step": 2, "tr')
     assert read_metrics(tmp_path) == [{"step": 1, "train/tokens": 8, "train/loss": 2.5}]
 
@@ -96,7 +93,7 @@ def test_read_metrics_names_a_damaged_line(tmp_path: Path, line: str) -> None:
         read_metrics(tmp_path)
 
 
-def test_run_result_gathers_a_finished_run(tmp_path: Path) -> None:
+def test_run_result_reads_a_finished_run(tmp_path: Path) -> None:
     result = run_result(make_run(tmp_path / "run", 5.0, 4.0, reference=3.9))
     assert result.summary.parameters == 1_234_567
     assert result.initial is not None
@@ -106,7 +103,7 @@ def test_run_result_gathers_a_finished_run(tmp_path: Path) -> None:
     assert result.reference.model == "models/big"
 
 
-def test_a_curve_is_a_metric_over_tokens(tmp_path: Path) -> None:
+def test_curve_is_a_metric_over_tokens(tmp_path: Path) -> None:
     rows = read_metrics(make_run(tmp_path / "run", 5.0, 4.0))
     validation = curve(rows, "val/loss", "val/stderr")
     assert validation.tokens == (0, 50 * BATCH_TOKENS, 100 * BATCH_TOKENS)
@@ -116,25 +113,25 @@ def test_a_curve_is_a_metric_over_tokens(tmp_path: Path) -> None:
     assert curve(rows, "train/lr").values == pytest.approx((5e-4, 0.0))
 
 
-@pytest.mark.parametrize("name", ["run.json", f"eval/validation-step-{STEPS:08d}.json"])
-def test_run_result_says_that_a_run_has_not_finished(tmp_path: Path, name: str) -> None:
-    make_run(tmp_path, 5.0, 4.0)
-    (tmp_path / name).unlink()
-    with pytest.raises(RunFolderError, match=rf"{name} cannot be read: no such file or directory\n.*finished run\n"):
-        run_result(tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("content", "problem"), [("{", "run.json is damaged: Invalid JSON"), ("{}", "run.json is damaged: name: Field req")]
+    ("name", "content", "problem"),
+    [
+        ("run.json", None, r"cannot be read: no such file or directory\n.*finished run\n.*to resume it"),
+        (f"eval/validation-step-{STEPS:08d}.json", None, "cannot be read: no such file or directory"),
+        ("run.json", "{", r"is damaged: Invalid JSON(.|\n)*do: restore an intact copy"),
+        ("run.json", "{}", "is damaged: name: Field req"),
+    ],
 )
-def test_run_result_says_what_is_damaged(tmp_path: Path, content: str, problem: str) -> None:
-    make_run(tmp_path, 5.0, 4.0)
-    (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunFolderError, match=problem):
+def test_run_result_names_a_missing_or_damaged_file(
+    name: str, content: str | None, problem: str, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path, 5.0, 4.0) / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(RunFolderError, match=f"{name} {problem}"):
         run_result(tmp_path)
 
 
-def test_a_report_needs_a_validation_among_the_metrics(tmp_path: Path) -> None:
+def test_reports_need_a_validation_among_the_metrics(tmp_path: Path) -> None:
     rows = study(tmp_path)
     (tmp_path / "small" / "metrics.jsonl").write_text("")
     with pytest.raises(RunFolderError, match=r"metrics.jsonl holds no validation\n.*val/loss and val/stderr"):
@@ -143,7 +140,7 @@ def test_a_report_needs_a_validation_among_the_metrics(tmp_path: Path) -> None:
         write_study_report(tmp_path, "Three runs", rows)
 
 
-def test_paired_difference_is_that_of_the_windows() -> None:
+def test_paired_difference_is_computed_from_the_windows() -> None:
     a, b = losses(4.0), losses(4.5, tilt=0.05)
     per_window = [x - y for x, y in zip(a, b, strict=True)]
     error = statistics.stdev(per_window) / math.sqrt(len(per_window))
@@ -165,7 +162,7 @@ def test_paired_difference_is_that_of_the_windows() -> None:
         ([2.0, 3.0, 3.75], "below by 11.0 standard errors"),
     ],
 )
-def test_paired_difference_says_it_in_words(b: list[float], words: str) -> None:
+def test_paired_difference_describes_itself_in_words(b: list[float], words: str) -> None:
     one, other = Evaluation(**evaluation([1.0, 2.0, 3.0])), Evaluation(**evaluation(b))
     assert paired_difference("a", one, "b", other).words == words
 
@@ -182,34 +179,25 @@ def test_paired_difference_needs_three_standard_errors() -> None:
     assert words(-3.02 * error) == "below by 3.0 standard errors"
 
 
-def test_paired_difference_refuses_other_windows() -> None:
-    one, other = Evaluation(**evaluation([1.0, 2.0])), Evaluation(**evaluation([1.0, 2.0, 3.0]))
-    with pytest.raises(
-        RunFolderError, match=r"a was validated on 2 windows and b on 3 windows: they cannot be compared\n.*same"
-    ):
-        paired_difference("a", one, "b", other)
-
-
 @pytest.mark.parametrize(
-    ("text", "problem"),
+    ("windows", "text", "problem"),
     [
-        ({"tokens_sha256": "b" * 64}, "a was validated on the text aaaaaaaaaaaa and b on the text bbbbbbbbbbbb: they"),
-        ({"seq_len": 64}, "a was validated on windows of 128 tokens and b on windows of 64 tokens: they cannot"),
+        ([1.0, 2.0, 3.0], {}, "2 windows and b on 3 windows: they cannot be compared"),
+        ([1.0, 2.0], {"tokens_sha256": "b" * 64}, "the text aaaaaaaaaaaa and b on the text bbbbbbbbbbbb: they"),
+        ([1.0, 2.0], {"seq_len": 64}, "windows of 128 tokens and b on windows of 64 tokens: they cannot"),
     ],
 )
-def test_paired_difference_refuses_as_many_windows_of_another_text(text: dict[str, Any], problem: str) -> None:
-    one, other = Evaluation(**evaluation([1.0, 2.0])), Evaluation(**evaluation([1.0, 2.0], **text))
-    with pytest.raises(
-        RunFolderError, match=rf"^{problem}.*\n  allowed: .*corpus.max_tokens.*\n  do: make these equal"
-    ):
+def test_paired_difference_refuses_other_windows(windows: list[float], text: dict[str, Any], problem: str) -> None:
+    one, other = Evaluation(**evaluation([1.0, 2.0])), Evaluation(**evaluation(windows, **text))
+    message = rf"^a was validated on {problem}.*\n  allowed: .*corpus.max_tokens.*\n  do: make these equal"
+    with pytest.raises(RunFolderError, match=message):
         paired_difference("a", one, "b", other)
 
 
 def test_paired_difference_refuses_a_single_window() -> None:
     single = Evaluation(loss=1.0, stderr=0.0, windows=(1.0,), **TEXT)
-    with pytest.raises(
-        RunFolderError, match=r"1 windows, which has no standard error\n.*two windows or more\n.*max_tok"
-    ):
+    message = r"1 windows, which has no standard error\n.*two windows or more\n.*max_tok"
+    with pytest.raises(RunFolderError, match=message):
         paired_difference("a", single, "b", single)
 
 
@@ -241,7 +229,7 @@ def test_run_report_needs_neither_a_reference_nor_a_first_validation(tmp_path: P
     assert json.loads(report.with_suffix(".json").read_text())["reference"] is None
 
 
-def test_run_report_says_when_the_folder_cannot_be_written(tmp_path: Path) -> None:
+def test_run_report_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 5.0, 4.0)
     (folder / "report").write_text("in the way")
     with pytest.raises(StorageError, match="report cannot be written"):
@@ -271,7 +259,7 @@ def test_study_report_compares_the_target_with_every_other_run(tmp_path: Path) -
     assert png_size(report.with_name("curves.png")) == (1140, 660)
 
 
-def test_study_report_takes_a_reference_that_is_no_run_from_the_target(tmp_path: Path) -> None:
+def test_study_report_reads_an_outside_reference_from_the_target(tmp_path: Path) -> None:
     target = StudyRow("small", "target", run_result(make_run(tmp_path / "small", 5.0, 4.0, reference=3.9)))
     baseline = StudyRow("random", "baseline", run_result(make_run(tmp_path / "random", 8.1, 4.5)))
     report = write_study_report(tmp_path / "study", "Two runs", [target, baseline])
@@ -284,7 +272,7 @@ def test_study_report_takes_a_reference_that_is_no_run_from_the_target(tmp_path:
     assert [item["to"] for item in document["differences"]] == ["random", "models/big"]
 
 
-def test_study_report_can_stand_without_any_reference(tmp_path: Path) -> None:
+def test_study_report_needs_no_reference(tmp_path: Path) -> None:
     target = StudyRow("small", "target", run_result(make_run(tmp_path / "small", 5.0, 4.0)))
     report = write_study_report(tmp_path / "study", "One run", [target])
     assert "paired difference" not in report.read_text()
@@ -318,11 +306,8 @@ def test_study_tables_line_up_as_plain_text(tmp_path: Path) -> None:
         assert len({tuple(i for i, char in enumerate(line) if char == "|") for line in lines}) == 1
 
 
-def test_spread_leaves_places_alone_that_are_apart() -> None:
+def test_spread_moves_only_close_heights_apart() -> None:
     assert spread([30.0, 0.0, 14.0], 14.0) == [30.0, 0.0, 14.0]
-
-
-def test_spread_moves_close_places_apart_around_their_middle() -> None:
     assert spread([10.0, 10.0, 10.0], 6.0) == [4.0, 10.0, 16.0]
     assert spread([5.0, 0.0, 4.0, 100.0], 6.0) == pytest.approx([9.0, -3.0, 3.0, 100.0])
 

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from inheritune_ds.errors import RunFolderError, StorageError
-from inheritune_ds.storage.folders import damaged_files, describe_files, exclusive, has_files, staged, tidy
+from inheritune_ds.storage.folders import damaged_files, describe_files, exclusive, staged, tidy
 
 
 def complete(folder: Path) -> bool:
     return (folder / "done").is_file()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_staged_publishes_a_filled_folder(tmp_path: Path) -> None:
@@ -23,7 +27,7 @@ def test_staged_publishes_a_filled_folder(tmp_path: Path) -> None:
         (staging / "sub" / "file").write_text("x")
         assert not final.exists()
     assert (final / "sub" / "file").read_text() == "x"
-    assert [path.name for path in final.parent.iterdir()] == ["final"]
+    assert names(final.parent) == ["final"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -48,10 +52,10 @@ def test_staged_leaves_nothing_visible_after_a_kill(tmp_path: Path) -> None:
     with staged(tmp_path / "final", complete) as staging:
         assert not left.exists()
         (staging / "done").touch()
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert names(tmp_path) == ["final"]
 
 
-def test_staged_keeps_what_living_processes_and_other_machines_are_writing(tmp_path: Path) -> None:
+def test_staged_keeps_folders_of_running_processes_and_other_machines(tmp_path: Path) -> None:
     host = socket.gethostname()
     mine = tmp_path / f".final.{host}.{os.getpid()}.tmp"
     living = tmp_path / f".other.{host}.{os.getppid()}.tmp"
@@ -70,22 +74,31 @@ def test_staged_accepts_the_result_of_a_faster_process(tmp_path: Path) -> None:
         (staging / "mine").touch()
         final.mkdir()
         (final / "done").touch()
-    assert [path.name for path in final.iterdir()] == ["done"]
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert names(final) == ["done"]
+    assert names(tmp_path) == ["final"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_staged_replaces_what_is_not_usable(tmp_path: Path, kind: str) -> None:
-    final = tmp_path / "final"
+def appear(final: Path, kind: str) -> None:
+    """Create what another process may leave in place of a folder."""
     if kind == "folder":
         final.mkdir()
-        (final / "half").touch()
+        (final / "theirs").touch()
+    elif kind == "file":
+        final.write_text("theirs")
     else:
-        final.touch()
+        (final.parent / "elsewhere").mkdir()
+        final.symlink_to(final.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_staged_replaces_an_unusable_folder(tmp_path: Path, kind: str) -> None:
+    final = tmp_path / "final"
+    appear(final, kind)
     with staged(final, complete) as staging:
         (staging / "done").touch()
-    assert [path.name for path in final.iterdir()] == ["done"]
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert names(final) == ["done"]
+    assert names(tmp_path) == (["elsewhere", "final"] if kind == "link" else ["final"])
+    assert kind != "link" or list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_staged_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -95,7 +108,7 @@ def test_staged_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         pytest.fail("there is no folder to fill")
 
 
-def test_staged_says_that_publishing_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staged_reports_a_failed_publication(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -106,19 +119,19 @@ def test_staged_says_that_publishing_failed(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_staged_keeps_the_older_folder_after_an_error_and_replaces_it_at_the_end(tmp_path: Path) -> None:
+def test_staged_keeps_the_older_folder_until_the_end(tmp_path: Path) -> None:
     final = tmp_path / "final"
     with staged(final) as staging:
         (staging / "old").touch()
     with pytest.raises(RuntimeError), staged(final) as staging:  # noqa: PT012
         (staging / "half").touch()
         raise RuntimeError
-    assert [path.name for path in final.iterdir()] == ["old"]
+    assert names(final) == ["old"]
     with staged(final) as staging:
         (staging / "new").touch()
-        assert [path.name for path in final.iterdir()] == ["old"]
-    assert [path.name for path in final.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+        assert names(final) == ["old"]
+    assert names(final) == ["new"]
+    assert names(tmp_path) == ["final"]
 
 
 def test_staged_syncs_everything_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,54 +154,23 @@ def test_staged_syncs_everything_before_the_rename(tmp_path: Path, monkeypatch: 
     assert synced[-1] == tmp_path.stat().st_ino
 
 
-def test_described_files_are_missed_by_presence_and_size(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "file").write_bytes(b"abc")
-    described = describe_files(tmp_path)
-    assert described == {"sub/file": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
-    assert has_files(tmp_path, described)
-    (tmp_path / "sub" / "file").write_bytes(b"ab")
-    assert not has_files(tmp_path, described)
-    (tmp_path / "sub" / "file").unlink()
-    assert not has_files(tmp_path, described)
-
-
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_staged_leaves_alone_what_appears_meanwhile_and_must_not_be_replaced(tmp_path: Path, kind: str) -> None:
+def test_staged_does_not_replace_a_protected_folder(tmp_path: Path, kind: str) -> None:
     final = tmp_path / "final"
-
-    def appear() -> None:
-        if kind == "folder":
-            final.mkdir()
-            (final / "theirs").touch()
-        elif kind == "file":
-            final.write_text("theirs")
-        else:
-            final.symlink_to(tmp_path / "elsewhere")
-
-    message = r"(?s)final was free when this began.*do: name a new folder"
+    message = r"(?s)final was created by another process in the meantime.*do: choose a new folder"
     with pytest.raises(RunFolderError, match=message), staged(final, complete, replaceable=lambda _: False):
-        appear()
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+        appear(final, kind)
+    assert names(tmp_path) == (["elsewhere", "final"] if kind == "link" else ["final"])
     assert kind != "folder" or (final / "theirs").is_file()
     assert kind != "file" or final.read_text() == "theirs"
     assert kind != "link" or final.is_symlink()
 
 
-def test_staged_fills_an_empty_folder_that_appears_meanwhile(tmp_path: Path) -> None:
+def test_staged_replaces_an_empty_folder(tmp_path: Path) -> None:
     with staged(tmp_path / "final", complete, replaceable=lambda _: False) as staging:
         (staging / "done").touch()
         (tmp_path / "final").mkdir()
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["done"]
-
-
-def test_staged_replaces_a_link_and_leaves_nothing_of_it(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "final").symlink_to(tmp_path / "elsewhere")
-    with staged(tmp_path / "final") as staging:
-        (staging / "done").touch()
-    assert {path.name for path in tmp_path.iterdir()} == {"final", "elsewhere"}
-    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_staged_removes_replaced_folders_and_links_of_ended_processes(tmp_path: Path) -> None:
@@ -199,10 +181,10 @@ def test_staged_removes_replaced_folders_and_links_of_ended_processes(tmp_path: 
     (tmp_path / f"{stem}.tmp").symlink_to(tmp_path)
     with staged(tmp_path / "final") as staging:
         (staging / "done").touch()
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert names(tmp_path) == ["final"]
 
 
-def test_staged_brings_the_older_folder_back_when_the_newer_cannot_take_its_place(
+def test_staged_restores_the_older_folder_after_a_failed_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     final, rename = tmp_path / "final", Path.rename
@@ -217,57 +199,57 @@ def test_staged_brings_the_older_folder_back_when_the_newer_cannot_take_its_plac
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(StorageError, match="Input/output error"), staged(final) as staging:
         (staging / "new").touch()
-    assert [path.name for path in final.iterdir()] == ["old"]
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert names(final) == ["old"]
+    assert names(tmp_path) == ["final"]
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"abc")
-    described = describe_files(tmp_path)
+    path = tmp_path / "sub" / "file"
+    path.parent.mkdir()
+    path.write_bytes(b"abc")
+    (tmp_path / "other").touch()
+    described = describe_files(tmp_path, ignored=["other"])
+    assert described == {"sub/file": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
     assert damaged_files(tmp_path, described, hashes=True) == []
-    (tmp_path / "file").write_bytes(b"abd")
+    path.write_bytes(b"abd")
     assert damaged_files(tmp_path, described) == []
-    assert damaged_files(tmp_path, described, hashes=True) == ["file"]
+    assert damaged_files(tmp_path, described, hashes=True) == ["sub/file"]
+    path.write_bytes(b"ab")
+    assert damaged_files(tmp_path, described) == ["sub/file"]
+    path.unlink()
+    assert damaged_files(tmp_path, described) == ["sub/file"]
     assert damaged_files(tmp_path, {"file": 3}) == ["file"]
     assert damaged_files(tmp_path, None) == ["the list of files"]
 
 
-def test_exclusive_keeps_what_was_filled_in_and_leaves_nothing_else(
-    tmp_path: Path, logged: Callable[[], list[str]]
-) -> None:
+def test_exclusive_keeps_only_the_filled_files(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
     with exclusive(tmp_path / "empty"):
         assert (tmp_path / "empty").is_dir()
     with pytest.raises(RuntimeError), exclusive(tmp_path / "half"):  # noqa: PT012
         (tmp_path / "half" / "file").touch()
         raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+    assert names(tmp_path) == ["half"]
     with exclusive(tmp_path / "half"):
         assert (tmp_path / "half" / "file").exists()
     assert logged() == []
 
 
-def test_tidy_removes_what_a_killed_process_has_left_beside_the_published_folder(tmp_path: Path) -> None:
+def test_tidy_removes_leftovers_of_a_killed_process(tmp_path: Path) -> None:
     broken = tmp_path / f".final.{socket.gethostname()}.{2**22 + 1}.broken.tmp"
     broken.mkdir()
     (tmp_path / "partial.lock").touch()
     (tmp_path / "partial").mkdir()
     (tmp_path / "final").mkdir()
     tidy(tmp_path / "partial")
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert names(tmp_path) == ["final"]
     tidy(tmp_path / "partial")
     tidy(tmp_path / "none" / "partial")
 
 
-def test_tidy_leaves_a_lock_that_is_held_and_a_folder_with_something_in_it(tmp_path: Path) -> None:
+def test_tidy_keeps_a_held_lock_and_a_filled_folder(tmp_path: Path) -> None:
     with exclusive(tmp_path / "partial"):
         tidy(tmp_path / "partial")
         assert {path.name for path in tmp_path.iterdir()} == {"partial", "partial.lock"}
         (tmp_path / "partial" / "file").touch()
     tidy(tmp_path / "partial")
-    assert [path.name for path in tmp_path.iterdir()] == ["partial"]
-
-
-def test_files_that_are_left_out_are_not_described(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).touch()
-    assert list(describe_files(tmp_path, left_out=["two"])) == ["one"]
+    assert names(tmp_path) == ["partial"]

@@ -1,4 +1,4 @@
-"""Names of the hub: what the real clients make of a stand-in on the loopback interface, and of no network at all."""
+"""Names of the hub: the real clients against a fake hub on the loopback interface, and without a network."""
 
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_resolve_takes_branches_tags_and_commits(hub_server: HubServer, client: HubClient) -> None:
+def test_resolve_accepts_branches_tags_and_commits(hub_server: HubServer, client: HubClient) -> None:
     first = hub_server.publish("models", "org/refs", SMALL, "main", "v1")
     second = hub_server.publish("models", "org/refs", SMALL | {"more.json": b"{}"}, "main")
     assert client.ask("resolve", name="org/refs") == [second, ""]
@@ -30,14 +30,14 @@ def test_resolve_takes_branches_tags_and_commits(hub_server: HubServer, client: 
     assert client.ask("resolve", name="org/refs", revision=first) == [first, ""]
 
 
-def test_resolve_takes_a_full_commit_without_network(cache: Path) -> None:
+def test_resolve_accepts_a_full_commit_offline(cache: Path) -> None:
     found = hub.resolve("some/thing", COMMIT, "model")
     assert found.commit == COMMIT
     assert found.offline
 
 
 @pytest.mark.parametrize(("kind", "way_out"), [("dataset", "under corpus.sources"), ("model", "give its path")])
-def test_resolve_says_at_once_what_to_do_without_network(cache: Path, kind: hub.RepoType, way_out: str) -> None:
+def test_resolve_fails_fast_without_a_network(cache: Path, kind: hub.RepoType, way_out: str) -> None:
     """The hub's real client, kept from the network by pytest-socket."""
     started_s = time.monotonic()
     with pytest.raises(HubError) as caught:
@@ -50,7 +50,7 @@ def test_resolve_says_at_once_what_to_do_without_network(cache: Path, kind: hub.
     assert way_out in message
 
 
-def test_a_hub_that_does_not_answer_is_left_after_three_seconds(hub_server: HubServer, client: HubClient) -> None:
+def test_resolve_times_out_after_three_seconds(hub_server: HubServer, client: HubClient) -> None:
     hub_server.publish("models", "org/slow", SMALL)
     started_s = time.monotonic()
     with hub_server.fault("/api/models/org/slow", delay_s=6):
@@ -60,7 +60,7 @@ def test_a_hub_that_does_not_answer_is_left_after_three_seconds(hub_server: HubS
     assert answer["message"].startswith("model 'org/slow': the hub cannot be reached (")
 
 
-def test_resolve_says_that_the_user_went_offline(offline_client: HubClient) -> None:
+def test_resolve_reports_the_offline_variable(offline_client: HubClient) -> None:
     answer = offline_client.ask("resolve", name="some/thing")
     assert answer["exit_code"] == 7
     assert "HF_HUB_OFFLINE is set, and the local cache does not hold it" in answer["message"]
@@ -85,14 +85,14 @@ def test_resolve_refuses_a_name_that_the_hub_cannot_have() -> None:
         hub.resolve("no such folder", "main", "model")
 
 
-def test_resolve_asks_a_busy_hub_again(hub_server: HubServer, client: HubClient) -> None:
+def test_resolve_retries_a_busy_hub(hub_server: HubServer, client: HubClient) -> None:
     commit = hub_server.publish("models", "org/busy", SMALL)
     with hub_server.fault("/api/models/org/busy/", status=503, times=1) as fault:
         assert client.ask("resolve", name="org/busy") == [commit, ""]
     assert fault.hits == 1
 
 
-def test_a_hub_that_stays_busy_is_told_or_the_cache_is_taken(hub_server: HubServer, client: HubClient) -> None:
+def test_a_busy_hub_is_reported_or_the_cache_is_used(hub_server: HubServer, client: HubClient) -> None:
     commit = hub_server.publish("models", "org/busier", SMALL)
     with hub_server.fault("/api/models/org/busier/", status=503) as fault:
         answer = client.ask("resolve", name="org/busier")
@@ -106,9 +106,7 @@ def test_a_hub_that_stays_busy_is_told_or_the_cache_is_taken(hub_server: HubServ
         assert client.ask("snapshot", name="org/busier", patterns=["*.json"], revision=commit) == files
 
 
-def test_snapshot_brings_what_was_asked_for_once(
-    hub_server: HubServer, client: HubClient, offline_client: HubClient
-) -> None:
+def test_snapshot_downloads_files_once(hub_server: HubServer, client: HubClient, offline_client: HubClient) -> None:
     hub_server.publish("models", "org/files", SMALL)
     small = {name: SMALL[name].decode() for name in ("config.json", "tokenizer.json")}
     assert client.ask("snapshot", name="org/files", patterns=["*.json"]) == small
@@ -120,11 +118,11 @@ def test_snapshot_brings_what_was_asked_for_once(
     assert missing["message"] == (
         "model 'org/files': HF_HUB_OFFLINE is set, and the local cache does not hold it\n"
         "  do: connect this machine once, or point HF_HOME to a cache filled on another machine, "
-        "or copy the folder here and give its path in place of the name"
+        "or copy the folder here and give its path instead of the name"
     )
 
 
-def test_snapshot_goes_on_where_a_connection_broke(hub_server: HubServer, client: HubClient) -> None:
+def test_snapshot_resumes_a_broken_download(hub_server: HubServer, client: HubClient) -> None:
     """The client keeps what came in pieces of 10 MiB."""
     content = b"0123456789abcdef" * (11 * 2**16)
     hub_server.publish("models", "org/broken", {"model.safetensors": content})
@@ -135,18 +133,18 @@ def test_snapshot_goes_on_where_a_connection_broke(hub_server: HubServer, client
     assert [request.range for request in hub_server.asked("GET /lfs/")][-2:] == ["", f"bytes={10 * 2**20}-"]
 
 
-def test_a_download_that_never_comes_is_told_without_its_signature(hub_server: HubServer, client: HubClient) -> None:
+def test_a_failed_download_is_reported_without_its_signature(hub_server: HubServer, client: HubClient) -> None:
     commit = hub_server.publish("models", "org/never", {"model.safetensors": b"never seen" * 9000})
     with hub_server.fault("GET /lfs/", status=500):
         answer = client.ask("snapshot", name="org/never", patterns=["*"])
     assert answer["exit_code"] == 7
     assert answer["message"].startswith(
-        f"model 'org/never' at {commit}: the hub's answers break off (HTTP 500 Internal Server Error)\n  do: run the "
+        f"model 'org/never' at {commit}: the hub's answers break off (HTTP 500 Internal Server Error)\n  do: rerun "
     )
     assert SIGNATURE not in answer["message"]
 
 
-def test_a_tokenizer_of_the_hub_is_there_without_network_the_second_time(
+def test_a_tokenizer_of_the_hub_is_cached(
     hub_server: HubServer, client: HubClient, offline_client: HubClient, tmp_path: Path
 ) -> None:
     from tests.surgery import tiny
@@ -163,7 +161,7 @@ def test_a_tokenizer_of_the_hub_is_there_without_network_the_second_time(
         hub_server.start()
 
 
-def test_a_line_of_an_error_has_no_secrets() -> None:
+def test_first_line_has_no_secrets() -> None:
     error = RuntimeError(f"GET https://me:pass@cdn.example/lfs/x?Signature=abc&Key=1 with {TOKEN} failed\nmore")
     assert hub.first_line(error) == "GET https://...cdn.example/lfs/x?... with ... failed"
     assert hub.first_line(ConnectionError()) == "ConnectionError"

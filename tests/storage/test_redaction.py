@@ -1,4 +1,4 @@
-"""Secrets are refused in documents and masked in whatever is written or printed."""
+"""Secrets are refused in documents, and masked in written files and printed text."""
 
 import io
 import json
@@ -57,28 +57,17 @@ def test_secret_is_masked_in_every_form(written: Callable[[str], str], monkeypat
         assert "quo" not in redact(written(secret))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "HUGGING_FACE_HUB_TOKEN",
-        "WANDB_API_KEY",
-        "AWS_SECRET_ACCESS_KEY",
-        "OUR_PASSWORD",
-        "CLIENT_SECRET",
-        "password",
-        "TOKEN",
-    ],
-)
-def test_variable_is_known_as_secret_by_its_name(name: str) -> None:
-    assert redact("it is 12345678", {name: "12345678"}) == "it is ***"
+SECRET_NAMES = ["WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OUR_PASSWORD", "CLIENT_SECRET", "password", "TOKEN"]
+OTHER_NAMES = ["WANDB_PROJECT", "TOKEN_FILE", "TOKENIZERS_PARALLELISM", "SECRETARY"]
 
 
-@pytest.mark.parametrize("name", ["WANDB_PROJECT", "TOKEN_FILE", "TOKENIZERS_PARALLELISM", "SECRETARY"])
-def test_other_variables_are_left_alone(name: str) -> None:
-    assert redact("it is 12345678", {name: "12345678"}) == "it is 12345678"
+@pytest.mark.parametrize("name", [*SECRET_NAMES, *OTHER_NAMES])
+def test_secret_variables_are_recognized_by_name(name: str) -> None:
+    expected = "it is ***" if name in SECRET_NAMES else "it is 12345678"
+    assert redact("it is 12345678", {name: "12345678"}) == expected
 
 
-def test_longer_secret_goes_first() -> None:
+def test_the_longer_secret_is_masked_first() -> None:
     assert redact("abcdefgh-tail", {"A_TOKEN": "abcdefgh", "B_TOKEN": "abcdefgh-tail"}) == "***"
 
 
@@ -118,8 +107,8 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
 
 
 ADVICE = """
-  allowed: what everybody may read: it is written into the run folder, the model card and the tracker
-  do: take it out; libraries find secrets in the environment (HF_TOKEN, WANDB_API_KEY, HTTPS_PROXY)"""
+  allowed: public text: it is written into the run folder, the model card and the tracker
+  do: remove it; libraries find secrets in the environment (HF_TOKEN, WANDB_API_KEY, HTTPS_PROXY)"""
 
 
 def test_recipe_with_a_secret_is_refused(recipe: Callable[..., str]) -> None:
@@ -128,7 +117,7 @@ def test_recipe_with_a_secret_is_refused(recipe: Callable[..., str]) -> None:
     assert message == f"{path}: description holds the secret of the environment variable HF_TOKEN{ADVICE}"
 
 
-def test_every_secret_of_a_recipe_is_told_with_its_key(recipe: Callable[..., str]) -> None:
+def test_every_secret_of_a_recipe_is_reported_with_its_key(recipe: Callable[..., str]) -> None:
     sources = [{"kind": "files", "paths": ["a.txt", "https://me:word@host/b.txt"]}]
     path = recipe(corpus={"sources": sources, TOKEN: 1})
     message = refused(lambda: load_recipe(path))
@@ -150,7 +139,7 @@ def test_deepspeed_config_with_a_secret_is_refused(tmp_path: Path) -> None:
     assert message == f"{where} holds the secret of the environment variable HTTPS_PROXY{ADVICE}"
 
 
-def test_command_line_repeats_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_messages_of_the_command_line_are_masked(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["plan", "--key", TOKEN])
     assert cli.main(["plan", "--recipe", f"https://me:word@host/{TOKEN}"]) == 3
@@ -160,7 +149,7 @@ def test_command_line_repeats_no_secret(capsys: pytest.CaptureFixture[str]) -> N
     assert "canary" not in printed.err + printed.out
 
 
-def test_stream_stays_what_it_was() -> None:
+def test_redacted_stream_masks_only_writes() -> None:
     inner = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     stream = RedactedStream(inner)
     assert stream.write(f"a {TOKEN}\n") == len(TOKEN) + 3
@@ -186,7 +175,7 @@ def test_output_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inner.getvalue() == "with ***\n"
 
 
-SPOKEN = f"""
+SCRIPT = f"""
 import faulthandler, sys, threading, warnings
 from inheritune_ds.storage.redaction import redact_output
 redact_output()
@@ -209,7 +198,7 @@ fail()
 
 
 def test_tracebacks_warnings_and_libraries_are_masked_in_a_process() -> None:
-    source = SPOKEN.replace(repr(TOKEN), "__import__('os').environ['HF_TOKEN'].strip()")  # tracebacks quote the source
+    source = SCRIPT.replace(repr(TOKEN), "__import__('os').environ['HF_TOKEN'].strip()")  # tracebacks quote the source
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "canary" not in done.stdout + done.stderr

@@ -1,16 +1,17 @@
 """Tiny configs of every family of causal language models that transformers builds, for the surgery tests.
 
-A config is the family's own one with every size shrunk (`SIZES`) and the family's exceptions on top
-(`EXCEPTIONS`). What differs from block to block is switched on and mixed irregularly, so that a cut which gives a
-block another block's behaviour changes the logits.
+A config is the family's own with every size shrunk (`SIZES`) and the family's exceptions on top (`EXCEPTIONS`).
+Settings that differ from block to block are mixed irregularly, so that a cut which gives a block another block's
+settings changes the logits.
 """
 
 from collections.abc import Callable
 from itertools import cycle, islice
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 PerBlock = Callable[[int], Any]
@@ -60,7 +61,7 @@ RELATIVE = {
     "d_rel": 4,
 }
 
-# Sizes by the names that the library's configs have for them; a config gets those that its class knows.
+# Sizes by their names in the library's configs; a config gets those that its class has.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), 97),
     **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), 97),
@@ -284,11 +285,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16],
         "num_buckets": 2,
-        "hash_seed": 1,  # the hashes are drawn anew in every pass without it
+        "hash_seed": 1,  # without it every pass draws new hashes
     },
     "rembert": {**DECODER, "input_embedding_size": 16, "output_embedding_size": 24},
     "roc_bert": {**DECODER, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
-    # with a rescaling, the first pass divides weights in place: what is saved after it is another model
+    # with a rescaling, the first pass divides weights in place, which changes the saved model
     "rwkv": {"attention_hidden_size": 32, "rescale_every": 0},
     "smollm3": {"use_sliding_window": True, "layer_types": SLIDING, "no_rope_layers": per_block(1, 1, 0)},
     "xlm": {"causal": True},
@@ -367,7 +368,7 @@ def tiny_config(model_type: str, num_blocks: int = BLOCKS) -> PreTrainedConfig:
 
     Args:
         model_type: One of `TINY` or `VARIANTS`.
-        num_blocks: How many blocks the causal language model has.
+        num_blocks: Blocks of the causal language model.
     """
     family = model_type.partition("+")[0]
     known = AutoConfig.for_model(family)
@@ -379,11 +380,18 @@ def tiny_config(model_type: str, num_blocks: int = BLOCKS) -> PreTrainedConfig:
     return type(known)(**{key: value(num_blocks) if callable(value) else value for key, value in values.items()})
 
 
-def own_memory(model: nn.Module) -> None:
-    """Copy every tensor out of the file that it was mapped from.
+def random_model(model_type: str, *, seed: int = 3, but: str = "never") -> PreTrainedModel:
+    """Make a tiny model in which every parameter is changed, except those whose names begin with `but`."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(but):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
 
-    A kernel of the CPU may round otherwise at another alignment, and a file aligns its tensors as they come: only
-    models in memory of their own give the same logits bit for bit.
-    """
+
+def own_memory(model: nn.Module) -> None:
+    """Copy every mapped tensor: CPU kernels may round differently at another alignment."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()

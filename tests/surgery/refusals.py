@@ -5,7 +5,7 @@ The words are part of the message that a user gets; docs/reference/surgery.md sh
 
 _ENCODER = "it is of an encoder-decoder family"
 _PER_BLOCK = "tensors outside the blocks have a part for each block"
-_INDEXER = "blocks take the choice of keys from an earlier block"
+_INDEXER = "blocks reuse the key selection of an earlier block"
 _SHARED_KEYS = "blocks share keys and values across layers"
 
 REFUSED: dict[str, str] = {
@@ -21,11 +21,11 @@ REFUSED: dict[str, str] = {
     "gemma4_text+kv_shared": _SHARED_KEYS,
     "gemma4_unified_text+kv_shared": _SHARED_KEYS,
     "glm_moe_dsa": _INDEXER,
-    "hrm_text": "cannot be told",
+    "hrm_text": "cannot be identified",
     "hy_v4": _INDEXER,
-    "longcat_flash": "cannot be told",
+    "longcat_flash": "cannot be identified",
     "reformer": "cannot be proven",
-    "xlm": "cannot be told",
+    "xlm": "cannot be identified",
     "zamba": "its blocks share weights",
     "zamba2": "its blocks share weights",
     "zamba2+two_shared": "its blocks share weights",
@@ -46,7 +46,7 @@ IN_PLACE: dict[str, dict[str, str]] = {
     "gpt2+inverse_layer_idx": dict.fromkeys(_FIRST_ONLY, "scale_attn_by_inverse_layer_idx"),
     "gpt_neox_japanese": {"first:3": "attention.dense_bias"},
     "inkling2_text": {
-        "first:3": "does not say its block by a number",
+        "first:3": "has no block number",
         **dict.fromkeys(("0,2,5", "even:3"), "is_block_boundary"),
         "last:2": "attention_input",
     },

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.blocks import BlockList, find_blocks, part_of
-from tests.surgery.families import ENCODERS, TINY, VARIANTS, tiny_config
+from tests.surgery.families import ENCODERS, TINY, VARIANTS, random_model
 from tests.surgery.refusals import REFUSED
 from tests.surgery.tiny import PATHS
 
@@ -50,7 +50,8 @@ def test_find_blocks_refuses_to_guess(lists: dict[str, int], depth: int, found: 
         setattr(model, name, nn.ModuleList(nn.Linear(1, 1) for _ in range(length)))
     with pytest.raises(SurgeryError) as caught:
         find_blocks(model, depth)
-    assert caught.value.problem == f"the blocks of a Module cannot be told: module lists with {depth} entries: {found}"
+    expected = f"the blocks of a Module cannot be identified: module lists with {depth} entries: {found}"
+    assert caught.value.problem == expected
     assert caught.value.allowed == "a decoder-only model with one list of blocks"
 
 
@@ -60,11 +61,10 @@ def test_block_list_numbers_by_whole_path() -> None:
     assert blocks.index_of("model.layers_norm.1.weight") is None
     assert blocks.index_of("model.layers_2.weight") is None
     assert blocks.index_of("model.embed.weight") is None
-    assert blocks.rest("model.layers.11.mlp.1.weight") == "mlp.1.weight"
 
 
 def leaf_norms(block: nn.Module, insides: list[str]) -> dict[str, nn.Module]:
-    """Norms of a block that lie in none of its attentions and MLPs."""
+    """Norms of a block outside its attentions and MLPs."""
     return {
         name: module
         for name, module in block.named_modules()
@@ -77,7 +77,7 @@ def leaf_norms(block: nn.Module, insides: list[str]) -> dict[str, nn.Module]:
 
 
 def sub_modules(block: nn.Module) -> dict[str, str]:
-    """The outermost modules of a block that their classes call an attention or an MLP."""
+    """Outermost modules of a block with the class of an attention or an MLP."""
     found: dict[str, str] = {}
     for name, module in block.named_modules():
         if not name or any(name.startswith(f"{outer}.") for outer in found):
@@ -94,7 +94,7 @@ def sub_modules(block: nn.Module) -> dict[str, str]:
 
 
 def flow(model: PreTrainedModel, watched: dict[str, nn.Module]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What goes into each module and what comes out, in one pass."""
+    """Input and output of each module in one pass."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -114,21 +114,13 @@ def flow(model: PreTrainedModel, watched: dict[str, nn.Module]) -> dict[str, tup
 
 
 def is_sum(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a norm takes what a part gives plus what went into it: a norm behind the residual, as OpenAI-GPT's."""
+    """Whether a norm follows the residual sum of a part, as OpenAI-GPT's."""
     return total.shape == one.shape == other.shape and torch.allclose(total, one + other, atol=1e-6)
 
 
 def judged_norms(kind: str) -> dict[str, tuple[str, set[str]]]:
-    """Of the blocks' norms, those whose data goes straight into or comes straight out of a part.
-
-    Returns:
-        By the norm's name: the part that it is of by `part_of`, and those that it may be of by the data.
-    """
-    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    """Norms directly before or after a part, by name: the part by `part_of`, and the parts that the data allows."""
+    model = random_model(kind, seed=2).eval()
     blocks = find_blocks(model, 6)
     judged: dict[str, tuple[str, set[str]]] = {}
     parts: dict[str, str] = {}
@@ -167,7 +159,7 @@ SILENT = {
 
 
 @pytest.mark.parametrize("kind", DATAFLOW)
-def test_a_norm_is_of_the_part_that_it_feeds_or_follows(kind: str) -> None:
+def test_a_norm_belongs_to_an_adjacent_part(kind: str) -> None:
     judged = judged_norms(kind)
     wrong = {name: found for name, found in judged.items() if found[0] not in found[1]}
     assert not wrong

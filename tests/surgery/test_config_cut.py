@@ -75,10 +75,10 @@ def test_a_switch_by_place_allows_the_first_blocks_only() -> None:
     with pytest.raises(SurgeryError) as caught:
         cut_config(config, (0, 2))
     assert caught.value.problem == (
-        "gpt2: with scale_attn_by_inverse_layer_idx = True a block computes by its place, and this selection moves "
-        "blocks to other places"
+        "gpt2: with scale_attn_by_inverse_layer_idx = True a block's output depends on its index, and this "
+        "selection changes block indices"
     )
-    assert caught.value.allowed == "a selection that leaves every block in its place: first:n"
+    assert caught.value.allowed == "a selection that keeps every block at its index: first:n"
     assert cut_config(AutoConfig.for_model("gpt2", n_layer=4), (0, 2)).n_layer == 2
 
 
@@ -142,7 +142,7 @@ def test_cut_config_rewrites_what_says_which_block_is_what(
             {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 3},
             (3, 3, 0, 3),
             "attn_layer_period = 4, attn_layer_offset = 3: no period and offset describe the selected blocks",
-            "a selection in which the special blocks (number % 4 == 3) stand at even distances",
+            "a selection in which the blocks with number % 4 == 3 are evenly spaced",
         ),
     ],
 )

@@ -8,45 +8,20 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from inheritune_ds.config.model import Reference, Target
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.blocks import find_blocks
-from inheritune_ds.surgery.inherit import Cut, TargetModel, build_target
-from inheritune_ds.surgery.load import load_config
-from inheritune_ds.surgery.reference import locate
-from tests.surgery.families import NOT_TINY, TINY, VARIANTS, own_memory, tiny_config
+from tests.surgery.families import NOT_TINY, TINY, VARIANTS, own_memory, random_model
 from tests.surgery.refusals import IN_PLACE, REFUSED
+from tests.surgery.tiny import cut
 
 SELECTIONS = {"first:3": (0, 1, 2), "last:2": (4, 5), "0,2,5": (0, 2, 5), "even:3": (0, 3, 5)}
 NAMES = [*TINY, *VARIANTS]
 QUICK = {"gpt2", "llama", *NAMES[::10]}
-"""The others take minutes, and belong to `make test-all`."""
-
-
-def make_reference(name: str, folder: Path) -> None:
-    """Save a tiny model in which no tensor keeps its initial value (a norm of ones says nothing)."""
-    model = AutoModelForCausalLM.from_config(tiny_config(name))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    model.save_pretrained(folder)
-
-
-def cut(folder: Path, select: str, output: Path) -> TargetModel:
-    chosen = Cut(
-        target=Target(select=select),
-        seed=1,
-        identity={},
-        command="",
-        reference=locate(Reference(model=str(folder)), Path),
-        reference_config=load_config(folder),
-    )
-    return build_target(chosen, output)
+"""The others take minutes; `make test-all` runs them."""
 
 
 def state_after(folder: Path, block: int = 2) -> torch.Tensor:
-    """The hidden state that leaves a block of a model as plain transformers loads and runs it."""
+    """The output of a block of a model that plain transformers loads and runs."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     own_memory(model)
     caught: list[torch.Tensor] = []
@@ -66,17 +41,17 @@ def state_after(folder: Path, block: int = 2) -> torch.Tensor:
 )
 def test_every_family_is_cut_exactly_or_refused(name: str, tmp_path: Path) -> None:
     reference = tmp_path / "reference"
-    make_reference(name, reference)
+    random_model(name).save_pretrained(reference)
     refused = dict.fromkeys(SELECTIONS, REFUSED[name]) if name in REFUSED else IN_PLACE.get(name, {})
     for number, (select, blocks) in enumerate(SELECTIONS.items()):
         output = tmp_path / str(number)
         if select in refused:
             with pytest.raises(SurgeryError) as caught:
-                cut(reference, select, output)
+                cut(reference, output, select=select, words=None)
             assert refused[select] in caught.value.problem, select
             assert not output.exists()
             continue
-        report = cut(reference, select, output).report
+        report = cut(reference, output, select=select, words=None).report
         assert report["proof"]["hidden_state"] == "equal, bit for bit"
         assert tuple(report["selection"]) == blocks
         assert all(tensor["inherited"] for tensor in report["tensors"])

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ from safetensors.torch import load_file
 from inheritune_ds.errors import RecipeError, SurgeryError
 from inheritune_ds.surgery.inherit import TargetModel, locate_previous
 from tests.surgery import tiny
-
-Reference = Callable[..., Path]
-Build = Callable[..., TargetModel]
+from tests.surgery.tiny import Build, SaveReference
 
 
 def trained(target: TargetModel, to: Path, dtype: torch.dtype | None = None) -> Path:
@@ -37,7 +34,7 @@ def trained(target: TargetModel, to: Path, dtype: torch.dtype | None = None) -> 
 
 @pytest.mark.parametrize(("small", "large"), [("first:2", "first:3"), ("3,1", "3,1,1,0"), ("even:2", "0,3,2")])
 def test_trained_blocks_stay_and_the_others_come_from_the_reference(
-    small: str, large: str, reference_folder: Reference, build: Build, tmp_path: Path
+    small: str, large: str, reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
     previous = trained(build(folder, to="small", select=small), tmp_path / "trained")
@@ -74,7 +71,7 @@ def test_two_types_meet_in_one_that_holds_both(  # noqa: PLR0917 - fixtures are 
     reference_type: str,
     trained_type: torch.dtype,
     expected: torch.dtype,
-    reference_folder: Reference,
+    reference_folder: SaveReference,
     build: Build,
     tmp_path: Path,
 ) -> None:
@@ -106,7 +103,7 @@ def test_two_types_meet_in_one_that_holds_both(  # noqa: PLR0917 - fixtures are 
     ],
 )
 def test_a_previous_target_of_something_else_is_refused(  # noqa: PLR0917 - fixtures are parameters
-    select: str, changes: dict[str, Any], problem: str, reference_folder: Reference, build: Build, tmp_path: Path
+    select: str, changes: dict[str, Any], problem: str, reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
     previous = trained(build(folder, to="small", select="first:2"), tmp_path / "trained")
@@ -119,7 +116,7 @@ def test_a_previous_target_of_something_else_is_refused(  # noqa: PLR0917 - fixt
     assert not (tmp_path / "target").exists()
 
 
-def test_dropout_and_types_do_not_make_another_model(reference_folder: Reference, build: Build, tmp_path: Path) -> None:
+def test_growth_ignores_dropout_and_dtype(reference_folder: SaveReference, build: Build, tmp_path: Path) -> None:
     folder = reference_folder("llama")
     previous = trained(build(folder, to="small", select="first:2", dropout=0.1), tmp_path / "trained")
     tiny.edit_config(previous, use_cache=False, transformers_version="5.0", architectures=["Other"])
@@ -127,14 +124,14 @@ def test_dropout_and_types_do_not_make_another_model(reference_folder: Reference
 
 
 def test_a_previous_target_must_tell_that_it_is_of_the_same_reference(
-    reference_folder: Reference, build: Build, tmp_path: Path
+    reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
     previous = trained(build(folder, to="small", select="first:2"), tmp_path / "trained")
     random = build(folder, to="random", select="first:2", inherit="none").folder
     silent = trained(build(folder, to="small2", select="first:2"), tmp_path / "silent" / "export")
     (silent / "inheritance.json").unlink()
-    with pytest.raises(SurgeryError, match="differs in the reference that it was cut from"):
+    with pytest.raises(SurgeryError, match="differs in its reference"):
         build(folder, select="first:3", previous=locate_previous(random))
     with pytest.raises(SurgeryError, match=r"there is no inheritance\.json in it or beside it"):
         build(folder, select="first:3", previous=locate_previous(silent))
@@ -146,28 +143,28 @@ def test_a_previous_target_must_tell_that_it_is_of_the_same_reference(
     assert "then blocks [2] of" in card
     assert "grown from an earlier target and not trained since" in card
     other = reference_folder("llama", seed=6)
-    with pytest.raises(SurgeryError, match="differs in the reference that it was cut from"):
+    with pytest.raises(SurgeryError, match="differs in its reference"):
         build(other, select="first:3", to="other", previous=locate_previous(previous))
 
 
 @pytest.mark.parametrize("options", [{"inherit": "none"}, {"inherit": "paper-scripts"}, {"width": "half"}])
 def test_growth_makes_nothing_of_the_previous_target_anew(
-    options: dict[str, Any], reference_folder: Reference, build: Build, tmp_path: Path
+    options: dict[str, Any], reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama", num_key_value_heads=2)
     previous = trained(build(folder, to="small", select="first:2"), tmp_path / "trained")
     with pytest.raises(SurgeryError) as caught:
         build(folder, select="first:3", previous=locate_previous(previous), **options)
-    assert caught.value.problem == f"previous: {previous} grows as it is, nothing of it is made anew"
+    assert caught.value.problem == f"previous: {previous} can only grow with all its tensors kept"
     assert caught.value.allowed == "inherit: all and width: full"
 
 
-def test_a_previous_target_is_known_by_its_weights(reference_folder: Reference, build: Build, tmp_path: Path) -> None:
+def test_previous_is_identified_by_its_weights(reference_folder: SaveReference, build: Build, tmp_path: Path) -> None:
     small = build(reference_folder("llama"), to="small", select="first:2")
     found = locate_previous(small.folder)
     listed = json.loads((small.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
     digest = listed["model.safetensors"]["sha256"]
-    assert found.identity == {"name": str(small.folder), "weights_sha256": {"model.safetensors": digest}}
+    assert found.weights_identity == {"name": str(small.folder), "weights_sha256": {"model.safetensors": digest}}
     tiny.edit_weights(small.folder, lambda tensors: tensors["model.norm.weight"].mul_(2))
     with pytest.raises(SurgeryError) as caught:
         locate_previous(small.folder)

@@ -149,22 +149,18 @@ def test_an_odd_size_is_refused_and_named() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "problem"),
     [
-        (
-            "opt",
-            {"word_embed_proj_dim": 16},
-            "the embeddings have a width of their own (word_embed_proj_dim is 16, hidden_size 32)",
-        ),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, hidden_size 32: the embeddings have another"),
         (
             "stablelm",
             {"qk_layernorm": True},
-            "every head has a norm of its own (qk_layernorm is true), and half of them would be left over",
+            "every head has a norm of its own (qk_layernorm is true), which the target",
         ),
     ],
 )
 def test_settings_that_have_no_half_are_refused(family: str, changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(SurgeryError) as caught:
         halve_config(AutoConfig.for_model(family, **{**VALUES, **changes}))
-    assert caught.value.problem == f"width half: {problem}"
+    assert caught.value.problem.startswith(f"width half: {problem}")
     assert caught.value.allowed.startswith("a reference w")
 
 

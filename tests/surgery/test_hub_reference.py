@@ -119,9 +119,9 @@ def test_a_gated_model_needs_a_token(hub_server: HubServer, client: HubClient, s
     answer = client.ask("locate", model="org/terms")
     assert answer["exit_code"] == 7
     assert answer["message"] == (
-        "the hub's model org/terms is gated: it is handed out only after its terms were accepted\n"
+        "the hub's model org/terms is gated: downloads require that its terms were accepted\n"
         "  do: accept the terms on its page, then `hf auth login` (or set HF_TOKEN) on this machine, "
-        "or copy the folder here and give its path in place of the name"
+        "or copy the folder here and give its path instead of the name"
     )
     assert client.ask("locate", model="org/terms", token=TOKEN)[2].keys() == set(SHARDS)
     assert not any(request.cdn and request.authorized for request in hub_server.requests)

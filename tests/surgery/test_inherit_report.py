@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ from inheritune_ds.plan.model_size import parameters
 from inheritune_ds.plan.shapes import shape_from_config
 from inheritune_ds.surgery import compare
 from inheritune_ds.surgery.compare import tensor_sha256
-from inheritune_ds.surgery.inherit import TargetModel, find_target
+from inheritune_ds.surgery.inherit import find_target
 from inheritune_ds.surgery.reference import locate
-from tests.surgery.tiny import IDENTITY, edit_weights
+from tests.surgery.tiny import IDENTITY, Build, SaveReference, edit_weights
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_report_counts_what_the_budget_counts(
-    family: str, count: int, reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+    family: str, count: int, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder(family)
     report = build(folder, select=f"first:{count}").report
@@ -31,9 +31,7 @@ def test_report_counts_what_the_budget_counts(
     assert (report["parameters"], report["block_parameters"]) == (expected.total, expected.blocks)
 
 
-def test_report_lists_every_tensor_with_its_source(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_report_lists_every_tensor_with_its_source(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("gpt2")
     built = build(folder, select="first:2")
     tensors = load_file(built.folder / "model.safetensors")
@@ -63,9 +61,7 @@ def test_report_lists_every_tensor_with_its_source(
     assert built.report == json.loads((built.folder / "inheritance.json").read_text(encoding="utf-8"))
 
 
-def test_find_target_finds_its_own_finished_work(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_find_target_finds_its_own_finished_work(reference_folder: SaveReference, build: Build) -> None:
     built = build(reference_folder("llama"), select="first:2")
     assert find_target(built.folder, IDENTITY) == built
     assert find_target(built.folder, {"recipe": "two"}) is None
@@ -73,9 +69,7 @@ def test_find_target_finds_its_own_finished_work(
 
 
 @pytest.mark.parametrize("harm", ["missing", "short", "report"])
-def test_find_target_does_not_take_a_damaged_one(
-    harm: str, reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_find_target_does_not_take_a_damaged_one(harm: str, reference_folder: SaveReference, build: Build) -> None:
     built = build(reference_folder("llama"), select="first:2")
     weights = built.folder / "model.safetensors"
     if harm == "missing":
@@ -89,20 +83,20 @@ def test_find_target_does_not_take_a_damaged_one(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_not_finite_are_refused_by_name(
-    value: float, reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
+    value: float, reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder, name = reference_folder("llama"), "model.layers.3.mlp.up_proj.weight"
     edit_weights(folder, lambda tensors: tensors[name][3, 2:3].fill_(value))
     with pytest.raises(SurgeryError) as caught:
         build(folder, select="0,3")
-    assert caught.value.problem == f"{name} of the reference holds a number that is not finite"
-    assert caught.value.action.startswith("bring the weights again")
+    assert caught.value.problem == f"{name} of the reference holds a non-finite number"
+    assert caught.value.action.startswith("copy or download the weights again")
     assert not (tmp_path / "target").exists()
     build(folder, select="first:3")  # it is not in it
 
 
 def test_large_tensors_are_compared_and_hashed_whole(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], monkeypatch: pytest.MonkeyPatch
+    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = reference_folder("llama")
     whole = build(folder, select="first:2").report["tensors"]
@@ -110,5 +104,5 @@ def test_large_tensors_are_compared_and_hashed_whole(
     assert build(folder, to="again", select="first:2").report["tensors"] == whole
     name = "model.layers.0.mlp.up_proj.weight"
     edit_weights(folder, lambda tensors: tensors[name][-1, -1:].fill_(float("nan")))
-    with pytest.raises(SurgeryError, match="not finite"):
+    with pytest.raises(SurgeryError, match="non-finite"):
         build(folder, to="third", select="first:2")

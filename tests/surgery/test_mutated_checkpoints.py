@@ -11,6 +11,7 @@ import torch
 from benchmarks.mutated_checkpoints import LAYOUTS, MUTATIONS, NEED_SHARDS, lay_out, make_bases, make_case, run_cases
 from benchmarks.mutation_judge import hashes, judge_refusal, judge_target
 from tests.surgery import tiny
+from tests.surgery.tiny import SaveReference
 
 SEED = 11
 CASES = range(2 * len(MUTATIONS))
@@ -101,7 +102,7 @@ def halve_precision(tensors: dict[str, torch.Tensor]) -> None:
     ids=["none", "bit", "order", "drop", "type", "config", "depth"],
 )
 def test_the_judge_sees_a_wrong_target(
-    harm: Callable[[Path], object], problem: str, reference_folder: Callable[..., Path], tmp_path: Path
+    harm: Callable[[Path], object], problem: str, reference_folder: SaveReference, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
     target = tiny.cut(folder, tmp_path / "target", select="1,3").folder
@@ -112,7 +113,7 @@ def test_the_judge_sees_a_wrong_target(
     assert problem in " ".join(wrong)
 
 
-def test_the_judge_sees_other_blocks_and_a_false_report(reference_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_judge_sees_other_blocks_and_a_false_report(reference_folder: SaveReference, tmp_path: Path) -> None:
     folder = reference_folder("llama")
     target = tiny.cut(folder, tmp_path / "target", select="1,3").folder
     assert "the hidden state is another" in judge_target(folder, target, (3, 1))[1]

@@ -1,4 +1,4 @@
-"""Which tensors each preset leaves fresh, written out by hand.
+"""Which tensors each preset leaves fresh, as explicit lists.
 
 `paper-scripts` is what the published scripts leave at their initial values (LLM-Inheritune, commit 560611d:
 lit-gpt/Training/train.py, GPT2-experiments/train_iniheritune.py): of LLaMA the token embeddings and the final norm,
@@ -7,107 +7,43 @@ table 3: attention with its norm, MLP with its norm, both without norms.
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from inheritune_ds.errors import SurgeryError
-from inheritune_ds.surgery.inherit import TargetModel
-from tests.surgery.families import tiny_config
-from tests.surgery.tiny import cut, plain
+from tests.surgery.families import random_model
+from tests.surgery.tiny import Build, SaveReference, cut, plain
 
+
+def in_blocks(path: str, *names: str) -> list[str]:
+    """Names of tensors of both kept blocks."""
+    return [f"{path}.{block}.{name}" for block in (0, 1) for name in names]
+
+
+LLAMA_OUTER = ["model.embed_tokens.weight", "model.norm.weight"]
+LLAMA_ATTENTION = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+LLAMA_MLP = [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+LLAMA_NORMS = ["input_layernorm.weight", "post_attention_layernorm.weight"]
 LLAMA: dict[str, list[str]] = {
     "all": [],
-    "paper-scripts": ["model.embed_tokens.weight", "model.norm.weight"],
-    "attention-only": [
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "model.layers.0.post_attention_layernorm.weight",
-        "model.layers.0.mlp.gate_proj.weight",
-        "model.layers.0.mlp.up_proj.weight",
-        "model.layers.0.mlp.down_proj.weight",
-        "model.layers.1.post_attention_layernorm.weight",
-        "model.layers.1.mlp.gate_proj.weight",
-        "model.layers.1.mlp.up_proj.weight",
-        "model.layers.1.mlp.down_proj.weight",
-    ],
-    "mlp-only": [
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "model.layers.0.input_layernorm.weight",
-        "model.layers.0.self_attn.q_proj.weight",
-        "model.layers.0.self_attn.k_proj.weight",
-        "model.layers.0.self_attn.v_proj.weight",
-        "model.layers.0.self_attn.o_proj.weight",
-        "model.layers.1.input_layernorm.weight",
-        "model.layers.1.self_attn.q_proj.weight",
-        "model.layers.1.self_attn.k_proj.weight",
-        "model.layers.1.self_attn.v_proj.weight",
-        "model.layers.1.self_attn.o_proj.weight",
-    ],
-    "attention-mlp": [
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "model.layers.0.input_layernorm.weight",
-        "model.layers.0.post_attention_layernorm.weight",
-        "model.layers.1.input_layernorm.weight",
-        "model.layers.1.post_attention_layernorm.weight",
-    ],
+    "paper-scripts": LLAMA_OUTER,
+    "attention-only": [*LLAMA_OUTER, *in_blocks("model.layers", LLAMA_NORMS[1], *LLAMA_MLP)],
+    "mlp-only": [*LLAMA_OUTER, *in_blocks("model.layers", LLAMA_NORMS[0], *LLAMA_ATTENTION)],
+    "attention-mlp": [*LLAMA_OUTER, *in_blocks("model.layers", *LLAMA_NORMS)],
 }
+GPT2_OUTER = ["transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"]
+GPT2_ATTENTION = [f"attn.{name}.{kind}" for name in ("c_attn", "c_proj") for kind in ("weight", "bias")]
+GPT2_MLP = [f"mlp.{name}.{kind}" for name in ("c_fc", "c_proj") for kind in ("weight", "bias")]
+GPT2_NORMS = [["ln_1.weight", "ln_1.bias"], ["ln_2.weight", "ln_2.bias"]]
 GPT2: dict[str, list[str]] = {
     "all": [],
-    "paper-scripts": ["transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"],
-    "attention-only": [
-        "transformer.wpe.weight",
-        "transformer.ln_f.weight",
-        "transformer.ln_f.bias",
-        "transformer.h.0.ln_2.weight",
-        "transformer.h.0.ln_2.bias",
-        "transformer.h.0.mlp.c_fc.weight",
-        "transformer.h.0.mlp.c_fc.bias",
-        "transformer.h.0.mlp.c_proj.weight",
-        "transformer.h.0.mlp.c_proj.bias",
-        "transformer.h.1.ln_2.weight",
-        "transformer.h.1.ln_2.bias",
-        "transformer.h.1.mlp.c_fc.weight",
-        "transformer.h.1.mlp.c_fc.bias",
-        "transformer.h.1.mlp.c_proj.weight",
-        "transformer.h.1.mlp.c_proj.bias",
-    ],
-    "mlp-only": [
-        "transformer.wpe.weight",
-        "transformer.ln_f.weight",
-        "transformer.ln_f.bias",
-        "transformer.h.0.ln_1.weight",
-        "transformer.h.0.ln_1.bias",
-        "transformer.h.0.attn.c_attn.weight",
-        "transformer.h.0.attn.c_attn.bias",
-        "transformer.h.0.attn.c_proj.weight",
-        "transformer.h.0.attn.c_proj.bias",
-        "transformer.h.1.ln_1.weight",
-        "transformer.h.1.ln_1.bias",
-        "transformer.h.1.attn.c_attn.weight",
-        "transformer.h.1.attn.c_attn.bias",
-        "transformer.h.1.attn.c_proj.weight",
-        "transformer.h.1.attn.c_proj.bias",
-    ],
-    "attention-mlp": [
-        "transformer.wpe.weight",
-        "transformer.ln_f.weight",
-        "transformer.ln_f.bias",
-        "transformer.h.0.ln_1.weight",
-        "transformer.h.0.ln_1.bias",
-        "transformer.h.0.ln_2.weight",
-        "transformer.h.0.ln_2.bias",
-        "transformer.h.1.ln_1.weight",
-        "transformer.h.1.ln_1.bias",
-        "transformer.h.1.ln_2.weight",
-        "transformer.h.1.ln_2.bias",
-    ],
+    "paper-scripts": GPT2_OUTER,
+    "attention-only": [*GPT2_OUTER, *in_blocks("transformer.h", *GPT2_NORMS[1], *GPT2_MLP)],
+    "mlp-only": [*GPT2_OUTER, *in_blocks("transformer.h", *GPT2_NORMS[0], *GPT2_ATTENTION)],
+    "attention-mlp": [*GPT2_OUTER, *in_blocks("transformer.h", *GPT2_NORMS[0], *GPT2_NORMS[1])],
 }
 CASES = [("llama", preset, fresh) for preset, fresh in LLAMA.items()]
 CASES += [("gpt2", preset, fresh) for preset, fresh in GPT2.items()]
@@ -117,29 +53,12 @@ START = {
     ("llama", "all"): "the reference's embeddings",
     ("gpt2", "all"): "the reference's embeddings",
 }
-
-
-TABLE = "roformer.encoder.embed_positions"
-
-
-def save_random(family: str, folder: Path) -> None:
-    """Save a tiny model of any family in which no tensor keeps its initial value, but a table of sines its own."""
-    model = AutoModelForCausalLM.from_config(tiny_config(family))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith(TABLE):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    model.save_pretrained(folder)
+TABLE = "roformer.encoder.embed_positions"  # sines, the same in every model
 
 
 @pytest.mark.parametrize(("family", "preset", "fresh"), CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
-def test_preset_leaves_fresh_what_the_published_scripts_do(
-    family: str,
-    preset: str,
-    fresh: list[str],
-    reference_folder: Callable[..., Path],
-    build: Callable[..., TargetModel],
+def test_preset_leaves_the_same_tensors_fresh_as_the_published_scripts(
+    family: str, preset: str, fresh: list[str], reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder(family)
     built = build(folder, select="first:2", inherit=preset, seed=7)
@@ -147,9 +66,8 @@ def test_preset_leaves_fresh_what_the_published_scripts_do(
     assert {tensor["name"] for tensor in report["tensors"] if not tensor["inherited"]} == set(fresh)
     assert {tensor["name"] for tensor in report["tensors"] if tensor["source"] is None} == set(fresh)
     reference, target = load_file(folder / "model.safetensors"), load_file(built.folder / "model.safetensors")
-    random = load_file(
-        build(folder, to="random", select="first:2", inherit="none", seed=7).folder / "model.safetensors"
-    )
+    other = build(folder, to="random", select="first:2", inherit="none", seed=7)
+    random = load_file(other.folder / "model.safetensors")
     for name, tensor in target.items():
         assert torch.equal(tensor, random[name] if name in fresh else reference[name]), name
         assert not torch.equal(random[name], reference[name]), name
@@ -179,11 +97,7 @@ def test_preset_leaves_fresh_what_the_published_scripts_do(
     ],
 )
 def test_a_list_of_parts_leaves_the_others_fresh(
-    family: str,
-    parts: list[str],
-    inherited: set[str],
-    reference_folder: Callable[..., Path],
-    build: Callable[..., TargetModel],
+    family: str, parts: list[str], inherited: set[str], reference_folder: SaveReference, build: Build
 ) -> None:
     report = build(reference_folder(family), select="first:2", inherit=parts).report
     kinds: dict[bool, set[str]] = {True: set(), False: set()}
@@ -206,10 +120,10 @@ def test_a_list_of_parts_leaves_the_others_fresh(
         ("olmo", ["final_norm"], "final_norm"),
     ],
 )
-def test_a_part_that_the_model_does_not_have_is_refused(
+def test_a_part_that_the_model_lacks_is_refused(
     family: str, inherit: str | list[str], lacking: str, tmp_path: Path
 ) -> None:
-    save_random(family, tmp_path / "reference")
+    random_model(family).save_pretrained(tmp_path / "reference")
     with pytest.raises(SurgeryError) as caught:
         cut(tmp_path / "reference", tmp_path / "target", words=None, select="first:2", inherit=inherit)
     assert caught.value.problem == f"inherit: a {family} model of these blocks has no {lacking}"
@@ -226,10 +140,8 @@ def test_a_part_that_the_model_does_not_have_is_refused(
     ("family", "inherit"),
     [("mamba", "attention-only"), ("mamba", ["norms", "head"]), ("mamba", "paper-scripts"), ("olmo", "mlp-only")],
 )
-def test_a_preset_takes_what_there_is_of_what_it_is_not_about(
-    family: str, inherit: str | list[str], tmp_path: Path
-) -> None:
-    save_random(family, tmp_path / "reference")
+def test_a_preset_needs_only_its_main_parts(family: str, inherit: str | list[str], tmp_path: Path) -> None:
+    random_model(family).save_pretrained(tmp_path / "reference")
     report = cut(tmp_path / "reference", tmp_path / "target", words=None, select="first:2", inherit=inherit).report
     assert {tensor["inherited"] for tensor in report["tensors"]} == {True, False}
 
@@ -241,8 +153,8 @@ def test_a_preset_takes_what_there_is_of_what_it_is_not_about(
         ("roformer", {"roformer.embeddings.LayerNorm", "roformer.embeddings.token_type_embeddings", TABLE}),
     ],
 )
-def test_the_norm_of_the_embeddings_is_theirs(family: str, fresh: set[str], tmp_path: Path) -> None:
-    save_random(family, tmp_path / "reference")
+def test_the_norm_of_the_embeddings_belongs_to_them(family: str, fresh: set[str], tmp_path: Path) -> None:
+    random_model(family, but=TABLE).save_pretrained(tmp_path / "reference")
     report = cut(tmp_path / "reference", tmp_path / "target", words=None, select="1,3", inherit="paper-scripts").report
     assert {t["name"].rpartition(".")[0] for t in report["tensors"] if not t["inherited"]} == fresh
     assert report["proof"]["hidden_state"] == "equal, bit for bit"

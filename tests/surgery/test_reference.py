@@ -15,6 +15,7 @@ from inheritune_ds.errors import HubError, RecipeError, SurgeryError
 from inheritune_ds.surgery.load import build_config, load_config, load_model
 from inheritune_ds.surgery.reference import check_shape, locate, read_config, read_shape
 from tests.surgery import tiny
+from tests.surgery.tiny import SaveReference
 
 NOWHERE = "nobody-at-all/no-such-model"
 LLAMA_40 = Shape(
@@ -29,62 +30,41 @@ LLAMA_40 = Shape(
 )
 
 
-def test_locate_takes_a_local_folder(reference_folder: Callable[..., Path]) -> None:
+def test_locate_identifies_a_local_folder(reference_folder: SaveReference, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = reference_folder("llama")
     found = locate(Reference(model=str(folder)), Path)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert (found.name, found.folder, found.commit) == (str(folder), folder, "")
-    assert found.weights_sha256 == {"model.safetensors": digest}
-    settings = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in ("config.json", "generation_config.json")
-    }
-    assert found.settings_sha256 == settings
-    weights = {"model.safetensors": digest}
-    assert found.identity == {"name": str(folder), "commit": "", "weights_sha256": weights, "settings_sha256": settings}
-
-
-def test_locate_takes_a_folder_named_relatively(
-    reference_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = reference_folder("llama")
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    weights = {"model.safetensors": digests.pop("model.safetensors")}
+    assert digests.keys() == {"config.json", "generation_config.json"}
+    assert found.folder == folder
+    assert found.identity == {"name": str(folder), "commit": "", "weights_sha256": weights, "settings_sha256": digests}
     monkeypatch.chdir(folder.parent)
     assert locate(Reference(model=folder.name), Path).folder == Path(folder.name)
 
 
-def test_locate_asks_for_the_export_of_a_recipe(reference_folder: Callable[..., Path]) -> None:
+def test_locate_finds_the_export_of_a_recipe(reference_folder: SaveReference) -> None:
     folder = reference_folder("gpt2")
-    asked = []
-
-    def export_of(name: str) -> Path:
-        asked.append(name)
-        return folder
-
-    found = locate(Reference(model="recipe:the-deep-one"), export_of)
-    assert asked == ["the-deep-one"]
+    found = locate(Reference(model="recipe:the-deep-one"), {"the-deep-one": folder}.__getitem__)
     assert (found.name, found.folder) == ("recipe:the-deep-one", folder)
 
 
-def test_locate_says_that_a_folder_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError) as caught:
-        locate(Reference(model=str(tmp_path / "nothing")), Path)
-    name = tmp_path / "nothing"
-    assert caught.value.problem == f"reference.model: {name} is no model folder: {name / 'config.json'} is missing"
-    assert "or recipe:NAME" in caught.value.allowed
-
-
-def test_read_config_says_that_it_is_not_json(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{'model_type': 1}", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "it is no model folder: {} is missing"),
+        ("{'model_type': 1}", "{} is not JSON: Expecting"),
+        ("[]", "{} is not a JSON object"),
+        ("null", "{} is not a JSON object"),
+    ],
+)
+def test_read_config_refuses_a_missing_or_invalid_config(text: str | None, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         read_config(tmp_path, "it")
-    assert caught.value.problem.startswith(f"reference.model: {tmp_path / 'config.json'} is not JSON: Expecting")
-
-
-@pytest.mark.parametrize("text", ["[]", "3", "null"])
-def test_read_config_refuses_json_that_is_no_object(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"config\.json is not a JSON object"):
-        read_config(tmp_path, "it")
+    assert caught.value.problem.startswith(f"reference.model: {problem.format(path)}")
+    assert text is not None or "or recipe:NAME" in caught.value.allowed
 
 
 def test_read_config_refuses_text_of_another_encoding(tmp_path: Path) -> None:
@@ -94,7 +74,7 @@ def test_read_config_refuses_text_of_another_encoding(tmp_path: Path) -> None:
 
 
 def test_load_model_reads_pickled_weights_as_well(
-    make_model: Callable[..., Any], reference_folder: Callable[..., Path]
+    make_model: Callable[..., Any], reference_folder: SaveReference
 ) -> None:
     folder = reference_folder("llama")
     (folder / "model.safetensors").unlink()
@@ -104,13 +84,13 @@ def test_load_model_reads_pickled_weights_as_well(
     assert all(torch.equal(tensor, state[name]) for name, tensor in load_model(folder).state_dict().items())
 
 
-def test_load_model_keeps_or_changes_the_dtype(reference_folder: Callable[..., Path]) -> None:
+def test_load_model_keeps_or_changes_the_dtype(reference_folder: SaveReference) -> None:
     folder = reference_folder("llama", dtype="float16")
     assert load_model(folder).dtype == torch.float16
     assert load_model(folder, dtype="float32").dtype == torch.float32
 
 
-def test_load_model_never_fills_in_weights(reference_folder: Callable[..., Path]) -> None:
+def test_load_model_never_fills_in_weights(reference_folder: SaveReference) -> None:
     folder = reference_folder("llama")
     weights = load_file(folder / "model.safetensors")
     for name in ("model.norm.weight", "model.layers.2.mlp.up_proj.weight"):
@@ -125,7 +105,7 @@ def test_load_model_never_fills_in_weights(reference_folder: Callable[..., Path]
 
 
 @pytest.mark.parametrize("harm", ["no family", "cut short"])
-def test_load_model_says_what_cannot_be_loaded(harm: str, reference_folder: Callable[..., Path]) -> None:
+def test_load_model_says_what_cannot_be_loaded(harm: str, reference_folder: SaveReference) -> None:
     folder = reference_folder("llama")
     if harm == "no family":
         (folder / "config.json").write_text('{"model_type": "no-such-family"}', encoding="utf-8")
@@ -137,17 +117,17 @@ def test_load_model_says_what_cannot_be_loaded(harm: str, reference_folder: Call
     assert caught.value.problem.startswith(f"{folder} cannot be loaded as a causal language model: ")
 
 
-def test_an_unreachable_hub_is_told_quickly() -> None:
+def test_an_unreachable_hub_is_reported_quickly() -> None:
     start_s = time.monotonic()
     with pytest.raises(HubError) as caught:
         locate(Reference(model=NOWHERE, revision="v1"), Path)
     assert time.monotonic() - start_s < 8.0
     assert caught.value.exit_code == 7
     assert caught.value.problem.startswith(f"model {NOWHERE!r}: the hub cannot be reached (")
-    assert caught.value.action.endswith("copy the folder here and give its path in place of the name")
+    assert caught.value.action.endswith("copy the folder here and give its path instead of the name")
 
 
-def test_a_file_of_the_hub_s_cache_is_known_by_its_blob(reference_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_file_of_the_hub_s_cache_is_compared_with_its_blob(reference_folder: SaveReference, tmp_path: Path) -> None:
     folder = reference_folder("llama")
     weights, blobs = folder / "model.safetensors", tmp_path / "blobs"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -162,7 +142,7 @@ def test_a_file_of_the_hub_s_cache_is_known_by_its_blob(reference_folder: Callab
         locate(Reference(model=str(folder)), Path)
     other = hashlib.sha256(content).hexdigest()
     assert caught.value.problem == f"{weights} is damaged: its sha256 is {other}, it was {digest}"
-    assert caught.value.action == "delete the file and bring it again"
+    assert caught.value.action == "delete the file and download it again"
 
 
 @pytest.mark.parametrize(
@@ -176,13 +156,13 @@ def test_a_file_of_the_hub_s_cache_is_known_by_its_blob(reference_folder: Callab
         '{"files": {"other": {"sha256": "0"}}}',
     ],
 )
-def test_a_manifest_of_something_else_does_not_count(manifest: str, reference_folder: Callable[..., Path]) -> None:
+def test_an_invalid_manifest_is_ignored(manifest: str, reference_folder: SaveReference) -> None:
     folder = reference_folder("llama")
     (folder / "manifest.json").write_text(manifest, encoding="utf-8")
     assert locate(Reference(model=str(folder)), Path).weights_sha256.keys() == {"model.safetensors"}
 
 
-def test_a_manifest_tells_the_hash_of_every_shard(reference_folder: Callable[..., Path]) -> None:
+def test_shards_are_compared_with_the_manifest(reference_folder: SaveReference) -> None:
     folder = reference_folder("llama")
     first, second = tiny.shard(folder)
     described = {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in (first, second)}
@@ -202,8 +182,8 @@ def test_a_manifest_tells_the_hash_of_every_shard(reference_folder: Callable[...
         ({"rope_parameters": {"rope_theta": "x"}}, "could not convert string to float: 'x'"),
     ],
 )
-def test_read_shape_says_what_describes_no_model(
-    changes: dict[str, Any], reason: str, reference_folder: Callable[..., Path]
+def test_read_shape_names_an_invalid_size(
+    changes: dict[str, Any], reason: str, reference_folder: SaveReference
 ) -> None:
     folder = reference_folder("llama")
     tiny.edit_config(folder, **changes)
@@ -218,7 +198,7 @@ def test_check_shape_names_another_family() -> None:
         check_shape(LLAMA_40, {"model_type": "opt"}, "it")
 
 
-def test_check_shape_accepts_the_shape_of_a_saved_model(reference_folder: Callable[..., Path]) -> None:
+def test_check_shape_accepts_the_shape_of_a_saved_model(reference_folder: SaveReference) -> None:
     folder = reference_folder("llama")
     check_shape(LLAMA_40, json.loads((folder / "config.json").read_text(encoding="utf-8")), "it")
     gpt2 = Shape(
@@ -235,7 +215,7 @@ def test_check_shape_accepts_the_shape_of_a_saved_model(reference_folder: Callab
     check_shape(gpt2, config, "it")
 
 
-def test_build_config_passes_every_field_of_the_shape_on() -> None:
+def test_build_config_uses_every_field_of_the_shape() -> None:
     shape = LLAMA_40.model_copy(update={"rope_theta": 5e5, "rms_norm_eps": 1e-3, "tie_word_embeddings": True})
     config = build_config(shape)
     assert (
@@ -250,7 +230,7 @@ def test_build_config_passes_every_field_of_the_shape_on() -> None:
     assert rope.inv_freq.tolist() == pytest.approx([5e5 ** (-2 * i / 8) for i in range(4)])
 
 
-def test_load_config_never_runs_remote_code(reference_folder: Callable[..., Path]) -> None:
+def test_load_config_never_runs_remote_code(reference_folder: SaveReference) -> None:
     folder = reference_folder("llama")
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     document |= {"model_type": "own", "auto_map": {"AutoConfig": "evil.Config"}}

@@ -1,12 +1,11 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from inheritune_ds.config.block_scores import FORMAT, read_scores
 from inheritune_ds.errors import RecipeError, SurgeryError
-from inheritune_ds.surgery.inherit import TargetModel
+from tests.surgery.tiny import Build, SaveReference
 
 
 def test_scores_are_read_as_floats(tmp_path: Path) -> None:
@@ -60,7 +59,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_target_keeps_the_blocks_with_the_highest_scores(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
+    reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder, scores = reference_folder("llama"), tmp_path / "scores.json"
     scores.write_text(json.dumps({"rank": [0.5, 3.0, 1.0, 2.0], "short": [1.0, 2.0]}), encoding="utf-8")

@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file, save_model
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery import tensor_map
 from inheritune_ds.surgery.blocks import part_of
-from inheritune_ds.surgery.inherit import TargetModel
 from inheritune_ds.surgery.load import load_config
 from inheritune_ds.surgery.tensor_map import SourceModel
 from tests.surgery import tiny
-from tests.surgery.tiny import make_model, plain
+from tests.surgery.tiny import Build, SaveReference, make_model, plain
 
 Tensors = dict[str, torch.Tensor]
-HINT = "bring both from the same place again; weights are never filled in at random"
+HINT = "download both from the same place again; missing weights are never filled in at random"
 
 
 def source(folder: Path) -> SourceModel:
@@ -36,7 +35,7 @@ def refused(folder: Path) -> list[str]:
 
 
 def test_every_tensor_of_a_kept_block_gets_the_number_of_its_place(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+    reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder("gpt_neox")
     built = build(folder, select="3,1,3")
@@ -50,9 +49,7 @@ def test_every_tensor_of_a_kept_block_gets_the_number_of_its_place(
     assert blocks == [(3, 1, 3)[place] for place in range(3) for _ in range(len(blocks) // 3)]
 
 
-def test_leftovers_of_older_versions_are_dropped_and_reported(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_leftovers_of_older_versions_are_dropped_and_reported(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("gpt2")
     mask = torch.ones(1, 1, 32, 32, dtype=torch.uint8)
     more = {f"transformer.h.{block}.attn.bias": mask.clone() for block in range(4)}
@@ -63,9 +60,7 @@ def test_leftovers_of_older_versions_are_dropped_and_reported(
     plain(built.folder)
 
 
-def test_tensors_outside_the_blocks_without_a_place_are_reported(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_tensors_outside_the_blocks_without_a_place_are_reported(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("llama")
     tiny.edit_weights(folder, lambda tensors: tensors.update({"v_head.weight": torch.ones(1, 16)}))
     built = build(folder, select="first:2")
@@ -74,7 +69,7 @@ def test_tensors_outside_the_blocks_without_a_place_are_reported(
 
 
 def test_files_without_the_model_s_prefix_are_read_and_written_so(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+    reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder("gpt2")
     expected = plain(folder).state_dict()
@@ -97,9 +92,7 @@ def pickled(folder: Path, change: Callable[[Tensors], object]) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def test_a_tied_head_that_is_a_copy_is_left_out(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_a_tied_head_that_is_a_copy_is_left_out(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("gpt2")
     pickled(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
     built = build(folder, select="first:2")
@@ -108,7 +101,7 @@ def test_a_tied_head_that_is_a_copy_is_left_out(
     assert target.get_output_embeddings().weight is target.get_input_embeddings().weight
 
 
-def test_a_tied_head_that_is_no_copy_is_refused(reference_folder: Callable[..., Path]) -> None:
+def test_a_tied_head_that_is_no_copy_is_refused(reference_folder: SaveReference) -> None:
     folder = reference_folder("gpt2")
     pickled(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
     assert refused(folder) == ["lm_head.weight differs from transformer.wte.weight, but the config ties them"]
@@ -117,11 +110,7 @@ def test_a_tied_head_that_is_no_copy_is_refused(reference_folder: Callable[..., 
 @pytest.mark.parametrize(("family", "embedding"), [("gpt2", "transformer.wte"), ("llama", "model.embed_tokens")])
 @pytest.mark.parametrize("inherit", ["all", "mlp-only", "paper-scripts"])
 def test_a_tied_head_alone_is_the_embedding(
-    family: str,
-    embedding: str,
-    inherit: str,
-    reference_folder: Callable[..., Path],
-    build: Callable[..., TargetModel],
+    family: str, embedding: str, inherit: str, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder(family, tie_word_embeddings=True)
     (folder / "model.safetensors").unlink()
@@ -165,14 +154,14 @@ def test_a_tied_head_alone_is_the_embedding(
     ],
 )
 def test_a_config_that_contradicts_the_weights_is_refused(
-    family: str, config: dict[str, Any], expected: str, reference_folder: Callable[..., Path]
+    family: str, config: dict[str, Any], expected: str, reference_folder: SaveReference
 ) -> None:
     folder = reference_folder(family)
     tiny.edit_config(folder, **config)
     assert refused(folder)[0].startswith(expected)
 
 
-def test_a_bias_that_the_config_does_not_have_is_refused(reference_folder: Callable[..., Path]) -> None:
+def test_a_bias_that_the_config_does_not_have_is_refused(reference_folder: SaveReference) -> None:
     folder = reference_folder("llama", attention_bias=True)
     tiny.edit_config(folder, attention_bias=False)
     lines = refused(folder)
@@ -197,34 +186,32 @@ def scalar(tensors: Tensors) -> None:
     [
         (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight is not in the files"),
         (double, "model.norm.weight and norm.weight are both model.norm.weight of the model"),
-        (whole_numbers, "model.norm.weight holds numbers of type int32, the model's are of floating point"),
+        (whole_numbers, "model.norm.weight holds numbers of type int32, the model's are floating point"),
         (scalar, "model.norm.weight has shape [], the config asks for [16]"),
     ],
     ids=["missing", "double", "whole numbers", "scalar"],
 )
 def test_tensors_that_are_not_the_model_s_are_refused(
-    change: Callable[[Tensors], object], expected: str, reference_folder: Callable[..., Path]
+    change: Callable[[Tensors], object], expected: str, reference_folder: SaveReference
 ) -> None:
     folder = reference_folder("llama")
     tiny.edit_weights(folder, change)
     assert refused(folder) == [expected]
 
 
-def test_quantised_types_are_refused(reference_folder: Callable[..., Path]) -> None:
+def test_quantized_types_are_refused(reference_folder: SaveReference) -> None:
     folder = reference_folder("llama")
     name = "model.layers.1.mlp.up_proj.weight"
     tiny.edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
     with pytest.raises(SurgeryError) as caught:
         source(folder)
     assert caught.value.problem == (
-        f"the reference's weights are quantised: {folder} holds tensors of torch.float8_e4m3fn"
+        f"the reference's weights are quantized: {folder} holds tensors of torch.float8_e4m3fn"
     )
     assert "BF16" in caught.value.allowed
 
 
-def test_every_tensor_keeps_its_own_type(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_every_tensor_keeps_its_own_type(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("llama", dtype="bfloat16")
     tiny.edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.linspace(0.1, 0.7, 16)}))
     built = build(folder, select="1,3")
@@ -235,7 +222,7 @@ def test_every_tensor_keeps_its_own_type(
 
 
 def test_a_tensor_of_no_part_needs_everything_to_be_inherited(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], monkeypatch: pytest.MonkeyPatch
+    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = reference_folder("llama")
     known = part_of
@@ -243,7 +230,7 @@ def test_a_tensor_of_no_part_needs_everything_to_be_inherited(
     with pytest.raises(SurgeryError) as caught:
         build(folder, select="first:2", inherit="mlp-only")
     assert caught.value.problem.endswith(
-        " of a llama model belongs to none of the parts that can be inherited by themselves"
+        " of a llama model belongs to none of the parts that can be inherited separately"
     )
     assert caught.value.allowed == "inherit: all"
     tensors = build(folder, select="first:2").report["tensors"]

@@ -1,4 +1,4 @@
-"""What travels along with the tensors: tokenizer files, special ids, generation settings, licence, type."""
+"""What travels along with the tensors: tokenizer files, special ids, generation settings, license_name, type."""
 
 import json
 from collections.abc import Callable
@@ -10,15 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from inheritune_ds import cli
-from inheritune_ds.surgery.inherit import TargetModel
 from tests.surgery import tiny
-
-Reference = Callable[..., Path]
-Build = Callable[..., TargetModel]
+from tests.surgery.tiny import Build, SaveReference
 
 
 def test_a_tokenizer_of_its_own_brings_its_ids_and_a_line(
-    reference_folder: Reference, build: Build, make_tokenizer: Callable[[int], Any]
+    reference_folder: SaveReference, build: Build, make_tokenizer: Callable[[int], Any]
 ) -> None:
     folder = reference_folder("llama")
     make_tokenizer(40).save_pretrained(folder)
@@ -34,7 +31,7 @@ def test_a_tokenizer_of_its_own_brings_its_ids_and_a_line(
 
 
 def test_inherit_copies_the_reference_s_tokenizer_files(
-    reference_folder: Reference, make_tokenizer: Callable[[int], Any], tmp_path: Path
+    reference_folder: SaveReference, make_tokenizer: Callable[[int], Any], tmp_path: Path
 ) -> None:
     folder, target = reference_folder("llama"), tmp_path / "out"
     tokenizer = make_tokenizer(40)
@@ -50,7 +47,7 @@ def test_inherit_copies_the_reference_s_tokenizer_files(
     assert ours.get_vocab() == theirs.get_vocab()
 
 
-def test_generation_settings_of_an_old_config_travel_along(reference_folder: Reference, build: Build) -> None:
+def test_generation_settings_of_an_old_config_travel_along(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("gpt2")
     (folder / "generation_config.json").unlink()
     tiny.edit_config(folder, do_sample=True, temperature=0.5)
@@ -60,7 +57,7 @@ def test_generation_settings_of_an_old_config_travel_along(reference_folder: Ref
 
 
 @pytest.mark.parametrize(
-    ("front", "licence"),
+    ("front", "license_name"),
     [
         ("license: mit", "mit"),
         ("license: mit # as the code", "mit"),
@@ -70,20 +67,20 @@ def test_generation_settings_of_an_old_config_travel_along(reference_folder: Ref
         ("license: [", "its card names none"),
     ],
 )
-def test_the_card_names_the_reference_s_licence(
-    front: str, licence: str, reference_folder: Reference, build: Build
+def test_the_card_names_the_reference_s_license_name(
+    front: str, license_name: str, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder("llama")
     (folder / "README.md").write_text(f"---\n{front}\n---\n# Model\n", encoding="utf-8")
     (folder / "LICENSE").write_text("terms", encoding="utf-8")
     target = build(folder, select="first:2").folder
-    assert f"the reference's ({licence})" in (target / "README.md").read_text(encoding="utf-8")
+    assert f"the reference's ({license_name})" in (target / "README.md").read_text(encoding="utf-8")
     assert (target / "LICENSE").read_text(encoding="utf-8") == "terms"
 
 
 @pytest.mark.parametrize(("files", "config"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_the_target_loads_in_the_type_that_the_reference_loads_in(
-    files: str, config: str, reference_folder: Reference, build: Build
+    files: str, config: str, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder("llama", dtype=files)
     tiny.edit_config(folder, dtype=config)
@@ -103,7 +100,7 @@ def test_buffers_of_the_files_are_no_inherited_parameters(build: Build, tmp_path
     assert report["inherited_block_parameters"] == report["block_parameters"]
 
 
-def test_another_config_or_generation_config_makes_another_identity(reference_folder: Reference) -> None:
+def test_another_config_or_generation_config_makes_another_identity(reference_folder: SaveReference) -> None:
     from inheritune_ds.config.model import Reference as Named
     from inheritune_ds.surgery.reference import locate
 

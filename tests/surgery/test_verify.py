@@ -1,7 +1,6 @@
 """The proof against an independent one: plain transformers with the other blocks of the reference bypassed."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,10 @@ from transformers import PreTrainedModel
 
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery import verify
-from inheritune_ds.surgery.inherit import TargetModel
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.surgery.verify import probe_tokens
 from tests.surgery import tiny
-from tests.surgery.tiny import PATHS, block_output, plain
+from tests.surgery.tiny import PATHS, Build, SaveReference, block_output, plain
 
 
 def bypass(block: nn.Module) -> None:
@@ -35,7 +33,7 @@ def bypass(block: nn.Module) -> None:
 @pytest.mark.parametrize("family", sorted(set(PATHS) - {"gpt2"}))
 @pytest.mark.parametrize("kept", [(1, 2), (0, 3), (2,)])
 def test_target_computes_what_the_reference_does_with_its_other_blocks_bypassed(
-    family: str, kept: tuple[int, ...], reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
+    family: str, kept: tuple[int, ...], reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder(family)
     built = build(folder, select=",".join(map(str, kept)))
@@ -48,9 +46,7 @@ def test_target_computes_what_the_reference_does_with_its_other_blocks_bypassed(
     assert built.report["proof"]["hidden_state"] == "equal, bit for bit"
 
 
-def test_report_names_the_hidden_state_that_both_gave(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_report_names_the_hidden_state_that_both_gave(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("llama")
     found = build(folder, select="first:2").report["proof"]
     reference = plain(folder)
@@ -76,9 +72,7 @@ def test_probe_tokens_are_spread_over_the_vocabulary(positions: int | None, coun
     assert torch.equal(tokens, probe_tokens(config))
 
 
-def test_weights_that_overflow_are_refused(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
-) -> None:
+def test_weights_that_overflow_are_refused(reference_folder: SaveReference, build: Build, tmp_path: Path) -> None:
     folder = reference_folder("llama")
 
     def grow(tensors: dict[str, torch.Tensor]) -> None:
@@ -88,13 +82,13 @@ def test_weights_that_overflow_are_refused(
     with pytest.raises(SurgeryError) as caught:
         build(folder, select="first:2")
     assert caught.value.problem == "the kept blocks of the reference give a hidden state that is not finite"
-    assert caught.value.action.startswith("bring the weights again")
+    assert caught.value.action.startswith("copy or download the weights again")
     assert not (tmp_path / "target").exists()
     build(folder, select="last:2")  # the damaged block is not in it
 
 
 def test_a_forward_pass_that_fails_is_told(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], monkeypatch: pytest.MonkeyPatch
+    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = reference_folder("llama")
 
@@ -118,7 +112,7 @@ def test_a_forward_pass_that_fails_is_told(
 
 
 def test_a_model_that_does_not_call_its_blocks_cannot_be_proven(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], monkeypatch: pytest.MonkeyPatch
+    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = reference_folder("llama")
     honest = verify._forward

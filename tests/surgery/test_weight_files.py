@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from inheritune_ds.errors import RecipeError, SurgeryError
 from inheritune_ds.surgery.weight_files import WeightFiles, weight_files
 from tests.surgery import tiny
+from tests.surgery.tiny import SaveReference
 
 INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
-def folder(reference_folder: Callable[..., Path]) -> Path:
+def folder(reference_folder: SaveReference) -> Path:
     return reference_folder("llama")
 
 
@@ -174,7 +175,7 @@ def test_a_safetensors_file_that_is_cut_short_is_refused(folder: Path, keep: int
     error = refused(folder)
     assert error.problem.startswith(f"{path} is damaged or cut short: ")
     assert len(error.problem.splitlines()) == 1
-    assert error.action == "bring the file again and compare its sha256 with the source's"
+    assert error.action == "copy or download the file again, and compare its sha256 with the source's"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_pickle_with_code_is_not_run(folder: Path, tmp_path: Path) -> None:
     path, mark = folder / "pytorch_model.bin", tmp_path / "ran"
     torch.save({"model.norm.weight": torch.ones(16), "more": Evil(mark)}, path)
     error = refused(folder)
-    assert error.problem == f"{path} holds more than tensors: pickle that would run code is not loaded"
+    assert error.problem == f"{path} holds more than tensors; pickles that run code are not loaded"
     assert error.allowed == "a file that torch.load(weights_only=True) reads, or safetensors"
     assert not mark.exists()
 
@@ -220,7 +221,7 @@ def test_pickle_of_old_versions_is_refused_with_the_way_to_convert_it(folder: Pa
     path = folder / "pytorch_model.bin"
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
     error = refused(folder)
-    assert error.problem == f"{path} is in the format of torch before 1.6, which cannot be read part by part"
+    assert error.problem == f"{path} is in the format of torch before 1.6, which cannot be memory-mapped"
     assert f"p = {str(path)!r}; torch.save(torch.load(p, weights_only=True), p)" in error.action
     torch.save(torch.load(path, weights_only=True), path)  # what it says
     assert set(WeightFiles(folder, "it")) == tensors.keys()

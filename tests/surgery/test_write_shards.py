@@ -2,7 +2,6 @@ import json
 import resource
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,19 +11,15 @@ from safetensors.torch import load_file
 
 from inheritune_ds.errors import StorageError, SurgeryError
 from inheritune_ds.surgery import weight_files, write_shards
-from inheritune_ds.surgery.inherit import TargetModel
 from tests.surgery import tiny
-from tests.surgery.tiny import contents, plain
+from tests.surgery.tiny import Build, SaveReference, contents, plain
 
 INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize("limit", [1, 3000, 10_000])
 def test_large_targets_are_written_in_shards_with_an_index(
-    limit: int,
-    reference_folder: Callable[..., Path],
-    build: Callable[..., TargetModel],
-    monkeypatch: pytest.MonkeyPatch,
+    limit: int, reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = reference_folder("llama")
     whole = load_file(build(folder, to="whole", select="1,2").folder / "model.safetensors")
@@ -54,7 +49,7 @@ def test_large_targets_are_written_in_shards_with_an_index(
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_targets_of_sharded_references_are_the_same(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], *, pickled: bool
+    reference_folder: SaveReference, build: Build, *, pickled: bool
 ) -> None:
     folder = reference_folder("llama")
     whole = build(folder, to="whole", select="1,2")
@@ -67,9 +62,7 @@ def test_targets_of_sharded_references_are_the_same(
     assert len(files) == 3
 
 
-def test_numbers_begin_at_multiples_of_their_size(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel]
-) -> None:
+def test_numbers_begin_at_multiples_of_their_size(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("llama", dtype="float16", vocab_size=41, intermediate_size=23)
     tiny.edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(16)}))
     content = (build(folder, select="first:2").folder / "model.safetensors").read_bytes()
@@ -86,10 +79,7 @@ def test_numbers_begin_at_multiples_of_their_size(
 
 
 def test_a_target_that_does_not_fit_on_the_disk_is_not_begun(
-    reference_folder: Callable[..., Path],
-    build: Callable[..., TargetModel],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
     usage = namedtuple("usage", "total used free")  # noqa: PYI024 - shutil's own is no public class
@@ -102,7 +92,7 @@ def test_a_target_that_does_not_fit_on_the_disk_is_not_begun(
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(
-    reference_folder: Callable[..., Path], build: Callable[..., TargetModel], tmp_path: Path
+    reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
     before = contents(tmp_path)
@@ -118,10 +108,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(
 
 
 def test_a_source_that_was_cut_short_meanwhile_is_refused(
-    reference_folder: Callable[..., Path],
-    build: Callable[..., TargetModel],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
     path = folder / "model.safetensors"

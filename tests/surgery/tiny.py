@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from inheritune_ds.config.model import Reference, Target
 from inheritune_ds.storage.files import sha256_file
-from inheritune_ds.surgery.inherit import Cut, Previous, TargetModel, build_target
+from inheritune_ds.surgery.inherit import Cut, TargetModel, build_target
 from inheritune_ds.surgery.load import load_config
-from inheritune_ds.surgery.reference import locate
+from inheritune_ds.surgery.reference import ReferenceModel, locate
 
+SaveReference = Callable[..., Path]
+Build = Callable[..., TargetModel]
 VOCABULARY = 40
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 WIDE = {
@@ -90,7 +92,7 @@ def cut(
     *,
     seed: int = 1,
     words: int | None = VOCABULARY,
-    previous: Previous | None = None,
+    previous: ReferenceModel | None = None,
     **target: Any,
 ) -> TargetModel:
     """Build a target from a saved reference; `folder=None` is from scratch."""

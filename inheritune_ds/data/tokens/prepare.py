@@ -257,7 +257,7 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
             "bos_id": tokenizer.bos_token_id,
             "fidelity": fidelity,
             "overlap": build.overlap.as_dict() if build.overlap is not None else None,
-            "files": describe_files(partial, left_out=JOURNAL_FILES),
+            "files": describe_files(partial, ignored=JOURNAL_FILES),
             "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
         }
         write_json(partial / "manifest.json", manifest)

@@ -8,7 +8,7 @@ from typing import Any
 from inheritune_ds.console import Meter
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage.files import read_json, sha256_file
-from inheritune_ds.storage.folders import has_files
+from inheritune_ds.storage.folders import damaged_files
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def open_finished(folder: Path, fingerprint: str) -> TokenSet | None:
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
         return None
-    return TokenSet(folder, manifest) if has_files(folder, manifest["files"]) else None
+    return None if damaged_files(folder, manifest["files"]) else TokenSet(folder, manifest)
 
 
 def find_damage(tokens: TokenSet) -> str | None:

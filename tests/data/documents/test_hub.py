@@ -227,8 +227,8 @@ def test_a_hub_that_stays_broken_is_told_with_its_answer(hub_server: HubServer, 
     assert answer["exit_code"] == 7
     assert answer["message"] == (
         f"dataset 'org/busy' at {commit}: the hub's answers break off (HTTP 503 Service Unavailable)\n"
-        "  do: run the same command again, it goes on from what it has; if it fails again, see whether the hub is up, "
-        "or copy the files here and name them under corpus.sources with kind: files"
+        "  do: rerun the same command to resume; if it fails again, check whether the hub is up, "
+        "or copy the files here and list them under corpus.sources with kind: files"
     )
 
 
@@ -261,7 +261,7 @@ def test_a_table_that_the_hub_refuses_is_not_called_damaged(hub_server: HubServe
     ("access", "message"),
     [
         ("private", "the hub has no dataset 'org/private', or this machine may not see it (HTTP 401 Unauthorized)\n"),
-        ("gated", "the hub's dataset org/gated is gated: it is handed out only after its terms were accepted\n  do: "),
+        ("gated", "the hub's dataset org/gated is gated: downloads require that its terms were accepted\n  do: "),
     ],
 )
 def test_private_and_gated_datasets_need_a_token(
@@ -329,7 +329,7 @@ def test_without_a_network_the_cache_has_the_same_documents(
     assert missing["message"] == (
         "dataset 'org/cached': HF_HUB_OFFLINE is set, and the local cache does not hold it\n"
         "  do: connect this machine once, or point HF_HOME to a cache filled on another machine, "
-        "or copy the files here and name them under corpus.sources with kind: files"
+        "or copy the files here and list them under corpus.sources with kind: files"
     )
 
 
