@@ -1,8 +1,8 @@
-"""Harm done at random to small checkpoints: every cut ends as a correct target or as one error.
+"""Mutate small checkpoints at random: every cut ends as a correct target or as one error.
 
-`python -m benchmarks.mutated_checkpoints` writes docs/results/mutated_checkpoints.json. A case is a checkpoint (family,
-kind of files), one mutation of it, and a selection; all follow from the seed and the case's number. What comes out is
-judged by `benchmarks.mutation_judge`, which uses plain transformers and nothing of this package.
+`python -m benchmarks.mutated_checkpoints` writes docs/results/mutated_checkpoints.json. The seed and a case's number
+determine its checkpoint (family, kind of files), mutation and selection. `benchmarks.mutation_judge` judges the result
+with plain transformers, without this package.
 """
 
 import argparse
@@ -53,20 +53,12 @@ LAYOUTS = (
     *("one file with its hash", "two shards with their hashes"),
 )
 Tensors = dict[str, torch.Tensor]
+Mutation = Callable[[Path, random.Random], object]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint, one mutation, one selection.
-
-    Attributes:
-        number: Of the case; everything follows from it and the seed.
-        family: A key of `FAMILIES`.
-        layout: One of `LAYOUTS`.
-        mutation: A key of `MUTATIONS`.
-        select: As given on the command line.
-        blocks: What it means; None if it is no selection of these models.
-    """
+    """One checkpoint, one mutation, one selection and its blocks (None if it is invalid)."""
 
     number: int
     family: str
@@ -87,7 +79,7 @@ def make_case(number: int, seed: int) -> tuple[Case, random.Random]:
 
 
 def _selection(chance: random.Random) -> tuple[str, tuple[int, ...] | None]:
-    """A selection and the blocks that it means; one in ten is none of a model with `DEPTH` blocks."""
+    """A selection and its blocks; one in ten is invalid for a model with `DEPTH` blocks."""
     every = tuple(range(DEPTH))
     count, first = chance.randint(1, DEPTH), chance.randint(0, DEPTH - 1)
     last = chance.randint(first, DEPTH - 1)
@@ -105,16 +97,9 @@ def _selection(chance: random.Random) -> tuple[str, tuple[int, ...] | None]:
     ]
     if chance.random() < 0.9:
         return chance.choice(valid)
-    wrong = (
-        "first:0",
-        f"first:{DEPTH + 1}",
-        f"last:{DEPTH + 3}",
-        f"range:2-{DEPTH}",
-        "range:3-1",
-        "drop:0-3",
-        "even:1",
-    )
-    return chance.choice((*wrong, "middle:2", "1,,2", "by:rank:2", f"0,{DEPTH}", "first:two", "-1", "")), None
+    beyond = ("first:0", f"first:{DEPTH + 1}", f"last:{DEPTH + 3}", f"range:2-{DEPTH}", "range:3-1", "drop:0-3")
+    odd = ("even:1", "middle:2", "1,,2", "by:rank:2", f"0,{DEPTH}", "first:two", "-1", "")
+    return chance.choice(beyond + odd), None
 
 
 def make_bases(folder: Path) -> None:
@@ -129,7 +114,7 @@ def make_bases(folder: Path) -> None:
 
 
 def lay_out(base: Path, folder: Path, layout: str) -> None:
-    """Copy a model into the kind of files that a layout is."""
+    """Copy a model into the kind of files of a layout."""
     shutil.copytree(base, folder)
     if "shards" in layout or "pickle" in layout:
         tensors = load_file(folder / "model.safetensors")
@@ -155,7 +140,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _edit(folder: Path, chance: random.Random, change: Callable[[Tensors, str], object]) -> None:
-    """Change the tensors of one weight file; the second argument is the name of one of them."""
+    """Change the tensors of one weight file; `change` gets them and the name of one of them."""
     path = chance.choice(_files(folder))
     if path.suffix == ".bin":
         tensors = dict(torch.load(path, weights_only=True))
@@ -165,6 +150,11 @@ def _edit(folder: Path, chance: random.Random, change: Callable[[Tensors, str], 
     tensors = load_file(path)
     change(tensors, chance.choice(sorted(tensors)))
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def _tensors_mutation(change: Callable[[Tensors, str, random.Random], object]) -> Mutation:
+    """Make a mutation from a change of tensors (`_edit`)."""
+    return lambda folder, chance: _edit(folder, chance, lambda tensors, name: change(tensors, name, chance))
 
 
 def _flip(folder: Path, chance: random.Random, *, header: bool) -> None:
@@ -180,9 +170,8 @@ def _flip(folder: Path, chance: random.Random, *, header: bool) -> None:
 def _cut_short(folder: Path, chance: random.Random) -> None:
     path = chance.choice(_files(folder))
     content = path.read_bytes()
-    path.write_bytes(
-        content[: chance.choice((0, 7, len(content) // 2, len(content) - 1, chance.randrange(len(content))))]
-    )
+    size = len(content)
+    path.write_bytes(content[: chance.choice((0, 7, size // 2, size - 1, chance.randrange(size)))])
 
 
 def _lengthen(folder: Path, chance: random.Random) -> None:
@@ -190,13 +179,11 @@ def _lengthen(folder: Path, chance: random.Random) -> None:
     path.write_bytes(path.read_bytes() + chance.randbytes(chance.randint(1, 64)))
 
 
-def _swap(folder: Path, chance: random.Random) -> None:
-    def change(tensors: Tensors, name: str) -> None:
-        alike = [other for other in sorted(tensors) if tensors[other].shape == tensors[name].shape]
-        other = chance.choice(chance.choice((alike, sorted(tensors))))
-        tensors[name], tensors[other] = tensors[other], tensors[name]
-
-    _edit(folder, chance, change)
+@_tensors_mutation
+def _swap(tensors: Tensors, name: str, chance: random.Random) -> None:
+    alike = [other for other in sorted(tensors) if tensors[other].shape == tensors[name].shape]
+    other = chance.choice(chance.choice((alike, sorted(tensors))))
+    tensors[name], tensors[other] = tensors[other], tensors[name]
 
 
 def _new_name(name: str, chance: random.Random) -> str:
@@ -208,22 +195,14 @@ def _new_name(name: str, chance: random.Random) -> str:
     return chance.choice(ways)
 
 
-def _rename(folder: Path, chance: random.Random) -> None:
-    def change(tensors: Tensors, name: str) -> None:
-        tensors[_new_name(name, chance)] = tensors.pop(name)
-
-    _edit(folder, chance, change)
+@_tensors_mutation
+def _rename(tensors: Tensors, name: str, chance: random.Random) -> None:
+    tensors[_new_name(name, chance)] = tensors.pop(name)
 
 
-def _repeat(folder: Path, chance: random.Random) -> None:
-    def change(tensors: Tensors, name: str) -> None:
-        tensors[_new_name(name, chance)] = tensors[name] + 0.5
-
-    _edit(folder, chance, change)
-
-
-def _drop(folder: Path, chance: random.Random) -> None:
-    _edit(folder, chance, lambda tensors, name: tensors.pop(name))
+@_tensors_mutation
+def _repeat(tensors: Tensors, name: str, chance: random.Random) -> None:
+    tensors[_new_name(name, chance)] = tensors[name] + 0.5
 
 
 def _edit_config(folder: Path, chance: random.Random) -> None:
@@ -275,13 +254,11 @@ def _edit_type(folder: Path, chance: random.Random) -> None:
     _edit(folder, chance, change)
 
 
-def _edit_shape(folder: Path, chance: random.Random) -> None:
-    def change(tensors: Tensors, name: str) -> None:
-        tensor = tensors[name]
-        ways = [tensor.flatten(), tensor[:-1], torch.cat([tensor, tensor[:1]]), tensor.unsqueeze(0), tensor.sum()]
-        tensors[name] = chance.choice([*ways, tensor.mT if tensor.dim() > 1 else tensor[:0]])
-
-    _edit(folder, chance, change)
+@_tensors_mutation
+def _edit_shape(tensors: Tensors, name: str, chance: random.Random) -> None:
+    tensor = tensors[name]
+    ways = [tensor.flatten(), tensor[:-1], torch.cat([tensor, tensor[:1]]), tensor.unsqueeze(0), tensor.sum()]
+    tensors[name] = chance.choice([*ways, tensor.mT if tensor.dim() > 1 else tensor[:0]])
 
 
 def _spoil(folder: Path, chance: random.Random) -> None:
@@ -301,7 +278,7 @@ def _exchange(folder: Path, chance: random.Random) -> None:
         second.write_bytes(content)
 
 
-MUTATIONS: dict[str, Callable[[Path, random.Random], object]] = {
+MUTATIONS: dict[str, Mutation] = {
     "none": lambda *_: None,
     "bits of a header flipped": lambda folder, chance: _flip(folder, chance, header=True),
     "bits of the data flipped": lambda folder, chance: _flip(folder, chance, header=False),
@@ -310,7 +287,7 @@ MUTATIONS: dict[str, Callable[[Path, random.Random], object]] = {
     "tensors swapped": _swap,
     "tensor renamed": _rename,
     "tensor repeated under another name": _repeat,
-    "tensor dropped": _drop,
+    "tensor dropped": lambda folder, chance: _edit(folder, chance, lambda tensors, name: tensors.pop(name)),
     "values of the config edited": _edit_config,
     "index edited": _edit_index,
     "tensors of another type": _edit_type,
@@ -323,7 +300,7 @@ NEED_SHARDS = ("index edited", "shards exchanged")
 
 
 def run_case(case: Case, chance: random.Random, bases: Path, folder: Path) -> tuple[str, list[str]]:
-    """Cut one mutated checkpoint; return how it ended, and everything that is wrong with that."""
+    """Cut one mutated checkpoint; return its ending and all errors in it."""
     reference, target = folder / "reference", folder / "target"
     lay_out(bases / case.family, reference, case.layout)
     intact = hashes(reference)
@@ -336,7 +313,7 @@ def run_case(case: Case, chance: random.Random, bases: Path, folder: Path) -> tu
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = inheritune_ds(words)
-    except BaseException as error:  # noqa: BLE001 - whatever gets out is a defect, and is told as one
+    except BaseException as error:  # noqa: BLE001 - any other exception is a bug, and is reported
         return "traceback", [f"{type(error).__name__} got out: {str(error)[:200]}"]
     wrong = [] if hashes(reference) == given else ["the reference's folder was changed"]
     if code:
@@ -353,7 +330,7 @@ def run_case(case: Case, chance: random.Random, bases: Path, folder: Path) -> tu
 
 
 def run_cases(numbers: range, seed: int, folder: Path) -> tuple[list[str], list[str]]:
-    """Run cases; return one line for each, and one for everything that went wrong."""
+    """Run cases; return one line for each case and for each error."""
     lines, wrong = [], []
     make_bases(folder / "bases")
     for number in numbers:
@@ -369,7 +346,7 @@ def run_cases(numbers: range, seed: int, folder: Path) -> tuple[list[str], list[
 
 
 def main() -> int:
-    """Run the campaign, print what is wrong, write the JSON file."""
+    """Run the cases, print errors, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cases", type=int, default=200, help="default: 200")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")

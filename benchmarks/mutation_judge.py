@@ -1,8 +1,8 @@
-"""Judges the outcome of a cut with plain transformers, safetensors and torch, and nothing of this package.
+"""Judge the result of a cut with plain transformers, safetensors and torch, without this package.
 
-A target is right if it is, tensor by tensor, what transformers makes of the checkpoint as it is given, mutated or not,
-with the blocks that the case names; if it gives the hidden state of the reference with the other blocks bypassed; and
-if nothing of what transformers fills in by itself is among it.
+A target is correct if its tensors equal those that transformers loads from the (mutated) checkpoint for the blocks of
+the case, if its hidden state equals that of the reference with the other blocks bypassed, and if transformers has
+initialized none of its tensors.
 """
 
 import copy
@@ -34,7 +34,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def judge_refusal(code: int, message: str, folder: Path) -> list[str]:
-    """What is wrong with an error: it must be one, with an exit code of its own, and leave nothing."""
+    """List what is wrong with a refusal: it must print one error, exit with its code, and leave no files."""
     wrong = []
     if code not in EXIT_CODES:
         wrong.append(f"exit code {code}")
@@ -46,7 +46,7 @@ def judge_refusal(code: int, message: str, folder: Path) -> list[str]:
 
 
 def judge_target(reference: Path, target: Path, blocks: tuple[int, ...]) -> tuple[str, list[str]]:
-    """What was compared, and everything that is wrong with a target."""
+    """Name what was compared, and list what is wrong with a target."""
     origin, problems = _load(reference)
     if origin is None or problems:
         return "not compared", [f"transformers cannot use the reference, but a target was made: {'; '.join(problems)}"]
@@ -55,7 +55,7 @@ def judge_target(reference: Path, target: Path, blocks: tuple[int, ...]) -> tupl
         return "not compared", [f"transformers cannot use the target: {'; '.join(problems)}"]
     wrong = [*_compare_tensors(origin, made, blocks), *_compare_configs(origin, made, blocks)]
     wrong += _check_report(reference, target)
-    origin, made = origin.float(), made.float()  # some kernels take no wider numbers
+    origin, made = origin.float(), made.float()  # some kernels do not support float64
     hidden = _bypassed(origin, blocks) if made.config.num_hidden_layers == len(blocks) else None
     if hidden is None:
         return "tensors", wrong
@@ -65,7 +65,7 @@ def judge_target(reference: Path, target: Path, blocks: tuple[int, ...]) -> tupl
 
 
 def _load(folder: Path, *, strict: bool = False) -> tuple[PreTrainedModel | None, list[str]]:
-    """Load a model in a type that holds the numbers of all others exactly, and say what transformers had to guess."""
+    """Load a model in float64, which holds all other types exactly, and list the problems of the load."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float64", output_loading_info=True)
     except Exception as error:  # noqa: BLE001 - any is an answer
@@ -73,9 +73,9 @@ def _load(folder: Path, *, strict: bool = False) -> tuple[PreTrainedModel | None
     model: PreTrainedModel = loaded[0].eval()
     info = {key: list(value) for key, value in loaded[1].items() if value}
     if not strict:
-        info.pop("unexpected_keys", None)  # left out, and said so
+        info.pop("unexpected_keys", None)  # skipped and reported
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # a product may round otherwise on memory mapped from a file
+        tensor.data = tensor.data.clone()  # products may round differently on a mapped file
     return model, [f"{key}: {value[:3]}" for key, value in info.items()]
 
 
@@ -115,13 +115,12 @@ def _compare_configs(origin: PreTrainedModel, made: PreTrainedModel, blocks: tup
 
 
 def _check_report(reference: Path, target: Path) -> list[str]:
-    """Compare the files with what the report says of them: sources, types, bytes."""
+    """Compare the files with the report: sources, types, bytes."""
     report = json.loads((target / "inheritance.json").read_text(encoding="utf-8"))
     tensors = {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
     files: dict[str, dict[str, torch.Tensor]] = {}
-    wrong = (
-        [] if tensors.keys() == {entry["name"] for entry in report["tensors"]} else ["the report's names are others"]
-    )
+    names = {entry["name"] for entry in report["tensors"]}
+    wrong = [] if tensors.keys() == names else ["the report's names are others"]
     for entry in report["tensors"]:
         name, source = entry["name"], entry["source"]
         if not entry["inherited"] or source["model"] != "reference":
@@ -162,7 +161,7 @@ def _hidden_state(model: PreTrainedModel, block: int) -> torch.Tensor:
 
 
 def _bypassed(model: PreTrainedModel, blocks: tuple[int, ...]) -> torch.Tensor | None:
-    """Hidden state after the last kept block; None if blocks move and compute by their place."""
+    """Hidden state after the last kept block; None if blocks change their index and depend on it."""
     if blocks == tuple(sorted(set(blocks))):
         for number, block in enumerate(model.get_submodule(_path(model)).children()):
             if number not in blocks:

@@ -1,12 +1,12 @@
-"""Cut OpenLLaMA-3B's shape in half: time, memory, and what each part of a surgery takes.
+"""Cut OpenLLaMA-3B's shape in half: measure time, memory, and the phases of a surgery.
 
-`python -m benchmarks.surgery` makes a random reference of 3.4B parameters in fp16 (6.9 GB below --folder), cuts it to
-its first 13 blocks and writes docs/results/surgery.json. Needs 15 GB of disk and 16 GB of memory.
+`python -m benchmarks.surgery` creates a random reference of 3.4B parameters in fp16 (6.9 GB below --folder), cuts it to
+its first 13 blocks and writes docs/results/surgery.json. It needs 15 GB of disk and 16 GB of memory.
 
-Time: planning and writing the target (the cut) against a plain copy of the same bytes, in turns (copy, cut, cut,
-copy, ...) in one process, source in the page cache, every written file flushed between the turns. Memory: the peak of
-anonymous memory of a whole `inheritune-ds inherit` in a process of its own, above what the same process holds after
-its imports; mapped files are not counted, since their pages go when memory is needed.
+Time: planning and writing the target (the cut) against a plain copy of the same bytes, alternating (copy, cut, cut,
+copy, ...) in one process, with the source in the page cache and all written files flushed in between. Memory: the peak
+of anonymous memory of a whole `inheritune-ds inherit` in its own process, minus that after its imports. Mapped files do
+not count: the kernel reclaims their pages.
 """
 
 import argparse
@@ -39,9 +39,9 @@ SHAPE: dict[str, Any] = {
 SELECT = "first:13"
 EXPECTED_PARAMETERS = 1_815_638_400
 TIME_BAR = 1.3
-"""The cut may take so many times a plain copy."""
+"""Most time of the cut, in times of a plain copy."""
 MEMORY_BAR = (1.15, 400e6)
-"""Peak anonymous memory above the idle process: at most so many times the target's bytes, plus so many bytes."""
+"""Most anonymous memory above the idle process: times the target's bytes, plus bytes."""
 
 
 def make_reference(folder: Path) -> None:
@@ -103,7 +103,7 @@ def plain_copy(files: Sequence[Path], folder: Path) -> float:
 
 
 def in_turns(reference: Path, folder: Path, blocks: int) -> dict[str, list[float]]:
-    """Time copy, cut, cut, copy, ... so many times each; the first round only warms up."""
+    """Time copy, cut, cut, copy, ... `blocks` times each, after one round of warm-up."""
     original = folder / "original"
     cut(reference, original)
     files = sorted(original.glob("*.safetensors"))
@@ -130,7 +130,7 @@ def anonymous_bytes() -> int:
 
 
 def time_calls(module: Any, name: str, seconds: dict[str, float]) -> None:
-    """Note how long the calls of a module's function take, under its name."""
+    """Add up the seconds of the calls of a module's function under its name."""
     function = getattr(module, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ def time_calls(module: Any, name: str, seconds: dict[str, float]) -> None:
 
 
 def build_once(reference: Path, output: Path) -> dict[str, Any]:
-    """A whole surgery, as the command does it, with its phases and peak of anonymous memory; runs in a child."""
+    """Run the whole command in a child process; return its phases and peak of anonymous memory."""
     start = time.perf_counter()
     import torch  # noqa: F401 - part of the idle process
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -189,7 +189,7 @@ def build_once(reference: Path, output: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all, print a table, write the JSON file; ends with 1 if a bar is missed."""
+    """Measure all, print a table, write the JSON file; exit with 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for 15 GB of files")
     parser.add_argument("--blocks", type=int, default=5, help="measured turns of each kind (default: 5)")

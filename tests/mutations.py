@@ -32,9 +32,9 @@ class Mutation:
     """One mistake.
 
     Attributes:
-        why: What it would do to a run.
+        why: Its effect on a run.
         file: Module, below the package.
-        old: Text that stands there exactly once.
+        old: Text that occurs there exactly once.
         new: What it becomes.
         only: Of the module's tests, those that pytest's -k selects; all when empty.
     """
@@ -75,8 +75,8 @@ MUTATIONS = [
         "(-values[block], block)",
         "(values[block], block)",
     ),
-    Mutation("blocks would stand in the order of their scores", SELECTION, "return sorted(best)", "return best"),
-    Mutation("the mark would stand beside the mistake", SELECTION, "{' ' * position}^", "{' ' * (position + 1)}^"),
+    Mutation("blocks would be in the order of their scores", SELECTION, "return sorted(best)", "return best"),
+    Mutation("the mark would point beside the mistake", SELECTION, "{' ' * position}^", "{' ' * (position + 1)}^"),
     Mutation(
         "the published copy would have a final norm that it did not have",
         PARTS,
@@ -242,7 +242,7 @@ MUTATIONS = [
         "if tuple(blocks) != tuple(range(len(blocks))):",
     ),
     Mutation(
-        "the reference's own config would be changed under its feet",
+        "the reference's own config would be changed",
         CONFIGS,
         "    values = config.to_dict()\n    if tuple(blocks)",
         "    values = config.to_dict()\n    config.num_hidden_layers = len(blocks)\n    if tuple(blocks)",
@@ -254,7 +254,7 @@ MUTATIONS = [
         "if old != new or (old, new) in",
     ),
     Mutation(
-        "a quantised model would be cut",
+        "a quantized model would be cut",
         SKELETON,
         'getattr(config, "quantization_config", None) is not None',
         'getattr(config, "quantization_config", None) == ""',

@@ -18,7 +18,7 @@ from inheritune_ds.storage.files import read_json, sha256_file
 from inheritune_ds.surgery.weight_files import INDEX, PICKLE_PATTERNS, SAFE_PATTERNS, SINGLE, weight_files
 
 FILE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""Everything but weights: config, tokenizer, card and licence."""
+"""Everything but weights: config, tokenizer, card and license."""
 TOKENIZER_PATTERNS = (
     *("tokenizer*.json", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     "chat_template*",

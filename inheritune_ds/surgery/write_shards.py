@@ -103,7 +103,7 @@ def check_space(folder: Path, size: int) -> None:
     if size > free:
         raise StorageError(
             f"{folder.parent}: the target takes {_in_words(size)}, but {_in_words(free)} are free",
-            action="free some space, or choose another place, then give the same command again",
+            action="free some space, or choose another place, then rerun the same command",
         )
 
 
@@ -127,4 +127,4 @@ def _write(path: Path, shard: Sequence["TensorCopy"], values: "TargetValues") ->
             if span is None:
                 writer.append(as_bytes(values.of(graft)).data)
             elif not writer.copy(span.path, span.offset, span.size):
-                raise SurgeryError(f"{span.path} is cut short", action="bring the file again")
+                raise SurgeryError(f"{span.path} is cut short", action="copy or download the file again")

@@ -34,7 +34,7 @@ def reference_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def make_tokenizer() -> Callable[[int], PreTrainedTokenizerFast]:
-    """Make a tokenizer of so many words."""
+    """Make a tokenizer of a number of words."""
     return tiny.make_tokenizer
 
 

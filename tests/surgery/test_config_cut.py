@@ -13,6 +13,7 @@ from inheritune_ds.surgery import config_cut
 from inheritune_ds.surgery.config_cut import cut_config, set_dropout
 
 SELECTIONS = st.lists(st.integers(0, 11), min_size=1, max_size=8)
+EXPERTS = {"expert_layer_period": 2, "expert_layer_offset": 1}  # of Jamba
 
 LISTS: list[tuple[str, dict[str, Any], dict[str, list[Any]]]] = [
     (
@@ -38,7 +39,6 @@ def test_cut_config_cuts_every_list_with_the_selection(
     assert cut.num_hidden_layers == 2
     assert {key: getattr(cut, key) for key in expected} == expected
     assert config.to_dict() == before
-    # and nothing else is another
     changed = {key for key, value in cut.to_dict().items() if value != before[key]}
     assert changed == {"num_hidden_layers", *(key for key in expected if before[key] != expected[key])}
 
@@ -69,7 +69,7 @@ def test_cut_config_leaves_the_names_of_classes() -> None:
     assert (cut.id2label, cut.label2id) == (config.id2label, config.label2id)
 
 
-def test_a_switch_by_place_allows_the_first_blocks_only() -> None:
+def test_a_block_that_depends_on_its_index_cannot_move() -> None:
     config = AutoConfig.for_model("gpt2", n_layer=4, scale_attn_by_inverse_layer_idx=True)
     assert cut_config(config, (0, 1)).scale_attn_by_inverse_layer_idx is True
     with pytest.raises(SurgeryError) as caught:
@@ -94,20 +94,9 @@ def test_a_switch_by_place_allows_the_first_blocks_only() -> None:
         ("bamba", {"num_hidden_layers": 6, "attn_layer_indices": [1, 4]}, (4, 5, 1), {"attn_layer_indices": [0, 2]}),
         (
             "jamba",  # attention in 3 and 7, experts in every odd one
-            {
-                "num_hidden_layers": 8,
-                "attn_layer_period": 4,
-                "attn_layer_offset": 3,
-                "expert_layer_period": 2,
-                "expert_layer_offset": 1,
-            },
+            {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 3} | EXPERTS,
             (2, 3, 6, 7),
-            {
-                "attn_layer_period": 2,
-                "attn_layer_offset": 1,
-                "expert_layer_period": 2,
-                "expert_layer_offset": 1,
-            },
+            {"attn_layer_period": 2, "attn_layer_offset": 1} | EXPERTS,
         ),
         ("deepseek_v2", {"num_hidden_layers": 6, "first_k_dense_replace": 2}, (1, 3, 5), {"first_k_dense_replace": 1}),
         (
@@ -118,7 +107,7 @@ def test_a_switch_by_place_allows_the_first_blocks_only() -> None:
         ),
     ],
 )
-def test_cut_config_rewrites_what_says_which_block_is_what(
+def test_cut_config_rewrites_the_kinds_of_blocks(
     family: str, given: dict[str, Any], blocks: tuple[int, ...], expected: dict[str, Any]
 ) -> None:
     config: PreTrainedConfig = AutoConfig.for_model(family, **given)
@@ -146,7 +135,7 @@ def test_cut_config_rewrites_what_says_which_block_is_what(
         ),
     ],
 )
-def test_cut_config_refuses_what_no_value_expresses(
+def test_cut_config_refuses_inexpressible_selections(
     family: str, given: dict[str, Any], blocks: tuple[int, ...], problem: str, allowed: str
 ) -> None:
     with pytest.raises(SurgeryError) as caught:
@@ -156,7 +145,7 @@ def test_cut_config_refuses_what_no_value_expresses(
 
 
 def apply(rule: config_cut.Rule, values: dict[str, Any], blocks: Sequence[int]) -> dict[str, Any] | None:
-    """What a rule makes of the keys; None if it refuses."""
+    """Keys after a rule; None if it refuses."""
     try:
         return values | rule(values, 12, blocks)
     except SurgeryError:
@@ -172,7 +161,7 @@ def test_periods_mark_the_same_blocks_or_are_refused(blocks: list[int], period: 
         assert [place % found["period"] == found["offset"] for place in range(len(blocks))] == wanted
         assert 0 <= found["offset"] < found["period"]
     if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-        assert found is not None  # neighbours keep their distances
+        assert found is not None  # neighbors keep their distances
 
 
 @for_all(SELECTIONS, st.integers(0, 4), st.lists(st.integers(0, 11), unique=True))
@@ -224,7 +213,7 @@ def test_cycles_are_unrolled(blocks: list[int], pattern: list[str]) -> None:
 
 
 @for_all(st.integers(1, 12), st.floats(0.1, 20))
-def test_residual_scale_stays_what_it_was_in_every_block(count: int, scale: float) -> None:
+def test_residual_scale_of_a_block_is_unchanged(count: int, scale: float) -> None:
     found = apply(config_cut._residual_scale, {"scale_depth": scale}, range(count))
     assert found is not None
     assert found["scale_depth"] / math.sqrt(count) == pytest.approx(scale / math.sqrt(12), rel=1e-15)
@@ -245,7 +234,7 @@ def test_residual_scale_stays_what_it_was_in_every_block(count: int, scale: floa
         ("num_key_value_heads", [1, 2, 3, 4], [4, 2]),
     ],
 )
-def test_lists_are_cut_if_they_speak_of_blocks(key: str, value: list[Any], expected: list[Any]) -> None:
+def test_lists_are_cut_if_they_describe_blocks(key: str, value: list[Any], expected: list[Any]) -> None:
     assert config_cut._cut_list(key, value, 4, (3, 1)) == expected
 
 

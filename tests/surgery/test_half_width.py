@@ -1,4 +1,4 @@
-"""Half the width: which heads, units and channels every tensor of the target holds."""
+"""Half the width: the heads, units and channels in every tensor of the target."""
 
 import re
 from pathlib import Path
@@ -33,12 +33,12 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def first_heads(heads: int, *, pieces: int = 1) -> list[int]:
-    """Places of the first half of the heads where a head has so many vectors one after the other."""
+    """Indices of the first half of the heads, if a head has `pieces` vectors one after the other."""
     size = pieces * HEAD_SIZE
     return [head * size + at for head in range(heads // 2) for at in range(size)]
 
 
-# What the places along a dimension are: those that the half holds.
+# Indices along a dimension that the half holds.
 CHANNEL = list(range(CHANNELS // 2))
 UNIT = list(range(UNITS // 2))
 QUERY, KEY = first_heads(HEADS), first_heads(KV_HEADS)
@@ -73,7 +73,7 @@ AXES: dict[str, list[tuple[str, tuple[list[int] | None, ...]]]] = {
 
 
 def half_of(family: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The half that a tensor must be, by what its places mean."""
+    """The expected half of a tensor."""
     rules = AXES.get(family, AXES["others"])
     axes = next((axes for pattern, axes in rules if re.search(pattern, name)), (CHANNEL,))
     if family == "opt" and re.search(r"[kv]_proj", name):
@@ -93,7 +93,7 @@ def test_half_holds_the_first_heads_units_and_channels(family: str, tmp_path: Pa
     reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
     with torch.no_grad():
         for number, parameter in enumerate(reference.parameters()):
-            # no two numbers of a tensor are the same: each tells its place
+            # all numbers of a tensor are different
             places = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(number))
             parameter.copy_((places + 1).view(parameter.shape) / parameter.numel())
     reference.save_pretrained(tmp_path / "reference")
@@ -123,7 +123,7 @@ def test_gpt2_halves_queries_keys_and_values_each() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 2, 1), (5, 4)])
-def test_what_is_neither_whole_nor_half_is_refused(shape: tuple[int, ...]) -> None:
+def test_leading_half_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(SurgeryError) as caught:
         leading_half(torch.zeros(4, 4), shape, "a.weight")
     assert caught.value.problem == f"width half: a.weight has shape [4, 4], the target's is {list(shape)}"
@@ -157,14 +157,14 @@ def test_an_odd_size_is_refused_and_named() -> None:
         ),
     ],
 )
-def test_settings_that_have_no_half_are_refused(family: str, changes: dict[str, Any], problem: str) -> None:
+def test_halve_config_refuses_settings_without_a_half(family: str, changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(SurgeryError) as caught:
         halve_config(AutoConfig.for_model(family, **{**VALUES, **changes}))
     assert caught.value.problem.startswith(f"width half: {problem}")
     assert caught.value.allowed.startswith("a reference w")
 
 
-def test_a_tensor_that_the_half_has_no_place_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_without_a_place_in_the_half_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**VALUES, "attention_bias": True}))
     reference.save_pretrained(tmp_path / "reference")
 

@@ -1,4 +1,4 @@
-"""A reference of the hub, brought by the real client from a stand-in on the loopback interface, and cut."""
+"""A reference that the real client downloads from a fake hub on the loopback interface, and its cut."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from tests.hub_client import HubClient
 from tests.hub_server import TOKEN, HubServer
 from tests.surgery import tiny
 
-TOLD = {"inheritance.json", "manifest.json", "README.md"}
+PROVENANCE = {"inheritance.json", "manifest.json", "README.md"}
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
@@ -32,7 +32,7 @@ def sharded(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-VERB = """
+COMMANDS = """
 import json, sys
 from inheritune_ds.cli import main
 sys.exit(max(main(words) for words in json.loads(sys.argv[1])))
@@ -40,12 +40,12 @@ sys.exit(max(main(words) for words in json.loads(sys.argv[1])))
 
 
 def weights(folder: Path) -> dict[str, str]:
-    """Hashes of a target's files, apart from those that tell where it comes from."""
-    return {path.name: sha256_file(path) for path in folder.iterdir() if path.name not in TOLD}
+    """Hashes of a target's files, except those about its origin."""
+    return {path.name: sha256_file(path) for path in folder.iterdir() if path.name not in PROVENANCE}
 
 
 @pytest.mark.launch
-def test_the_target_of_a_hub_model_is_that_of_its_folder(
+def test_a_hub_model_and_its_folder_give_the_same_target(
     hub_server: HubServer, tmp_path: Path, sharded: Callable[..., Path]
 ) -> None:
     folder = sharded(11)
@@ -56,7 +56,7 @@ def test_the_target_of_a_hub_model_is_that_of_its_folder(
     ]
     with hub_server.fault(f"GET /lfs/{sha256_file(folder / SHARDS[1])}", drop_after=4000, times=1) as fault:
         process = subprocess.run(
-            [sys.executable, "-c", VERB, json.dumps(calls)],
+            [sys.executable, "-c", COMMANDS, json.dumps(calls)],
             env=hub_client.environment(hub_server.endpoint, tmp_path / "home"),
             cwd=tmp_path,
             capture_output=True,
@@ -71,7 +71,7 @@ def test_the_target_of_a_hub_model_is_that_of_its_folder(
     assert commit in (tmp_path / "of-hub" / "inheritance.json").read_text(encoding="utf-8")
 
 
-def test_a_hub_model_is_known_by_its_commit_and_the_hashes_of_its_folder(
+def test_a_hub_model_is_identified_by_commit_and_hashes(
     hub_server: HubServer, client: HubClient, offline_client: HubClient, sharded: Callable[..., Path]
 ) -> None:
     folder = sharded(12)
@@ -86,7 +86,7 @@ def test_a_hub_model_is_known_by_its_commit_and_the_hashes_of_its_folder(
     assert offline_client.ask("locate", model="org/known") == [place, *found]
 
 
-def test_a_hub_model_without_safetensors_brings_its_pickle_files(
+def test_pickle_files_are_downloaded_without_safetensors(
     hub_server: HubServer, client: HubClient, sharded: Callable[..., Path]
 ) -> None:
     folder = sharded(13, pickled=True)
@@ -96,7 +96,7 @@ def test_a_hub_model_without_safetensors_brings_its_pickle_files(
     assert found == [commit, {name: sha256_file(folder / name) for name in names}]
 
 
-def test_a_download_of_shards_that_breaks_off_is_not_taken_for_a_model(
+def test_a_partial_download_is_no_model(
     hub_server: HubServer, client: HubClient, offline_client: HubClient, sharded: Callable[..., Path]
 ) -> None:
     folder = sharded(14)

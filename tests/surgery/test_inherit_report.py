@@ -20,7 +20,7 @@ from tests.surgery.tiny import IDENTITY, Build, SaveReference, edit_weights
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_report_counts_what_the_budget_counts(
+def test_report_and_plan_count_the_same_parameters(
     family: str, count: int, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder(family)
@@ -37,7 +37,7 @@ def test_report_lists_every_tensor_with_its_source(reference_folder: SaveReferen
     tensors = load_file(built.folder / "model.safetensors")
     listed: Mapping[str, Any] = {tensor["name"]: tensor for tensor in built.report["tensors"]}
     assert len(built.report["tensors"]) == len(listed)
-    assert listed.keys() == tensors.keys()  # the head, which is tied, stands there once
+    assert listed.keys() == tensors.keys()  # the tied head is listed once
     for name, tensor in tensors.items():
         block = int(name.split(".")[2]) if name.startswith("transformer.h.") else None
         found = dict(listed[name])
@@ -61,7 +61,7 @@ def test_report_lists_every_tensor_with_its_source(reference_folder: SaveReferen
     assert built.report == json.loads((built.folder / "inheritance.json").read_text(encoding="utf-8"))
 
 
-def test_find_target_finds_its_own_finished_work(reference_folder: SaveReference, build: Build) -> None:
+def test_find_target_finds_a_finished_target(reference_folder: SaveReference, build: Build) -> None:
     built = build(reference_folder("llama"), select="first:2")
     assert find_target(built.folder, IDENTITY) == built
     assert find_target(built.folder, {"recipe": "two"}) is None
@@ -69,7 +69,7 @@ def test_find_target_finds_its_own_finished_work(reference_folder: SaveReference
 
 
 @pytest.mark.parametrize("harm", ["missing", "short", "report"])
-def test_find_target_does_not_take_a_damaged_one(harm: str, reference_folder: SaveReference, build: Build) -> None:
+def test_find_target_ignores_a_damaged_target(harm: str, reference_folder: SaveReference, build: Build) -> None:
     built = build(reference_folder("llama"), select="first:2")
     weights = built.folder / "model.safetensors"
     if harm == "missing":
@@ -82,7 +82,7 @@ def test_find_target_does_not_take_a_damaged_one(harm: str, reference_folder: Sa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite_are_refused_by_name(
+def test_a_tensor_that_is_not_finite_is_refused(
     value: float, reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder, name = reference_folder("llama"), "model.layers.3.mlp.up_proj.weight"

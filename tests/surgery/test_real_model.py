@@ -18,7 +18,7 @@ WEIGHTS = ROOT.parent / "shared" / "data" / "weights" / "stories260K"
 
 PROMPT = "Once upon a time"
 KNOWN = "there was a little girl named Lily. She loved to play outside in the park."
-"""How llama2.c itself goes on, greedily, from that prompt."""
+"""Greedy continuation by llama2.c itself."""
 NEW_TOKENS = 60
 pytestmark = pytest.mark.skipif(not WEIGHTS.is_dir(), reason=f"the shared data folder {WEIGHTS} is not here")
 
@@ -31,7 +31,7 @@ def greedy(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def hidden_states(folder: Path, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: N803 - shape suffix
-    """The embeddings' output and what leaves every block: transformers' own record, the last one before the norm."""
+    """Output of every block."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     caught: list[torch.Tensor] = []
     for layer in model.model.layers:
@@ -41,8 +41,8 @@ def hidden_states(folder: Path, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, 
     return tuple(caught)
 
 
-def as_openllama_has_it(folder: Path) -> None:
-    """One pickle file, with a table of angles in every block as older transformers wrote it; tokenizer.model alone."""
+def lay_out_like_openllama(folder: Path) -> None:
+    """Save one pickle file with a table of angles in every block, as older transformers did."""
     state = load_file(folder / "model.safetensors")
     for block in range(5):
         state[f"model.layers.{block}.self_attn.rotary_emb.inv_freq"] = torch.arange(4) / 8.0
@@ -60,11 +60,11 @@ def test_inherit_reads_a_folder_laid_out_like_openllama(tmp_path: Path, capsys: 
     command = ["inherit", "--reference", str(reference), "--select", "0,2-3", "--output"]
     assert cli.main([*command, str(plain)]) == 0
     assert "pickle" not in capsys.readouterr().out
-    as_openllama_has_it(reference)
+    lay_out_like_openllama(reference)
     assert cli.main([*command, str(pickled)]) == 0
-    told = capsys.readouterr().out
-    assert "reference: pickle files, read with torch.load(mmap=True, weights_only=True)" in told
-    assert "equal, bit for bit" in told
+    printed = capsys.readouterr().out
+    assert "reference: pickle files, read with torch.load(mmap=True, weights_only=True)" in printed
+    assert "equal, bit for bit" in printed
     before, after = load_file(plain / "model.safetensors"), load_file(pickled / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

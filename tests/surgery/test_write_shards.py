@@ -122,7 +122,7 @@ def test_a_source_that_was_cut_short_meanwhile_is_refused(
     monkeypatch.setattr(weight_files.WeightFiles, "span", beyond)
     with pytest.raises(SurgeryError, match=r"model\.safetensors is cut short") as caught:
         build(folder, select="first:2")
-    assert caught.value.action == "bring the file again"
+    assert caught.value.action == "copy or download the file again"
     assert not (tmp_path / "target").exists()
 
 

@@ -30,7 +30,7 @@ WIDE = {
     "max_position_embeddings": 32,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    # scale_attn_by_inverse_layer_idx makes a block's number count, as in the paper's GPT-2 track
+    # with scale_attn_by_inverse_layer_idx a block depends on its index, as in the paper's GPT-2 track
     "gpt2": {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 32, "scale_attn_by_inverse_layer_idx": True},
     "llama": {**WIDE, "num_key_value_heads": 1},
     # the last two blocks look 4 tokens back only
@@ -59,7 +59,7 @@ IDENTITY = {"recipe": "one"}
 
 
 def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Give every tensor random values: a norm of ones says nothing."""
+    """Give every tensor random values, also norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,7 +76,7 @@ def make_model(family: str, *, seed: int = 5, dtype: str = "float32", **changes:
 
 
 def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of so many words."""
+    """Make a tokenizer of `size` words."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     words = special + [f"w{number}" for number in range(size - len(special))]
     model = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -112,7 +112,7 @@ def cut(
 
 
 def plain(folder: Path) -> PreTrainedModel:
-    """Load as a newcomer does; nothing may be missing or left over."""
+    """Load with plain transformers; no tensor may be missing or unexpected."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     model: PreTrainedModel
     model, info = loaded
@@ -122,7 +122,7 @@ def plain(folder: Path) -> PreTrainedModel:
 
 
 def block_output(model: PreTrainedModel, block: str) -> torch.Tensor:
-    """Hidden state that leaves a block; more tokens than any attention window."""
+    """Output of a block, for more tokens than any attention window."""
     caught: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
@@ -158,7 +158,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 
 def shard(folder: Path, count: int = 2, *, pickled: bool = False) -> list[Path]:
-    """Spread the tensors of a model.safetensors over shards with an index, in turn; give their paths."""
+    """Distribute the tensors of a model.safetensors over shards with an index; return their paths."""
     single = folder / "model.safetensors"
     tensors = load_file(single)
     single.unlink()
