@@ -1,14 +1,14 @@
 """The data loader: tokens/s of one core against nanoGPT's `get_batch`, the time of a seek, the size of the order.
 
-`python -m benchmarks.loader` writes docs/results/loader.json. All read the same random tokens (uint16), which lie in
-the page cache, in turns (A B C D, D C B A), in one process with one thread: this program one file, 100 shards, and
-those shards as seven sources with RedPajama's weights; nanoGPT's `get_batch` the file, written out after its train.py
-(subjects/nanogpt.py). This program's loader gives each window once an epoch and may begin at any step. A token is an
-input whose target is given with it.
+`python -m benchmarks.loader` writes docs/results/loader.json. All read the same random tokens (uint16) from the page
+cache, in turns (A B C D, D C B A), in one process with one thread: this program one file, 100 shards, and those shards
+as seven sources with RedPajama's weights; nanoGPT's `get_batch`, copied from its train.py (subjects/nanogpt.py), the
+file. This program's loader reads each window once per epoch and can begin at any step. A token is an input with its
+target.
 
-The seek is into plans of 10 billion tokens (100 shards, as sparse files), of one source and of seven whose weights
-change three times and repeat after 10,000 windows only: from opening the shards to the windows of a step. The memory
-is what such a stream holds after it has been in every part of its plan.
+The seek is into plans of 10 billion tokens (100 shards, as sparse files), of one source and of seven with three changes
+of weights and rounds of 10,000 windows: from opening the shards to the windows of a step. The memory is that of such a
+stream after a look-up in every part of its plan.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PLANS = ("one_source", "seven_sources")
 
 
 def write_shards(tokens: np.ndarray[Any, Any], folder: Path) -> list[tuple[Path, int]]:
-    """Write tokens as shards; their files and counts."""
+    """Write tokens as shards; returns their files and counts."""
     found = []
     for number, part in enumerate(np.array_split(tokens, SHARDS)):
         path = folder / f"train-{number:05}.bin"
@@ -53,7 +53,7 @@ def write_shards(tokens: np.ndarray[Any, Any], folder: Path) -> list[tuple[Path,
 
 
 def sparse_shards(folder: Path) -> list[tuple[Path, int]]:
-    """Shards of the plan: their size without their content."""
+    """Sparse files with the size of the plan's shards."""
     found = []
     for number in range(SHARDS):
         path = folder / f"plan-{number:05}.bin"
@@ -70,14 +70,14 @@ def one_source(shards: Iterable[tuple[Path, int]], seq_len: int) -> dict[str, Wi
 
 
 def seven_sources(shards: Sequence[tuple[Path, int]], seq_len: int) -> dict[str, Windows]:
-    """The shards dealt out to seven sources."""
+    """The shards as seven sources."""
     ends = np.cumsum(SHARDS_OF_SOURCES).tolist()
     parts = [shards[end - count : end] for end, count in zip(ends, SHARDS_OF_SOURCES, strict=True)]
     return {f"source-{number}": one_source(part, seq_len)["tokens"] for number, part in enumerate(parts)}
 
 
 def readers(folder: Path, num_tokens: int, seq_len: int, micro_batch: int) -> dict[str, Callable[[int], int]]:
-    """For every loader a function that reads so many micro-batches and returns their tokens."""
+    """For every loader, a function that reads a number of micro-batches and returns their tokens."""
     from benchmarks.subjects.nanogpt import get_batch
 
     tokens = np.random.default_rng(SEED).integers(VOCAB_SIZE, size=num_tokens, dtype=np.uint16)
@@ -114,13 +114,13 @@ def _reader(stream: BatchStream, micro_batch: int) -> Callable[[int], int]:
 
 
 def timed(read: Callable[[int], int], count: int) -> tuple[int, float]:
-    """Tokens read, and the seconds they took."""
+    """Tokens read, and the seconds."""
     start = time.perf_counter()
     return read(count), time.perf_counter() - start
 
 
 def throughput(reading: dict[str, Callable[[int], int]], rounds: int, block_s: float) -> dict[str, list[float]]:
-    """Tokens/s of every loader, round by round; a first block is not counted and decides the length of the others."""
+    """Tokens/s of every loader, by round; an uncounted first block sets the length of the others."""
     counts = {}
     for name, read in reading.items():
         timed(read, 16)
@@ -135,7 +135,7 @@ def throughput(reading: dict[str, Callable[[int], int]], rounds: int, block_s: f
 
 
 def open_plan(name: str, shards: Sequence[tuple[Path, int]], seq_len: int, batch_windows: int) -> BatchStream:
-    """A stream of one of the plans, from nothing."""
+    """Open a stream of one of the plans."""
     round_table.cache_clear()
     if name == "one_source":
         return BatchStream(one_source(shards, seq_len), seed=SEED, batch_windows=batch_windows)
@@ -145,7 +145,7 @@ def open_plan(name: str, shards: Sequence[tuple[Path, int]], seq_len: int, batch
 
 
 def seek_seconds(open_stream: Callable[[], BatchStream]) -> list[float]:
-    """Seconds from nothing to the windows of a step, at random steps of the plan."""
+    """Seconds from opening a stream to the windows of a step, at random steps."""
     stream = open_stream()
     steps = np.random.default_rng(SEED).integers(stream.num_windows // stream.batch_windows, size=SEEKS)
     seconds = []
@@ -157,7 +157,7 @@ def seek_seconds(open_stream: Callable[[], BatchStream]) -> list[float]:
 
 
 def held_bytes(open_stream: Callable[[], BatchStream]) -> int:
-    """Memory that a stream holds, its memory maps aside, after it has been in all parts of its plan."""
+    """Memory of a stream, without memory maps, after look-ups in all parts of its plan."""
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     stream = open_stream()

@@ -1,12 +1,11 @@
 """`inheritune-ds prepare`: bytes/s against bare `tokenizers` on the same cores, and its memory as the corpus grows.
 
 `python -m benchmarks.tokenize --data DIR` writes docs/results/tokenize.json; DIR holds corpora/books and
-tokenizers/gpt2. Throughput: whole books through GPT-2's tokenizer, in turns (A B C, C B A), in one process: `prepare`
-from the call to the published folder, files hashed, read, checked, cut, encoded by worker processes, written, synced
-and hashed; against `encode_batch` and `encode_batch_fast` of the same books, which lie in memory already and whose ids
-are dropped. Memory: the command itself in a process of its own, on the books repeated (as further files) up to each
-size. Every 0.1 s the resident memory of the command and all its workers is added up: RSS counts a page that two of them
-share twice, PSS once. The bar is for RSS.
+tokenizers/gpt2. Throughput: whole books with GPT-2's tokenizer, in turns (A B C, C B A), in one process: `prepare` from
+the call to the published folder (files hashed, read, checked, cut, encoded by worker processes, written, synced and
+hashed) against `encode_batch` and `encode_batch_fast` of the same books in memory, without using the ids. Memory: the
+command in a separate process, on the books repeated (as further files) up to each size. Every 0.1 s the resident memory
+of the command and its workers is summed: RSS counts a shared page twice, PSS once. The bar is for RSS.
 """
 
 import argparse
@@ -38,7 +37,7 @@ COMPARISONS = (
 
 
 def read_books(data: Path, most_bytes: int | None) -> list[str]:
-    """The texts of the books, as many as fit in so many bytes; all of them without a limit, at least two."""
+    """Texts of the books, at least two, up to `most_bytes` in all."""
     texts: list[str] = []
     size = 0
     for path in sorted((data / "corpora" / "books").glob("*.jsonl.gz")):
@@ -53,7 +52,7 @@ def read_books(data: Path, most_bytes: int | None) -> list[str]:
 
 
 def write_corpus(folder: Path, texts: Sequence[str], size: int) -> list[str]:
-    """Write the books to files, the first of which is linked under other names until all have so many bytes."""
+    """Write the books to a file and link it under other names until all have `size` bytes."""
     first = folder / "books-0000.jsonl"
     if not first.exists():
         first.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -67,12 +66,12 @@ def write_corpus(folder: Path, texts: Sequence[str], size: int) -> list[str]:
 
 
 def corpus_of(paths: list[str]) -> Corpus:
-    """A corpus of files; one document of four is held out, so that both parts have some, however few there are."""
+    """A corpus of files; a quarter of the documents is held out, so that no part is empty."""
     return Corpus(sources=[FilesSource(kind="files", name="books", paths=paths)], validation_ratio=0.25)
 
 
 def subjects(texts: list[str], paths: list[str], tokenizer: str, scratch: Path) -> dict[str, Callable[[], int]]:
-    """For every subject a function that does all the work once and returns the tokens it made."""
+    """For every subject, a function that does all the work once and returns the number of tokens."""
     from tokenizers import Tokenizer
 
     bare: Any = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
@@ -92,10 +91,10 @@ def subjects(texts: list[str], paths: list[str], tokenizer: str, scratch: Path) 
 
 
 def throughput(doing: dict[str, Callable[[], int]], size: int, rounds: int) -> dict[str, list[float]]:
-    """MB of text a second of every subject, round by round.
+    """MB/s of text of every subject, by round.
 
     Raises:
-        SystemExit: They do not make the same number of tokens.
+        SystemExit: The subjects differ in the number of tokens.
     """
     found: dict[str, list[float]] = {name: [] for name in SUBJECTS}
     counts = set()
@@ -111,7 +110,7 @@ def throughput(doing: dict[str, Callable[[], int]], size: int, rounds: int) -> d
 
 
 def memory(paths: list[str], tokenizer: str, workers: int, scratch: Path) -> dict[str, Any]:
-    """Run the command on files and watch its memory."""
+    """Run the command on files and measure its memory."""
     with tempfile.TemporaryDirectory(dir=scratch) as cache:
         recipe = Path(cache) / "recipe.yaml"
         write_json(recipe, _recipe(paths, tokenizer))
@@ -119,18 +118,14 @@ def memory(paths: list[str], tokenizer: str, workers: int, scratch: Path) -> dic
         command += ["--cache-dir", f"{cache}/cache", "--workers", str(workers)]
         watched = watch(command)
     size = sum(Path(path).stat().st_size for path in paths)
-    return {
-        "corpus_bytes": size,
-        "workers": workers,
-        **watched,
-    }
+    return {"corpus_bytes": size, "workers": workers, **watched}
 
 
 def watch(command: Sequence[str]) -> dict[str, Any]:
-    """Run a command of this program and add up the memory of all its processes until it ends.
+    """Run a command of this program and sum the memory of its processes until it ends.
 
     Raises:
-        SystemExit: It fails.
+        SystemExit: The command fails.
     """
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -143,7 +138,7 @@ def watch(command: Sequence[str]) -> dict[str, Any]:
             peaks[kind] = max(peaks[kind], held)
         time.sleep(SAMPLE_S)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} has ended with exit code {process.returncode}")
+        raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
     return {
         "processes": processes,
         "seconds": time.perf_counter() - start,
@@ -153,7 +148,7 @@ def watch(command: Sequence[str]) -> dict[str, Any]:
 
 
 def _recipe(paths: list[str], tokenizer: str) -> dict[str, Any]:
-    """A recipe whose corpus the files are; the rest of it is never looked at."""
+    """A recipe with the files as its corpus; its other keys are not used."""
     shape = {"model_type": "gpt2", "vocab_size": 50_257, "hidden_size": 8, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 1, "max_position_embeddings": 16, "tie_word_embeddings": True}
     return {
@@ -184,7 +179,7 @@ def _members(session: int) -> list[int]:
 
 
 def _held(processes: Sequence[int]) -> dict[str, int]:
-    """Resident bytes of processes."""
+    """Resident bytes of processes, RSS and PSS."""
     held = {"rss": 0, "pss": 0}
     for process in processes:
         try:
@@ -204,8 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with corpora/books/*.jsonl.gz and tokenizers/gpt2")
     add("--rounds", type=int, default=6, help="turns of each subject (default: 6)")
-    add("--sizes", type=int, nargs="*", default=[35, 250, 2000], help="MB of the corpora whose memory is measured")
-    add("--workers", type=int, default=2, help="of the runs whose memory is measured (default: 2)")
+    add("--sizes", type=int, nargs="*", default=[35, 250, 2000], help="MB of the corpora of the memory runs")
+    add("--workers", type=int, default=2, help="workers of the memory runs (default: 2)")
     add("--rehearse", action="store_true", help="a toy: it tests this command, and measures nothing")
     add("--out", type=Path, help="JSON file (default: docs/results/tokenize.json; of a rehearsal: a temporary file)")
     args = parser.parse_args(arguments)
@@ -223,7 +218,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     texts = read_books(args.data, 4 * MEGABYTE if args.rehearse else None)
     tokenizer = str((args.data / "tokenizers" / "gpt2").resolve())
     size = sum(len(text.encode()) for text in texts)
-    # Said outright, `tokenizers` uses its threads and does not warn when the process starts others later.
+    # If this is set, `tokenizers` uses its threads and does not warn when the process starts others later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -243,7 +238,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "documents": len(texts),
         "mb_per_s": {name: summary([rates]) for name, rates in found.items()},
         "ratios": {
-            comparison.name: {**(told := summary([ratios[comparison.name]])), "verdict": verdict(told, comparison)}
+            comparison.name: {**(ratio := summary([ratios[comparison.name]])), "verdict": verdict(ratio, comparison)}
             for comparison in COMPARISONS
         },
         "memory_bar_bytes": MEMORY_BAR_BYTES,
@@ -252,7 +247,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def missed(figures: dict[str, Any]) -> list[str]:
-    """What is not as promised."""
+    """Names of the missed bars."""
     ratios = [name for name, found in figures["ratios"].items() if found["verdict"] == "missed"]
     sizes = [
         f"memory at {held['corpus_bytes'] / MEGABYTE:,.0f} MB"

@@ -3,7 +3,7 @@
 One JSON object a line comes in: `arguments` of the command line, `die_at` (the number of the step at which the process
 kills itself with SIGKILL; null: never), `log` (file of its output), `marks` (file of two int64: steps taken, tokens
 written). The process is the leader of a session of its own. A step is a change of a file (as Python's audit events
-tell it), a document written, or a commit of the journal, counted before and after. For every line two lines go out:
+report it), a document written, or a commit of the journal, counted before and after. For every line two lines go out:
 `{"pid": ...}` when the process begins and `{"code": ...}` when it has ended (negative: by that signal).
 """
 

@@ -30,14 +30,14 @@ class Attempt(NamedTuple):
         steps: Steps that it took.
         tokens: Tokens that it wrote.
         seconds: How long it ran.
-        said: Its output.
+        output: Its output.
     """
 
     code: int
     steps: int
     tokens: int
     seconds: float
-    said: str
+    output: str
 
 
 class Preparer:

@@ -144,7 +144,7 @@ def test_count_knows_a_named_tokenizer_and_this_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tokenizer": 3}'])
-def test_count_passes_over_a_manifest_it_cannot_read(tmp_path: Path, text: str) -> None:
+def test_count_skips_an_unreadable_manifest(tmp_path: Path, text: str) -> None:
     folder = tmp_path / "tokens" / "abc"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(text, encoding="utf-8")

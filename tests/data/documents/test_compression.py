@@ -25,15 +25,15 @@ def unpack(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["", *SUFFIXES])
-def test_open_unpacked_gives_the_content_and_tells_the_size_of_the_file(tmp_path: Path, suffix: str) -> None:
+def test_open_unpacked_returns_the_content_and_reports_the_size(tmp_path: Path, suffix: str) -> None:
     noise = random.Random(2).randbytes(3_000_000)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(PACK[suffix](noise) if suffix else noise)
-    told: list[int] = []
-    with compression.open_unpacked(path, told.append) as stream:
+    reported: list[int] = []
+    with compression.open_unpacked(path, reported.append) as stream:
         assert stream.read() == noise
-    assert sum(told) == path.stat().st_size
-    assert len(told) > 1
+    assert sum(reported) == path.stat().st_size
+    assert len(reported) > 1
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -43,21 +43,21 @@ def test_open_unpacked_reads_all_frames_of_a_file(tmp_path: Path, suffix: str) -
     assert unpack(path) == CONTENT + b"end"
 
 
-def test_open_unpacked_passes_over_frames_without_content(tmp_path: Path) -> None:
+def test_open_unpacked_skips_frames_without_content(tmp_path: Path) -> None:
     path = tmp_path / "a.zst"
     table = struct.pack("<II", 0x184D2A50, 4) + b"seek"  # a skippable frame, as the seekable format has it last
     path.write_bytes(table + zstandard.compress(CONTENT) + table)
     assert unpack(path) == CONTENT
 
 
-def test_open_unpacked_passes_over_padding_of_a_gzip_file(tmp_path: Path) -> None:
+def test_open_unpacked_skips_padding_of_a_gzip_file(tmp_path: Path) -> None:
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(CONTENT) + bytes(2_000_000) + gzip.compress(b"end") + bytes(10))
     assert unpack(path) == CONTENT + b"end"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_open_unpacked_notices_every_place_where_a_file_can_be_cut_off(tmp_path: Path, suffix: str) -> None:
+def test_open_unpacked_detects_every_truncation(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     whole = PACK[suffix](CONTENT)
     for size in range(len(whole)):
@@ -72,7 +72,7 @@ def test_open_unpacked_notices_every_place_where_a_file_can_be_cut_off(tmp_path:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("junk", [b"this was never packed, whatever its name says", bytes(100)])
-def test_open_unpacked_notices_what_was_never_packed(tmp_path: Path, suffix: str, junk: bytes) -> None:
+def test_open_unpacked_detects_a_file_of_another_format(tmp_path: Path, suffix: str, junk: bytes) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(junk)
     with pytest.raises(CorpusError, match=rf"a{suffix}: it is truncated or damaged"):
@@ -80,7 +80,7 @@ def test_open_unpacked_notices_what_was_never_packed(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_open_unpacked_notices_damage_after_the_first_frame(tmp_path: Path, suffix: str) -> None:
+def test_open_unpacked_detects_damage_after_the_first_frame(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(PACK[suffix](CONTENT) + b"junk that follows")
     with pytest.raises(CorpusError, match="it is truncated or damaged"):
@@ -88,7 +88,7 @@ def test_open_unpacked_notices_damage_after_the_first_frame(tmp_path: Path, suff
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2"])
-def test_open_unpacked_holds_little_of_what_unpacks_to_much(tmp_path: Path, suffix: str) -> None:
+def test_open_unpacked_needs_little_memory_for_a_large_output(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(PACK[suffix](bytes(2**26)))
     tracemalloc.start()

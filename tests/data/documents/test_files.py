@@ -60,12 +60,12 @@ def write(folder: Path, name: str, texts: Sequence[str | None]) -> Path:
 def test_documents_of_every_format(tmp_path: Path, ending: str) -> None:
     texts = ["one\ntwo", "", None, "caf\u00e9 \U0001f600 \0 end", "last"]
     path = write(tmp_path, f"a{ending}", texts)
-    told: list[int] = []
-    found = list(readers.documents(source(path, document_separator="<|>"), on_bytes=told.append))
+    reported: list[int] = []
+    found = list(readers.documents(source(path, document_separator="<|>"), on_bytes=reported.append))
     assert [document.text for document in found] == [text or "" for text in texts]
     assert [document.skipped for document in found] == ["", "empty", "empty", "", ""]
     assert [document.cursor for document in found] == [Cursor(0, number) for number in range(1, 6)]
-    assert sum(told) == path.stat().st_size
+    assert sum(reported) == path.stat().st_size
 
 
 # The separator's own characters are among them, and what JSON, UTF-8 and line reading could trip over.
@@ -81,9 +81,9 @@ def test_documents_from_any_cursor_are_the_rest(files: list[tuple[str, list[str 
         whole = list(readers.documents(wanted))
         place = data.draw(st.integers(0, len(whole)))
         start = whole[place - 1].cursor if place else Cursor()
-        told: list[int] = []
-        assert list(readers.documents(wanted, start, told.append)) == whole[place:]
-        assert sum(told) == sum(path.stat().st_size for path in paths)
+        reported: list[int] = []
+        assert list(readers.documents(wanted, start, reported.append)) == whole[place:]
+        assert sum(reported) == sum(path.stat().st_size for path in paths)
         # Every document is there, in its order; only plain text may have other ones, where a text holds a separator.
         if not any(".txt" in ending for ending, _ in files):
             texts = [text or "" for _, texts in files for text in texts]
@@ -127,7 +127,7 @@ def test_documents_refuse_a_start_behind_the_end_of_a_file(tmp_path: Path, endin
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_documents_notice_a_file_that_changes_meanwhile(tmp_path: Path, ending: str) -> None:
+def test_documents_detect_a_file_that_changes_meanwhile(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path, f"a{ending}", ["one", "two"])
     found = readers.documents(source(path, document_separator="<|>"))
     assert next(found).text == "one"
@@ -138,7 +138,7 @@ def test_documents_notice_a_file_that_changes_meanwhile(tmp_path: Path, ending: 
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_documents_notice_a_file_that_vanishes_meanwhile(tmp_path: Path, ending: str) -> None:
+def test_documents_detect_a_file_that_vanishes_meanwhile(tmp_path: Path, ending: str) -> None:
     for name in ("a", "b"):
         write(tmp_path, f"{name}{ending}", ["one", "two"])
     found = readers.documents(source(tmp_path, document_separator="<|>"))
@@ -148,7 +148,7 @@ def test_documents_notice_a_file_that_vanishes_meanwhile(tmp_path: Path, ending:
         list(found)
 
 
-def test_documents_say_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_report_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "a.txt", ["x"])
 
     def refuse(*_: object) -> None:
@@ -160,7 +160,7 @@ def test_documents_say_why_a_file_cannot_be_read(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.zst", "a.txt.gz"])
-def test_documents_refuse_a_file_that_is_cut_off_also_when_bad_records_are_skipped(tmp_path: Path, name: str) -> None:
+def test_documents_refuse_a_truncated_file_even_if_bad_records_are_skipped(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, name, [f"text {number}" for number in range(50)])
     path.write_bytes(path.read_bytes()[:-6])
     with pytest.raises(CorpusError, match=r"(?s)it is truncated or damaged.*download it again"):
@@ -168,14 +168,14 @@ def test_documents_refuse_a_file_that_is_cut_off_also_when_bad_records_are_skipp
 
 
 @pytest.mark.parametrize("filters", [{"keep": {"set": ["a"]}}, {"drop": {"set": ["a"]}}])
-def test_documents_refuse_to_look_for_fields_in_plain_text(tmp_path: Path, filters: dict[str, Any]) -> None:
+def test_documents_refuse_filters_on_fields_of_plain_text(tmp_path: Path, filters: dict[str, Any]) -> None:
     write(tmp_path, "a.jsonl", ["one"])
     write(tmp_path, "b.txt.gz", ["one"])
     with pytest.raises(CorpusError, match=r"(?s)b\.txt\.gz: plain text has no fields.*min_characters.*separate source"):
         read(tmp_path, filters=filters)
 
 
-def test_expand_sorts_matches_and_takes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expand_sorts_matches_and_lists_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.txt", "a.txt", "c.jsonl", "sub/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -184,12 +184,12 @@ def test_expand_sorts_matches_and_takes_each_file_once(tmp_path: Path, monkeypat
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["c.jsonl", "a.txt", "b.txt", "sub/d.txt"]
 
 
-def test_expand_takes_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+def test_expand_finds_a_file_named_like_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("x")
     assert readers.expand(["a[1].txt"], tmp_path) == [tmp_path / "a[1].txt"]
 
 
-def test_expand_takes_all_of_a_folder_but_hidden_files_and_those_of_other_kinds(tmp_path: Path) -> None:
+def test_expand_lists_a_folder_without_hidden_and_other_files(tmp_path: Path) -> None:
     names = ["README.md", "b.jsonl.gz", "a/2.parquet", "a/10.arrow", ".cache/x.jsonl", "a/.x.txt", "a/LICENSE", "c.zst"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def test_expand_takes_all_of_a_folder_but_hidden_files_and_those_of_other_kinds(
     assert [path.relative_to(tmp_path).as_posix() for path in left_out] == ["README.md", "a/LICENSE", "c.zst"]
 
 
-def test_expand_follows_links_to_folders_and_goes_round_no_circle(tmp_path: Path) -> None:
+def test_expand_follows_links_to_folders_without_circles(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.txt").write_text("x")
@@ -216,7 +216,7 @@ def test_expand_refuses_a_folder_without_corpus_files(tmp_path: Path) -> None:
         readers.expand(["books/"], tmp_path)
 
 
-def test_expand_refuses_a_folder_that_it_cannot_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expand_refuses_a_folder_that_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "closed").mkdir()
     taken = os.scandir
@@ -240,7 +240,7 @@ def test_expand_names_the_pattern_and_the_folder(tmp_path: Path, pattern: str) -
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.parquet.gz", "a.arrow.zst", "a.jsonl.xz"])
-def test_expand_lists_the_endings_it_reads(tmp_path: Path, name: str) -> None:
+def test_expand_lists_the_supported_suffixes(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     for pattern in (name, "a*"):
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""Datasets of the hub, read by the real clients in a process of their own from a stand-in on the loopback interface."""
+"""Datasets of the hub, read by the real clients in a separate process from a fake hub on the loopback interface."""
 
 import bz2
 import gzip
@@ -42,7 +42,7 @@ def table(first: int, last: int, rows: int = 20) -> bytes:
 
 
 def shards() -> dict[str, bytes]:
-    """Five files in all packings, in the order of their names; every one but the last lies on the CDN."""
+    """Files in every compression format, in the order of their names; all but the last are on the CDN."""
     return {
         "data/b-3.jsonl.zst": zstandard.compress(lines(90, 250)),
         "data/a-1.jsonl": lines(0, 30),
@@ -97,7 +97,7 @@ def test_documents_begin_again_at_any_cursor(hub_server: HubServer, client: HubC
         assert rest == documents[number + 1 :], number
 
 
-def test_what_lies_before_the_cursor_is_not_asked_for(hub_server: HubServer, client: HubClient) -> None:
+def test_rows_before_the_cursor_are_not_requested(hub_server: HubServer, client: HubClient) -> None:
     noise = random.Random(3)
     rows = [noise.randbytes(2**20).hex() for _ in range(12)]
     buffer = io.BytesIO()
@@ -113,7 +113,7 @@ def test_what_lies_before_the_cursor_is_not_asked_for(hub_server: HubServer, cli
     assert taken < 0.6 * len(buffer.getvalue()), "the client reads ahead 5 MiB, at the end and where the rows are"
 
 
-def test_filters_look_into_nested_fields_and_bad_records_are_told(hub_server: HubServer, client: HubClient) -> None:
+def test_filters_support_nested_fields_and_bad_records_are_reported(hub_server: HubServer, client: HubClient) -> None:
     bad = b'{"text": 3}\n{"other": "x"}\nno json\n\xff\xfe\n{"text": ""}\n'
     hub_server.publish("datasets", "org/kept", {"x.jsonl": lines(0, 20) + bad})
     wanted = source("org/kept", "x.jsonl", filters={"keep": {"meta.set": ["b"]}}, bad_records="skip")
@@ -179,7 +179,7 @@ def test_data_files_is_a_glob_pattern(
 
 @STREAMING
 @pytest.mark.parametrize("fault", [{"drop_after": 300}, {"drop_after": -1}, {"status": 503}])
-def test_a_connection_that_breaks_once_changes_nothing(
+def test_one_lost_connection_changes_nothing(
     fault: dict[str, Any], hub_server: HubServer, client: HubClient, *, streaming: bool
 ) -> None:
     name = f"org/once-{streaming}-{'-'.join(map(str, fault.values()))}".replace("--", "-")
@@ -189,7 +189,7 @@ def test_a_connection_that_breaks_once_changes_nothing(
     assert done.hits == 1
 
 
-def test_a_download_that_breaks_off_is_an_error_and_goes_on_the_next_time(
+def test_an_interrupted_download_is_an_error_and_resumes_the_next_time(
     hub_server: HubServer, client: HubClient, offline_client: HubClient, hub_home: Path
 ) -> None:
     commit = hub_server.publish("datasets", "org/breaks", {"a.jsonl": lines(0, 30), "b.jsonl": lines(30, 312)})
@@ -219,7 +219,7 @@ def _digest(server: HubServer, size: int) -> str:
     return next(digest for digest, data in server.large.items() if len(data) == size)
 
 
-def test_a_hub_that_stays_broken_is_told_with_its_answer(hub_server: HubServer, client: HubClient) -> None:
+def test_documents_report_the_answer_of_a_broken_hub(hub_server: HubServer, client: HubClient) -> None:
     commit = hub_server.publish("datasets", "org/busy", {"a.jsonl": lines(0, 31)})
     with hub_server.fault("/resolve/.*/a.jsonl", status=503) as fault:
         answer = client.ask("documents", source=source("org/busy", "a.jsonl"))
@@ -232,7 +232,7 @@ def test_a_hub_that_stays_broken_is_told_with_its_answer(hub_server: HubServer, 
     )
 
 
-def test_a_refusal_in_the_middle_comes_after_the_documents_before_it(hub_server: HubServer, client: HubClient) -> None:
+def test_a_refusal_is_raised_after_the_documents_before_it(hub_server: HubServer, client: HubClient) -> None:
     hub_server.publish("datasets", "org/midway", {"a.jsonl": lines(0, 30), "b.jsonl": lines(30, 60)})
     with hub_server.fault("/resolve/.*/b.jsonl", status=401):
         answer = client.ask("documents", source=source("org/midway", "*.jsonl"), keep=True, token=TOKEN)
@@ -244,7 +244,7 @@ def test_a_refusal_in_the_middle_comes_after_the_documents_before_it(hub_server:
     assert TOKEN not in answer["message"]
 
 
-def test_a_table_that_the_hub_refuses_is_not_called_damaged(hub_server: HubServer, client: HubClient) -> None:
+def test_a_table_that_the_hub_refuses_is_not_reported_as_damaged(hub_server: HubServer, client: HubClient) -> None:
     commit = hub_server.publish("datasets", "org/table", {"a.parquet": table(0, 60)})
     wanted = source("org/table", "*.parquet")
     with hub_server.fault("GET /lfs/", status=410):
@@ -333,7 +333,7 @@ def test_without_a_network_the_cache_has_the_same_documents(
     )
 
 
-def test_a_file_that_is_cut_off_on_the_hub_is_noticed(hub_server: HubServer, client: HubClient) -> None:
+def test_documents_detect_a_truncated_file_on_the_hub(hub_server: HubServer, client: HubClient) -> None:
     """`datasets` itself takes the Zstandard file for one without records."""
     whole = zstandard.compress(lines(0, 312))
     hub_server.publish("datasets", "org/cut", {"x.jsonl.zst": whole[: len(whole) // 2]})
@@ -343,7 +343,7 @@ def test_a_file_that_is_cut_off_on_the_hub_is_noticed(hub_server: HubServer, cli
         assert "x.jsonl.zst: it is truncated or damaged (its end is missing)" in answer["message"]
 
 
-def test_a_full_disk_is_no_fault_of_the_hub() -> None:
+def test_a_full_disk_is_reported_as_a_storage_error() -> None:
     error = RuntimeError("download failed")
     error.__cause__ = OSError(28, "No space left on device")
     problem = hub.failure(error, hub.Repository("org/set", "dataset", "0" * 40, ""))

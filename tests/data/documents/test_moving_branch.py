@@ -1,4 +1,4 @@
-"""A corpus that somebody changes while it is prepared."""
+"""A hub branch that moves while its corpus is prepared."""
 
 from pathlib import Path
 

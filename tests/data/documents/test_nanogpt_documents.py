@@ -36,7 +36,7 @@ def corpus_of(source: TokensSource, **settings: Any) -> Corpus:
     return Corpus(**{"sources": [source], "validation_ratio": 0.2, **settings})
 
 
-def test_both_files_come_out_as_they_are(tmp_path: Path, bpe: str) -> None:
+def test_prepare_copies_both_files_unchanged(tmp_path: Path, bpe: str) -> None:
     train, validation = make_documents(80), make_documents(9, seed=2)
     source = source_of(write_bin(tmp_path / "train.bin", train), validation=write_bin(tmp_path / "val.bin", validation))
     tokens = prepare(corpus_of(source), bpe, tmp_path / "cache")
@@ -80,7 +80,7 @@ def read(source: TokensSource, start: Cursor = Cursor()) -> Iterator[nanogpt_doc
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**22])
-def test_reading_goes_on_from_every_document_whatever_the_chunk(
+def test_reading_resumes_from_every_document_with_any_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(nanogpt_documents, "_CHUNK_TOKENS", chunk)
@@ -133,7 +133,7 @@ def test_prepare_refuses_a_tokenizer_that_cannot_have_made_the_file(
     assert not (tmp_path / "cache").exists()
 
 
-def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path, bpe: str) -> None:
+def test_prepare_names_the_place_of_an_id_beyond_the_vocabulary(tmp_path: Path, bpe: str) -> None:
     documents = [*make_documents(50), np.array([5, 60_000, END], "<u2")]
     place = sum(map(len, documents[:-1])) + 1
     text = make_corpus(tmp_path, make_texts(40)).sources[0]
@@ -143,7 +143,9 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path, bpe
         prepare(corpus, bpe, tmp_path / "cache")
 
 
-def test_a_file_without_ends_is_refused(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_refuses_a_file_without_end_of_text_tokens(
+    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nanogpt_documents, "_CHUNK_TOKENS", 500)
     monkeypatch.setattr(nanogpt_documents, "MAX_DOCUMENT_TOKENS", 2000)
     path = write_bin(tmp_path / "train.bin", [np.array([5, END], "<u2"), np.full(5000, 7, "<u2")])

@@ -59,12 +59,12 @@ def test_collect_keeps_a_docstring_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["test__a", "x__tests__a", "idlelib__idle_test__a", "lib2to3__a", "test_a", "site-packages__a"]
 )
-def test_collect_leaves_tests_and_installed_packages_out(tmp_path: Path, name: str) -> None:
+def test_collect_excludes_tests_and_installed_packages(tmp_path: Path, name: str) -> None:
     library(tmp_path, **{name: '"""No."""', "a": '"""Yes."""'})
     assert python_docs.collect(tmp_path, topics={}).documents == ("a\n\nYes.",)
 
 
-def test_collect_skips_and_counts_what_does_not_parse(tmp_path: Path) -> None:
+def test_collect_skips_and_counts_invalid_files(tmp_path: Path) -> None:
     library(tmp_path, a="def f(:", b='"""Yes."""', c="\0", d=r'"""Bad escape \d."""')
     found = python_docs.collect(tmp_path, topics={})
     assert found.unparsed_files == 2
@@ -101,13 +101,13 @@ def test_identity_follows_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert before["kind"] == "embedded"
 
 
-def test_documents_say_what_to_do_without_topics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_names_an_action_without_topics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(CorpusError, match=r"(?s)needs pydoc_data, which is missing in this Python .*kind: files"):
         python_docs.identity()
 
 
-def test_documents_say_what_to_do_without_library_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collect_names_an_action_without_library_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
     with pytest.raises(CorpusError, match=r"(?s)source of the standard library, which is missing in .*kind: files"):
         python_docs.collect()

@@ -113,7 +113,7 @@ def test_identify_names_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: 
         sources.identify(FilesSource(kind="files", paths=[str(path)]))
 
 
-def test_documents_of_a_local_dataset_come_in_order(dataset: Path) -> None:
+def test_documents_of_a_local_dataset_are_in_order(dataset: Path) -> None:
     source = hub_source(dataset)
     found = list(sources.documents(source))
     assert [document.text for document in found] == ["one", "", "two", "three"]
@@ -129,7 +129,7 @@ def test_identify_a_local_dataset_by_its_files(dataset: Path) -> None:
     assert identity["split"] is None
 
 
-def test_documents_of_a_local_dataset_name_what_is_wrong(dataset: Path) -> None:
+def test_documents_of_a_local_dataset_name_the_problem(dataset: Path) -> None:
     with pytest.raises(CorpusError, match=r"(?s)there is no field 'body'.*text, n"):
         list(sources.documents(hub_source(dataset, text_field="body")))
     with pytest.raises(CorpusError, match=r"corpus path 'data/\*\.parquet' matches no file \(searched in .*set\)"):

@@ -57,7 +57,7 @@ def test_documents_of_a_table_are_its_rows(tmp_path: Path, kind: str) -> None:
     ],
     ids=lambda column: str(column.type),
 )
-def test_documents_of_a_table_come_from_every_type_of_text(tmp_path: Path, kind: str, column: pa.Array) -> None:
+def test_documents_of_a_table_support_every_type_of_text(tmp_path: Path, kind: str, column: pa.Array) -> None:
     assert texts(read(write(tmp_path, kind, {"text": column}))) == [value or "" for value in column.to_pylist()]
 
 
@@ -81,7 +81,7 @@ def test_documents_of_a_table_pass_filters_on_nested_fields(tmp_path: Path, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_take_a_column_whose_name_has_a_dot(tmp_path: Path, kind: str) -> None:
+def test_documents_of_a_table_support_a_column_name_with_a_dot(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, {"meta.text": ["a", "b"], "meta.set": ["x", "y"]})
     assert texts(read(path, text_field="meta.text", filters={"keep": {"meta.set": ["y"]}})) == ["", "b"]
 
@@ -96,7 +96,7 @@ def test_documents_of_a_table_name_the_fields_present(tmp_path: Path, kind: str,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("column", "name"), [([1, 2], "int64"), ([b"a", b"b"], "binary"), ([["a"]], "list.*")])
-def test_documents_of_a_table_refuse_what_is_not_text(tmp_path: Path, kind: str, column: list[Any], name: str) -> None:
+def test_documents_of_a_table_refuse_other_types(tmp_path: Path, kind: str, column: list[Any], name: str) -> None:
     with pytest.raises(CorpusError, match=rf"/a\.\w+: field 'text' holds {name}, not text"):
         read(write(tmp_path, kind, {"text": column}), bad_records="skip")
 
@@ -134,7 +134,7 @@ def test_documents_of_a_table_refuse_or_skip_a_row_above_the_limit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_notice_every_place_where_it_can_be_cut_off(tmp_path: Path, kind: str) -> None:
+def test_documents_of_a_table_detect_every_truncation(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, {"text": [f"text {number}" for number in range(40)]})
     whole = path.read_bytes()
     for size in range(0, len(whole), 8 if kind == "stream" else 97):
@@ -143,7 +143,7 @@ def test_documents_of_a_table_notice_every_place_where_it_can_be_cut_off(tmp_pat
             read(path, bad_records="skip")
 
 
-def test_documents_of_an_arrow_stream_refuse_what_follows_it(tmp_path: Path) -> None:
+def test_documents_of_an_arrow_stream_refuse_bytes_behind_its_end(tmp_path: Path) -> None:
     path = write(tmp_path, "stream", {"text": ["a"]})
     path.write_bytes(path.read_bytes() * 2)
     with pytest.raises(CorpusError, match=r"not a valid Arrow file \(the end of its stream is missing, or somethi"):
@@ -152,14 +152,14 @@ def test_documents_of_an_arrow_stream_refuse_what_follows_it(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("content", [b"this is nothing at all", b"ARROW1 nothing", b"PAR1 nothing", bytes(1000)])
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_documents_notice_what_is_no_table(tmp_path: Path, name: str, content: bytes) -> None:
+def test_documents_detect_an_invalid_table(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=r"it is not a valid (parquet|Arrow) file"):
         read(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_say_why_it_cannot_be_read(
+def test_documents_of_a_table_report_why_it_cannot_be_read(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, kind, {"text": ["a"]})
@@ -173,7 +173,7 @@ def test_documents_of_a_table_say_why_it_cannot_be_read(
         read(path)
 
 
-def test_documents_of_parquet_notice_a_page_with_another_checksum(tmp_path: Path) -> None:
+def test_documents_of_parquet_detect_a_wrong_checksum(tmp_path: Path) -> None:
     path = write(tmp_path, "parquet", {"text": ["some text " * 100]}, compression="none", write_page_checksum=True)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"some text some", b"some test some", 1))
@@ -181,7 +181,7 @@ def test_documents_of_parquet_notice_a_page_with_another_checksum(tmp_path: Path
         read(path)
 
 
-def test_documents_of_arrow_notice_offsets_that_lead_out_of_the_file(tmp_path: Path) -> None:
+def test_documents_of_arrow_detect_offsets_outside_the_file(tmp_path: Path) -> None:
     offsets = pa.array([0, 5, 10], pa.int32())
     path = write(tmp_path, "stream", {"text": ["01234", "56789"]})
     content = path.read_bytes()
@@ -193,7 +193,7 @@ def test_documents_of_arrow_notice_offsets_that_lead_out_of_the_file(tmp_path: P
         read(path)
 
 
-def test_documents_of_arrow_notice_a_file_that_shrinks_meanwhile(
+def test_documents_of_arrow_detect_a_file_that_shrinks_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "_BATCH_ROWS", 10)
@@ -241,7 +241,7 @@ def test_documents_of_parquet_read_no_row_group_before_the_start(
     assert asked == [2, 3, 4]
 
 
-def test_documents_of_what_datasets_writes(tmp_path: Path) -> None:
+def test_documents_of_files_saved_by_datasets(tmp_path: Path) -> None:
     from datasets import Dataset
 
     wanted = [f"text {number}" for number in range(2500)]

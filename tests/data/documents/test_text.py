@@ -38,7 +38,7 @@ def line(text: str | None, **fields: Any) -> bytes:
     return json.dumps({"text": text, **fields}).encode() + b"\n"
 
 
-def test_json_lines_give_a_document_for_every_record_and_none_for_blank_lines() -> None:
+def test_json_lines_yield_a_document_per_record_and_none_for_blank_lines() -> None:
     content = line("one\ntwo") + b"\n \r\n" + line("") + line(None) + line(" \n\t") + line("last").rstrip(b"\n")
     assert json_lines(content, start=Cursor(7, 0)) == [
         Document("one\ntwo", "", Cursor(7, 1)),
@@ -55,7 +55,7 @@ def test_json_lines_end_at_a_newline_only_and_keep_nul_in_a_text() -> None:
     assert [document.text for document in json_lines(content)] == texts
 
 
-def test_json_lines_pass_over_a_byte_order_mark() -> None:
+def test_json_lines_skip_a_byte_order_mark() -> None:
     assert json_lines(b"\xef\xbb\xbf" + line("one")) == [Document("one", "", Cursor(0, 1))]
     assert json_lines(b"\xef\xbb\xbf") == []
 
@@ -73,7 +73,7 @@ def test_json_lines_are_not_parsed_before_the_start() -> None:
     ]
 
 
-def test_json_lines_leave_out_what_filters_do_not_want() -> None:
+def test_json_lines_skip_filtered_records() -> None:
     content = (
         line("books", meta={"set": "Book"}, stars=5)
         + line("code", meta={"set": "Github"}, stars=5)
@@ -162,9 +162,7 @@ def test_plain_text_is_cut_at_the_separator() -> None:
 
 @pytest.mark.parametrize("separator", ["--", "-", "aaa", "aa", "é€", "\n\n"])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 2**20])
-def test_plain_text_is_cut_as_the_whole_text_would_be(
-    monkeypatch: pytest.MonkeyPatch, separator: str, size: int
-) -> None:
+def test_plain_text_is_split_like_the_whole_text(monkeypatch: pytest.MonkeyPatch, separator: str, size: int) -> None:
     monkeypatch.setattr(text_files, "_CHUNK_BYTES", size)
     text = "ab--c-d-- aaaaa é€é\n\n\n aaa---" * 10 + "end"
     assert plain(text.encode(), separator) == text.split(separator)
@@ -172,7 +170,7 @@ def test_plain_text_is_cut_as_the_whole_text_would_be(
 
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"a" * 3_000_000])
 @pytest.mark.parametrize("separator", [None, "--", "-"])
-def test_plain_text_tells_the_byte_that_is_not_utf8(before: bytes, separator: str | None) -> None:
+def test_plain_text_reports_the_byte_that_is_not_utf8(before: bytes, separator: str | None) -> None:
     place = f"{len(before) + 5:,}"
     with pytest.raises(CorpusError, match=rf"(?s)a\.txt: it is not UTF-8 text \(.* at byte {place}\).*iconv -f LATIN1"):
         plain(before + b"--caf\xe9 and more", separator)

@@ -25,7 +25,7 @@ Row = tuple[int, int, int]
 
 
 def write_source(folder: Path, number: int, counts: list[int]) -> TokenShards:
-    """Shards of a source; its token t is SOURCE_TOKENS * number + t, so that a row tells where it is from."""
+    """Shards of a source; its token t is SOURCE_TOKENS * number + t, so that a row shows its origin."""
     tokens = SOURCE_TOKENS * number + np.arange(sum(counts), dtype="<u4")
     paths = [folder / f"{number}-{shard}.bin" for shard in range(len(counts))]
     for path, part in zip(paths, np.split(tokens.astype("<u4"), np.cumsum(counts)[:-1]), strict=True):
@@ -127,7 +127,7 @@ def test_any_number_of_ranks_and_any_accumulation_read_the_same_sequence(
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_seeking_equals_walking_whatever_the_batch(
+def test_seeking_equals_walking_for_any_batch(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
     *,
@@ -151,7 +151,7 @@ def test_seeking_equals_walking_whatever_the_batch(
     worlds=st.lists(st.integers(1, 4), min_size=21, max_size=21),
 )
 @settings(max_examples=15, deadline=None)
-def test_eight_epochs_with_twenty_stops_and_changed_worlds_show_every_window_once_an_epoch(
+def test_eight_epochs_with_twenty_stops_and_changed_worlds_read_every_window_once_per_epoch(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], sampling: Any, stops: list[int], worlds: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("stream")
@@ -207,7 +207,7 @@ def test_seen_counts_the_windows_drawn_without_skipped_batches(
             assert len({(epoch, place) for _, epoch, place, _ in own}) == len(own)
 
 
-def test_sources_have_orders_of_their_own(tmp_path: Path) -> None:
+def test_sources_have_separate_orders(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, [30, 30], 60, seed=3)
     drawn = rows_of(stream, 0)
     first, second = ([place for source, _, place in drawn if source == number] for number in (0, 1))
@@ -217,7 +217,7 @@ def test_sources_have_orders_of_their_own(tmp_path: Path) -> None:
     assert first == ShuffledOrder([30], [seeds[0]]).at(np.zeros(30, dtype=np.int64), np.arange(30))[1].tolist()
 
 
-def test_random_sampling_takes_every_place_that_nanogpt_can(tmp_path: Path) -> None:
+def test_random_sampling_draws_the_places_of_nanogpt(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, [5], 400, sampling="random")  # 22 tokens
     places = {place for _, _, place in rows_of(stream, 0)}
     # torch.randint(len(data) - block_size, ...): the last target is the last token.
@@ -226,7 +226,7 @@ def test_random_sampling_takes_every_place_that_nanogpt_can(tmp_path: Path) -> N
     assert rows.max() == 21
 
 
-def test_a_stream_refuses_what_does_not_fit(tmp_path: Path) -> None:
+def test_stream_refuses_invalid_arguments(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, [20], 12)
     with pytest.raises(ValueError, match=r"rank 2 outside \[0, 2\)"):
         stream.micro_batches(0, rank=2, world_size=2, micro_batch_size=1)
@@ -244,7 +244,7 @@ def test_a_stream_refuses_what_does_not_fit(tmp_path: Path) -> None:
         make_stream(tmp_path, [20], 0)
 
 
-def test_a_source_without_a_window_is_named(tmp_path: Path) -> None:
+def test_stream_names_a_source_without_a_window(tmp_path: Path) -> None:
     sources = sources_of(tmp_path, [20, 3])
     sources["arxiv"] = Windows(write_source(tmp_path, 1, [3]), 4)
     with pytest.raises(CorpusError) as caught:
@@ -262,7 +262,7 @@ def recipe_of(corpus: Mapping[str, Any], **training: Any) -> Recipe:
     return Recipe.model_validate(document)
 
 
-def test_a_recipe_is_read_as_it_says(tmp_path: Path) -> None:
+def test_build_stream_follows_the_recipe(tmp_path: Path) -> None:
     files = {"kind": "files", "paths": ["x"]}
     recipe = recipe_of(
         {
@@ -283,7 +283,7 @@ def test_a_recipe_is_read_as_it_says(tmp_path: Path) -> None:
     assert held.used(8) == {"books": 6, "arxiv": 2}
 
 
-def test_a_recipe_without_weights_takes_its_sources_as_one(tmp_path: Path) -> None:
+def test_build_stream_concatenates_sources_without_weights(tmp_path: Path) -> None:
     files = {"kind": "files", "paths": ["x"]}
     recipe = recipe_of({"sources": [{**files, "name": "books"}, {**files, "name": "arxiv"}]})
     shards = {"books": write_source(tmp_path, 0, [41]), "arxiv": write_source(tmp_path, 1, [121])}

@@ -22,7 +22,7 @@ SHARES = st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any)
 
 
 def walk(mixture: Mixture, num_sources: int, length: int) -> list[list[int]]:
-    """Turns of every source after each of the first positions; what is looked up must agree with the count."""
+    """Turns of every source after each of the first positions; `at` must agree with `turns_before`."""
     sources, turns = mixture.at(np.arange(length, dtype=np.int64))
     counts = [0] * num_sources
     rows = []

@@ -32,7 +32,7 @@ def shuffled(num_windows: int, seed: int, first: int, count: int) -> list[int]:
 
 @given(num_windows=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**20))
 @settings(max_examples=150, deadline=None)
-def test_shuffled_order_shows_each_window_once_an_epoch(num_windows: int, seed: int, epoch: int) -> None:
+def test_shuffled_order_draws_each_window_once_per_epoch(num_windows: int, seed: int, epoch: int) -> None:
     first = epoch * num_windows
     epochs, ids = at(ShuffledOrder([num_windows], [seed]), np.arange(first, first + num_windows, dtype=np.int64))
     assert sorted(ids.tolist()) == list(range(num_windows))
@@ -74,7 +74,7 @@ def test_shuffled_order_of_one_seed_is_not_another_one_shifted_by_an_epoch() -> 
 
 @pytest.mark.parametrize("num_windows", [2, 3, 4, 7, 16, 50])
 def test_shuffled_order_looks_uniform(num_windows: int) -> None:
-    """Chi-square over epochs: the window that stands first (and last) is any one equally often."""
+    """Chi-square over epochs: the window that is first (and last) is any one equally often."""
     num_epochs = 200 * num_windows
     order = ShuffledOrder([num_windows], [5])
     for place in (0, num_windows - 1):
@@ -161,7 +161,7 @@ def test_random_order_never_changes() -> None:
     assert at(RandomOrder([10], [1000], [1337]), np.arange(6))[1].tolist() == words == GOLDEN_RANDOM
 
 
-def test_random_order_takes_every_place_equally_often_and_repeats() -> None:
+def test_random_order_draws_every_place_equally_often_and_repeats() -> None:
     num_places, draws = 50, 50 * 200
     epochs, places = at(RandomOrder([25], [num_places], [3]), np.arange(draws))
     counts = np.bincount(places, minlength=num_places)

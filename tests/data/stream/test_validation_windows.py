@@ -33,7 +33,7 @@ def order_of(held: HeldOut) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("shares", [None, [1]])
-def test_a_single_source_is_read_as_it_stands(tmp_path: Path, shares: list[int] | None) -> None:
+def test_a_single_source_keeps_its_order(tmp_path: Path, shares: list[int] | None) -> None:
     held = held_out(tmp_path, [9], shares)
     assert order_of(held) == [(0, window) for window in range(9)]
     assert held.seq_len == SEQ_LEN
@@ -65,7 +65,7 @@ def test_every_window_is_there_once_and_a_source_keeps_its_order(
                 assert abs(used[str(source)] - count * weight / sum(weights)) <= max(1, len(sizes) - 1)
 
 
-def test_when_a_source_is_used_up_the_others_go_on_and_weight_0_comes_last(tmp_path: Path) -> None:
+def test_when_a_source_is_used_up_the_others_continue_and_weight_0_is_last(tmp_path: Path) -> None:
     order = order_of(held_out(tmp_path, [2, 5, 2, 3], [3, 1, 0, 1]))
     assert [source for source, _ in order[:10]] == [0, 0, 1, 3, 1, 3, 1, 3, 1, 1]
     assert order[10:] == [(2, 0), (2, 1)]
@@ -88,6 +88,6 @@ def test_the_same_windows_in_another_order_have_another_hash(tmp_path: Path) -> 
     assert one.sha256(8) == held_out(tmp_path, [4, 4], [2, 2]).sha256(8)
 
 
-def test_no_window_at_all_is_a_held_out_part_of_none(tmp_path: Path) -> None:
+def test_held_out_may_be_empty(tmp_path: Path) -> None:
     assert len(held_out(tmp_path, [0, 0], None)) == 0
     assert held_out(tmp_path, [0, 0], [1, 1]).used(0) == {"0": 0, "1": 0}

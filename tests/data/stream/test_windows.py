@@ -84,7 +84,7 @@ def pages_in_memory(path: Path, offsets: range) -> int:
             except BlockingIOError:
                 continue
             except OSError as error:
-                pytest.skip(f"this file system does not tell what is in memory ({error.strerror})")
+                pytest.skip(f"this file system does not report which pages are in memory ({error.strerror})")
     return found
 
 

@@ -165,7 +165,7 @@ def test_text_without_a_safe_place_is_cut_at_the_limit_and_counted() -> None:
     assert encoder.pieces("é" * 30) == ["é" * 30], "the remainder is within the limit"
 
 
-def test_a_forced_cut_puts_no_space_into_the_text() -> None:
+def test_a_forced_cut_adds_no_space() -> None:
     encoder = TextEncoder(backend_for("llama"), 2, piece_characters=8, max_piece_characters=32)
     text = "abab" * 25
     assert encoder.backend.decode(by_pieces(encoder, text)) == " " + text
@@ -173,7 +173,7 @@ def test_a_forced_cut_puts_no_space_into_the_text() -> None:
 
 
 def test_cuts_of_an_unknown_split_are_at_words_and_all_counted() -> None:
-    """The window around a cut cannot show that a quotation goes on: such a cut is not proven."""
+    """The window around a cut cannot show that a quotation continues: such a cut is not proven."""
     encoder = TextEncoder(backend_for("quotes"), 0, piece_characters=8, max_piece_characters=400)
     text = '"' + "abc bcd " * 100 + '"'
     pieces = encoder.pieces(text)
@@ -220,7 +220,7 @@ def test_the_end_of_text_is_not_read_even_if_it_is_declared_an_ordinary_added_to
     ("template", "front", "back"),
     [("<s> $A", [1], []), ("<s> $A </s>", [1], []), ("$A </s>", [], []), ("$A <s>", [], [1]), ("$A", [], [])],
 )
-def test_a_document_is_what_the_template_says_and_ends_once(template: str, front: list[int], back: list[int]) -> None:
+def test_document_follows_the_template_and_ends_once(template: str, front: list[int], back: list[int]) -> None:
     backend = Tokenizer.from_str(backend_for("llama"))
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
     encoder = TextEncoder(backend.to_str(), 2)

@@ -65,7 +65,7 @@ def test_limits_of_token_files_end_the_held_out_documents_too_without_a_validati
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 512])
-def test_a_bad_record_behind_the_limit_is_none_however_far_is_read_ahead(
+def test_a_bad_record_behind_the_limit_is_ignored(
     tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, pieces: int
 ) -> None:
     monkeypatch.setattr(writer, "JOB_PIECES", pieces)
@@ -82,7 +82,7 @@ def test_a_bad_record_behind_the_limit_is_none_however_far_is_read_ahead(
         prepare(limited(61), bpe, tmp_path / "cache")
 
 
-def test_documents_that_are_left_out_are_not_read_again_after_an_end_either(
+def test_skipped_documents_are_not_read_again_after_an_error(
     tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "COMMIT_INTERVAL_S", -1.0)
@@ -113,7 +113,7 @@ def test_a_tokenizer_is_trained_on_the_documents_that_a_limit_leaves(tmp_path: P
     assert trained(all_of_them, max_documents=30) == trained(few) != trained(all_of_them)
 
 
-def test_an_evaluation_set_is_as_long_as_its_limit_and_not_looked_for_in_token_files(
+def test_overlap_respects_the_limit_of_a_set_and_skips_token_files(
     tmp_path: Path, bpe: str, logged: Callable[[], list[str]]
 ) -> None:
     write_tokens(tmp_path / "train.bin", 0, 50)

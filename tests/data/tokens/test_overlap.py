@@ -49,7 +49,7 @@ def naive_hits(sets: dict[str, list[str]], ngram: int, text: str) -> dict[int, l
         ITEM.replace(" ", "_"),
     ],
 )
-def test_a_planted_item_is_found_however_it_is_set(planted: str) -> None:
+def test_find_detects_an_item_in_any_typography(planted: str) -> None:
     index = OverlapIndex.build({"other": [FILLER * 2], "quiz": ["A short one?", ITEM]}, 13)
     assert index.find(f"{FILLER.upper()[:40]}\n{planted}\n{FILLER[:40]}") == {1: [1]}
     assert index.find(planted.replace("planet", "moon").replace("PLANET", "MOON")) == {}
@@ -108,7 +108,7 @@ def test_hashes_of_different_words_differ(shared: Path) -> None:
     assert len(found) == len(set(found.tolist())) == len(different)
 
 
-def test_counter_counts_documents_and_items_and_goes_on() -> None:
+def test_counter_counts_documents_and_items_and_continues_from_its_state() -> None:
     index = OverlapIndex.build({"quiz": [ITEM, FILLER], "other": [FILLER, "short"]}, 13)
     counter = OverlapCounter(index)
     for text in (ITEM, FILLER, "nothing at all", ITEM + FILLER):
@@ -120,7 +120,7 @@ def test_counter_counts_documents_and_items_and_goes_on() -> None:
     other = {"ngram": 13, "items": 2, "items_too_short": 1, "items_hit": 1, "documents_hit": 2}
     assert counter.as_dict() == {"quiz": quiz, "other": other}
     assert list(OverlapCounter(index).as_dict().values()) == [
-        {**told, "items_hit": 0, "documents_hit": 0} for told in (quiz, other)
+        {**counts, "items_hit": 0, "documents_hit": 0} for counts in (quiz, other)
     ]
 
 

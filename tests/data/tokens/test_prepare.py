@@ -116,7 +116,7 @@ def test_prepare_describes_the_result_in_its_manifest(tmp_path: Path, bpe: str) 
     assert (fidelity["documents"], fidelity["exact"]) == (tokenize.SAMPLE_DOCUMENTS, tokenize.SAMPLE_DOCUMENTS)
 
 
-def test_no_held_out_document_is_trained_on_whatever_the_order_of_the_files(tmp_path: Path, bpe: str) -> None:
+def test_no_held_out_document_is_trained_on_for_any_order_of_the_files(tmp_path: Path, bpe: str) -> None:
     texts = make_texts(80)
     files = [write_jsonl(tmp_path / f"{n}.jsonl", texts[start : start + 50]) for n, start in enumerate((0, 20, 30))]
     found = []
@@ -133,7 +133,7 @@ def test_no_held_out_document_is_trained_on_whatever_the_order_of_the_files(tmp_
     assert len(found[0]["validation"]) == 1 + sum(map(is_held, texts))
 
 
-def test_a_tokenizer_that_loses_text_is_told_and_noted(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
+def test_prepare_warns_of_a_tokenizer_that_loses_text(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
     folder = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1})
     tokens = prepare(make_corpus(tmp_path, make_texts(40)), folder, tmp_path / "cache")
     (line,) = logged()
@@ -232,7 +232,7 @@ def test_prepare_takes_the_smallest_type_that_holds_the_largest_id(tmp_path: Pat
 
 
 @pytest.mark.parametrize("template", ["<|endoftext|> $A", "<|endoftext|> $A dog", "$A dog <|endoftext|>", "dog $A"])
-def test_the_manifest_tells_what_stands_around_a_text(tmp_path: Path, template: str) -> None:
+def test_manifest_describes_the_tokens_around_a_text(tmp_path: Path, template: str) -> None:
     folder = Path(word_level(tmp_path / "tokenizer", {"<|endoftext|>": END, "cat": 1, "dog": 2}))
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["dog"])
@@ -279,7 +279,7 @@ def test_prepare_needs_a_token_that_ends_texts(tmp_path: Path, tokenizer_folder:
     assert prepare(make_corpus(tmp_path, make_texts(40)), folder, tmp_path / "cache").eos_id == 2
 
 
-def test_prepare_says_that_no_special_token_is_declared(tmp_path: Path) -> None:
+def test_prepare_reports_that_no_special_token_is_declared(tmp_path: Path) -> None:
     folder = word_level(tmp_path / "words", {"cat": 0, "dog": 1}, eos=False)
     with pytest.raises(CorpusError, match="one of its special tokens: none is declared"):
         prepare(make_corpus(tmp_path, make_texts(4)), folder, tmp_path / "cache")

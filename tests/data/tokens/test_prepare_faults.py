@@ -1,4 +1,4 @@
-"""Bad data and a bad disk under `inheritune-ds prepare`: one message each, nothing half done, nothing lost unsaid."""
+"""Bad data and a bad disk under `inheritune-ds prepare`: one message each, no partial result, no silent loss."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ class Ended(NamedTuple):
     """A command that has ended: exit code, lines of the standard output, text of the error output."""
 
     code: int
-    said: list[str]
+    output: list[str]
     error: str
 
 
@@ -94,7 +94,7 @@ def test_bad_data_is_one_message_and_publishes_nothing(tmp_path: Path, run: Run,
     assert ended.code == CorpusError.exit_code == 6
     assert re.match(r"inheritune-ds: error: (corpus file )?.*" + message, ended.error), ended.error
     assert ended.error.count("error:") == 1
-    assert ended.said == []
+    assert ended.output == []
     folder = tmp_path / "cache" / "tokens"
     published = [name for name in names_in(folder) if not name.startswith(".")] if folder.exists() else []
     assert published == []
@@ -106,7 +106,7 @@ def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path: Path, run:
     path = write(tmp_path, "corpus.jsonl", bad_line(lines))
     ended = run(Corpus(sources=[files_source(path, bad_records="skip")], validation_ratio=0.2))
     assert ended.code == 0, ended.error
-    assert ended.said[-1].startswith(
+    assert ended.output[-1].startswith(
         f"left out of corpus: 1 empty, 3 bad (the first bad one: {path}:8: it is not UTF-8 text (invalid cont"
     )
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
@@ -140,7 +140,7 @@ def meddle(monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], object])
         ),
     ],
 )
-def test_what_is_read_after_a_file_has_changed_is_never_kept(
+def test_prepare_never_keeps_text_read_after_a_file_changed(
     tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], message: str
 ) -> None:
     """Larger than any buffer, so that the change is read, too; many shards, so that it would be kept."""
@@ -171,7 +171,7 @@ def room() -> Iterator[Callable[[int], None]]:
     ("size", "file"),
     [(5000, r"progress\.sqlite"), (13_000, r"corpus/train-00000\.bin"), (40_000, r"corpus/train-00000\.bin")],
 )
-def test_a_full_disk_is_told_and_the_next_preparation_goes_on(
+def test_prepare_reports_a_full_disk_and_resumes(
     tmp_path: Path, run: Run, room: Callable[[int], None], size: int, file: str
 ) -> None:
     corpus = make_corpus(tmp_path, make_texts(4000))
@@ -198,22 +198,22 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["corpus/train-00000.bin", "corpus/validation-00000.bin", "tokenizer/tokenizer.json"])
-def test_a_flipped_bit_is_found_and_the_tokens_are_made_anew(tmp_path: Path, run: Run, name: str) -> None:
+def test_verify_detects_a_flipped_bit_and_remakes_the_tokens(tmp_path: Path, run: Run, name: str) -> None:
     corpus = make_corpus(tmp_path, make_texts(40))
-    table = run(corpus).said
+    table = run(corpus).output
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     expected = files_below(folder)
     flip(folder / name)
     found = files_below(folder)[name]
-    assert run(corpus).said == table, "without --verify sizes alone are compared"
+    assert run(corpus).output == table, "without --verify sizes alone are compared"
     ended = run(corpus, "--verify")
     assert ended.code == 0
     damage = f"{name} has sha256 {found[:12]}... not {expected[name][:12]}..."
     warning = f"WARNING: the tokens in {folder} are damaged; they are remade from the corpus: {damage}"
-    assert ended.said == [warning, *table, INTACT]
+    assert ended.output == [warning, *table, INTACT]
     assert files_below(folder) == expected
     assert names_in(folder.parent) == [folder.name]
-    assert run(corpus, "--verify").said == [*table, INTACT]
+    assert run(corpus, "--verify").output == [*table, INTACT]
 
 
 def test_damaged_tokens_are_not_used_when_the_corpus_is_gone(tmp_path: Path, bpe: str) -> None:
@@ -226,7 +226,7 @@ def test_damaged_tokens_are_not_used_when_the_corpus_is_gone(tmp_path: Path, bpe
 
 @pytest.mark.parametrize("name", ["corpus/train-00000.bin", "tokenizer/tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "removed"])
-def test_incomplete_tokens_are_made_anew(tmp_path: Path, bpe: str, name: str, damage: str) -> None:
+def test_prepare_remakes_incomplete_tokens(tmp_path: Path, bpe: str, name: str, damage: str) -> None:
     corpus = make_corpus(tmp_path, make_texts(40))
     first = prepare(corpus, bpe, tmp_path / "cache")
     content = (first.folder / name).read_bytes()
@@ -274,7 +274,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, bpe: str) -> No
         ),
     ],
 )
-def test_a_part_that_is_empty_is_told_with_the_key_that_leaves_it_so(
+def test_prepare_refuses_an_empty_part_and_names_the_key(
     tmp_path: Path, bpe: str, texts: int, settings: dict[str, Any], message: str
 ) -> None:
     corpus = make_corpus(tmp_path, make_texts(texts), **settings)

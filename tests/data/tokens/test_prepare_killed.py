@@ -1,4 +1,4 @@
-"""`inheritune-ds prepare` killed by SIGKILL at any moment: the same command goes on, and nobody can tell."""
+"""`inheritune-ds prepare` killed by SIGKILL at any moment: the same command resumes with identical files."""
 
 import json
 import random
@@ -78,7 +78,7 @@ def undisturbed(
     recipe = make_recipe(folder, bpe, trained=request.param == "trained")
     with Preparer(folder, recipe) as preparer:
         whole = preparer.start(folder / "whole")
-        assert whole.code == 0, whole.said
+        assert whole.code == 0, whole.output
         (name,) = names_in(folder / "whole" / "tokens")
         yield preparer, whole, files_below(folder / "whole" / "tokens" / name)
 
@@ -87,7 +87,7 @@ def undisturbed(
 @pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.timeout(300)
-def test_a_preparation_killed_at_random_moments_ends_as_an_undisturbed_one(
+def test_a_preparation_killed_at_random_moments_resumes_with_identical_files(
     tmp_path: Path, undisturbed: tuple[Preparer, Attempt, dict[str, str]]
 ) -> None:
     preparer, whole, expected = undisturbed
@@ -106,14 +106,14 @@ def test_a_preparation_killed_at_random_moments_ends_as_an_undisturbed_one(
                 attempt = preparer.start(cache, die_at=1 + int(share * whole.steps))
             if attempt.code == 0:
                 break
-            assert attempt.code == -signal.SIGKILL, attempt.said
+            assert attempt.code == -signal.SIGKILL, attempt.output
             kills += 1
             before, kept = kept, kept_in(cache, tmp_path / "journal")
             # What was written and is not vouched for is what the next process does again.
             assert 0 <= before.tokens + attempt.tokens - kept.tokens <= SHARD_TOKENS + LONGEST_DOCUMENT
-            assert before.shards.items() <= kept.shards.items(), "a finished shard was written anew"
+            assert before.shards.items() <= kept.shards.items(), "a finished shard was rewritten"
         last = preparer.start(cache)
-        assert last.code == 0, last.said
+        assert last.code == 0, last.output
         check_result(cache, expected)
         (final,) = (cache / "tokens").iterdir()
         found = {name: (final / name).stat() for name in kept.shards}
@@ -124,7 +124,7 @@ def test_a_preparation_killed_at_random_moments_ends_as_an_undisturbed_one(
 @pytest.mark.launch
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("undisturbed", ["ready"], indirect=True)
-def test_a_preparation_killed_at_every_step_of_its_end_ends_as_an_undisturbed_one(
+def test_a_preparation_killed_at_every_final_step_resumes_with_identical_files(
     tmp_path: Path, undisturbed: tuple[Preparer, Attempt, dict[str, str]]
 ) -> None:
     """The journal, the manifest, the rename and the lock: killed once before each of the last steps."""
@@ -136,10 +136,10 @@ def test_a_preparation_killed_at_every_step_of_its_end_ends_as_an_undisturbed_on
     for step in range(1, 40):
         if attempt.code == 0:
             break
-        assert attempt.code == -signal.SIGKILL, attempt.said
+        assert attempt.code == -signal.SIGKILL, attempt.output
         assert len(kept_in(cache, tmp_path / "journal").shards) == shards
         attempt = preparer.start(cache, die_at=step)
         deaths += attempt.code != 0
-    assert attempt.code == 0, attempt.said
+    assert attempt.code == 0, attempt.output
     assert deaths > 8
     check_result(cache, expected)

@@ -21,8 +21,8 @@ from tests.data.prepared import END, files_source, is_held, make_corpus, make_te
 def two_sources(folder: Path, *settings: dict[str, Any]) -> list[Any]:
     """Two files of 100 documents each, as sources `a` and `b`."""
     return [
-        files_source(write_jsonl(folder / f"{name}.jsonl", make_texts(100, seed)), name=name, **told)
-        for seed, (name, told) in enumerate(zip("ab", settings, strict=True), 1)
+        files_source(write_jsonl(folder / f"{name}.jsonl", make_texts(100, seed)), name=name, **more)
+        for seed, (name, more) in enumerate(zip("ab", settings, strict=True), 1)
     ]
 
 
@@ -102,7 +102,7 @@ def test_max_documents_counts_held_out_ones_too(tmp_path: Path, bpe: str, count:
     assert tokens_of(tokens).count(END) == len(taken) - sum(map(is_held, taken))
 
 
-def test_filters_leave_out_and_count(tmp_path: Path, bpe: str) -> None:
+def test_filters_skip_and_count_documents(tmp_path: Path, bpe: str) -> None:
     kinds = itertools.cycle([("en", 1), ("en", 2), ("de", 1)])
     texts = make_texts(90)
     records = [{"text": text, "meta": {"lang": lang, "n": n}} for text, (lang, n) in zip(texts, kinds, strict=False)]
@@ -119,7 +119,7 @@ def test_filters_leave_out_and_count(tmp_path: Path, bpe: str) -> None:
     assert tokens.manifest["filtered_documents"] == 61
 
 
-def test_records_that_are_left_out_do_not_pile_up(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_records_do_not_pile_up(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last documents of a long file are taken: what was read before them has been counted by then."""
     monkeypatch.setattr(writer, "JOB_RECORDS", 50)
     texts = make_texts(30, words=30)
@@ -165,7 +165,7 @@ def test_exact_copies_are_counted_across_sources_and_parts_and_dropped_if_asked_
     assert tokens.manifest["duplicate_documents"] == 30
 
 
-def test_the_overlap_with_evaluation_sets_is_told(tmp_path: Path, bpe: str) -> None:
+def test_manifest_reports_the_overlap_with_evaluation_sets(tmp_path: Path, bpe: str) -> None:
     texts = make_texts(80, words=40)
     trained = [text for text in texts if not is_held(text)]
     held = next(text for text in texts if is_held(text))
@@ -173,7 +173,7 @@ def test_the_overlap_with_evaluation_sets_is_told(tmp_path: Path, bpe: str) -> N
     items = [
         *inside,
         " ".join(held.split()[5:25]),
-        "something that stands nowhere at all in these few documents",
+        "something that appears nowhere in these few documents",
         "too short",
     ]
     evaluation = files_source(write_jsonl(tmp_path / "quiz.jsonl", items))

@@ -23,7 +23,7 @@ END_OF_TEXT = 50256
 @pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.timeout(600)
-def test_a_document_of_50_mb_has_the_ids_of_the_whole_in_less_than_1_gb(
+def test_prepare_encodes_a_document_of_50_mb_exactly_in_less_than_1_gb(
     shared: Path, tmp_path: Path, tokenizer_folder: Callable[..., str]
 ) -> None:
     from tokenizers import Tokenizer

@@ -46,7 +46,7 @@ def test_any_number_of_workers_makes_the_same_files(tmp_path: Path, bpe: str) ->
 
 @pytest.mark.launch
 @pytest.mark.usefixtures("small_jobs")
-def test_a_killed_worker_ends_the_preparation_and_the_next_one_goes_on(
+def test_prepare_exits_if_a_worker_is_killed_and_resumes(
     tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = make_corpus(tmp_path, make_texts(600))
@@ -80,7 +80,7 @@ def encoder(bpe: str) -> tuple[TextEncoder, tuple[str, int]]:
 
 
 @pytest.mark.launch
-def test_jobs_come_back_in_their_order(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
+def test_pool_returns_jobs_in_order(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
     texts = [[text] for text in make_texts(60, words=5)]
     texts[20] = make_texts(300)  # takes longer than those behind it
     taken = 0
@@ -97,7 +97,7 @@ def test_jobs_come_back_in_their_order(encoder: tuple[TextEncoder, tuple[str, in
 
 
 @pytest.mark.launch
-def test_jobs_that_are_dropped_leave_the_workers_free(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
+def test_pool_reuses_workers_after_jobs_are_dropped(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
     with workers.EncoderPool(*encoder, workers=2) as pool:
         for number, _ in enumerate(pool.encode(make_texts(20) for _ in range(50))):
             if number == workers.JOBS_HERE + 3:
@@ -108,7 +108,7 @@ def test_jobs_that_are_dropped_leave_the_workers_free(encoder: tuple[TextEncoder
 
 
 @pytest.mark.launch
-def test_the_death_of_a_worker_keeps_no_job_waiting(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
+def test_pool_reports_a_dead_worker_to_every_job(encoder: tuple[TextEncoder, tuple[str, int]]) -> None:
     """The thread of a dead worker takes the next job, and must not wait for the worker that another thread has."""
     jobs = [make_texts(200) for _ in range(3 * workers.JOBS_HERE)]
     message = r"worker process died \(exit code -9\)"
@@ -121,7 +121,7 @@ def test_the_death_of_a_worker_keeps_no_job_waiting(encoder: tuple[TextEncoder, 
 
 
 @pytest.mark.launch
-def test_the_death_of_a_worker_that_sends_is_noticed(
+def test_pool_detects_the_death_of_a_worker_that_sends(
     encoder: tuple[TextEncoder, tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ids are more than a pipe holds, so the worker is killed before it has sent them all."""
@@ -141,7 +141,7 @@ def test_the_death_of_a_worker_that_sends_is_noticed(
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_of_two_preparations_at_once_one_works_and_the_other_takes_what_it_has_made(tmp_path: Path, bpe: str) -> None:
+def test_of_two_concurrent_preparations_one_works_and_the_other_reuses_its_result(tmp_path: Path, bpe: str) -> None:
     recipe = make_recipe(tmp_path, bpe, trained=False)
     with Preparer(tmp_path, recipe) as one, Preparer(tmp_path, recipe) as other, ThreadPoolExecutor(2) as pool:
         runs: list[Callable[[], Any]] = [
@@ -150,11 +150,11 @@ def test_of_two_preparations_at_once_one_works_and_the_other_takes_what_it_has_m
         ]
         found = [started.result() for started in [pool.submit(run) for run in runs]]
         assert [attempt.code for attempt in found] == [0, 0], found
-        worked, waited = sorted(found, key=lambda attempt: "waiting" in attempt.said)
+        worked, waited = sorted(found, key=lambda attempt: "waiting" in attempt.output)
         assert (worked.tokens > 0, waited.tokens) == (True, 0)
-        waiting, *table = waited.said.splitlines()
+        waiting, *table = waited.output.splitlines()
         assert re.fullmatch(r"another process fills .*\.partial; waiting for it", waiting)
-        assert table == [line for line in worked.said.splitlines() if not line.startswith("WARNING: ")]
+        assert table == [line for line in worked.output.splitlines() if not line.startswith("WARNING: ")]
         alone = one.start(tmp_path / "alone", name="alone")
     assert alone.tokens == worked.tokens
     (name,) = names_in(tmp_path / "alone" / "tokens")

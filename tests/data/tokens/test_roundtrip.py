@@ -34,7 +34,7 @@ def test_a_byte_level_tokenizer_gives_everything_back() -> None:
     assert found.warning == ""
 
 
-def test_what_the_normalizer_changes_is_told_apart_from_a_loss() -> None:
+def test_fidelity_distinguishes_normalization_from_loss() -> None:
     backend = trained()
     backend.normalizer = normalizers.NFC()
     found = check_fidelity(encoder_of(backend), ["cafe\u0301", "café"], None)
@@ -102,10 +102,12 @@ def test_ids_that_differ_from_sentencepiece_are_refused(
     check_fidelity(llama(folder), ["nothing of the kind"], model)
     with pytest.raises(CorpusError) as raised:
         check_fidelity(llama(folder), ["nothing of the kind", "as for " + "the thermal " * 2 + "film"], model)
-    told = str(raised.value)
-    assert "are not those of the tokenizer.model beside it: at 'as for the thermal the thermal fil' it gives [" in told
-    assert f"SentencePiece gives [363, 278, {wanted}, 278, {wanted}, 2706]" in told
-    assert "do: remove tokenizer.json from the tokenizer's folder" in told
+    message = str(raised.value)
+    assert (
+        "are not those of the tokenizer.model beside it: at 'as for the thermal the thermal fil' it gives [" in message
+    )
+    assert f"SentencePiece gives [363, 278, {wanted}, 278, {wanted}, 2706]" in message
+    assert "do: remove tokenizer.json from the tokenizer's folder" in message
 
 
 def test_sentencepiece_model_is_found_beside_a_tokenizer(tokenizer_folder: Callable[..., str], shared: Path) -> None:
@@ -115,6 +117,6 @@ def test_sentencepiece_model_is_found_beside_a_tokenizer(tokenizer_folder: Calla
 
 
 @pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b"", b"\x00\x01"])
-def test_another_kind_of_tokenizer_model_is_none_of_sentencepiece(tmp_path: Path, content: bytes) -> None:
+def test_sentencepiece_model_ignores_other_formats(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     assert sentencepiece_model(str(tmp_path)) is None

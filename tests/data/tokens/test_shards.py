@@ -47,7 +47,7 @@ def test_a_part_without_documents_has_no_file(tmp_path: Path) -> None:
     shard_tokens=st.integers(1, 12),
     tidy=st.booleans(),
 )
-def test_writing_goes_on_from_any_kept_state_as_if_nothing_had_happened(
+def test_writer_resumes_from_any_state_with_identical_files(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], kept: int, shard_tokens: int, tidy: object
 ) -> None:
     documents = [ids(*range(number, number + length)) for number, length in enumerate(lengths)]
@@ -86,7 +86,7 @@ def test_other_files_of_the_folder_are_left_alone(tmp_path: Path) -> None:
     assert names_in(tmp_path / "books") == ["train.txt", "validation-00000.bin"]
 
 
-def test_a_state_is_on_the_disk_before_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_is_on_the_disk_before_it_is_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     writer = ShardWriter(tmp_path / "books", "train", "uint16", ())
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
@@ -97,7 +97,7 @@ def test_a_state_is_on_the_disk_before_it_is_told(tmp_path: Path, monkeypatch: p
     writer.abandon()
 
 
-def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_writer_names_a_file_that_cannot_be_created(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "books", "train", "uint16", ())
     (tmp_path / "books").rmdir()
     with pytest.raises(StorageError, match=r"train-00000\.bin cannot be written: No such file or directory"):
@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("left", [None, 2])
-def test_a_shard_shorter_than_was_kept_is_never_filled_up(tmp_path: Path, number: int, left: int | None) -> None:
+def test_writer_refuses_a_shard_shorter_than_its_state(tmp_path: Path, number: int, left: int | None) -> None:
     writer = ShardWriter(tmp_path / "books", "train", "uint16", (), shard_tokens=4)
     for _ in range(3):
         writer.append(ids(7, 8, 9))

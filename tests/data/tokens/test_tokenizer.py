@@ -76,7 +76,7 @@ def test_trained_tokenizer_survives_saving(tmp_path: Path) -> None:
     assert tokenizer_sha256(ours) == tokenizer_sha256(tokenizer)
 
 
-def test_tokenizer_sha256_tells_tokenizers_apart() -> None:
+def test_tokenizer_sha256_differs_between_tokenizers() -> None:
     first, second = train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 270)
     assert tokenizer_sha256(first) != tokenizer_sha256(second)
     before = tokenizer_sha256(first)
@@ -106,7 +106,7 @@ def test_load_tokenizer_reads_vocab_and_merges_as_gpt2(tokenizer_folder: Callabl
     assert bare.eos_token_id == 50256
 
 
-def test_load_tokenizer_leaves_a_described_vocab_to_its_family(tokenizer_folder: Callable[..., str]) -> None:
+def test_load_tokenizer_reads_a_described_vocab_with_its_family(tokenizer_folder: Callable[..., str]) -> None:
     folder = tokenizer_folder(vocab__json="gpt2/encoder.json", merges__txt="gpt2/vocab.bpe")
     config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "!"}
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config))
@@ -239,7 +239,7 @@ def test_load_tokenizer_needs_a_backend(tmp_path: Path, monkeypatch: pytest.Monk
         load_tokenizer(str(tmp_path))
 
 
-def test_load_tokenizer_takes_a_hub_name_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_tokenizer_reads_a_hub_name_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_tokenizer(TEXTS, 300).save_pretrained(tmp_path)
     asked: list[object] = []
 
