@@ -61,9 +61,9 @@ def _trained(run: Path) -> list[dict[str, Any]]:
 def _one_update(folder: Path) -> Figures:
     """A batch that spoils the loss of one rank: one line, one count, and the run goes on."""
     run, output = _run(folder, "one", "5", "none")
-    told = [line for line in output.splitlines() if "update left out" in line]
+    told = [line for line in output.splitlines() if "update skipped" in line]
     assert len(told) == 1, output[-4000:]
-    assert told[0].endswith("step 6: update left out: the loss is nan"), told
+    assert told[0].endswith("step 6: update skipped: the loss is nan"), told
     counts = [row["train/skipped_steps"] for row in numerics(run) if "train/skipped_steps" in row]
     assert counts == [0] * 5 + [1] * 7, counts
     assert status(run)["state"] == "finished"
@@ -76,7 +76,7 @@ def _rollback(folder: Path) -> Figures:
     without, _ = _run(folder, "without", "none", "5:8")
     told = [line for line in output.splitlines() if "rollback 1 of 2" in line]
     assert len(told) == 1, output[-4000:]
-    assert output.count("update left out") == 3, output[-4000:]
+    assert output.count("update skipped") == 3, output[-4000:]
     assert _trained(run) == _trained(without)
     assert weights_sha256(run) == weights_sha256(without)
     return {"rollbacks": 1, "batches_skipped": 3}
@@ -87,7 +87,7 @@ def _rollbacks_used_up(folder: Path) -> Figures:
     run, output = _run(folder, "endless", "5+", "none", expect=1)  # torchrun's own; each rank left with 11
     rollbacks = [number for number in (1, 2, 3) if f"rollback {number} of 2" in output]
     assert rollbacks == [1, 2], output[-4000:]
-    assert output.count("update left out") == 9, output[-4000:]
+    assert output.count("update skipped") == 9, output[-4000:]
     left = status(run)
     assert (left["state"], left["exit_code"]) == ("failed", TrainingError.exit_code), left
     assert "after 2 rollbacks" in left["reason"], left

@@ -1,7 +1,7 @@
 """Agree between ranks: run work on rank 0 while the others wait, gather, broadcast.
 
-`Coordinator` works before the process group of the training exists, and for work of any length: ranks poll the
-launcher's store. `ObjectGroup` and `agree` are collectives.
+`Coordinator` works before the training's process group exists, and for work of any length: ranks poll the launcher's
+store. `ObjectGroup` and `agree` are collectives.
 """
 
 import json
@@ -25,23 +25,18 @@ from inheritune_ds.errors import InherituneError, MachineError, TrainingError
 
 POLL_S = 0.2
 READ_S = 10.0
-"""How long rank 0 waits until the other ranks have read its result; it does not wait for a dead rank any longer."""
+"""Rank 0's longest wait for the other ranks to read its result; a dead rank never does."""
 _START_TIMEOUT = timedelta(minutes=10)
-"""How long the first rank waits for the last one to start."""
+"""The first rank's longest wait for the last one to start."""
 _LATECOMERS_S = 5.0
-"""How long a rank that is asked to stop waits for the last one to start, so that all leave together."""
+"""The same for a rank that is asked to stop: all exit together if they can."""
 _STOP_KEY = "inheritune_ds/asked"
 """Set by a rank that is asked to stop while rank 0 works."""
 Value = TypeVar("Value")
 
 
 def agree(flag: bool, device: torch.device) -> bool:  # noqa: FBT001 - a flag is all there is
-    """Whether any rank has set its flag; the same answer on all ranks, which must call it together.
-
-    Args:
-        flag: Of this rank.
-        device: Where the process group communicates.
-    """
+    """Whether any rank has set its flag; all ranks must call it together, with the process group's device."""
     found = torch.tensor(float(flag), device=device)
     if dist.is_initialized():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -49,13 +44,9 @@ def agree(flag: bool, device: torch.device) -> bool:  # noqa: FBT001 - a flag is
 
 
 class ObjectGroup:
-    """Exchanges picklable values over a gloo group beside the training's, so that a thread may wait in it.
+    """Exchanges picklable values over a gloo group of its own, so that a thread may wait in it.
 
-    All ranks make one together. Each method raises RuntimeError when a rank has gone.
-
-    Args:
-        world: This rank among all; a single one needs no group.
-        timeout_s: How long a rank waits for another.
+    All ranks make one together. Each method raises RuntimeError when a rank has ended or does not answer in time.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -84,12 +75,7 @@ class ObjectGroup:
 
 
 class MainRankLeftError(InherituneError):
-    """Rank 0 has ended the run: the other ranks leave with its words and its exit code.
-
-    Args:
-        problem: What rank 0 said.
-        exit_code: The code that rank 0 leaves with.
-    """
+    """Rank 0 has ended the run: the other ranks exit with its problem and its exit code."""
 
     def __init__(self, problem: str, exit_code: int) -> None:
         super().__init__(f"rank 0 has ended the run: {problem}")
@@ -97,15 +83,11 @@ class MainRankLeftError(InherituneError):
 
 
 class Coordinator:
-    """Runs work on rank 0 while the other ranks wait.
-
-    Args:
-        world: This rank among all. With several, making a Coordinator waits until each of them makes one.
-        stop: Signals of this rank.
+    """Runs work on rank 0 while the other ranks wait; with several ranks, waits until each of them makes one.
 
     Raises:
         MachineError: If the ranks cannot reach each other.
-        KeyboardInterrupt: If this rank was asked to stop, and the others do not come.
+        KeyboardInterrupt: If this rank was asked to stop, and the others do not start.
     """
 
     def __init__(self, world: World, stop: StopSignal) -> None:
@@ -114,17 +96,10 @@ class Coordinator:
         self._store = _wait_for_all(stop) if world.size > 1 else None
 
     def run_on_rank0(self, work: Callable[[], Value]) -> Value:
-        """Run work on rank 0; all ranks must call it together.
-
-        Args:
-            work: Called on rank 0 only. What it returns must survive JSON.
-
-        Returns:
-            What `work` returned, on every rank.
+        """Run work on rank 0 and return its result, a JSON value, on every rank; all ranks must call it together.
 
         Raises:
-            MainRankLeftError: On the other ranks, if rank 0 has failed, was interrupted or was killed; on rank 0
-                whatever `work` raised.
+            MainRankLeftError: On the other ranks, if `work` raised on rank 0, or rank 0 was interrupted or killed.
         """
         if self._store is None:
             return work()
@@ -143,7 +118,7 @@ class Coordinator:
         return result
 
     def _publish(self, store: Store, key: str, document: dict[str, Any]) -> None:
-        """Store a document and wait until it is read: the store may end with this process."""
+        """Store a document and wait until it is read, since the store may end with this process."""
         store.set(key, json.dumps(document))
         deadline_s = time.monotonic() + READ_S
         while store.add(f"{key}/read", 0) < self._world.size - 1 and time.monotonic() < deadline_s:
@@ -151,7 +126,7 @@ class Coordinator:
 
     @contextmanager
     def _stopped_by_other_ranks(self, store: Store) -> Iterator[None]:
-        """Take over another rank's request to stop, on a thread, while this one works."""
+        """Pass on another rank's request to stop, from a thread, while this rank works."""
         done = threading.Event()
 
         def listen() -> None:
@@ -161,7 +136,7 @@ class Coordinator:
                         return
                 self._stop.pass_on(store.get(_STOP_KEY).decode())
             except dist.DistError:
-                return  # the launcher has gone: whatever ended it ends this process, too
+                return  # the launcher has ended, and ends this process, too
 
         threading.Thread(target=listen, name="requests of other ranks", daemon=True).start()
         try:
@@ -180,7 +155,7 @@ class Coordinator:
             document = json.loads(store.get(key))
             store.add(f"{key}/read", 1)
         except dist.DistError:
-            raise MainRankLeftError("it has left without a word, so it was killed", TrainingError.exit_code) from None
+            raise MainRankLeftError("it was killed", TrainingError.exit_code) from None
         if "left" in document:
             raise MainRankLeftError(*document["left"])
         return document["answer"]
@@ -195,7 +170,7 @@ def _last_words(error: BaseException) -> tuple[str, int]:
 
 
 def _wait_for_all(stop: StopSignal) -> Store:
-    """Open the store on a thread: its constructor waits in C++ code, where no signal is handled."""
+    """Open the store on a thread: its constructor waits in C++ code, where Python handles no signal."""
     opened: Future[Store] = Future()
 
     def open_it() -> None:
@@ -221,14 +196,13 @@ def open_store() -> Store:
         MachineError: If the ranks cannot meet there.
     """
     try:
-        store: Store = next(rendezvous("env://", timeout=_START_TIMEOUT))[0]
+        return next(rendezvous("env://", timeout=_START_TIMEOUT))[0]  # type: ignore[no-any-return]
     except dist.DistError as error:
         raise cannot_meet(error) from None
-    return store
 
 
 def cannot_meet(error: RuntimeError) -> MachineError:
-    """Say where the ranks cannot meet, and what may help."""
+    """The error of ranks that cannot meet."""
     return MachineError(
         f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
         f"{str(error).splitlines()[0]}",

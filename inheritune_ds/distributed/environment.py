@@ -9,34 +9,29 @@ from pathlib import Path
 from typing import Literal
 
 _SPINS = "2000"
-"""Tens of microseconds: the time between two parallel regions of a step."""
+"""About the time between two parallel regions of a step, tens of microseconds."""
 
 
 def prepare_environment(environ: MutableMapping[str, str], *, kind: Literal["cuda", "cpu"]) -> None:
-    """Set what torch, its extension builder, OpenMP and the hub's client read at their import.
-
-    Args:
-        environ: The environment to change; what the user has set stays.
-        kind: What the run computes on.
-    """
-    # ninja lies beside the interpreter when the virtual environment is not activated.
+    """Set the variables that torch, its extension builder, OpenMP and the hub's client read; the user's stay."""
+    # ninja is beside the interpreter when the virtual environment is not activated.
     scripts = str(Path(sys.executable).parent)
     if scripts not in environ.get("PATH", "").split(os.pathsep):
         environ["PATH"] = os.pathsep.join([scripts, environ.get("PATH", "")])
     _set_threads(environ)
     if kind == "cpu":
-        environ.setdefault("DS_ACCELERATOR", "cpu")  # said outright, DeepSpeed does not warn of a missing GPU
+        environ.setdefault("DS_ACCELERATOR", "cpu")  # then DeepSpeed does not warn of a missing GPU
     if not sys.stderr.isatty():
-        # Bars that redraw themselves fill a log file.
+        # Progress bars would fill a log file.
         environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _set_threads(environ: MutableMapping[str, str]) -> None:
-    """Share the cores among the ranks of this machine, and let threads that wait for each other spin only shortly.
+    """Share the cores among the ranks of this machine, with a short spin of waiting threads.
 
     On two quiet cores a step was a fifth faster with a short spin than with none (docs/explanation/performance.md).
-    With libgomp's own spin, some milliseconds, it was up to ten times slower when another process was busy. Ranks that
-    have more threads than there are cores do not spin.
+    With libgomp's own spin, some milliseconds, it was up to ten times slower when another process was busy. Ranks with
+    more threads than cores do not spin.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -58,16 +53,9 @@ _TOP_PAD_BYTES = 256 * 2**20
 
 
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> str:
-    """Tell glibc to keep what is freed, unless the user has settings of their own.
-
-    Args:
-        environ: MALLOC_..., GLIBC_TUNABLES and LD_PRELOAD are looked for.
-
-    Returns:
-        What was done, in words.
-    """
+    """Make glibc keep freed memory, unless `environ` has settings of an allocator; returns a text for the log."""
     if platform.libc_ver()[0] != "glibc":
-        return "the C library's own behaviour (it is not glibc)"
+        return "the C library's own behavior (it is not glibc)"
     own = sorted(
         name
         for name, value in environ.items()

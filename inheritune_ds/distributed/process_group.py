@@ -14,7 +14,7 @@ from inheritune_ds.distributed.world import World
 
 
 def start_process_group(world: World) -> None:
-    """Wait until all ranks are here; the first time, make them a group. DeepSpeed picks nccl or gloo.
+    """Wait for all ranks; the first time, make them a group. DeepSpeed selects nccl or gloo.
 
     Raises:
         MachineError: If the ranks cannot meet.
@@ -28,10 +28,10 @@ def start_process_group(world: World) -> None:
 
 
 def _hide_shared_buffer(world: World) -> None:
-    """Take the name from the memory that DeepSpeed's ranks on a CPU share, once all have opened it.
+    """Unlink the memory that DeepSpeed's ranks on a CPU share, after all have opened it.
 
     DeepSpeed removes these 64 MiB a rank (csrc/cpu/comm/shm.cpp) at a clean end only: every killed rank would leave
-    them in memory until the machine starts anew.
+    them in memory until the machine restarts.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}")  # noqa: S108
@@ -40,7 +40,7 @@ def _hide_shared_buffer(world: World) -> None:
 
 def _make_group(world: World) -> None:
     if torch.cuda.is_available():
-        # srun may show each rank its own GPU only; DeepSpeed takes the device from LOCAL_RANK.
+        # Under srun each rank may see its own GPU only; DeepSpeed takes the device from LOCAL_RANK.
         device = world.local_rank % torch.cuda.device_count()
         os.environ["LOCAL_RANK"] = str(device)
         torch.cuda.set_device(device)
@@ -57,18 +57,18 @@ _GONE = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting")
 
 
 def rank_is_gone(error: Exception) -> bool:
-    """Whether a collective has failed because another rank, its machine or the network between has gone."""
+    """Whether a collective failed because another rank ended, or its machine or the network failed."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
 
 
 def leave_process_group() -> None:
-    """Leave the group that `start_process_group` joined, if it did."""
+    """Leave the group that `start_process_group` joined, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def quiet() -> None:
-    """Leave DeepSpeed's warnings and errors; drop its progress chatter and its own deprecated calls."""
+    """Keep DeepSpeed's warnings and errors; drop its progress output and its deprecated calls."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)

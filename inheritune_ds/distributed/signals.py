@@ -11,52 +11,52 @@ from contextlib import contextmanager
 from types import FrameType
 
 IMPATIENT_S = 5.0
-"""A second Ctrl-C within this time leaves at once."""
+"""A second Ctrl-C within this time exits at once."""
 EXIT_INTERRUPTED = 130
-_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
     """SIGINT, SIGTERM and SIGUSR1 as a request to stop.
 
-    A signal only sets `requested`; the ranks agree on it at the next boundary, save and leave together. Inside
-    `interruptible`, long work of one rank that keeps nothing half-done, it raises KeyboardInterrupt as well. A second
-    SIGINT within 5 s always leaves at once; a second one of the others changes nothing.
+    A signal sets `requested`; the ranks agree on it at the next boundary, save and exit together. Inside
+    `interruptible`, for long work of one rank, it also raises KeyboardInterrupt. A second SIGINT within 5 s always
+    exits at once; other repeated signals change nothing.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        """Name of the first signal, or the words that another rank passed on."""
+        """Name of the first signal, or the text from another rank."""
         self._interruptible = False
         self._first_interrupt_s = -math.inf
         self._made_s = time.monotonic()
 
     @property
     def age_s(self) -> float:
-        """Seconds since this was made, at the start of the command."""
+        """Seconds since the start of the command."""
         return time.monotonic() - self._made_s
 
     def install(self) -> None:
-        """Take over the three signals; only possible in the main thread."""
-        for number in _HEARD:
+        """Handle the three signals; only possible in the main thread."""
+        for number in _SIGNALS:
             signal.signal(number, self._handle)
 
     @staticmethod
     def retire() -> None:
-        """Hear nothing more: everything is done, and the interpreter's end would let a late signal kill the process."""
-        for number in _HEARD:
+        """Ignore the signals: all work is done, and a late one would kill the process as the interpreter ends."""
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def leave_from_anywhere(self) -> None:
         """Let the second SIGINT end the process also while the main thread is in C code; from the main thread.
 
-        Python calls a handler between two instructions of the main thread only, so not in a collective that never
-        ends. The C handler below it writes to a wakeup descriptor at once; a thread reads there.
+        Python calls a handler between two instructions of the main thread only, so not in a collective that hangs. Its
+        C handler writes to a wakeup descriptor at once, and a thread reads that.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        # A forked child shares the descriptor, and a Ctrl-C that it hears, too, must not count as the second.
+        # A forked child shares the descriptor, and its Ctrl-C must not count as the second.
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._count_interrupts, args=(reader, writer), name="interrupts", daemon=True).start()
 
@@ -72,7 +72,7 @@ class StopSignal:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let signals raise KeyboardInterrupt inside; one that came before raises it at once."""
+        """Let signals raise KeyboardInterrupt inside; an earlier one raises it at once."""
         self._interruptible = True
         try:
             if self.requested is not None:
@@ -81,17 +81,13 @@ class StopSignal:
         finally:
             self._interruptible = False
 
-    def pass_on(self, words: str) -> None:
-        """Do as if a signal had come, from any thread.
-
-        Args:
-            words: What another rank was asked by, e.g. "SIGTERM on rank 1".
-        """
+    def pass_on(self, text: str) -> None:
+        """Request a stop for another rank's signal, e.g. "SIGTERM on rank 1"; from any thread."""
         if self.requested is None:
-            self.requested = words
+            self.requested = text
             main = threading.main_thread().ident
             if self._interruptible and main is not None:
-                signal.pthread_kill(main, signal.SIGUSR1)  # the handler runs there, and ends what it waits for
+                signal.pthread_kill(main, signal.SIGUSR1)  # interrupts its wait
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -102,5 +98,5 @@ class StopSignal:
         if self.requested is None:
             self.requested = signal.Signals(number).name
         if self._interruptible:
-            self._interruptible = False  # once: what cleans up after it must not be interrupted again
+            self._interruptible = False  # only once: the cleanup must not be interrupted
             raise KeyboardInterrupt

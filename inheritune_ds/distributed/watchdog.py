@@ -1,9 +1,8 @@
-"""Ends a run that hangs: every rank's stacks are written, then every rank leaves with exit code 13.
+"""End a run that hangs: write every rank's stacks, then exit every rank with code 13.
 
-A thread of each rank looks at the phase that the rank is in. The rank that overruns leaves a note in the launcher's
-store, which the threads of the others read, whatever their ranks are waiting for. None of this is a collective, and
-nothing is joined at the end. Work that holds Python's lock keeps that thread from running, too; for it a thread of the
-interpreter's own (faulthandler) waits a little longer, then prints the stacks and ends this rank with exit code 1.
+A thread of each rank watches the rank's phase. The rank that overruns writes a note to the launcher's store, which the
+threads of the other ranks read; no collective is involved. Work that holds Python's lock blocks that thread, too: then
+faulthandler, in a thread of the interpreter, prints the stacks a little later and ends this rank with exit code 1.
 """
 
 import faulthandler
@@ -27,27 +26,18 @@ from inheritune_ds.errors import HangError
 
 TICK_S = 0.5
 GRACE_S = 5.0
-"""How much later than the thread faulthandler ends a rank."""
+"""Faulthandler ends a rank this much later than the thread."""
 LAST_WORDS_S = 5.0
-"""A rank leaves after this time even if a disk or the store keeps its last words waiting."""
+"""The longest time for the note and the stacks: a disk or the store may hang."""
 PART_OF: Mapping[str, str] = {"data": "step", "log": "step"}
-"""Phases inside others that share their limit."""
+"""Inner phases that share the limit of another."""
 _NOTE, _FIRST, _READ = (f"inheritune_ds/hang{part}" for part in ("", "/first", "/read"))
 _STDERR = 2
 
 
 @dataclass(frozen=True)
 class Hang:
-    """What overran.
-
-    Attributes:
-        phase: Its name.
-        step: Where the run was.
-        rank: Who overran.
-        host: Its machine.
-        limit_s: What the phase may take.
-        time: When, in UTC; part of the names of the files.
-    """
+    """A phase that overran its limit."""
 
     phase: str
     step: int
@@ -55,6 +45,7 @@ class Hang:
     host: str
     limit_s: float
     time: str
+    """UTC, part of the file names."""
 
     @property
     def reason(self) -> str:
@@ -73,16 +64,15 @@ class _Phase:
 class Watchdog:
     """Watches the phases of one rank.
 
-    Time counts while the process runs: a suspended one comes back with its thread as late as its work, and a tick that
-    came late counts as two at most. Faulthandler knows only the clock, which goes on while a process is stopped (not
-    while a laptop sleeps), so a stop that announces itself (Ctrl-Z, `scontrol suspend`) calls it off before; after a
-    bare SIGSTOP of longer than a phase's limit it ends the process.
+    Time counts while the process runs: after a suspension the thread is as late as the work, and a late tick counts as
+    two at most. Faulthandler's clock also runs while a process is stopped (not while a laptop sleeps), so SIGTSTP
+    (Ctrl-Z, `scontrol suspend`) cancels it first; after a SIGSTOP of more than a phase's limit it ends the process.
 
     Args:
-        reliability: The limit of every phase, and whether there is a watch at all.
-        world: This rank among all; with several, the launcher's store must be there already.
+        reliability: The limit of every phase, and whether to watch.
+        world: This rank among all; with several, the launcher's store must exist.
         folder: The run folder; stacks are written to `logs` in it.
-        on_hang: Told why the run ends, and the exit code; it is called on a thread, on every rank.
+        on_hang: Called on every rank, on a thread, with the reason and the exit code.
     """
 
     def __init__(
@@ -90,13 +80,13 @@ class Watchdog:
     ) -> None:
         self._world, self._logs, self._on_hang = world, folder / "logs", on_hang
         self._limits_s = reliability.watchdog_s if reliability.watchdog else None
-        # A connection of its own: a shared one would be held by any thread that waits for an answer.
+        # Its own connection: a waiting thread would block a shared one.
         self._store = open_store() if world.size > 1 and reliability.watchdog else None
         self._phases: list[_Phase] = []
         self._awake_s = 0.0
-        self._told: Hang | None = None
+        self._note: Hang | None = None  # of another rank
         self._clock = threading.Lock()
-        self._rings_s = float("-inf")  # by time.monotonic; when faulthandler's clock runs out
+        self._rings_s = float("-inf")  # faulthandler's deadline by time.monotonic
         self._leaving = False
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -113,14 +103,7 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
-        """Watch what happens inside.
-
-        Only the innermost phase is watched, and the time in it does not count for the one around it.
-
-        Args:
-            name: start, first_step, step, validation, save or finish; data or log.
-            step: Where the run is.
-        """
+        """Watch a phase of `reliability.watchdog_s` or PART_OF; time in an inner phase does not count for the outer."""
         if self._limits_s is None:
             yield
             return
@@ -139,23 +122,25 @@ class Watchdog:
                 self._set_clock(within_s=TICK_S)
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:
-        """Stop, as without a handler; the next phase or tick after it sets faulthandler's clock again."""
-        faulthandler.cancel_dump_traceback_later()
-        self._rings_s = float("-inf")
+        """Stop like the default handler; the next phase or tick sets faulthandler's clock again."""
+        self._cancel_clock()
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    def _set_clock(self, *, within_s: float = 0.0) -> None:
-        """Set faulthandler's clock for the innermost phase, at once: work that holds Python's lock lets no tick do it.
+    def _cancel_clock(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._rings_s = float("-inf")
 
-        Setting it starts a thread, some 40 microseconds; a clock that is right to `within_s` already is left alone.
+    def _set_clock(self, *, within_s: float = 0.0) -> None:
+        """Set faulthandler's clock for the innermost phase, unless it is right to `within_s`: it costs 40 microseconds.
+
+        A phase sets it at once, since a tick may be blocked by work that holds Python's lock.
         """
         with self._clock:
             if self._leaving or self._closed.is_set():
                 return
             phase = next(reversed(self._phases), None)
             if phase is None:
-                faulthandler.cancel_dump_traceback_later()
-                self._rings_s = float("-inf")
+                self._cancel_clock()
                 return
             after_s = max(phase.ends_s - self._awake_s, 0.0) + GRACE_S
             rings_s = time.monotonic() + after_s
@@ -164,7 +149,7 @@ class Watchdog:
                 self._rings_s = rings_s
 
     def close(self) -> None:
-        """Watch no more, before the ranks part; from the main thread."""
+        """End the watch before the ranks exit; from the main thread."""
         self._closed.set()
         for thread in self._threads:
             thread.join(TICK_S + LAST_WORDS_S)
@@ -179,8 +164,8 @@ class Watchdog:
             now_s = time.monotonic()
             self._awake_s += min(now_s - before_s, 2 * TICK_S)
             before_s = now_s
-            if self._told is not None:
-                self._leave(self._told)
+            if self._note is not None:
+                self._leave(self._note)
             phase = next(reversed(self._phases), None)
             if phase is not None and phase.ends_s < self._awake_s:
                 self._leave(self._hang(phase))
@@ -191,16 +176,16 @@ class Watchdog:
         return Hang(phase.name, phase.step, self._world.rank, socket.gethostname(), phase.limit_s, stamp)
 
     def _listen(self) -> None:
-        """Wait for another rank's note, on a thread of its own: a store without its network may not answer."""
+        """Wait for another rank's note, on a thread: a store without its network may not answer."""
         assert self._store is not None
-        with suppress(RuntimeError):  # torch's: the store has ended with rank 0: limits of this rank's own are left
+        with suppress(RuntimeError):  # torch's: the store has ended with rank 0; this rank's limits remain
             while not self._closed.wait(2 * TICK_S):
                 if self._store.check([_NOTE]):
-                    self._told = Hang(**json.loads(self._store.get(_NOTE)))
+                    self._note = Hang(**json.loads(self._store.get(_NOTE)))
                     return
 
     def _leave(self, hang: Hang) -> None:
-        """Leave the process, after last words that must not take long."""
+        """Exit the process, after the last words or LAST_WORDS_S."""
         with self._clock:
             self._leaving = True
             faulthandler.dump_traceback_later(LAST_WORDS_S + GRACE_S, exit=True, file=_STDERR)
@@ -213,37 +198,37 @@ class Watchdog:
         own = hang.rank == self._world.rank
         if own and self._store is not None:
             with suppress(RuntimeError):
-                if self._store.add(_FIRST, 1) == 1:  # those that overrun at the same moment have one note
+                if self._store.add(_FIRST, 1) == 1:  # ranks that overrun at the same moment write one note
                     self._store.set(_NOTE, json.dumps(asdict(hang)))
         if own:
             error = HangError(
                 hang.reason,
                 allowed=f"reliability.watchdog_s.{PART_OF.get(hang.phase, hang.phase)}: {hang.limit_s:g}",
-                action=f"look at the stacks of every rank in {self._logs}; the same command goes on from the newest "
-                "checkpoint; raise the limit in the DeepSpeed config if the phase only takes that long",
+                action=f"look at the stacks of every rank in {self._logs}; rerun the same command to resume from the "
+                "newest checkpoint; raise the limit in the DeepSpeed config if the phase only takes that long",
             )
-            os.write(_STDERR, f"inheritune-ds: error: {error}\n".encode())  # the stream's lock may be taken
+            os.write(_STDERR, f"inheritune-ds: error: {error}\n".encode())  # the stream may be locked
         with suppress(OSError):
             self._write_stacks(hang)
         self._on_hang(hang.reason, HangError.exit_code)
-        self._wait_for_the_others()
+        self._wait_for_other_ranks()
 
     def _write_stacks(self, hang: Hang) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
         path = self._logs / f"hang-{hang.time}-rank-{self._world.rank:05d}.txt"
         phase = next(reversed(self._phases), None)
-        here = f"{phase.name} at step {phase.step}" if phase is not None else "no phase that is watched"
+        here = f"{phase.name} at step {phase.step}" if phase is not None else "no watched phase"
         names = [f"  {thread.ident or 0:#018x} {thread.name}" for thread in threading.enumerate()]
-        head = [hang.reason, f"rank {self._world.rank} on {socket.gethostname()} is in {here}", "threads:", *names]
+        place = f"rank {self._world.rank} on {socket.gethostname()} is in {here}"
         with path.open("w", encoding="utf-8") as stream:
-            stream.write("\n".join([*head, "", ""]))
+            stream.write("\n".join([hang.reason, place, "threads:", *names, "", ""]))
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _wait_for_the_others(self) -> None:
-        """Leave at the same moment: a rank that is left first may meet a closed connection, and die of that."""
+    def _wait_for_other_ranks(self) -> None:
+        """Exit at the same moment: the end of one rank closes connections, which may end another."""
         if self._store is None:
             return
         with suppress(RuntimeError):

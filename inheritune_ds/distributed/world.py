@@ -1,4 +1,4 @@
-"""The ranks of a run: which process this is, whatever launcher started it."""
+"""The ranks of a run, from the environment of any launcher."""
 
 import socket
 import subprocess
@@ -8,26 +8,18 @@ from dataclasses import dataclass
 from inheritune_ds.errors import MachineError
 
 _START = "start with deepspeed, torchrun, srun or python; unset RANK (or SLURM_PROCID) to run a single process"
-_PORTS = range(1, 2**16)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run.
-
-    Attributes:
-        rank: 0 to size - 1.
-        size: Number of processes.
-        local_rank: Position on this machine.
-        local_size: Processes on this machine.
-        launcher: `env` (deepspeed, torchrun), `slurm` (srun) or `single` (python alone).
-    """
+    """This process among all of the run; `local` means on this machine."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     launcher: str
+    """`env` (deepspeed, torchrun), `slurm` (srun) or `single` (python alone)."""
 
     @property
     def is_main(self) -> bool:
@@ -36,10 +28,10 @@ class World:
 
 
 def detect(environ: Mapping[str, str]) -> World:
-    """Read the launcher's variables: RANK (deepspeed, torchrun) before SLURM's before none.
+    """Read the launcher's variables: RANK (deepspeed, torchrun), else SLURM's, else none.
 
-    Source of the SLURM names: srun(1); SLURM_STEP_NUM_TASKS is the step's, SLURM_NTASKS in a batch
-    shell is the job's, and SLURM_PROCID stands in the batch shell too, so the step's id decides.
+    Source of the SLURM names: srun(1). A batch shell has SLURM_PROCID and the job's SLURM_NTASKS, too; only a step has
+    SLURM_STEP_NUM_TASKS.
 
     Raises:
         MachineError: If a launcher's variables are incomplete or not numbers.
@@ -74,20 +66,15 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     try:
         return int(value)  # type: ignore[arg-type]  # None is a user's half-set environment
     except (TypeError, ValueError):
-        raise MachineError(
-            f"the environment variable {name} is {value!r}",
-            allowed="a whole number",
-            action=_START,
-        ) from None
+        problem = f"the environment variable {name} is {value!r}"
+        raise MachineError(problem, allowed="a whole number", action=_START) from None
 
 
 def export(world: World, environ: MutableMapping[str, str]) -> None:
-    """Set what `deepspeed.init_distributed` reads, where the launcher has not done it.
-
-    Without these variables DeepSpeed would look for MPI.
+    """Set the variables of `deepspeed.init_distributed` that the launcher has not set; without them it looks for MPI.
 
     Raises:
-        MachineError: If the ranks' meeting point is not known, or its port is no port.
+        MachineError: If the ranks' meeting point is not known, or its port is invalid.
     """
     environ.update(
         RANK=str(world.rank),
@@ -96,7 +83,7 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
         LOCAL_WORLD_SIZE=str(world.local_size),
     )
     if world.launcher == "slurm":
-        if "MASTER_ADDR" not in environ:  # one that is given must not depend on scontrol
+        if "MASTER_ADDR" not in environ:  # a given one must not depend on scontrol
             environ["MASTER_ADDR"] = _first_host(environ)
         # The job id stays the same over a requeue and differs between jobs that share a node.
         environ.setdefault("MASTER_PORT", str(10000 + _number(environ, "SLURM_JOB_ID", 0) % 50000))
@@ -113,10 +100,10 @@ def _check_meeting_point(environ: Mapping[str, str]) -> None:
             allowed="the host of rank 0",
             action=_START,
         )
-    if _number(environ, "MASTER_PORT") not in _PORTS:
+    if not 1 <= _number(environ, "MASTER_PORT") < 2**16:
         raise MachineError(
             f"the environment variable MASTER_PORT is {environ['MASTER_PORT']!r}",
-            allowed=f"{_PORTS[0]} to {_PORTS[-1]}",
+            allowed="1 to 65535",
             action="set it to a port that is free on the host of rank 0",
         )
 

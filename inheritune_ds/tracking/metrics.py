@@ -1,8 +1,7 @@
-"""Metrics: their names, the rows of metrics.jsonl, how rows are written and read, and what is no value.
+"""Metrics: their names, and the rows of metrics.jsonl.
 
-A value that is not finite is left out of its row. A skipped update may have no loss or no gradient norm; the log line
-of that step tells why, and `train/skipped_steps` counts it. A validation loss that is not finite ends the run before it
-becomes a metric.
+A row has finite values only. A skipped update may have no loss or gradient norm: its log line has the reason, and
+`train/skipped_steps` counts it. A validation loss that is not finite ends the run.
 """
 
 import json
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Metric(NamedTuple):
-    """Unit and meaning of a metric."""
+    """How a metric is described."""
 
     unit: str
     meaning: str
@@ -37,10 +36,8 @@ METRICS: Mapping[str, Metric] = {
     "train/loss": Metric("nats/token", "mean loss over all target tokens of the global batch"),
     "train/lr": Metric("1", "learning rate used in the step"),
     "train/grad_norm": Metric("1", "L2 norm of the gradient of all parameters, before clipping"),
-    "train/skipped_steps": Metric(
-        "steps", "steps since step 0 whose update was left out: a loss or gradient not finite, or a spike"
-    ),
-    "train/rollbacks": Metric("1", "how often the run has gone back to a checkpoint after faults in a row"),
+    "train/skipped_steps": Metric("steps", "skipped updates since step 0: a loss or gradient not finite, or a spike"),
+    "train/rollbacks": Metric("1", "rollbacks to a checkpoint after faults in a row"),
     "val/loss": Metric("nats/token", "mean loss over the fixed validation windows"),
     "val/stderr": Metric("nats/token", "standard error of val/loss, s / sqrt(n) over the windows"),
     "val/ppl": Metric("1", "perplexity, exp(val/loss)"),
@@ -50,9 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "perf/data_wait_ratio": Metric("ratio", "share of a step that rank 0 waited for its tokens"),
     "perf/mfu": Metric("ratio", "model FLOPs per second over the peak of the devices in the run's precision"),
     "data/<source>/tokens_seen": Metric("tokens", "tokens of that source trained on since step 0"),
-    "data/<source>/unique_tokens": Metric(
-        "tokens", "different ones among them; not told with `sampling: random`, which may give parts of a window again"
-    ),
+    "data/<source>/unique_tokens": Metric("tokens", "different ones among them; not logged with `sampling: random`"),
     "data/<source>/epochs": Metric("1", "tokens seen of that source / tokens of its windows"),
     "mem/peak_gib": Metric("GiB", "peak memory allocated on the device of rank 0"),
 }
@@ -60,12 +55,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def make_row(step: int, tokens: int, values: Mapping[str, float]) -> Row:
-    """Make a row of metrics; a value that is not finite is left out.
-
-    Args:
-        step: Updates done so far.
-        tokens: Tokens trained on so far (the metric `train/tokens`).
-        values: Metric name to value; the names are listed in METRICS.
+    """Make a row of metrics after `step` updates, with the finite values only.
 
     Raises:
         ValueError: For a name that METRICS does not list.
@@ -73,25 +63,21 @@ def make_row(step: int, tokens: int, values: Mapping[str, float]) -> Row:
     unknown = sorted(name for name in values if name == TOKENS or _listed(name) not in METRICS)
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: not a metric that may be logged; tracking.METRICS lists them")
-    finite = {name: value for name, value in values.items() if math.isfinite(value)}
-    numbers = {name: value if isinstance(value, int) else float(value) for name, value in finite.items()}
-    return {"step": step, TOKENS: tokens, **numbers}
+    finite = {key: x if isinstance(x, int) else float(x) for key, x in values.items() if math.isfinite(x)}
+    return {"step": step, TOKENS: tokens, **finite}
 
 
 def _listed(name: str) -> str:
-    """The name under which METRICS lists a metric: every source has its own of `data/`."""
+    """The metric's name in METRICS, which lists those of one source."""
     return re.sub(r"^data/[^/]+/", "data/<source>/", name)
 
 
 class MetricFile:
-    """Appends rows to a run's metrics.jsonl; rows that the disk refuses are kept, and written with the next.
+    """Appends rows to a run's metrics.jsonl; rows that the disk refuses are written with the next row.
 
     A killed process leaves at most one incomplete line.
 
-    Args:
-        run_dir: The run folder; it exists.
-        resume_step: Step of the checkpoint that the run resumes from: later rows are dropped, since they will be
-            written again. None drops every row.
+    At its start it drops the rows after `resume_step`, the step of the checkpoint; None drops every row.
 
     Raises:
         RunFolderError: When metrics.jsonl is damaged.
@@ -104,25 +90,25 @@ class MetricFile:
         self._open([] if resume_step is None else read_metrics(run_dir), resume_step or 0)
 
     def _open(self, rows: Sequence[Row], step: int) -> None:
-        """Open the file behind the rows up to a step."""
+        """Rewrite the file with the rows up to a step, and open it for appending."""
         write_exact(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         with storage_errors(self._path):
             self._descriptor: int | None = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         self._bytes = os.fstat(self._descriptor).st_size
 
     def append(self, row: Row) -> None:
-        """Write a row, and those that wait before it; the first refusal of the disk is logged."""
+        """Write the waiting rows and this one; logs the first refusal of the disk."""
         self._waiting.append(json.dumps(row).encode() + b"\n")
         refusal = self._write()
         if refusal is not None and len(self._waiting) == 1:
             logger.warning(
-                "%s cannot be written: %s. The run goes on; its rows are kept in memory until there is room",
+                "%s cannot be written: %s. The run continues; its rows are kept in memory until there is room",
                 self._path,
                 refusal.strerror,
             )
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after a step, which the run does again.
+        """Drop the rows after a step, which the run repeats.
 
         Raises:
             StorageError: When the file cannot be rewritten.
@@ -131,7 +117,7 @@ class MetricFile:
         self._open(read_metrics(self._path.parent), step)
 
     def close(self) -> None:
-        """Write the rows that wait, and close the file; a second call does nothing.
+        """Write the waiting rows and close the file; a second call does nothing.
 
         Raises:
             StorageError: When rows are still missing in the file.
@@ -144,11 +130,11 @@ class MetricFile:
         if refusal is not None:
             raise StorageError(
                 f"{self._path} cannot be written: {refusal.strerror}; {len(self._waiting)} rows are missing",
-                action="free some space, then give the same command again: it goes on from the newest checkpoint",
+                action="free some space, then rerun the same command to resume from the newest checkpoint",
             )
 
     def _write(self) -> OSError | None:
-        """Write the rows that wait; returns why the disk refuses."""
+        """Write the waiting rows; returns the error of the disk, if any."""
         assert self._descriptor is not None
         data = memoryview(b"".join(self._waiting))
         done = 0
@@ -156,7 +142,7 @@ class MetricFile:
             while done < len(data):
                 done += os.write(self._descriptor, data[done:])
         except OSError as error:
-            with suppress(OSError):  # no half line: the next attempt begins again
+            with suppress(OSError):  # no partial line before the next attempt
                 os.ftruncate(self._descriptor, self._bytes)
             return error
         self._bytes += len(data)
@@ -165,12 +151,7 @@ class MetricFile:
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """Read the rows of a run's metrics.jsonl, oldest first.
-
-    An incomplete last line, which a killed writer leaves, is passed over.
-
-    Args:
-        run_dir: A run folder; an empty list when it holds no metrics yet.
+    """Read the rows of a run's metrics.jsonl, oldest first, except an incomplete last line of a killed writer.
 
     Raises:
         RunFolderError: When any other line is not a JSON object with step and train/tokens.
@@ -194,12 +175,11 @@ def read_metrics(run_dir: Path) -> list[Row]:
 
 
 def _parse_row(line: str) -> Row | None:
-    try:
+    with suppress(ValueError):
         row = json.loads(line)
-    except ValueError:
-        return None
-    is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("train/tokens"), int)
-    return row if is_row else None
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get(TOKENS), int):
+            return row
+    return None
 
 
 @dataclass(frozen=True)
@@ -209,17 +189,11 @@ class Curve:
     tokens: tuple[int, ...]
     values: tuple[float, ...]
     stderr: tuple[float, ...] = ()
-    """One standard error for each value, or nothing."""
+    """One standard error for each value, or empty."""
 
 
 def curve(rows: Sequence[Row], name: str, stderr: str | None = None) -> Curve:
-    """The curve of a metric.
-
-    Args:
-        rows: Of metrics.jsonl.
-        name: The metric; rows without it are passed over.
-        stderr: The metric that is its standard error, which must be in the row, too.
-    """
+    """The curve of the metric `name` over the rows that have it, and its standard error `stderr` if one is named."""
     rows = [row for row in rows if name in row and (stderr is None or stderr in row)]
     return Curve(
         tokens=tuple(row[TOKENS] for row in rows),

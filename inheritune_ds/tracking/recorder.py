@@ -13,7 +13,7 @@ from inheritune_ds.tracking.wandb import WandbCopy
 
 
 class Recorder:
-    """Takes what the loop reports. This one, of the ranks other than 0, records nothing."""
+    """Records the training. This one, for ranks other than 0, does nothing."""
 
     def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         """Record metrics at a step."""
@@ -25,21 +25,17 @@ class Recorder:
         """Note that the run can resume from a step."""
 
     def rewind(self, step: int) -> None:
-        """Drop what was recorded after a step: the run does it again."""
+        """Drop the records after a step, which the run repeats."""
 
     def close(self) -> None:
-        """Finish the line and the logs; a second call does nothing."""
+        """Finish the progress line and the logs; a second call does nothing."""
 
 
 class RunRecorder(Recorder):
     """The recorder of rank 0: metrics.jsonl, its copy on W&B, the progress line, the status.
 
-    Args:
-        run_dir: The run folder; it exists.
-        recipe: The recipe of the run (W&B gets it as the run's config).
-        total_steps: Steps of the whole run.
-        state: What the run resumes from; None drops every row of an earlier start.
-        on_saved: Called with the step of each published checkpoint; a disk that refuses it does not end the run.
+    It drops the rows after `state`, or all without one. `on_saved` is called with the step of each published
+    checkpoint; its StorageError does not end the run.
 
     Raises:
         RunFolderError: When metrics.jsonl is damaged.
@@ -76,7 +72,7 @@ class RunRecorder(Recorder):
             self._on_saved(step)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after a step; W&B keeps them, and takes no new ones for them.
+        """Drop the rows after a step; W&B keeps them, and ignores the repeated ones.
 
         Raises:
             StorageError: When metrics.jsonl cannot be rewritten.
@@ -84,7 +80,7 @@ class RunRecorder(Recorder):
         self._file.rewind(step)
 
     def close(self) -> None:
-        """Finish the line and both logs.
+        """Finish the progress line and both logs.
 
         Raises:
             StorageError: When rows are still missing in metrics.jsonl.

@@ -1,4 +1,4 @@
-"""Weights & Biases: started once per run, never the end of it."""
+"""Weights & Biases: one W&B run per run folder; its errors never end a run."""
 
 import logging
 import netrc
@@ -17,11 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class WandbCopy:
-    """The copy of metrics.jsonl on W&B; whatever W&B raises is logged, and the run continues without it.
+    """The copy of metrics.jsonl on W&B; logs W&B's errors, and the run continues without it.
 
-    Args:
-        run_dir: The run folder, which is one W&B run over all launches.
-        recipe: The run's config on W&B.
+    A run folder is one W&B run over all launches; the recipe is its config.
     """
 
     def __init__(self, run_dir: Path, recipe: Recipe) -> None:
@@ -33,7 +31,7 @@ class WandbCopy:
             return
         try:
             self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-        except Exception as error:  # noqa: BLE001 (W&B never stops a run)
+        except Exception as error:  # noqa: BLE001 (see the class)
             self._run = None
             _log_loss("stopped", error)
 
@@ -44,13 +42,13 @@ class WandbCopy:
             return
         try:
             run.finish()
-        except Exception as error:  # noqa: BLE001 (the run itself is well: W&B never stops it)
+        except Exception as error:  # noqa: BLE001 (see the class)
             _log_loss("did not finish", error)
 
 
 def _start(run_dir: Path, recipe: Recipe) -> Any | None:
-    """Start the W&B run of this run folder; None, with one line logged, when W&B cannot start."""
-    # W&B reports its own crashes over the network, offline runs included; a run talks to nobody unasked.
+    """Start the W&B run of this run folder; logs one line and returns None when W&B cannot start."""
+    # W&B would report its own crashes over the network, even in offline runs.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
@@ -60,7 +58,7 @@ def _start(run_dir: Path, recipe: Recipe) -> Any | None:
         settings = wandb.Settings(
             console="off",
             silent=True,
-            # No secret leaves: not the command line, the environment, the code, or the machine's description.
+            # Secrets stay here: the command line, the environment, the code, the machine's description.
             save_code=False,
             disable_code=True,
             disable_git=True,
@@ -68,7 +66,7 @@ def _start(run_dir: Path, recipe: Recipe) -> Any | None:
             x_disable_machine_info=True,
             x_save_requirements=False,
             x_disable_stats=True,
-            # An unreachable server costs this much, once, and no more at the end.
+            # The most that an unreachable server costs, in seconds.
             init_timeout=30.0,
             login_timeout=30.0,
             finish_timeout=60.0,
@@ -85,7 +83,7 @@ def _start(run_dir: Path, recipe: Recipe) -> Any | None:
         )
         run.define_metric(TOKENS)
         run.define_metric("*", step_metric=TOKENS)
-    except Exception as error:  # noqa: BLE001 (whatever W&B raises: metrics.jsonl is enough to go on)
+    except Exception as error:  # noqa: BLE001 (metrics.jsonl is enough)
         _log_loss("could not start", error)
         return None
     if run.offline:
@@ -96,13 +94,12 @@ def _start(run_dir: Path, recipe: Recipe) -> Any | None:
 
 
 def _log_loss(what: str, error: Exception) -> None:
-    """Log that W&B failed, and why; the run continues."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    logger.info("W&B %s: %s. The run goes on; %s holds every metric.", what, reason, METRICS_FILE)
+    logger.info("W&B %s: %s. The run continues; %s holds every metric.", what, reason, METRICS_FILE)
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """Return the W&B id of a run folder: WANDB_RUN_ID or a new one, then always the same."""
+    """The W&B id of a run folder: WANDB_RUN_ID or a new one at first, then always the same."""
     path = run_dir / "wandb_id"
     if path.exists():
         return path.read_text(encoding="utf-8").strip()
@@ -112,7 +109,7 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def _wandb_mode() -> Literal["online", "offline"] | None:
-    """Online when W&B is configured; None, which leaves the choice to WANDB_MODE, when that is set."""
+    """Online when W&B is configured; None when WANDB_MODE decides."""
     if os.environ.get("WANDB_MODE"):
         return None
     if os.environ.get("WANDB_API_KEY"):

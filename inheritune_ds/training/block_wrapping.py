@@ -1,7 +1,6 @@
-"""What is put around each transformer block: `torch.compile` and the recomputation of its activations.
+"""Wrap each transformer block in `torch.compile` and activation checkpointing.
 
-Only the block's own `forward` is replaced: hooks of DeepSpeed and the module's call stay outside, so they cannot break
-the compiled graph.
+Only the block's `forward` is replaced: DeepSpeed's hooks stay outside and cannot break the compiled graph.
 """
 
 from collections.abc import Callable
@@ -25,43 +24,35 @@ _KEPT = [
     getattr(torch.ops.aten, name).default
     for name in ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{attention}" for attention in _ATTENTIONS))
 ]
-"""Selective: what costs most to compute again; norms, activations and products of elements are recomputed."""
+"""Operators whose outputs `selective` keeps: the most expensive ones to recompute."""
 _SPARE_GRAPHS = 8
-"""For a smaller last batch of validation windows, and for what else may call a block."""
+"""For a smaller last batch of validation windows, and other callers of a block."""
 
 
 def wrap_blocks(model: "PreTrainedModel", *, compiled: bool, activation_checkpointing: ActivationCheckpointing) -> None:
-    """Wrap every transformer block of a model in place.
+    """Wrap every transformer block of a model in place, before `deepspeed.initialize`.
 
-    Args:
-        model: The target, before DeepSpeed has it.
-        compiled: Compile each block (with fixed shapes; blocks of the same kind share a graph).
-        activation_checkpointing: `none` keeps all activations for the backward pass, `selective` the outputs of matrix
-            products and attention, `full` only the input of each block.
+    Compiled blocks have fixed shapes, and blocks of the same kind share a graph. For the backward pass, `none` keeps
+    all activations, `selective` the outputs of matrix products and attention, `full` only the input of each block.
 
     Raises:
-        SurgeryError: If the model's blocks cannot be told.
+        SurgeryError: If the model's blocks cannot be identified.
     """
     if not compiled and activation_checkpointing == "none":
         return
     found = find_blocks(model, num_blocks(model.config))
     if compiled:
         # Blocks that differ by a number (GPT-2's scaling by the inverse of the index) need a graph each, in training
-        # and in validation; behind its limit dynamo would run the rest uncompiled.
+        # and in validation; beyond its limit dynamo would run the rest uncompiled.
         dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * found.depth + _SPARE_GRAPHS)
     for block in model.get_submodule(found.path).children():
         forward: Callable[..., Any] = block.forward
         if activation_checkpointing != "none":
-            forward = _recomputed(forward, selective=activation_checkpointing == "selective")
+            how: dict[str, Any] = {"context_fn": _selective_contexts} if activation_checkpointing == "selective" else {}
+            forward = partial(checkpoint, forward, use_reentrant=False, **how)
         if compiled:
             forward = torch.compile(forward, dynamic=False)
         block.forward = forward
-
-
-def _recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
-    if selective:
-        return partial(checkpoint, forward, use_reentrant=False, context_fn=_selective_contexts)
-    return partial(checkpoint, forward, use_reentrant=False)
 
 
 def _selective_contexts() -> Any:

@@ -1,8 +1,8 @@
 """Attention masks for windows of several documents, built without waiting for the device.
 
-transformers tells documents apart by position ids that begin anew, in every mask of a model, sliding windows and
-chunks among them (`masking_utils.find_packed_sequence_indices`). Whether there are several it asks the device, in every
-forward pass. Here the caller knows.
+transformers detects documents by restarting position ids, for every mask of a model, sliding windows and chunks
+included (`masking_utils.find_packed_sequence_indices`), and waits for the device in every forward pass. Here the caller
+decides.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ _APART = ContextVar("documents are kept apart", default=False)
 
 @contextmanager
 def documents_apart() -> Iterator[None]:
-    """Inside, a document begins wherever the position ids that a model is given begin anew.
+    """Inside, a document begins wherever a model's position ids restart.
 
-    Masks are numbers to be added, in the model's type: SDPA makes them of a boolean mask, too, but anew in every block.
+    Masks are additive, in the model's type: SDPA would convert a boolean mask again in every block.
     """
     skip_packing_check()
     before = _APART.set(True)
@@ -30,10 +30,9 @@ def documents_apart() -> Iterator[None]:
 
 
 def skip_packing_check() -> None:
-    """Do not let transformers look, in every forward pass, whether position ids tell of several sequences in a row.
+    """Stop transformers from looking for packed sequences in the position ids, where the host waits for the device.
 
-    It asks the device for the answer, so the host waits once a micro-step. A window is one sequence, with the positions
-    0 to T - 1, but inside `documents_apart`.
+    Outside `documents_apart` a window is one sequence.
     """
     from transformers import masking_utils, modeling_flash_attention_utils
 
@@ -43,7 +42,7 @@ def skip_packing_check() -> None:
 
 
 def _documents(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """Number of each token's document in its row, for position ids (B, T); None for one document a row."""
+    """Index of each token's document in its row, for position ids (B, T); None for one document a row."""
     if not _APART.get():
         return None
     steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
@@ -53,7 +52,5 @@ def _documents(position_ids: torch.Tensor) -> torch.Tensor | None:
 def _sdpa_mask(**given: Any) -> torch.Tensor | None:
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    if _APART.get():
-        return eager_mask(**given)
-    mask: torch.Tensor | None = sdpa_mask(**given)
+    mask: torch.Tensor | None = (eager_mask if _APART.get() else sdpa_mask)(**given)
     return mask

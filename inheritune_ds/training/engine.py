@@ -1,4 +1,4 @@
-"""The only training use of DeepSpeed: initialise, one step, validation forward, full state.
+"""Train a target with DeepSpeed: initialization, one step, validation losses, full state.
 
 Shapes: B sequences, T tokens a window, V vocabulary.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,22 +38,22 @@ if TYPE_CHECKING:
 
 Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
-"""Where the fp32 master weights got the target's exact values: set after DeepSpeed had made them of half-precision
-weights, or taken over from a model that is fp32 itself."""
+"""Source of the master weights' exact values: refilled after DeepSpeed made them of half-precision weights, or the
+fp32 model itself."""
 _NO_REQUESTS = Requests()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer update reports; equal on all ranks.
+    """What one optimizer update reports; equal on all ranks, except `passes_s`.
 
     Attributes:
         loss: Mean over all target tokens of the global batch, in nats.
         grad_norm: Norm of the whole gradient before clipping; infinite if an element is not finite.
-        applied: False if the update was left out; weights and moments are then what they were, bit for bit.
-        fault: Why it was left out; None if it was applied, or if only fp16's loss scale was too large for it.
-        requests: What any rank was asked for.
-        passes_s: Seconds in forward and backward passes on this rank; DeepSpeed reduces the gradients in the last one.
+        applied: False if the update was skipped; weights and moments are then unchanged, bit for bit.
+        fault: Why it was skipped; None if it was applied, or if only fp16's loss scale was too large.
+        requests: Requests to any rank.
+        passes_s: Seconds in forward and backward passes on this rank; the last one includes DeepSpeed's reduction.
     """
 
     loss: float
@@ -68,15 +68,15 @@ class Engine:
     """A target under DeepSpeed.
 
     Args:
-        model: The target in fp32, holding the values to start from.
+        model: The target in fp32, with its initial values.
         ds_config: The resolved DeepSpeed config.
         world: This rank among all.
-        kernels: What computes it.
+        kernels: As `choose_kernels` returns them.
         packing: How documents inside a window are kept apart; None if they are not.
         target: The folder that the model was loaded from, to fill the masters from; None: from the model itself.
 
     Raises:
-        RecipeError: If documents are to be kept apart, and the model with these kernels does not.
+        RecipeError: If the model with these kernels does not keep documents apart.
     """
 
     def __init__(  # noqa: PLR0913 - the model, where it is from, and what computes it
@@ -94,8 +94,8 @@ class Engine:
         import_muon()
         self.world = world
         low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
-        # DeepSpeed rounds the model to half precision before it makes its fp32 masters of it. It gives every parameter
-        # new memory then, so these keep their values.
+        # DeepSpeed rounds the model to half precision before it makes fp32 masters of it, in new memory. These keep the
+        # exact values.
         exact: Mapping[str, torch.Tensor] = {}
         if low_precision:
             exact = (
@@ -106,7 +106,7 @@ class Engine:
         self.kernels, self.notes = _fit(model, kernels)
         self._windows = WindowInputs(packing, self.kernels.attention)
         model.train()
-        # Its bf16 optimizer prints the memory it takes, group by group.
+        # DeepSpeed's bf16 optimizer prints the memory of each group.
         with contextlib.redirect_stdout(sys.stdout if ds_config.get("memory_breakdown") else io.StringIO()):
             engine, *_ = deepspeed.initialize(
                 model=model,
@@ -126,17 +126,23 @@ class Engine:
             self._prove_apart(model.config)
 
     def _prove_apart(self, config: "PreTrainedConfig") -> None:
-        """Prove that the model keeps documents apart, with the kernels that it has now, but for compiled code."""
+        """Prove that the model keeps documents apart with its kernels, uncompiled."""
         dtype = next(self.module.parameters()).dtype
-        self._engine.eval()
-        # Compiling blocks for the few tokens of the proof would take longer than all the rest of the start.
-        with torch.compiler.set_stance("force_eager"):
+        # Compiling blocks for the few tokens of the proof would take longer than the rest of the start.
+        with self._evaluating(), torch.compiler.set_stance("force_eager"):
             prove_apart(self._windows, lambda given: self._engine(**given).logits.float(), config, self.device, dtype)
-        self._engine.train()
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device of this rank."""
         return torch.device(self._engine.device)
 
     def train_step(
@@ -150,12 +156,10 @@ class Engine:
         """One optimizer update over the micro-batches of this rank.
 
         Args:
-            micro_batches: Host tensors (micro_batch_size, T + 1) of token ids (int64); where a negative id stands, no
-                loss is counted for it.
+            micro_batches: Host tensors (micro_batch_size, T + 1) of token ids (int64); negative ids have no loss.
             lr: Learning rate of this update.
-            requests: What this rank was asked for; a request to any rank is one to all.
-            judge: Asked before the update with the loss and the gradient norm of the global batch; a text leaves the
-                update out on all ranks.
+            requests: Requests to this rank; a request to any rank counts for all.
+            judge: Called before the update; a returned text skips the update on all ranks.
 
         Raises:
             CorpusError: On all ranks together, before the passes, if a token id is not in the vocabulary.
@@ -170,7 +174,7 @@ class Engine:
             ranks=self.world.size,
             device=self.device,
         )
-        # The engine averages over the ranks; undo it, so that every token of the global batch weighs the same.
+        # The engine averages over the ranks; this undoes it, so that all tokens of the global batch weigh the same.
         factor = self.world.size / global_tokens
         sums = totals(requests, self.device)
         clock = PassClock(self.device)
@@ -180,7 +184,7 @@ class Engine:
             with clock, self._windows.apart():
                 scaled, loss_sum = self._engine(**inputs, factor=factor)
                 sums[0] += loss_sum
-                # A new node: the engine must mark the graph as scaled before its hook on the output looks at it.
+                # A new node: the engine must mark the graph as scaled before its hook on the output runs.
                 self._engine.backward(scaled.view_as(scaled), scale_wrt_gas=False)
             if number == len(micro_batches):
                 total, requests = agreed(sums)
@@ -198,33 +202,24 @@ class Engine:
 
     @torch.no_grad()
     def window_losses(self, batches: Sequence[Tokens]) -> list[npt.NDArray[np.float64]]:
-        """Mean loss of every window over its counted targets, in nats a token; all ranks must give as many batches.
+        """Mean loss of every window over its counted targets, in nats a token; all ranks must pass as many batches.
 
         Args:
             batches: Arrays (B, T + 1) of token ids.
         """
-        self._engine.eval()
-        try:
-            with self._windows.apart():
-                return [self._mean_losses(torch.from_numpy(batch)) for batch in batches]
-        finally:
-            self._engine.train()
+        with self._evaluating(), self._windows.apart():
+            return [self._mean_losses(torch.from_numpy(batch)) for batch in batches]
 
-    def _mean_losses(self, tokens_BT1: torch.Tensor) -> npt.NDArray[np.float64]:  # noqa: N803 - shape suffix
+    def _mean_losses(self, tokens_BT1: torch.Tensor) -> npt.NDArray[np.float64]:
         losses = self._engine(**self._windows.with_targets(tokens_BT1, self.device))
         return mean_losses(losses, tokens_BT1, self._windows.packing)
 
     @torch.no_grad()
     def probe_logits(self, tokens: Tokens) -> torch.Tensor:
-        """Logits (B, T, V) of the last state in fp32 on the CPU, in evaluation mode; all ranks must call it."""
-        self._engine.eval()
-        try:
-            logits: torch.Tensor = self._engine(
-                input_ids=torch.from_numpy(tokens).to(self.device), use_cache=False
-            ).logits
-            return logits.float().cpu()
-        finally:
-            self._engine.train()
+        """Logits (B, T, V) in fp32 on the CPU, in evaluation mode; all ranks must call it."""
+        with self._evaluating():
+            output = self._engine(input_ids=torch.from_numpy(tokens).to(self.device), use_cache=False)
+            return cast("torch.Tensor", output.logits).float().cpu()
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter's fp32 master as a whole tensor on the CPU; all ranks must iterate together."""
@@ -234,21 +229,14 @@ class Engine:
             yield name, safe_get_full_fp32_param(parameter).float().cpu()
 
     def capture(self, buffers: snapshot.PinnedBuffers | None = None) -> snapshot.Snapshot:
-        """Take this rank's share of the state, to be written to a file.
-
-        Args:
-            buffers: Where to copy the tensors to; None: they must be written before the next step.
-        """
+        """Capture this rank's share of the state; without buffers it must be written before the next step."""
         return snapshot.capture(self._engine, buffers)
 
     def load(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """Restore a saved state, of any number of ranks and any ZeRO stage; all ranks must call it.
-
-        Args:
-            checkpoint: Verified.
+        """Restore a verified checkpoint of any number of ranks and any ZeRO stage; all ranks must call it.
 
         Returns:
-            Lines on what has changed since it was saved: ranks and stage, and settings that round otherwise.
+            Log lines on changes since it was saved: ranks, stage, and settings that round differently.
 
         Raises:
             CheckpointError: If it is not a state of this model.
@@ -256,14 +244,14 @@ class Engine:
         return snapshot.restore(self._engine, checkpoint)
 
     def close(self) -> None:
-        """Give the memory of the engine back, so that another can follow in this process."""
+        """Free the engine's memory for another engine in this process."""
         self._engine.destroy()
 
 
 def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str, ...]]:
-    """Put the kernels into a model; returns what it took, and a line on each that it could not."""
+    """Apply the kernels to a model; returns those it took, and a log line on each that it could not take."""
     skip_packing_check()
-    # First: it runs the model, which is still on the CPU in fp32, where neither Liger nor flash attention work.
+    # First: it runs the model, which is still on the CPU in fp32, where neither Liger nor flash attention works.
     taken, reason = attach_loss(model, kernels.loss, compiled=kernels.compile)
     model.set_attn_implementation(kernels.attention)
     if kernels.liger:
@@ -273,7 +261,7 @@ def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str
 
 
 def _optimizer(model: "PreTrainedModel", ds_config: Mapping[str, Any], kernels: Kernels) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given of the optimizer: a client's, or the groups for its own (offload)."""
+    """Arguments of `deepspeed.initialize`: a client optimizer, or the groups for DeepSpeed's own (offload)."""
     params = ds_config["optimizer"]["params"]
     groups = parameter_groups(model, params["weight_decay"])
     optimizer = build_optimizer(

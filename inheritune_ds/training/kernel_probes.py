@@ -1,6 +1,6 @@
-"""Does a kernel really work here? Each probe builds the thing, uses it on a few numbers and looks at the result.
+"""Test whether kernels work on this machine: each probe runs one on a few numbers and checks the result.
 
-A package's name says nothing: PyPI's `apex` is another project, and an extension may be built for another torch.
+An installed package proves nothing: PyPI's `apex` is another project, and an extension may be built for another torch.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _TOLERANCE = 0.05
-"""Relative error of a result that is right in bf16 by far, and wrong by any mistake."""
+"""Relative error: far above rounding in bf16, and below any mistake."""
 _PROBE_TOKENS = 32
 LIGER_PARTS = ("rms_norm", "rope", "swiglu", "geglu")
 INSTALL = {
@@ -40,45 +40,32 @@ INSTALL = {
     "liger": "pip install liger-kernel",
     "compile": "pip install triton (on a GPU), and a C++ compiler: apt-get install g++ python3-dev",
 }
-"""How to get each kernel, in one line."""
+"""The command that installs each kernel."""
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why a kernel cannot be used.
-
-    Attributes:
-        reason: In words that follow the kernel's name.
-        install: What would help; empty if nothing does on this machine or for this model.
-    """
+    """Why a kernel cannot be used."""
 
     reason: str
     install: str = ""
+    """A remedy; empty if there is none on this machine or for this model."""
 
 
 def attention_obstacle(
     name: str, config: "PreTrainedConfig", device: torch.device, dtype: torch.dtype
 ) -> Obstacle | None:
-    """Look at one attention of transformers: a forward and a backward pass with the target's head shape.
-
-    Args:
-        name: As `attn_implementation` takes it.
-        config: The target's.
-        device: Where it will compute.
-        dtype: What it will compute in.
-    """
+    """Test a forward and a backward pass of one of transformers' attentions, with the target's head shape."""
     if name == "eager":
         return None
-    if (unfit := _unfit_attention(name, config, device, dtype)) is not None:
-        return unfit
-    with _silence():
-        return _tried(lambda: _attention_error(name, config, device, dtype), INSTALL.get(name, ""))
+    unfit = _unfit_attention(name, config, device, dtype)
+    return unfit or _tried(lambda: _attention_error(name, config, device, dtype), INSTALL.get(name, ""))
 
 
 def _unfit_attention(
     name: str, config: "PreTrainedConfig", device: torch.device, dtype: torch.dtype
 ) -> Obstacle | None:
-    """What can be told without a call: device, type, family, package."""
+    """Obstacles that are known without a call: device, type, family, package."""
     from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -116,15 +103,6 @@ def _unable_to_build() -> Obstacle | None:
     return None
 
 
-class _Attention(nn.Module):
-    """What transformers' attention functions ask of the module that calls them."""
-
-    def __init__(self, name: str, groups: int) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(_attn_implementation=name)
-        self.is_causal, self.layer_idx, self.num_key_value_groups = True, 0, groups
-
-
 def _attention_error(name: str, config: "PreTrainedConfig", device: torch.device, dtype: torch.dtype) -> float:
     """Relative error of the output and the three gradients against plain arithmetic in fp32."""
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
@@ -136,7 +114,9 @@ def _attention_error(name: str, config: "PreTrainedConfig", device: torch.device
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 2 * groups, _PROBE_TOKENS, width), *[(1, 2, _PROBE_TOKENS, width)] * 2]
     given = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
-    module = _Attention(name, groups)
+    module = nn.Module()  # with the attributes that transformers' attention functions read
+    implementation = SimpleNamespace(_attn_implementation=name)
+    vars(module).update(config=implementation, is_causal=True, layer_idx=0, num_key_value_groups=groups)
     output, _ = ALL_ATTENTION_FUNCTIONS[name](module, *given, None, dropout=0.0, scaling=width**-0.5)
     direction = torch.randn(output.shape, generator=generator).to(device)
     found = [output, *torch.autograd.grad((output.float() * direction).sum(), given)]
@@ -151,9 +131,9 @@ def _attention_error(name: str, config: "PreTrainedConfig", device: torch.device
 
 
 def _head_shape(config: "PreTrainedConfig") -> tuple[int, int]:
-    """Query heads to a key head, and a head's width."""
+    """Query heads per key head, and a head's width."""
     heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):  # a list in a few families, a number for each block
+    if not isinstance(heads, int):  # in a few families a list with a number for each block
         return 1, 64
     shared = getattr(config, "num_key_value_heads", None)
     groups = heads // shared if isinstance(shared, int) and heads % shared == 0 else 1
@@ -161,11 +141,9 @@ def _head_shape(config: "PreTrainedConfig") -> tuple[int, int]:
 
 
 def optimizer_obstacle(kind: str, device: torch.device) -> Obstacle | None:
-    """Take two steps of an AdamW and compare them with torch's plain one; DeepSpeed's is compiled at its first use."""
-    if kind == "deepspeed" and (unable := _unable_to_build()) is not None:
-        return unable
-    with _silence():
-        return _tried(lambda: _optimizer_error(kind, device), INSTALL.get(kind, ""))
+    """Compare two steps of an AdamW with torch's plain one; DeepSpeed's is compiled on first use."""
+    unable = _unable_to_build() if kind == "deepspeed" else None
+    return unable or _tried(lambda: _optimizer_error(kind, device), INSTALL.get(kind, ""))
 
 
 def _optimizer_error(kind: str, device: torch.device) -> float:
@@ -184,20 +162,15 @@ def _optimizer_error(kind: str, device: torch.device) -> float:
 
 
 def liger_obstacle(config: "PreTrainedConfig", device: torch.device) -> Obstacle | None:
-    """Ask Liger whether it has modules for a family, and try its RMSNorm."""
-    if (unfit := _no_triton_device(device)) is not None:
-        return unfit
-    patches = _tried(lambda: 0.0 * len(_liger_patches()), INSTALL["liger"])
-    if patches is not None:
-        return patches
-    if not liger_parts(config.model_type):
+    """Test whether Liger has modules for a family, and whether its RMSNorm works."""
+    unfit = _no_triton_device(device) or _tried(lambda: 0.0 * len(_liger_patches()), INSTALL["liger"])
+    if unfit is None and not liger_parts(config.model_type):
         return Obstacle(f"no kernels for {config.model_type} models")
-    with _silence():
-        return _tried(lambda: _liger_norm_error(device), INSTALL["liger"])
+    return unfit or _tried(lambda: _liger_norm_error(device), INSTALL["liger"])
 
 
 def liger_parts(model_type: str) -> list[str]:
-    """Which of a family's modules the installed Liger replaces; empty if none."""
+    """The modules of a family that the installed Liger replaces."""
     patch = _liger_patches().get(model_type)
     taken = inspect.signature(patch).parameters if patch is not None else {}
     return [part for part in LIGER_PARTS if part in taken]
@@ -233,11 +206,8 @@ def _module_error(found: nn.Module, wanted: nn.Module, device: torch.device) -> 
 
 
 def liger_loss_obstacle(device: torch.device) -> Obstacle | None:
-    """Try Liger's fused linear cross-entropy."""
-    if (unfit := _no_triton_device(device)) is not None:
-        return unfit
-    with _silence():
-        return _tried(lambda: _liger_loss_error(device), INSTALL["liger"])
+    """Test Liger's fused linear cross-entropy."""
+    return _no_triton_device(device) or _tried(lambda: _liger_loss_error(device), INSTALL["liger"])
 
 
 def _liger_loss_error(device: torch.device) -> float:
@@ -258,11 +228,9 @@ def _liger_loss_error(device: torch.device) -> float:
 
 
 def compile_obstacle(device: torch.device) -> Obstacle | None:
-    """Compile a line of arithmetic with its backward pass."""
-    if device.type == "cpu" and (unable := _unable_to_build()) is not None:
-        return unable
-    with _silence():
-        return _tried(lambda: _compiled_error(device), INSTALL["compile"])
+    """Compile one line of arithmetic and its backward pass."""
+    unable = _unable_to_build() if device.type == "cpu" else None
+    return unable or _tried(lambda: _compiled_error(device), INSTALL["compile"])
 
 
 def _compiled_error(device: torch.device) -> float:
@@ -274,9 +242,10 @@ def _compiled_error(device: torch.device) -> float:
 
 
 def _tried(error: Callable[[], float], install: str) -> Obstacle | None:
-    """Run a probe; anything that a foreign kernel raises means that it does not work."""
+    """Run a probe, without the output of extension builders; any exception means that the kernel does not work."""
     try:
-        found = error()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            found = error()
     except ImportError as problem:
         missing = problem.name if isinstance(problem, ModuleNotFoundError) else None
         return Obstacle(f"not installed (no module {missing})" if missing else _first_line(problem), install)
@@ -291,13 +260,6 @@ def _first_line(problem: Exception) -> str:
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference over the norm; infinite where something is not finite."""
+    """Norm of the difference over the norm; infinite where a value is not finite."""
     difference = float((found.detach().float() - wanted.detach().float()).norm() / wanted.detach().float().norm())
     return min(torch.inf, difference)
-
-
-@contextlib.contextmanager
-def _silence() -> Any:
-    """Builders of extensions print what they do."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

@@ -1,7 +1,7 @@
-"""Which kernels a run takes: `auto` is the best that really works here, a named one has to.
+"""Select the kernels of a run: `auto` is the best that works on this machine, a named one must work.
 
-Source of the order: faster first as published (flash-attention's own tables, torchtitan#355 and DeepSpeed#8512 for
-fused AdamW); what `benchmarks/gpu.py` measures decides where that is wrong.
+Source of the order: fastest first as published (flash-attention's tables, torchtitan#355 and DeepSpeed#8512 for fused
+AdamW), corrected by the measurements of `benchmarks/gpu.py`.
 """
 
 import inspect
@@ -38,25 +38,20 @@ from inheritune_ds.training.kernel_probes import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+OnOff = bool | str
+"""JSON's true and false, or `auto`."""
 _UNKNOWN_PEAK_FLOPS = 150e12
-"""Taken for a GPU whose peak is not known: an A6000's."""
+"""An A6000's, for a GPU whose peak is unknown."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What was taken; no `auto` is left.
-
-    Attributes:
-        attention: transformers' `attn_implementation`.
-        optimizer: `apex`, `deepspeed`, `torch_fused`, `torch`, or `deepspeed_cpu` under offload.
-        liger: Whether Liger's modules replace the model's.
-        loss: How head and cross-entropy are computed.
-        compile: Whether each block is compiled.
-        activation_checkpointing: What is computed again in the backward pass.
-    """
+    """The kernels of a run; no `auto` is left."""
 
     attention: str
+    """transformers' `attn_implementation`."""
     optimizer: str
+    """One of `OPTIMIZERS`, or `deepspeed_cpu` under offload."""
     liger: bool
     loss: Literal["liger", "chunked", "plain"]
     compile: bool
@@ -67,19 +62,7 @@ class Kernels:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Situation:
-    """What the choice depends on; `choose_kernels` tells each part."""
-
-    config: "PreTrainedConfig"
-    device: torch.device
-    dtype: torch.dtype
-    zero_stage: int
-    offload: bool
-    run_flops: float | None
-
-
-def choose_kernels(  # noqa: PLR0913 - one argument for each thing that decides
+def choose_kernels(  # noqa: PLR0913 - one argument for each fact that decides
     request: KernelRequest,
     *,
     config: "PreTrainedConfig",
@@ -89,65 +72,61 @@ def choose_kernels(  # noqa: PLR0913 - one argument for each thing that decides
     offload: bool,
     run_flops: float | None,
 ) -> tuple[Kernels, tuple[str, ...]]:
-    """Take for each part the best kernel that works, or the one that was named.
+    """Select for each part the best kernel that works, or the one that the config names.
 
-    Args:
-        request: The `kernels` block.
-        config: The target's.
-        device: Where this rank computes.
-        dtype: What the forward and backward pass compute in.
-        zero_stage: 1, 2 or 3.
-        offload: Whether the optimizer's state lies in main memory.
-        run_flops: Model FLOPs of the whole run on this rank; None if they are not known.
+    `dtype` is the type of the forward and backward pass. `run_flops` are the model FLOPs of the whole run on this rank,
+    None if unknown.
 
     Returns:
-        The kernels, and a line on each with its reason.
+        The kernels, and a log line on each with its reason.
 
     Raises:
-        MachineError: If a named kernel is missing or does not work; the message has the line that installs it.
-        RecipeError: If a named kernel is not for this model, device or precision.
+        MachineError: If a named kernel is missing or does not work; the message has the command that installs it.
+        RecipeError: If a named kernel is not made for this model, device or precision.
     """
-    here = _Situation(config, device, dtype, zero_stage, offload, run_flops)
-    attention, *notes = _attention(request.attention, here)
-    optimizer, note = _optimizer(request.optimizer, here)
-    notes.append(note)
-    compiled, note = _compile(request.compile, here)
-    liger, liger_note = _liger(request.liger, here, compiled=compiled)
-    loss, loss_note = _loss(request.loss, here)
-    notes += [liger_note, loss_note, note]
-    recompute = cast("Any", request.activation_checkpointing)
-    notes.append(f"kernels.activation_checkpointing: {recompute}")
-    return Kernels(attention, optimizer, liger, cast("Any", loss), compiled, recompute), tuple(notes)
-
-
-def _attention(wanted: str, here: _Situation) -> tuple[str, str]:
-    return _ladder(
-        "attention", wanted, ATTENTIONS, lambda name: attention_obstacle(name, here.config, here.device, here.dtype)
+    attention, attention_note = _first_that_works(
+        "attention", request.attention, ATTENTIONS, lambda name: attention_obstacle(name, config, device, dtype)
     )
+    optimizer, optimizer_note = _optimizer(request.optimizer, device, offload=offload)
+    against = _why_not_compile(device, dtype, zero_stage, run_flops) if request.compile == "auto" else ""
+    compiled, why = _switch("compile", "torch.compile", request.compile, against, lambda: compile_obstacle(device))
+    length = ": it pays in a run of this length" if compiled and request.compile == "auto" else ""
+    liger, liger_why = _liger(request.liger, config, device, compiled=compiled)
+    loss, loss_note = _loss(request.loss, device)
+    recompute = cast("Any", request.activation_checkpointing)
+    notes = (
+        attention_note,
+        optimizer_note,
+        f"kernels.liger: {'on' if liger else 'off'} ({liger_why})",
+        loss_note,
+        f"kernels.compile: {'on' if compiled else 'off'} ({why}{length})",
+        f"kernels.activation_checkpointing: {recompute}",
+    )
+    return Kernels(attention, optimizer, liger, cast("Any", loss), compiled, recompute), notes
 
 
-def _optimizer(wanted: str, here: _Situation) -> tuple[str, str]:
-    if here.offload:
+def _optimizer(wanted: str, device: torch.device, *, offload: bool) -> tuple[str, str]:
+    if offload:
         return OFFLOADED_OPTIMIZER, f"kernels.optimizer: {OFFLOADED_OPTIMIZER} (offload_optimizer asks for it)"
 
     def obstacle(name: str) -> Obstacle | None:
-        if name == "apex" and here.device.type != "cuda":
+        if name == "apex" and device.type != "cuda":
             return Obstacle("no GPU in use")
-        if name == "deepspeed" and here.device.type != "cuda" and wanted == "auto":
+        if name == "deepspeed" and device.type != "cuda" and wanted == "auto":
             return Obstacle("no faster than torch's on a CPU, and compiled first")
-        return optimizer_obstacle(name, here.device)
+        return optimizer_obstacle(name, device)
 
-    return _ladder("optimizer", wanted, OPTIMIZERS, obstacle)
+    return _first_that_works("optimizer", wanted, OPTIMIZERS, obstacle)
 
 
-def _ladder(
+def _first_that_works(
     part: str, wanted: str, names: tuple[str, ...], obstacle: Callable[[str], Obstacle | None]
 ) -> tuple[str, str]:
-    """Walk down to the first that works, or take the named one."""
+    """Select the first of the names that works, or check the named one; returns a log line, too."""
     if wanted != "auto":
         found = obstacle(wanted)
         if found is not None:
-            raise _unusable(f"kernels.{part}", wanted, found)
+            raise _unusable(part, wanted, found)
         return wanted, f"kernels.{part}: {wanted} (named)"
     passed: dict[str, list[str]] = {}
     for name in names:
@@ -159,64 +138,64 @@ def _ladder(
     raise AssertionError(f"the last of {names} always works")
 
 
-def _liger(wanted: bool | str, here: _Situation, *, compiled: bool) -> tuple[bool, str]:  # noqa: FBT001 - JSON's value
-    def switch(on: bool, why: str) -> tuple[bool, str]:  # noqa: FBT001
-        return on, f"kernels.liger: {'on' if on else 'off'} ({why})"
-
+def _switch(
+    part: str,
+    name: str,
+    wanted: OnOff,
+    against: str,
+    probe: Callable[[], Obstacle | None],
+) -> tuple[bool, str]:
+    """Decide whether a kernel is on, and why; `against` is a reason that decides without the probe."""
     if wanted is False:
-        return switch(False, "named")
-    if wanted == "auto" and compiled:
-        return switch(False, "auto: torch.compile fuses norm, rotary embedding and gate by itself")
-    obstacle = liger_obstacle(here.config, here.device)
+        return False, "named"
+    obstacle = Obstacle(against) if against else probe()
     if obstacle is None:
-        parts = ", ".join(liger_parts(here.config.model_type))
-        return switch(True, f"{'auto' if wanted == 'auto' else 'named'}: {parts} of {here.config.model_type}")
+        return True, "auto" if wanted == "auto" else "named"
     if wanted == "auto":
-        return switch(False, f"auto: {obstacle.reason}")
-    raise _unusable("kernels.liger", "liger", obstacle)
+        return False, f"auto: {obstacle.reason}"
+    raise _unusable(part, name, obstacle)
 
 
-def _loss(wanted: str, here: _Situation) -> tuple[str, str]:
+def _liger(
+    wanted: OnOff,
+    config: "PreTrainedConfig",
+    device: torch.device,
+    *,
+    compiled: bool,
+) -> tuple[bool, str]:
+    fused = wanted == "auto" and compiled
+    against = "torch.compile fuses norm, rotary embedding and gate by itself" if fused else ""
+    on, why = _switch("liger", "liger", wanted, against, lambda: liger_obstacle(config, device))
+    return on, f"{why}: {', '.join(liger_parts(config.model_type))} of {config.model_type}" if on else why
+
+
+def _loss(wanted: str, device: torch.device) -> tuple[str, str]:
     if wanted == "auto":
         return LOSSES[0], f"kernels.loss: {LOSSES[0]} (auto: full logits never exist)"
-    obstacle = liger_loss_obstacle(here.device) if wanted == "liger" else None
+    obstacle = liger_loss_obstacle(device) if wanted == "liger" else None
     if obstacle is not None:
-        raise _unusable("kernels.loss", wanted, obstacle)
+        raise _unusable("loss", wanted, obstacle)
     return wanted, f"kernels.loss: {wanted} (named)"
 
 
-def _compile(wanted: bool | str, here: _Situation) -> tuple[bool, str]:  # noqa: FBT001 - JSON's value
-    if wanted == "auto" and (reason := _compiling_does_not_pay(here)):
-        return False, f"kernels.compile: off (auto: {reason})"
-    if wanted is False:
-        return False, "kernels.compile: off (named)"
-    obstacle = compile_obstacle(here.device)
-    if obstacle is None:
-        return True, f"kernels.compile: on ({'auto: it pays in a run of this length' if wanted == 'auto' else 'named'})"
-    if wanted == "auto":
-        return False, f"kernels.compile: off (auto: {obstacle.reason})"
-    raise _unusable("kernels.compile", "torch.compile", obstacle)
-
-
-def _compiling_does_not_pay(here: _Situation) -> str:
-    """Why not to compile; empty if it pays."""
-    if here.zero_stage == 3:
+def _why_not_compile(device: torch.device, dtype: torch.dtype, zero_stage: int, run_flops: float | None) -> str:
+    """Why compiling does not pay; empty if it does."""
+    if zero_stage == 3:
         return "hooks of stage 3 inside the block break the graph"
-    if here.run_flops is None:
+    if run_flops is None:
         return "the FLOPs of the run are not known"
-    if here.device.type == "cpu":
-        if here.dtype != torch.bfloat16:
-            return "no gain on a CPU but in bf16"
+    if device.type == "cpu":
+        if dtype != torch.bfloat16:
+            return "on a CPU it pays in bf16 only"
         least = COMPILE_FLOPS_CPU
     else:
-        known = identify(torch.cuda.get_device_name(here.device))
+        known = identify(torch.cuda.get_device_name(device))
         least = COMPILE_SECONDS_GPU * COMPILE_MFU * (known.peak_bf16_flops if known else _UNKNOWN_PEAK_FLOPS)
-    if here.run_flops < least:
-        return f"the run is {here.run_flops:.1e} FLOPs, compiling pays from {least:.1e} on"
-    return ""
+    return f"the run is {run_flops:.1e} FLOPs, compiling pays from {least:.1e} on" if run_flops < least else ""
 
 
-def _unusable(key: str, name: str, obstacle: Obstacle) -> InherituneError:
+def _unusable(part: str, name: str, obstacle: Obstacle) -> InherituneError:
+    key = f"kernels.{part}"
     problem = f"{key}: {name} is named, but it cannot be used: {obstacle.reason}"
     if obstacle.install:
         return MachineError(problem, allowed='"auto", or one that works here', action=obstacle.install)
@@ -224,14 +203,11 @@ def _unusable(key: str, name: str, obstacle: Obstacle) -> InherituneError:
 
 
 def apply_liger(model: "PreTrainedModel") -> None:
-    """Replace a model's norms, gates and rotary embedding by Liger's, in place; its loss stays.
+    """Replace a model's norms, gates and rotary embedding by Liger's, in place, but not its loss.
 
-    Liger also puts its classes and functions into the family's module, where every model of this process finds them.
-    That is undone. A rotary embedding is a function of that module, so the modules of this model that call it get a
-    `forward` of the same code that looks its names up elsewhere.
-
-    Args:
-        model: The target, before DeepSpeed has it; `choose_kernels` has found that Liger works for it.
+    Liger also replaces classes and functions of the family's module, for every model of this process. That is undone.
+    The rotary embedding is a function of that module, so this model's modules that call it get a `forward` of the same
+    code with other globals.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

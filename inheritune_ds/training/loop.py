@@ -1,9 +1,11 @@
-"""The training loop: one optimizer step after the other, with periodic tasks, checkpoints and a clean end."""
+"""The training loop: optimizer steps, periodic tasks, checkpoints, rollbacks and requests to stop."""
 
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,10 +37,10 @@ class Periodic:
 
     Attributes:
         every: n, in steps.
-        run: The work; all ranks call it together. It is given the state and a function by which all ranks ask together
-            whether to stop. If it returns False, it has stopped for that: the run saves and leaves, and the next launch
+        run: The work; all ranks call it together. It takes the state and a function that all ranks call together to ask
+            whether to stop. It returns False if it stopped early: the run then saves and exits, and the next launch
             repeats the work of this step.
-        phase: The phase that the watchdog takes it for.
+        phase: The watchdog's.
     """
 
     every: int
@@ -48,23 +50,14 @@ class Periodic:
 
 @dataclass(frozen=True)
 class LoopParts:
-    """What the loop works with.
+    """The objects of the loop.
 
     Attributes:
-        recipe: The experiment.
-        engine: The target under DeepSpeed.
-        stream: Batches by number.
-        validator: Held-out windows.
-        saver: Saves the state.
-        restore: Brings the engine back to the newest verified checkpoint; all ranks call it. None if there is none.
-        recorder: Metrics and progress line.
-        controls: What this rank is asked for.
-        watch: Ends the run when a phase hangs.
-        world: This rank among all.
-        eval_dir: Where validation results are written.
+        restore: Restores the newest verified checkpoint and returns its state, or None without one; all ranks call it.
+        eval_dir: Folder of the validation results.
         micro_batch_size: Sequences per rank per micro-step.
-        utilisation: Turns tokens/s into model FLOPs utilisation; None when the GPU or the shape is unknown.
-        data_metrics: What has been read of every source in a state.
+        utilisation: Model FLOPs utilization for tokens/s; None when the GPU or the shape is unknown.
+        data_metrics: Metrics of every source in a state.
         tasks: Work after the validation of a step and before its checkpoint.
     """
 
@@ -87,17 +80,14 @@ class LoopParts:
 
 @dataclass(frozen=True)
 class LoopResult:
-    """How the loop ended: at the last step, or stopped before; what was trained is saved by then."""
+    """How the loop ended: at the last step or stopped before; the state is saved."""
 
     state: TrainState
     finished: bool
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make every random draw of a step (dropout) a function of (seed, step, rank).
-
-    A resumed run needs no saved generator state, and no step depends on how many draws came before it.
-    """
+    """Make every random draw of a step (dropout) a function of (seed, step, rank), so that no generator is saved."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -106,23 +96,19 @@ def train(parts: LoopParts, total_steps: int, state: TrainState | None) -> LoopR
     """Run from `state` (None: from the start) to `total_steps`, or until all ranks agree to stop.
 
     Raises:
-        TrainingError: On all ranks: a validation loss is not finite, or faults have used up all rollbacks.
-        StorageError: On all ranks: the state cannot be saved, and the run is about to end or must not go on.
+        TrainingError: On all ranks: a validation loss is not finite, or all rollbacks are used.
+        StorageError: On all ranks: the state cannot be saved, and the run is about to end or must stop.
     """
-    batches = Prefetcher(
-        lambda number: parts.stream.micro_batches(
-            number, rank=parts.world.rank, world_size=parts.world.size, micro_batch_size=parts.micro_batch_size
-        ),
-        pin=parts.engine.device.type == "cuda",
+    world = parts.world
+    read = partial(
+        parts.stream.micro_batches, rank=world.rank, world_size=world.size, micro_batch_size=parts.micro_batch_size
     )
-    try:
+    with closing(Prefetcher(read, pin=parts.engine.device.type == "cuda")) as batches:
         return _Loop(parts, total_steps, batches, state or TrainState(validation_due=True)).run()
-    finally:
-        batches.close()
 
 
 class _Loop:
-    """One launch's way through the steps."""
+    """The loop of one launch."""
 
     def __init__(self, parts: LoopParts, total_steps: int, batches: Prefetcher, state: TrainState) -> None:
         self._parts, self._total_steps, self._batches, self._state = parts, total_steps, batches, state
@@ -147,10 +133,10 @@ class _Loop:
         return LoopResult(self._state, finished=True)
 
     def _start(self) -> bool:
-        """Run the tasks that are still due; False if a request to stop comes before their end."""
+        """Run the tasks that are still due; False if the run was asked to stop before their end."""
         with self._parts.watch.phase("start", self._state.step):
             stop = self._stop_requested()
-        if stop:  # while the engine was built; the state that the run was brought to is saved already
+        if stop:  # while the engine was built; the state is saved already
             return False
         if not self._state.validation_due or self._run_tasks(validate=True):
             return True
@@ -159,7 +145,7 @@ class _Loop:
         return False
 
     def _advance(self) -> Requests:
-        """One optimizer step, logged; what the ranks have agreed on at its end."""
+        """Do and log one optimizer step; returns the requests that the ranks agreed on at its end."""
         parts, step = self._parts, self._state.step
         with parts.watch.phase("first_step" if self._first else "step", step + 1):
             seed_step(parts.recipe.seed, step, parts.world.rank)
@@ -186,22 +172,22 @@ class _Loop:
         return result.requests
 
     def _end_step(self, requests: Requests) -> bool:
-        """Run the tasks of a step, save, delete the files of handled requests; whether to do the next step."""
+        """Run the tasks of a step, save, delete the files of handled requests; returns whether to continue."""
         complete = self._run_tasks(validate=requests.evaluate)
         last, leaving = self._state.step == self._total_steps, requests.stop or not complete
         self._save_due |= self._is_due(self._parts.recipe.checkpoint.interval_steps)
-        # Between faults a checkpoint would be what a rollback goes back to, with hardly other weights than now.
+        # A rollback to a checkpoint from between faults would change little.
         if last or leaving or requests.save or (self._save_due and not self._state.faults.in_a_row):
             self._save(leaving=last or leaving)
         self._acknowledge(replace(requests, stop=leaving))
         return complete if last else not leaving
 
     def _is_due(self, every: int) -> bool:
-        """Whether this step is the last or one of every so many."""
+        """Whether this step is the last or every n-th."""
         return self._state.step == self._total_steps or self._state.step % every == 0
 
     def _run_tasks(self, *, validate: bool) -> bool:
-        """Run the tasks that are due at this step, the validation also if asked; False if a request to stop came."""
+        """Run the tasks that are due at this step, the validation also on request; False if stopped early."""
         tasks = [task for task in (self._validation, *self._parts.tasks) if self._is_due(task.every)]
         if validate and self._validation not in tasks:
             tasks.insert(0, self._validation)
@@ -214,12 +200,12 @@ class _Loop:
             return task.run(self._state, self._stop_requested)
 
     def _requests(self) -> Requests:
-        """Of this rank; a failed async save forces a save, so that all ranks raise its error together."""
+        """This rank's; a failed async save forces a save, so that all ranks raise its error together."""
         requests = self._parts.controls.requests()
         return replace(requests, save=True) if self._parts.saver.wants_save else requests
 
     def _report_saved(self) -> None:
-        """Report a checkpoint that is published by now; an async one is some steps later."""
+        """Report a newly published checkpoint; an async one is published some steps later."""
         published = self._parts.saver.published_step
         if published is not None and published != self._reported_step:
             self._reported_step = published
@@ -227,23 +213,23 @@ class _Loop:
             self._parts.recorder.saved(published)
 
     def _take(self) -> list[torch.Tensor]:
-        """The micro-batches of this step; those of the next are read from now on."""
+        """The micro-batches of this step; starts reading those of the next."""
         state = self._state
         following = batch_of(state.step + 1, state.skipped_batches) if state.step + 1 < self._total_steps else None
         with self._parts.watch.phase("data", state.step + 1):
             return self._batches.take(state.batch_number, following)
 
     def _acknowledge(self, requests: Requests) -> None:
-        """Delete the files of handled requests; they are on a disk that may not answer."""
+        """Delete the files of handled requests; watched, since their disk may hang."""
         with self._parts.watch.phase("log", self._state.step):
             self._parts.controls.acknowledge(requests)
 
     def _stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; all ranks ask together."""
+        """Whether any rank was asked to stop; all ranks call it together."""
         return agree(self._parts.controls.requests().stop, self._parts.engine.device)
 
     def _save(self, *, leaving: bool) -> None:
-        """Save; when leaving, the state must be on the disk before this returns."""
+        """Save; when leaving, wait until the state is on the disk."""
         parts, saver = self._parts, self._parts.saver
         with self._clock.stopped(), parts.watch.phase("save", self._state.step):
             saved, self._save_due = saver.save(parts.engine, self._state), False
@@ -253,29 +239,28 @@ class _Loop:
         if leaving and not saved:
             raise StorageError(
                 f"step {self._state.step} could not be saved before leaving: {saver.refusal}",
-                action="free some space, then give the same command again: it goes on from the checkpoint before",
+                action="free some space, then rerun the same command to resume from the checkpoint before",
             )
 
     def _roll_back(self) -> None:
-        """Go back to the newest verified checkpoint, and skip the batches whose updates were left out."""
+        """Restore the newest verified checkpoint, and skip the batches of the skipped updates."""
         parts, state, policy = self._parts, self._state, self._parts.recipe.faults
         first, end = faulty_batches(state)
-        reason = (
-            f"step {state.step}: {state.faults.in_a_row} updates in a row were left out (batches {first} to {end - 1})"
-        )
+        skipped = f"{state.faults.in_a_row} updates in a row were skipped (batches {first} to {end - 1})"
+        reason = f"step {state.step}: {skipped}"
         if state.faults.rollbacks >= policy.max_rollbacks:
             raise TrainingError(
                 f"{reason}, after {state.faults.rollbacks} rollbacks",
                 allowed=f"faults.max_rollbacks: {policy.max_rollbacks}",
                 action="look at these batches and at metrics.jsonl; lower optimizer.lr or lengthen "
-                "schedule.warmup_steps in a new run; the same command tries again from the newest checkpoint",
+                "schedule.warmup_steps in a new run; rerun the same command to retry from the newest checkpoint",
             )
         with self._clock.stopped(), parts.watch.phase("save", state.step):
             parts.saver.wait()
             restored = parts.restore()
         if restored is None:
             raise TrainingError(
-                f"{reason}, and there is no checkpoint yet to go back to",
+                f"{reason}, and there is no checkpoint yet to roll back to",
                 allowed="a checkpoint before the first fault (checkpoint.interval_steps)",
                 action="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data",
             )
@@ -283,13 +268,8 @@ class _Loop:
         self._guard, self._save_due = FaultGuard(policy, self._state.faults), False
         with parts.watch.phase("log", restored.step):
             parts.recorder.rewind(restored.step)
-        logger.warning(
-            "%s; the run goes back to step %d and skips these batches (rollback %d of %d)",
-            reason,
-            restored.step,
-            self._state.faults.rollbacks,
-            policy.max_rollbacks,
-        )
+        count = f"rollback {self._state.faults.rollbacks} of {policy.max_rollbacks}"
+        logger.warning("%s; the run returns to step %d and skips these batches (%s)", reason, restored.step, count)
 
     def _log(self, result: StepResult, lr: float) -> None:
         parts, state, clock = self._parts, self._state, self._clock
@@ -299,10 +279,7 @@ class _Loop:
             "train/grad_norm": result.grad_norm,
             "train/skipped_steps": state.skipped_steps,
             "train/rollbacks": state.faults.rollbacks,
-            "perf/tokens_per_s": clock.tokens_per_s,
-            "perf/step_ms": 1000.0 * clock.mean_s,
-            "perf/outside_ratio": clock.outside_ratio,
-            "perf/data_wait_ratio": clock.data_wait_ratio,
+            **clock.metrics(),
             "mem/peak_gib": peak_memory_gib(),
             **parts.data_metrics(state),
         }

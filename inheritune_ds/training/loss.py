@@ -2,9 +2,9 @@
 
 Shapes: B sequences, T tokens a window, N = B * T tokens, D hidden size, V vocabulary.
 
-The chunked loss computes the gradients of the hidden states and of the head while it has a chunk's logits at hand, so
-nothing is computed twice and nothing of size (N, V) is kept. Its arithmetic is that of the plain loss: logits in the
-model's type, log-softmax in fp32, their gradient rounded to the model's type; the head's gradient adds up in fp32.
+The chunked loss computes the gradients of hidden states and head in the forward pass, chunk by chunk: nothing is
+computed twice, and nothing of size (N, V) is kept. Its arithmetic is that of the plain loss: logits in the model's
+type, log-softmax in fp32, their gradient rounded to the model's type; the head's gradient is accumulated in fp32.
 """
 
 import math
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LossKind = Literal["liger", "chunked", "plain"]
 IGNORED = -100
-"""A target that no loss is counted for (PyTorch's own default)."""
+"""Target without a loss (PyTorch's own default)."""
 _PROBE_TOKENS = 4
 
 
@@ -32,21 +32,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917 - one argument a tensor
         ctx: Any,
-        hidden_ND: torch.Tensor,  # noqa: N803 - shape suffix
-        weight_VD: torch.Tensor,  # noqa: N803 - shape suffix
-        bias_V: torch.Tensor | None,  # noqa: N803 - shape suffix
-        targets_N: torch.Tensor,  # noqa: N803 - shape suffix
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
         factor: float,
         gradients: Callable[..., Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # The factor's binary mantissa goes in before the gradient is rounded, its exponent (exact in every type, and
-        # too small for fp16 before the loss scale) in the backward pass.
+        # The factor's binary mantissa is applied before the gradient is rounded, its exponent (exact in every type,
+        # and too small for fp16 before the loss scale) in the backward pass.
         mantissa, exponent = math.frexp(factor)
         ctx.scale = math.ldexp(1.0, exponent)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)  # noqa: N806 - shape suffix
-        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)  # noqa: N806
-        grad_hidden_ND = torch.empty_like(hidden_ND)  # noqa: N806 - shape suffix
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+        grad_hidden_ND = torch.empty_like(hidden_ND)
         for start in range(0, len(hidden_ND), LOSS_CHUNK_TOKENS):
             rows = slice(start, start + LOSS_CHUNK_TOKENS)
             losses, grad_logits = gradients(hidden_ND[rows], weight_VD, bias_V, targets_N[rows], mantissa)
@@ -62,54 +62,42 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors  # noqa: N806 - shape suffix
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         scale = grads[0] * ctx.scale
         weight_type, bias_type = ctx.types
-        return (
-            grad_hidden_ND * scale.to(grad_hidden_ND.dtype),
-            (grad_weight_VD * scale).to(weight_type),
-            None if grad_bias_V is None else (grad_bias_V * scale).to(bias_type),
-            None,
-            None,
-            None,
-        )
+        hidden, weight = grad_hidden_ND * scale.to(grad_hidden_ND.dtype), (grad_weight_VD * scale).to(weight_type)
+        bias = None if grad_bias_V is None else (grad_bias_V * scale).to(bias_type)
+        return hidden, weight, bias, None, None, None
 
 
 def _chunk_gradients(
-    hidden_ND: torch.Tensor,  # noqa: N803 - shape suffix
-    weight_VD: torch.Tensor,  # noqa: N803 - shape suffix
-    bias_V: torch.Tensor | None,  # noqa: N803 - shape suffix
-    targets_N: torch.Tensor,  # noqa: N803 - shape suffix
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token losses (N,) in fp32 and `factor` times the gradient of their sum by the logits (N, V), model's type."""
-    logits_NV = functional.linear(hidden_ND, weight_VD, bias_V)  # noqa: N806 - shape suffix
-    log_probs_NV = functional.log_softmax(logits_NV, dim=-1, dtype=torch.float32)  # noqa: N806 - shape suffix
-    counted_N1 = (targets_N != IGNORED).unsqueeze(1)  # noqa: N806 - shape suffix
-    index_N1 = targets_N.clamp(min=0).unsqueeze(1)  # noqa: N806 - shape suffix
-    losses_N = -(log_probs_NV.gather(1, index_N1) * counted_N1).squeeze(1)  # noqa: N806 - shape suffix
-    weights_N1 = counted_N1 * factor  # noqa: N806 - shape suffix
-    probs_NV = log_probs_NV.exp_().mul_(weights_N1)  # noqa: N806 - shape suffix
+    logits_NV = functional.linear(hidden_ND, weight_VD, bias_V)
+    log_probs_NV = functional.log_softmax(logits_NV, dim=-1, dtype=torch.float32)
+    counted_N1 = (targets_N != IGNORED).unsqueeze(1)
+    index_N1 = targets_N.clamp(min=0).unsqueeze(1)
+    losses_N = -(log_probs_NV.gather(1, index_N1) * counted_N1).squeeze(1)
+    weights_N1 = counted_N1 * factor
+    probs_NV = log_probs_NV.exp_().mul_(weights_N1)
     probs_NV.scatter_add_(1, index_N1, -weights_N1.to(probs_NV.dtype))
     return losses_N, probs_NV.to(logits_NV.dtype)
 
 
 @torch.no_grad()
-def _token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:  # noqa: N803 - shape suffix
+def _token_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="none")
 
 
 class HeadLoss:
-    """The forward pass of a causal LM with the loss in its head.
+    """Replaces the `forward` of a causal LM by one that returns the loss when targets are given.
 
-    It takes the place of the model's own `forward`: without targets it is that, with targets it gives the loss. The
-    head is called as a module, with the hidden states and the targets, so that hooks around it (ZeRO-3 gathers its
-    weight there) see it as always.
-
-    Args:
-        model: The target.
-        kind: How the loss is computed.
-        gradients: `_chunk_gradients`, compiled or not.
+    The head is called as a module, with hidden states and targets: hooks around it (ZeRO-3 gathers its weight) run.
     """
 
     def __init__(self, model: "PreTrainedModel", kind: LossKind, gradients: Callable[..., Any]) -> None:
@@ -128,10 +116,9 @@ class HeadLoss:
 
         Args:
             input_ids: (B, T) token ids.
-            targets: (B, T) ids of the tokens that follow, IGNORED where no loss is counted; None for the model's own
-                output.
-            factor: What the loss to be differentiated is multiplied with.
-            **options: Passed on to the model.
+            targets: (B, T) ids of the next tokens, or IGNORED; None for the model's own output.
+            factor: Multiplies the loss to be differentiated.
+            **options: Passed to the model.
 
         Returns:
             With targets and gradients: `factor` times the sum of the token losses, and that sum, detached. With
@@ -141,7 +128,7 @@ class HeadLoss:
             return self._own_forward(input_ids=input_ids, **options)
         if self._kind == "plain":
             return self._plain(self._own_forward(input_ids=input_ids, **options).logits, targets, factor)
-        hidden_BTD = self._model.base_model(input_ids=input_ids, **options)[0]  # noqa: N806 - shape suffix
+        hidden_BTD = self._model.base_model(input_ids=input_ids, **options)[0]
         return self._head(hidden_BTD, targets, factor)
 
     def _head_forward(
@@ -150,7 +137,7 @@ class HeadLoss:
         if targets is None:
             logits: torch.Tensor = self._linear(hidden)
             return logits
-        hidden_ND, targets_N = hidden.flatten(0, 1), targets.flatten()  # noqa: N806 - shape suffix
+        hidden_ND, targets_N = hidden.flatten(0, 1), targets.flatten()
         if not torch.is_grad_enabled():
             starts = range(0, len(targets_N), LOSS_CHUNK_TOKENS)
             chunks = [slice(start, start + LOSS_CHUNK_TOKENS) for start in starts]
@@ -165,11 +152,9 @@ class HeadLoss:
 
     @staticmethod
     def _plain(
-        logits_BTV: torch.Tensor,  # noqa: N803 - shape suffix
-        targets: torch.Tensor,
-        factor: float,
+        logits_BTV: torch.Tensor, targets: torch.Tensor, factor: float
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        logits_NV, targets_N = logits_BTV.flatten(0, 1), targets.flatten()  # noqa: N806 - shape suffix
+        logits_NV, targets_N = logits_BTV.flatten(0, 1), targets.flatten()
         if not torch.is_grad_enabled():
             return _token_losses(logits_NV, targets_N).view_as(targets)
         total = functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
@@ -177,12 +162,9 @@ class HeadLoss:
 
 
 def liger_sum(
-    hidden_ND: torch.Tensor,  # noqa: N803 - shape suffix
-    weight_VD: torch.Tensor,  # noqa: N803 - shape suffix
-    bias_V: torch.Tensor | None,  # noqa: N803 - shape suffix
-    targets_N: torch.Tensor,  # noqa: N803 - shape suffix
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of the token losses by Liger's fused head and cross-entropy, the head's gradient added up in fp32."""
+    """Sum of the token losses by Liger's fused head and cross-entropy; the head's gradient is accumulated in fp32."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32)
@@ -191,18 +173,13 @@ def liger_sum(
 
 
 def attach_loss(model: "PreTrainedModel", kind: LossKind, *, compiled: bool) -> tuple[LossKind, str]:
-    """Put the loss into a model's forward pass.
+    """Put the loss into a model's forward pass, before `deepspeed.initialize`.
 
-    A loss that starts from the hidden states needs logits that are the head's output and nothing more. Families that
-    scale or cap their logits are found by comparing the two on a few tokens; they take the plain loss.
-
-    Args:
-        model: The target, before DeepSpeed has it.
-        kind: `liger`, `chunked` or `plain`.
-        compiled: Whether the chunk's arithmetic goes through `torch.compile`.
+    Liger and the chunked loss need logits that are exactly the head's output. Families that scale or cap their logits
+    are detected by comparing the two on a few tokens; they take the plain loss.
 
     Returns:
-        The kind taken, and the reason if it is another one than was asked for.
+        The kind taken, and the reason if it differs from the requested one.
     """
     reason = "" if kind == "plain" else _not_just_the_head(model)
     taken: LossKind = "plain" if reason else kind

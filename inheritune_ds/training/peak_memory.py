@@ -1,4 +1,4 @@
-"""Peak memory of this rank: of its GPU where it has one, otherwise of the process."""
+"""Peak memory of this rank: of its GPU, or of the process without one."""
 
 import resource
 import sys
@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # man 5 proc, clear_refs
 
 
 def peak_memory_gib() -> float:
@@ -23,9 +22,9 @@ def peak_memory_gib() -> float:
 
 
 def reset_peak_memory() -> None:
-    """Start anew from what is in use now; where the system cannot (not Linux), the old peak stays."""
+    """Restart the peak from the present use, where the system can (Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
     with suppress(OSError):
-        _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+        _CLEAR_REFS.write_text("5", encoding="ascii")  # proc(5): reset the peak

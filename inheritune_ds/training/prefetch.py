@@ -1,4 +1,4 @@
-"""Reads the micro-batches of the next step while the present one is computed."""
+"""Read the micro-batches of the next step during the present one."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,11 +10,11 @@ import torch
 
 
 class Prefetcher:
-    """The micro-batches of one step after the other, read on a thread of its own.
+    """Reads micro-batches ahead, on a thread.
 
     Args:
-        read: The micro-batches of a step, by the number of its batch: arrays (B, T + 1) of token ids.
-        pin: Put them into page-locked memory, from which a GPU copies while it computes.
+        read: Batch number to its micro-batches, arrays (B, T + 1) of token ids.
+        pin: Put them into page-locked memory, for asynchronous copies to the GPU.
     """
 
     def __init__(self, read: Callable[[int], Iterable[npt.NDArray[np.int64]]], *, pin: bool) -> None:
@@ -22,10 +22,10 @@ class Prefetcher:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._next: tuple[int, Future[list[torch.Tensor]]] | None = None
         self.waited_s = 0.0
-        """Seconds that `take` has waited, all in all."""
+        """Total seconds of waiting in `take`."""
 
     def take(self, number: int, following: int | None) -> list[torch.Tensor]:
-        """The micro-batches of a batch; those of the following one (None: there is none) are read from now on."""
+        """The micro-batches of a batch; starts reading the following one, unless it is None."""
         start = time.perf_counter()
         if self._next is None or self._next[0] != number:
             self._next = number, self._thread.submit(self._tensors, number)
@@ -35,7 +35,7 @@ class Prefetcher:
         return batches
 
     def close(self) -> None:
-        """End the thread; what it still reads is thrown away."""
+        """End the thread and drop its batch."""
         self._thread.shutdown(cancel_futures=True)
 
     def _tensors(self, number: int) -> list[torch.Tensor]:

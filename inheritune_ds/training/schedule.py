@@ -6,22 +6,17 @@ from inheritune_ds.config.training import Schedule
 
 
 def lr_ratio(schedule: Schedule, step: int, total_steps: int) -> float:
-    """Share of the peak learning rate that update number `step` uses.
+    """Share of the peak learning rate in update `step` (from 0) of n = `total_steps`.
 
-    Warm-up, for step < w = warmup_steps: (step + 1) / (w + 1), so the first update already moves. After it
-    the ratio is m + (1 - m) f with m = min_lr_ratio and f from 1 at update w to 0 at the last one, n - 1:
+    Warm-up, for step < w = warmup_steps: (step + 1) / (w + 1), so the first update is not zero. After it the ratio is
+    m + (1 - m) f with m = min_lr_ratio and f from 1 at update w to 0 at the last one, n - 1:
 
     - cosine: f = (1 + cos(pi (step - w) / (n - 1 - w))) / 2.
-    - wsd: f = 1, but the last d = round(decay_ratio n) updates fall on a line, f = (n - 1 - step) / d; d is at
-      most n - 1 - w, so that one update is at the peak. Every one of the d is below the peak.
+    - wsd: f = 1, then linear in the last d = round(decay_ratio n) updates, f = (n - 1 - step) / d; d is at most
+      n - 1 - w, so that one update is at the peak. All d updates are below the peak.
     - constant: the ratio is 1 to the end.
 
-    The last update of cosine and wsd thus has min_lr_ratio itself: with 0, it changes nothing.
-
-    Args:
-        schedule: Kind and its settings.
-        step: 0-based number of the optimizer update, below total_steps.
-        total_steps: Updates n of the whole run.
+    The last update of cosine and wsd has the ratio m: with 0, it changes nothing.
 
     Source: linear warm-up and cosine as in nanoGPT's train.py (commit 3adf61e), get_lr; wsd: Hu et al.
     2024 (MiniCPM), section 4.

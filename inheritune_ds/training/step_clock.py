@@ -9,7 +9,7 @@ import torch
 
 
 class PassClock:
-    """Adds up the time of the passes: wall clock on a CPU, events on a GPU, whose passes end after their call."""
+    """Sums the time of the passes: wall clock on a CPU, events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -29,7 +29,7 @@ class PassClock:
         return event
 
     def seconds(self) -> float:
-        """The sum; on a GPU it waits for the last pass."""
+        """The sum; waits for the last pass on a GPU."""
         if not self._cuda:
             return float(sum(end - start for start, end in self._spans))
         if self._spans:
@@ -38,10 +38,9 @@ class PassClock:
 
 
 class StepClock:
-    """Time of optimizer steps since the last logged one, from the end of one to the end of the next.
+    """Times optimizer steps since the last `restart`, from the end of one to the end of the next.
 
-    Validation and checkpoints do not count; what the loop itself does between the steps, logging among it, does. Means
-    and shares exist once a step has ended.
+    The loop's own work between steps counts, validation and checkpoints do not. Means need one ended step.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -56,8 +55,8 @@ class StepClock:
         self._sum_s, self._passes_s, self._wait_s, self._steps = 0.0, 0.0, 0.0, 0
 
     def lap(self, passes_s: float, waited_s: float) -> None:
-        """End a step that had so much time in its passes; `waited_s` is the wait for data since the start."""
-        # The step ends with the loss and the gradient norm on the host, so the device has caught up.
+        """End a step with its time in the passes; `waited_s` is the total wait for data since the start."""
+        # A step ends with the loss and the gradient norm on the host: the device is idle.
         now = time.perf_counter()
         self.last_s, self._mark_s = now - self._mark_s, now
         self._sum_s += self.last_s
@@ -68,7 +67,7 @@ class StepClock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Do not count what happens inside."""
+        """Do not count the time inside."""
         start_s = time.perf_counter()
         try:
             yield
@@ -76,21 +75,15 @@ class StepClock:
             self._mark_s += time.perf_counter() - start_s
 
     @property
-    def mean_s(self) -> float:
-        """Mean time of a step."""
-        return self._sum_s / self._steps
-
-    @property
     def tokens_per_s(self) -> float:
         """Tokens per second of all ranks."""
-        return self._tokens / self.mean_s
+        return self._tokens / (self._sum_s / self._steps)
 
-    @property
-    def outside_ratio(self) -> float:
-        """Share of a step outside the forward and backward passes."""
-        return 1.0 - self._passes_s / self._sum_s
-
-    @property
-    def data_wait_ratio(self) -> float:
-        """Share of a step spent waiting for tokens."""
-        return self._wait_s / self._sum_s
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the clock (see METRICS)."""
+        return {
+            "perf/tokens_per_s": self.tokens_per_s,
+            "perf/step_ms": 1000.0 * (self._sum_s / self._steps),
+            "perf/outside_ratio": 1.0 - self._passes_s / self._sum_s,
+            "perf/data_wait_ratio": self._wait_s / self._sum_s,
+        }

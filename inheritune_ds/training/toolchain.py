@@ -1,4 +1,4 @@
-"""What DeepSpeed needs to build its operators on first use: a compiler that works, a folder for the result."""
+"""Check that DeepSpeed can build its operators on first use: the compiler and the folder of its builds."""
 
 import os
 import shlex
@@ -17,12 +17,7 @@ from inheritune_ds.errors import MachineError, StorageError
 
 
 def check_device(kind: str, world: World, *, offload: bool) -> None:
-    """Refuse a machine that the run would fail on, before anything is prepared for it.
-
-    Args:
-        kind: `cuda` or `cpu`.
-        world: This rank among all.
-        offload: Whether state lies in host memory, which takes DeepSpeed's CPU operators.
+    """Refuse a machine that the run would fail on, before anything is prepared; `kind` is `cuda` or `cpu`.
 
     Raises:
         MachineError: If a C++ compiler is needed and does not work, if torch cannot use the machine's GPU, or if
@@ -53,15 +48,13 @@ _SOURCE = "#include <Python.h>\n#include <omp.h>\n#include <cstddef>\n"
 _TIMEOUT_S = 120.0
 _OPERATORS = {"cpu_adam", "deepspeed_shm_comm", "async_io", "fused_adam"}
 _LONGEST_BUILD_S = 1800.0
-"""A lock older than this was left by a build that was killed; torch would wait for it without end or word."""
+"""An older lock is of a killed build; torch would wait for it without end."""
 
 
 def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
-    """Compile three lines as torch's extension builder would, and write to its folder.
+    """Compile three lines like torch's extension builder, and write to its folder.
 
-    Args:
-        environ: CXX names the compiler, TORCH_EXTENSIONS_DIR the folder.
-        default_folder: Where torch builds without TORCH_EXTENSIONS_DIR.
+    CXX names the compiler, TORCH_EXTENSIONS_DIR the folder, which is `default_folder` otherwise.
 
     Raises:
         MachineError: If the compiler is missing, or cannot compile for this Python, or a build was killed before.
@@ -78,7 +71,7 @@ def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
             f"{folder} cannot be written: {(error.strerror or 'no reason given').lower()}; DeepSpeed builds its CPU "
             "operators there",
             allowed="a folder that can be made and written",
-            action="set TORCH_EXTENSIONS_DIR to one, and give the same command again",
+            action="set TORCH_EXTENSIONS_DIR to one, then rerun the same command",
         ) from None
     _check_locks(folder)
 
@@ -88,8 +81,8 @@ def _check_locks(folder: Path) -> None:
         with suppress(FileNotFoundError):  # a build that has just ended
             if lock.parent.name in _OPERATORS and time.time() - lock.stat().st_mtime > _LONGEST_BUILD_S:
                 raise MachineError(
-                    f"{lock} was left by a build of DeepSpeed's {lock.parent.name} that was killed: it would be waited "
-                    "for without end",
+                    f"{lock} is of a killed build of DeepSpeed's {lock.parent.name}: torch would wait for it without "
+                    "end",
                     allowed="no lock, or that of a build in progress",
                     action=f"rm {shlex.quote(str(lock))}",
                 )
@@ -101,9 +94,8 @@ def _check_compiler(environ: Mapping[str, str]) -> None:
         command = shlex.split(named)
     except ValueError:
         command = []
-    headers = sysconfig.get_path("include")
+    options = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fopenmp", f"-I{sysconfig.get_path('include')}"]
     with tempfile.TemporaryDirectory() as folder:
-        options = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fopenmp", f"-I{headers}"]
         try:
             done = subprocess.run(
                 [*command, *options, "-", "-o", f"{folder}/probe.so"],
@@ -115,20 +107,17 @@ def _check_compiler(environ: Mapping[str, str]) -> None:
                 check=False,
             )
         except (OSError, IndexError, subprocess.TimeoutExpired) as error:
-            raise _no_compiler(f"no C++ compiler found ({named}): {_reason(error)}") from None
+            reason = (isinstance(error, OSError) and error.strerror) or "it does not start"
+            raise _no_compiler(f"no C++ compiler found ({named}): {reason.lower()}") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         said = next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {done.returncode}")
         raise _no_compiler(f"the C++ compiler ({named}) does not work: {said}")
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror or "it does not start").lower() if isinstance(error, OSError) else "it does not start"
-
-
 def _no_compiler(problem: str) -> MachineError:
     return MachineError(
         f"{problem}; DeepSpeed builds its CPU operators on first use",
         allowed="g++ or clang++ with OpenMP and Python's headers: c++ on the PATH, or named by CXX",
-        action="install it (Debian: apt-get install g++ python3-dev), or set CXX; then give the same command again",
+        action="install it (Debian: apt-get install g++ python3-dev), or set CXX; then rerun the same command",
     )

@@ -23,11 +23,11 @@ from inheritune_ds.training.packing import DocumentPacking, counted_targets
 logger = logging.getLogger(__name__)
 
 BATCHES_BETWEEN = 8
-"""Forward passes between two looks for a request to stop."""
+"""Forward passes between two checks for a request to stop."""
 
 
 class WindowScorer(Protocol):
-    """Anything that gives the mean loss of windows: the engine, or a bare reference model."""
+    """Computes the mean loss of windows: the engine, or a bare reference model."""
 
     def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
         """Mean loss of every window of every batch over its counted targets, in nats a token."""
@@ -42,8 +42,8 @@ class ValidationResult:
         stderr: Standard error of that mean (see `window_mean`).
         windows: Loss of each window, in the fixed order.
         seq_len: Tokens a window.
-        tokens_sha256: Hash of the windows' tokens: which text the loss is of.
-        targets: Counted in each window; empty if that is every token of every one.
+        tokens_sha256: Hash of the windows' tokens.
+        targets: Number counted in each window; empty if every token of every window is.
     """
 
     loss: float
@@ -55,7 +55,7 @@ class ValidationResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); capped where a float ends."""
+        """exp(loss), capped before overflow."""
         return math.exp(min(self.loss, 700.0))
 
     def write(self, path: Path, **extra: Any) -> None:
@@ -67,18 +67,16 @@ class ValidationResult:
 
 
 class Validator:
-    """The first held-out windows, shared out over the ranks.
+    """The first held-out windows, split over the ranks.
 
     Args:
         windows: All held-out windows.
-        max_tokens: At most this many tokens are used.
+        max_tokens: Upper bound of the tokens used.
         batch_size: Windows a forward pass.
-        rank: This rank.
-        size: Number of ranks.
-        packing: How documents inside a window are kept apart; None if they are not. The scorer must have the same.
+        packing: How documents inside a window are kept apart, also by the scorer; None if they are not.
 
     Raises:
-        CorpusError: If there are fewer than two windows, for then there is no standard error.
+        CorpusError: If there are fewer than two windows: they have no standard error.
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each thing that decides
@@ -95,7 +93,7 @@ class Validator:
         if self.count < 2:
             raise CorpusError(
                 f"the held-out part has {len(windows)} windows of {windows.seq_len} tokens, of which "
-                f"validation.max_tokens = {max_tokens} lets {self.count} be used",
+                f"validation.max_tokens = {max_tokens} allows {self.count}",
                 allowed="at least 2",
                 action="raise corpus.validation_ratio or validation.max_tokens, or lower training.seq_len",
             )
@@ -104,7 +102,7 @@ class Validator:
         self._targets = self._count_targets(packing) if packing is not None else ()
 
     def _count_targets(self, packing: DocumentPacking) -> tuple[int, ...]:
-        """Counted targets of every window: of all, so that ranks need not tell each other."""
+        """Counted targets of every window, without communication between the ranks."""
         found: list[int] = []
         for start in range(0, self.count, self._batch_size):
             batch = self._windows.read(np.arange(start, min(start + self._batch_size, self.count)))
@@ -112,20 +110,15 @@ class Validator:
         return tuple(found)
 
     def validate(self, scorer: WindowScorer) -> ValidationResult:
-        """Score the windows; all ranks of the process group must call it together."""
+        """Score the windows; all ranks must call it together."""
         result = self.validate_unless(lambda: False, scorer)
         assert result is not None
         return result
 
     def validate_unless(self, stop: Callable[[], bool], scorer: WindowScorer) -> ValidationResult | None:
-        """Score the windows like `validate`; None if it was stopped.
-
-        Args:
-            stop: Asked on all ranks together from time to time; the same answer on all.
-            scorer: Gives the losses.
-        """
+        """Score the windows unless `stop`, which all ranks call together, returns True; then None."""
         own = np.arange(self._rank, self.count, self._size)
-        # Every rank must run as many forward passes (ZeRO-3 gathers weights in each): the short ones repeat.
+        # Every rank must run as many forward passes (ZeRO-3 gathers weights in each): ranks with fewer windows repeat.
         longest = math.ceil(self.count / self._size)
         padded = np.resize(own, longest) if len(own) else np.zeros(longest, dtype=np.int64)
         batches = [self._windows.read(padded[i : i + self._batch_size]) for i in range(0, longest, self._batch_size)]
@@ -155,24 +148,17 @@ class Validator:
 
 @dataclass(frozen=True)
 class ValidationTask:
-    """Validates and records the result; a periodic task of the loop.
-
-    Attributes:
-        validator: The windows.
-        scorer: Gives their losses: the engine.
-        recorder: Metrics.
-        eval_dir: Where the losses of all windows are written; None on ranks other than 0.
-        total_steps: Steps of the whole run.
-    """
+    """Validates and records the result; a periodic task of the loop."""
 
     validator: Validator
     scorer: WindowScorer
     recorder: Recorder
     eval_dir: Path | None
+    """Folder for the losses of all windows; None on ranks other than 0."""
     total_steps: int
 
     def run(self, state: TrainState, stop: Callable[[], bool]) -> bool:
-        """Validate; False if it was stopped before its end.
+        """Validate; False if stopped early.
 
         Raises:
             TrainingError: On all ranks, if the loss is not finite.
@@ -181,7 +167,7 @@ class ValidationTask:
         result = self.validator.validate_unless(stop, self.scorer)
         if result is None:
             return False
-        if not math.isfinite(result.loss):  # all ranks have the same losses, so they leave together
+        if not math.isfinite(result.loss):  # equal on all ranks, so they exit together
             raise TrainingError(
                 f"step {state.step}: the validation loss is {result.loss}",
                 allowed="a finite number",
@@ -196,10 +182,10 @@ class ValidationTask:
         return True
 
     def _write(self, result: ValidationResult, eval_dir: Path, step: int) -> None:
-        """Write the losses of all windows; before the last step a disk that refuses them does not end the run."""
+        """Write the losses of all windows; before the last step a refusal of the disk does not end the run."""
         try:
             result.write(eval_dir / f"validation-step-{step:08d}.json", step=step)
         except StorageError as error:
             if step == self.total_steps:
                 raise
-            logger.warning("%s; the run goes on, and metrics.jsonl has the mean", error.problem)
+            logger.warning("%s; the run continues, and metrics.jsonl has the mean", error.problem)

@@ -46,4 +46,4 @@ def test_freed_tensors_stay_resident() -> None:
 
 def test_another_c_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert keep_freed_memory({}) == "the C library's own behaviour (it is not glibc)"
+    assert keep_freed_memory({}) == "the C library's own behavior (it is not glibc)"

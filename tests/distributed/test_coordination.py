@@ -132,7 +132,7 @@ def test_every_rank_leaves_when_rank_0_leaves(
 
 def test_a_rank_leaves_when_rank_0_has_vanished(notes: Notes) -> None:
     notes.gone = True
-    with pytest.raises(MainRankLeftError, match=r"^rank 0 has ended the run: it has left without a word") as caught:
+    with pytest.raises(MainRankLeftError, match=r"^rank 0 has ended the run: it was killed") as caught:
         Coordinator(SECOND, StopSignal()).run_on_rank0(never)
     assert caught.value.exit_code == 11
 
@@ -190,7 +190,7 @@ def test_ranks_hear_rank_0_and_notice_that_it_was_killed(warm: WarmPython, tmp_p
     assert (tmp_path / "0").read_text() == "{'from': 0}\n"
     assert (tmp_path / "1").read_text().splitlines() == [
         "{'from': 0}",
-        "rank 0 has ended the run: it has left without a word, so it was killed 11",
+        "rank 0 has ended the run: it was killed 11",
     ]
 
 

@@ -110,7 +110,7 @@ def spoil_gradient(engine: Engine, value: float) -> Any:
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_an_update_that_is_not_finite_is_left_out(stage: int, precision: str, make: Make) -> None:
+def test_an_update_that_is_not_finite_is_skipped(stage: int, precision: str, make: Make) -> None:
     engine = make(stage, precision)
     before = state(engine)
     for spoil, value, fault in (
@@ -185,14 +185,14 @@ REQUESTS = [Requests(stop=True), Requests(save=True), Requests(evaluate=True), R
 
 
 @pytest.mark.parametrize("requests", REQUESTS)
-def test_request_of_any_rank_is_everybody_s(requests: Requests, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_to_any_rank_counts_for_all(requests: Requests, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert step(make(), requests=requests).requests == requests
     other = torch.tensor([5.0, requests.stop, requests.save, requests.evaluate])
     monkeypatch.setattr(dist, "all_reduce", lambda sums: sums.add_(other))
     assert agreed(totals(Requests(), torch.device("cpu"))) == (5.0, requests)
 
 
-def test_a_token_id_that_the_model_has_not_is_refused_on_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_id_outside_the_vocabulary_is_refused_on_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, rows = make(), windows()
     rows[5, 2] = VOCABULARY
     before = state(engine)
@@ -225,7 +225,7 @@ def test_evaluation_leaves_the_model_training(stage: int, make: Make) -> None:
 
 
 @pytest.mark.parametrize("asked", [{}, {"memory_breakdown": True}], ids=["not asked", "asked"])
-def test_deepspeed_s_memory_lines_are_printed_only_when_they_are_asked_for(
+def test_deepspeed_s_memory_lines_are_printed_on_request_only(
     asked: Mapping[str, bool], make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(1, "bf16", **asked)

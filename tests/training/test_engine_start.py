@@ -1,4 +1,4 @@
-"""What is checked before there is an engine: the machine, and that the ranks meet."""
+"""Checks before the engine: the machine, and the meeting of the ranks."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_the_compiler_is_checked_where_cpu_operators_are_built(
         check_device("cuda", MAIN, offload=False)
 
 
-def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_device("cpu", MAIN, offload=False)
     with pytest.raises(MachineError) as caught:

@@ -1,4 +1,4 @@
-"""The ladders of kernels; packages that are not here are stood in for."""
+"""The choice of kernels; stubs replace packages that are not installed."""
 
 import sys
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def choose(device: torch.device = CPU, family: str = "llama", **given: Any) -> C
 
 @pytest.fixture
 def works(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let the probes find these kernels in order, and every other one missing."""
+    """Let the probes accept these kernels, and miss every other one."""
 
     def set_to(*names: str) -> None:
         def found(name: str, *_: object) -> Obstacle | None:
@@ -90,56 +90,36 @@ def test_auto_takes_the_first_that_works(works: Callable[..., None]) -> None:
     assert notes[1] == "optimizer: torch (auto: apex, deepspeed, torch_fused: not installed)"
 
 
-NAMED: list[tuple[dict[str, Any], str, str]] = [
-    ({"attention": "flash_attention_2"}, "kernels.attention: flash_attention_2", "install flash_attention_2"),
-    ({"attention": "sdpa"}, "kernels.attention: sdpa", "install sdpa"),
-    ({"optimizer": "apex"}, "kernels.optimizer: apex", "install apex"),
-    ({"optimizer": "torch_fused"}, "kernels.optimizer: torch_fused", "install torch_fused"),
-    ({"liger": True}, "kernels.liger: liger", "install liger"),
-    ({"loss": "liger"}, "kernels.loss: liger", "install liger loss"),
-    ({"compile": True}, "kernels.compile: torch.compile", "install compile"),
+NAMED: list[tuple[str, Any, str]] = [
+    ("attention", "flash_attention_2", "flash_attention_2"),
+    ("optimizer", "apex", "apex"),
+    ("liger", True, "liger"),
+    ("loss", "liger", "liger"),
+    ("compile", True, "torch.compile"),
 ]
 
 
-@pytest.mark.parametrize(("named", "key", "install"), NAMED, ids=[row[1] for row in NAMED])
-def test_a_named_kernel_that_is_missing_is_told_with_the_line_that_installs_it(
-    named: dict[str, Any], key: str, install: str, works: Callable[..., None]
-) -> None:
+@pytest.mark.parametrize(("part", "value", "name"), NAMED)
+def test_a_named_kernel_must_be_installed(part: str, value: Any, name: str, works: Callable[..., None]) -> None:
+    package = {"loss": "liger loss", "compile": "compile"}.get(part, name)
     works("eager", "torch")
     with pytest.raises(MachineError) as caught:
-        choose(GPU, run_flops=None, **named)
-    assert caught.value.problem == f"{key} is named, but it cannot be used: not installed"
-    assert caught.value.allowed == '"auto", or one that works here'
-    assert caught.value.action == install
+        choose(GPU, run_flops=None, **{part: value})
+    assert caught.value.problem == f"kernels.{part}: {name} is named, but it cannot be used: not installed"
+    assert (caught.value.allowed, caught.value.action) == ('"auto", or one that works here', f"install {package}")
+    works("eager", "torch", package)
+    taken, notes = choose(GPU, run_flops=None, **{part: value})
+    assert taken.as_dict()[part] == value
+    assert [note for note in notes if note.startswith(f"{part}: ") and "named" in note]
 
 
-@pytest.mark.parametrize(("named", "key"), [(row[0], row[1]) for row in NAMED if "compile" not in row[0]])
-def test_a_named_kernel_that_works_is_taken(named: dict[str, Any], key: str, works: Callable[..., None]) -> None:
-    works("eager", "torch", "liger loss", *map(str, named.values()), "liger")
-    taken, notes = choose(GPU, run_flops=None, **named)
-    assert taken.as_dict().items() >= named.items()
-    assert [
-        note for note in notes if note.startswith(key.partition(" ")[0].removeprefix("kernels.")) and "named" in note
-    ]
-
-
-@pytest.mark.parametrize(
-    ("named", "problem"),
-    [
-        ({"attention": "flash_attention_2"}, "kernels.attention: flash_attention_2 is named, but it cannot be used"),
-        ({"optimizer": "apex"}, "kernels.optimizer: apex is named, but it cannot be used"),
-        ({"liger": True}, "kernels.liger: liger is named, but it cannot be used"),
-        ({"loss": "liger"}, "kernels.loss: liger is named, but it cannot be used"),
-    ],
-)
-def test_what_no_package_helps_with_is_a_mistake_of_the_config(
-    named: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("part", "value", "name"), NAMED[:-1])
+def test_a_named_kernel_must_fit_the_device(part: str, value: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RecipeError) as caught:
-        choose(**named)
-    assert caught.value.problem == f"{problem}: no GPU in use"
-    assert caught.value.action == f'write "auto" for {problem.partition(": ")[0]}'
+        choose(**{part: value})
+    assert caught.value.problem == f"kernels.{part}: {name} is named, but it cannot be used: no GPU in use"
+    assert caught.value.action == f'write "auto" for kernels.{part}'
 
 
 def test_offload_takes_deepspeed_s_cpu_adam() -> None:
@@ -157,7 +137,7 @@ H200_LEAST = COMPILE_SECONDS_GPU * COMPILE_MFU * GPUS["h200"].peak_bf16_flops
     ("device", "given", "note"),
     [
         (CPU, {"run_flops": COMPILE_FLOPS_CPU}, f"on (auto: {PAYS})"),
-        (CPU, {"run_flops": LONG, "dtype": torch.float32}, "off (auto: no gain on a CPU but in bf16)"),
+        (CPU, {"run_flops": LONG, "dtype": torch.float32}, "off (auto: on a CPU it pays in bf16 only)"),
         (CPU, {"run_flops": None}, "off (auto: the FLOPs of the run are not known)"),
         (CPU, {"run_flops": LONG, "zero_stage": 3}, "off (auto: hooks of stage 3 inside the block break the graph)"),
         (CPU, {"run_flops": LONG, "compile": False}, "off (named)"),
@@ -171,11 +151,7 @@ H200_LEAST = COMPILE_SECONDS_GPU * COMPILE_MFU * GPUS["h200"].peak_bf16_flops
     ],
 )
 def test_blocks_are_compiled_where_it_pays(
-    device: torch.device,
-    given: dict[str, Any],
-    note: str,
-    works: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device, given: dict[str, Any], note: str, works: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     works("eager", "torch", "compile", "liger")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
@@ -195,9 +171,7 @@ def test_blocks_are_not_compiled_where_the_compiler_does_not_work(works: Callabl
 
 def test_a_cpu_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    with pytest.raises(
-        MachineError, match=r"kernels\.compile: torch\.compile is named, but it cannot be used: no C"
-    ) as caught:
+    with pytest.raises(MachineError, match=r"torch\.compile is named, but it cannot be used: no C") as caught:
         choose(compile=True)
     assert "CXX" in caught.value.action
 

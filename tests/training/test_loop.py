@@ -33,14 +33,14 @@ SEQ_LEN, BATCH = 4, 2
 
 
 class Model:
-    """Stands in for the engine: losses as given, nothing is computed."""
+    """A stub of the engine with given losses."""
 
     def __init__(self, *validation: float) -> None:
         self.validation = iter([*validation, *[2.0] * 100])
         self.losses: dict[int, float] = {}
-        """Loss of every so manieth step that is computed, from 1, where it is another than 3."""
+        """Losses other than 3, by the number of the computed step, from 1."""
         self.read: list[int] = []
-        """First token of the batch of every one of them."""
+        """First token of each step's batch."""
 
     device = torch.device("cpu")
 
@@ -65,7 +65,7 @@ class Model:
 
 
 class Saved:
-    """Stands in for the checkpoints."""
+    """A stub of the saver."""
 
     last_save_s = 0.1
     published_step: int | None = None
@@ -89,8 +89,8 @@ class Saved:
         return self.states[-1] if self.states else None
 
 
-class Told(Recorder):
-    """A recorder that keeps what it is told."""
+class Recorded(Recorder):
+    """A recorder in memory."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -114,7 +114,7 @@ def recipe() -> Recipe:
     )
 
 
-def parts(recipe: Recipe, model: Model, folder: Path, told: Told, *, rank: int = 0) -> LoopParts:
+def parts(recipe: Recipe, model: Model, folder: Path, told: Recorded, *, rank: int = 0) -> LoopParts:
     np.arange(10 * SEQ_LEN + 1, dtype="<u2").tofile(folder / "tokens.bin")
     windows = Windows.of_file(folder / "tokens.bin", "uint16", SEQ_LEN, 10 * SEQ_LEN + 1)
     (folder / "eval").mkdir()
@@ -145,12 +145,12 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_on_all_ranks(
     with pytest.raises(
         TrainingError, match=rf"^step {step}: the validation loss is (nan|inf)\n.*finite.*\n  do: lower"
     ):
-        train(parts(recipe, Model(*losses), tmp_path, Told(), rank=rank), 6, None)
+        train(parts(recipe, Model(*losses), tmp_path, Recorded(), rank=rank), 6, None)
     assert not (tmp_path / f"eval/validation-step-{step:08d}.json").exists()
 
 
 def test_train_validates_logs_and_saves_at_its_steps(recipe: Recipe, tmp_path: Path) -> None:
-    told = Told()
+    told = Recorded()
     result = train(parts(recipe, Model(5.0), tmp_path, told), 5, None)
     assert (result.finished, result.state.step, result.state.tokens) == (True, 5, 5 * SEQ_LEN * BATCH)
     validations = [(row["step"], row["val/loss"]) for row in told.rows if "val/loss" in row]
@@ -159,14 +159,14 @@ def test_train_validates_logs_and_saves_at_its_steps(recipe: Recipe, tmp_path: P
     assert json.loads((tmp_path / "eval/validation-step-00000000.json").read_text())["loss"] == 5.0
 
 
-def test_faults_in_a_row_bring_the_run_back_and_their_batches_are_skipped(
+def test_faults_in_a_row_roll_the_run_back_and_skip_their_batches(
     recipe: Recipe, tmp_path: Path, logged: Callable[[], list[str]]
 ) -> None:
     straight = Model()
     (tmp_path / "straight").mkdir()
-    train(parts(recipe, straight, tmp_path / "straight", Told()), 12, None)
+    train(parts(recipe, straight, tmp_path / "straight", Recorded()), 12, None)
     logged()
-    told, model = Told(), Model()
+    told, model = Recorded(), Model()
     model.losses = dict.fromkeys((5, 6, 7), math.nan)  # steps 5 to 7; the checkpoint before them is that of step 3
     result = train(parts(recipe, model, tmp_path, told), 9, None)
     assert model.read == [*straight.read[:7], straight.read[3], *straight.read[7:12]]
@@ -174,17 +174,15 @@ def test_faults_in_a_row_bring_the_run_back_and_their_batches_are_skipped(
     assert result.state.faults.rollbacks == 1
     lines = logged()
     (line,) = (line for line in lines if "rollback" in line)
-    assert (
-        "WARNING: step 7: 3 updates in a row were left out (batches 4 to 6); the run goes back to step 3 and skips"
-        in line
-    )
+    skipped = "3 updates in a row were skipped (batches 4 to 6)"
+    assert f"WARNING: step 7: {skipped}; the run returns to step 3 and skips these batches (rollback 1 of 2)" in line
     assert [line[:6] for line in lines if "the loss is nan" in line] == ["step 5", "step 6", "step 7"]
     steps = [row["step"] for row in told.rows if "train/lr" in row]
-    assert steps == list(range(1, 10)), "what was undone is not in the metrics"
+    assert steps == list(range(1, 10)), "undone steps are not in the metrics"
 
 
-def test_a_validation_that_was_due_is_not_due_again_after_going_back(recipe: Recipe, tmp_path: Path) -> None:
-    told, model = Told(), Model()
+def test_a_due_validation_is_not_repeated_after_a_rollback(recipe: Recipe, tmp_path: Path) -> None:
+    told, model = Recorded(), Model()
     model.losses = dict.fromkeys((1, 2, 3), math.nan)
     work = parts(recipe, model, tmp_path, told)
     given: Any = work.saver
@@ -216,42 +214,41 @@ def test_a_save_counts_for_the_time_limit_once_it_is_published(recipe: Recipe, t
     seen: list[float] = []
     saved: Any = InBackground()
     model = Model()
-    work = replace(parts(recipe, model, tmp_path, Told()), saver=saved)
+    work = replace(parts(recipe, model, tmp_path, Recorded()), saver=saved)
     work = replace(work, controls=Measured(tmp_path, StopSignal(), work.world))
     train(work, 5, None)
-    assert seen == [7.0], "not the 0.0 of a save that is still under way"
+    assert seen == [7.0], "not the 0.0 of a save in progress"
 
 
-def test_single_faults_are_left_out_and_counted(recipe: Recipe, tmp_path: Path) -> None:
-    told, model = Told(), Model()
+def test_single_faults_are_skipped_and_counted(recipe: Recipe, tmp_path: Path) -> None:
+    told, model = Recorded(), Model()
     model.losses = {2: math.inf, 5: math.nan}
     result = train(parts(recipe, model, tmp_path, told), 6, None)
     assert (result.finished, result.state.skipped_steps, result.state.skipped_batches) == (True, 2, ())
     rows = {row["step"]: row for row in told.rows if "train/lr" in row}
     assert [rows[step]["train/skipped_steps"] for step in range(1, 7)] == [0, 1, 1, 1, 2, 2]
-    assert [step for step in rows if "train/loss" not in rows[step]] == [2, 5], "no number stands for one that is none"
+    assert [step for step in rows if "train/loss" not in rows[step]] == [2, 5]
 
 
 @pytest.mark.parametrize(
     ("first", "words"),
-    [(1, "there is no checkpoint yet to go back to"), (4, r"step \d+: 3 updates .* after 2 rollbacks")],
+    [(1, "there is no checkpoint yet to roll back to"), (4, r"step \d+: 3 updates .* after 2 rollbacks")],
 )
-def test_a_run_ends_when_going_back_does_not_help(first: int, words: str, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_ends_when_rollbacks_do_not_help(first: int, words: str, recipe: Recipe, tmp_path: Path) -> None:
     model = Model()
     model.losses = dict.fromkeys(range(first, 100), math.nan)
     with pytest.raises(TrainingError, match=words):
-        train(parts(recipe, model, tmp_path, Told()), 50, None)
+        train(parts(recipe, model, tmp_path, Recorded()), 50, None)
 
 
-def test_a_run_that_cannot_save_before_it_leaves_says_so(recipe: Recipe, tmp_path: Path) -> None:
-    work = parts(recipe, Model(), tmp_path, Told())
-    given: Any = work.saver
-    given.refuses = True
+def test_a_run_that_cannot_save_before_its_end_raises(recipe: Recipe, tmp_path: Path) -> None:
+    work = parts(recipe, Model(), tmp_path, Recorded())
+    vars(work.saver)["refuses"] = True
     with pytest.raises(StorageError, match="step 5 could not be saved before leaving: the disk is full"):
         train(work, 5, None)
 
 
-def test_ranks_ask_each_other_only_where_they_are_watched(recipe: Recipe, tmp_path: Path) -> None:
+def test_ranks_agree_only_inside_watched_phases(recipe: Recipe, tmp_path: Path) -> None:
     inside: list[str] = []
     asked: list[str] = []
 
@@ -261,7 +258,7 @@ def test_ranks_ask_each_other_only_where_they_are_watched(recipe: Recipe, tmp_pa
         yield
         inside.pop()
 
-    work = parts(recipe, Model(), tmp_path, Told())
+    work = parts(recipe, Model(), tmp_path, Recorded())
     watch: Any = work.watch
     watch.phase = phase
 
@@ -271,19 +268,17 @@ def test_ranks_ask_each_other_only_where_they_are_watched(recipe: Recipe, tmp_pa
             return super().requests()
 
     train(replace(work, controls=Asked(tmp_path, StopSignal(), work.world)), 3, None)
-    # A validation of few batches asks once, before its first.
+    # A validation of a few batches asks once, before its first.
     assert asked == ["start", "validation", "first_step", "step", "validation", "step", "validation"]
 
 
 def test_files_in_the_run_folder_ask_for_a_save_a_validation_and_a_stop(recipe: Recipe, tmp_path: Path) -> None:
-    told, model = Told(), Model()
+    told, model = Recorded(), Model()
     work = parts(recipe, model, tmp_path, told)
     for name in ("SAVE", "EVAL", "STOP"):
         (tmp_path / name).touch()
     result = train(work, 20, TrainState(step=4))
-    assert (result.finished, result.state.step, told.saved_steps) == (False, 4, []), (
-        "nothing was done, nothing is saved"
-    )
+    assert (result.finished, result.state.step, told.saved_steps) == (False, 4, []), "nothing to save"
     assert not (tmp_path / "STOP").exists()
     result = train(replace(work, controls=Controls(tmp_path, StopSignal(), work.world)), 6, TrainState(step=4))
     assert [row["step"] for row in told.rows if "val/loss" in row] == [5, 6]
@@ -291,8 +286,8 @@ def test_files_in_the_run_folder_ask_for_a_save_a_validation_and_a_stop(recipe: 
     assert not [name for name in ("SAVE", "EVAL", "STOP") if (tmp_path / name).exists()]
 
 
-def test_a_validation_that_a_stop_cuts_short_is_done_by_the_next_launch(recipe: Recipe, tmp_path: Path) -> None:
-    told, model, asked = Told(), Model(), StopSignal()
+def test_a_validation_that_a_stop_interrupts_is_repeated_by_the_next_launch(recipe: Recipe, tmp_path: Path) -> None:
+    told, model, asked = Recorded(), Model(), StopSignal()
     work = parts(recipe, model, tmp_path, told)
     validate = work.validator.validate_unless
 
@@ -311,10 +306,10 @@ def test_a_validation_that_a_stop_cuts_short_is_done_by_the_next_launch(recipe: 
     assert [row["step"] for row in told.rows if "val/loss" in row] == [0, 2, 4, 6]
 
 
-def test_a_disk_that_refuses_the_losses_of_windows_ends_nothing_before_the_last_step(
+def test_a_disk_that_refuses_the_losses_of_windows_ends_the_run_at_the_last_step_only(
     recipe: Recipe, tmp_path: Path, logged: Callable[[], list[str]]
 ) -> None:
-    told = Told()
+    told = Recorded()
     work = replace(parts(recipe, Model(), tmp_path, told), eval_dir=tmp_path / "missing")
     with pytest.raises(StorageError, match=r"validation-step-00000005\.json\S* cannot be written"):
         train(work, 5, TrainState(step=3))
@@ -324,7 +319,7 @@ def test_a_disk_that_refuses_the_losses_of_windows_ends_nothing_before_the_last_
 
 def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:
     def draw(seed: int, step: int, rank: int) -> float:
-        torch.rand(step + rank)  # what was drawn before does not matter
+        torch.rand(step + rank)  # earlier draws do not matter
         seed_step(seed, step, rank)
         return float(torch.rand(()))
 
@@ -332,13 +327,13 @@ def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:
     combinations = [(seed, step, rank) for seed in (1, 12) for step in (0, 1, 23, 3) for rank in (0, 1, 3)]
     assert len({draw(*combination) for combination in combinations}) == len(combinations)
     seed_step(1337, 0, 0)
-    assert torch.initial_seed() == 5_906_761_872_107_461_528  # runs that were begun go on with it
+    assert torch.initial_seed() == 5_906_761_872_107_461_528  # the seed of existing runs
 
 
 def test_tasks_run_at_their_steps_after_the_validation_and_before_the_checkpoint(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    told = Told()
+    told = Recorded()
     work = parts(recipe, Model(), tmp_path, told)
     saved: Any = work.saver
     seen: list[tuple[int, bool, list[int]]] = []
@@ -353,8 +348,8 @@ def test_tasks_run_at_their_steps_after_the_validation_and_before_the_checkpoint
     assert seen == [(0, True, []), (3, False, []), (6, True, [3]), (7, True, [3, 6])]
 
 
-def test_a_task_that_a_stop_cuts_short_is_run_again_by_the_next_launch(recipe: Recipe, tmp_path: Path) -> None:
-    work = parts(recipe, Model(), tmp_path, Told())
+def test_a_task_that_a_stop_interrupts_is_repeated_by_the_next_launch(recipe: Recipe, tmp_path: Path) -> None:
+    work = parts(recipe, Model(), tmp_path, Recorded())
     answers, after = iter([True, False, True, True]), []
 
     def first(_state: TrainState, _stop: Callable[[], bool]) -> bool:

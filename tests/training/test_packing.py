@@ -3,8 +3,6 @@
 Shapes: B windows, T tokens each, N = B * T tokens, H heads, D their width, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -44,7 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def build(family: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
-    """A model whose tensors are large enough for attention to count."""
+    """A model with weights so large that attention matters."""
     torch.manual_seed(2)
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -62,7 +60,7 @@ def windows() -> torch.Tensor:
     return tokens
 
 
-def pieces(row_T1: torch.Tensor) -> list[torch.Tensor]:  # noqa: N803 - shape suffix
+def pieces(row_T1: torch.Tensor) -> list[torch.Tensor]:
     """The documents of a window of inputs, each with the targets that are in it."""
     found, begun = [], 0
     for place in range(1, len(row_T1) + 1):
@@ -95,7 +93,7 @@ def unpacked(model: PreTrainedModel) -> tuple[list[float], torch.Tensor]:
 
 
 def packed(model: PreTrainedModel, attention: str = "sdpa") -> tuple[list[float], torch.Tensor]:
-    """The same as the engine does it, all windows at once."""
+    """The same for all windows at once, like the engine."""
     inputs = WindowInputs(PACKING, attention)
     with inputs.apart():
         given = inputs.with_targets(windows(), CPU)
@@ -105,19 +103,18 @@ def packed(model: PreTrainedModel, attention: str = "sdpa") -> tuple[list[float]
     return means.tolist(), gradient(model)
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def assert_equal(found: tuple[list[float], torch.Tensor], wanted: tuple[list[float], torch.Tensor]) -> None:
+    assert found[0] == pytest.approx(wanted[0], abs=1e-5)
+    assert float((found[1] - wanted[1]).norm() / wanted[1].norm()) < 1e-5
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_every_document_alone(family: str, attention: str) -> None:
     model = build(family, attention)
-    means, wanted = unpacked(model)
+    wanted = unpacked(model)
     attach_loss(model, "chunked", compiled=False)
-    found, gradients = packed(model, attention)
-    assert found == pytest.approx(means, abs=1e-5)
-    assert relative(gradients, wanted) < 1e-5
+    assert_equal(packed(model, attention), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -127,12 +124,10 @@ def test_recomputation_and_either_loss_change_nothing(
     family: str, kind: LossKind, kept: ActivationCheckpointing
 ) -> None:
     model = build(family)
-    means, wanted = unpacked(model)
+    wanted = unpacked(model)
     attach_loss(model, kind, compiled=False)
     wrap_blocks(model, compiled=False, activation_checkpointing=kept)
-    found, gradients = packed(model)
-    assert found == pytest.approx(means, abs=1e-5)
-    assert relative(gradients, wanted) < 1e-5
+    assert_equal(packed(model), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,7 +161,7 @@ def test_without_packing_a_token_does_reach_the_next_document() -> None:
     assert not torch.equal(*logits)
 
 
-def test_positions_and_starts_begin_anew_after_every_end() -> None:
+def test_positions_and_starts_restart_after_every_end() -> None:
     tokens = torch.tensor([[7, 8, EOS, 9, EOS, EOS, 5, 6], [EOS, 1, 1, 1, 1, 1, 1, EOS], [-100] * 8])
     assert positions(tokens, EOS).tolist() == [
         [0, 1, 2, 0, 1, 0, 0, 1],
@@ -239,10 +234,10 @@ def test_masks_are_transformers_own_again_afterwards() -> None:
 
     skip_packing_check()
     config, embedded = build("llama").config, torch.zeros(1, 4, 32)
-    begun_anew = torch.tensor([[0, 1, 0, 1]])
+    restarting = torch.tensor([[0, 1, 0, 1]])
 
     def mask() -> Any:
-        return masking_utils.create_causal_mask(config, embedded, None, None, position_ids=begun_anew)
+        return masking_utils.create_causal_mask(config, embedded, None, None, position_ids=restarting)
 
     assert mask() is None
     with documents_apart():
@@ -255,21 +250,19 @@ def test_masks_are_transformers_own_again_afterwards() -> None:
 # The proof at the start
 
 
-def prove(model: PreTrainedModel, windows_as: WindowInputs, **options: Any) -> None:
-    def forward(given: dict[str, Any]) -> torch.Tensor:
-        return model(**given).logits.float()  # type: ignore[no-any-return]
-
-    prove_apart(windows_as, forward, model.config, CPU, options.get("dtype", torch.float32))
+def prove(model: PreTrainedModel, attention: str, dtype: torch.dtype = torch.float32) -> None:
+    inputs = WindowInputs(PACKING, attention)
+    prove_apart(inputs, lambda given: model(**given).logits.float(), model.config, CPU, dtype)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_proof_is_content_with_what_keeps_documents_apart(family: str, attention: str, dtype: torch.dtype) -> None:
+def test_proof_accepts_a_model_that_keeps_documents_apart(family: str, attention: str, dtype: torch.dtype) -> None:
     model = build(family, attention).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    prove(model, WindowInputs(PACKING, attention), dtype=dtype)
+    prove(model, attention, dtype)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -287,25 +280,25 @@ def test_model_that_mixes_documents_is_refused(family: str) -> None:
     sizes, found = REFUSED[family]
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
     with pytest.raises(RecipeError) as caught:
-        prove(model, WindowInputs(PACKING, "sdpa"))
+        prove(model, "sdpa")
     assert caught.value.problem == (
         f"training.packing is documents, but a {family} model with sdpa attention does not keep them apart: {found}"
     )
-    assert caught.value.allowed.endswith("position ids which begin anew, such as llama or gpt2")
+    assert caught.value.allowed.endswith("by restarting position ids, such as llama or gpt2")
     assert caught.value.action.startswith("write training.packing: windows")
 
 
 def test_document_that_differs_from_itself_alone_is_refused() -> None:
     model = build("gpt2").eval()
 
-    def positions_left_out(given: dict[str, Any]) -> torch.Tensor:
+    def without_positions(given: dict[str, Any]) -> torch.Tensor:
         tokens = given["input_ids"]
         document = document_starts(tokens, EOS).cumsum(1)
         seen = (document[:, :, None] == document[:, None, :]).tril()[:, None]
         return model(input_ids=tokens, attention_mask=seen).logits  # type: ignore[no-any-return]
 
     with pytest.raises(RecipeError, match=r"one of 7 tokens has other logits than alone \(relative error [\d.]+\)"):
-        prove_apart(WindowInputs(PACKING, "sdpa"), positions_left_out, model.config, CPU, torch.bfloat16)
+        prove_apart(WindowInputs(PACKING, "sdpa"), without_positions, model.config, CPU, torch.bfloat16)
 
 
 # Flash attention: boundaries in the row of all windows
@@ -320,7 +313,7 @@ def test_boundaries_are_those_of_documents_and_windows_and_end_with_empty_ones()
     assert inputs.boundaries(many).dtype == torch.int32
 
 
-def test_room_for_boundaries_is_the_same_for_most_batches_and_grows_for_good() -> None:
+def test_room_for_boundaries_is_the_same_for_most_batches_and_stays_after_growing() -> None:
     inputs = WindowInputs(PACKING, "flash_attention_2")
     sparse, dense = torch.full((2, 256), 9), torch.full((2, 256), 9)
     sparse[:, ::128] = EOS
@@ -330,35 +323,23 @@ def test_room_for_boundaries_is_the_same_for_most_batches_and_grows_for_good() -
     assert found[found > 0].tolist() == ([1] + [16] * 15 + [15]) * 2
 
 
-def varlen(
-    q_NHD: torch.Tensor,  # noqa: N803 - shape suffix
-    k_NHD: torch.Tensor,  # noqa: N803 - shape suffix
-    v_NHD: torch.Tensor,  # noqa: N803 - shape suffix
-    *,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    softmax_scale: float | None = None,
-) -> torch.Tensor:
-    """What flash_attn_varlen_func gives, by plain arithmetic."""
-    assert causal
-    assert cu_seqlens_q is cu_seqlens_k
-    assert max_seqlen_q == max_seqlen_k == SEQ_LEN
+def varlen(q_NHD: torch.Tensor, k_NHD: torch.Tensor, v_NHD: torch.Tensor, **options: Any) -> torch.Tensor:
+    """flash_attn_varlen_func in plain arithmetic."""
+    assert options["causal"]
+    assert options["cu_seqlens_q"] is options["cu_seqlens_k"]
+    assert options["max_seqlen_q"] == options["max_seqlen_k"] == SEQ_LEN
     place = torch.arange(len(q_NHD))
-    document = torch.searchsorted(cu_seqlens_q, place, right=True)
+    document = torch.searchsorted(options["cu_seqlens_q"], place, right=True)
     seen = (document[:, None] == document[None, :]) & (place[:, None] >= place[None, :])
     groups = q_NHD.shape[1] // k_NHD.shape[1]
     q, k, v = (given.transpose(0, 1) for given in (q_NHD, k_NHD, v_NHD))
     k, v = (given.repeat_interleave(groups, dim=0) for given in (k, v))
-    scores = q @ k.mT * (softmax_scale or q.shape[-1] ** -0.5)
+    scores = q @ k.mT * (options.get("softmax_scale") or q.shape[-1] ** -0.5)
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
-@contextmanager
-def flash_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers' way to flash attention, with plain arithmetic at its end."""
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_flash_attention_takes_the_documents_boundaries(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import modeling_flash_attention_utils as utils
 
     def options(**given: Any) -> dict[str, Any]:
@@ -367,16 +348,8 @@ def flash_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     functions = ((None, varlen, None, None, None), (options, None))
     monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda _: functions)
-    yield
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_flash_attention_is_told_of_the_documents(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(family).double()  # fp32 is cast to half precision on this way
-    means, wanted = unpacked(model)
+    model = build(family).double()  # transformers would cast fp32 to half precision
+    wanted = unpacked(model)
     attach_loss(model, "chunked", compiled=False)
     model.config._attn_implementation = "flash_attention_2"
-    with flash_on_a_cpu(monkeypatch):
-        found, gradients = packed(model, "flash_attention_2")
-    assert found == pytest.approx(means, abs=1e-5)
-    assert relative(gradients, wanted) < 1e-5
+    assert_equal(packed(model, "flash_attention_2"), wanted)

@@ -1,4 +1,4 @@
-"""The next step is read while the present one is computed, in order, and errors arrive where they are taken."""
+"""Batches are read one step ahead, in order, and errors are raised by `take`."""
 
 import threading
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def test_steps_come_in_order_and_one_ahead() -> None:
     assert ready.wait(10), "step 4 is read before it is asked for"
     assert int(batches.take(4, None)[0][0, 0]) == 4
     batches.close()
-    assert asked == [3, 4], "nothing is read behind the end"
+    assert asked == [3, 4], "nothing is read after the end"
     assert batches.waited_s > 0.0
 
 
@@ -40,7 +40,7 @@ def test_another_step_than_the_next_is_read_at_once() -> None:
     batches.close()
 
 
-def test_what_fails_while_reading_is_raised_by_take() -> None:
+def test_an_error_of_reading_is_raised_by_take() -> None:
     def read(step: int) -> list[Batch]:
         raise ValueError(f"step {step} cannot be read")
 

@@ -47,15 +47,7 @@ def test_files_are_requests_until_they_are_handled(tmp_path: Path) -> None:
         asked.acknowledge(request)
         assert not (tmp_path / name).exists()
         assert asked.requests() == Requests()
-
-
-def test_the_reason_names_the_file(tmp_path: Path) -> None:
-    asked = Controls(tmp_path, StopSignal(), MAIN)
-    (tmp_path / "STOP").touch()
-    asked.requests()
-    assert asked.reason == "the file STOP in the run folder"
-    asked.acknowledge(Requests(stop=True))
-    assert asked.reason == "the file STOP in the run folder", "it is gone when the reason is written down"
+    assert asked.reason == "the file STOP in the run folder", "also after the file is deleted"
 
 
 def test_only_rank_0_looks_for_files_and_removes_them(tmp_path: Path) -> None:
@@ -79,7 +71,7 @@ def test_files_are_looked_for_once_a_second(tmp_path: Path, monkeypatch: pytest.
     assert asked.requests() == Requests(save=True)
 
 
-def test_a_disk_that_does_not_answer_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_for_a_moment_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Controls(tmp_path, StopSignal(), MAIN)
     (tmp_path / "SAVE").touch()
 
@@ -92,25 +84,19 @@ def test_a_disk_that_does_not_answer_ends_nothing(tmp_path: Path, monkeypatch: p
     assert asked.requests() == Requests(save=True)
 
 
-def test_a_stop_of_an_earlier_launch_is_removed_and_said(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
-    left_over = tmp_path / "STOP"
-    left_over.touch()
-    os.utime(left_over, (time.time() - 60.0,) * 2)
-    asked = Controls(tmp_path, StopSignal(), MAIN)
-    assert asked.requests() == Requests()
-    assert logged() == [f"removed {left_over}: it is older than this command"]
-    assert not left_over.exists()
-
-
-def test_a_stop_that_came_while_the_run_was_prepared_counts(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
-    stop = StopSignal()
+def test_a_stop_from_before_the_command_is_removed(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
+    path, stop = tmp_path / "STOP", StopSignal()
     time.sleep(0.05)
-    (tmp_path / "STOP").touch()
+    path.touch()
     assert Controls(tmp_path, stop, MAIN).requests() == Requests(stop=True)
     assert logged() == []
+    os.utime(path, (time.time() - 60.0,) * 2)
+    assert Controls(tmp_path, stop, MAIN).requests() == Requests()
+    assert logged() == [f"removed {path}: it is older than this command"]
+    assert not path.exists()
 
 
-def test_a_file_that_cannot_be_removed_is_honoured_once(
+def test_a_file_that_cannot_be_removed_is_handled_once(
     tmp_path: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Controls(tmp_path, StopSignal(), MAIN)
@@ -124,7 +110,7 @@ def test_a_file_that_cannot_be_removed_is_honoured_once(
     asked.acknowledge(Requests(save=True))
     assert asked.requests() == Requests()
     assert logged() == [
-        f"WARNING: {tmp_path / 'SAVE'} cannot be removed (Read-only file system); it is not looked at again"
+        f"WARNING: {tmp_path / 'SAVE'} cannot be removed (Read-only file system); it is ignored from now on"
     ]
 
 
@@ -132,10 +118,10 @@ def test_the_time_limit_leaves_room_for_a_step_and_a_save(tmp_path: Path, monkey
     age = [601.0]
     monkeypatch.setattr(StopSignal, "age_s", property(lambda _: age[0]))
     asked = Controls(tmp_path, StopSignal(), MAIN, max_minutes=10.0)
-    assert not asked.requests().stop, "every launch does a step"
+    assert not asked.requests().stop, "not before the first step"
     asked.stepped(0.0)
     assert asked.requests().stop
-    age[0] = 539.0  # a save that was never measured may take a tenth of the limit
+    age[0] = 539.0  # the estimate of the first save is a tenth of the limit
     assert not asked.requests().stop
     age[0] = 541.0
     assert asked.requests().stop
@@ -149,27 +135,19 @@ def test_the_time_limit_leaves_room_for_a_step_and_a_save(tmp_path: Path, monkey
     age[0] = 587.0
     assert asked.requests().stop
     for _ in range(8):
-        asked.stepped(0.1)  # the first step, which compiled, is forgotten
+        asked.stepped(0.1)  # the slow first step leaves the window
     assert not asked.requests().stop
-
-
-def test_the_first_save_of_a_long_run_is_given_five_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    age = [24 * 3600.0 - 301.0]
-    monkeypatch.setattr(StopSignal, "age_s", property(lambda _: age[0]))
-    asked = Controls(tmp_path, StopSignal(), MAIN, max_minutes=24 * 60.0)
-    asked.stepped(0.0)
-    assert not asked.requests().stop
+    day = Controls(tmp_path, StopSignal(), MAIN, max_minutes=24 * 60.0)
+    day.stepped(0.0)
+    age[0] = 24 * 3600.0 - 301.0  # the estimate is at most 300 s
+    assert not day.requests().stop
     age[0] += 2.0
-    assert asked.requests().stop
-
-
-def test_no_time_limit_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StopSignal, "age_s", property(lambda _: 1e9))
-    assert Controls(tmp_path, StopSignal(), MAIN).requests() == Requests()
+    assert day.requests().stop
+    assert not Controls(tmp_path, StopSignal(), MAIN).requests().stop, "no limit by default"
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
-def test_a_time_limit_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_time_limit_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", "--max-minutes", text])
     assert caught.value.code == 2

@@ -31,7 +31,7 @@ def script(folder: Path, body: str) -> str:
         ("echo 'cannot find crt1.o' >&2; exit 1", "cannot find crt1.o"),
     ],
 )
-def test_a_compiler_that_fails_is_told_with_what_it_says(body: str, said: str, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_refused_with_its_message(body: str, said: str, tmp_path: Path) -> None:
     compiler = script(tmp_path, body)
     with pytest.raises(MachineError) as caught:
         check_toolchain({**os.environ, "CXX": compiler}, tmp_path)
@@ -41,14 +41,14 @@ def test_a_compiler_that_fails_is_told_with_what_it_says(body: str, said: str, t
 
 
 @pytest.mark.parametrize(("named", "why"), [("/nonexistent", "no such file or directory"), ("", ""), ("a 'b", "")])
-def test_a_compiler_that_is_not_there_is_told(named: str, why: str, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_refused(named: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(MachineError) as caught:
         check_toolchain({**os.environ, "CXX": named}, tmp_path)
     assert caught.value.problem.startswith(f"no C++ compiler found ({named}): {why}")
     assert "or named by CXX" in caught.value.allowed
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "extensions"
     with pytest.raises(StorageError) as caught:
@@ -58,7 +58,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert caught.value.exit_code == 5
 
 
-def test_the_lock_of_a_build_that_was_killed_is_told(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_build_is_refused(tmp_path: Path) -> None:
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -68,9 +68,9 @@ def test_the_lock_of_a_build_that_was_killed_is_told(tmp_path: Path) -> None:
     an_hour_ago = time.time() - 3600.0
     os.utime(other, (an_hour_ago, an_hour_ago))
     environ = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    check_toolchain(environ, tmp_path)  # somebody may be building right now
+    check_toolchain(environ, tmp_path)  # a build may be in progress
     os.utime(lock, (an_hour_ago, an_hour_ago))
     with pytest.raises(MachineError) as caught:
         check_toolchain(environ, tmp_path)
-    assert caught.value.problem.startswith(f"{lock} was left by a build of DeepSpeed's cpu_adam that was killed")
+    assert caught.value.problem.startswith(f"{lock} is of a killed build of DeepSpeed's cpu_adam")
     assert caught.value.action == f"rm {lock}"

@@ -54,27 +54,19 @@ def test_validate_gives_mean_and_standard_error(batch_size: int, tmp_path: Path)
     assert all(shape[0] <= batch_size and shape[1] == SEQ_LEN + 1 for shape in scorer.shapes)
 
 
-def test_validate_takes_the_first_windows_up_to_max_tokens(tmp_path: Path) -> None:
+def test_validate_takes_the_first_windows_up_to_max_tokens_and_hashes_them(tmp_path: Path) -> None:
     validator = Validator(windows(tmp_path, 10), max_tokens=7 * SEQ_LEN + 3, batch_size=2, rank=0, size=1)
+    result = validator.validate(Scorer())
     assert validator.count == 7
-    assert validator.validate(Scorer()).windows == tuple(Scorer.loss_of(window) for window in range(7))
-
-
-def test_validate_says_which_text_the_loss_is_of(tmp_path: Path) -> None:
-    held = windows(tmp_path, 10)
-    result = Validator(held, max_tokens=7 * SEQ_LEN, batch_size=2, rank=0, size=1).validate(Scorer())
+    assert result.windows == tuple(Scorer.loss_of(window) for window in range(7))
+    assert validator.validate(Scorer()) == result, "a repeat is the same"
     assert result.seq_len == SEQ_LEN
     used = np.arange(7 * SEQ_LEN + 1, dtype="<u4")
     assert result.tokens_sha256 == hashlib.sha256(used.tobytes()).hexdigest()
     np.arange(10 * SEQ_LEN + 1, dtype="<u4").tofile(tmp_path / "wide.bin")
     wide = HeldOut({"tokens": Windows.of_file(tmp_path / "wide.bin", "uint32", SEQ_LEN, 10 * SEQ_LEN + 1)})
-    assert wide.sha256(7) == result.tokens_sha256, "the integer type is not the text"
+    assert wide.sha256(7) == result.tokens_sha256, "the integer type does not count"
     assert wide.sha256(8) != result.tokens_sha256
-
-
-def test_validate_is_the_same_at_every_call(tmp_path: Path) -> None:
-    validator = Validator(windows(tmp_path, 5), max_tokens=1000, batch_size=2, rank=0, size=1)
-    assert validator.validate(Scorer()) == validator.validate(Scorer())
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 2), (10, 4), (11, 4), (3, 5), (2, 8)])
@@ -89,7 +81,7 @@ def test_ranks_share_the_windows_and_run_as_many_passes(
     scorers = [Scorer() for _ in range(size)]
     for rank, scorer in enumerate(scorers):
         Validator(held, max_tokens=1000, batch_size=2, rank=rank, size=size).validate(scorer)
-    assert len({tuple(scorer.shapes) for scorer in scorers}) == 1  # ZeRO-3 meets in every forward pass
+    assert len({tuple(scorer.shapes) for scorer in scorers}) == 1  # ZeRO-3 communicates in every forward pass
     total = torch.stack(parts).sum(dim=0)
     assert total.tolist() == list(alone.windows)
     assert sum(int((part != 0).sum()) for part in parts) == count  # no window is counted twice
@@ -109,7 +101,7 @@ def test_fewer_than_two_windows_are_refused(count: int, max_tokens: int, used: i
         Validator(windows(tmp_path, count), max_tokens=max_tokens, batch_size=2, rank=0, size=1)
     assert caught.value.problem == (
         f"the held-out part has {count} windows of 4 tokens, of which "
-        f"validation.max_tokens = {max_tokens} lets {used} be used"
+        f"validation.max_tokens = {max_tokens} allows {used}"
     )
     assert caught.value.allowed == "at least 2"
     assert "raise corpus.validation_ratio" in caught.value.action
@@ -123,12 +115,6 @@ def test_perplexity_is_the_exponential_and_stays_finite() -> None:
 def test_write_keeps_every_window_and_the_extra_fields(tmp_path: Path) -> None:
     ValidationResult(1.5, 0.25, (1.0, 2.0), 4, "ab").write(tmp_path / "v.json", step=200)
     document: dict[str, Any] = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
-    assert document == {
-        "step": 200,
-        "loss": 1.5,
-        "stderr": 0.25,
-        "windows": [1.0, 2.0],
-        "seq_len": 4,
-        "tokens_sha256": "ab",
-    }
+    result = {"loss": 1.5, "stderr": 0.25, "windows": [1.0, 2.0], "seq_len": 4, "tokens_sha256": "ab"}
+    assert document == {"step": 200, **result}
     assert next(iter(document)) == "step"
