@@ -334,7 +334,7 @@ def varlen(q_NHD: torch.Tensor, k_NHD: torch.Tensor, v_NHD: torch.Tensor, **opti
     groups = q_NHD.shape[1] // k_NHD.shape[1]
     q, k, v = (given.transpose(0, 1) for given in (q_NHD, k_NHD, v_NHD))
     k, v = (given.repeat_interleave(groups, dim=0) for given in (k, v))
-    scores = q @ k.mT * (options.get("softmax_scale") or q.shape[-1] ** -0.5)
+    scores: torch.Tensor = q @ k.mT * (options.get("softmax_scale") or q.shape[-1] ** -0.5)
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
