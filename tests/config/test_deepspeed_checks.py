@@ -18,7 +18,7 @@ from inheritune_ds.errors import RecipeError
         ('{"a": ' * 100_000, "recursion|Expecting value"),
     ],
 )
-def test_read_refuses_what_is_no_json_object(text: str, problem: str, tmp_path: Path) -> None:
+def test_read_refuses_anything_but_a_json_object(text: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=problem) as caught:
@@ -28,7 +28,7 @@ def test_read_refuses_what_is_no_json_object(text: str, problem: str, tmp_path: 
     assert "ds_configs/zero1.json" in caught.value.action
 
 
-def test_read_says_why_a_file_cannot_be_read(tmp_path: Path) -> None:
+def test_read_reports_why_a_file_cannot_be_read(tmp_path: Path) -> None:
     assert read(None) == {}
     for path, reason in ((tmp_path / "none.json", "no such file or directory"), (tmp_path, "is a directory")):
         with pytest.raises(RecipeError) as caught:

@@ -15,20 +15,12 @@ OLD_GPU = Machine(kind="cuda", memory_gib=16.0, bf16=False)
 FLAT = {"train_micro_batch_size_per_gpu": 8}
 Resolve = Callable[..., Resolved]
 
-AUTO_KERNELS = {
-    "attention": "auto",
-    "optimizer": "auto",
-    "liger": "auto",
-    "loss": "auto",
-    "compile": "auto",
-    "activation_checkpointing": "none",
-}
+AUTO_KERNELS = dict.fromkeys(("attention", "optimizer", "liger", "loss", "compile"), "auto")
+AUTO_KERNELS |= {"activation_checkpointing": "none"}
 
 
 @pytest.mark.parametrize("given", [{}, {"kernels": None}, {"kernels": {}}, {"kernels": {"liger": "auto"}}])
-def test_kernels_are_written_out_in_full_and_auto_is_left_to_the_machine(
-    given: dict[str, Any], resolved: Resolve
-) -> None:
+def test_all_kernels_are_written_and_keep_auto(given: dict[str, Any], resolved: Resolve) -> None:
     found = resolved({**FLAT, **given})
     assert found.config["kernels"] == AUTO_KERNELS
     assert found.kernels == KernelRequest()
@@ -110,7 +102,7 @@ REFUSALS: list[tuple[tuple[Machine, dict[str, Any]], str, str]] = [
 
 
 @pytest.mark.parametrize(("given", "problem", "action"), REFUSALS, ids=[row[1][:50] for row in REFUSALS])
-def test_kernels_that_another_key_excludes_are_refused(
+def test_kernels_that_contradict_another_key_are_refused(
     given: tuple[Machine, dict[str, Any]], problem: str, action: str, resolved: Resolve
 ) -> None:
     machine, document = given

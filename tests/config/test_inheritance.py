@@ -1,6 +1,6 @@
 import pytest
 
-from inheritune_ds.config.inheritance import BLOCK_PARTS, OUTER_PARTS, PARTS, PRESETS, inherited_parts, needed_parts
+from inheritune_ds.config.inheritance import PARTS, PRESETS, inherited_parts, needed_parts
 from inheritune_ds.errors import RecipeError
 
 IN_BLOCKS = {"attention", "attention_norms", "mlp", "mlp_norms"}
@@ -17,31 +17,33 @@ IN_BLOCKS = {"attention", "attention_norms", "mlp", "mlp_norms"}
         ("none", set()),
     ],
 )
-def test_a_preset_stands_for_its_parts(preset: str, expected: set[str]) -> None:
+def test_a_preset_has_its_parts(preset: str, expected: set[str]) -> None:
     assert inherited_parts(preset) == expected
 
 
 def test_presets_and_parts_are_those_of_the_documentation() -> None:
     assert list(PRESETS) == ["all", "paper-scripts", "attention-only", "mlp-only", "attention-mlp", "none"]
-    assert (*BLOCK_PARTS, *OUTER_PARTS) == PARTS
     assert len(set(PARTS)) == 8
 
 
-def test_a_list_is_taken_part_by_part_and_group_by_group() -> None:
-    assert inherited_parts(["head"]) == {"head"}
-    assert inherited_parts(["mlp", "norms", "mlp"]) == {"mlp", "attention_norms", "mlp_norms"}
-    assert inherited_parts(list(PARTS)) == inherited_parts("all")
+@pytest.mark.parametrize(
+    ("inherit", "expected"),
+    [
+        (["head"], {"head"}),
+        ("head", {"head"}),
+        ("norms", {"attention_norms", "mlp_norms"}),
+        (["mlp", "norms", "mlp"], {"mlp", "attention_norms", "mlp_norms"}),
+        (" mlp , norms", {"mlp", "attention_norms", "mlp_norms"}),
+        ("attention,mlp,head", {"attention", "mlp", "head"}),
+        (list(PARTS), set(PARTS)),
+        (" all ", set(PARTS)),
+    ],
+)
+def test_a_list_or_string_has_its_parts_and_groups(inherit: str | list[str], expected: set[str]) -> None:
+    assert inherited_parts(inherit) == expected
 
 
-def test_a_string_is_taken_as_a_list_is() -> None:
-    assert inherited_parts("attention,mlp,head") == inherited_parts(["attention", "mlp", "head"])
-    assert inherited_parts(" mlp , norms") == inherited_parts(["mlp", "norms"])
-    assert inherited_parts("norms") == {"attention_norms", "mlp_norms"}
-    assert inherited_parts("head") == {"head"}
-    assert inherited_parts(" all ") == inherited_parts("all")
-
-
-def test_what_a_model_must_have_follows_from_what_is_named() -> None:
+def test_needed_parts_are_the_named_ones() -> None:
     assert needed_parts(inherited_parts("all")) == needed_parts(inherited_parts("paper-scripts")) == []
     assert needed_parts(inherited_parts("none")) == []
     assert needed_parts(inherited_parts("attention-only")) == [("attention",)]
@@ -66,7 +68,7 @@ def test_what_a_model_must_have_follows_from_what_is_named() -> None:
         ([], "inherit: the list of parts is empty"),
     ],
 )
-def test_what_is_no_part_is_refused_with_all_that_are(inherit: str | list[str], problem: str) -> None:
+def test_an_unknown_part_is_refused_with_the_known_ones(inherit: str | list[str], problem: str) -> None:
     with pytest.raises(RecipeError) as caught:
         inherited_parts(inherit)
     assert caught.value.problem == problem

@@ -1,4 +1,4 @@
-"""Reading recipes: strict YAML, overrides, and messages that name every problem at once."""
+"""Loading recipes: strict YAML, overrides, and messages with every problem at once."""
 
 import math
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_override_makes_a_missing_block_and_unsets_with_nothing() -> None:
     assert recipe.target.shape.hidden_size == 8
 
 
-def test_yaml_is_read_by_its_version_1_2() -> None:
+def test_yaml_is_parsed_as_version_1_2() -> None:
     document = parse_yaml("a: 3e-4\nb: on\nc: 1_000\nd: no\ne: 0o17\nf: 012\n", "x")
     assert document == {"a": 3e-4, "b": "on", "c": 1000, "d": "no", "e": 15, "f": 12}
     assert isinstance(document["a"], float)
@@ -78,7 +78,7 @@ def test_yaml_is_read_by_its_version_1_2() -> None:
         ("", "x.yaml: the document is not a mapping"),
     ],
 )
-def test_parse_yaml_refuses_what_is_not_one_strict_mapping(text: str, problem: str) -> None:
+def test_parse_yaml_refuses_anything_but_one_strict_mapping(text: str, problem: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_yaml(text, "x.yaml")
     assert str(caught.value).startswith(problem)
@@ -86,7 +86,7 @@ def test_parse_yaml_refuses_what_is_not_one_strict_mapping(text: str, problem: s
     assert caught.value.action
 
 
-def test_validate_refuses_keys_that_are_no_text() -> None:
+def test_validate_refuses_keys_that_are_not_text() -> None:
     document = load_recipe("quickstart").model_dump(mode="json")
     with pytest.raises(RecipeError, match="x: 1: unknown key"):
         validate(Recipe, {**document, 1: 2}, "x")  # type: ignore[dict-item]
@@ -99,7 +99,7 @@ def test_load_recipe_suggests_the_nearest_shipped_name() -> None:
     assert text.endswith("do: did you mean quickstart?")
 
 
-def test_a_study_that_is_not_there_is_told_with_the_studies_that_are() -> None:
+def test_a_missing_study_is_reported_with_the_shipped_studies() -> None:
     with pytest.raises(RecipeError) as caught:
         read_document("nowhere", "studies")
     assert caught.value.problem == "study 'nowhere' cannot be read: no such file or directory"
@@ -107,10 +107,13 @@ def test_a_study_that_is_not_there_is_told_with_the_studies_that_are() -> None:
     assert caught.value.action == "give a shipped study's name, or the path of a study file"
 
 
-def test_load_recipe_reads_files_beside_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(read_document("quickstart", "recipes")[0], encoding="utf-8")
-    assert load_recipe("mine.yaml", beside=tmp_path) == load_recipe("quickstart")
-    assert load_recipe(str(tmp_path / "mine.yaml")) == load_recipe("quickstart")
+def test_load_recipe_reads_files_and_names_them_in_problems(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(read_document("quickstart", "recipes")[0], encoding="utf-8")
+    assert load_recipe("mine.yaml", beside=tmp_path) == load_recipe(str(path)) == load_recipe("quickstart")
+    path.write_text("name: mine\n", encoding="utf-8")
+    text = message(name=str(path))
+    assert text.startswith(f"8 problems found\n1. {path}: description: required key is missing")
 
 
 @pytest.mark.parametrize(
@@ -121,20 +124,12 @@ def test_load_recipe_reads_files_beside_a_folder(tmp_path: Path) -> None:
         (Path.absolute, "no such file or directory"),
     ],
 )
-def test_load_recipe_says_why_a_file_cannot_be_read(tmp_path: Path, make: Any, reason: str) -> None:
+def test_load_recipe_reports_why_a_file_cannot_be_read(tmp_path: Path, make: Any, reason: str) -> None:
     path = tmp_path / "mine.yaml"
     make(path)
     text = message(name=str(path))
     assert text.startswith(f"recipe '{path}' cannot be read: {reason}")
     assert "`inheritune-ds recipes` lists the shipped ones" in text
-
-
-def test_problems_of_a_file_name_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("name: mine\n", encoding="utf-8")
-    text = message(name=str(path))
-    assert f"1. {path}: description: required key is missing" in text
-    assert text.startswith("8 problems found")
 
 
 @settings(max_examples=40)
@@ -199,7 +194,7 @@ def test_write_yaml_is_read_back_equal(document: dict[str, Any]) -> None:
     assert parse_yaml(write_yaml(document), "x") == document
 
 
-def test_dump_recipe_writes_every_default_out() -> None:
+def test_dump_recipe_writes_every_default() -> None:
     text = dump_recipe(load_recipe("quickstart"))
     for line in ("  max_grad_norm: 1.0", "  eps: 1e-08", "  keep: 3", "  dtype: float32", "  token_dtype: auto"):
         assert line in text.splitlines()

@@ -1,4 +1,4 @@
-"""The recipe's models: what they refuse by themselves, and what they derive."""
+"""The recipe's models: their checks and derived values."""
 
 import re
 from typing import Any
@@ -24,6 +24,7 @@ GPT2: dict[str, Any] = {
     "max_position_embeddings": 16,
     "tie_word_embeddings": True,
 }
+COMMON = set(GPT2) - {"model_type", "tie_word_embeddings"}
 LLAMA: dict[str, Any] = {**GPT2, "model_type": "llama", "tie_word_embeddings": False, "intermediate_size": 16}
 
 
@@ -39,7 +40,7 @@ LLAMA: dict[str, Any] = {**GPT2, "model_type": "llama", "tie_word_embeddings": F
         ),
     ],
 )
-def test_shape_refuses_what_no_model_can_be(changes: dict[str, Any], message: str) -> None:
+def test_shape_refuses_impossible_sizes(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Shape(**{**GPT2, **changes})
 
@@ -58,28 +59,23 @@ def training(duration: str, batch: int = 8) -> Training:
         ("2B tokens", 2_000_000_000, "tokens"),
     ],
 )
-def test_duration_is_an_amount_and_a_unit_and_is_written_as_it_was(text: str, amount: int, unit: str) -> None:
+def test_duration_is_an_amount_and_a_unit_and_keeps_its_spelling(text: str, amount: int, unit: str) -> None:
     found = training(text)
     assert found.duration == Duration(amount, unit, text)
     assert found.model_dump(mode="json")["duration"] == str(found.duration) == text
     assert Training.model_validate(found.model_dump()) == found
 
 
-@pytest.mark.parametrize("duration", ["0 steps", "0M tokens", "00 epochs", "0_0 steps"])
-def test_duration_of_nothing_is_refused(duration: str) -> None:
-    with pytest.raises(ValidationError, match="the duration must be at least 1"):
-        training(duration)
-
-
 @pytest.mark.parametrize(
-    "duration", ["8", "8 weeks", "-1 steps", "1.5 epochs", "8  epochs", "8 epochs ", "8 epochs\n", "M tokens"]
+    "duration",
+    ["8", "8 weeks", "-1 steps", "1.5 epochs", "8  epochs", "8 epochs ", "8 epochs\n", "M tokens", "0_0 steps"],
 )
-def test_duration_of_another_form_is_refused(duration: str) -> None:
-    with pytest.raises(ValidationError, match="Value error"):
+def test_duration_of_nothing_or_another_form_is_refused(duration: str) -> None:
+    with pytest.raises(ValidationError, match="must be at least 1" if duration.startswith("0") else "Value error"):
         training(duration)
 
 
-def test_batch_is_whole_windows_and_the_nearest_are_named() -> None:
+def test_batch_is_a_multiple_of_windows_and_the_nearest_are_suggested() -> None:
     assert training("1 steps", batch=12).batch_windows == 3
     with pytest.raises(ValidationError, match="10 is not a multiple of seq_len 4; the nearest are 8, 12"):
         training("1 steps", batch=10)
@@ -98,12 +94,12 @@ def test_batch_is_whole_windows_and_the_nearest_are_named() -> None:
         ("quickstart", [f"reference.shape={GPT2}"], "shape is owned by recipe:quickstart-reference: remove it here"),
     ],
 )
-def test_recipe_refuses_parts_that_contradict(name: str, overrides: list[str], message: str) -> None:
+def test_recipe_refuses_contradictions(name: str, overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe(name, [override.replace("True", "true") for override in overrides])
 
 
-def test_selection_and_reference_are_read_out_of_their_texts() -> None:
+def test_reference_and_inheritance_are_derived_from_their_texts() -> None:
     recipe = load_recipe("quickstart")
     assert (recipe.target.select, recipe.target.inherits_nothing) == ("first:4", False)
     assert recipe.reference is not None
@@ -114,7 +110,7 @@ def test_selection_and_reference_are_read_out_of_their_texts() -> None:
     assert load_recipe("quickstart-scratch").target.inherits_nothing
 
 
-def test_fingerprint_follows_what_decides_the_numbers_only() -> None:
+def test_fingerprint_depends_only_on_keys_that_determine_the_numbers() -> None:
     base = load_recipe("quickstart").fingerprint
     assert re.fullmatch("[0-9a-f]{64}", base)
     for same in ("name=x", "description=y", "logging.interval_steps=3", "checkpoint.keep=1", "seed=1337"):
@@ -132,15 +128,7 @@ def test_recipe_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("shape", [Shape(**GPT2), Shape(**{**GPT2, "intermediate_size": 20}), Shape(**LLAMA)])
 def test_shape_from_config_reads_what_transformers_writes(shape: Shape) -> None:
-    own: dict[str, Any] = {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+    own = shape.model_dump(include=COMMON) | {"bos_token_id": 0, "eos_token_id": 0}
     if shape.model_type == "gpt2":
         own["n_inner"] = shape.intermediate_size
     else:
@@ -178,7 +166,7 @@ def test_shape_from_config_knows_two_families() -> None:
         ("runs/a/export", True),
     ],
 )
-def test_is_local_path_goes_by_the_way_a_name_is_written(name: str, *, local: bool) -> None:
+def test_is_local_path_depends_on_the_spelling(name: str, *, local: bool) -> None:
     assert is_local_path(name) is local
 
 
@@ -206,7 +194,7 @@ def test_a_revision_is_for_the_hub(model: str) -> None:
     assert Reference(model="openai-community/gpt2", revision="v1").revision == "v1"
 
 
-def test_a_list_of_one_block_may_look_like_a_number() -> None:
+def test_select_accepts_a_list_of_one_block_as_a_number() -> None:
     recipe = load_recipe("quickstart", ["target.select=3"])
     assert recipe.target.select == "3"
     for select in (True, 1.5, -3):
@@ -215,7 +203,7 @@ def test_a_list_of_one_block_may_look_like_a_number() -> None:
 
 
 @pytest.mark.parametrize("select", ["first:2", "0-3", None])
-def test_scores_need_a_selection_that_goes_by_them(select: str | None) -> None:
+def test_scores_need_a_selection_by_scores(select: str | None) -> None:
     with pytest.raises(ValidationError, match="block_scores is for select: by:NAME:n: remove it"):
         Target(select=select, block_scores="scores.json")
     assert Target(select="by:rank:2", block_scores="scores.json").block_scores
