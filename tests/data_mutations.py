@@ -1,9 +1,10 @@
-"""Mistakes that `test_mutations.py` plants in the token stream and the schedule, and the tests that must catch each."""
+"""Mistakes that `test_mutations.py` plants in the token stream and the schedule, and the tests that catch them."""
 
 from tests.mutations import Mutation
 
 SHARDS, ORDER, MIXTURE = "data/stream/windows.py", "data/stream/order.py", "data/stream/mixture.py"
 STREAM, HELD_OUT, SCHEDULE = "data/stream/batches.py", "data/stream/validation_windows.py", "training/schedule.py"
+DURATION = "plan/duration.py"
 TESTS = {
     SHARDS: ["tests/data/stream/test_windows.py"],
     ORDER: ["tests/data/stream/test_order.py"],
@@ -11,17 +12,18 @@ TESTS = {
     STREAM: ["tests/data/stream/test_batches.py"],
     HELD_OUT: ["tests/data/stream/test_validation_windows.py"],
     SCHEDULE: ["tests/training/test_schedule.py"],
+    DURATION: ["tests/data/stream/test_windows.py"],
 }
 
 MUTATIONS = [
     Mutation(
         "the last window would have no next token",
-        SHARDS,
+        DURATION,
         "return max(0, num_tokens - 1) // seq_len",
         "return num_tokens // seq_len",
     ),
     Mutation(
-        "targets at the seams of windows would be left out",
+        "targets at the seams of windows would be skipped",
         SHARDS,
         "self.shards.read(ids * self.seq_len, ",
         "self.shards.read(np.minimum(ids * (self.seq_len + 1), len(self.shards) - self.seq_len - 1), ",
@@ -56,12 +58,12 @@ MUTATIONS = [
     Mutation(
         "weights would change before their mark",
         MIXTURE,
-        "max(0, -(-(part.mark - self._starts[-1]) // length))\n",
-        "max(0, (part.mark - self._starts[-1]) // length)\n",
+        "max(0, -(-(part.mark - self.starts[-1]) // length))\n",
+        "max(0, (part.mark - self.starts[-1]) // length)\n",
         "changed_weights",
     ),
     Mutation(
-        "a source would begin anew when the weights change",
+        "a source would restart when the weights change",
         MIXTURE,
         "base + rounds * turn for base, turn",
         "rounds * turn for base, turn",
@@ -81,7 +83,7 @@ MUTATIONS = [
         "positions_MRB.reshape(world_size, -1, micro_batch_size)[rank].ravel()",
     ),
     Mutation(
-        "neighbouring steps would share windows",
+        "neighboring steps would share windows",
         STREAM,
         "first = step * self.batch_windows",
         "first = step * (self.batch_windows - 1)",
@@ -94,7 +96,7 @@ MUTATIONS = [
         "nanogpt",
     ),
     Mutation(
-        "sources of weight 0 would be validated on first",
+        "sources of weight 0 would be the first validation windows",
         HELD_OUT,
         "np.array([(1 + max(sizes)) * len(table)])",
         "np.array([-max(sizes) * len(table)])",
@@ -119,7 +121,7 @@ MUTATIONS = [
         "math.cos(0.5 * math.pi * progress)",
     ),
     Mutation(
-        "the decay of wsd would be a share of the steps after the warm-up",
+        "the decay of wsd would be a share of the steps after the warmup",
         SCHEDULE,
         "round(schedule.decay_ratio * total_steps)",
         "round(schedule.decay_ratio * (total_steps - start))",

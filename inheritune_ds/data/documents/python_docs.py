@@ -43,9 +43,8 @@ def documents(start: Cursor = Cursor()) -> Iterator[Document]:  # noqa: B008 - a
     Raises:
         CorpusError: This Python comes without its documentation.
     """
-    texts = running().documents
-    for number in range(start.record, len(texts)):
-        yield Document(texts[number], "", Cursor(0, number + 1))
+    for number, text in enumerate(running().documents[start.record :], start.record + 1):
+        yield Document(text, "", Cursor(0, number))
 
 
 @functools.cache

@@ -83,7 +83,14 @@ class BatchStream:
             raise ValueError(f"batch_windows must be at least 1, not {batch_windows}")
         self.batch_windows = batch_windows
         self._tokens = SourceTokens(sources)
-        self._refuse_short()
+        for name, size, count in zip(self._tokens.names, self._tokens.sizes, self._tokens.counts, strict=True):
+            if not size:
+                raise CorpusError(
+                    f"the training part of source {name!r} has {count} tokens, fewer than one window of "
+                    f"training.seq_len = {self._tokens.seq_len}",
+                    action="add documents to the source, raise its max_tokens, remove it from corpus.sources or "
+                    "lower training.seq_len",
+                )
         self._random = sampling == "random"
         self._mixture = _mixture(self._tokens, sampling, weights)
         self._order = _order(self._tokens, sampling, seed)
@@ -154,16 +161,6 @@ class BatchStream:
     def _draw(self, positions: NDArray[np.int64]) -> Draw:
         sources, turns = self._mixture.at(positions)
         return Draw(sources, *self._order.at(sources, turns))
-
-    def _refuse_short(self) -> None:
-        for name, size, count in zip(self._tokens.names, self._tokens.sizes, self._tokens.counts, strict=True):
-            if not size:
-                raise CorpusError(
-                    f"the training part of source {name!r} has {count} tokens, fewer than one window of "
-                    f"training.seq_len = {self._tokens.seq_len}",
-                    action="add documents to the source, raise its max_tokens, remove it from corpus.sources or "
-                    "lower training.seq_len",
-                )
 
 
 def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStream:

@@ -70,31 +70,27 @@ class Weighted:
 
     def __init__(self, weights: Sequence[Weights]) -> None:
         self._shares = [part.shares for part in weights]
-        self._starts = [0]
+        self.starts = [0]
+        """Positions from which each of the weights holds."""
         for before, part in pairwise(weights):
             length = sum(before.shares)
-            rounds = max(0, -(-(part.mark - self._starts[-1]) // length))
-            self._starts.append(self._starts[-1] + rounds * length)
+            rounds = max(0, -(-(part.mark - self.starts[-1]) // length))
+            self.starts.append(self.starts[-1] + rounds * length)
         self._bases = [[0] * len(weights[0].shares)]
-        for (start, end), turns in zip(pairwise(self._starts), self._shares, strict=False):
+        for (start, end), turns in zip(pairwise(self.starts), self._shares, strict=False):
             rounds = (end - start) // sum(turns)
             self._bases.append([base + rounds * turn for base, turn in zip(self._bases[-1], turns, strict=True)])
 
-    @property
-    def starts(self) -> list[int]:
-        """Positions from which each of the weights holds."""
-        return list(self._starts)
-
     def at(self, positions: NDArray[np.int64]) -> Turns:
         """See `Mixture.at`."""
-        parts = np.searchsorted(self._starts, positions, side="right") - 1
+        parts = np.searchsorted(self.starts, positions, side="right") - 1
         sources, turns = np.empty_like(positions), np.empty_like(positions)
         for part in np.unique(parts).tolist():
             chosen = np.flatnonzero(parts == part)
             shares_S = np.array(self._shares[part])  # noqa: N806 - shape suffix
             bases_S = np.array(self._bases[part])  # noqa: N806
             table, before = round_table(self._shares[part])
-            rounds, slots = np.divmod(positions[chosen] - self._starts[part], len(table))
+            rounds, slots = np.divmod(positions[chosen] - self.starts[part], len(table))
             found = table[slots].astype(np.int64)
             sources[chosen] = found
             turns[chosen] = bases_S[found] + rounds * shares_S[found] + before[slots]
@@ -102,10 +98,10 @@ class Weighted:
 
     def turns_before(self, position: int) -> list[int]:
         """See `Mixture.turns_before`."""
-        part = bisect.bisect_right(self._starts, position) - 1
+        part = bisect.bisect_right(self.starts, position) - 1
         turns = self._shares[part]
         table, _ = round_table(turns)
-        rounds, slots = divmod(position - self._starts[part], len(table))
+        rounds, slots = divmod(position - self.starts[part], len(table))
         inside = np.bincount(table[:slots], minlength=len(turns)).tolist()
         return [base + rounds * turn + more for base, turn, more in zip(self._bases[part], turns, inside, strict=True)]
 

@@ -93,8 +93,7 @@ class SequentialOrder:
 
     def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
         """See `Order.at`."""
-        epochs, places = np.divmod(turns, self._sizes[sources])
-        return epochs, places
+        return np.divmod(turns, self._sizes[sources])
 
 
 class RandomOrder:

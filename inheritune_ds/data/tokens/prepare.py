@@ -83,7 +83,7 @@ def prepare(  # noqa: PLR0913 - one argument for each setting
         StorageError: The cache cannot be written.
     """
     plan = _Plan.of(corpus, tokenizer, revision, shard_tokens)
-    folder = plan.folder(cache_dir)
+    folder = cache_dir / "tokens" / plan.fingerprint
     found, damage = _finished(plan, folder, damage_of)
     partial = folder.with_name(f".{folder.name}.partial")
     if found is not None:
@@ -167,9 +167,6 @@ class _Plan:
         decisive["tokenizer"] = {key: value for key, value in decisive["tokenizer"].items() if key != "name"}
         canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
-
-    def folder(self, cache_dir: Path) -> Path:
-        return cache_dir / "tokens" / self.fingerprint
 
     def check_files(self) -> None:
         """Raise if a corpus file is gone, changed or new."""

@@ -24,7 +24,7 @@ In addition, the text around each cut is encoded together and separately to chec
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 CONTEXT_CHARACTERS = 64
 """Length of the text on either side of a cut that is checked."""
@@ -47,16 +47,6 @@ _O200K = (
 )
 _SPLIT_EXPRESSIONS = {_GPT2, _LLAMA_3, _QWEN_2, _O200K}
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-
-
-class Rule(Protocol):
-    """Where the pre-tokenizer and the model allow a cut."""
-
-    def candidates(self, text: str, start: int, end: int) -> Iterator[int]:
-        """Yield positions between `start` and `end` where the raw text allows a cut."""
-
-    def allows(self, left: str, right: str) -> bool:
-        """Whether two normalized texts can be encoded separately."""
 
 
 class WordEnds:
@@ -93,6 +83,9 @@ class UnmergedPairs:
         if len(pair) < 2 or pair in self._joined:
             return False
         return self._known is None or pair[0] in self._known or pair[1] in self._known
+
+
+Rule = WordEnds | UnmergedPairs
 
 
 def rule_of(spec: Mapping[str, Any]) -> Rule | None:

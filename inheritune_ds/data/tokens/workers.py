@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Self
+from typing import Self, cast
 
 from inheritune_ds.data.tokens.encoder import Ids, TextEncoder
 from inheritune_ds.errors import MachineError
@@ -77,7 +77,7 @@ class EncoderPool:
         process = self._own.process or self._start()
         try:
             self._own.pipe.send(pieces)
-            found: list[Ids] = self._own.pipe.recv()
+            return cast("list[Ids]", self._own.pipe.recv())
         except (EOFError, OSError):
             process.join(timeout=1.0)
             raise MachineError(
@@ -85,7 +85,6 @@ class EncoderPool:
                 action="look for an out-of-memory kill (dmesg), and rerun the same command with fewer --workers: "
                 "finished shards are kept",
             ) from None
-        return found
 
     def _start(self) -> SpawnProcess:
         context = multiprocessing.get_context("spawn")
