@@ -1,12 +1,11 @@
-"""What the type of the gradient accumulator costs: the gradient of a step against fp64, by accumulation and ZeRO stage.
+"""The error of a step's gradient compared with fp64, by type of the accumulator, accumulation and ZeRO stage.
 
-`python -m benchmarks.accumulation` writes docs/results/accumulation.json. A small LLaMA in bf16 takes one step of 1, 4,
-16 or 64 micro-batches through this program's engine, with `data_types.grad_accum_dtype` fp32 or bf16. The gradient is
-the one the optimizer was given: its first moment after the first step, over 1 - beta1, without clipping. The reference
-is the mean gradient of the same micro-batches in fp64, at the same bf16-rounded weights. An error is the norm of the
-difference over the norm of the reference; every seed has its own weights and tokens. One micro-batch has the rounding
-of a bf16 pass alone; an accumulator in bf16 adds its own, and so does a sum that is rounded to bf16 to be communicated,
-which DeepSpeed does with one rank, too.
+`python -m benchmarks.accumulation` writes docs/results/accumulation.json. A small LLaMA in bf16 trains one step of 1,
+4, 16 or 64 micro-batches with this program's engine and `data_types.grad_accum_dtype` fp32 or bf16. The gradient is the
+optimizer's: its first moment after the first step, over 1 - beta1, without clipping. The reference is the mean gradient
+of the same micro-batches in fp64, at the same bf16-rounded weights. An error is the norm of the difference over the
+norm of the reference; every seed has its own weights and tokens. One micro-batch has only the rounding of a bf16 pass;
+a bf16 accumulator adds rounding, and so does a sum in bf16 for communication, which DeepSpeed also uses on one rank.
 """
 
 import argparse
@@ -40,13 +39,13 @@ SHAPE |= {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, 
 SEQ_LEN, MICRO_BATCH_SIZE = 128, 2
 BETA_1 = 0.5  # dividing by 1 - beta1 adds no rounding
 SUMS = (("fp32", "bf16"), ("bf16", "bf16"))
-"""Types that the micro-batches are added up in, and that the sum crosses between the ranks in (DeepSpeed's default)."""
+"""Types of the accumulator and of its communication (DeepSpeed's default)."""
 Gradients = dict[str, "torch.Tensor"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to add up a step's gradient."""
+    """One way to accumulate a step's gradient."""
 
     stage: int
     dtype: str
@@ -55,7 +54,7 @@ class Case:
 
 
 def recipe_of(accumulation: int) -> Recipe:
-    """A step of so many micro-batches, unclipped."""
+    """A step of `accumulation` micro-batches without clipping."""
     return Recipe.model_validate(
         {
             "name": "accumulation",
@@ -76,7 +75,7 @@ def recipe_of(accumulation: int) -> Recipe:
 
 
 def build_model(seed: int) -> "PreTrainedModel":
-    """The target with weights of its own seed."""
+    """The target with the weights of a seed."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -90,7 +89,7 @@ def build_model(seed: int) -> "PreTrainedModel":
 
 
 def tokens_of(seed: int, count: int) -> "torch.Tensor":
-    """Micro-batches (count, B, T + 1); later ones do not depend on how many there are."""
+    """Micro-batches (count, B, T + 1); a larger count only appends some."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +114,7 @@ def exact(seed: int, accumulations: Sequence[int], device: str) -> dict[int, Gra
 
 
 def accumulated(case: Case, seed: int, world: World, device: str) -> Gradients:
-    """The gradient that the optimizer is given, in fp32."""
+    """The gradient for the optimizer, in fp32."""
     import torch
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -157,7 +156,7 @@ def accumulated(case: Case, seed: int, world: World, device: str) -> Gradients:
 
 
 def _link_moments(engine: "Engine") -> None:
-    """DeepSpeed 0.19 links parameters to their moments after the first group's step, when others have none yet."""
+    """Link parameters to their moments: DeepSpeed 0.19 does it after the first group's step, when others have none."""
     optimizer = engine._engine.optimizer  # noqa: SLF001 - there is no public way
     if getattr(optimizer, "_hp_optimizer_states_linked", False):
         optimizer._hp_optimizer_states_linked = False  # noqa: SLF001
@@ -180,7 +179,7 @@ def mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, world: World) -> list[dict[str, Any]]:
-    """A row for every stage, type and accumulation."""
+    """A row per stage, type and accumulation."""
     ways = [(stage, *types) for stage, types in itertools.product(args.stages, SUMS)]
     ways += [(1, "fp32", "fp32")] if 1 in args.stages else []
     cases = [Case(stage, dtype, sent, count) for stage, dtype, sent in ways for count in args.accumulations]
@@ -193,7 +192,7 @@ def measure(args: argparse.Namespace, world: World) -> list[dict[str, Any]]:
 
 
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The figures as a Markdown table: a row a stage and type, a column an accumulation, in per cent."""
+    """The figures as a Markdown table: a row per stage and type, a column per accumulation, in percent."""
     counts = sorted({row["accumulation"] for row in rows})
     lines = [
         "| ZeRO | grad_accum_dtype | communicated in | " + " | ".join(f"{count} micro-batches" for count in counts)

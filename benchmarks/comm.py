@@ -1,10 +1,10 @@
-"""Calls and bytes per optimizer step: counted below deepspeed.comm on gloo, against the planner.
+"""Compare calls and bytes per optimizer step, counted below deepspeed.comm on gloo, with the planner's.
 
 `python -m benchmarks.comm` starts two ranks, which train steps of 16 windows each for accumulation 1, 4, 16 and ZeRO
-1, 2, 3 in one process group, and writes docs/results/comm.json. What the engine hands to torch's collectives is
-counted in the dispatcher (whatever calls them); the loopback's own counters tell what gloo really sent, all processes
-of the machine together. The bar: ZeRO-1 the same for every accumulation, and payloads within 2 % of the planner's.
-It ends with 1 if that is missed.
+1, 2, 3 in one process group, and writes docs/results/comm.json. Payloads of torch's collectives are counted in the
+dispatcher, for any caller; the loopback's counters have gloo's actual bytes, of all processes of the machine. The bar:
+ZeRO-1 is the same for every accumulation, and payloads are within 2 % of the planner's. The exit code is 1 if it is
+missed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RANKS = 2
 WINDOWS = 16
 ACCUMULATIONS = (1, 4, 16)
 STAGES = (1, 2, 3)
-WARM_UP_STEPS, STEPS = 2, 2  # ZeRO-3 knows the order of its parameters after the first
+WARM_UP_STEPS, STEPS = 2, 2  # the first records the order of ZeRO-3's parameters
 TOLERANCE = 0.02
 _NAMES = {
     "c10d::allreduce_": "all_reduce",
@@ -35,7 +35,7 @@ _NAMES = {
 
 
 def cases(precision: Precision, blocks: int) -> list[Case]:
-    """The engines to be counted: the same windows a step, cut differently."""
+    """The engines: the same windows per step in different micro-batches."""
     size: dict[str, Any] = {"precision": precision, "hidden_size": 64, "blocks": blocks, "seq_len": 32}
     return [
         Case(stage, micro_batch_size=WINDOWS // cut, accumulation=cut, **size)
@@ -45,7 +45,7 @@ def cases(precision: Precision, blocks: int) -> list[Case]:
 
 
 def count(case: Case, world: Any) -> dict[str, Any]:
-    """Train some steps; calls and payload bytes of each collective in one step of one rank."""
+    """Train some steps; return calls and payload bytes of each collective per step and rank."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -56,7 +56,7 @@ def count(case: Case, world: Any) -> dict[str, Any]:
             if name.startswith("c10d::"):
                 kind = found[_NAMES.get(name, name)]
                 kind[0] += 1
-                kind[1] += max(map(_nbytes, args[:2]))  # output and input: the whole tensor is the larger one
+                kind[1] += max(map(_nbytes, args[:2]))  # the larger of output and input is the whole tensor
             return func(*args, **(kwargs or {}))
 
     engine, layout = build_engine(case, world)
@@ -109,7 +109,7 @@ def calls(kinds: dict[str, list[float]]) -> float:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """What misses the bar, in words; empty when nothing does."""
+    """The violations of the bar."""
     bad = [
         f"{row['case']}: {what} counted {of(row['counted']):.0f}, planned {of(row['planned']):.0f}"
         for row in rows
@@ -121,7 +121,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a case."""
+    """Print one line per case."""
     print(f"{'case':<34}{'calls':>8}{'planned':>9}{'KiB payload':>13}{'planned':>9}{'KiB on lo':>11}{'planned':>9}")
     for row in rows:
         sizes = (payload(row["counted"]), payload(row["planned"]), row["loopback_bytes"], row["planned_gloo_bytes"])
@@ -133,7 +133,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def work(out: Path, wanted: list[Case]) -> None:
-    """A rank's part."""
+    """Run one rank; rank 0 writes the rows."""
     world = join_ranks()
     rows = []
     for case in wanted:

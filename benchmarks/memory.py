@@ -1,9 +1,9 @@
-"""The planner's memory against the peak of real steps on the CPU: live tensor bytes of the engine.
+"""Compare the planner's memory with the peak of real steps on the CPU: live tensor bytes of the engine.
 
-`python -m benchmarks.memory` builds engines for every ZeRO stage, precision, accumulation type and kind of kernel on
-one rank and on two, trains a step of each under a count of live tensors, and writes docs/results/memory.json. Where a
-step is one micro-step, torch's own MemTracker counts it, too (it can follow no more). The bar: within 15 %. It ends
-with 1 if that is missed. What a CPU cannot show is the margin: the context of the device, and fragmentation.
+`python -m benchmarks.memory` builds engines for every ZeRO stage, precision, accumulation type and kernel on one and
+two ranks, counts live tensors during a step of each, and writes docs/results/memory.json. A step of one micro-step is
+also counted by torch's MemTracker, which supports no more. The bar is 15 %; the exit code is 1 if it is missed. A CPU
+cannot show the margin: the context of the device, and fragmentation.
 """
 
 import argparse
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 RANKS = (1, 2)
 TOLERANCE = 0.15
-WARM_UP_STEPS = 2  # the optimizer makes its moments in the first; ZeRO-3 knows the order of its parameters after it
+WARM_UP_STEPS = 2  # the first allocates the optimizer's moments and records the order of ZeRO-3's parameters
 
 
 def cases(ranks: int, *, rehearse: bool) -> list[Case]:
-    """The engines to be measured on one rank or two: small and large micro-batches of everything."""
+    """The engines on one rank or two: all with a small and a large micro-batch."""
     small: dict[str, Any] = {"micro_batch_size": 1}
     large: dict[str, Any] = {"micro_batch_size": 12, "accumulation": 2}
     if rehearse:
@@ -60,10 +60,10 @@ def cases(ranks: int, *, rehearse: bool) -> list[Case]:
 
 
 def measure(case: Case, world: "World") -> dict[str, Any]:
-    """Train some steps; bytes at the peak of the last, counted and predicted."""
+    """Train some steps; return the peak bytes of the last, counted and predicted."""
     from benchmarks.live_bytes import LiveBytes, live_tensors, storages
 
-    foreign = storages(live_tensors())  # of engines before this one, which DeepSpeed does not let go of at once
+    foreign = storages(live_tensors())  # of earlier engines, which DeepSpeed does not free at once
     engine, layout = build_engine(case, world)
     batches = micro_batches(case, world.rank)
     for _ in range(WARM_UP_STEPS):
@@ -93,7 +93,7 @@ def measure(case: Case, world: "World") -> dict[str, Any]:
 
 
 def _tracked(engine: "Engine", batches: "list[torch.Tensor]", own: "Iterable[torch.Tensor]") -> int:
-    """The peak of one more step as torch's tracker sees it."""
+    """The peak of one more step by torch's tracker."""
     import torch
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -114,11 +114,11 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-HEAD = f"{'bytes a parameter':<48}{'counted':>9}{'MemTracker':>12}{'planned':>9}{'ratio':>8}  worst moment"
+HEAD = f"{'bytes per parameter':<48}{'counted':>9}{'MemTracker':>12}{'planned':>9}{'ratio':>8}  worst moment"
 
 
 def work(out: Path, ranks: int, *, rehearse: bool) -> None:
-    """A rank's part."""
+    """Run one rank; rank 0 writes the rows."""
     world = join_ranks()
     rows = []
     for case in cases(ranks, rehearse=rehearse):

@@ -1,14 +1,13 @@
-"""The planner's step time against measured steps on the CPU, for 1, 2 and 4 ranks.
+"""Compare the planner's step time with measured steps on the CPU, for 1, 2 and 4 ranks.
 
-`python -m benchmarks.predict` first calibrates, without DeepSpeed and without this program's engine: the rate of the
-plain model's forward and backward passes (of a whole step, until the slowest rank is done) on one rank alone and on as
-many ranks as there are cores at once, seconds of fused AdamW for a parameter, and gloo's latency and bandwidth from
-all-reduces of two sizes. From these figures, FLOPs and the planner's transfers it predicts a step of the same batch
-shared by 1, 2 and 4 ranks, then measures it, and writes docs/results/predict.json. Every rank has one thread. Ranks
-beyond the cores share them: then each rank has the rate of a full machine times cores / ranks, and so have the update
-and gloo, whose work the cores do, too. Every figure is the fastest of its repeats, the one that other work on the
-machine disturbs least; the load before and after stands in the file. The bar: within 15 %. It ends with 1 if that is
-missed.
+`python -m benchmarks.predict` first calibrates without DeepSpeed and without this program's engine: the rate of the
+plain model's forward and backward passes (of a whole step, until the slowest rank is done) on one rank alone and on one
+rank per core at once, seconds of fused AdamW per parameter, and gloo's latency and bandwidth from all-reduces of two
+sizes. From these, FLOPs and the planner's transfers it predicts a step of the same batch on 1, 2 and 4 ranks, measures
+it, and writes docs/results/predict.json. Every rank has one thread. Ranks beyond the cores share them: the rates of
+passes, update and gloo are then those of a full machine times cores / ranks. Every figure is the fastest of its
+repeats, the one with the least disturbance; the file includes the load before and after. The bar is 15 %; the exit code
+is 1 if it is missed.
 """
 
 import argparse
@@ -39,14 +38,7 @@ SMALL_BYTES, LARGE_BYTES = 4 * 2**10, 8 * 2**20
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured.
-
-    Attributes:
-        windows: Of a step, over all ranks.
-        repeats: Measured steps, and measured passes of a calibration.
-        hidden_size: Of the model.
-        blocks: Of the model.
-    """
+    """The model, `windows` per step over all ranks, and `repeats` of every measurement."""
 
     windows: int
     repeats: int
@@ -69,7 +61,7 @@ FULL, REHEARSAL = Size(32, 10, 256, 4), Size(8, 3, 64, 2)
 
 
 def fastest_s(action: Callable[[], object], repeats: int) -> float:
-    """Least seconds of an action, after one that is not counted."""
+    """Least seconds of an action, after an uncounted one."""
     action()
     found = []
     for _ in range(repeats):
@@ -80,7 +72,7 @@ def fastest_s(action: Callable[[], object], repeats: int) -> float:
 
 
 def calibrate(size: Size, world: "World") -> dict[str, float]:
-    """Rates of this rank while all others do the same."""
+    """Rates of this rank, measured on all ranks at once."""
     import torch
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
@@ -97,7 +89,7 @@ def calibrate(size: Size, world: "World") -> dict[str, float]:
         for _ in range(case.accumulation):
             scaled, _ = model(input_ids=tokens[:, :-1], targets=tokens[:, 1:], use_cache=False)
             scaled.backward()
-        dist.barrier()  # a step, too, waits for the slowest rank
+        dist.barrier()  # a step also waits for the slowest rank
 
     dist.barrier()
     passes_s = fastest_s(passes, size.repeats)
@@ -142,17 +134,9 @@ def link_of(calibration: dict[str, float], ranks: int) -> Link:
 def predict(
     size: Size, ranks: int, layout: ZeroSettings, alone: dict[str, float], full: dict[str, float]
 ) -> dict[str, float]:
-    """Seconds of a step by part.
-
-    Args:
-        size: The job.
-        ranks: How many share it.
-        layout: How its config lays the model out.
-        alone: Calibration of one rank.
-        full: Calibration of one rank a core, all at once.
-    """
+    """Seconds of a step by part, from the calibrations of one rank alone and of one rank per core at once (`full`)."""
     case, cores = size.case(ranks), os.cpu_count() or 1
-    taken = alone if ranks == 1 else full
+    rates = alone if ranks == 1 else full
     share = min(1.0, cores / ranks)  # of a core, for each rank
     tokens = case.micro_batch_size * case.accumulation * case.seq_len
     flops = tokens * flops_per_token(case.shape, case.blocks, case.seq_len)
@@ -161,14 +145,14 @@ def predict(
     if ranks > 1:
         link = link_of(full, min(ranks, cores))
         communication_s = link.seconds(sent, ranks) / share
-    optimizer_s = taken["update_s_a_parameter"] * parameters(case.shape).total / ranks / share
-    rate = taken["flops_per_s"] * share
+    optimizer_s = rates["update_s_a_parameter"] * parameters(case.shape).total / ranks / share
+    rate = rates["flops_per_s"] * share
     step_s = flops / rate + communication_s + optimizer_s
     return {"step_s": step_s, "passes_s": flops / rate, "communication_s": communication_s, "optimizer_s": optimizer_s}
 
 
 def work(out: Path, part: str, size: Size) -> None:
-    """A rank's part; the figures of rank 0 are taken."""
+    """Run one rank; rank 0 writes its figures."""
     from inheritune_ds.distributed.environment import keep_freed_memory
 
     keep_freed_memory()

@@ -13,8 +13,8 @@ from inheritune_ds.errors import RecipeError
 from inheritune_ds.storage.redaction import secret_problems
 
 DEFAULT_STAGE = 1
-INERT_SCHEDULE = {"last_batch_iteration": -1}
-"""Scheduler params of Hugging Face's examples that have no effect."""
+INERT_PARAM = ("last_batch_iteration", -1)
+"""A scheduler param of Hugging Face's examples that has no effect."""
 
 
 def read(path: Path | None) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _scheduler(given: Any, origin: str) -> list[RecipeError]:
     params = given.get("params", {}) if isinstance(given, dict) else None
     own = sorted({*given} - {"type", "params"}) if isinstance(given, dict) else []
     if isinstance(params, dict):
-        own += [key for key, value in sorted(params.items()) if value != AUTO and INERT_SCHEDULE.get(key) != value]
+        own += [key for key, value in sorted(params.items()) if value != AUTO and (key, value) != INERT_PARAM]
     if not own and isinstance(params, dict):
         return []
     return [

@@ -6,8 +6,7 @@ from inheritune_ds.errors import RecipeError
 
 BLOCK_PARTS = ("attention", "attention_norms", "mlp", "mlp_norms")
 """Inside every block. A norm belongs to the sub-module whose input or output it normalizes."""
-OUTER_PARTS = ("token_embeddings", "position_embeddings", "final_norm", "head")
-PARTS = (*BLOCK_PARTS, *OUTER_PARTS)
+PARTS = (*BLOCK_PARTS, "token_embeddings", "position_embeddings", "final_norm", "head")
 """Every tensor of a target belongs to exactly one part; a tied head is one tensor of token_embeddings and head."""
 GROUPS: dict[str, tuple[str, ...]] = {"norms": ("attention_norms", "mlp_norms")}
 """Names for several parts."""

@@ -65,7 +65,9 @@ def transfers(tensors: Tensors, layout: ZeroSettings, *, accumulation: int) -> t
     weights = Transfer("weights", "all_gather", len(tensors.groups), float(element_bytes(layout["precision"]) * total))
     gradients = float(communication_bytes(layout) * total)
     if uses_bf16_optimizer(layout):
-        calls = _whole_calls(tensors)
+        # It adds accumulators of parameter groups to a call until the call exceeds WHOLE_REDUCTION elements.
+        decayed, undecayed = tensors.groups
+        calls = 1 if sum(decayed) <= WHOLE_REDUCTION or not undecayed else 2
         # One more number: the norm.
         return Transfer("gradients", "all_reduce", calls, gradients), weights, _counts(1)
     # Norms of both groups, and in half precision the overflow check.
@@ -81,12 +83,6 @@ def transfers(tensors: Tensors, layout: ZeroSettings, *, accumulation: int) -> t
 def _counts(others: int) -> Transfer:
     """Small messages: token counts, losses, norms, overflows."""
     return Transfer("counts", "all_reduce", len(_OWN_BYTES) + others, sum(_OWN_BYTES) + 4.0 * others)
-
-
-def _whole_calls(tensors: Tensors) -> int:
-    """BF16_Optimizer adds accumulators of parameter groups to a call until it exceeds WHOLE_REDUCTION elements."""
-    decayed, undecayed = tensors.groups
-    return 1 if sum(decayed) <= WHOLE_REDUCTION or not undecayed else 2
 
 
 def _bucketed_calls(sizes: Iterable[int], layout: ZeroSettings) -> int:

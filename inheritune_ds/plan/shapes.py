@@ -33,15 +33,9 @@ def target_shape(recipe: Recipe) -> tuple[Shape, int] | None:
     """
     _check_token_type(recipe)
     shape = _target_shape(recipe, (recipe.name,))
-    if shape is None:
-        return None
-    _check_fit(recipe, shape)
-    return shape, shape.num_hidden_layers
-
-
-def reference_shape(recipe: Recipe) -> Shape | None:
-    """Shape of the reference; None without a reference, or if only the hub knows."""
-    return _reference_shape(recipe.reference, (recipe.name,)) if recipe.reference else None
+    if shape is not None:
+        _check_fit(recipe, shape)
+    return (shape, shape.num_hidden_layers) if shape else None
 
 
 def _target_shape(recipe: Recipe, chain: tuple[str, ...]) -> Shape | None:

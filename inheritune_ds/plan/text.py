@@ -24,7 +24,6 @@ from inheritune_ds.plan.tables import (
     wrap,
 )
 
-_LABEL = 20
 _DEFAULT_GPUS = ("a6000", "a100-80", "h100", "h200")
 
 
@@ -90,7 +89,7 @@ def _costs(budget: Budget, notes: Sequence[str], gpu_name: str | None, mfu: floa
     cards = _cards(gpu_name)
     return {
         "choices made": "\n".join(wrap("- ", note) for note in notes),
-        "budget": "\n".join(_row(*row) for row in _budget_rows(budget)),
+        "budget": "\n".join(wrap(f"{label:<20}", value) for label, value in _budget_rows(budget)),
         "memory of one GPU": "\n".join(memory_lines(budget, cards[0])),
         "hours": "\n".join(hours_lines(budget, cards, mfu)),
         "communication of a step": "\n".join(communication_lines(budget, cards[0])),
@@ -103,10 +102,6 @@ def _claim(budget: Budget) -> dict[str, str]:
 
 def _sections(texts: Mapping[str, str]) -> str:
     return "\n".join(f"--- {title}\n{text.rstrip()}\n" for title, text in texts.items() if text.strip())
-
-
-def _row(label: str, value: str) -> str:
-    return wrap(f"{label:<{_LABEL}}", value)
 
 
 def _budget_rows(budget: Budget) -> Iterator[tuple[str, str]]:

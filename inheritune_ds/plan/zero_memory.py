@@ -62,10 +62,6 @@ class Tensors:
         """Elements of the larger parameter group."""
         return max(map(sum, self.groups))
 
-    def above(self, size: int) -> int:
-        """Elements of all parameters that are larger than `size`."""
-        return sum(count for count in self.sizes if count > size)
-
 
 @dataclass(frozen=True)
 class States:
@@ -137,7 +133,7 @@ def _stage_1_and_2(tensors: Tensors, layout: ZeroSettings, accumulation: int) ->
         if partitioned:
             # The whole share exists from the first reduction on. Parameters larger than the bucket keep their gradient
             # until the pass ends if the rank owns them.
-            pending = element * max(tensors.above(bucket) / ranks, tensors.largest)
+            pending = element * max(sum(size for size in tensors.sizes if size > bucket) / ranks, tensors.largest)
             last = {"gradients": pending, **accumulator, **buffers}
             first = accumulator if accumulation > 1 else {}
             return States(resident, first, {**accumulator, **buffers}, last, accumulator, 0.0)

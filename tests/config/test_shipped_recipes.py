@@ -97,7 +97,8 @@ def test_full_size_recipe_validates_on_four_million_tokens(name: str) -> None:
     ],
 )
 def test_related_recipes_differ_only_in_these_keys(first: str, second: str, keys: set[str]) -> None:
-    changed = differences(*(load_recipe(name).model_dump(mode="json") for name in (first, second)))
+    old, new = (load_recipe(name).model_dump(mode="json") for name in (first, second))
+    changed = differences(old, new)
     assert {line.partition(":")[0] for line in changed} == {"description", "name"} | keys
 
 

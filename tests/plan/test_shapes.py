@@ -8,7 +8,7 @@ import pytest
 
 from inheritune_ds.config.loading import load_recipe, read_document
 from inheritune_ds.errors import CorpusError, InherituneError, RecipeError, SurgeryError
-from inheritune_ds.plan.shapes import reference_shape, target_shape
+from inheritune_ds.plan.shapes import target_shape
 
 LLAMA_CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -32,16 +32,12 @@ def folder_with(path: Path, config: object) -> str:
 def test_target_shape_from_scratch_is_the_recipes_own() -> None:
     recipe = load_recipe("quickstart-reference")
     assert target_shape(recipe) == (recipe.target.shape, 8)
-    assert reference_shape(recipe) is None
 
 
 def test_target_shape_of_a_hub_reference_is_cut_to_the_selected_blocks() -> None:
-    recipe = load_recipe("openllama-3b-13l")
-    found = target_shape(recipe)
+    found = target_shape(load_recipe("openllama-3b-13l"))
     assert found is not None
     assert found[1] == found[0].num_hidden_layers == 13
-    assert recipe.reference is not None
-    assert reference_shape(recipe) == recipe.reference.shape
 
 
 def test_target_shape_follows_recipes_to_their_targets(tmp_path: Path) -> None:
