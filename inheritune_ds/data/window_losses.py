@@ -8,15 +8,11 @@ import numpy.typing as npt
 
 
 def window_mean(values: npt.ArrayLike, targets: Sequence[int] = ()) -> tuple[float, float]:
-    """Mean over all counted targets, and its standard error, from the means of n >= 2 windows.
+    """Mean over all counted targets, and its standard error, from the means (n,) of n >= 2 windows.
 
     With r = sum(c x) / sum(c) for n windows of c targets, the squared standard error is that of a ratio of two sums,
     n / (n - 1) * sum((c (x - r))^2) / sum(c)^2 (Cochran, Sampling Techniques, 3rd edition, 6.4). If all windows have
-    equally many targets, this is the mean and s / sqrt(n).
-
-    Args:
-        values: (n,) means of the windows.
-        targets: (n,) counted targets; empty if all windows have equally many.
+    equally many targets (or `targets` is empty), this is the mean and s / sqrt(n).
     """
     means = np.asarray(values, dtype=np.float64)
     count = len(means)

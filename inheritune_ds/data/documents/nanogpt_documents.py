@@ -22,14 +22,7 @@ MAX_DOCUMENT_TOKENS = 2**26
 
 
 class TokenDocument(NamedTuple):
-    """A document of a token file.
-
-    Attributes:
-        ids: Its tokens, the end-of-text token last.
-        digest: sha256 of `ids`.
-        held_out: Whether it belongs to the validation part.
-        cursor: File number, and token number of the next document.
-    """
+    """A document of a token file, its end-of-text token last; `cursor` has the token number of the next document."""
 
     ids: npt.NDArray[np.uint16]
     digest: bytes

@@ -26,12 +26,7 @@ _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Documentation:
-    """The documents of the corpus in order.
-
-    Attributes:
-        documents: Topics in alphabetical order, then modules by path.
-        unparsed_files: Files of the standard library that are not valid Python.
-    """
+    """Topics in alphabetical order, then modules by path; `unparsed_files` of the library are not valid Python."""
 
     documents: tuple[str, ...]
     unparsed_files: int

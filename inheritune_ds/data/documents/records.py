@@ -11,26 +11,14 @@ Skipped = Literal["", "empty", "filtered", "bad"]
 
 
 class Cursor(NamedTuple):
-    """A position between two records of a source, at which reading can resume.
-
-    Attributes:
-        file: Number of the file in the source's order.
-        record: Records of that file before the position.
-    """
+    """A position between two records of a source: number of the file, and records of it before the position."""
 
     file: int = 0
     record: int = 0
 
 
 class Document(NamedTuple):
-    """A record that was read.
-
-    Attributes:
-        text: Its text; "" if it is skipped.
-        skipped: Why it is skipped; "" if it is not.
-        cursor: Position behind the record.
-        note: Problem of a bad record.
-    """
+    """A record that was read: its text, or why it is skipped; `cursor` is behind it, `note` is its problem, if any."""
 
     text: str
     skipped: Skipped
@@ -40,13 +28,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordRules:
-    """Which records of a source are used, and where their text is.
-
-    Attributes:
-        text_field: Field of the text, with dots for nested fields.
-        filters: Conditions on records.
-        skip_bad: Whether a record without usable text is skipped instead of refused.
-    """
+    """Which records of a source are used, and where their text is (dots lead to nested fields)."""
 
     text_field: str
     filters: Filters

@@ -134,12 +134,7 @@ def _rows_at_once(size: int, rows: int) -> int:
 
 
 class _Rows:
-    """Turns batches of a table into documents.
-
-    Attributes:
-        columns: Paths of the needed fields, with dots for nested ones.
-        tops: Columns that contain these fields.
-    """
+    """Turns batches of a table into documents; `columns` are paths of the needed fields, `tops` their columns."""
 
     def __init__(self, path: Path, rules: RecordRules, schema: Any, file: int) -> None:
         self._path = path
@@ -231,10 +226,8 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except pa.ArrowException as error:
-        raise _unreadable(path, kind, str(error).splitlines()[0]) from None
-    except OSError as error:
-        if error.errno is not None:
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
             raise
         raise _unreadable(path, kind, str(error).splitlines()[0]) from None
 

@@ -25,10 +25,8 @@ Sampling = Literal["shuffled", "random", "sequential"]
 class Draw(NamedTuple):
     """The windows of a step in their global sequence, each array (batch_windows,).
 
-    Attributes:
-        sources: Numbers of their sources.
-        epochs: Epochs of that source before.
-        places: Number of the window in its source; with `random` sampling, of its first token.
+    `epochs` counts earlier epochs of the source; `places` are numbers of windows in their source, with `random`
+    sampling of their first tokens.
     """
 
     sources: NDArray[np.int64]
@@ -37,13 +35,10 @@ class Draw(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """The part of a source that has been read.
+    """The part of a source that has been read; `epochs` is windows drawn / windows of the source.
 
-    Attributes:
-        windows: Windows drawn.
-        unique_windows: Different ones among them; None if they cannot be counted: with `random` sampling, and after the
-            first epoch of a source with skipped windows.
-        epochs: Windows drawn / windows of the source.
+    `unique_windows` is None if they cannot be counted: with `random` sampling, and after the first epoch of a source
+    with skipped windows.
     """
 
     windows: int
@@ -56,14 +51,8 @@ class BatchStream:
 
     Step s (from 0) uses the windows at positions [s * batch_windows, (s + 1) * batch_windows). Row j of micro-batch m
     on rank r is number m * (world_size * micro_batch_size) + r * micro_batch_size + j among them: world size and
-    accumulation change the rank that reads a window, never the windows of a step.
-
-    Args:
-        sources: Name -> windows of each; a window never spans two sources.
-        seed: Of the run, in [0, 2**64).
-        batch_windows: Windows of a step over all ranks and micro-batches.
-        sampling: Order of the windows of a source.
-        weights: The result of `weights_of`; None concatenates the sources.
+    accumulation change the rank that reads a window, never the windows of a step. A window never spans two sources;
+    `weights` is the result of `weights_of`, None concatenates the sources.
 
     Raises:
         CorpusError: A source has no window.

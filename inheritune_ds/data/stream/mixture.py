@@ -35,12 +35,7 @@ class Mixture(Protocol):
 
 
 class Weights(NamedTuple):
-    """Weights from a point of the run on.
-
-    Attributes:
-        mark: They hold from the first round that begins at or after this position.
-        shares: Turns of every source in a round; 0 for an unused one.
-    """
+    """Turns of every source in a round (0 if unused), from the first round that begins at or after position `mark`."""
 
     mark: int
     shares: tuple[int, ...]

@@ -99,14 +99,9 @@ class SequentialOrder:
 class RandomOrder:
     """Windows at random places, with replacement, as in nanoGPT's get_batch; a place is the number of a first token.
 
-    Turn t takes the 64-bit word t of the source's splitmix64 stream modulo `tokens - T`, the range of nanoGPT's places
+    Turn t takes the 64-bit word t of the source's splitmix64 stream modulo `places` = tokens - T, the range of nanoGPT
     (`torch.randint(len(data) - block_size, ...)`, train.py): the bias is below places / 2**64, so for ten billion
     places probabilities differ by less than one in a billion. An epoch has as many turns as the source has windows.
-
-    Args:
-        sizes: Windows of every source.
-        places: Tokens of every source minus T.
-        seeds: Seed of every source, in [0, 2**64).
 
     Raises:
         ValueError: A source has no window.

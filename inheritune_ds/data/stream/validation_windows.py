@@ -13,13 +13,9 @@ from inheritune_ds.data.stream.windows import SourceTokens, Windows
 class HeldOut:
     """The held-out windows of all sources, each once.
 
-    With weights, sources take turns as in training, each with its windows in the order of its text; when one has no
-    more, the others continue, and a source of weight 0 is last. Without weights they are spread evenly, so that any
-    first part has them in proportion to their held-out parts.
-
-    Args:
-        sources: Name -> windows of each.
-        shares: Turns of every source in a round; None without weights.
+    With weights (`shares`: turns per round), sources take turns as in training, each in the order of its text; when one
+    has no more windows, the others continue, and a source of weight 0 is last. Without weights they are spread evenly,
+    so that any first part has them in proportion to their held-out parts.
 
     Raises:
         ValueError: As for `SourceTokens`.

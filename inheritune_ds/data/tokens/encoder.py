@@ -40,19 +40,8 @@ class TextEncoder:
     """Encodes documents; another process can create it from the same arguments.
 
     The text of a special token inside a document is ordinary text, as in tiktoken's `encode_ordinary` and
-    SentencePiece: the end-of-text id is at the ends of documents only.
-
-    Args:
-        tokenizer_json: The result of `Tokenizer.to_str()`.
-        eos_id: The token that ends a document.
-        piece_characters: Documents up to this length are one piece.
-        max_piece_characters: Longest piece.
-
-    Attributes:
-        backend: The tokenizer without truncation and padding.
-        front: Ids that the tokenizer's template adds before a document ([1] for LLaMA).
-        back: Ids that it adds behind a document, without the end of text.
-        forced_cuts: Cuts so far that are not proven to keep the ids.
+    SentencePiece: the end-of-text id is at the ends of documents only. The tokenizer's template adds the ids `front`
+    before a document ([1] for LLaMA) and `back` behind it. `forced_cuts` counts the cuts not proven to keep the ids.
 
     Raises:
         CorpusError: The template adds tokens inside the text.

@@ -68,14 +68,9 @@ def prepare(  # noqa: PLR0913 - one argument for each setting
 ) -> TokenSet:
     """Return the tokens of a corpus; make them unless they exist.
 
-    Args:
-        corpus: The sources and their settings.
-        tokenizer: Hub id, local folder, or settings for training one.
-        cache_dir: The cache; tokens appear in `tokens/`, whole or not at all.
-        revision: Of a tokenizer on the hub.
-        workers: Processes that encode; None for the cores of this process.
-        damage_of: Describes the damage of existing token files with the right sizes; None if they are intact.
-        shard_tokens: Size at which a shard is closed.
+    `tokenizer` is a hub id (with `revision`), a local folder, or settings for training one. Tokens appear in
+    `cache_dir`/tokens, whole or not at all. `workers` processes encode; None uses the cores of this process.
+    `damage_of` describes the damage of existing token files with the right sizes; None if they are intact.
 
     Raises:
         CorpusError: A corpus file is missing or damaged, a part is empty, or the ids exceed `token_dtype`.

@@ -23,16 +23,9 @@ _SHOWN = 24
 
 @dataclass
 class Fidelity:
-    """Counts of sample documents, each up to `SAMPLE_CHARACTERS`.
+    """Counts of sample documents by their text after encoding and decoding.
 
-    Attributes:
-        documents: Documents checked.
-        exact: Decoded to the same text.
-        normalized: Decoded to the text after the tokenizer's own normalizer (other spaces, composed accents).
-        lossy: Decoded to another text.
-        unknown_tokens: Occurrences of the unknown token.
-        first_difference: Where the first lossy document differs; "" if there is none.
-        compared_with_sentencepiece: Documents with the same ids in SentencePiece.
+    `normalized` ones differ only by the tokenizer's own normalizer (other spaces, composed accents).
     """
 
     documents: int = 0

@@ -35,12 +35,7 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """A finished folder of token files.
-
-    Attributes:
-        folder: `cache/tokens/<fingerprint>`.
-        manifest: The parsed `manifest.json`.
-    """
+    """A finished folder `cache/tokens/<fingerprint>` of token files, and its parsed `manifest.json`."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -86,16 +81,6 @@ class TokenSet:
     def validation_tokens(self) -> int:
         """Held-out tokens of all sources."""
         return int(self.manifest["validation_tokens"])
-
-    @property
-    def train_documents(self) -> int:
-        """Training documents; a limit may cut the last one of a source."""
-        return int(self.manifest["train_documents"])
-
-    @property
-    def validation_documents(self) -> int:
-        """Held-out documents."""
-        return int(self.manifest["validation_documents"])
 
     @property
     def tokenizer_dir(self) -> Path:

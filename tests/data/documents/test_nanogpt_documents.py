@@ -42,13 +42,13 @@ def test_prepare_copies_both_files_unchanged(tmp_path: Path, bpe: str) -> None:
     tokens = prepare(corpus_of(source), bpe, tmp_path / "cache")
     assert tokens_of(tokens, "train", "gpt") == np.concatenate(train).tolist()
     assert tokens_of(tokens, "validation", "gpt") == np.concatenate(validation).tolist()
-    assert (tokens.train_documents, tokens.validation_documents) == (80, 9)
+    assert (tokens.manifest["train_documents"], tokens.manifest["validation_documents"]) == (80, 9)
 
 
 def test_without_a_validation_file_documents_are_held_out(tmp_path: Path, bpe: str) -> None:
     documents = make_documents(100)
     tokens = prepare(corpus_of(source_of(write_bin(tmp_path / "train.bin", documents))), bpe, tmp_path / "cache")
-    assert 5 < tokens.validation_documents < 40
+    assert 5 < tokens.manifest["validation_documents"] < 40
     parts = {}
     for part in ("train", "validation"):
         ids = np.array(tokens_of(tokens, part, "gpt"))
@@ -65,9 +65,9 @@ def test_duplicates_and_limits_count_for_token_files_too(tmp_path: Path, bpe: st
     corpus = corpus_of(source_of(path), duplicates="drop")
     tokens = prepare(corpus, bpe, tmp_path / "cache")
     assert tokens.manifest["duplicate_documents"] == 7
-    assert tokens.train_documents + tokens.validation_documents == len(documents)
+    assert tokens.manifest["train_documents"] + tokens.manifest["validation_documents"] == len(documents)
     few = prepare(corpus_of(source_of(path, max_documents=11)), bpe, tmp_path / "cache")
-    assert few.train_documents + few.validation_documents == 11
+    assert few.manifest["train_documents"] + few.manifest["validation_documents"] == 11
     cut = prepare(corpus_of(source_of(path), max_tokens=201), bpe, tmp_path / "cache")
     assert (
         tokens_of(cut, "train", "gpt")

@@ -51,7 +51,10 @@ def test_limits_of_token_files_leave_their_validation_file_whole(
     found = prepare(Corpus(sources=[source], **whole), bpe, tmp_path / "cache")
     assert tokens_of(found) == train[:tokens]
     assert tokens_of(found, "validation") == validation
-    assert (found.train_documents, found.validation_documents) == (-(-tokens // DOCUMENT_TOKENS), 20)
+    assert (found.manifest["train_documents"], found.manifest["validation_documents"]) == (
+        -(-tokens // DOCUMENT_TOKENS),
+        20,
+    )
 
 
 def test_limits_of_token_files_end_the_held_out_documents_too_without_a_validation_file(
@@ -61,7 +64,7 @@ def test_limits_of_token_files_end_the_held_out_documents_too_without_a_validati
     source = TokensSource(kind="nanogpt", name="corpus", train=f"{tmp_path}/train.bin", max_documents=20)
     found = prepare(Corpus(sources=[source], validation_ratio=0.3), bpe, tmp_path / "cache")
     assert sorted(tokens_of(found) + tokens_of(found, "validation")) == sorted(ids[:200])
-    assert found.train_documents + found.validation_documents == 20
+    assert found.manifest["train_documents"] + found.manifest["validation_documents"] == 20
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 512])

@@ -50,7 +50,7 @@ def test_prepare_writes_each_document_once_in_its_part(tmp_path: Path, bpe: str)
     counts = {part: len(ids) for part, ids in expected.items()}
     assert (tokens.train_tokens, tokens.validation_tokens) == (counts["train"], counts["validation"])
     held = sum(map(is_held, texts))
-    assert (tokens.train_documents, tokens.validation_documents) == (60 - held, held)
+    assert (tokens.manifest["train_documents"], tokens.manifest["validation_documents"]) == (60 - held, held)
     (entry,) = tokens.manifest["sources"]
     assert entry | {"identity": None} == {
         "identity": None,
@@ -246,7 +246,7 @@ def test_manifest_describes_the_tokens_around_a_text(tmp_path: Path, template: s
     assert found.manifest["document_form"] == form
     ids = {"<|endoftext|>": END, "text": None, "dog": 2}
     document = [number for word in form.split() for number in ([1, 1] if ids[word] is None else [ids[word]])]
-    assert tokens_of(found) == document * found.train_documents
+    assert tokens_of(found) == document * found.manifest["train_documents"]
 
 
 def test_prepare_makes_tokens_of_the_embedded_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

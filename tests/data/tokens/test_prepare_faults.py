@@ -112,7 +112,7 @@ def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path: Path, run:
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     tokens = open_finished(folder, folder.name)
     assert tokens is not None
-    assert tokens.train_documents + tokens.validation_documents == len(texts)
+    assert tokens.manifest["train_documents"] + tokens.manifest["validation_documents"] == len(texts)
 
 
 def meddle(monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], object]) -> None:
