@@ -1,10 +1,10 @@
-"""Runs `inheritune-ds prepare` in processes that can be killed at any moment, without importing everything each time.
+"""Runs `inheritune-ds prepare` in forked processes that can be killed at any moment.
 
-One JSON object a line comes in: `arguments` of the command line, `die_at` (the number of the step at which the process
-kills itself with SIGKILL; null: never), `log` (file of its output), `marks` (file of two int64: steps taken, tokens
-written). The process is the leader of a session of its own. A step is a change of a file (as Python's audit events
-report it), a document written, or a commit of the journal, counted before and after. For every line two lines go out:
-`{"pid": ...}` when the process begins and `{"code": ...}` when it has ended (negative: by that signal).
+Each line of the input is a JSON object: `arguments` of the command line, `die_at` (the step at which the process kills
+itself with SIGKILL; null: never), `log` (file of its output), `marks` (file of two int64: steps taken, tokens written).
+The process leads its own session. A step is a change of a file (from Python's audit events), a document written, or
+a commit of the journal, counted before and after. For every line two lines are printed: `{"pid": ...}` when the
+process begins and `{"code": ...}` when it has ended (negative: a signal).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Processes of `inheritune-ds prepare` that can be killed, and what they make tokens of."""
+"""Processes of `inheritune-ds prepare` that can be killed, and their corpora."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -23,15 +22,7 @@ DRIVER = Path(__file__).with_name("drive_prepare.py")
 
 
 class Attempt(NamedTuple):
-    """How a process has ended.
-
-    Attributes:
-        code: Exit code, negative for a signal.
-        steps: Steps that it took.
-        tokens: Tokens that it wrote.
-        seconds: How long it ran.
-        output: Its output.
-    """
+    """Result of a process: exit code (negative for a signal), steps taken, tokens written."""
 
     code: int
     steps: int
@@ -41,7 +32,7 @@ class Attempt(NamedTuple):
 
 
 class Preparer:
-    """Starts the command again and again, each time in a new process with workers of its own."""
+    """Runs the command, each time in a new process with its own workers."""
 
     def __init__(self, folder: Path, recipe: Path) -> None:
         self._folder, self._recipe = folder, recipe
@@ -53,9 +44,7 @@ class Preparer:
         )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         assert self._driver.stdin is not None
         assert self._driver.stdout is not None
         self._driver.stdin.close()
@@ -65,13 +54,9 @@ class Preparer:
     def start(
         self, cache: Path, *, die_at: int | None = None, die_after_s: float | None = None, name: str = "run"
     ) -> Attempt:
-        """Run once, to the end or until it is killed; nothing of it is left alive then.
+        """Run once, to the end or until it is killed: at its step `die_at` or after `die_after_s` seconds.
 
-        Args:
-            cache: Where the tokens go.
-            die_at: At which of its steps it kills itself.
-            die_after_s: After how many seconds it is killed.
-            name: Of its log, where several run at once.
+        `name` is that of its log, if several run at once.
         """
         log, marks = self._folder / f"{name}.log", self._folder / f"{name}.marks"
         log.write_text("")
@@ -123,7 +108,7 @@ def _session_of(pid: int) -> int:
 
 
 def make_recipe(folder: Path, bpe: str, *, trained: bool) -> Path:
-    """Three sources with everything that is counted: duplicates, empty and filtered documents, an evaluation set."""
+    """A recipe of three sources with duplicates, empty and filtered documents and an evaluation set."""
     texts = make_texts(1500, seed=1, words=60)
     long_one = " ".join(make_texts(300, seed=3, words=30))
     write_jsonl(folder / "first.jsonl", [*texts, *texts[:70], "", "short", long_one[:9000]])
@@ -144,6 +129,6 @@ def make_recipe(folder: Path, bpe: str, *, trained: bool) -> Path:
 
 
 def check_result(cache: Path, expected: dict[str, str]) -> None:
-    """Every file as in an undisturbed run, and nothing beside them."""
+    """Compare all files with those of an undisturbed run."""
     (name,) = names_in(cache / "tokens")
     assert files_below(cache / "tokens" / name) == expected

@@ -59,20 +59,13 @@ def test_without_a_validation_file_documents_are_held_out(tmp_path: Path, bpe: s
     assert longer["train"].isdisjoint(longer["validation"])
 
 
-def test_duplicates_and_limits_count_for_token_files_too(tmp_path: Path, bpe: str) -> None:
+def test_duplicates_of_token_files_are_dropped(tmp_path: Path, bpe: str) -> None:
     documents = [document for document in make_documents(60) if len(document) > 5]
     path = write_bin(tmp_path / "train.bin", [*documents, *documents[:7]])
     corpus = corpus_of(source_of(path), duplicates="drop")
     tokens = prepare(corpus, bpe, tmp_path / "cache")
     assert tokens.manifest["duplicate_documents"] == 7
     assert tokens.manifest["train_documents"] + tokens.manifest["validation_documents"] == len(documents)
-    few = prepare(corpus_of(source_of(path, max_documents=11)), bpe, tmp_path / "cache")
-    assert few.manifest["train_documents"] + few.manifest["validation_documents"] == 11
-    cut = prepare(corpus_of(source_of(path), max_tokens=201), bpe, tmp_path / "cache")
-    assert (
-        tokens_of(cut, "train", "gpt")
-        == tokens_of(prepare(corpus_of(source_of(path)), bpe, tmp_path / "cache"), "train", "gpt")[:201]
-    )
 
 
 def read(source: TokensSource, start: Cursor = Cursor()) -> Iterator[nanogpt_documents.TokenDocument]:  # noqa: B008

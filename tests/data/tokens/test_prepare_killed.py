@@ -21,23 +21,18 @@ from tests.data.preparer import Attempt, Preparer, check_result, make_recipe
 KILLS = 25
 KILLS_IN_A_ROW = 5
 LONGEST_DOCUMENT = 4000
-"""Tokens: a shard may be longer than SHARD_TOKENS by so many."""
+"""In tokens: a shard may exceed SHARD_TOKENS by this."""
 
 
 class Kept(NamedTuple):
-    """What a killed process has left.
-
-    Attributes:
-        tokens: Tokens that the journal vouches for.
-        shards: Path below the folder -> (inode, time of the last change) of the shards that are closed.
-    """
+    """Tokens in the journal of a killed process, and (inode, mtime) of its closed shards by path."""
 
     tokens: int
     shards: dict[str, tuple[int, int]]
 
 
 def kept_in(cache: Path, scratch: Path) -> Kept:
-    """Look into the folder that a killed process was filling, without changing it."""
+    """Read the folder that a killed process was filling, without changing it."""
     folders = [path for path in (cache / "tokens").glob("*") if path.is_dir()]
     if not folders:
         return Kept(0, {})
@@ -55,7 +50,7 @@ def kept_in(cache: Path, scratch: Path) -> Kept:
 
 
 def _journal_of(folder: Path, scratch: Path) -> dict[str, Any]:
-    """What was last committed, from a copy: opening the journal undoes the transaction that was under way."""
+    """The last committed state, from a copy: opening the journal rolls back the open transaction."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     for name in JOURNAL_FILES:
@@ -73,7 +68,7 @@ def _journal_of(folder: Path, scratch: Path) -> dict[str, Any]:
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, bpe: str
 ) -> Iterator[tuple[Preparer, Attempt, dict[str, str]]]:
-    """The command, an undisturbed run of it, and the files that this made."""
+    """The command, an undisturbed run of it, and its files."""
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = make_recipe(folder, bpe, trained=request.param == "trained")
     with Preparer(folder, recipe) as preparer:
@@ -109,7 +104,7 @@ def test_a_preparation_killed_at_random_moments_resumes_with_identical_files(
             assert attempt.code == -signal.SIGKILL, attempt.output
             kills += 1
             before, kept = kept, kept_in(cache, tmp_path / "journal")
-            # What was written and is not vouched for is what the next process does again.
+            # The next process repeats the tokens that are not in the journal.
             assert 0 <= before.tokens + attempt.tokens - kept.tokens <= SHARD_TOKENS + LONGEST_DOCUMENT
             assert before.shards.items() <= kept.shards.items(), "a finished shard was rewritten"
         last = preparer.start(cache)
