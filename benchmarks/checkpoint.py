@@ -114,7 +114,7 @@ class Writers:
         start_s = time.perf_counter()
         assert checkpoints.save(self._engine, TrainState(step=self._step))
         blocked_s = time.perf_counter() - start_s
-        assert checkpoints.wait()  # the one before is read back and deleted, too: that holds nobody up
+        assert checkpoints.wait()  # the previous one is read back and deleted meanwhile
         return {name: checkpoints.last_save_s, **({"blocked": blocked_s} if name == "async" else {})}
 
     def measure(self, rounds: int) -> list[dict[str, float]]:
@@ -131,8 +131,8 @@ class Writers:
                 os.sync()  # what an earlier turn has left to the disk is not this one's
                 seconds |= ways[name]()
             found.append(seconds)
-            told = "".join(f"{name} {seconds[name]:7.3f} s  " for name in (*WRITERS, "blocked"))
-            print(f">   {told}", flush=True)
+            line = "".join(f"{name} {seconds[name]:7.3f} s  " for name in (*WRITERS, "blocked"))
+            print(f">   {line}", flush=True)
         return found
 
 

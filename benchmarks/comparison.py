@@ -1,4 +1,4 @@
-"""What stands beside the figures of subjects that were measured in turns: order, medians, intervals, verdicts."""
+"""Statistics of subjects that are measured in turns: order, medians, intervals, verdicts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ class Comparison:
 
     Attributes:
         name: What it says.
-        above: The subject whose tokens/s stand above the line.
-        below: The other.
+        above: Subject of the numerator.
+        below: Subject of the denominator.
         bar: What the ratio should be; None where nothing was promised.
         at_most: Whether the bar is the most that it may be, or the least.
     """

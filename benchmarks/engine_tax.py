@@ -1,8 +1,8 @@
 """The engine tax: how much longer a step of this program takes than one of a plain PyTorch loop with the same kernels.
 
 `python -m benchmarks.engine_tax` writes docs/results/engine_tax.json and ends with 1 if a bar is missed. The base
-(`plain_master`) has bf16 weights with fp32 masters by hand; attention, loss, AdamW, allocator and the threads' way of
-waiting are those of the program. Beside it stand bare DeepSpeed ZeRO-1 and Hugging Face's Trainer with it. Both the
+(`plain_master`) has bf16 weights with its own fp32 masters; attention, loss, AdamW, allocator and wait policy of the
+threads are those of the program. Also measured: bare DeepSpeed ZeRO-1 and Hugging Face's Trainer with it. Both the
 usual step (micro-batch 8, accumulation 4) and a small one (4, 1) are measured. Run it on an idle machine.
 """
 

@@ -59,7 +59,7 @@ PARTS = {
     "a6000": Entry("capped:capped", "ds_configs/a6000.json with 46 GiB, and which micro-batches fit"),
     "peers": Entry("ratios:nanogpt", "nanoGPT from a checkout (--nanogpt)"),
     "loss": Entry("head_loss:head_loss", "time and memory of the chunked, Liger's and the plain loss"),
-    "resume": Entry("resume:resume", "train, kill, go on, compare", lane=1),
+    "resume": Entry("resume:resume", "train, kill, resume, compare", lane=1),
     "startup": Entry("startup:startup", "launch to first step: eager, compiled cold, compiled again", lane=1),
     "optimizers": Entry("optimizers:optimizers", "the step of every AdamW that works here, apex among them"),
 }
@@ -72,7 +72,7 @@ REHEARSAL_ENVIRON = {
 """No GPU is looked at, and no toy compiled: that would take longer than all the rest. A toy needs no second thread."""
 ENVIRON = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 _TO_SPARE_S = 10.0
-"""A part is told that its time ends so long before the watchdog ends it."""
+"""A part's own deadline is this long before the watchdog's."""
 _LOG_END = 3000
 _STATE = ("name", "driver_version", "memory.used", "power.limit", "clocks.max.sm", "clocks.sm", "temperature.gpu")
 
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="of the JSON files (default: docs/results; a rehearsal's: temporary)",
     )
-    add("--minutes", type=minutes, default=8.0, help="a part is ended after so many (default: 8)")
+    add("--minutes", type=minutes, default=8.0, help="time limit of a part (default: 8)")
     add("--list", action="store_true", help="print the parts and leave")
     add("--part", type=names, help=argparse.SUPPRESS)  # the process of one part (in a rehearsal, of several)
     add("--json", type=Path, help=argparse.SUPPRESS)  # folder of its reports
@@ -253,8 +253,8 @@ def table(found: Mapping[str, Mapping[str, Any]], *, bars: bool = True) -> list[
     lines = []
     for name, one in found.items():
         reason = str(one["reason"]).strip().partition("\n")[0]
-        told = reason or "; ".join(bar_words(bar, one["bars"][bar]) for bar in list(one["bars"])[:1])
-        lines.append(f"{name:<12}{one['status']:<9}{one['seconds']:>7.1f} s  {told}".rstrip())
+        first = reason or "; ".join(bar_words(bar, one["bars"][bar]) for bar in list(one["bars"])[:1])
+        lines.append(f"{name:<12}{one['status']:<9}{one['seconds']:>7.1f} s  {first}".rstrip())
         if bars:
             lines += [f"    {bar_words(bar, value)}" for bar, value in one["bars"].items()]
             lines += [f"    {line}" for line in one["lines"]]

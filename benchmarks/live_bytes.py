@@ -24,7 +24,7 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered: a storage from the operator that makes it until nobody refers to it.
+    """Counts while it is entered: a storage from the operator that makes it until its last reference goes.
 
     Args:
         tensors: What is alive already and counts.

@@ -23,7 +23,7 @@ BARS: dict[str, dict[str, float | None]] = {
 
 
 def subjects(args: argparse.Namespace) -> Sequence[str]:
-    """Those that can be run; tells which are left out."""
+    """The subjects that can be run; prints those that are skipped."""
     chosen = ["plain", SHIPPED, "hf_trainer"]
     for name, given, how in (
         ("litgpt", args.litgpt_python, "--litgpt-python L/bin/python"),
@@ -32,7 +32,7 @@ def subjects(args: argparse.Namespace) -> Sequence[str]:
         if given:
             chosen.append(name)
         else:
-            print(f"{name}: left out ({how} brings it in)", flush=True)
+            print(f"{name}: skipped ({how} includes it)", flush=True)
     return chosen
 
 

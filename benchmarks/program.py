@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def kernels_of(
     resolved: Resolved, model: "PreTrainedModel", device: str, run_tokens: int
 ) -> tuple[Kernels, tuple[str, ...]]:
-    """The kernels of a bf16 run of so many tokens on one rank, and a line on each."""
+    """Kernels of a bf16 run on one rank, and a line on each."""
     return choose_kernels(
         resolved.kernels,
         config=model.config,

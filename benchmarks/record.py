@@ -1,4 +1,4 @@
-"""What stands beside the figures of every benchmark: command, date, versions, machine."""
+"""Context of every benchmark's figures: command, date, versions, machine."""
 
 import os
 import platform

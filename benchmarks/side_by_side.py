@@ -52,9 +52,9 @@ TOY: dict[str, Any] = {
 """Of a rehearsal, in place of a shape's own."""
 TOKENS_SEED, WINDOWS = 20261121, 2048
 TOTAL_STEPS = 5000
-"""Length of the run that each subject is told it makes: what pays over a real run (compiling) is chosen."""
+"""Run length given to each subject, so that it makes the choices of a real run (compiling)."""
 MAX_OTHER_CORES, MAX_REPEATS, PATIENCE_S = 0.1, 3, 30.0
-"""A block is measured again if something else kept more than so many cores busy, as soon as that is over."""
+"""A block is measured again, once the machine is quiet, if other processes kept more cores busy."""
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",

@@ -45,12 +45,12 @@ def names(text: str) -> list[str]:
     """Read `plain,project`: subjects.
 
     Raises:
-        argparse.ArgumentTypeError: For a name that is none, or that stands twice.
+        argparse.ArgumentTypeError: For an unknown or repeated name.
     """
     given = text.split(",")
     unknown = [name for name in given if name not in SUBJECTS]
     if unknown or len(set(given)) < len(given):
-        problem = f"no subject: {', '.join(unknown)}" if unknown else f"a name stands twice: {text}"
+        problem = f"no subject: {', '.join(unknown)}" if unknown else f"a name is repeated: {text}"
         raise argparse.ArgumentTypeError(f"{problem}; there are {', '.join(SUBJECTS)}")
     return given
 

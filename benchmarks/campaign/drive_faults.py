@@ -1,4 +1,4 @@
-"""Started by the part `faults`: updates that are left out, in one process group.
+"""Started by the part `faults`: skipped updates, in one process group.
 
 `python drive_faults.py OUT.json CASE[,CASE...]` under torchrun, a case being zero<stage>-<precision>-<accumulation>
 with `-offload` behind it where DeepSpeed's CPU Adam is to take the step. For each case one engine trains on good
@@ -144,7 +144,7 @@ FAULTS: list[tuple[str, Spoil | None, float, int]] = [
 
 
 def faulty_step(engine: Any, fault: tuple[str, Spoil | None, float, int], given: list[Any], rank: int) -> str | None:
-    """One step with a fault, on all ranks; returns why its update was left out."""
+    """One step with a fault, on all ranks; returns the reason for skipping its update."""
     name, spoil, value, where = fault
     given = [batch.clone() for batch in given]
     here = rank == where
@@ -185,7 +185,7 @@ def run_case(case: str, world: Any) -> dict[str, Any]:
             engine, fault, batches(100 + number, accumulation, world.rank), world.rank
         )
         if reason is None:
-            broken.append(f"{fault[0]}: the update was not left out")
+            broken.append(f"{fault[0]}: the update was not skipped")
         if state_sha256(engine) != before:
             broken.append(f"{fault[0]}: the state has changed")
         result = engine.train_step(batches(number, accumulation, world.rank), lr=1e-3)

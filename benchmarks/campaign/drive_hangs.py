@@ -80,7 +80,7 @@ def hang(place: str) -> None:
 
 
 def main() -> int:
-    """Be train.py."""
+    """Run train.py."""
     place, _, rank = os.environ["HANG"].partition(":")
     if os.environ.get("RANK", "0") == rank:
         hang(place)

@@ -1,8 +1,8 @@
 """Started by the part `faults` in place of train.py: a run in which some batches spoil the loss of one rank.
 
 `drive_rollback.py BAD REMOVED ARGUMENTS...`: BAD names batches (`5,6,7`, or `5+` for all from the fifth on); REMOVED is
-`first:end` of batches that the order of the data does not have, or `none`. The last token of the vocabulary stands in
-for a damaged one: its embedding is NaN, and only the bad batches of the last rank have it.
+`first:end` of batches that the order of the data does not have, or `none`. The last token of the vocabulary represents
+a damaged one: its embedding is NaN, and only the bad batches of the last rank have it.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Launched by the campaign: real runs, one after the other, in one process group.
 
 `drive_runs.py RECIPE DS_CONFIG FOLDER OUT STEP [STEP ...] [--from NAME] [--then DS_CONFIG]`, under torchrun. For each
-step it makes the run folder FOLDER/runs/OUT-STEP as FOLDER/runs/NAME stood after that step (0: there is none yet), goes
-on from it to the end, under the other config if there is one, and each rank writes what it has seen to
+step it makes the run folder FOLDER/runs/OUT-STEP as FOLDER/runs/NAME was after that step (0: none),
+resumes it to the end, under the other config if given, and each rank writes its observations to
 FOLDER/OUT.rankN.json.
 """
 

@@ -1,7 +1,7 @@
-"""Launched by the campaign: train.py's own main, which stays a while in one phase, so that a signal finds it there.
+"""Launched by the campaign: train.py's own main, which sleeps in one phase, so that a signal arrives there.
 
 `PAUSE=PHASE:STEP:SECONDS drive_signals.py ARGUMENTS`, with the arguments of train.py. Every rank writes its process id
-to `paused-RANK` in its folder when it is there. `preparing` is rank 0's work before training; other ranks wait then.
+to `paused-RANK` in its folder when it sleeps. `preparing` is rank 0's work before training, while other ranks wait.
 """
 
 import os
@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 
 def pause(seconds: float) -> None:
-    """Tell who is here, and stay."""
+    """Write the process id of this rank, then sleep."""
     path = Path(f"paused-{os.environ.get('RANK', '0')}")
     if not path.exists():
         path.with_suffix(".tmp").write_text(str(os.getpid()), encoding="utf-8")
@@ -25,7 +25,7 @@ def pause(seconds: float) -> None:
 
 
 def pause_in(phase: str, step: int, seconds: float) -> None:
-    """Stay in a phase from some step on, once."""
+    """Sleep once in a phase, from a step on."""
     from inheritune_ds.distributed.watchdog import Watchdog
 
     own = Watchdog.phase
@@ -41,7 +41,7 @@ def pause_in(phase: str, step: int, seconds: float) -> None:
 
 
 def pause_preparing(seconds: float) -> None:
-    """Stay in rank 0's preparation, while the others wait for its word."""
+    """Sleep in rank 0's preparation, while the others wait for it."""
     from inheritune_ds.distributed.environment import prepare_environment
 
     prepare_environment(os.environ, kind="cpu")
@@ -64,7 +64,7 @@ def pause_preparing(seconds: float) -> None:
 
 
 def main() -> int:
-    """Be train.py."""
+    """Run train.py."""
     phase, step, seconds = os.environ["PAUSE"].split(":")
     if phase == "preparing":
         pause_preparing(float(seconds))

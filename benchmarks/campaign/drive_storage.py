@@ -32,7 +32,7 @@ AUDITED = {"os.mkdir": 0, "os.rename": 1}
 
 
 class Disk:
-    """The disk below a folder, as this process sees it: counts its operations, and refuses one of them.
+    """The disk below a folder, seen from this process: counts its operations and refuses one.
 
     Args:
         folder: Where operations count; for ENOSPC and EROFS a file system of its own.
@@ -236,7 +236,7 @@ class Trials:
             return 0
         newest = self._store.newest_intact(lambda _: None)
         assert newest is not None
-        # Once it stands under its name it counts, even if the pointer could not follow.
+        # A renamed checkpoint counts, even if the pointer could not be written.
         steps = {self._step} if saved else {before, self._step}
         if newest.state.step not in steps:
             self.broken.append(

@@ -1,7 +1,7 @@
-"""Point 7: a run goes on with another number of ranks or another ZeRO stage, and stays the same experiment.
+"""Point 7: a run resumes with another number of ranks or another ZeRO stage, and remains the same experiment.
 
-Windows are compared one by one, in the order of the global batch. Losses are compared with those of the run that was
-not stopped: fp32 sums in another order differ in their last bits, bf16 in its last few. Dropout is off, since its
+Windows are compared one by one, in the order of the global batch. Losses are compared with those of the
+uninterrupted run: fp32 sums in another order differ in their last bits, bf16 in its last few. Dropout is off, since its
 draws follow the rank.
 """
 
@@ -52,7 +52,7 @@ def _stages(folder: Path, *, precision: Precision, keys: Sequence[Mapping[str, A
 
 
 def _same_size(folder: Path, *, stage: int) -> Figures:
-    """Go on under the same layout: every bit must be the same."""
+    """Resume under the same layout: bitwise identical."""
     recipe, ds_config = _recipe(folder), write_ds_config(folder, stage=stage, precision="bf16")
     stop = STEPS // 2
     launch(folder, recipe, ds_config, ranks=2, out="run", first="run-0", steps=(0, stop))
@@ -124,7 +124,7 @@ def _summary(figures: list[Figures]) -> Mapping[str, Any]:
 PART = Part(
     name="elastic",
     point=7,
-    promise="A run goes on with another number of ranks or ZeRO stage: the same windows, the same losses",
+    promise="A run resumes with another number of ranks or ZeRO stage: the same windows, the same losses",
     cases=_cases(),
     short=("zero1-to-zero3-fp32",),
     summary=_summary,

@@ -1,4 +1,4 @@
-"""Point 1: a run that is stopped after any step and gone on with is, bit for bit, the run that was not stopped."""
+"""Point 1: resuming after any step is bitwise identical to the uninterrupted run."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +15,7 @@ _MICRO_BATCH = {1: 8, 4: 2}
 
 
 def _compare(folder: Path, *, stage: int, precision: Precision, accumulation: int) -> Figures:
-    """Train without a stop, then, in other processes, from every stop point; compare all that is left behind."""
+    """Train without a stop, then resume from every stop point in other processes; compare the results."""
     recipe = write_recipe(folder, NAME, checkpoint=KEEPS_ALL)
     ds_config = write_ds_config(folder, stage=stage, precision=precision, micro_batch=_MICRO_BATCH[accumulation])
     straight = launch(folder, recipe, ds_config, ranks=RANKS, out="run", steps=(0,))
@@ -36,7 +36,7 @@ def _same(folder: Path, seen: list[dict[str, Seen]], points: tuple[int, ...]) ->
     straight = folder / "runs" / "run-0"
     wrong = [line for point in points for line in differences(folder / "runs" / f"run-{point}", straight)]
     wrong += [
-        f"run-{point}: random numbers of rank {rank} stand at another place"
+        f"run-{point}: the random state of rank {rank} differs"
         for point in points
         for rank, own in enumerate(seen)
         if own[str(point)]["rng"] != own["0"]["rng"]
@@ -64,7 +64,7 @@ def _summary(figures: list[Figures]) -> Mapping[str, Any]:
 PART = Part(
     name="exact",
     point=1,
-    promise="Stopped after any step and gone on with, a run is bit for bit the one that was not stopped",
+    promise="Resuming after any step is bitwise identical to the uninterrupted run",
     cases={**_CASES, "zero1-bf16-accumulation4-after-7": _compare_one},
     short=("zero1-bf16-accumulation4-after-7",),
     summary=_summary,

@@ -1,4 +1,4 @@
-"""Point 8: numbers that go wrong: the update is left out, the run goes back after several, spikes are told from noise.
+"""Point 8: invalid numbers: the update is skipped, several roll the run back, spikes are separated from noise.
 
 In process groups of two ranks (drive_faults.py): for each ZeRO stage, precision, accumulation and offload, seven
 faults, each in between two good steps. Through the whole program (drive_rollback.py): rollback, and its end. And the
@@ -59,23 +59,22 @@ def _trained(run: Path) -> list[dict[str, Any]]:
 
 
 def _one_update(folder: Path) -> Figures:
-    """A batch that spoils the loss of one rank: one line, one count, and the run goes on."""
+    """A batch that spoils the loss of one rank: one line, one count, and the run continues."""
     run, output = _run(folder, "one", "5", "none")
-    told = [line for line in output.splitlines() if "update skipped" in line]
-    assert len(told) == 1, output[-4000:]
-    assert told[0].endswith("step 6: update skipped: the loss is nan"), told
+    lines = [line for line in output.splitlines() if "update skipped" in line]
+    assert len(lines) == 1, output[-4000:]
+    assert lines[0].endswith("step 6: update skipped: the loss is nan"), lines
     counts = [row["train/skipped_steps"] for row in numerics(run) if "train/skipped_steps" in row]
     assert counts == [0] * 5 + [1] * 7, counts
     assert status(run)["state"] == "finished"
-    return {"lines": len(told), "counted": counts[-1]}
+    return {"lines": len(lines), "counted": counts[-1]}
 
 
 def _rollback(folder: Path) -> Figures:
     """Three bad batches: the run is afterwards the one whose data never had them."""
     run, output = _run(folder, "bad", "5,6,7", "none")
     without, _ = _run(folder, "without", "none", "5:8")
-    told = [line for line in output.splitlines() if "rollback 1 of 2" in line]
-    assert len(told) == 1, output[-4000:]
+    assert sum("rollback 1 of 2" in line for line in output.splitlines()) == 1, output[-4000:]
     assert output.count("update skipped") == 3, output[-4000:]
     assert _trained(run) == _trained(without)
     assert weights_sha256(run) == weights_sha256(without)

@@ -57,7 +57,7 @@ def _shards(checkpoint: Path) -> list[Path]:
 
 
 class Trial:
-    """The newest checkpoint of a run, harmed in one way after the other; the files stand again after each.
+    """The newest checkpoint of a run, damaged in one way after the other; the files are restored after each.
 
     Args:
         checkpoints: `checkpoints/` of a run with two or more, each of two ranks.
@@ -74,13 +74,13 @@ class Trial:
         self.found = 0
         self.slowest_s = 0.0
 
-    def harmed(self, name: str, path: Path, told: str) -> None:
+    def harmed(self, name: str, path: Path, expected: str) -> None:
         """Check that a harm is found; put back what was there.
 
         Args:
             name: What was done, for the evidence.
             path: The harmed file.
-            told: What the line says of it.
+            expected: Part of the warning.
         """
         if path.suffix == ".safetensors" and path.is_file():
             shutil.copyfile(path, self._plain / f"{self.found:04d}.safetensors")
@@ -93,7 +93,7 @@ class Trial:
         wanted = f"WARNING: checkpoint {self.newest} is passed over: "
         assert [line[: len(wanted)] for line in lines] == [wanted], f"{name}: {lines}"
         assert path.name in lines[0], f"{name}: {path.name} is not named: {lines[0]}"
-        assert told in lines[0], f"{name}: not told {told!r}: {lines[0]}"
+        assert expected in lines[0], f"{name}: not reported: {expected!r}: {lines[0]}"
         assert took_s < FALLBACK_S, f"{name}: {took_s:.1f} s until {chosen.path.name} was chosen"
         self.found += 1
         self.slowest_s = max(self.slowest_s, took_s)
@@ -106,17 +106,17 @@ class Trial:
         bit = draw.randrange(len(content) * 8)
         content[bit // 8] ^= 1 << (bit % 8)
         path.write_bytes(content)
-        told = "not as it was written" if path.name == MANIFEST else "instead of"
-        self.harmed(f"bit {bit} of {path.name}", path, told)
+        expected = "not as it was written" if path.name == MANIFEST else "instead of"
+        self.harmed(f"bit {bit} of {path.name}", path, expected)
 
     def tamper(self) -> int:
-        """Do what leaves every single file whole, and what leaves a part of it; how many such harms."""
+        """Replace, cut, delete and add whole files; returns the number of such changes."""
         done = self.found
         shards = _shards(self.newest)
         for path in shards:
             older = self.before / path.relative_to(self.newest)
             assert older.stat().st_size == path.stat().st_size, f"{older} has another size"
-            for name, harm, told in (
+            for name, harm, expected in (
                 ("stale file of the right size", partial(shutil.copy2, older, path), "instead of"),
                 ("cut in half", partial(os.truncate, path, path.stat().st_size // 2), "bytes instead of"),
                 ("emptied", partial(os.truncate, path, 0), "has 0 bytes instead of"),
@@ -124,7 +124,7 @@ class Trial:
                 ("made a link", partial(_link, path, older), "is a symbolic link"),
             ):
                 harm()
-                self.harmed(f"{path.name} {name}", path, told)
+                self.harmed(f"{path.name} {name}", path, expected)
         self._swap(*shards)
         extra = self.newest / file_name(RANKS)
         shutil.copyfile(shards[-1], extra)
@@ -198,8 +198,8 @@ def _launched(folder: Path, *, stage: int) -> Figures:
     shard.unlink()  # a link: the other run's file must stay as it is
     shard.write_bytes(content)
     output = run_to_end(folder, *words, launcher="torchrun", ranks=RANKS)
-    told = [output.find(line) for line in (shard.name, f"resumed from {run / 'checkpoints' / 'step-00000004'} ")]
-    assert 0 <= told[0] < told[1], f"not told in this order\n{output[-6000:]}"
+    places = [output.find(line) for line in (shard.name, f"resumed from {run / 'checkpoints' / 'step-00000004'} ")]
+    assert 0 <= places[0] < places[1], f"not logged in this order\n{output[-6000:]}"
     assert weights_sha256(run) == weights_sha256(straight), "the run that fell back ended with other weights"
     assert numerics(run) == numerics(straight), "the run that fell back logged other values"
     return figures

@@ -1,6 +1,6 @@
-"""Files from elsewhere that run code when they are read without care: here they are refused or read as data.
+"""Foreign files that run code when they are read carelessly: here they are refused or read as data.
 
-What they would run makes a folder, the canary. It is never made.
+Their code would create a folder, the canary, which must never exist.
 """
 
 import io
@@ -52,13 +52,13 @@ def command(*words: str) -> tuple[int, str]:
     """Run `inheritune-ds` in this process, every switch for remote code on; exit code and output."""
     from inheritune_ds.cli import main
 
-    told = io.StringIO()
-    with patch.dict(os.environ, dict.fromkeys(SWITCHES, "1")), redirect_stdout(told), redirect_stderr(told):
+    output = io.StringIO()
+    with patch.dict(os.environ, dict.fromkeys(SWITCHES, "1")), redirect_stdout(output), redirect_stderr(output):
         try:
             code = main(list(words))
         except SystemExit as ended:
             code = int(ended.code or 0)
-    return code, told.getvalue()
+    return code, output.getvalue()
 
 
 def write_model(folder: Path) -> Path:
@@ -72,7 +72,7 @@ def write_model(folder: Path) -> Path:
 
 @contextmanager
 def _trial(canary: Path, code: int, words: list[str]) -> Iterator[None]:
-    """A command on the folder that is made inside; it must end with `code` and leave no canary."""
+    """Run a command after the body; it must exit with `code` and leave no canary."""
     yield
     ended, output = command(*words)
     assert not canary.exists(), f"code was run by {words}\n{output}"
@@ -120,7 +120,7 @@ def pickled_tokenizers(folder: Path) -> Figures:
 
 
 def _prepare(folder: Path, tokenizer: Path) -> list[str]:
-    """The arguments that tokenize a corpus by somebody's tokenizer."""
+    """Arguments that tokenize a corpus with a foreign tokenizer."""
     plain = json.loads(write_recipe(folder).read_text(encoding="utf-8"))
     recipe = write_recipe(folder, corpus={**plain["corpus"], "tokenizer": str(tokenizer)})
     return ["prepare", "--recipe", str(recipe), "--cache-dir", str(folder / "cache"), "--workers", "1"]
@@ -169,7 +169,7 @@ def switches(folder: Path) -> Figures:
 
 
 def pickled_token_shard(folder: Path) -> Figures:
-    """Token files in whose place a pickle of the same size stands: told, and made anew from the corpus."""
+    """Token files replaced by pickles of the same size: reported, and made again from the corpus."""
     canary, recipe = folder / "canary", write_recipe(folder)
     code, output = command("prepare", "--recipe", str(recipe), "--cache-dir", str(folder / "cache"))
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""A rank that sleeps for ever ends the whole job in time, with every rank's stacks; the same command goes on."""
+"""Point 9: a rank that hangs ends the job in time, with every rank's stacks; the same command resumes."""
 
 import time
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ EXPECTED = {
     "save": ("save", "save", 8),
     "finish": ("finish", "finish", STEPS),
 }
-"""Place of the sleep -> the phase that is told, the limit that counts, the step."""
+"""Place of the sleep -> the reported phase, the limit that applies, the step."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def run(hang: Hang, folder: Path) -> Figures:
     steps = [row["step"] for row in rows(folder / "runs/tiny") if "train/loss" in row]
     assert steps == list(range(1, STEPS + 1)), f"steps of metrics.jsonl: {steps}"
     saved = STEPS if limit == "finish" else max(step - 1, 0) // INTERVAL * INTERVAL
-    told = f"(step {saved}," in resumed if saved else "resumed from" not in resumed
-    assert told, f"the run should go on from step {saved}\n{resumed[-3000:]}"
+    as_expected = f"(step {saved}," in resumed if saved else "resumed from" not in resumed
+    assert as_expected, f"the run should resume from step {saved}\n{resumed[-3000:]}"
     return {"seconds_after_limit": round(seconds - LIMIT_S, 2), "exit_code": code}
 
 
@@ -117,10 +117,10 @@ def _check_end(hang: Hang, output: str, run_folder: Path, code: int) -> None:
         assert "hold_the_interpreter" in output, output
         return
     assert code == (1 if hang.launcher == "torchrun" else HangError.exit_code), f"exit code {code}\n{output}"
-    told = status(run_folder)
-    assert (told["state"], told["exit_code"]) == ("failed", HangError.exit_code), f"{told}\n{output}"
-    # Who waits for the rank that sleeps overruns at the same time, and may be the first to tell.
-    assert told["reason"].startswith("hang in "), told
+    left = status(run_folder)
+    assert (left["state"], left["exit_code"]) == ("failed", HangError.exit_code), f"{left}\n{output}"
+    # A rank that waits for the sleeping one exceeds its limit at the same time, and may report first.
+    assert left["reason"].startswith("hang in "), left
     for rank in range(hang.ranks):
         (path,) = (run_folder / "logs").glob(f"hang-*-rank-{rank:05d}.txt")
         stacks = path.read_text(encoding="utf-8")

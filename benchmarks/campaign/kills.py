@@ -1,4 +1,4 @@
-"""SIGKILL at seeded random instants: the same command goes on, and ends as if nothing had been.
+"""SIGKILL at seeded random instants: the same command resumes, and the result is that of an undisturbed run.
 
 A case is a chain: one run of two ranks is killed again and again, each time at an instant of one of three kinds, and is
 started by the same command each time; the last launch ends it. Killed is the launcher's whole group, as by a node that
@@ -42,7 +42,7 @@ STEPS_OF_SHORT = 24
 CHAINS = 10
 """Of both parts together: even seeds save while training waits, odd ones in the background."""
 IN_SAVE_AT_LEAST = 4
-"""So many of the kills of a chain must have hit a save."""
+"""Kills of a chain that must hit a save."""
 Kind = Literal["save", "step", "start"]
 LEAVE_S = 60.0
 """Seconds in which the launcher must have ended when one of its ranks was killed."""
@@ -58,11 +58,11 @@ class Kill:
     """An instant and a victim.
 
     Attributes:
-        kind: `save`: while a save has so many files; `step`: so many steps after the launch went on; `start`: so many
-            seconds after the launch.
+        kind: `save`: during a save, after `count` files; `step`: `count` steps after the resume; `start`: after the
+            launch.
         count: Files, steps or nothing.
         later: Saves of the launch that are let pass.
-        wait_s: Seconds after that.
+        wait_s: Further seconds.
         rank: The rank that is killed; None for the launcher's whole group.
     """
 
@@ -156,7 +156,7 @@ def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous
     kept = next((step_of(folder) for folder in published(run / "checkpoints") if find_fault(folder) is None), 0)
     rank = kill.rank if victim is not None else None
     blow = Blow(kill.kind, rank, saving is not None, saving, last_step(run), kept, round(leave_s, 2))
-    # A save in the background goes on beside the next steps, and begins a moment after its own: that one counts.
+    # An async save runs beside the next steps and begins a moment after its own, which counts.
     logged = blow.logged - blow.logged % INTERVAL if asynchronous else blow.logged
     reached = logged if saving is None else saving
     assert reached - kept <= INTERVAL, f"after {kill}: {blow} has lost more than {INTERVAL} steps"
@@ -164,7 +164,7 @@ def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous
 
 
 def _saving(run: Path, launched: Launched, files: int = 0) -> int | None:
-    """Step of the save that this launch has under way, once it has so many files; not what an earlier one has left."""
+    """Step of the present save of this launch, once it has `files` files; leftovers of earlier ones do not count."""
     for folder in (run / "checkpoints").glob(".step-*.tmp"):
         name = _SAVING.fullmatch(folder.name)  # others of that pattern are being deleted
         with suppress(FileNotFoundError):  # published at this moment
@@ -216,11 +216,11 @@ def chain(folder: Path, *, seed: int, kinds: Sequence[Kind], steps: int, asynchr
 
 
 def check_start(output: str, kept: int) -> None:
-    """A launch goes on from the newest verified checkpoint, if it came so far, and never begins anew over one."""
+    """A launch resumes from the newest verified checkpoint, if it lives long enough, and never starts over."""
     found = re.search(r"resumed from \S+ \(step (\d+)", output)
     if found is not None:
         assert int(found.group(1)) == kept, f"resumed from step {found.group(1)}, not {kept}\n{output[-3000:]}"
-    assert kept == 0 or "step 0: val loss" not in output, f"began anew over step {kept}\n{output[-3000:]}"
+    assert kept == 0 or "step 0: val loss" not in output, f"started over at step {kept}\n{output[-3000:]}"
 
 
 def check_end(folder: Path, run: Path, steps: int) -> None:
@@ -262,11 +262,11 @@ def _summary(figures: list[Figures]) -> dict[str, Any]:
 
 
 def _part(*, asynchronous: bool) -> Part:
-    told = "at most one interval" + (" and the steps done while the last save was written" if asynchronous else "")
+    repeated = "at most one interval" + (" and the steps done while the last save was written" if asynchronous else "")
     return Part(
         name="kills_async" if asynchronous else "kills_sync",
         point=2,
-        promise=f"A run that is killed at any instant goes on by the same command, repeats {told}, and ends the same; "
+        promise=f"A run killed at any instant resumes by the same command, repeats {repeated}, and ends the same; "
         f"it saves {'in the background' if asynchronous else 'while training waits'}.",
         cases=_cases(asynchronous=asynchronous),
         short=("short",),

@@ -1,4 +1,4 @@
-"""Tiny runs for the campaign: a recipe that trains in seconds, its launch, its processes, what it leaves."""
+"""Tiny runs for the campaign: recipe, launch, processes, results."""
 
 import json
 import os
@@ -97,7 +97,7 @@ class Launched:
         process: The launcher, in a session of its own; `process.pid` is its group, too.
         log: Everything it and its ranks print.
         mark: What all its processes carry in their environment under MARK.
-        begun_s: When it was started, as files tell time.
+        begun_s: Time of the start, comparable to st_mtime.
     """
 
     process: subprocess.Popen[bytes]
@@ -253,12 +253,12 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def fields(step: int) -> dict[str, Any]:
-    """What the manifest of a checkpoint that no run has made tells beside its files."""
+    """Fields of a manifest, besides its files, for a checkpoint that no run has saved."""
     return {"state": TrainState(step).as_dict(), "layout": asdict(SavedLayout(2, 1, "fp32"))}
 
 
 def listed(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint that no run has made, as a manifest lists them."""
+    """Files of a checkpoint that no run has saved, as a manifest lists them."""
     return {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
         for path in sorted(checkpoint.rglob("*"))

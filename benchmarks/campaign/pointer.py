@@ -52,7 +52,7 @@ POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unreadable": (_to_folder, "cannot be read"),
     "loop": (_to_loop, "cannot be read"),
 }
-"""What is done to the pointer, and what is said of it."""
+"""The change of the pointer, and the text of the warning."""
 
 
 def _made(folder: Path) -> CheckpointStore:
@@ -68,7 +68,7 @@ def _made(folder: Path) -> CheckpointStore:
 def _pointer(folder: Path, *, harm: str) -> Figures:
     """The newest intact checkpoint is chosen, whatever the pointer says, also if the newest of all is damaged."""
     store = _made(folder)
-    do, told = POINTERS[harm]
+    do, expected_text = POINTERS[harm]
     do(store.folder / POINTER)
     newest, before, *_ = published(store.folder)
     slowest_s = 0.0
@@ -79,7 +79,7 @@ def _pointer(folder: Path, *, harm: str) -> Figures:
         slowest_s = max(slowest_s, time.monotonic() - start_s)
         assert chosen is not None, "None was chosen"
         assert chosen.path == expected, f"{chosen.path} was chosen, not {expected}"
-        assert told in lines[0], f"not told {told!r}: {lines}"
+        assert expected_text in lines[0], f"not reported: {expected_text!r}: {lines}"
         (newest / file_name(1)).write_bytes(b"")
     assert slowest_s < FALLBACK_S, f"it took {slowest_s:.1f} s"
     return {"pointers": 2, "refusals": 0, "slowest_s": round(slowest_s, 3)}
@@ -112,7 +112,7 @@ LOSSES: dict[str, tuple[Callable[[Path], None], str]] = {
     "emptied": (_emptied, "holds no checkpoint any more"),
     "gone": (_gone, "holds no checkpoint any more"),
 }
-"""What is done to all checkpoints, and what the refusal says."""
+"""The change of all checkpoints, and the text of the refusal."""
 
 
 def _loss(folder: Path, *, harm: str) -> Figures:
@@ -120,7 +120,7 @@ def _loss(folder: Path, *, harm: str) -> Figures:
     store = _made(folder)
     assert CheckpointStore(folder / "other" / "checkpoints", keep=9).newest_intact(print) is None
     (folder / "run" / "status.json").write_text('{"state": "running", "step": 12}', encoding="utf-8")
-    do, told = LOSSES[harm]
+    do, expected = LOSSES[harm]
     do(store.folder)
     refusal: CheckpointError | None = None
     try:
@@ -128,13 +128,13 @@ def _loss(folder: Path, *, harm: str) -> Figures:
     except CheckpointError as error:
         refusal = error
     assert refusal is not None, f"not refused: {chosen} was chosen"
-    assert told in refusal.problem, refusal.problem
+    assert expected in refusal.problem, refusal.problem
     assert "--fresh" in refusal.action, refusal.action
     return {"pointers": 0, "refusals": 1, "slowest_s": 0.0}
 
 
 class Trial:
-    """One uninterrupted run, and what the same command makes of it after its second checkpoint.
+    """One uninterrupted run, and the same command after its second checkpoint.
 
     Args:
         folder: Scratch folder.
@@ -154,30 +154,30 @@ class Trial:
         return run_to_end(self._folder, *self._words, *more, expect=expect, **self._how)
 
     def _stop(self) -> Path:
-        """The run as it stood after step 8; its checkpoints."""
+        """Restore the run folder as it was after step 8; returns its checkpoints."""
         shutil.rmtree(self.run, ignore_errors=True)
         stopped_after(self._straight, self.run, 8)
         (self.run / "status.json").write_text('{"state": "running", "step": 8, "saved_step": 8}', encoding="utf-8")
         return self.run / "checkpoints"
 
-    def goes_on(self, harm: str) -> None:
-        """The same command goes on from the newest checkpoint and ends as the straight run did."""
+    def resumes(self, harm: str) -> None:
+        """The same command resumes from the newest checkpoint and ends like the uninterrupted run."""
         checkpoints = self._stop()
-        do, told = POINTERS[harm]
+        do, expected = POINTERS[harm]
         do(checkpoints / POINTER)
         output = self._launch()
-        assert told in output, f"{harm}: not told {told!r}\n{output[-6000:]}"
+        assert expected in output, f"{harm}: not reported: {expected!r}\n{output[-6000:]}"
         assert f"resumed from {checkpoints / 'step-00000008'} " in output, f"{harm}\n{output[-6000:]}"
         self._ended_the_same(harm)
         assert (checkpoints / POINTER).read_text(encoding="utf-8") == "step-00000012\n", harm
 
     def is_refused(self, harm: str) -> None:
         """The same command ends with the code of lost checkpoints, at every try; --fresh starts over."""
-        do, told = LOSSES[harm]
+        do, expected = LOSSES[harm]
         do(self._stop())
         for number in (1, 2):  # what the first refusal writes must not let the second pass
             output = self._launch(expect=CheckpointError.exit_code)
-            assert told in output, f"{harm}, try {number}: not told {told!r}\n{output[-6000:]}"
+            assert expected in output, f"{harm}, try {number}: not reported: {expected!r}\n{output[-6000:]}"
             left = status(self.run)
             assert (left["state"], left["exit_code"]) == ("failed", CheckpointError.exit_code), f"{harm}: {left}"
             assert not (self.run / "export").exists(), f"{harm}: trained again"
@@ -198,7 +198,7 @@ class Trial:
 def _launched_pointers(folder: Path, *, launcher: Launcher, ranks: int, harms: tuple[str, ...]) -> Figures:
     trial = Trial(folder, launcher, ranks)
     for harm in harms:
-        trial.goes_on(harm)
+        trial.resumes(harm)
     return {"pointers": len(harms), "refusals": 0, "slowest_s": 0.0}
 
 

@@ -54,7 +54,7 @@ class Poller:
                 now_s = time.monotonic()
                 self.longest_gap_s, last_s = max(self.longest_gap_s, now_s - last_s), now_s
             self._look()
-        except Exception as error:  # noqa: BLE001 - who does not look sees nothing wrong: told by `incomplete`
+        except Exception as error:  # noqa: BLE001 - raised by `incomplete`
             self._error = error
 
     def _look(self) -> None:
@@ -102,7 +102,7 @@ def _launch(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Launched], list
         native = stack.enter_context(Poller(folder / "native"))
         ranks = []
         for rank in range(RANKS):
-            # not under a launcher: it would end the other rank before that can say what it has seen
+            # without a launcher, which would end the other rank before it can report
             variables: dict[str, Any] = torchrun_variables(rank, RANKS, port)
             run = started(
                 folder,

@@ -1,7 +1,7 @@
-"""What the parts `exact` and `elastic` share: a run as it stood after some step, going on from there, comparing.
+"""Shared by the parts `exact` and `elastic`: restoring a run folder as of a step, resuming from it, comparing.
 
-A launch stopped right after a checkpoint leaves its run folder as it stood then. `stopped_after` makes that folder out
-of the one that an uninterrupted run has left, which kept all its checkpoints; so one run gives every stop point.
+`stopped_after` makes the run folder of a launch that stopped right after a checkpoint out of the folder of an
+uninterrupted run that kept all its checkpoints: one run gives every stop point.
 """
 
 import json
@@ -25,7 +25,7 @@ micro-batches that it read, each window as a sha256 of its tokens."""
 
 
 def stopped_after(finished: Path, run: Path, step: int) -> None:
-    """Make a run folder as it stood right after the checkpoint of a step.
+    """Make a run folder as it was right after the checkpoint of a step.
 
     Args:
         finished: Folder of a run that has kept all its checkpoints.
@@ -63,14 +63,14 @@ def launch(  # noqa: PLR0913 - each is one word of the driver
     """Run to the end from several stop points, one after the other, in one launched process group.
 
     Args:
-        folder: Scratch folder; runs stand below `runs`.
+        folder: Scratch folder; runs are below `runs`.
         recipe: Named NAME.
         ds_config: Its DeepSpeed config.
         ranks: Number of processes.
         out: Run folders get this name and the step behind it.
         first: The run folder that the stop points are taken from.
         steps: Stop points; 0 starts a run of its own, and needs no `first`.
-        then: DeepSpeed config for going on; None: the same.
+        then: DeepSpeed config of the resumed runs; None: the same.
 
     Returns:
         What every rank has seen, by stop point.
@@ -97,12 +97,12 @@ def final_state(run: Path) -> dict[str, Any]:
     state = {key: value for key, value in manifest["state"].items() if key != "train_seconds"}
     files = {name: blake3_file(checkpoint / name) for name in manifest["files"]}
     exported = read_json(run / "export" / "manifest.json")["files"]
-    told = {key: manifest[key] for key in ("engine", "parameters")}
-    return {"state": state, "files": files, **told, "weights": exported["model.safetensors"]["sha256"]}
+    layout = {key: manifest[key] for key in ("engine", "parameters")}
+    return {"state": state, "files": files, **layout, "weights": exported["model.safetensors"]["sha256"]}
 
 
 def differences(run: Path, straight: Path) -> list[str]:
-    """What is not bit for bit the same in two finished runs: logged values, state, weights."""
+    """Differences between two finished runs: logged values, state, weights."""
     found = []
     own, other = numerics(run), numerics(straight)
     for mine, theirs in zip(own, other, strict=False):

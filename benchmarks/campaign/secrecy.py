@@ -51,9 +51,9 @@ sys.exit(main(["train", *sys.argv[1:]]))
 
 
 def holders(folder: Path, inputs: Iterable[Path] = ()) -> list[str]:
-    """Files below a folder that hold the marker, packed or not; `inputs` are left out."""
-    left_out = set(inputs)
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in left_out)
+    """Files below a folder that hold the marker, packed or not, except `inputs`."""
+    skipped = set(inputs)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path not in skipped)
     found = []
     for path in files:
         content = path.read_bytes()
@@ -73,7 +73,7 @@ def _unpacked(path: Path) -> Iterator[bytes]:
         except zlib.error:
             return
     elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # what is only stored stands in the content as it is
+        with zipfile.ZipFile(path) as archive:  # uncompressed members appear in the content itself
             yield from (archive.read(item) for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED)
 
 
@@ -118,7 +118,7 @@ def a_traceback(folder: Path, *, launcher: Launcher, ranks: int) -> Figures:
 
 
 def refused_documents(folder: Path) -> Figures:
-    """Secrets in a recipe, an override, a DeepSpeed config and among the arguments: refused, told and not repeated."""
+    """Secrets in a recipe, an override, a DeepSpeed config and the arguments: refused, and not repeated."""
     plain, config = write_recipe(folder), write_ds_config(folder)
     secret, word, url = SECRETS["STORE_SECRET"], SECRETS["OUR_PASSWORD"], f"https://me:{MARKER}@host/data"
     recipe = folder / "secret.yaml"
@@ -177,7 +177,7 @@ def _summary(figures: list[Figures]) -> Figures:
 PART = Part(
     "secrets",
     11,
-    "No secret stands in anything that is written or printed, and code in foreign files is never run.",
+    "No secret appears in any file or output, and code in foreign files is never run.",
     _CASES,
     ("refused", "traceback-python", *foreign_code.SHORT),
     _summary,

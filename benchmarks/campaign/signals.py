@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and SIGINT to one rank, to all, twice, wherever a run is: it saves, and all ranks leave together."""
+"""Point 10: SIGTERM, SIGUSR1 or SIGINT to one rank, to all, twice, in any phase: it saves, and all ranks exit."""
 
 import os
 import shutil
@@ -123,28 +123,28 @@ def _send(trial: Trial, launched: Launched, ranks: list[int]) -> None:
 
 def _check_end(trial: Trial, code: int, output: str, run_folder: Path, saved: int | None) -> None:
     """Exit code, status and checkpoints."""
-    told = status(run_folder)
+    left = status(run_folder)
     changes = trial.launcher == "torchrun"  # which makes every code but 0 a 1
     if trial.leaves_at_once:
         assert code == (1 if changes else EXIT_INTERRUPTED), f"exit code {code}\n{output}"
         return
-    assert told["state"] == "requeue", f"{told}\n{output}"
+    assert left["state"] == "requeue", f"{left}\n{output}"
     if trial.where == "preparing":
-        assert told["exit_code"] == EXIT_INTERRUPTED, told
+        assert left["exit_code"] == EXIT_INTERRUPTED, left
         # A launcher that gets the signal itself ends with a code of its own.
         assert trial.who == "group" or code == (1 if changes else EXIT_INTERRUPTED), f"exit code {code}\n{output}"
         return
     assert trial.who == "group" or code == 0, f"exit code {code}\n{output}"
     assert trial.who == "group" or "Traceback" not in output, output
-    assert told["exit_code"] == 0, told
+    assert left["exit_code"] == 0, left
     newest = CheckpointStore(run_folder / "checkpoints", keep=3, keep_every=None).newest_intact(print)
     if saved is None:
         assert newest is None, f"{newest}: nothing was to be saved"
-        assert told["step"] == 0, told
+        assert left["step"] == 0, left
     else:
         assert newest is not None, output
         assert newest.path.name == f"step-{saved:08d}", f"{newest}\n{output}"
-        assert told["step"] == saved, told
+        assert left["step"] == saved, left
 
 
 def _check_resumed(folder: Path, words: list[str], how: dict[str, Any]) -> None:
@@ -159,9 +159,9 @@ def _check_resumed(folder: Path, words: list[str], how: dict[str, Any]) -> None:
 
 
 def trials(launcher: Launcher) -> list[Trial]:
-    """Everywhere, every signal, to everybody; a few brought to their end."""
-    everybody: tuple[Who, ...] = ("all", "twice") if launcher == "python" else ("one", "all", "twice")
-    found = [Trial(launcher, *words) for words in product(WHERE, SIGNALS, everybody)]
+    """Every place, signal and group of ranks; a few are resumed to the end."""
+    targets: tuple[Who, ...] = ("all", "twice") if launcher == "python" else ("one", "all", "twice")
+    found = [Trial(launcher, *words) for words in product(WHERE, SIGNALS, targets)]
     found.append(Trial(launcher, "steady", signal.SIGINT, "group"))
     someone: Who = "all" if launcher == "python" else "one"
     for where, number in (

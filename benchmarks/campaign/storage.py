@@ -1,7 +1,7 @@
-"""Point 6: a disk that is full, limited, read-only or broken costs the save under way, and nothing else.
+"""Point 6: a full, limited, read-only or broken disk costs the current save and nothing else.
 
 The cases of one rank's operations run in `drive_storage.py`; the others are runs of two ranks on a small tmpfs, which
-needs root. Without it, those and the ways ENOSPC and EROFS are left out, and the result says so.
+needs root. Without root, those and the errors ENOSPC and EROFS are skipped, and the result says so.
 """
 
 import json
@@ -56,7 +56,7 @@ def _mount(folder: Path, size: int) -> bool:
 
 @contextmanager
 def disk(folder: Path, size: int = 1 << 25) -> Iterator[Path]:
-    """A file system of so many bytes below a folder; a plain folder where this process may not mount."""
+    """A file system of `size` bytes below a folder; a plain folder without the right to mount."""
     place = folder / "disk"
     place.mkdir()
     mounted = can_mount() and _mount(place, size)
@@ -74,7 +74,7 @@ def free_bytes(place: Path) -> int:
 
 
 def leave(place: Path, free: int) -> Path:
-    """Take all but so many bytes of a file system; the file that takes them."""
+    """Fill a file system up to `free` bytes; returns the file that fills it."""
     ballast = place / "ballast"
     with ballast.open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, free_bytes(place) - free)
@@ -136,13 +136,13 @@ class Trial:
         assert left == [], f"left behind: {left}"
         return newest.state.step
 
-    def go_on(self) -> None:
-        """The same command, with space again: it ends as if nothing had happened."""
+    def resume(self) -> None:
+        """Rerun the same command with space again: the result is bitwise identical."""
         run_to_end(self.scratch, *self.words, **LAUNCH)
         assert weights_sha256(self.run) == self.straight, "the weights differ from those of the straight run"
 
-    def told(self, output: str) -> str:
-        """The line of a launch that tells of the refusal: with the folder and the bytes."""
+    def reported(self, output: str) -> str:
+        """The line of a launch that reports the refusal, with the folder and the bytes."""
         line = next((line for line in output.splitlines() if str(self.run) in line and " bytes" in line), "")
         assert line, f"no line names the path and the bytes\n{output[-4000:]}"
         return line
@@ -159,7 +159,7 @@ def full_and_continue(scratch: Path) -> Figures:
             ballast.unlink()
             assert launch.wait() == 0, launch.output()[-4000:]
             output = launch.output()
-        line = trial.told(output)
+        line = trial.reported(output)
         assert "WARNING" in line, line
         assert trial.newest_step() == STEPS
         assert weights_sha256(trial.run) == trial.straight
@@ -167,7 +167,7 @@ def full_and_continue(scratch: Path) -> Figures:
 
 
 def full_and_stop(scratch: Path) -> Figures:
-    """Too little space under the policy `stop`: exit code, status, message; the same command goes on."""
+    """Too little space under the policy `stop`: exit code, status, message; the same command resumes."""
     with disk(scratch) as place:
         trial = Trial(scratch, place, "stop")
         with trial.launched() as launch:
@@ -175,18 +175,18 @@ def full_and_stop(scratch: Path) -> Figures:
             code, output = launch.wait(), launch.output()
             assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
             assert (left := launch.orphans()) == [], left
-        trial.told(output)
+        trial.reported(output)
         found = status(trial.run)
         assert (found["state"], found["exit_code"]) == ("failed", EXIT_STORAGE), found
         step = trial.newest_step()
         assert found["saved_step"] == step, found
         ballast.unlink()
-        trial.go_on()
+        trial.resume()
         return {"stopped_after_step": step}
 
 
 def not_a_byte_left(scratch: Path) -> Figures:
-    """A disk without a byte, metrics.jsonl on it: the run ends with the code of storage, and loses no checkpoint."""
+    """A full disk that also holds metrics.jsonl: the run exits with the storage code and loses no checkpoint."""
     with disk(scratch) as place:
         trial = Trial(scratch, place, "continue")
         with trial.launched() as launch:
@@ -198,12 +198,12 @@ def not_a_byte_left(scratch: Path) -> Figures:
         step = trial.newest_step()
         state = status(trial.run)
         (place / "ballast").unlink()
-        trial.go_on()
+        trial.resume()
         return {"newest_step": step, "status": state["state"]}
 
 
-def told_before_training(scratch: Path) -> Figures:
-    """Less than twice a checkpoint free, or a read-only disk: told before the first step."""
+def reported_before_training(scratch: Path) -> Figures:
+    """Less than twice a checkpoint free, or a read-only disk: reported before the first step."""
     with disk(scratch) as place:
         trial = Trial(scratch, place, "continue")
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
@@ -213,11 +213,11 @@ def told_before_training(scratch: Path) -> Figures:
         subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
         ballast = leave(place, int(1.5 * trial.bytes))
         output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, **LAUNCH)
-        trial.told(output)
+        trial.reported(output)
         assert rows(trial.run) == []
         assert list(published(trial.store.folder)) == []
         ballast.unlink()
-        trial.go_on()
+        trial.resume()
         return {"checkpoint_bytes": trial.bytes}
 
 
@@ -268,7 +268,7 @@ def _cases() -> Cases:
             "full and continue": full_and_continue,
             "full and stop": full_and_stop,
             "not a byte left": not_a_byte_left,
-            "told before training": told_before_training,
+            "told before training": reported_before_training,
         }
     return cases
 
@@ -291,7 +291,7 @@ PART = Part(
     name="storage",
     point=6,
     promise="A disk that refuses any operation of a save costs that save: the last good checkpoint loads, the partial "
-    "one is removed, the message names the path and the bytes, and the run goes on or stops as it was told.",
+    "one is removed, the message names the path and the bytes, and the run continues or stops as configured.",
     cases=_cases(),
     short=("retention", "some operations"),
     summary=summary,

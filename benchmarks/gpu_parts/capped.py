@@ -14,7 +14,7 @@ SIZES = (4, 8, 16, 32)
 
 
 def capped(part: Part) -> None:
-    """The config as it stands makes real steps; then the micro-batches that fit, for both types of the sums."""
+    """The unchanged config makes real steps; then the micro-batches that fit, for both types of the sums."""
     cases = Cases(part)
     timing = part.sized({"warmup_steps": 2, "blocks": 5, "block_steps": 1}, {})
     own = case_of(part, TARGET, micro_batch=None, ds_config="a6000.json", cap_gib=USABLE_GIB, **timing)
@@ -25,7 +25,7 @@ def capped(part: Part) -> None:
         "steps of a6000.json as it stands", shipped.steps, at_least=own.blocks * own.block_steps, of_gpu=False
     )
     part.report.bar("reserved GiB of a6000.json", shipped.reserved_gib, at_most=USABLE_GIB)
-    part.report.line(f"a6000.json as it stands: {shipped.words()}")
+    part.report.line(f"a6000.json, unchanged: {shipped.words()}")
     fit: dict[str, Any] = {}
     for sums in SUMS:
         fit[sums] = {str(shipped.micro_batch): True} if sums == "fp32" and not shipped.out_of_memory else {}

@@ -79,7 +79,7 @@ class Trained:
         graphs: Compiled in the warm-up; blocks of the same kind share one.
         left_eager: Pieces of code that the compiler gave up; every block that should run one runs without compilation.
         recompiles: Graphs compiled after the warm-up.
-        syncs: Host synchronisations of a step by place in the source, counted apart; on a CPU None.
+        syncs: Host synchronizations of a step by place in the source, counted apart; on a CPU None.
         syncs_per_micro_step: Those that come with every micro-step; on a CPU None.
         loss: Of the last step.
         notes: The kernels that were chosen, and why.
@@ -122,7 +122,7 @@ class Trained:
 
 
 class Cases:
-    """The cases of a part, one after the other while its time lasts; each stands under `cases` in the report.
+    """The cases of a part, one after the other while its time lasts; each is listed under `cases` in the report.
 
     Args:
         part: What they belong to.
@@ -146,7 +146,7 @@ class Cases:
         """
         part = self._part
         if part.left_s < self._longest_s:
-            part.report.line(f"{case.name}: left out, {part.left_s:.0f} s are left of the part's time")
+            part.report.line(f"{case.name}: skipped, {part.left_s:.0f} s remain of the part's time")
             return None
         start_s = time.monotonic()
         if part.rehearse and not apart:
@@ -195,7 +195,7 @@ def _no_result(case: Case, what: str, log: Path) -> MachineError:
     text = log.read_text(encoding="utf-8", errors="replace").strip()
     return MachineError(
         f"the case {case.name} {what}; the end of what it printed:\n{text[-_LOG_END:]}",
-        action="mend what it says, or give --only without this part",
+        action="fix the error above, or give --only without this part",
     )
 
 

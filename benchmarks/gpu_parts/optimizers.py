@@ -23,7 +23,7 @@ def optimizers(part: Part) -> None:
     found: dict[str, Any] = {}
     for kind in OPTIMIZERS:
         if part.rehearse and kind == "deepspeed":
-            part.report.line("deepspeed: left out, it would be compiled for this CPU first")
+            part.report.line("deepspeed: skipped, it would be compiled for this CPU first")
             continue
         obstacle = optimizer_obstacle(kind, device)
         if obstacle is not None:

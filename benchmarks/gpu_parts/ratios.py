@@ -15,7 +15,7 @@ SHAPE = "gpt2-medium-16l"
 MICRO_BATCH, ACCUMULATION = 16, 4
 MAX_SETS, BLOCKS, BLOCK_S = 3, 5, 2.0
 BUSY_CORES = 2.0
-"""So many cores may be busy with something else: a GPU's step does not wait for them on a machine with sixteen."""
+"""Cores that other processes may keep busy: a GPU's step does not wait for them on a machine with sixteen."""
 TAX_SUBJECTS = ("plain_master_compiled", "project_compiled", "project_shipped", "hf_trainer")
 
 

@@ -16,7 +16,7 @@ class Report:
 
     Args:
         path: The JSON file.
-        rehearsal: Whether bars on speed and memory are told without being judged: a toy on a CPU has none.
+        rehearsal: Whether bars on speed and memory are shown but not judged: a toy on a CPU has none.
     """
 
     def __init__(self, path: Path, *, rehearsal: bool) -> None:

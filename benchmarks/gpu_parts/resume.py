@@ -63,7 +63,7 @@ class Runs:
         return self.part.folder / "train.log"
 
     def command(self, name: str, steps: int) -> list[str]:
-        """`deepspeed train.py` for a run of so many steps."""
+        """`deepspeed train.py` for a run of `steps` steps."""
         recipe = self.part.folder / f"{name}.yaml"
         sizes = self.part.sized(SIZES, TOY)
         text = RECIPE.format(name=name, steps=steps, interval=CHECKPOINT_STEP, **sizes)
@@ -80,11 +80,11 @@ class Runs:
     def broken(self, what: str) -> MachineError:
         """Say what did not happen, with the end of the log."""
         text = self.log.read_text(encoding="utf-8", errors="replace").strip()
-        return MachineError(f"{what}; the end of the log:\n{text[-_LOG_END:]}", action="mend what it says")
+        return MachineError(f"{what}; the end of the log:\n{text[-_LOG_END:]}", action="fix the error above")
 
 
 def resume(part: Part) -> None:
-    """Train, kill, go on, compare."""
+    """Train, kill, resume, compare."""
     runs = Runs(part, part.sized("ds_configs/zero1.json", "ds_configs/cpu.json"))
     _finish(runs, "straight")
     with launched(runs.command("killed", STEPS), runs.log) as process:

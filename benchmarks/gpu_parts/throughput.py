@@ -32,7 +32,7 @@ def shape_of(name: str) -> dict[str, Any]:
     """The shape of a target, from the shipped recipes; GPT-2 large's 18 blocks are medium's in another size."""
     recipe = load_recipe("openllama-3b-13l" if name == TARGET else "gpt2-medium-16l")
     found = target_shape(recipe)
-    assert found is not None  # shipped recipes tell their shapes
+    assert found is not None  # shipped recipes name their shapes
     shape = {**found[0].model_dump(exclude_none=True), "num_hidden_layers": found[1]}
     return {**shape, **_LARGE_SIZES} if name == LARGE else shape
 

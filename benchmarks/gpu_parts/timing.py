@@ -1,4 +1,4 @@
-"""Time of something short on a device: blocks of calls, each between two synchronisations."""
+"""Time of something short on a device: blocks of calls, each between two synchronizations."""
 
 import statistics
 import time

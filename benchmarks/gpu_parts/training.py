@@ -42,7 +42,7 @@ from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.loop import train
 
 SYNC_STEPS = 2
-"""Steps of the pass that counts host synchronisations, after the timed ones."""
+"""Steps of the pass that counts host synchronizations, after the timed ones."""
 _TOY_MEMORY_GIB = 2.0
 _SYNC_WARNING = "synchronizing CUDA operation"
 

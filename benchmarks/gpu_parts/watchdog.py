@@ -28,7 +28,7 @@ class Start:
         command: Its words.
         environ: Set for it beside this process's own environment.
         log: Takes what it prints.
-        limit_s: It is ended after so many seconds.
+        limit_s: Time limit.
     """
 
     command: Sequence[str]
@@ -114,7 +114,7 @@ def _processes() -> list[int]:
 
 
 def _environ_of(number: int) -> list[bytes]:
-    """Variables of a process; none of one that has ended, and none of somebody else's."""
+    """Variables of a process; empty for one that has ended or belongs to another user."""
     try:
         return Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
     except OSError:

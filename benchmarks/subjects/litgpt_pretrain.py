@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.subjects.turns import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Order, Turns
 
 SANITY_BATCHES = 2
-"""litgpt scores so many batches before it trains."""
+"""Batches that litgpt scores before it trains."""
 
 
 class _Endless(IterableDataset[torch.Tensor]):

@@ -14,7 +14,7 @@ BETAS = (0.9, 0.95)
 
 
 def get_batch(path: str, batch_size: int, block_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (B, T) at random offsets, as train.py reads them: the file is mapped anew each time."""
+    """Inputs and targets (B, T) at random offsets, as train.py reads them: the file is mapped again each time."""
     data = np.memmap(path, dtype=np.uint16, mode="r")
     offsets = torch.randint(len(data) - block_size, (batch_size,))
     x = torch.stack([torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in offsets])

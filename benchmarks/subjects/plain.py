@@ -39,7 +39,7 @@ def _autocast(order: Order, turns: Turns) -> Callable[[], Callable[[], float]]:
 
 
 def _master(order: Order, turns: Turns) -> Callable[[], Callable[[], float]]:
-    """bf16 weights, fp32 masters by hand, the project's kernels.
+    """bf16 weights, its own fp32 masters, the project's kernels.
 
     Gradients add up where autograd puts them, in bf16: the least that such a loop can do. What fp32 sums cost the
     project is part of its tax.

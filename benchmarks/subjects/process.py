@@ -22,7 +22,7 @@ START_TIMEOUT_S = 1200.0
 BLOCK_TIMEOUT_S = 900.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 SAMPLE_S = 1.0
-"""Whether the machine is quiet is told from so long a look."""
+"""Length of the check whether the machine is quiet."""
 _LOG_END = 3000
 _NO_SESSION = -1
 
@@ -36,7 +36,7 @@ class Block:
         seconds: They took.
         other_cores: Cores that something else kept busy meanwhile; None where that cannot be read.
         repeats: Blocks before this one that were thrown away, because something else was busy.
-        loss: Of the last step, if the subject tells it.
+        loss: Of the last step, if the subject reports it.
         peak_memory_gib: Of the process so far.
     """
 
@@ -83,7 +83,7 @@ class Subject:
             raise
 
     def block(self, seconds: float) -> Block:
-        """Let it make as many whole steps as fit into so many seconds, at least one."""
+        """Run the whole steps that fit into `seconds`, at least one."""
         steps = max(1, round(seconds / self.first["step_s"]))
         before = _cpu_seconds(self._process.pid)
         start = time.perf_counter()
@@ -105,7 +105,7 @@ class Subject:
 
     def _tell(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended: the answer that does not come tells why
+        with suppress(BrokenPipeError):  # it has ended: the missing answer is reported
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -127,12 +127,12 @@ class Subject:
         text = self._log.read_text(encoding="utf-8", errors="replace").strip()
         return MachineError(
             f"the subject {self.order.subject} {what}; the end of what it printed:\n{text[-_LOG_END:]}",
-            action="mend what it says, or leave the subject out (--subjects)",
+            action="fix the error above, or run without this subject (--subjects)",
         )
 
 
 def wait_until_quiet(max_other_cores: float, patience_s: float) -> bool:
-    """Wait until nothing but this process keeps more than so many cores busy; False if it did not come to that."""
+    """Wait until other processes keep at most `max_other_cores` busy; False if that does not happen."""
     deadline = time.monotonic() + patience_s
     while True:
         before, start = _cpu_seconds(_NO_SESSION), time.perf_counter()

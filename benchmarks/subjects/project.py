@@ -86,9 +86,9 @@ def run(order: Order, turns: Turns) -> None:
     class Counted(Engine):
         """The program's own; the windows of every step are counted."""
 
-        def train_step(self, micro_batches: Sequence[torch.Tensor], **told: Any) -> StepResult:
+        def train_step(self, micro_batches: Sequence[torch.Tensor], **options: Any) -> StepResult:
             turns.windows += sum(map(len, micro_batches))
-            return super().train_step(micro_batches, **told)
+            return super().train_step(micro_batches, **options)
 
     class PausingRecorder(RunRecorder):
         """The program's own; a turn may end after every step."""

@@ -1,6 +1,6 @@
-"""The subject's side of a side-by-side measurement: it trains when it is told to, and waits otherwise.
+"""The subject's side of a side-by-side measurement: it trains on request and waits otherwise.
 
-One JSON line each way. A subject answers when its warm-up is done and after every block of steps; it is told
+One JSON line each way. A subject answers when its warm-up is done and after every block of steps; it receives
 `{"steps": n}` or `{"end": true}`. Nothing of the package is imported here, so that a subject may live in an
 environment of its own.
 """
@@ -25,11 +25,11 @@ class Order:
         micro_batch: Windows a micro-step.
         accumulation: Micro-steps an optimizer step.
         device: `cpu` or `cuda`.
-        keep_freed_memory: Whether the C allocator is told to keep what is freed.
+        keep_freed_memory: Whether the C allocator keeps freed memory.
         tokens: Token file (uint16, little-endian).
         folder: Where the subject may write.
         warmup_steps: Steps before the first answer.
-        total_steps: Length of the run that the subject is told it makes; it is ended long before.
+        total_steps: Nominal length of the run, which is ended long before.
         started_s: When the process was started, in seconds of the monotonic clock.
         nanogpt: Folder of a nanoGPT checkout.
     """
@@ -83,16 +83,16 @@ class Turns:
         self.windows = 0
         """Windows that the subject has read; whatever hands them out counts them."""
         self.packages: tuple[str, ...] = ()
-        """Distributions whose versions are told with the first answer."""
+        """Distributions; the first answer reports their versions."""
         self.notes: tuple[str, ...] = ()
-        """What the subject chose by itself; told with the first answer."""
+        """Choices of the subject; reported with the first answer."""
         self._order, self._orders, self._answers = order, orders, answers
         self._warm = False
         self._first_step_s = self._last_step_s = self._last_s = 0.0
         self._start_block(order.warmup_steps)
 
     def step_done(self, loss: Callable[[], float] | None = None) -> None:
-        """Tell that an optimizer step is over; returns when the next one may begin.
+        """Report the end of an optimizer step; returns when the next one may begin.
 
         Args:
             loss: Gives the loss of this step; called outside the measured time.
@@ -111,8 +111,8 @@ class Turns:
         self._synchronize()
         seconds = time.monotonic() - self._start_s
         self._answer(seconds, loss() if loss is not None else None)
-        told = self._orders.readline()
-        steps = json.loads(told).get("steps", 0) if told else 0
+        request = self._orders.readline()
+        steps = json.loads(request).get("steps", 0) if request else 0
         if not steps:
             raise Finished
         self._start_block(steps)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SEED = 1337
 HELD_MICRO_BATCHES = 32
-"""The plain loops go through so many, which lie in memory: reading costs them nothing."""
+"""The plain loops repeat this many from memory: reading costs them nothing."""
 
 
 class Windows(torch.utils.data.Dataset[torch.Tensor]):

@@ -230,7 +230,7 @@ def test_case_that_the_time_does_not_last_for_is_left_out(tmp_path: Path, monkey
     cases = Cases(part)
     monkeypatch.setattr(cases, "_longest_s", 1.0)
     assert cases.measure(Case(name="tiny", shape={}, step_windows=1, micro_batch=1, device="cpu")) is None
-    assert told(tmp_path)["lines"] == ["tiny: left out, 0 s are left of the part's time"]
+    assert told(tmp_path)["lines"] == ["tiny: skipped, 0 s remain of the part's time"]
     assert told(tmp_path)["status"] == "running"
 
 

@@ -53,4 +53,4 @@ def test_rehearsal_runs_the_peers_that_are_there(tmp_path: Path, capsys: pytest.
     notes = " ".join(found["subjects"]["project_shipped"]["notes"])
     assert "kernels.compile: " in notes
     assert "allocator: " in notes
-    assert "litgpt: left out (--litgpt-python L/bin/python brings it in)" in capsys.readouterr().out
+    assert "litgpt: skipped (--litgpt-python L/bin/python includes it)" in capsys.readouterr().out

@@ -179,7 +179,9 @@ def test_a_subject_makes_whole_steps_of_about_the_asked_time(tmp_path: Path) -> 
 def test_a_subject_that_reads_another_batch_is_refused(tmp_path: Path) -> None:
     subject = stand_in(tmp_path, missing=1)
     try:
-        with pytest.raises(MachineError, match=r"plain read 11 windows in 2 steps, not 12(?s:.)*do: mend what it says"):
+        with pytest.raises(
+            MachineError, match=r"plain read 11 windows in 2 steps, not 12(?s:.)*do: fix the error above"
+        ):
             subject.block(1.0)
     finally:
         subject.end()
@@ -257,7 +259,7 @@ def test_batches_counts_and_names_are_read() -> None:
         batches("8x")
     with pytest.raises(argparse.ArgumentTypeError, match=r"no subject: plan; there are plain, plain_master, "):
         names("plain,plan")
-    with pytest.raises(argparse.ArgumentTypeError, match=r"a name stands twice: plain,plain"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"a name is repeated: plain,plain"):
         names("plain,plain")
 
 

@@ -16,7 +16,7 @@ from inheritune_ds.checkpoints.manifest import published
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_run_that_was_stopped_ends_bit_for_bit_as_the_one_that_was_not(tmp_path: Path) -> None:
+def test_resumed_run_is_bitwise_identical(tmp_path: Path) -> None:
     (name,) = PART.short
     assert PART.cases[name](tmp_path)["stop_points"] == 1
     finished, other = tmp_path / "runs" / "run-0", tmp_path / "runs" / "run-7"
@@ -46,13 +46,13 @@ def spoil_state(run: Path) -> None:
     path.write_bytes(content)
 
 
-def test_full_form_is_every_stage_precision_and_accumulation() -> None:
+def test_full_form_has_every_stage_precision_and_accumulation() -> None:
     names = PART.cases.keys() - set(PART.short)
     assert Counter(name.split("-")[0] for name in names) == {"zero1": 4, "zero2": 4, "zero3": 4}
     assert len({tuple(name.split("-")) for name in names}) == 12
 
 
-def test_run_folder_is_made_as_it_stood(tmp_path: Path) -> None:
+def test_stopped_after_restores_the_run_folder(tmp_path: Path) -> None:
     run = tmp_path / "finished"
     for step in range(1, STEPS + 1):
         (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)

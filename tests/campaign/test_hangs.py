@@ -3,7 +3,7 @@
 from benchmarks.campaign.hangs import EXPECTED, HANGS
 
 
-def test_every_place_is_tried() -> None:
+def test_full_form_has_every_place() -> None:
     assert {hang.place for hang in HANGS} == set(EXPECTED)
     four = {"forward", "data", "collective", "wandb"}
     assert {hang.place for hang in HANGS if hang.launcher == "torchrun"} >= four

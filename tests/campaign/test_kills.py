@@ -7,7 +7,7 @@ import pytest
 from benchmarks.campaign.kills import IN_SAVE_AT_LEAST, PARTS, Kind, check_start, draw_kills
 
 
-def test_the_full_form_has_a_hundred_kills_of_which_forty_must_hit_a_save() -> None:
+def test_full_form_has_100_kills_of_which_40_must_hit_a_save() -> None:
     chains = [case for part in PARTS for name, case in part.cases.items() if name not in part.short]
     kinds = [kind for chain in chains for kind in chain.keywords["kinds"]]  # type: ignore[attr-defined]
     assert len(kinds) == 100
@@ -16,7 +16,7 @@ def test_the_full_form_has_a_hundred_kills_of_which_forty_must_hit_a_save() -> N
     assert sorted(chain.keywords["seed"] for chain in chains) == list(range(10))  # type: ignore[attr-defined]
 
 
-def test_instants_are_a_function_of_the_seed() -> None:
+def test_draw_kills_depends_on_the_seed_alone() -> None:
     kinds: tuple[Kind, ...] = ("save", "step", "start")
     assert draw_kills(3, kinds) == draw_kills(3, kinds)
     assert draw_kills(3, kinds) != draw_kills(4, kinds)
@@ -27,15 +27,15 @@ def test_instants_are_a_function_of_the_seed() -> None:
     ("output", "kept", "problem"),
     [
         ("resumed from runs/tiny/checkpoints/step-00000004 (step 4, 2,048 tokens)", 8, "resumed from step 4, not 8"),
-        ("step 0: val loss 5.7", 8, "began anew over step 8"),
+        ("step 0: val loss 5.7", 8, "started over at step 8"),
     ],
 )
-def test_going_on_from_elsewhere_is_found(output: str, kept: int, problem: str) -> None:
+def test_check_start_refuses_another_checkpoint(output: str, kept: int, problem: str) -> None:
     with pytest.raises(AssertionError, match=problem):
         check_start(output, kept)
 
 
-def test_going_on_from_the_newest_checkpoint_is_right() -> None:
+def test_check_start_accepts_the_newest_checkpoint() -> None:
     check_start("resumed from runs/tiny/checkpoints/step-00000004 (step 4, 2,048 tokens)", 4)
     check_start("step 0: val loss 5.7", 0)
     check_start("killed before it came so far", 8)

@@ -9,11 +9,11 @@ from benchmarks.campaign.pointer import LOSSES, PART, POINTERS
 from inheritune_ds.checkpoints.store import CheckpointStore
 
 
-def test_the_short_form_has_every_harm() -> None:
+def test_short_form_has_every_damage() -> None:
     assert len(PART.short) == len(POINTERS) + len(LOSSES)
 
 
-def test_a_store_that_starts_over_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_detects_a_store_that_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(_store: CheckpointStore, _say: Any) -> None:
         """As if nothing had ever been saved."""
 

@@ -16,7 +16,7 @@ from benchmarks.record import REPOSITORY
 from inheritune_ds.storage.redaction import find_secret
 
 
-def test_search_finds_the_marker_in_every_kind_of_file(tmp_path: Path) -> None:
+def test_holders_finds_the_marker_in_every_kind_of_file(tmp_path: Path) -> None:
     content = f"text {MARKER} text".encode() * 50
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "plain").write_bytes(content)
@@ -37,7 +37,7 @@ def test_every_canary_is_a_secret(name: str) -> None:
     assert find_secret(SECRETS[name], {name: SECRETS[name]}) is not None
 
 
-def test_canary_is_made_where_nobody_takes_care(tmp_path: Path) -> None:
+def test_careless_loading_makes_the_canary(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Evil(tmp_path / "a")))
     evil_zip(tmp_path / "zip", tmp_path / "b")
     torch.load(tmp_path / "zip", weights_only=False)
@@ -46,7 +46,7 @@ def test_canary_is_made_where_nobody_takes_care(tmp_path: Path) -> None:
     assert all((tmp_path / name).is_dir() for name in "abc")
 
 
-def test_pickle_takes_the_size_of_what_it_replaces(tmp_path: Path) -> None:
+def test_evil_pickle_keeps_the_size_of_the_replaced_file(tmp_path: Path) -> None:
     path = tmp_path / "shard.bin"
     path.write_bytes(bytes(5000))
     evil_pickle(path, tmp_path / "canary")
@@ -62,7 +62,7 @@ def calls() -> list[tuple[str, ast.Call]]:
     return found
 
 
-def test_every_loader_that_could_run_a_repository_s_code_is_told_not_to() -> None:
+def test_auto_classes_are_called_without_remote_code() -> None:
     """`from_pretrained` of the Auto classes; the other classes know no remote code."""
     plain = {"GenerationConfig", "PreTrainedTokenizerFast"}
     careless, careful = [], 0
@@ -79,7 +79,7 @@ def test_every_loader_that_could_run_a_repository_s_code_is_told_not_to() -> Non
     assert careful >= 3
 
 
-def test_nothing_asks_for_remote_code_or_reads_pickle_without_care() -> None:
+def test_package_asks_for_no_remote_code_and_no_careless_pickle() -> None:
     asked = [where for where, call in calls() for word in call.keywords if _asks(word)]
     loads = [
         (where, call)

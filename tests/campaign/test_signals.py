@@ -5,7 +5,7 @@ from itertools import product
 from benchmarks.campaign.signals import SIGNALS, WHERE, trials
 
 
-def test_every_signal_is_sent_everywhere_to_everybody() -> None:
+def test_full_form_sends_every_signal_in_every_phase_to_every_group() -> None:
     for launcher in ("deepspeed", "torchrun"):
         listed = {(trial.where, trial.number, trial.who) for trial in trials(launcher)}
         assert listed >= set(product(WHERE, SIGNALS, ("one", "all", "twice")))

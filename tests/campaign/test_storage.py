@@ -7,14 +7,14 @@ import pytest
 from benchmarks.campaign.storage import PART, can_mount
 
 
-def test_a_full_disk_does_not_cost_the_only_verified_checkpoint(tmp_path: Path) -> None:
+def test_prune_keeps_the_only_verified_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
     assert PART.cases["retention"](tmp_path) == {"kept_while_damaged": 3}
 
 
 @pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(600)
-def test_a_refused_operation_costs_that_save_and_nothing_else(tmp_path: Path) -> None:
+def test_refused_operation_costs_only_its_save(tmp_path: Path) -> None:
     figures = PART.cases["some operations"](tmp_path)
     assert set(figures["by_kind"]) == {"EFBIG", "EIO", *(["ENOSPC"] if can_mount() else [])}
     assert figures["trials"] == sum(figures["by_kind"].values()) == figures["refused"] + figures["published"]
