@@ -11,14 +11,9 @@ RESAMPLES, SEED = 4000, 20261121
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tokens/s of one subject over those of another in the same round, and what it should be.
+    """Tokens/s of `above` over those of `below` in the same round.
 
-    Attributes:
-        name: What it says.
-        above: Subject of the numerator.
-        below: Subject of the denominator.
-        bar: What the ratio should be; None where nothing was promised.
-        at_most: Whether the bar is the most that it may be, or the least.
+    `bar` is the promised least ratio, or the most with `at_most`; None: nothing was promised.
     """
 
     name: str
@@ -34,10 +29,9 @@ def in_turns(names: Sequence[str], rounds: int) -> list[tuple[str, ...]]:
 
 
 def summary(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Median, range and 95 % interval of values that come in groups (one a set of processes).
+    """Median, range and 95 % interval of values in groups, one for each set of processes.
 
-    The interval is that of the median under resampling in two levels: groups, then values within each. So it holds the
-    spread from process to process as well, as far as so few groups can show it.
+    The interval is that of the median under two-level resampling: of groups, then of values within each.
     """
     generator = np.random.default_rng(SEED)
     values = [np.asarray(group, dtype=np.float64) for group in groups]

@@ -36,12 +36,9 @@ from inheritune_ds.storage.files import read_json
 
 @dataclass(frozen=True)
 class Entry:
-    """A part that can be asked for.
+    """A part: its module and function, a line about it, and its lane.
 
-    Attributes:
-        where: Module and function.
-        about: What it finds out, in a line.
-        lane: In a rehearsal the parts of a lane share a process, and the lanes run side by side.
+    In a rehearsal the parts of a lane share a process, and the lanes run side by side.
     """
 
     where: str
@@ -78,11 +75,7 @@ _STATE = ("name", "driver_version", "memory.used", "power.limit", "clocks.max.sm
 
 
 def names(text: str) -> list[str]:
-    """Read `parity,loss`: parts, in the order of PARTS.
-
-    Raises:
-        argparse.ArgumentTypeError: For a name that is none.
-    """
+    """Read `parity,loss`: parts, in the order of PARTS."""
     given = text.split(",")
     unknown = [name for name in given if name not in PARTS]
     if unknown:
@@ -91,11 +84,7 @@ def names(text: str) -> list[str]:
 
 
 def minutes(text: str) -> float:
-    """Read a number of minutes above 0.
-
-    Raises:
-        argparse.ArgumentTypeError: For anything else.
-    """
+    """Read a number of minutes above 0."""
     try:
         given = float(text)
     except ValueError:
@@ -232,14 +221,7 @@ def _check_torch() -> None:
 
 
 def outcome(name: str, folder: Path, log: Path, ending: Ending) -> dict[str, Any]:
-    """What a part has found, also one whose process did not live to say so.
-
-    Args:
-        name: The part.
-        folder: Where its report lies.
-        log: What its process printed.
-        ending: How that ended.
-    """
+    """Findings of a part from its report in `folder`, also if its process was killed."""
     found: dict[str, Any] = read_json(folder / f"{name}.json") or {"bars": {}, "lines": [], "figures": {}}
     if found.get("status", RUNNING) == RUNNING:
         found |= {"status": FAILED, "reason": ending.words}

@@ -126,13 +126,13 @@ def _eager_errors(family: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class PathError:
-    """How far the gradients of a path are off.
+    """Errors of the gradients of a path.
 
     Attributes:
         own: The largest error of a tensor over its own norm.
         over_whole: The largest over the norm of the whole gradient.
-        judged: The one that `LIMIT` is for: `own` in fp32, `over_whole` in bf16.
-        worse_than_eager: Tensors that are in bf16 above the limit and more than twice as far off as eager's.
+        judged: The one that LIMIT is for: `own` in fp32, `over_whole` in bf16.
+        worse_than_eager: Tensors that in bf16 exceed the limit and twice the error of eager.
     """
 
     own: float
@@ -143,11 +143,6 @@ class PathError:
 
 def path_error(request: KernelRequest, family: str, dtype: torch.dtype) -> PathError:
     """Compare the gradients of a path with those in fp64, on DEVICE.
-
-    Args:
-        request: The path.
-        family: One of FAMILIES.
-        dtype: One of LIMIT.
 
     Raises:
         InherituneError: If a kernel of the path cannot be used here, with the reason.
@@ -162,11 +157,7 @@ def path_error(request: KernelRequest, family: str, dtype: torch.dtype) -> PathE
 
 
 def update_error(kind: str) -> float:
-    """Largest relative error, over the parameters, of what five steps of an optimizer change against fp64.
-
-    Args:
-        kind: As `build_optimizer` takes it; it must work on DEVICE.
-    """
+    """Largest relative error, over the parameters, of five steps of an optimizer against fp64."""
     generator = torch.Generator().manual_seed(3)
     given = _exact("llama", torch.float32)
     steps = [{n: g * torch.rand((), generator=generator) for n, g in given.items()} for _ in range(5)]

@@ -24,11 +24,7 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered: a storage from the operator that makes it until its last reference goes.
-
-    Args:
-        tensors: What is alive already and counts.
-    """
+    """While entered, counts each storage from its operator to its last reference; `tensors` count already."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -36,15 +36,9 @@ TURNS, WARM_UP = 9, 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """A measured model, in the keys of a recipe's `shape`, with windows as long as its positions.
 
-    Attributes:
-        shape: The model, in the keys of a recipe's `shape`; windows are as long as its positions.
-        windows: In a micro-batch.
-        device: `cpu` or `cuda`.
-        dtype: What it computes in.
-        attention: As `kernels.attention` names it.
-        compiled: Whether blocks are compiled.
+    `windows` is the size of a micro-batch; `compiled` compiles the blocks.
     """
 
     shape: dict[str, Any]
@@ -108,7 +102,7 @@ def one_pass(model: PreTrainedModel, windows: WindowInputs, batch: torch.Tensor,
 
 
 def errors(setting: Setting, *, document_tokens: int) -> dict[str, float]:
-    """How far loss and gradient of windows are from the sums over every document alone, on the same kernels.
+    """Errors of windows against the sums over every document alone, on the same kernels.
 
     Returns:
         `loss`: Difference of the mean loss, nats.

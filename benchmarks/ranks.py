@@ -155,16 +155,9 @@ def join_ranks() -> "World":
 
 
 def run_ranks(module: str, arguments: Sequence[str], ranks: int, *, threads: int = 1, timeout_s: float = 600.0) -> None:
-    """Run `python -m module arguments` once a rank on the CPU, until all have ended well.
+    """Run `python -m module arguments` once a rank on the CPU; a failing rank ends all, and this program.
 
-    Lines that rank 0 prints and that start with `>` are shown at once. A rank that fails ends all, and this program.
-
-    Args:
-        module: A module of this folder.
-        arguments: For each rank the same.
-        ranks: How many.
-        threads: Of each rank.
-        timeout_s: For all of it.
+    Lines of rank 0 that start with `>` are shown at once. `threads` are those of each rank.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:

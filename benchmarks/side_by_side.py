@@ -66,20 +66,16 @@ CALL_THE_ALLOCATOR = ("project", "project_compiled", "project_shipped", "plain_m
 
 @dataclass(frozen=True)
 class Setting:
-    """How a measurement is made.
+    """Conditions of a measurement.
 
     Attributes:
         subjects: Names, in the order of the first turns.
-        shape: Name of the shape, and the shape.
         micro_batch: Windows a micro-step.
         accumulation: Micro-steps a step.
-        device: `cpu` or `cuda`.
-        allocator: `keep` for all subjects alike, or `default`: whatever a program does itself.
-        processes: Times that every subject is started.
+        allocator: `keep` for all subjects alike, or `default`: the program's own choice.
+        processes: Starts of every subject.
         blocks: Rounds of every set of processes.
-        block_s: Length of a block, about.
-        warmup_steps: Steps before the first block.
-        max_other_cores: See `MAX_OTHER_CORES`.
+        block_s: Approximate length of a block.
         environ: Set for all subjects.
         litgpt_python: Interpreter of litgpt's environment.
         nanogpt: Folder of a nanoGPT checkout.
@@ -108,13 +104,7 @@ class Setting:
 
 @dataclass
 class Measured:
-    """The rounds of a setting.
-
-    Attributes:
-        setting: How they were made.
-        sets: For every set of processes its rounds, each a block of every subject.
-        first: For every set the subjects' first answers.
-    """
+    """For every set of processes its rounds, each a block of every subject, and the subjects' first answers."""
 
     setting: Setting
     sets: list[list[dict[str, Block]]] = field(default_factory=list)

@@ -19,11 +19,7 @@ REHEARSAL_ENVIRON = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def batches(text: str) -> list[tuple[int, int]]:
-    """Read `8x4,4x1`: micro-batch and accumulation of every setting.
-
-    Raises:
-        argparse.ArgumentTypeError: For anything else.
-    """
+    """Read `8x4,4x1`: micro-batch and accumulation of every setting."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not MICRO_BATCHxACCUMULATION, such as 8x4,4x1")
     pairs = (pair.partition("x") for pair in text.split(","))
@@ -31,22 +27,14 @@ def batches(text: str) -> list[tuple[int, int]]:
 
 
 def positive(text: str) -> int:
-    """Read a whole number from 1 on.
-
-    Raises:
-        argparse.ArgumentTypeError: For anything else.
-    """
+    """Read a whole number from 1 on."""
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def names(text: str) -> list[str]:
-    """Read `plain,project`: subjects.
-
-    Raises:
-        argparse.ArgumentTypeError: For an unknown or repeated name.
-    """
+    """Read `plain,project`: subjects."""
     given = text.split(",")
     unknown = [name for name in given if name not in SUBJECTS]
     if unknown or len(set(given)) < len(given):
@@ -62,10 +50,8 @@ class Benchmark:
     Attributes:
         name: Of its module and its result.
         about: First line of its help.
-        subjects: Those that are taken if none are named, from the arguments.
-        batches: Micro-batch and accumulation of its settings.
-        allocator: Its default.
-        comparisons: Those of a setting.
+        subjects: The default subjects, from the arguments.
+        batches: Default micro-batch and accumulation of its settings.
         environ: Set for all subjects.
     """
 
@@ -78,11 +64,7 @@ class Benchmark:
     environ: Mapping[str, str] = field(default_factory=dict)
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Measure, print the tables, write the JSON file.
-
-        Returns:
-            0; 1 if a bar was missed; the exit code of an error that ended it.
-        """
+        """Measure, print the tables, write the JSON file; returns 1 if a bar was missed."""
         args = self._parser().parse_args(arguments)
         try:
             return self._run(args)

@@ -34,13 +34,7 @@ NATIVE_SLOW_S = 1.0
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens in the middle of a file.
-
-    Attributes:
-        rank: Whose file it is.
-        file: How its path ends.
-        action: `delay`, `refuse` or `kill`.
-    """
+    """Interrupts the write of a file, named by the end of its path, of one rank: `delay`, `refuse` or `kill`."""
 
     rank: int
     file: str

@@ -57,11 +57,9 @@ def _shards(checkpoint: Path) -> list[Path]:
 
 
 class Trial:
-    """The newest checkpoint of a run, damaged in one way after the other; the files are restored after each.
+    """Damages the newest of two or more checkpoints of two ranks in one way after the other, and restores it.
 
-    Args:
-        checkpoints: `checkpoints/` of a run with two or more, each of two ranks.
-        plain: Folder for harmed files, to be loaded without any check.
+    `plain` is the folder of damaged files that are later loaded without any check.
     """
 
     def __init__(self, checkpoints: Path, plain: Path) -> None:
@@ -75,13 +73,7 @@ class Trial:
         self.slowest_s = 0.0
 
     def harmed(self, name: str, path: Path, expected: str) -> None:
-        """Check that a harm is found; put back what was there.
-
-        Args:
-            name: What was done, for the evidence.
-            path: The harmed file.
-            expected: Part of the warning.
-        """
+        """Check that a damaged file is found, with `expected` in the warning; restore the checkpoint."""
         if path.suffix == ".safetensors" and path.is_file():
             shutil.copyfile(path, self._plain / f"{self.found:04d}.safetensors")
         lines: list[str] = []

@@ -60,10 +60,10 @@ class Kill:
     Attributes:
         kind: `save`: during a save, after `count` files; `step`: `count` steps after the resume; `start`: after the
             launch.
-        count: Files, steps or nothing.
-        later: Saves of the launch that are let pass.
+        count: Files or steps.
+        later: Saves of the launch to skip.
         wait_s: Further seconds.
-        rank: The rank that is killed; None for the launcher's whole group.
+        rank: The killed rank; None: the launcher's whole group.
     """
 
     kind: Kind
@@ -110,13 +110,11 @@ def undisturbed(steps: int) -> tuple[str, list[dict[str, Any]]]:
 
 @dataclass
 class Blow:
-    """What a kill found.
+    """Observations after a kill.
 
     Attributes:
-        kind: What it aimed at.
-        rank: Its victim, None for all.
-        in_save: Whether the temporary folder of a save was there right after it.
-        saving: The step of that save.
+        in_save: Whether the temporary folder of a save was there.
+        saving: Step of that save.
         logged: Last step in metrics.jsonl.
         kept: Step of the newest verified checkpoint; 0 for none.
         leave_s: Seconds until the launcher had ended.

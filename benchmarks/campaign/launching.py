@@ -91,13 +91,9 @@ def arguments(recipe: Path, ds_config: Path, folder: Path, *more: str, runs: str
 
 @dataclass
 class Launched:
-    """A started run.
+    """A started run: the launcher in a session and group of its own, its log, and its MARK.
 
-    Attributes:
-        process: The launcher, in a session of its own; `process.pid` is its group, too.
-        log: Everything it and its ranks print.
-        mark: What all its processes carry in their environment under MARK.
-        begun_s: Time of the start, comparable to st_mtime.
+    `begun_s` is comparable to st_mtime.
     """
 
     process: subprocess.Popen[bytes]
@@ -110,22 +106,14 @@ class Launched:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait(self, timeout_s: float = START_TIMEOUT_S) -> int:
-        """Wait for the end; the exit code.
-
-        Raises:
-            AssertionError: If it does not end, with the end of its output.
-        """
+        """Wait for the end; the exit code. AssertionError with the end of the output after `timeout_s`."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not ended after {timeout_s:.0f} s\n{self.output()[-6000:]}") from None
 
     def wait_for(self, happened: Callable[[], bool], timeout_s: float = START_TIMEOUT_S) -> None:
-        """Poll until something happened.
-
-        Raises:
-            AssertionError: If the run ends before that, or the time passes, with the end of its output.
-        """
+        """Poll until something happened. AssertionError if the run ends before, or after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         while not happened():
             ended = self.process.poll()
@@ -188,15 +176,9 @@ def _words(pid: int, kind: str) -> list[str]:
 def started(
     folder: Path, *words: str, launcher: Launcher = "python", ranks: int = 1, script: str = "train.py", **extra: str
 ) -> Iterator[Launched]:
-    """Start a script under a launcher, output to a new log below `folder`; whatever still runs is killed at the end.
+    """Start a script of the repository in `folder`, output to a new log there; kill all that remains at the end.
 
-    Args:
-        folder: Scratch folder, the working directory.
-        words: Arguments of the script.
-        launcher: What starts it.
-        ranks: Number of training processes.
-        script: A path; relative ones start at the repository.
-        extra: Variables of the environment.
+    `extra` are variables of the environment.
     """
     number = len(list(folder.glob("log-*.txt"))) + 1
     log, mark, begun_s = folder / f"log-{number:03d}.txt", f"{folder}#{number}", time.time()
@@ -218,11 +200,7 @@ def started(
 
 
 def run_to_end(folder: Path, *words: str, expect: int = 0, **how: Any) -> str:
-    """Start as `started` does and wait for the end; what it printed.
-
-    Raises:
-        AssertionError: For another exit code, with the end of the output, and for processes that stay.
-    """
+    """Start as `started` does and wait for the end; the output. Asserts the exit code and that no process remains."""
     with started(folder, *words, **how) as launched:
         code, output = launched.wait(), launched.output()
         assert code == expect, f"exit code {code}, not {expect}\n{output[-6000:]}"

@@ -134,13 +134,7 @@ def _loss(folder: Path, *, harm: str) -> Figures:
 
 
 class Trial:
-    """One uninterrupted run, and the same command after its second checkpoint.
-
-    Args:
-        folder: Scratch folder.
-        launcher: What starts every launch.
-        ranks: How many there are in each.
-    """
+    """One uninterrupted run, and the same command after its second checkpoint."""
 
     def __init__(self, folder: Path, launcher: Launcher, ranks: int) -> None:
         self._folder, self._how = folder, {"launcher": launcher, "ranks": ranks}

@@ -35,12 +35,7 @@ def code_digest(repository: Path = REPOSITORY) -> str:
 
 
 class Results:
-    """Runs cases and records their outcomes.
-
-    Args:
-        cache: Keeps the outcomes from one session to the next; those of other code are ignored.
-        out: The JSON file that a complete part is merged into.
-    """
+    """Runs cases and records outcomes: in the cache those of the present code, in `out` complete parts."""
 
     def __init__(self, cache: pytest.Cache, out: Path) -> None:
         self._cache, self._out = cache, out

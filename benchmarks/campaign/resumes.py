@@ -25,13 +25,7 @@ micro-batches that it read, each window as a sha256 of its tokens."""
 
 
 def stopped_after(finished: Path, run: Path, step: int) -> None:
-    """Make a run folder as it was right after the checkpoint of a step.
-
-    Args:
-        finished: Folder of a run that has kept all its checkpoints.
-        run: To be made.
-        step: The newest checkpoint that it has.
-    """
+    """Make the folder `run` as it was right after the checkpoint of a step, from a run that kept all checkpoints."""
     after = {path.name for path in published(finished / "checkpoints") if step_of(path) > step}
     after |= {path.name for path in (finished / "eval").iterdir() if _step_in(path) > step}
     # A probe, a status, an export and a report are of the end.
@@ -67,13 +61,13 @@ def launch(  # noqa: PLR0913 - each is one word of the driver
         recipe: Named NAME.
         ds_config: Its DeepSpeed config.
         ranks: Number of processes.
-        out: Run folders get this name and the step behind it.
+        out: Run folders are called `out`-`step`.
         first: The run folder that the stop points are taken from.
-        steps: Stop points; 0 starts a run of its own, and needs no `first`.
+        steps: Stop points; 0 starts a new run, without `first`.
         then: DeepSpeed config of the resumed runs; None: the same.
 
     Returns:
-        What every rank has seen, by stop point.
+        Observations of every rank, by stop point.
     """
     words = [str(recipe), str(ds_config), str(folder), out, *map(str, steps)]
     words += ["--from", first] if first else []

@@ -48,15 +48,7 @@ WHERE: dict[str, tuple[str, int, int | None]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One signal.
-
-    Attributes:
-        launcher: What starts the ranks.
-        where: Key of WHERE.
-        number: The signal.
-        who: Who gets it.
-        resumed: Whether the run is brought to its end afterwards and compared with one that was never stopped.
-    """
+    """One signal at a place of WHERE; if `resumed`, the run is then finished and compared with an uninterrupted one."""
 
     launcher: Launcher
     where: str

@@ -18,11 +18,11 @@ SPIKE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Noise:
-    """What the numbers of a run scatter by.
+    """Noise of a simulated run.
 
     Attributes:
-        loss: Standard deviation of the loss's logarithm.
-        norm: Of the gradient norm's.
+        loss: Standard deviation of the logarithm of the loss.
+        norm: The same of the gradient norm.
         memory: Correlation of the slow half of it from step to step.
         tail: Degrees of freedom of the norm's draws (Student's t); None: normal.
     """
@@ -59,16 +59,10 @@ def numbers(noise: Noise, draw: np.random.Generator, steps: int) -> Iterator[tup
 
 
 def simulate(kind: str, *, seed: int, steps: int = 10_000) -> dict[str, Any]:
-    """Give a run to the rule, with `spikes: skip` and the recipe's own numbers.
-
-    Args:
-        kind: One of KINDS.
-        seed: Of all draws.
-        steps: How many.
+    """Apply the rule with `spikes: skip` and the recipe's defaults to a run of one of KINDS.
 
     Returns:
-        Steps that were left alone (`clean`) and how many of them the rule took (`false`), spikes `injected` and
-        `caught`.
+        Numbers of steps: `clean` ones, those of them that the rule took (`false`), spikes `injected` and `caught`.
     """
     draw = np.random.default_rng(seed)
     policy = Faults(spikes="skip")

@@ -26,18 +26,14 @@ class Case:
     """A model to train for a few steps, as a run with this DeepSpeed config would.
 
     Attributes:
-        name: In tables.
         shape: The model, in the keys of a recipe's `shape`; windows are as long as its positions.
         step_windows: Windows an optimizer step.
         micro_batch: Windows a micro-step; `auto` for the planner's choice, None for the config's own.
-        device: `cpu` or `cuda`.
         ds_config: File of ds_configs/.
-        document: Laid over that file, top-level key by top-level key.
-        memory_gib: What the planner's choice may fill; None for all of the device.
-        cap_gib: What torch's allocator may take of the GPU; None for all.
-        warmup_steps: Steps before the first block, compilation among them.
-        blocks: Timed blocks.
-        block_steps: Steps of each.
+        document: Replaces top-level keys of that file.
+        memory_gib: Limit of the planner's choice; None: the whole device.
+        cap_gib: Limit of torch's allocator on the GPU; None: no limit.
+        warmup_steps: Steps before the first timed block, with compilation.
     """
 
     name: str
@@ -56,33 +52,28 @@ class Case:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a case has shown.
+    """Results of a case.
 
     Attributes:
-        name: The case.
         micro_batch: Windows a micro-step.
         accumulation: Micro-steps a step.
-        parameters: Of the model.
-        out_of_memory: The allocator's words if it did not fit; then nothing below is known.
-        steps: Timed.
-        step_tokens: Tokens a step.
+        out_of_memory: The allocator's message; then nothing below is known.
         tokens_per_s: `median`, `min`, `max` over the blocks.
         first_step_s: The first step, with compilation.
         start_s: From the start of the case to the end of its first step.
         mfu: Of the median rate; None for an unknown GPU.
-        peak_gib: Most memory of live tensors after the warm-up; on a CPU None.
-        reserved_gib: Most that the allocator held; on a CPU None.
-        predicted_gib: What the planner says of live tensors.
-        predicted_tokens_per_s: What the planner says; None for an unknown GPU.
-        outside_ratio: Median over the timed steps of the share outside forward and backward passes.
-        data_wait_ratio: Median of the share of waiting for data.
+        peak_gib: Peak of live tensors after the warm-up; on a CPU None.
+        reserved_gib: Peak of the allocator; on a CPU None.
+        predicted_gib: The planner's peak of live tensors.
+        predicted_tokens_per_s: The planner's; None for an unknown GPU.
+        outside_ratio: Median share of a timed step outside forward and backward passes.
+        data_wait_ratio: Median share of waiting for data.
         graphs: Compiled in the warm-up; blocks of the same kind share one.
         left_eager: Pieces of code that the compiler gave up; every block that should run one runs without compilation.
         recompiles: Graphs compiled after the warm-up.
-        syncs: Host synchronizations of a step by place in the source, counted apart; on a CPU None.
-        syncs_per_micro_step: Those that come with every micro-step; on a CPU None.
-        loss: Of the last step.
-        notes: The kernels that were chosen, and why.
+        syncs: Host synchronizations of a step by place in the source, counted separately; on a CPU None.
+        syncs_per_micro_step: Those of every micro-step; on a CPU None.
+        notes: The chosen kernels, with reasons.
     """
 
     name: str
@@ -122,11 +113,7 @@ class Trained:
 
 
 class Cases:
-    """The cases of a part, one after the other while its time lasts; each is listed under `cases` in the report.
-
-    Args:
-        part: What they belong to.
-    """
+    """The cases of a part, one after the other within its time; each is listed under `cases` in the report."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
@@ -134,15 +121,11 @@ class Cases:
         self._longest_s = 0.0
 
     def measure(self, case: Case, *, apart: bool = False) -> Trained | None:
-        """Run a case; on a GPU in a process of its own.
-
-        Args:
-            case: What to train.
-            apart: Whether a rehearsal, too, starts a process for it.
+        """Run a case; on a GPU, and with `apart`, in a process of its own.
 
         Returns:
-            None if the part's time does not last for as long as the longest case has taken, or if its process ended
-            without a result: then the part counts as failed, whatever its other cases show.
+            None if less time is left than the longest case took, or if its process ended without a result: then the
+            part counts as failed, whatever its other cases show.
         """
         part = self._part
         if part.left_s < self._longest_s:

@@ -12,15 +12,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part:
-    """One part under way.
-
-    Attributes:
-        rehearse: Whether it is gone through on a CPU at toy size.
-        nanogpt: Folder of a nanoGPT checkout.
-        folder: Where it may write; removed afterwards.
-        deadline_s: When its process is killed, in seconds of the monotonic clock.
-        report: Takes what it finds.
-    """
+    """A running part; `folder` is removed afterwards, `deadline_s` (monotonic clock) is when its process is killed."""
 
     rehearse: bool
     nanogpt: Path | None

@@ -9,12 +9,7 @@ from inheritune_ds.plan.scaling import Job, scaled
 
 
 def predicted_gib(shape: Shape, resolved: Resolved) -> float:
-    """Peak memory of live tensors, in GiB: without the margin for context and allocator.
-
-    Args:
-        shape: The model.
-        resolved: Its DeepSpeed config.
-    """
+    """Peak memory of live tensors, in GiB: without the margin for context and allocator."""
     need = memory(
         shape,
         shape.num_hidden_layers,
@@ -26,13 +21,7 @@ def predicted_gib(shape: Shape, resolved: Resolved) -> float:
 
 
 def predicted_tokens_per_s(shape: Shape, resolved: Resolved, on: Gpu) -> float:
-    """Tokens a second at the MFU that plans assume.
-
-    Args:
-        shape: The model.
-        resolved: Its DeepSpeed config.
-        on: The GPU.
-    """
+    """Tokens a second at the MFU that plans assume."""
     size, accumulation = resolved.micro_batch_size, resolved.gradient_accumulation_steps
     job = Job(shape, shape.num_hidden_layers, _layout(shape, resolved), size, accumulation, size * accumulation)
     return scaled(job, on, PLANNING_MFU, 1).weak_rate

@@ -10,13 +10,9 @@ RUNNING, OK, MISSED, FAILED, SKIPPED = "running", "ok", "missed", "failed", "ski
 
 
 class Report:
-    """The findings of a part.
+    """Findings of a part, written to a JSON file at every change: they survive the death of its process.
 
-    Every change is written at once: what a part has found is there even if its process is killed.
-
-    Args:
-        path: The JSON file.
-        rehearsal: Whether bars on speed and memory are shown but not judged: a toy on a CPU has none.
+    In a rehearsal, bars on speed and memory are shown but not judged.
     """
 
     def __init__(self, path: Path, *, rehearsal: bool) -> None:
@@ -47,14 +43,9 @@ class Report:
         at_most: float | None = None,
         of_gpu: bool = True,
     ) -> None:
-        """Hold a figure against what was promised; a later value of the same name takes its place.
+        """Judge a figure against a promise; a later value of the same name replaces it.
 
-        Args:
-            name: What it is.
-            value: None where it could not be had: then nothing is judged.
-            at_least: The promise, from below.
-            at_most: The promise, from above.
-            of_gpu: Whether it was promised for a GPU only, so that a rehearsal does not judge it.
+        Without a value nothing is judged. A rehearsal does not judge a bar `of_gpu`.
         """
         assert (at_least is None) != (at_most is None)
         if value is None or (of_gpu and self._rehearsal):

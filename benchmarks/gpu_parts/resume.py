@@ -43,12 +43,7 @@ _LOG_END = 3000
 
 @dataclass(frozen=True)
 class Runs:
-    """The run folders of the launches of a part.
-
-    Attributes:
-        part: What they belong to.
-        ds_config: Path of the DeepSpeed config.
-    """
+    """The run folders of the launches of a part."""
 
     part: Part
     ds_config: str

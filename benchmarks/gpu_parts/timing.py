@@ -11,12 +11,7 @@ BLOCKS, BLOCK_S = 5, 0.5
 
 
 def timed_blocks(call: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of one call, once for every block; the calls before the first block are not counted.
-
-    Args:
-        call: What is timed.
-        device: Where it computes.
-    """
+    """Seconds of one call, once for every block; the calls before the first block are not counted."""
     for _ in range(2):
         call()
     calls = max(1, round(BLOCK_S / _block(call, device, 1))) if device.type == "cuda" else 1

@@ -52,14 +52,10 @@ class _DoneError(BaseException):
 
 
 def run_case(case: Case, folder: Path) -> Trained:
-    """Train a case.
-
-    Args:
-        case: What to train.
-        folder: Where its tokens are written.
+    """Train a case; its tokens are written to `folder`.
 
     Raises:
-        TrainingError: If a rate above the GPU's peak comes out: then the clock is wrong.
+        TrainingError: If the rate is above the GPU's peak: then the clock is wrong.
         RecipeError: If the planner finds no micro-batch that fits.
     """
     start_s = time.monotonic()
@@ -168,13 +164,7 @@ def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
 
 
 class _Meter(Recorder):
-    """The loop's recorder: takes the time at the ends of blocks, and ends the loop.
-
-    Args:
-        case: How many steps of which kind.
-        accumulation: Micro-steps a step.
-        start_s: When the case was started, in seconds of the monotonic clock.
-    """
+    """The loop's recorder: takes the time at the ends of blocks, and ends the loop."""
 
     def __init__(self, case: Case, accumulation: int, start_s: float) -> None:
         self._case, self._accumulation, self._start_s = case, accumulation, start_s

@@ -22,14 +22,7 @@ _POLL_S, _KILL_S = 0.1, 30.0
 
 @dataclass(frozen=True)
 class Start:
-    """A process to be run.
-
-    Attributes:
-        command: Its words.
-        environ: Set for it beside this process's own environment.
-        log: Takes what it prints.
-        limit_s: Time limit.
-    """
+    """A process to start, with its log and time limit; `environ` extends this process's environment."""
 
     command: Sequence[str]
     environ: Mapping[str, str]
@@ -39,12 +32,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ended.
-
-    Attributes:
-        code: Its exit code, the negative signal, or None if its time was over.
-        seconds: It ran.
-    """
+    """End of a process: exit code, negative signal, or None after its time limit; and its seconds."""
 
     code: int | None
     seconds: float

@@ -32,10 +32,8 @@ class Block:
     """One turn of a subject.
 
     Attributes:
-        steps: Optimizer steps.
-        seconds: They took.
-        other_cores: Cores that something else kept busy meanwhile; None where that cannot be read.
-        repeats: Blocks before this one that were thrown away, because something else was busy.
+        other_cores: Cores that other processes kept busy; None where that cannot be read.
+        repeats: Discarded blocks before this one, during which the machine was busy.
         loss: Of the last step, if the subject reports it.
         peak_memory_gib: Of the process so far.
     """
@@ -49,13 +47,7 @@ class Block:
 
 
 class Subject:
-    """A subject's process, which is warm and waits.
-
-    Args:
-        order: What it trains.
-        python: The interpreter of its environment.
-        environ: Set for it beside the harness's own environment.
-        log: Takes what it prints.
+    """The warm, waiting process of a subject, run by the interpreter of its environment.
 
     Raises:
         MachineError: If it ends, or does not answer in time.

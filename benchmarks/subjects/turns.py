@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True)
 class Order:
-    """What a subject is asked to train.
+    """Request to a subject.
 
     Attributes:
-        subject: Its name, a key of `worker.SUBJECTS`.
+        subject: A key of `worker.SUBJECTS`.
         shape: The model, in the keys of a recipe's `shape`; windows are as long as its positions.
         micro_batch: Windows a micro-step.
         accumulation: Micro-steps an optimizer step.
@@ -28,9 +28,8 @@ class Order:
         keep_freed_memory: Whether the C allocator keeps freed memory.
         tokens: Token file (uint16, little-endian).
         folder: Where the subject may write.
-        warmup_steps: Steps before the first answer.
         total_steps: Nominal length of the run, which is ended long before.
-        started_s: When the process was started, in seconds of the monotonic clock.
+        started_s: Start of the process, in seconds of the monotonic clock.
         nanogpt: Folder of a nanoGPT checkout.
     """
 
@@ -71,13 +70,7 @@ class Finished(BaseException):
 
 
 class Turns:
-    """Counts the steps of a subject and holds it between its turns.
-
-    Args:
-        order: What is trained.
-        orders: Where the harness speaks.
-        answers: Where the subject answers.
-    """
+    """Counts the steps of a subject and holds it between its turns."""
 
     def __init__(self, order: Order, orders: TextIO, answers: TextIO) -> None:
         self.windows = 0
@@ -94,11 +87,7 @@ class Turns:
     def step_done(self, loss: Callable[[], float] | None = None) -> None:
         """Report the end of an optimizer step; returns when the next one may begin.
 
-        Args:
-            loss: Gives the loss of this step; called outside the measured time.
-
-        Raises:
-            Finished: There is no next one.
+        `loss` is called outside the measured time. Raises Finished after the last step.
         """
         self._left -= 1
         if not self._warm:

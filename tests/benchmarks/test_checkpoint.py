@@ -1,31 +1,21 @@
 """The measurement of saving, at toy size."""
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import checkpoint
-from inheritune_ds.storage.files import read_json
-from tests.launching import ROOT, environment
+
+Rehearse = Callable[..., tuple[dict[str, Any], str]]
 
 
 @pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.timeout(300)
-def test_rehearsal_compares_the_three_ways_on_one_and_two_ranks(tmp_path: Path) -> None:
-    out = tmp_path / "checkpoint.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.checkpoint", "--rehearse", "--out", str(out), "--scratch", str(tmp_path)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = read_json(out)
+def test_rehearsal_compares_the_three_ways_on_one_and_two_ranks(rehearse: Rehearse, tmp_path: Path) -> None:
+    found, output = rehearse("checkpoint", "--scratch", str(tmp_path))
     assert found["rehearsal"] is True
     for ranks in ("1", "2"):
         figures = found["ranks"][ranks]
@@ -35,8 +25,8 @@ def test_rehearsal_compares_the_three_ways_on_one_and_two_ranks(tmp_path: Path) 
             assert ratio["rounds"] == 4, name
         for seconds in figures["seconds"]:
             assert 0.0 < seconds["blocked"] < seconds["async"]
-    assert "2 ranks: sync over plain" in done.stdout
-    assert list(tmp_path.iterdir()) == [out], "a measurement leaves no files"
+    assert "2 ranks: sync over plain" in output
+    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.json"], "a measurement leaves no files"
 
 
 def test_a_bar_is_that_of_the_issue() -> None:

@@ -1,31 +1,20 @@
 """The count of what the ranks send: DeepSpeed's calls and bytes against the planner's, on two real ranks."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from benchmarks.comm import ACCUMULATIONS, STAGES, verdicts
-from tests.launching import ROOT, environment
+
+Rehearse = Callable[..., tuple[dict[str, Any], str]]
 
 
 @pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.timeout(300)
-def test_deepspeed_sends_what_the_planner_says(tmp_path: Path) -> None:
-    out = tmp_path / "comm.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.comm", "--rehearse", "--out", str(out)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = json.loads(out.read_text(encoding="utf-8"))["cases"]
+def test_deepspeed_sends_what_the_planner_says(rehearse: Rehearse) -> None:
+    rows = rehearse("comm")[0]["cases"]
     assert [(row["stage"], row["accumulation"]) for row in rows] == [(s, a) for s in STAGES for a in ACCUMULATIONS]
     assert rows[0]["counted"] == rows[1]["counted"] == rows[2]["counted"], "ZeRO-1 reduces once a step"
     reduced = [row["counted"]["all_reduce"][1] for row in rows if row["stage"] == 2]

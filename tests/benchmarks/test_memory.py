@@ -1,16 +1,15 @@
 """The memory benchmark: real engines against the planner, and the counter that it rests on."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.live_bytes import LiveBytes, live_tensors, storages
 from benchmarks.memory import RANKS, cases
-from tests.launching import ROOT, environment
+
+Rehearse = Callable[..., tuple[dict[str, Any], str]]
 
 MIB = 2**20
 
@@ -52,18 +51,8 @@ def test_the_cases_cover_every_stage_precision_and_accumulation_type(ranks: int)
 @pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.timeout(300)
-def test_the_planner_is_within_its_bar_of_real_steps(tmp_path: Path) -> None:
-    out = tmp_path / "memory.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", "--rehearse", "--out", str(out)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = json.loads(out.read_text(encoding="utf-8"))["cases"]
+def test_the_planner_is_within_its_bar_of_real_steps(rehearse: Rehearse) -> None:
+    rows = rehearse("memory")[0]["cases"]
     assert [row["settings"]["stage"] for row in rows] == [1, 2, 3, 1]
     for row in rows:
         assert row["planned_bytes"] == pytest.approx(row["live_bytes"], rel=0.15)
