@@ -74,12 +74,7 @@ def test_every_auto_is_resolved_and_the_user_s_document_is_unchanged(resolved: R
     [
         (Machine("cuda", 48.0, bf16=True), {}, "bf16", "bf16: on (auto: bf16 is supported on this cuda)"),
         (OLD_GPU, {}, "fp32", "bf16: off (auto: bf16 is not supported at full speed on this cuda)"),
-        (
-            CPU,
-            {"bf16": {"enabled": "auto"}},
-            "fp32",
-            "bf16: off (auto: bf16 is not supported at full speed on this cpu)",
-        ),
+        (CPU, {}, "fp32", "bf16: off (auto: bf16 is not supported at full speed on this cpu)"),
         (CPU_BF16, {}, "bf16", "bf16: on (auto: bf16 is supported on this cpu)"),
         (CPU, {"bf16": {"enabled": True}}, "bf16", None),
         (CPU_BF16, {"bf16": {"enabled": False}}, "fp32", None),
@@ -97,7 +92,7 @@ def test_auto_precision_depends_on_the_machine(
     assert isinstance(found.config["fp16"]["enabled"], bool)
 
 
-def test_fp16_switches_automatic_bf16_off_and_keeps_its_scaler(resolved: Resolve) -> None:
+def test_fp16_disables_automatic_bf16_and_keeps_its_scaler(resolved: Resolve) -> None:
     scaler = {"loss_scale": 0, "initial_scale_power": 12, "hysteresis": 2}
     found = resolved({**FLAT, "fp16": {"enabled": True, **scaler}})
     assert found.precision == "fp16"
@@ -114,17 +109,20 @@ def test_stages_are_kept_and_overlap_is_explicit(stage: int, overlap: bool, reso
 
 
 @pytest.mark.parametrize(
-    ("zero", "offloads"),
+    ("zero", "offloads", "offloads_optimizer"),
     [
-        ({"stage": 1}, False),
-        ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, True),
-        ({"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}, True),
-        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, True),
-        ({"stage": 1, "offload_param": {"device": "none"}, "offload_optimizer": None}, False),
+        ({"stage": 1}, False, False),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, True, True),
+        ({"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}, True, False),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, True, True),
+        ({"stage": 1, "offload_param": {"device": "none"}, "offload_optimizer": None}, False, False),
     ],
 )
-def test_a_config_offloads_when_deepspeed_does(zero: dict[str, Any], offloads: bool, resolved: Resolve) -> None:  # noqa: FBT001
-    assert resolved({**FLAT, "zero_optimization": zero}).offloads is offloads
+def test_offloading_is_read_from_its_blocks(
+    zero: dict[str, Any], *, offloads: bool, offloads_optimizer: bool, resolved: Resolve
+) -> None:
+    found = resolved({**FLAT, "zero_optimization": zero})
+    assert (found.offloads, found.offloads_optimizer) == (offloads, offloads_optimizer)
 
 
 def test_an_inert_scheduler_param_of_hugging_face_is_dropped(resolved: Resolve) -> None:

@@ -270,66 +270,42 @@ def test_deepspeed_accepts_every_shipped_pair(path: Path, world_size: int, ranks
         assert read(path)["kernels"] == found.config["kernels"]  # complete
 
 
-AUTO_BATCH = {
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
+def auto(*keys: str) -> dict[str, Any]:
+    return dict.fromkeys(keys, "auto")
+
+
+# The examples of Hugging Face's documentation (transformers, docs/source/en/deepspeed.md).
+SCALER = {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2, "min_loss_scale": 1}
+HUGGING_FACE = {
+    "fp16": {"enabled": "auto", **SCALER},
+    "optimizer": {"type": "AdamW", "params": auto("lr", "betas", "eps", "weight_decay")},
+    "scheduler": {"type": "WarmupLR", "params": auto("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")},
+    **auto("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"),
     "steps_per_print": 2000,
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
     "wall_clock_breakdown": False,
 }
-AUTO_BLOCKS = {
-    "fp16": {
-        "enabled": "auto",
-        "loss_scale": 0,
-        "loss_scale_window": 1000,
-        "initial_scale_power": 16,
-        "hysteresis": 2,
-        "min_loss_scale": 1,
-    },
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
-    },
-    "scheduler": {
-        "type": "WarmupLR",
-        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
-    },
-}
-# The examples of Hugging Face's documentation (transformers, docs/source/en/deepspeed.md).
+OFFLOAD = {"device": "cpu", "pin_memory": True}
+COMMON = {"offload_optimizer": OFFLOAD, "overlap_comm": True, "contiguous_gradients": True}
 HUGGING_FACE_ZERO_2 = {
-    **AUTO_BLOCKS,
+    **HUGGING_FACE,
     "zero_optimization": {
         "stage": 2,
-        "offload_optimizer": {"device": "cpu", "pin_memory": True},
-        "allgather_partitions": True,
-        "allgather_bucket_size": 5e8,
-        "overlap_comm": True,
-        "reduce_scatter": True,
-        "reduce_bucket_size": 5e8,
-        "contiguous_gradients": True,
-        "round_robin_gradients": True,
+        **COMMON,
+        **dict.fromkeys(("allgather_partitions", "reduce_scatter", "round_robin_gradients"), True),
+        **dict.fromkeys(("allgather_bucket_size", "reduce_bucket_size"), 5e8),
     },
-    **AUTO_BATCH,
 }
 HUGGING_FACE_ZERO_3 = {
-    **AUTO_BLOCKS,
+    **HUGGING_FACE,
     "bf16": {"enabled": "auto"},
     "zero_optimization": {
         "stage": 3,
-        "offload_optimizer": {"device": "cpu", "pin_memory": True},
-        "offload_param": {"device": "cpu", "pin_memory": True},
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "sub_group_size": 1e9,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
-        "stage3_max_live_parameters": 1e9,
-        "stage3_max_reuse_distance": 1e9,
+        **COMMON,
+        "offload_param": OFFLOAD,
+        **auto("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+        **dict.fromkeys(("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 1e9),
         "stage3_gather_16bit_weights_on_model_save": True,
     },
-    **AUTO_BATCH,
 }
 
 
