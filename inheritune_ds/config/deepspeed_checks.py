@@ -57,13 +57,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def problems(document: Mapping[str, Any], origin: str, seq_len: int | None = None) -> list[RecipeError]:
-    """Find every key and value that DeepSpeed would ignore or refuse, or that the recipe owns.
-
-    Args:
-        document: The user's JSON, from `read`.
-        origin: Its name in messages.
-        seq_len: The recipe's `training.seq_len`; None if unknown.
-    """
+    """Find every key and value that DeepSpeed would ignore or refuse, or that the recipe owns."""
     known = {key: value for key, value in document.items() if key not in REFUSED}
     _, found = check(Document, known, origin)
     for key in sorted(document.keys() - known.keys()):

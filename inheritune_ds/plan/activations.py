@@ -98,11 +98,6 @@ def loss_bytes(shape: Shape, passes: Passes, *, chunk_tokens: int) -> int:
     chunked (`training.loss`): the fp32 gradient of the head, the hidden states and their gradient, and either a
     chunk's logits, fp32 log-probabilities, their upcast input and the gradient of the previous chunk, or a chunk's
     share of the head's gradient, or, in the backward pass, both gradients times the loss scale.
-
-    Args:
-        shape: The architecture.
-        passes: The micro-batch.
-        chunk_tokens: Tokens per chunk of the chunked loss.
     """
     vocabulary, hidden, element = shape.vocab_size, shape.hidden_size, passes.element
     if passes.loss == "plain":

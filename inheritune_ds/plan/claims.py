@@ -23,12 +23,7 @@ def short_count(count: float) -> str:
 
 
 def check_claim(recipe: Recipe, flops: float | None, unique: Tokens | None) -> str | None:
-    """Check whether the published cost of a recipe is possible; None without a claim.
-
-    Args:
-        recipe: With its `published_claim`.
-        flops: Of the whole run; None if unknown.
-        unique: For the text only.
+    """Check whether the published cost of a recipe is possible with the FLOPs of its run; None without a claim.
 
     Raises:
         RecipeError: When the claim names an unknown GPU.

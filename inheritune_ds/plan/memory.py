@@ -57,15 +57,7 @@ class Memory:
 def memory(
     shape: Shape, num_blocks: int, *, micro_batch_size: int, accumulation: int, **layout: Unpack[ZeroSettings]
 ) -> Memory:
-    """Predict the peak memory of one GPU.
-
-    Args:
-        shape: The architecture, but for its number of blocks.
-        num_blocks: Transformer blocks.
-        micro_batch_size: Sequences per rank and micro-step.
-        accumulation: Micro-steps per step.
-        **layout: DeepSpeed's layout of the model.
-    """
+    """Predict the peak memory of one GPU with `micro_batch_size` sequences per rank and micro-step."""
     found = states(tensors(shape, num_blocks), layout, accumulation=accumulation)
     moments = _passes(shape, num_blocks, micro_batch_size * layout["seq_len"], layout, found)
     backward = max(moments, key=lambda parts: sum(parts.values()))
@@ -108,14 +100,7 @@ def _with_margin(sizes: Mapping[str, float]) -> dict[str, float]:
 def largest_micro_batch(
     shape: Shape, num_blocks: int, *, memory_gib: float, batch_windows: int, **layout: Unpack[ZeroSettings]
 ) -> int:
-    """Find the largest micro-batch that fits and divides a rank's share of the batch.
-
-    Args:
-        shape: As for `memory`.
-        num_blocks: As for `memory`.
-        memory_gib: Memory that one rank may use.
-        batch_windows: Sequences per step, over all ranks.
-        **layout: As for `memory`.
+    """Find the largest micro-batch that fits and divides a rank's share of `batch_windows` sequences per step.
 
     Raises:
         RecipeError: When not even one sequence fits, or the ranks cannot share the batch evenly.

@@ -39,7 +39,7 @@ def test_overrides_are_applied_in_order_and_reach_into_lists() -> None:
     assert str(recipe.training.duration) == "7 steps"
 
 
-def test_an_override_reaches_into_a_list_that_is_a_default() -> None:
+def test_an_override_reaches_into_a_default_list() -> None:
     assert load_recipe("quickstart", ["optimizer.betas.1=0.99"]).optimizer.betas == (0.9, 0.99)
     both = load_recipe("quickstart", ["optimizer.betas.0=0.5", "optimizer.betas.1=0.6"])
     assert both.optimizer.betas == (0.5, 0.6)

@@ -127,7 +127,7 @@ def test_recipe_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("shape", [Shape(**GPT2), Shape(**{**GPT2, "intermediate_size": 20}), Shape(**LLAMA)])
-def test_shape_from_config_reads_what_transformers_writes(shape: Shape) -> None:
+def test_shape_from_config_reads_a_config_of_transformers(shape: Shape) -> None:
     own = shape.model_dump(include=COMMON) | {"bos_token_id": 0, "eos_token_id": 0}
     if shape.model_type == "gpt2":
         own["n_inner"] = shape.intermediate_size

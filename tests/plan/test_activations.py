@@ -21,7 +21,7 @@ def passes(element: int, recomputation: Recomputation = "none", loss: Loss = "ch
 
 
 def kept_bytes(shape: Shape, dtype: torch.dtype, recomputation: Recomputation, loss: Loss) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, parameters left out."""
+    """Bytes that autograd saves for the backward pass, each storage once, without parameters."""
     model = build(shape, BLOCKS, dtype)
     attach_loss(model, loss, compiled=False)  # type: ignore[arg-type]
     wrap_blocks(model, compiled=False, activation_checkpointing=recomputation)  # type: ignore[arg-type]

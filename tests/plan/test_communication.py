@@ -50,7 +50,7 @@ def test_bytes_on_the_wire_a_parameter(accumulation: int, changes: dict[str, Any
     assert per_parameter(sent(accumulation, **changes)) == pytest.approx(bytes_a_parameter * 7 / 8, rel=1e-3)
 
 
-def test_zero_3_gathers_twice_what_lies_beyond_the_reuse_distance() -> None:
+def test_zero_3_gathers_parameters_beyond_the_reuse_distance_twice() -> None:
     once = sent(zero_stage=3, max_reuse_distance=10**10)["weights"]
     default = sent(zero_stage=3)["weights"]
     assert default.payload_bytes - once.payload_bytes == pytest.approx(2 * (COUNT - 5e8), rel=0.02)

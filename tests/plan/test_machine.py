@@ -9,7 +9,7 @@ from inheritune_ds.plan.machine import DetectedGpu, cpu_has_bf16, detect_gpus, h
 
 
 def install_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put an `nvidia-smi` of our own on the PATH, and nothing else."""
+    """Put only a fake `nvidia-smi` on the PATH."""
     tool = folder / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     tool.chmod(0o755)

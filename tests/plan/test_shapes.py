@@ -123,7 +123,7 @@ def test_target_shape_refuses_a_broken_folder(tmp_path: Path, config: object, me
         ),
     ],
 )
-def test_target_shape_refuses_what_does_not_fit(
+def test_target_shape_refuses_sizes_that_do_not_fit(
     overrides: list[str], kind: type[InherituneError], message: str
 ) -> None:
     with pytest.raises(kind) as caught:

@@ -191,7 +191,7 @@ def test_plan_starts_with_this_machines_gpu_when_none_is_named(monkeypatch: pyte
     assert "RTX A6000 at 50 % MFU" in section(plan_of("openllama-3b-13l", gpu="a6000"), "scaling")
 
 
-def test_what_does_not_fit_is_refused_with_advice() -> None:
+def test_a_run_that_does_not_fit_is_refused_with_advice() -> None:
     recipe = load_recipe("openllama-3b-13l")
     resolved = resolve_for(recipe, read(CONFIGS / "a6000.json"), "a6000", world_size=1, machine=A6000)
     budget = checked_budget(recipe, resolved, None, 1)
@@ -250,7 +250,7 @@ def test_plan_marks_figures_as_unknown_until_the_corpus_is_tokenized() -> None:
         ("training.duration=9 tokens", RecipeError),
     ],
 )
-def test_plan_refuses_what_does_not_fit(override: str, kind: type[InherituneError]) -> None:
+def test_plan_refuses_impossible_recipes(override: str, kind: type[InherituneError]) -> None:
     with pytest.raises(kind):
         plan_of("quickstart", override, config="zero1")
 

@@ -19,7 +19,7 @@ def found(accumulation: int = 8, **changes: Any) -> States:
 
 
 def per_parameter(*parts: dict[str, float]) -> float:
-    """Bytes a parameter, communication buffers left out."""
+    """Bytes per parameter without communication buffers."""
     return sum(size for part in parts for name, size in part.items() if name != "communication buffers") / COUNT
 
 
@@ -65,14 +65,14 @@ def test_a_small_model_is_reduced_in_one_call_that_copies_all() -> None:
     assert at.last["gradients"] == 480 * 2
 
 
-def test_zero_3_keeps_what_it_uses_again_soon() -> None:
+def test_zero_3_keeps_parameters_within_the_reuse_distance() -> None:
     assert kept_gathered(layout()) == 500_000_000
     at = found(zero_stage=3, world_size=2)
     assert at.first["gathered weights"] == 2 * (500_000_000 + STUDENT.largest)
     assert "gathered weights" not in found(zero_stage=3).first, "one rank has everything already"
 
 
-def test_the_bucket_has_deepspeeds_own_size_if_the_config_says_nothing() -> None:
+def test_the_bucket_has_deepspeeds_default_size() -> None:
     at = states(STUDENT, layout(zero_stage=3), accumulation=1)
     assert at.resident["communication buffers"] == 2 * 500_000_000
     double = states(STUDENT, layout(zero_stage=2, overlap_comm=True), accumulation=1)
