@@ -87,6 +87,6 @@ def loop_parts(  # noqa: PLR0913 - what differs between its users
         world=world,
         eval_dir=folder,
         micro_batch_size=micro_batch,
-        utilisation=None,
+        utilization=None,
         data_metrics=lambda _state: {},
     )

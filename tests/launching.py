@@ -1,4 +1,4 @@
-"""Starting runs from tests, and reading what they leave."""
+"""Start runs from tests, and read their files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.warm_python import WarmProcess, WarmPython
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
 LONGEST_S = 300.0
-"""The first start of all builds a C++ operator; pytest ends a test that hangs."""
+"""The first start builds a C++ operator; pytest ends a test that hangs."""
 Launcher = Literal["warm", "python", "deepspeed", "torchrun"]
 IMPORTS = (
     "torch",
@@ -30,23 +30,23 @@ IMPORTS = (
     "mpl_toolkits.mplot3d",
     "wandb",
 )
-"""What a rank imports, most of it in seconds."""
+"""The slow imports of a rank."""
 
 
 def warm_python() -> WarmPython:
-    """An interpreter that has imported what a rank needs."""
+    """An interpreter with a rank's imports."""
     return WarmPython(IMPORTS, environment())
 
 
 def free_port() -> str:
-    """A port that nobody uses now, so that runs beside each other do not meet."""
+    """A free port, so that runs beside each other do not meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The tests' environment for a launched run: a CPU, no tracker, one thread a rank, nothing of an outer launcher."""
+    """The environment of a launched run: a CPU, no tracker, one thread a rank, no variables of an outer launcher."""
     launcher = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "COV")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
     return {
@@ -62,23 +62,17 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def torchrun_variables(rank: int, ranks: int, port: str) -> dict[str, str]:
-    """What torchrun and deepspeed tell a rank."""
+    """Variables that torchrun and deepspeed set."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **{key: str(value) for key, value in numbers.items()}}
 
 
 def srun_variables(rank: int, ranks: int, port: str) -> dict[str, str]:
-    """What srun tells a task of a step on one node."""
-    return {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_STEP_NUM_TASKS": str(ranks),
-        "SLURM_STEP_TASKS_PER_NODE": str(ranks),
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    """Variables that srun sets on one node."""
+    step = {"NUM_TASKS": str(ranks), "TASKS_PER_NODE": str(ranks), "NODELIST": "localhost"}
+    task = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**{f"SLURM_STEP_{name}": value for name, value in step.items()}, **task, **meeting}
 
 
 class WarmRanks:
@@ -88,7 +82,7 @@ class WarmRanks:
         self._ranks = ranks
 
     def poll(self) -> int | None:
-        """Exit code of the first rank that has failed, 0 if all have ended well, None otherwise."""
+        """Exit code of the first failed rank, 0 if all have succeeded, None otherwise."""
         codes = [rank.poll() for rank in self._ranks]
         failed = [code for code in codes if code]
         if failed:
@@ -129,16 +123,10 @@ def start(
     ranks: int = 1,
     **extra: str,
 ) -> Process:
-    """Start a script of the repository in a folder; what it prints is added to run.log there.
+    """Start a script of the repository in a folder, and append its output to run.log there.
 
-    Args:
-        warm: Forks the ranks.
-        folder: The working directory.
-        script: Path from the repository's root.
-        arguments: Of the script.
-        launcher: `warm` forks the ranks, with torchrun's variables if there are several; others are started for real.
-        ranks: Number of processes.
-        extra: Variables of the environment.
+    The launcher `warm` forks the ranks, with torchrun's variables for several; other launchers are real ones. `extra`
+    are variables of the environment.
     """
     words = [str(ROOT / script), *arguments]
     with (folder / "run.log").open("ab") as log:
@@ -149,16 +137,14 @@ def start(
                 line, cwd=folder, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         port = free_port()
-        told = [torchrun_variables(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
-        started = [
-            warm.start(words, cwd=folder, env=environment(**own, **extra), stdout=log, start_new_session=True)
-            for own in told
-        ]
+        own = [torchrun_variables(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
+        environs = [environment(**variables, **extra) for variables in own]
+        started = [warm.start(words, cwd=folder, env=env, stdout=log, start_new_session=True) for env in environs]
     return started[0] if ranks == 1 else WarmRanks(started)
 
 
 def launch(warm: WarmPython, folder: Path, script: str, *arguments: str, expect: int = 0, **how: Any) -> str:
-    """Start as `start` does and wait for the end; what was printed. A wrong exit code fails with it."""
+    """Start like `start`, wait for the end, check the exit code and return the output."""
     log = folder / "run.log"
     before = log.stat().st_size if log.exists() else 0
     code = start(warm, folder, script, *arguments, **how).wait(timeout=LONGEST_S)
@@ -168,7 +154,7 @@ def launch(warm: WarmPython, folder: Path, script: str, *arguments: str, expect:
 
 
 def launcher_line(launcher: Launcher, ranks: int) -> list[str]:
-    """The words before the script for a launcher."""
+    """The command before the script for a launcher."""
     port = free_port()
     if launcher == "deepspeed":
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, "--num_gpus", str(ranks)]
@@ -185,5 +171,5 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def numerics(run: Path) -> list[dict[str, Any]]:
-    """The rows without what a clock or an allocator decides."""
+    """The rows without times and memory."""
     return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows(run)]

@@ -24,7 +24,7 @@ _WORDS = ("the", "a", "small", "old", "red", "cat", "dog", "bird", "tree", "rive
 
 
 def document(**sections: Any) -> dict[str, Any]:
-    """A recipe: 50 steps of 512 tokens on bytes, neither validated nor saved; keyword arguments replace sections."""
+    """A recipe of 50 steps of 512 bytes; keyword arguments replace sections."""
     return {
         "name": "tiny",
         "description": "a test",
@@ -77,17 +77,10 @@ def engine(
     fp16: Mapping[str, Any] = MappingProxyType({}),
     **keys: Any,
 ) -> Any:
-    """An engine for `model` on the CPU.
+    """An engine for `model` on the CPU, in an existing process group.
 
-    Args:
-        recipe: Its target is a shape.
-        world: This rank; its process group exists.
-        stage: ZeRO's.
-        precision: fp32, bf16, or fp16, which a recipe is refused on a CPU, but DeepSpeed computes.
-        micro_batch: Windows at a time.
-        packing: How documents inside a window are kept apart.
-        fp16: Keys of that block of the DeepSpeed config.
-        keys: Further keys of the DeepSpeed config, or of its blocks.
+    Precision is fp32, bf16, or fp16, which the project refuses on a CPU. `fp16` and `keys` are blocks and keys of the
+    DeepSpeed config.
     """
     import torch
 

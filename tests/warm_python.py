@@ -1,11 +1,9 @@
 """Python processes that start with the heavy packages imported: a server imports them once and forks.
 
-`WarmPython.start` takes what `subprocess.Popen` takes for a command `python WORDS`, and the process that it returns has
-the same methods. The server (this file as a script) is one process with one thread: a lock that another thread holds
-during a fork would stay locked in the child. A child gets the words, the environment, the folder and the three streams
-of its start, and ends as any interpreter does. Three things differ from a new process: what the imports read from the
-environment is the server's, /proc/PID/cmdline and /proc/PID/environ are the server's, and all ranks order their sets
-alike, because they share the seed of the server's hashes.
+`WarmPython.start` runs `python WORDS` like `subprocess.Popen`. The server (this file as a script) has one thread: a
+lock that another thread holds during a fork would stay locked in the child. Three things differ from a new process:
+imports have read the server's environment, /proc/PID/cmdline and /proc/PID/environ are the server's, and all ranks
+order their sets alike, with the server's hash seed.
 """
 
 import gc
@@ -32,12 +30,7 @@ _LONGEST_JOB = 2**20
 
 
 class WarmProcess:
-    """A started process.
-
-    Attributes:
-        pid: Its id.
-        returncode: Exit code, negative for a signal; None while nobody has seen it end.
-    """
+    """A started process, with the interface of `subprocess.Popen`."""
 
     def __init__(self, server: "WarmPython", pid: int) -> None:
         self._server, self.pid = server, pid
@@ -48,11 +41,7 @@ class WarmProcess:
         return self._ended(0.0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end.
-
-        Raises:
-            subprocess.TimeoutExpired: If it has not ended after so many seconds.
-        """
+        """Wait for the end, or raise `subprocess.TimeoutExpired`."""
         code = self._ended(timeout)
         if code is None:
             assert timeout is not None
@@ -76,12 +65,7 @@ class WarmProcess:
 
 
 class WarmPython:
-    """An interpreter that forks.
-
-    Args:
-        modules: Imported once, in this order.
-        environ: What the imports see; PYTHONPATH counts while they run.
-    """
+    """An interpreter that imports `modules` once, in this order and with `environ`, and then forks."""
 
     def __init__(self, modules: Sequence[str], environ: Mapping[str, str]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -112,33 +96,33 @@ class WarmPython:
         job = {"words": list(words), "cwd": str(cwd), "env": dict(env), "session": start_new_session}
         socket.send_fds(self._socket, [json.dumps(job).encode()], [out, errors])
         while True:
-            told = self._hear(None)
-            assert told is not None
-            if "code" not in told:
-                return WarmProcess(self, told["pid"])
+            message = self._receive(None)
+            assert message is not None
+            if "code" not in message:
+                return WarmProcess(self, message["pid"])
 
     def code_of(self, pid: int, timeout_s: float | None) -> int | None:
-        """The exit code of a process, waiting for it so many seconds (None: for ever); None if it has not ended."""
-        while pid not in self._codes and self._hear(timeout_s) is not None:
+        """The exit code of a process; None if it has not ended within the timeout."""
+        while pid not in self._codes and self._receive(timeout_s) is not None:
             pass
         return self._codes.pop(pid, None)
 
-    def _hear(self, timeout_s: float | None) -> dict[str, int] | None:
+    def _receive(self, timeout_s: float | None) -> dict[str, int] | None:
         if not select.select([self._socket], [], [], timeout_s)[0]:
             return None
-        told: dict[str, int] = json.loads(self._socket.recv(_LONGEST_JOB))  # no JSON: the server has ended
-        if "code" in told:
-            self._codes[told["pid"]] = told["code"]
-        return told
+        message: dict[str, int] = json.loads(self._socket.recv(_LONGEST_JOB))  # no JSON: the server has ended
+        if "code" in message:
+            self._codes[message["pid"]] = message["code"]
+        return message
 
     def close(self) -> None:
-        """End the server, which kills what it has started."""
+        """End the server, which kills its processes."""
         self._socket.close()
         assert self._server.wait(timeout=30) == 0
 
 
 def _serve() -> dict[str, Any] | None:
-    """Import, then fork for every job; in a child its job, None at the end of the server."""
+    """Import, then fork for every job; returns the job in a child, None at the end of the server."""
     control = socket.socket(fileno=int(sys.argv[1]))
     sys.path.pop(0)  # the folder of this file
     for name in sys.argv[2:]:
@@ -146,7 +130,7 @@ def _serve() -> dict[str, Any] | None:
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [path for path in sys.path if path not in given]
     gc.collect()
-    gc.freeze()  # the children share these pages as long as nobody touches them
+    gc.freeze()  # the children share these pages until one writes to them
     running: dict[int, int] = {}  # pidfd -> process
     while True:
         watched: list[socket.socket | int] = [control, *running]
@@ -159,7 +143,7 @@ def _serve() -> dict[str, Any] | None:
                 control.send(json.dumps({"pid": pid, "code": os.waitstatus_to_exitcode(status)}).encode())
         if control in ready:
             content, streams, _, _ = socket.recv_fds(control, _LONGEST_JOB, 2)
-            if not content:  # whoever started this has closed it, or has ended
+            if not content:  # the parent has closed the socket, or has ended
                 for pid in running.values():
                     os.kill(pid, signal.SIGKILL)
                 return None
@@ -176,7 +160,7 @@ def _serve() -> dict[str, Any] | None:
 
 
 def _settle(job: dict[str, Any], streams: list[int], control: socket.socket, others: list[int]) -> None:
-    """Take over the streams, folder, environment, session and path of a job, and tell that it is done."""
+    """Set the streams, folder, environment, session and path of a job, and report the child's pid."""
     for stream, target in zip(streams, (1, 2), strict=True):
         os.dup2(stream, target)
         os.close(stream)
@@ -198,7 +182,7 @@ def _settle(job: dict[str, Any], streams: list[int], control: socket.socket, oth
 
 
 def _run(words: list[str]) -> None:
-    """Be `python WORDS`."""
+    """Run like `python WORDS`."""
     first, second = words[0], words[1] if len(words) > 1 else ""
     if first == "-m":
         runpy.run_module(second, run_name="__main__", alter_sys=True)

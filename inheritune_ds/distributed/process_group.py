@@ -19,20 +19,13 @@ def start_process_group(world: World) -> None:
     Raises:
         MachineError: If the ranks cannot meet.
     """
-    first = not dist.is_initialized()
-    if first:
-        _make_group(world)
+    if dist.is_initialized():
+        dist.barrier()
+        return
+    _make_group(world)
     dist.barrier()
-    if first:
-        _hide_shared_buffer(world)
-
-
-def _hide_shared_buffer(world: World) -> None:
-    """Unlink the memory that DeepSpeed's ranks on a CPU share, after all have opened it.
-
-    DeepSpeed removes these 64 MiB a rank (csrc/cpu/comm/shm.cpp) at a clean end only: every killed rank would leave
-    them in memory until the machine restarts.
-    """
+    # DeepSpeed's ranks on a CPU share memory that all have opened by now. DeepSpeed removes these 64 MiB a rank
+    # (csrc/cpu/comm/shm.cpp) at a clean end only: every killed rank would leave them until the machine restarts.
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}")  # noqa: S108
     buffer.unlink(missing_ok=True)

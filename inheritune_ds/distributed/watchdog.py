@@ -68,11 +68,8 @@ class Watchdog:
     two at most. Faulthandler's clock also runs while a process is stopped (not while a laptop sleeps), so SIGTSTP
     (Ctrl-Z, `scontrol suspend`) cancels it first; after a SIGSTOP of more than a phase's limit it ends the process.
 
-    Args:
-        reliability: The limit of every phase, and whether to watch.
-        world: This rank among all; with several, the launcher's store must exist.
-        folder: The run folder; stacks are written to `logs` in it.
-        on_hang: Called on every rank, on a thread, with the reason and the exit code.
+    With several ranks the launcher's store must exist. Stacks are written to `logs` in the run folder. `on_hang` is
+    called on every rank, on a thread, with the reason and the exit code.
     """
 
     def __init__(

@@ -184,7 +184,7 @@ def train(setup: RunSetup, engine: Engine, saver: Saver, state: TrainState | Non
         world=world,
         eval_dir=folder.eval,
         micro_batch_size=micro_batch_size,
-        utilisation=_utilisation(setup),
+        utilization=_utilization(setup),
         data_metrics=data.metrics,
     )
     failure: BaseException | None = None
@@ -212,7 +212,7 @@ def _open_recorder(setup: RunSetup, state: TrainState | None) -> Recorder:
     )
 
 
-def _utilisation(setup: RunSetup) -> Callable[[float], float] | None:
+def _utilization(setup: RunSetup) -> Callable[[float], float] | None:
     """tokens/s -> MFU, on a GPU whose peak is known."""
     launch, shape, gpus = setup.launch, setup.resolved.shape, detect_gpus()
     gpu = identify(gpus[0].name) if gpus else None

@@ -157,9 +157,7 @@ def read_metrics(run_dir: Path) -> list[Row]:
         RunFolderError: When any other line is not a JSON object with step and train/tokens.
     """
     path = run_dir / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         row = _parse_row(line)
@@ -195,8 +193,5 @@ class Curve:
 def curve(rows: Sequence[Row], name: str, stderr: str | None = None) -> Curve:
     """The curve of the metric `name` over the rows that have it, and its standard error `stderr` if one is named."""
     rows = [row for row in rows if name in row and (stderr is None or stderr in row)]
-    return Curve(
-        tokens=tuple(row[TOKENS] for row in rows),
-        values=tuple(row[name] for row in rows),
-        stderr=tuple(row[stderr] for row in rows) if stderr else (),
-    )
+    tokens, values = tuple(row[TOKENS] for row in rows), tuple(row[name] for row in rows)
+    return Curve(tokens, values, tuple(row[stderr] for row in rows) if stderr else ())

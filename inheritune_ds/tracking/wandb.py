@@ -5,6 +5,7 @@ import netrc
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.storage.files import write_text
 from inheritune_ds.tracking.metrics import METRICS_FILE, TOKENS
 
-_WANDB_HOST = "api.wandb.ai"
 logger = logging.getLogger(__name__)
 
 
@@ -27,23 +27,21 @@ class WandbCopy:
 
     def log(self, row: Mapping[str, float]) -> None:
         """Send a row."""
-        if self._run is None:
-            return
         try:
-            self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+            if self._run is not None:
+                self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
         except Exception as error:  # noqa: BLE001 (see the class)
             self._run = None
-            _log_loss("stopped", error)
+            _log_failure("stopped", error)
 
     def close(self) -> None:
         """Finish the W&B run; a second call does nothing."""
         run, self._run = self._run, None
-        if run is None:
-            return
         try:
-            run.finish()
+            if run is not None:
+                run.finish()
         except Exception as error:  # noqa: BLE001 (see the class)
-            _log_loss("did not finish", error)
+            _log_failure("did not finish", error)
 
 
 def _start(run_dir: Path, recipe: Recipe) -> Any | None:
@@ -84,7 +82,7 @@ def _start(run_dir: Path, recipe: Recipe) -> Any | None:
         run.define_metric(TOKENS)
         run.define_metric("*", step_metric=TOKENS)
     except Exception as error:  # noqa: BLE001 (metrics.jsonl is enough)
-        _log_loss("could not start", error)
+        _log_failure("could not start", error)
         return None
     if run.offline:
         logger.info("W&B: offline; to upload later: wandb sync %s/wandb/offline-run-*", run_dir)
@@ -93,7 +91,7 @@ def _start(run_dir: Path, recipe: Recipe) -> Any | None:
     return run
 
 
-def _log_loss(what: str, error: Exception) -> None:
+def _log_failure(what: str, error: Exception) -> None:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     logger.info("W&B %s: %s. The run continues; %s holds every metric.", what, reason, METRICS_FILE)
 
@@ -115,8 +113,6 @@ def _wandb_mode() -> Literal["online", "offline"] | None:
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    try:
-        known = netrc.netrc(path).authenticators(_WANDB_HOST) is not None
-    except (OSError, ValueError, netrc.NetrcParseError):
-        known = False
-    return "online" if known else "offline"
+    with suppress(OSError, ValueError, netrc.NetrcParseError):
+        return "online" if netrc.netrc(path).authenticators("api.wandb.ai") else "offline"
+    return "offline"

@@ -40,7 +40,6 @@ Tokens = npt.NDArray[np.int64]
 MasterWeights = Literal["refilled", "fp32 model"]
 """Source of the master weights' exact values: refilled after DeepSpeed made them of half-precision weights, or the
 fp32 model itself."""
-_NO_REQUESTS = Requests()
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Engine:
 
     Args:
         model: The target in fp32, with its initial values.
-        ds_config: The resolved DeepSpeed config.
+        ds_config: Resolved.
         world: This rank among all.
         kernels: As `choose_kernels` returns them.
         packing: How documents inside a window are kept apart; None if they are not.
@@ -150,7 +149,7 @@ class Engine:
         micro_batches: Sequence[torch.Tensor],
         *,
         lr: float,
-        requests: Requests = _NO_REQUESTS,
+        requests: Requests = Requests(),  # noqa: B008 - immutable
         judge: Judge = not_finite,
     ) -> StepResult:
         """One optimizer update over the micro-batches of this rank.
@@ -166,14 +165,8 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        global_tokens = count_targets(
-            micro_batches,
-            self._windows.packing,
-            vocabulary=self._vocabulary,
-            step=self._engine.global_steps + 1,
-            ranks=self.world.size,
-            device=self.device,
-        )
+        where: dict[str, Any] = {"ranks": self.world.size, "device": self.device, "step": self._engine.global_steps + 1}
+        global_tokens = count_targets(micro_batches, self._windows.packing, vocabulary=self._vocabulary, **where)
         # The engine averages over the ranks; this undoes it, so that all tokens of the global batch weigh the same.
         factor = self.world.size / global_tokens
         sums = totals(requests, self.device)
@@ -191,14 +184,8 @@ class Engine:
                 loss = total / global_tokens
                 self._gate.expect(loss, judge)
             self._engine.step()
-        return StepResult(
-            loss,
-            self._gate.grad_norm,
-            applied=bool(self._engine.was_step_applied()),
-            fault=self._gate.fault,
-            requests=requests,
-            passes_s=clock.seconds(),
-        )
+        applied, gate = bool(self._engine.was_step_applied()), self._gate
+        return StepResult(loss, gate.grad_norm, applied, gate.fault, requests, clock.seconds())
 
     @torch.no_grad()
     def window_losses(self, batches: Sequence[Tokens]) -> list[npt.NDArray[np.float64]]:

@@ -127,16 +127,13 @@ class HeadLoss:
         if targets is None:
             return self._own_forward(input_ids=input_ids, **options)
         if self._kind == "plain":
-            return self._plain(self._own_forward(input_ids=input_ids, **options).logits, targets, factor)
+            return _plain(self._own_forward(input_ids=input_ids, **options).logits, targets, factor)
         hidden_BTD = self._model.base_model(input_ids=input_ids, **options)[0]
         return self._head(hidden_BTD, targets, factor)
 
-    def _head_forward(
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, factor: float = 1.0
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def _head_forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None, factor: float = 1.0) -> Any:
         if targets is None:
-            logits: torch.Tensor = self._linear(hidden)
-            return logits
+            return self._linear(hidden)
         hidden_ND, targets_N = hidden.flatten(0, 1), targets.flatten()
         if not torch.is_grad_enabled():
             starts = range(0, len(targets_N), LOSS_CHUNK_TOKENS)
@@ -146,19 +143,16 @@ class HeadLoss:
         if self._kind == "liger":
             total = liger_sum(hidden_ND, self._head.weight, self._head.bias, targets_N)
             return total * factor, total.detach()
-        return _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call, no-any-return]
-            hidden_ND, self._head.weight, self._head.bias, targets_N, factor, self._gradients
-        )
+        given = (hidden_ND, self._head.weight, self._head.bias, targets_N, factor, self._gradients)
+        return _ChunkedCrossEntropy.apply(*given)  # type: ignore[no-untyped-call]
 
-    @staticmethod
-    def _plain(
-        logits_BTV: torch.Tensor, targets: torch.Tensor, factor: float
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        logits_NV, targets_N = logits_BTV.flatten(0, 1), targets.flatten()
-        if not torch.is_grad_enabled():
-            return _token_losses(logits_NV, targets_N).view_as(targets)
-        total = functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
-        return total * factor, total.detach()
+
+def _plain(logits_BTV: torch.Tensor, targets: torch.Tensor, factor: float) -> Any:
+    logits_NV, targets_N = logits_BTV.flatten(0, 1), targets.flatten()
+    if not torch.is_grad_enabled():
+        return _token_losses(logits_NV, targets_N).view_as(targets)
+    total = functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+    return total * factor, total.detach()
 
 
 def liger_sum(

@@ -67,9 +67,9 @@ def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        reason = (error.strerror or "no reason given").lower()
         raise StorageError(
-            f"{folder} cannot be written: {(error.strerror or 'no reason given').lower()}; DeepSpeed builds its CPU "
-            "operators there",
+            f"{folder} cannot be written: {reason}; DeepSpeed builds its CPU operators there",
             allowed="a folder that can be made and written",
             action="set TORCH_EXTENSIONS_DIR to one, then rerun the same command",
         ) from None
@@ -111,8 +111,8 @@ def _check_compiler(environ: Mapping[str, str]) -> None:
             raise _no_compiler(f"no C++ compiler found ({named}): {reason.lower()}") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {done.returncode}")
-        raise _no_compiler(f"the C++ compiler ({named}) does not work: {said}")
+        first = next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {done.returncode}")
+        raise _no_compiler(f"the C++ compiler ({named}) does not work: {first}")
 
 
 def _no_compiler(problem: str) -> MachineError:

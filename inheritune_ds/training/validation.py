@@ -67,13 +67,7 @@ class ValidationResult:
 
 
 class Validator:
-    """The first held-out windows, split over the ranks.
-
-    Args:
-        windows: All held-out windows.
-        max_tokens: Upper bound of the tokens used.
-        batch_size: Windows a forward pass.
-        packing: How documents inside a window are kept apart, also by the scorer; None if they are not.
+    """The first held-out windows, at most `max_tokens`, split over the ranks; `batch_size` windows a forward pass.
 
     Raises:
         CorpusError: If there are fewer than two windows: they have no standard error.
@@ -128,22 +122,15 @@ class Validator:
                 return None
             scored += scorer.window_losses(batches[first : first + BATCHES_BETWEEN])
         losses = np.concatenate(scored)[: len(own)]
-        everyone = torch.zeros(self.count, dtype=torch.float64)
-        everyone[torch.from_numpy(own)] = torch.from_numpy(losses)
+        all_losses = torch.zeros(self.count, dtype=torch.float64)
+        all_losses[torch.from_numpy(own)] = torch.from_numpy(losses)
         if self._size > 1:
-            device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-            everyone = everyone.to(device)
-            dist.all_reduce(everyone)
-        values = everyone.cpu().numpy()
+            all_losses = all_losses.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(all_losses)
+        values = all_losses.cpu().numpy()
         loss, stderr = window_mean(values, self._targets)
-        return ValidationResult(
-            loss=loss,
-            stderr=stderr,
-            windows=tuple(map(float, values)),
-            seq_len=self._windows.seq_len,
-            tokens_sha256=self._tokens_sha256,
-            targets=self._targets,
-        )
+        windows = tuple(map(float, values))
+        return ValidationResult(loss, stderr, windows, self._windows.seq_len, self._tokens_sha256, self._targets)
 
 
 @dataclass(frozen=True)

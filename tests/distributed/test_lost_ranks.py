@@ -13,7 +13,7 @@ from inheritune_ds.distributed.process_group import rank_is_gone
         dist.DistBackendError("NCCL communicator was aborted on rank 1"),
     ],
 )
-def test_a_collective_that_has_lost_a_rank_is_known(error: Exception) -> None:
+def test_errors_of_a_lost_rank_are_recognized(error: Exception) -> None:
     assert rank_is_gone(error)
 
 

@@ -1,4 +1,4 @@
-"""What a process does that is asked to stop."""
+"""Signals to a process."""
 
 import os
 import signal
@@ -31,10 +31,10 @@ with stop.interruptible() if {interruptible} else contextlib.nullcontext():
 
 
 class Stopped:
-    """A process that reports the signals it was asked to stop by."""
+    """A process that prints the signals it receives."""
 
     def __init__(self, *, interruptible: bool, before: str, work: str, measured: bool) -> None:
-        # coverage saves its data in the thread that calls os._exit, while the main thread goes on: that may crash
+        # coverage saves its data in the thread that calls os._exit, beside the main thread: that may crash
         unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM.format(interruptible=interruptible, before=before, work=work)],
@@ -70,25 +70,18 @@ def start() -> Iterator[Start]:
         stopped.process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_only_a_request(number: signal.Signals, start: Start) -> None:
-    program = start()
-    program.send(number)
-    assert program.line() == number.name
-    time.sleep(0.1)
-    assert program.process.poll() is None
-
-
-def test_a_second_interrupt_leaves_at_once(start: Start) -> None:
+def test_a_second_interrupt_exits_at_once(start: Start) -> None:
     program = start()
     program.send(signal.SIGINT)
     assert program.line() == "SIGINT"
+    time.sleep(0.1)
+    assert program.process.poll() is None, "the first one is only a request"
     program.send(signal.SIGINT)
     assert program.process.wait(timeout=2.0) == 130
 
 
-def test_a_second_interrupt_leaves_also_from_c_code(start: Start) -> None:
-    # As in a collective: no instruction of Python runs in the main thread any more.
+def test_a_second_interrupt_exits_also_from_c_code(start: Start) -> None:
+    # As in a collective, the main thread runs no Python code.
     in_c = "print('C', flush=True); ctypes.CDLL(None).pause()"
     program = start(before="stop.leave_from_anywhere()", work=in_c, measured=False)
     assert program.line() == "C"
@@ -98,7 +91,7 @@ def test_a_second_interrupt_leaves_also_from_c_code(start: Start) -> None:
     assert program.process.wait(timeout=2.0) == 130
 
 
-def test_a_forked_child_that_hears_a_ctrl_c_too_is_not_a_second_one(start: Start) -> None:
+def test_a_ctrl_c_to_a_forked_child_is_not_a_second_one(start: Start) -> None:
     fork = "stop.leave_from_anywhere(); import os; child = os.fork(); child or os.close(1)"
     program = start(before=f"{fork}; child or time.sleep(60)", work="pass")
     time.sleep(0.2)
@@ -110,10 +103,11 @@ def test_a_forked_child_that_hears_a_ctrl_c_too_is_not_a_second_one(start: Start
     os.kill(int(child), signal.SIGKILL)
 
 
-def test_terminations_may_come_twice_and_the_first_is_the_reason(start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_only_a_request_and_the_first_is_the_reason(number: signal.Signals, start: Start) -> None:
     program = start()
-    program.send(signal.SIGTERM)
-    assert program.line() == "SIGTERM"
+    program.send(number)
+    assert program.line() == number.name
     program.send(signal.SIGTERM)
     program.send(signal.SIGUSR1)
     program.send(signal.SIGINT)  # the first of its kind
@@ -124,42 +118,34 @@ def test_terminations_may_come_twice_and_the_first_is_the_reason(start: Start) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_interrupts_work_that_may_be(number: signal.Signals, start: Start) -> None:
+def test_a_signal_interrupts_interruptible_work(number: signal.Signals, start: Start) -> None:
     program = start(interruptible=True)
     program.send(number)
     _, errors = program.process.communicate(timeout=5.0)
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
 
 
-def test_another_ranks_wish_interrupts_from_a_thread(start: Start) -> None:
+def test_another_rank_s_signal_interrupts_from_a_thread(start: Start) -> None:
     passing = "import threading; threading.Timer(0.5, stop.pass_on, ['SIGTERM on rank 1']).start()"
     program = start(interruptible=True, before=passing, work="time.sleep(60)")
     _, errors = program.process.communicate(timeout=5.0)
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
 
 
-def test_a_request_from_before_interrupts_at_once() -> None:
+def test_an_earlier_request_interrupts_at_once() -> None:
     stop = StopSignal()
     stop.pass_on("SIGTERM on rank 1")
     with pytest.raises(KeyboardInterrupt), stop.interruptible():
-        pytest.fail("nothing is begun")
+        pytest.fail("the work must not start")
     assert stop.requested == "SIGTERM on rank 1"
 
 
-def test_cleaning_up_after_an_interrupt_is_not_interrupted() -> None:
+def test_cleanup_after_an_interrupt_is_not_interrupted() -> None:
     stop = StopSignal()
-
-    def work() -> None:
-        try:
+    with stop.interruptible():
+        with pytest.raises(KeyboardInterrupt):
             stop._handle(signal.SIGTERM, None)
-        finally:
-            stop._handle(signal.SIGTERM, None)
-            cleaned.append(True)
-
-    cleaned: list[bool] = []
-    with pytest.raises(KeyboardInterrupt), stop.interruptible():
-        work()
-    assert cleaned
+        stop._handle(signal.SIGTERM, None)
 
 
 def test_a_late_second_interrupt_is_a_new_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The watchdog in processes of its own: it ends them."""
+"""The watchdog in processes that it ends."""
 
 import json
 import signal
@@ -17,8 +17,7 @@ from tests.launching import environment, free_port
 from tests.warm_python import WarmProcess, WarmPython
 
 LIMIT_S = 1.0
-SLACK_S = 2.0
-"""For a busy machine."""
+SLACK_S = 2.0  # for a busy machine
 PROGRAM = """
 import ctypes, json, os, pathlib, sys, time
 from inheritune_ds.config.reliability import Reliability
@@ -42,7 +41,7 @@ watch.close()
 
 
 class Watched(NamedTuple):
-    """A process under a watchdog, and the file of what it writes to stderr."""
+    """A process under a watchdog, and the file of its stderr."""
 
     process: WarmProcess
     log: Path
@@ -84,7 +83,7 @@ def stacks(folder: Path, rank: int = 0) -> str:
 
 
 @pytest.mark.launch
-def test_a_phase_that_overruns_ends_the_process_with_stacks_and_words(start: Start, tmp_path: Path) -> None:
+def test_a_phase_that_overruns_ends_the_process_with_stacks_and_message(start: Start, tmp_path: Path) -> None:
     process = start("with watch.phase('step', 7):\n    sleep_for_ever()")
     code, errors = process.end()
     assert seconds_since_begin(tmp_path) < LIMIT_S + 3 * TICK_S + SLACK_S
@@ -103,7 +102,7 @@ def test_a_phase_that_overruns_ends_the_process_with_stacks_and_words(start: Sta
 
 
 @pytest.mark.launch
-def test_every_rank_writes_its_stacks_and_leaves(start: Start, tmp_path: Path) -> None:
+def test_every_rank_writes_its_stacks_and_exits(start: Start, tmp_path: Path) -> None:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     bodies = {0: "import threading\nthreading.Lock().acquire()\ntime.sleep(600)",
               1: "with watch.phase('step', 3), watch.phase('data', 3):\n    sleep_for_ever()"}  # fmt: skip
@@ -121,7 +120,7 @@ def test_every_rank_writes_its_stacks_and_leaves(start: Start, tmp_path: Path) -
 
 
 @pytest.mark.launch
-def test_a_rank_leaves_alone_when_the_store_has_gone(start: Start, tmp_path: Path) -> None:
+def test_a_rank_exits_alone_when_the_store_has_ended(start: Start, tmp_path: Path) -> None:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     main = start("os._exit(9)", **meeting, RANK="0")
     second = start("with watch.phase('step', 3):\n    sleep_for_ever()", **meeting, RANK="1")
@@ -150,8 +149,8 @@ def test_work_that_holds_the_interpreter_is_ended_a_little_later(start: Start, t
 
 
 @pytest.mark.launch
-def test_work_that_holds_the_interpreter_may_take_what_its_phase_allows(start: Start, tmp_path: Path) -> None:
-    # The clock of the phase before, and then of the one inside, would be over in the middle of it.
+def test_work_that_holds_the_interpreter_may_take_its_phase_s_limit(start: Start, tmp_path: Path) -> None:
+    # The clock of the phase before, and then of the inner one, would run out in the middle.
     grace = "import inheritune_ds.distributed.watchdog as module\nmodule.GRACE_S = 0.0\n"
     hold = "ctypes.PyDLL(None).usleep(1800000)"
     body = (
@@ -164,7 +163,7 @@ def test_work_that_holds_the_interpreter_may_take_what_its_phase_allows(start: S
 
 
 @pytest.mark.launch
-def test_it_leaves_when_a_disk_or_a_listener_never_answers(start: Start, tmp_path: Path) -> None:
+def test_it_exits_when_a_disk_or_a_listener_hangs(start: Start, tmp_path: Path) -> None:
     process = start("watch._on_hang = lambda *_: time.sleep(600)\nwith watch.phase('step', 7):\n    sleep_for_ever()")
     assert process.end()[0] == 13
     assert seconds_since_begin(tmp_path) < LIMIT_S + 3 * TICK_S + LAST_WORDS_S + SLACK_S
@@ -190,7 +189,7 @@ time.sleep(3.0)
 
 @pytest.mark.launch
 def test_a_suspended_process_is_not_a_hung_one(start: Start, tmp_path: Path) -> None:
-    # A stop that is announced may be as long as it likes: here it is longer than limit and grace.
+    # A SIGTSTP may last any time: here longer than limit and grace.
     limit_s = 2.0
     body = "import inheritune_ds.distributed.watchdog as module\nmodule.GRACE_S = {}\n"
     body += "with watch.phase('step', 7):\n    for _ in range(20):\n        time.sleep(0.05)"
@@ -214,9 +213,8 @@ def test_a_suspended_process_is_not_a_hung_one(start: Start, tmp_path: Path) -> 
 
 def test_it_can_be_turned_off(tmp_path: Path) -> None:
     before = threading.active_count()
-    watch = Watchdog(
-        Reliability(watchdog=False, watchdog_s={"step": 0.0}), World(0, 1, 0, 1, "single"), tmp_path, on_hang=print
-    )
+    off = Reliability(watchdog=False, watchdog_s={"step": 0.0})
+    watch = Watchdog(off, World(0, 1, 0, 1, "single"), tmp_path, on_hang=print)
     with watch.phase("step", 1):
         assert threading.active_count() == before
         time.sleep(3 * TICK_S)

@@ -1,4 +1,4 @@
-"""Fixtures that start real runs, on a corpus of our own making."""
+"""Fixtures that start real runs on a generated corpus."""
 
 import json
 from collections.abc import Callable
@@ -26,17 +26,12 @@ def launch(warm: WarmPython, tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """Of our own making."""
-    return tiny.write_corpus(tmp_path / "corpus.jsonl")
-
-
-@pytest.fixture
-def tiny_recipe(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
+def tiny_recipe(tmp_path: Path) -> Callable[..., Path]:
     """Write a recipe that trains in seconds; keyword arguments replace whole sections."""
+    corpus = tiny.write_corpus(tmp_path / "corpus.jsonl")
+    sources = [{"kind": "files", "paths": [str(corpus)]}]
 
     def write(name: str = "tiny", **sections: Any) -> Path:
-        sources = [{"kind": "files", "paths": [str(corpus)]}]
         recipe = tiny.document(
             **{
                 "name": name,

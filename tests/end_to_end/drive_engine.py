@@ -1,9 +1,8 @@
-"""Launched by tests: what one engine does inside a step. `drive_engine.py OUT.json [--compiled]` writes an object.
+"""Launched by tests: measure the inside of a step. `drive_engine.py OUT.json [--compiled]` writes an object.
 
-`accumulation`: loss and gradient of the same 16 windows, cut in several ways; padded ones among them, and documents
-that are kept apart.
-`eager`, `compiled`: host synchronisations in each micro-step and graphs compiled, after warm-up; of windows and of
-documents that are kept apart.
+`accumulation`: loss and gradient of the same 16 windows in several splits: whole, padded, with documents kept apart.
+`eager`, `compiled`: host synchronizations in each micro-step and compiled graphs after warm-up, without and with
+documents kept apart.
 """
 
 import argparse
@@ -25,9 +24,7 @@ WARM_UP_STEPS, STEPS = 10, 15
 EOS = 7
 
 
-def build(
-    size: int, accumulation: int, *, compiled: bool = False, precision: str = "fp32", documents: bool = False
-) -> Any:
+def build(size: int, accumulation: int, *, compiled: bool = False, precision: str = "fp32", documents: bool) -> Any:
     """An engine for micro-batches of a size."""
     from inheritune_ds.training.packing import DocumentPacking
 
@@ -35,19 +32,12 @@ def build(
         training={"seq_len": 32, "global_batch_tokens": 32 * size * accumulation, "duration": "50 steps"},
         optimizer={"lr": 3e-3, "betas": [0.5, 0.95], "max_grad_norm": 0.0},
     )
-    packing = DocumentPacking(EOS) if documents else None
-    return tiny.engine(
-        recipe,
-        detect(os.environ),
-        precision=precision,
-        micro_batch=size,
-        packing=packing,
-        kernels={"compile": compiled},
-    )
+    how: dict[str, Any] = {"packing": DocumentPacking(EOS) if documents else None, "kernels": {"compile": compiled}}
+    return tiny.engine(recipe, detect(os.environ), precision=precision, micro_batch=size, **how)
 
 
 def windows(kind: str) -> Any:
-    """16 windows; padded ones have from 0 to 15 tokens less at their end, those of documents from 0 to 15 ends."""
+    """16 windows; `padded` ones lack 0 to 15 tokens at their end, those of `documents` have 0 to 15 ends."""
     import torch
 
     tokens = torch.randint(0, 257, (16, 33), generator=torch.Generator().manual_seed(1))
@@ -70,7 +60,7 @@ def one_step(size: int, kind: str) -> dict[str, Any]:
 
 
 class Counted:
-    """DeepSpeed's engine, counted inside forward and backward passes and in `step` between the accumulation's ends."""
+    """DeepSpeed's engine, watched in forward and backward passes and in each `step` without an update."""
 
     def __init__(self, inner: Any, watch: Callable[[], Any]) -> None:
         self._inner, self._watch = inner, watch
@@ -106,10 +96,7 @@ def counter_of(seen: Counter[str]) -> Callable[[], Any]:
 
 
 def counts(*, compiled: bool, documents: bool) -> dict[str, Any]:
-    """Synchronisations in the micro-steps, and graphs compiled, over the steps after warm-up.
-
-    Compiled code leaves the counter's sight, so there only its graphs are counted.
-    """
+    """Synchronizations in the micro-steps and compiled graphs after warm-up; of compiled code only the graphs."""
     import torch
     from torch._dynamo.utils import counters
 

@@ -1,7 +1,4 @@
-"""Launched by tests: train.py whose rank 0 takes its time over the export, and fails in it if FAIL is set.
-
-`python drive_export.py ARGUMENTS-OF-TRAIN.PY`; EXPORT_S says how many seconds it takes.
-"""
+"""Launched by tests: train.py with an export that takes EXPORT_S seconds longer, and fails if FAIL is set."""
 
 import os
 import sys
@@ -19,7 +16,7 @@ def slow(*arguments: object, **options: object) -> str:
     time.sleep(float(os.environ["EXPORT_S"]))
     if "FAIL" in os.environ:
         raise ExportError("planted by a test")
-    return write(*arguments, **options)  # type: ignore[arg-type]  # passed on unread
+    return write(*arguments, **options)  # type: ignore[arg-type]
 
 
 finish.__dict__["export_model"] = slow

@@ -1,8 +1,7 @@
 """Launched by tests: the real loop on the golden tokens, for several ZeRO stages in one process group.
 
-`python drive_steps.py OUT.json STAGE[,STAGE...] STEPS [PRECISION]` under python, torchrun, deepspeed or srun.
-A stage with a `d` behind it keeps documents inside a window apart.
-Rank 0 writes {run label: {"losses": [...], "grad_norms": [...], "weights_sha256": str}} and the window ids.
+`python drive_steps.py OUT.json STAGE[,STAGE...] STEPS [PRECISION]`; a stage with a `d` keeps documents apart.
+Each rank writes {run label: {"losses": [...], "grad_norms": [...], "weights_sha256": str, ...}}.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from inheritune_ds.tracking.recorder import Recorder
 from tests import tiny
 
 END_OF_DOCUMENT = 25
-"""Stands every 29 tokens or so."""
+"""About every 29th token."""
 Ids = NDArray[np.int64]
 GOLDEN = Path(__file__).parent.parent / "golden"
 RECIPE = tiny.document(
@@ -39,7 +38,7 @@ RECIPE = tiny.document(
 
 
 class Collector(Recorder):
-    """Keeps what the loop logs."""
+    """A recorder in memory."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []

@@ -1,4 +1,4 @@
-"""llama2.c's `.bin` model and tokenizer files, brought to Hugging Face form for the tests.
+"""Convert llama2.c's `.bin` model and tokenizer files to Hugging Face's formats.
 
 Layout: karpathy/llama2.c at 350e04f, export.py (legacy_export) and tokenizer.py (export).
 """
@@ -28,7 +28,7 @@ def convert_model(source: Path, folder: Path) -> LlamaForCausalLM:
         return torch.from_numpy(numbers[position - count : position].reshape(shape).copy())
 
     def unrotate(weights: torch.Tensor, groups: int) -> torch.Tensor:
-        """llama2.c rotates neighbouring pairs, Hugging Face the two halves of a head."""
+        """llama2.c rotates neighboring pairs, Hugging Face the two halves of a head."""
         rows = weights.shape[0]
         return weights.view(groups, rows // groups // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
 

@@ -45,7 +45,7 @@ def arguments(recipe: Path, tmp_path: Path, runs: str = "runs", *more: str) -> l
 
 
 def wait_for(condition: Callable[[], bool], process: Process, log: Path) -> None:
-    """Poll until something holds while a run goes on."""
+    """Poll until a condition holds during a run."""
     deadline = time.monotonic() + 90
     while not condition():
         assert process.poll() is None, log.read_text()[-4000:]
@@ -100,14 +100,8 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     assert {name for name in undecayed["parameters"] if "norm" not in name} == {"model.embed_tokens.weight"}
     assert len(decayed["parameters"]) == 2 * 7 + 1  # seven matrices a block, and the untied head
 
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", LOADER, str(child / "export"), str(child / "eval/probe.safetensors")],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd="/",
-        check=False,
-    )
+    line = [sys.executable, "-I", "-c", LOADER, str(child / "export"), str(child / "eval/probe.safetensors")]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd="/", check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {
         "equal": True,
@@ -126,11 +120,11 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     assert "belongs to another recipe" in other
     assert "optimizer.lr: 0.003 -> 0.001" in other
     assert "Traceback" not in other
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "it is another recipe's, status and all"
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "it belongs to another recipe"
 
 
 @pytest.mark.timeout(300)
-def test_interrupt_saves_and_leaves_and_the_same_command_goes_on(
+def test_interrupt_saves_and_exits_and_the_same_command_resumes(
     launch: Launch, start: Start, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     long = {"training": {"seq_len": 32, "global_batch_tokens": 512, "duration": "300 steps"}}
@@ -155,7 +149,7 @@ def test_interrupt_saves_and_leaves_and_the_same_command_goes_on(
     while process.poll() is None:  # two that come before the process is scheduled count as one
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
-    assert process.wait(timeout=30) == 130, "a second Ctrl-C leaves at once"
+    assert process.wait(timeout=30) == 130, "a second Ctrl-C exits at once"
 
     damaged = run / "checkpoints" / f"step-{stopped['step']:08d}" / "manifest.json"
     document = json.loads(damaged.read_text())

@@ -1,4 +1,4 @@
-"""Inside a step of the real engine: accumulation is exact, nothing waits for the device, nothing is compiled again."""
+"""Inside a step of the real engine: accumulation is exact, no waits for the device, no recompilation."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def drive(launch: Callable[..., str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """What the driver has found."""
+    """The driver's result."""
 
     def run(*words: str) -> dict[str, Any]:
         launch("tests/end_to_end/drive_engine.py", str(tmp_path / "engine.json"), *words)
@@ -33,7 +33,7 @@ def test_step_is_exact_and_free_of_waits(drive: Callable[..., dict[str, Any]]) -
             error = np.linalg.norm(np.array(step["gradient"]) - gradient)
             assert error <= 1e-6 * np.linalg.norm(gradient), (kind, step["size"])
         losses[kind] = whole["loss"]
-    assert len(set(losses.values())) == 3, "padding and first tokens of documents are not counted"
+    assert len(set(losses.values())) == 3, "padding and first tokens of documents do not count"
 
     for eager in found["eager"]:
         assert (eager["micro_steps"], eager["counter_sees"]) == (60, 1)

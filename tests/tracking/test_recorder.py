@@ -276,17 +276,17 @@ def test_recorder_continues_when_wandb_cannot_start(tmp_path: Path, logged: Logg
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"), [("log", "W&B stopped: service is gone."), ("finish", "W&B did not finish: no answer.")]
+    ("broken", "message"), [("log", "W&B stopped: service is gone."), ("finish", "W&B did not finish: no answer.")]
 )
 def test_recorder_continues_when_wandb_breaks(
-    tmp_path: Path, logged: Logged, broken: str, said: str,
+    tmp_path: Path, logged: Logged, broken: str, message: str,
     wandb_gives: FakeWandb,
 ) -> None:  # fmt: skip
     wandb_gives(FakeRun(broken))
     track(tmp_path, [(1, {"train/loss": 7.0}), (2, {"train/loss": 6.0})])
     started, ended = logged()
     assert started == "W&B: https://example.invalid/run"
-    assert ended.startswith(said)
+    assert ended.startswith(message)
     assert len(read_metrics(tmp_path)) == 2
 
 

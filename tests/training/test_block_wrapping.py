@@ -40,7 +40,7 @@ def test_recomputed_blocks_give_the_same_gradients(family: str, kept: Activation
 
 
 def saved_bytes(kept: ActivationCheckpointing) -> int:
-    """Bytes that a forward pass keeps for the backward pass outside checkpointed regions."""
+    """Bytes saved for the backward pass outside checkpointed regions."""
     torch.manual_seed(1)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS["llama"]).train()
     wrap_blocks(model, compiled=False, activation_checkpointing=kept)
@@ -89,7 +89,7 @@ def test_blocks_that_differ_by_a_number_are_all_compiled(monkeypatch: pytest.Mon
     assert counters["stats"]["unique_graphs"] == 10
 
 
-def test_nothing_asked_for_leaves_the_blocks_alone() -> None:
+def test_blocks_are_not_wrapped_by_default() -> None:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS["gpt2"])
     wrap_blocks(model, compiled=False, activation_checkpointing="none")
     assert all("forward" not in vars(block) for block in model.get_submodule("transformer.h").children())

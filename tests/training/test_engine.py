@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -117,7 +117,6 @@ def test_an_update_that_is_not_finite_is_skipped(stage: int, precision: str, mak
         (spoil_loss, math.nan, "the loss is nan"),
         (spoil_loss, math.inf, "the loss is inf"),
         (spoil_gradient, math.nan, "the gradient is not finite"),
-        (spoil_gradient, math.inf, "the gradient is not finite"),
     ):
         hook = spoil(engine, value)
         found = step(engine)
@@ -224,9 +223,8 @@ def test_evaluation_leaves_the_model_training(stage: int, make: Make) -> None:
     assert engine.module.training
 
 
-@pytest.mark.parametrize("asked", [{}, {"memory_breakdown": True}], ids=["not asked", "asked"])
-def test_deepspeed_s_memory_lines_are_printed_on_request_only(
-    asked: Mapping[str, bool], make: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(1, "bf16", **asked)
-    assert ("MA 0." in capsys.readouterr().out) is bool(asked)
+def test_deepspeed_s_memory_lines_are_printed_on_request_only(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make(1, "bf16")
+    assert "MA 0." not in capsys.readouterr().out
+    make(1, "bf16", memory_breakdown=True)
+    assert "MA 0." in capsys.readouterr().out

@@ -114,7 +114,7 @@ def recipe() -> Recipe:
     )
 
 
-def parts(recipe: Recipe, model: Model, folder: Path, told: Recorded, *, rank: int = 0) -> LoopParts:
+def parts(recipe: Recipe, model: Model, folder: Path, recorded: Recorded, *, rank: int = 0) -> LoopParts:
     np.arange(10 * SEQ_LEN + 1, dtype="<u2").tofile(folder / "tokens.bin")
     windows = Windows.of_file(folder / "tokens.bin", "uint16", SEQ_LEN, 10 * SEQ_LEN + 1)
     (folder / "eval").mkdir()
@@ -124,38 +124,38 @@ def parts(recipe: Recipe, model: Model, folder: Path, told: Recorded, *, rank: i
         recipe=recipe,
         stream=BatchStream({"tokens": windows}, seed=7, batch_windows=BATCH),
         validator=Validator(HeldOut({"tokens": windows}), max_tokens=1000, batch_size=4, rank=0, size=1),
-        recorder=told,
+        recorder=recorded,
         restore=saved.restore,
         controls=Controls(folder, StopSignal(), world),
         watch=Watchdog(Reliability(watchdog=False), world, folder, on_hang=print),
         world=world,
         eval_dir=folder / "eval",
         micro_batch_size=BATCH // (1 + rank),
-        utilisation=None,
+        utilization=None,
         data_metrics=lambda _state: {},
         **given,
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("losses", "step"), [((math.nan,), 0), ((2.0, math.inf), 2)])
+@pytest.mark.parametrize(
+    ("losses", "step", "rank"), [((math.nan,), 0, 0), ((2.0, math.inf), 2, 0), ((math.nan,), 0, 1)]
+)
 def test_a_validation_loss_that_is_not_finite_ends_the_run_on_all_ranks(
     losses: tuple[float, ...], step: int, rank: int, recipe: Recipe, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        TrainingError, match=rf"^step {step}: the validation loss is (nan|inf)\n.*finite.*\n  do: lower"
-    ):
+    message = rf"^step {step}: the validation loss is (nan|inf)\n.*finite.*\n  do: lower"
+    with pytest.raises(TrainingError, match=message):
         train(parts(recipe, Model(*losses), tmp_path, Recorded(), rank=rank), 6, None)
     assert not (tmp_path / f"eval/validation-step-{step:08d}.json").exists()
 
 
 def test_train_validates_logs_and_saves_at_its_steps(recipe: Recipe, tmp_path: Path) -> None:
-    told = Recorded()
-    result = train(parts(recipe, Model(5.0), tmp_path, told), 5, None)
+    recorded = Recorded()
+    result = train(parts(recipe, Model(5.0), tmp_path, recorded), 5, None)
     assert (result.finished, result.state.step, result.state.tokens) == (True, 5, 5 * SEQ_LEN * BATCH)
-    validations = [(row["step"], row["val/loss"]) for row in told.rows if "val/loss" in row]
+    validations = [(row["step"], row["val/loss"]) for row in recorded.rows if "val/loss" in row]
     assert validations == [(0, 5.0), (2, 2.0), (4, 2.0), (5, 2.0)]
-    assert told.saved_steps == [3, 5]
+    assert recorded.saved_steps == [3, 5]
     assert json.loads((tmp_path / "eval/validation-step-00000000.json").read_text())["loss"] == 5.0
 
 
@@ -166,9 +166,9 @@ def test_faults_in_a_row_roll_the_run_back_and_skip_their_batches(
     (tmp_path / "straight").mkdir()
     train(parts(recipe, straight, tmp_path / "straight", Recorded()), 12, None)
     logged()
-    told, model = Recorded(), Model()
+    recorded, model = Recorded(), Model()
     model.losses = dict.fromkeys((5, 6, 7), math.nan)  # steps 5 to 7; the checkpoint before them is that of step 3
-    result = train(parts(recipe, model, tmp_path, told), 9, None)
+    result = train(parts(recipe, model, tmp_path, recorded), 9, None)
     assert model.read == [*straight.read[:7], straight.read[3], *straight.read[7:12]]
     assert (result.state.step, result.state.skipped_steps, result.state.skipped_batches) == (9, 0, ((4, 7),))
     assert result.state.faults.rollbacks == 1
@@ -177,21 +177,21 @@ def test_faults_in_a_row_roll_the_run_back_and_skip_their_batches(
     skipped = "3 updates in a row were skipped (batches 4 to 6)"
     assert f"WARNING: step 7: {skipped}; the run returns to step 3 and skips these batches (rollback 1 of 2)" in line
     assert [line[:6] for line in lines if "the loss is nan" in line] == ["step 5", "step 6", "step 7"]
-    steps = [row["step"] for row in told.rows if "train/lr" in row]
+    steps = [row["step"] for row in recorded.rows if "train/lr" in row]
     assert steps == list(range(1, 10)), "undone steps are not in the metrics"
 
 
 def test_a_due_validation_is_not_repeated_after_a_rollback(recipe: Recipe, tmp_path: Path) -> None:
-    told, model = Recorded(), Model()
+    recorded, model = Recorded(), Model()
     model.losses = dict.fromkeys((1, 2, 3), math.nan)
-    work = parts(recipe, model, tmp_path, told)
+    work = parts(recipe, model, tmp_path, recorded)
     given: Any = work.saver
     stopped = TrainState(step=4, tokens=4 * SEQ_LEN * BATCH, validation_due=True)
     given.states.append(stopped)
     result = train(work, 9, stopped)
     assert result.state.faults.rollbacks == 1
     assert not any(state.validation_due for state in given.states[1:])
-    assert [row["step"] for row in told.rows if "val/loss" in row] == [4, 6, 8, 9]
+    assert [row["step"] for row in recorded.rows if "val/loss" in row] == [4, 6, 8, 9]
 
 
 def test_a_save_counts_for_the_time_limit_once_it_is_published(recipe: Recipe, tmp_path: Path) -> None:
@@ -221,11 +221,11 @@ def test_a_save_counts_for_the_time_limit_once_it_is_published(recipe: Recipe, t
 
 
 def test_single_faults_are_skipped_and_counted(recipe: Recipe, tmp_path: Path) -> None:
-    told, model = Recorded(), Model()
+    recorded, model = Recorded(), Model()
     model.losses = {2: math.inf, 5: math.nan}
-    result = train(parts(recipe, model, tmp_path, told), 6, None)
+    result = train(parts(recipe, model, tmp_path, recorded), 6, None)
     assert (result.finished, result.state.skipped_steps, result.state.skipped_batches) == (True, 2, ())
-    rows = {row["step"]: row for row in told.rows if "train/lr" in row}
+    rows = {row["step"]: row for row in recorded.rows if "train/lr" in row}
     assert [rows[step]["train/skipped_steps"] for step in range(1, 7)] == [0, 1, 1, 1, 2, 2]
     assert [step for step in rows if "train/loss" not in rows[step]] == [2, 5]
 
@@ -273,26 +273,26 @@ def test_ranks_agree_only_inside_watched_phases(recipe: Recipe, tmp_path: Path) 
 
 
 def test_files_in_the_run_folder_ask_for_a_save_a_validation_and_a_stop(recipe: Recipe, tmp_path: Path) -> None:
-    told, model = Recorded(), Model()
-    work = parts(recipe, model, tmp_path, told)
+    recorded, model = Recorded(), Model()
+    work = parts(recipe, model, tmp_path, recorded)
     for name in ("SAVE", "EVAL", "STOP"):
         (tmp_path / name).touch()
     result = train(work, 20, TrainState(step=4))
-    assert (result.finished, result.state.step, told.saved_steps) == (False, 4, []), "nothing to save"
+    assert (result.finished, result.state.step, recorded.saved_steps) == (False, 4, []), "nothing to save"
     assert not (tmp_path / "STOP").exists()
     result = train(replace(work, controls=Controls(tmp_path, StopSignal(), work.world)), 6, TrainState(step=4))
-    assert [row["step"] for row in told.rows if "val/loss" in row] == [5, 6]
-    assert told.saved_steps == [5, 6]
+    assert [row["step"] for row in recorded.rows if "val/loss" in row] == [5, 6]
+    assert recorded.saved_steps == [5, 6]
     assert not [name for name in ("SAVE", "EVAL", "STOP") if (tmp_path / name).exists()]
 
 
 def test_a_validation_that_a_stop_interrupts_is_repeated_by_the_next_launch(recipe: Recipe, tmp_path: Path) -> None:
-    told, model, asked = Recorded(), Model(), StopSignal()
-    work = parts(recipe, model, tmp_path, told)
+    recorded, model, asked = Recorded(), Model(), StopSignal()
+    work = parts(recipe, model, tmp_path, recorded)
     validate = work.validator.validate_unless
 
     def stopped(stop: Callable[[], bool], scorer: Any) -> Any:
-        if told.rows and told.rows[-1]["step"] == 2:
+        if recorded.rows and recorded.rows[-1]["step"] == 2:
             asked.requested = "SIGTERM"
         return validate(stop, scorer)
 
@@ -303,18 +303,18 @@ def test_a_validation_that_a_stop_interrupts_is_repeated_by_the_next_launch(reci
     given.validate_unless = validate
     end = train(replace(work, controls=Controls(tmp_path, StopSignal(), work.world)), 6, result.state)
     assert end.finished
-    assert [row["step"] for row in told.rows if "val/loss" in row] == [0, 2, 4, 6]
+    assert [row["step"] for row in recorded.rows if "val/loss" in row] == [0, 2, 4, 6]
 
 
 def test_a_disk_that_refuses_the_losses_of_windows_ends_the_run_at_the_last_step_only(
     recipe: Recipe, tmp_path: Path, logged: Callable[[], list[str]]
 ) -> None:
-    told = Recorded()
-    work = replace(parts(recipe, Model(), tmp_path, told), eval_dir=tmp_path / "missing")
+    recorded = Recorded()
+    work = replace(parts(recipe, Model(), tmp_path, recorded), eval_dir=tmp_path / "missing")
     with pytest.raises(StorageError, match=r"validation-step-00000005\.json\S* cannot be written"):
         train(work, 5, TrainState(step=3))
     assert [line[:7] for line in logged() if "has the mean" in line] == ["WARNING"]
-    assert [row["step"] for row in told.rows if "val/loss" in row] == [4]
+    assert [row["step"] for row in recorded.rows if "val/loss" in row] == [4]
 
 
 def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:
@@ -333,14 +333,14 @@ def test_seed_step_makes_randomness_a_function_of_seed_step_and_rank() -> None:
 def test_tasks_run_at_their_steps_after_the_validation_and_before_the_checkpoint(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    told = Recorded()
-    work = parts(recipe, Model(), tmp_path, told)
+    recorded = Recorded()
+    work = parts(recipe, Model(), tmp_path, recorded)
     saved: Any = work.saver
     seen: list[tuple[int, bool, list[int]]] = []
 
     def look(state: TrainState, stop: Callable[[], bool]) -> bool:
         assert not stop()
-        validated = any(row["step"] == state.step and "val/loss" in row for row in told.rows)
+        validated = any(row["step"] == state.step and "val/loss" in row for row in recorded.rows)
         seen.append((state.step, validated, [done.step for done in saved.states]))
         return True
 

@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one and fp64: value, gradients, what is not counted, who cannot have it."""
+"""The chunked loss against the plain one and fp64: values, gradients, ignored targets, families without it."""
 
 import copy
 from typing import Any
@@ -52,8 +52,7 @@ def windows(padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients(model: PreTrainedModel, kind: LossKind, *, factor: float, padding: int) -> tuple[float, torch.Tensor]:
-    taken, reason = attach_loss(model, kind, compiled=False)
-    assert (taken, reason) == (kind, "")
+    assert attach_loss(model, kind, compiled=False) == (kind, "")
     inputs, targets = windows(padding)
     scaled, total = model(input_ids=inputs, targets=targets, factor=factor, use_cache=False)
     assert not total.requires_grad
@@ -109,7 +108,7 @@ def test_head_gradients_are_those_of_fp64(dtype: torch.dtype, bar: float, factor
     for right, found, beside in zip(true, chunked, plain, strict=True):
         error = float((found - right).norm() / right.norm())
         assert error <= bar
-        # Each chunk's share of the head's gradient is rounded before it is added up; here a chunk has only 7 tokens.
+        # Each chunk's share of the head's gradient is rounded before the sum; here a chunk has only 7 tokens.
         assert error <= 1.5 * float((beside - right).norm() / right.norm())
 
 
@@ -178,13 +177,10 @@ def test_changed_logits_take_the_plain_loss_with_a_reason(config: Any) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     other = copy.deepcopy(model)
-    taken, reason = attach_loss(model, "chunked", compiled=False)
-    assert taken == "plain"
-    assert reason == f"the logits of a {config.model_type} model are more than its head's output"
+    reason = f"the logits of a {config.model_type} model are more than its head's output"
+    assert attach_loss(model, "chunked", compiled=False) == ("plain", reason)
     inputs, targets = windows()
     _, total = model(input_ids=inputs, targets=targets, use_cache=False)
     logits = other(input_ids=inputs, use_cache=False).logits
-    assert float(total) == pytest.approx(
-        float(functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").detach()),
-        rel=1e-6,
-    )
+    wanted = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    assert float(total) == pytest.approx(float(wanted.detach()), rel=1e-6)

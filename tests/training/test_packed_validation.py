@@ -1,4 +1,4 @@
-"""Validation where windows have different numbers of counted targets."""
+"""Validation of windows with different numbers of counted targets."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from inheritune_ds.training.validation import ValidationResult, Validator
 
 EOS, SEQ_LEN = 3, 4
 TOKENS = [5, 6, EOS, 7, EOS, EOS, EOS, EOS, 4, 4, 4, 4, 9, 9, EOS, 8, 8]
-"""Four windows; the targets that follow an end are not counted."""
+"""Four windows; targets after an end are not counted."""
 COUNTED, LOSSES = (3, 0, 4, 3), (2.0, 0.0, 1.0, 4.0)
 
 
@@ -56,18 +56,10 @@ def test_loss_is_the_mean_over_counted_targets(tmp_path: Path) -> None:
 
 
 def test_ranks_count_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts: list[torch.Tensor] = []
+    alone = validate(tmp_path)
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: parts.append(tensor.clone()))
-    for rank in range(3):
-        validate(tmp_path, rank, 3)
-    total = torch.stack(parts).sum(dim=0)
-
-    def summed(tensor: torch.Tensor) -> None:
-        tensor.copy_(total)
-
-    monkeypatch.setattr(dist, "all_reduce", summed)
-    assert [validate(tmp_path, rank, 3) for rank in range(3)] == [validate(tmp_path)] * 3
+    monkeypatch.setattr(dist, "all_reduce", lambda losses: losses.copy_(torch.tensor(alone.windows)))
+    assert [validate(tmp_path, rank, 3) for rank in range(3)] == [alone] * 3
 
 
 def test_windows_of_equal_counts_have_the_plain_mean_and_standard_error() -> None:
@@ -79,7 +71,7 @@ def test_windows_of_equal_counts_have_the_plain_mean_and_standard_error() -> Non
     assert window_mean([0.0, 0.0], (0, 0)) == (0.0, 0.0)
 
 
-def test_standard_error_of_unequal_windows_is_that_of_many_draws() -> None:
+def test_standard_error_of_unequal_windows_matches_many_draws() -> None:
     draw = np.random.default_rng(0)
 
     def sample() -> tuple[list[float], list[int]]:
@@ -101,8 +93,8 @@ def test_difference_of_two_models_weighs_the_windows_alike() -> None:
     plain = Evaluation(loss=1.6, windows=b.windows, **text)
     with pytest.raises(RunFolderError) as caught:
         paired_difference("a", a, "b", plain)
-    found = "a was validated on 10 targets, documents kept apart and b on every target: they cannot be compared"
-    assert caught.value.problem == found
+    problem = "a was validated on 10 targets, documents kept apart and b on every target: they cannot be compared"
+    assert caught.value.problem == problem
     assert "training.packing" in caught.value.allowed
 
 

@@ -24,18 +24,18 @@ def script(folder: Path, body: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("exit 4", "exit code 4"),
         ("echo 'In file x' >&2; echo 'x:1: fatal error: Python.h: no such file' >&2; exit 1", "x:1: fatal error: Py"),
         ("echo 'cannot find crt1.o' >&2; exit 1", "cannot find crt1.o"),
     ],
 )
-def test_a_compiler_that_fails_is_refused_with_its_message(body: str, said: str, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_refused_with_its_message(body: str, message: str, tmp_path: Path) -> None:
     compiler = script(tmp_path, body)
     with pytest.raises(MachineError) as caught:
         check_toolchain({**os.environ, "CXX": compiler}, tmp_path)
-    assert caught.value.problem.startswith(f"the C++ compiler ({compiler}) does not work: {said}")
+    assert caught.value.problem.startswith(f"the C++ compiler ({compiler}) does not work: {message}")
     assert "python3-dev" in caught.value.action
     assert caught.value.exit_code == 10
 
