@@ -68,7 +68,6 @@ class Writers:
                 world=world,
                 reliability=Reliability(async_save=background, on_save_error="stop"),
                 fingerprints={},
-                say=print,
             )
 
         self._checkpoints = {"sync": make("sync", background=False), "async": make("async", background=True)}

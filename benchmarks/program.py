@@ -78,7 +78,6 @@ def loop_parts(  # noqa: PLR0913 - what differs between its users
             world=world,
             reliability=Reliability(),
             fingerprints={},
-            say=print,
         ),
         recorder=recorder,
         restore=lambda: None,

@@ -21,6 +21,7 @@ from benchmarks.ranks import Case, build_engine, join_ranks
 from inheritune_ds.checkpoints import store as checkpoint_store
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
+from inheritune_ds.console import log_to_console
 from inheritune_ds.errors import InherituneError
 from inheritune_ds.storage.files import write_exact
 from inheritune_ds.storage.safetensors import SafetensorsWriter
@@ -118,6 +119,7 @@ def native_save(engine: "Engine", folder: Path, rank: int) -> None:
 def main(folder: Path, plan: dict[str, Any]) -> int:
     """Save as planned; the exit code."""
     world = join_ranks()
+    log_to_console()
     from inheritune_ds.checkpoints.saver import Saver
     from inheritune_ds.config.reliability import Reliability
 
@@ -128,7 +130,6 @@ def main(folder: Path, plan: dict[str, Any]) -> int:
         world=world,
         reliability=Reliability(async_save=plan["async"]),
         fingerprints={},
-        say=lambda line: print(line, flush=True),
     )
     writers = Writers(world.rank)
     answers = []

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign.drive_faults import batches, build, state_sha256
+from benchmarks.campaign.launching import attach_log
 from benchmarks.ranks import join_ranks
 from inheritune_ds.checkpoints.manifest import Checkpoint, examine, find_fault, published, step_of
 from inheritune_ds.checkpoints.store import CheckpointStore
@@ -137,7 +138,7 @@ class Trials:
         self._world, self._where, self._kind = world, where, ""
         self._store = CheckpointStore(folder / "checkpoints", keep=1)
         self._store.folder.mkdir(parents=True, exist_ok=True)
-        self._said: list[str] = []
+        self._said = attach_log()
         self._by_policy = {
             policy: Saver(
                 self._store,
@@ -145,7 +146,6 @@ class Trials:
                 world=world,
                 reliability=Reliability(async_save=async_save, on_save_error=policy),
                 fingerprints={},
-                say=self._said.append,
             )
             for policy in ("continue", "stop")
         }
@@ -234,7 +234,8 @@ class Trials:
         """What lies in the folder after a refusal, on rank 0; the step of the newest verified checkpoint."""
         if not self._world.is_main:
             return 0
-        newest = self._store.newest_intact(lambda _: None)
+        line = " ".join(self._said)
+        newest = self._store.newest_intact()
         assert newest is not None
         # A renamed checkpoint counts, even if the pointer could not be written.
         steps = {self._step} if saved else {before, self._step}
@@ -247,7 +248,6 @@ class Trials:
         if self._kind != "EROFS":  # from a read-only disk nothing can be removed before the next launch
             self._look_for_leftovers(f"{self._kind} at operation {number}")
         if not saved:
-            line = " ".join(self._said)
             if str(self._store.folder) not in line:
                 self.broken.append(f"{self._kind} at operation {number}: no path in {line!r}")
             if self._kind in ("ENOSPC", "EFBIG") and " bytes" not in line:

@@ -19,6 +19,7 @@ from benchmarks.campaign.launching import (
     arguments,
     fields,
     listed,
+    logged,
     numerics,
     run_to_end,
     weights_sha256,
@@ -76,13 +77,13 @@ class Trial:
         """Check that a damaged file is found, with `expected` in the warning; restore the checkpoint."""
         if path.suffix == ".safetensors" and path.is_file():
             shutil.copyfile(path, self._plain / f"{self.found:04d}.safetensors")
-        lines: list[str] = []
         start_s = time.monotonic()
-        chosen = self._store.newest_intact(lines.append)
+        with logged() as lines:
+            chosen = self._store.newest_intact()
         took_s = time.monotonic() - start_s
         assert chosen is not None, f"{name}: None was chosen"
         assert chosen.path == self.before, f"{name}: {chosen.path} was chosen, not {self.before}"
-        wanted = f"WARNING: checkpoint {self.newest} is passed over: "
+        wanted = f"WARNING: checkpoint {self.newest} is skipped: "
         assert [line[: len(wanted)] for line in lines] == [wanted], f"{name}: {lines}"
         assert path.name in lines[0], f"{name}: {path.name} is not named: {lines[0]}"
         assert expected in lines[0], f"{name}: not reported: {expected!r}: {lines[0]}"
@@ -205,7 +206,7 @@ def make_checkpoints(folder: Path) -> Path:
         for rank in range(RANKS):
             weights = np.arange(3000.0, dtype=np.float32) * (rank + 1) / step
             save_file({f"w/fp32/{rank * 3000}": weights}, temporary / file_name(rank))
-        store.publish(temporary, step, fields(step), listed(temporary), print)
+        store.publish(temporary, step, fields(step), listed(temporary))
     return store.folder
 
 

@@ -1,6 +1,7 @@
 """Tiny runs for the campaign: recipe, launch, processes, results."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -34,6 +35,37 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 32,
 }
 _WORDS = ("the", "a", "small", "old", "red", "cat", "dog", "bird", "tree", "river", "runs", "sees", "eats", "often")
+
+
+class _LineHandler(logging.Handler):
+    """Collects what the package logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname}: " if record.levelno > logging.INFO else ""
+        self.lines.append(f"{level}{record.getMessage()}")
+
+
+def attach_log() -> list[str]:
+    """Collect the lines that this process logs from now on."""
+    handler, logger = _LineHandler(), logging.getLogger("inheritune_ds")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return handler.lines
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """Collect the lines that this process logs in the block."""
+    logger = logging.getLogger("inheritune_ds")
+    before = logger.handlers[:]
+    try:
+        yield attach_log()
+    finally:
+        logger.handlers[:] = before
 
 
 def write_recipe(folder: Path, name: str = "tiny", **sections: Any) -> Path:

@@ -13,6 +13,7 @@ from benchmarks.campaign.launching import (
     arguments,
     fields,
     listed,
+    logged,
     numerics,
     run_to_end,
     status,
@@ -61,7 +62,7 @@ def _made(folder: Path) -> CheckpointStore:
         temporary = store.begin(step)
         for rank in range(2):
             (temporary / file_name(rank)).write_bytes(f"{step} {rank}".encode() * 1000)
-        store.publish(temporary, step, fields(step), listed(temporary), print)
+        store.publish(temporary, step, fields(step), listed(temporary))
     return store
 
 
@@ -73,9 +74,9 @@ def _pointer(folder: Path, *, harm: str) -> Figures:
     newest, before, *_ = published(store.folder)
     slowest_s = 0.0
     for expected in (newest, before):
-        lines: list[str] = []
         start_s = time.monotonic()
-        chosen = store.newest_intact(lines.append)
+        with logged() as lines:
+            chosen = store.newest_intact()
         slowest_s = max(slowest_s, time.monotonic() - start_s)
         assert chosen is not None, "None was chosen"
         assert chosen.path == expected, f"{chosen.path} was chosen, not {expected}"
@@ -118,13 +119,13 @@ LOSSES: dict[str, tuple[Callable[[Path], None], str]] = {
 def _loss(folder: Path, *, harm: str) -> Figures:
     """A run whose checkpoints are lost is refused; one that has never saved is not."""
     store = _made(folder)
-    assert CheckpointStore(folder / "other" / "checkpoints", keep=9).newest_intact(print) is None
+    assert CheckpointStore(folder / "other" / "checkpoints", keep=9).newest_intact() is None
     (folder / "run" / "status.json").write_text('{"state": "running", "step": 12}', encoding="utf-8")
     do, expected = LOSSES[harm]
     do(store.folder)
     refusal: CheckpointError | None = None
     try:
-        chosen = store.newest_intact(lambda _: None)
+        chosen = store.newest_intact()
     except CheckpointError as error:
         refusal = error
     assert refusal is not None, f"not refused: {chosen} was chosen"

@@ -129,7 +129,7 @@ def _check_end(trial: Trial, code: int, output: str, run_folder: Path, saved: in
     assert trial.who == "group" or code == 0, f"exit code {code}\n{output}"
     assert trial.who == "group" or "Traceback" not in output, output
     assert left["exit_code"] == 0, left
-    newest = CheckpointStore(run_folder / "checkpoints", keep=3, keep_every=None).newest_intact(print)
+    newest = CheckpointStore(run_folder / "checkpoints", keep=3, keep_every=None).newest_intact()
     if saved is None:
         assert newest is None, f"{newest}: nothing was to be saved"
         assert left["step"] == 0, left

@@ -20,6 +20,7 @@ from benchmarks.campaign.launching import (
     arguments,
     fields,
     listed,
+    logged,
     rows,
     run_to_end,
     started,
@@ -130,7 +131,7 @@ class Trial:
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint, which is whole; nothing half written lies beside it."""
-        newest = self.store.newest_intact(lambda _: None)
+        newest = self.store.newest_intact()
         assert newest is not None
         left = [path.name for path in self.store.folder.glob(".*.tmp")]
         assert left == [], f"left behind: {left}"
@@ -228,25 +229,26 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
         for step in (1, 2, 3):
             temporary = store.begin(step)
             (temporary / "state").write_bytes(bytes([step]) * 5000)
-            store.publish(temporary, step, fields(step), listed(temporary), print)
+            store.publish(temporary, step, fields(step), listed(temporary))
         (store.folder / "step-00000003" / "state").write_bytes(b"")  # what a lost write leaves
         if can_mount():
             fill(place / "ballast")
-        said: list[str] = []
         strict = CheckpointStore(store.folder, keep=1)
-        assert prune(strict, said.append) == []
-        assert len(said) == 1, said
-        assert "step-00000003 is damaged" in said[0], said
-        newest = strict.newest_intact(said.append)
+        with logged() as lines:
+            assert prune(strict) == []
+        assert len(lines) == 1, lines
+        assert "step-00000003 is damaged" in lines[0], lines
+        newest = strict.newest_intact()
         assert newest is not None
         assert newest.state.step == 2
         (place / "ballast").unlink(missing_ok=True)
         temporary = strict.begin(4)
         (temporary / "state").write_bytes(b"4" * 5000)
-        strict.publish(temporary, 4, fields(4), listed(temporary), print)
+        strict.publish(temporary, 4, fields(4), listed(temporary))
         if can_mount():
             fill(place / "ballast")
-        assert len(prune(strict, said.append)) == 3, said
+        with logged() as lines:
+            assert len(prune(strict)) == 3, lines
         assert [find_fault(path) for path in published(store.folder)] == [None]
         return {"kept_while_damaged": 3}
 

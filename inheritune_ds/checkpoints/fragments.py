@@ -1,4 +1,4 @@
-"""Fragments: runs of a parameter's elements, one safetensors file a rank, named by parameter, kind and first element.
+"""Fragments: consecutive elements of a parameter, named by parameter, kind and first element; one file per rank.
 
 `rank-00000.safetensors` holds flat tensors such as `model.norm.weight/fp32/0`, `.../exp_avg/0` and `.../exp_avg_sq/0`:
 the fp32 master and both of Adam's moments. Another rank's file holds the elements that follow.
@@ -24,7 +24,7 @@ KINDS = (MASTER, *MOMENTS)
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEFECT = "nothing was published, older checkpoints are kept; this is a defect, please report it"
-_DAMAGED = "delete this checkpoint; the same command takes the one before it"
+_DAMAGED = "delete this checkpoint, then rerun the same command to resume from the one before"
 
 
 def file_name(rank: int) -> str:
@@ -42,14 +42,14 @@ def write(fragments: Mapping[str, torch.Tensor], path: Path, *, needed_bytes: in
 
     Args:
         fragments: Flat tensors by their `key_of`.
-        path: A file that does not exist yet, in a folder that does.
+        path: Must not exist; its folder must.
         needed_bytes: Of the whole checkpoint, for the message.
 
     Returns:
         `bytes` and `blake3` (hex), as a manifest lists them.
 
     Raises:
-        StorageError: If the disk refuses any of it, with the path and the bytes needed.
+        StorageError: With the path and the bytes needed.
     """
     tensors = {key: (_DTYPES[value.dtype], tuple(value.shape), value.nbytes) for key, value in fragments.items()}
     with _refusals(path, needed_bytes), SafetensorsWriter(path, tensors) as writer:
@@ -72,10 +72,10 @@ def _refusals(path: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        action = "free some space" if error.errno in _FULL else "see to the disk, or choose another folder"
+        action = "free some space" if error.errno in _FULL else "check the disk, or choose another folder"
         raise StorageError(
             f"{path} cannot be written: {error.strerror}; the checkpoint takes {needed_bytes:,} bytes",
-            action=f"{action}, then give the same command again: older checkpoints are kept",
+            action=f"{action}, then rerun the same command to resume: older checkpoints are kept",
         ) from None
 
 
@@ -88,7 +88,7 @@ def check_coverage(folder: Path, world_size: int, parameters: Mapping[str, Mappi
         parameters: `shape` and `step` of every parameter of the model; one without a step has no moments.
 
     Raises:
-        TrainingError: If elements are missing or are there twice, or fragments belong to no parameter.
+        TrainingError: If elements are missing or duplicate, or fragments belong to no parameter.
     """
     found = _find(folder, world_size)
     for name, parameter in parameters.items():
@@ -117,7 +117,7 @@ def _uncovered(folder: Path, what: str, first: int, end: int, *, twice: bool) ->
 
 
 def _find(folder: Path, world_size: int) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
-    """First element, number of elements and rank of all fragments, ascending, by parameter and kind."""
+    """First element, number of elements and rank of all fragments by parameter and kind, in ascending order."""
     found = defaultdict(list)
     for rank in range(world_size):
         for key, entry in read_header(folder / file_name(rank)).items():
@@ -127,11 +127,7 @@ def _find(folder: Path, world_size: int) -> dict[tuple[str, str], list[tuple[int
 
 
 class Fragments:
-    """The fragments of all ranks of a verified checkpoint; their files are mapped, and read where they are used.
-
-    Args:
-        folder: The checkpoint.
-        world_size: Number of ranks that saved it.
+    """The fragments of all ranks of a verified checkpoint, in mapped files.
 
     Raises:
         CheckpointError: If a file is missing or holds anything but fragments.
@@ -150,7 +146,7 @@ class Fragments:
             ) from None
 
     def copy(self, name: str, kind: str, start: int, out: torch.Tensor) -> None:
-        """Copy elements of a parameter, from `start` on, into a flat tensor; its size says how many.
+        """Copy the elements of a parameter from `start` on into a flat tensor and fill it.
 
         Raises:
             CheckpointError: If the files do not hold all of them.

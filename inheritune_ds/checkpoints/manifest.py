@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, every way in which its files may differ from it; names and pointer."""
+"""The manifest of a checkpoint, verification of its files, names and pointer."""
 
 import hashlib
 import json
@@ -17,25 +17,17 @@ from inheritune_ds.storage.files import blake3_file
 MANIFEST = "manifest.json"
 POINTER = "latest"
 FORMAT = 2
-"""Number of this format; manifests without one are of format 1, whose files were DeepSpeed's own."""
+"""Manifests without a number are of format 1, with DeepSpeed's own files."""
 EARLIER = "it is of the format before this one; commit 318409b is the last that reads it"
 NAME = re.compile(r"step-(\d{8})")
-WORLD_WRITABLE = stat.S_IWOTH
 _CHANGED_MANIFEST = f"{MANIFEST} is missing or not as it was written"
-_HASHERS = 8
-"""Threads at most; BLAKE3 lets go of the interpreter, so they run side by side."""
+_MAX_HASHERS = 8
+"""Threads, which run in parallel since BLAKE3 releases the interpreter lock."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose manifest was read once, passed along from there.
-
-    Attributes:
-        path: Its folder.
-        manifest: See `read_manifest`.
-        state: Progress of the run.
-        layout: The layout it was saved under.
-    """
+    """The folder of a checkpoint and its manifest, which is parsed once."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -49,11 +41,7 @@ class Checkpoint:
 
 
 def published(folder: Path) -> Iterator[Path]:
-    """Published checkpoints, the newest first.
-
-    Args:
-        folder: `checkpoints/` of a run folder; it need not exist.
-    """
+    """Published checkpoints of a run's `checkpoints/`, which need not exist; the newest first."""
     if folder.is_dir():
         yield from sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
 
@@ -70,7 +58,7 @@ def newest_step(folder: Path) -> int:
 
 
 def pointer_fault(folder: Path) -> str | None:
-    """Why the pointer in `checkpoints/` is invalid; None if it names a checkpoint that is there."""
+    """Why the pointer in `checkpoints/` is invalid; None if it names an existing checkpoint."""
     try:
         name = (folder / POINTER).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -78,21 +66,20 @@ def pointer_fault(folder: Path) -> str | None:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     except UnicodeDecodeError:
-        return "is no text"
+        return "is not text"
     if not name:
         return "is empty"
     if not NAME.fullmatch(name):
-        return f"holds {name[:40]!r}, which is no checkpoint's name"
+        return f"holds {name[:40]!r}, which is not the name of a checkpoint"
     return None if (folder / name).is_dir() else f"names {name}, which is not there"
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint; None if it is missing or any byte of it differs from what was written.
+    """The manifest of a checkpoint; None if it is missing or any byte of it has changed.
 
     Returns:
-        `format`, `step`, `generation`, `for_good` (whether retention never takes it), `files` ({path: {bytes, blake3}})
-        and the fields given to `CheckpointStore.publish`: `state`, `layout`, `fingerprints`, and `parameters` and
-        `engine` of a snapshot.
+        `format`, `step`, `generation`, `for_good` (retention never deletes it), `files` ({path: {bytes, blake3}}),
+        `state`, `layout`, `fingerprints`, and `parameters` and `engine` of a snapshot.
     """
     path = checkpoint / MANIFEST
     try:
@@ -110,7 +97,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """A manifest as it is written, with its own sha256: a flipped bit must not change the step or a file's hash."""
+    """Serialize a manifest with its own sha256, which reveals a flipped bit in a step or hash."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=2, allow_nan=False) + "\n"
 
@@ -120,11 +107,10 @@ def examine(checkpoint: Path, advance: Callable[[int], None] = lambda _: None) -
 
     Args:
         checkpoint: Its folder.
-        advance: Called with the bytes of every chunk that is hashed, from several threads.
+        advance: Called with the bytes of every hashed chunk, from several threads.
 
     Returns:
-        The checkpoint if every byte is as it was written and it is safe to load; otherwise the first fault, with the
-        file's path inside the folder, what was expected and what was found.
+        The checkpoint if no byte has changed and it is safe to load; otherwise its first fault.
     """
     try:
         if checkpoint.is_symlink():
@@ -144,21 +130,21 @@ def examine(checkpoint: Path, advance: Callable[[int], None] = lambda _: None) -
 
 
 def find_fault(checkpoint: Path, advance: Callable[[int], None] = lambda _: None) -> str | None:
-    """The fault that `examine` finds; None if there is none."""
+    """The first fault of a checkpoint; None if there is none."""
     found = examine(checkpoint, advance)
     return found if isinstance(found, str) else None
 
 
 def listing_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """A fault that shows without reading a file: names, links, owners, sizes, and files that are not listed."""
+    """Find a fault without reading a file: names, links, owners, sizes, and files that are not listed."""
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            return f"{name} lies outside the checkpoint"
+            return f"{name} is outside the checkpoint"
     sizes: dict[str, int] = {}
     for path in [checkpoint, *sorted(checkpoint.rglob("*"))]:
         name, found = path.relative_to(checkpoint).as_posix(), path.lstat()
         if stat.S_ISLNK(found.st_mode):
-            return f"{name} is a symbolic link and may lie outside the checkpoint"
+            return f"{name} is a symbolic link and may point outside the checkpoint"
         if (reason := distrust(found)) is not None:
             return f"{'its folder' if path == checkpoint else name} {reason}"
         if not stat.S_ISDIR(found.st_mode):
@@ -177,7 +163,7 @@ def _hash_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]], advanc
         expected, found = files[name]["blake3"], blake3_file(checkpoint / name, advance)
         return None if found == expected else f"{name} has blake3 {found[:12]}... instead of {expected[:12]}..."
 
-    pool = ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(_MAX_HASHERS, os.cpu_count() or 1))
     try:
         return next((found for found in pool.map(fault, files) if found is not None), None)
     finally:
@@ -185,17 +171,17 @@ def _hash_fault(checkpoint: Path, files: Mapping[str, Mapping[str, Any]], advanc
 
 
 def distrust(found: os.stat_result) -> str | None:
-    """Why another user may have written it; None if only this user (and a group) can have."""
+    """Why another user may have written a file; None if only this user and a group can have."""
     if found.st_uid != os.geteuid():
         return f"belongs to user {found.st_uid}, not to you ({os.geteuid()})"
-    if found.st_mode & WORLD_WRITABLE:
-        return f"can be written by everybody (mode {stat.S_IMODE(found.st_mode):o})"
+    if found.st_mode & stat.S_IWOTH:
+        return f"can be written by any user (mode {stat.S_IMODE(found.st_mode):o})"
     return None
 
 
 def close_to_others(folder: Path) -> None:
-    """Remove write access for all from a folder and everything below it; links are left alone."""
+    """Remove other users' write access from a folder and everything below it; links are not followed."""
     for path in [folder, *folder.rglob("*")]:
         mode = path.lstat().st_mode
-        if mode & WORLD_WRITABLE and not stat.S_ISLNK(mode):
-            path.chmod(stat.S_IMODE(mode) & ~WORLD_WRITABLE)
+        if mode & stat.S_IWOTH and not stat.S_ISLNK(mode):
+            path.chmod(stat.S_IMODE(mode) & ~stat.S_IWOTH)

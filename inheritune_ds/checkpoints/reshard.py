@@ -1,8 +1,8 @@
-"""Where every parameter's elements lie in this rank's flat partitions, and what another layout changes.
+"""Positions of every parameter's elements in this rank's flat partitions, and the effects of another layout.
 
-ZeRO keeps each parameter's fp32 master and both of Adam's moments in flat partitions, one a rank and group; where a
-parameter lies in them depends on the stage and on the number of ranks. Saving names the pieces by parameter, loading
-looks them up by name, so a state of any layout loads into any other (docs/decisions/0016-own-fragments.md).
+ZeRO keeps each parameter's fp32 master and both of Adam's moments in flat partitions, one per rank and group; the
+position of a parameter depends on the stage and on the number of ranks. Saving names the pieces by parameter, loading
+finds them by name, so a state of any layout loads into any other (docs/decisions/0016-own-fragments.md).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,45 +25,32 @@ _ROUNDING = (
     ("prescale_gradients",),
     ("gradient_predivide_factor",),
 )
-"""Settings that may change between launches, do not change what is saved, and change how later steps round."""
+"""Settings that may change between launches and change the rounding of later steps only."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of one parameter's elements in a flat partition.
-
-    Attributes:
-        name: Of the parameter.
-        at: Its first element in the partition.
-        start: Its first element in the flattened parameter.
-        numel: Elements.
-    """
+    """Consecutive elements of one parameter in a flat partition."""
 
     name: str
     at: int
+    """First element in the partition."""
     start: int
+    """First element in the flattened parameter."""
     numel: int
 
 
 @dataclass(frozen=True)
 class Partition:
-    """This rank's share of one group of parameters.
-
-    Attributes:
-        master: Flat fp32 masters, on which the optimizer steps; padding may follow the pieces or lie between them.
-        pieces: The parameters' elements in it.
-    """
+    """This rank's share of one group of parameters."""
 
     master: torch.Tensor
+    """Flat fp32 masters of the optimizer; padding may follow the pieces or separate them."""
     pieces: tuple[Piece, ...]
 
 
 def partitions(engine: Any) -> list[Partition]:
-    """The partitions that this rank owns.
-
-    Args:
-        engine: DeepSpeed's, with ZeRO stage 1, 2 or 3.
-    """
+    """The partitions that this rank owns, of a DeepSpeed engine in ZeRO stage 1, 2 or 3."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -87,11 +74,6 @@ def partitions(engine: Any) -> list[Partition]:
 def stage_3_pieces(shapes: Mapping[str, torch.Size], rank: int, ranks: int) -> Iterator[Piece]:
     """The pieces of one rank's partition in stage 3, which cuts every parameter into equal shares, the last padded.
 
-    Args:
-        shapes: Names and shapes of the group's parameters, in their order.
-        rank: This rank.
-        ranks: Number of ranks.
-
     Source: DeepSpeed 0.19, runtime/zero/partition_parameters.py (`partition`).
     """
     at = 0
@@ -104,28 +86,24 @@ def stage_3_pieces(shapes: Mapping[str, torch.Size], rank: int, ranks: int) -> I
 
 
 def shapes_of(engine: Any) -> dict[str, list[int]]:
-    """The shapes of all parameters that the optimizer steps on, by name; the same on all ranks."""
+    """The shapes of all trained parameters by name; the same on all ranks."""
     groups = engine._get_zero_param_shapes()  # noqa: SLF001 - no public way
     return {name: list(shape) for group in groups for name, shape in group.items()}
 
 
 def rounding_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a DeepSpeed config that change how steps round."""
-    return {".".join(path): _at(config, path) for path in _ROUNDING}
-
-
-def _at(document: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        document = document.get(key) if isinstance(document, Mapping) else None
-    return document
+    """The settings of a DeepSpeed config that change the rounding of steps."""
+    found = {}
+    for path in _ROUNDING:
+        value: Any = config
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        found[".".join(path)] = value
+    return found
 
 
 def check_convertible(saved: SavedLayout, now: SavedLayout) -> None:
     """Refuse a state that cannot resume as the same experiment.
-
-    Args:
-        saved: The layout it was saved under.
-        now: Of this launch.
 
     Raises:
         CheckpointError: If the precision differs; number of ranks and ZeRO stage may.
@@ -133,47 +111,42 @@ def check_convertible(saved: SavedLayout, now: SavedLayout) -> None:
     if saved.precision != now.precision:
         raise CheckpointError(
             f"the checkpoint was saved in {saved.precision}, and this launch computes in {now.precision}",
-            allowed=f"{saved.precision}; another number of ranks or ZeRO stage is converted by itself",
-            action=f"write the DeepSpeed config so that it gives {saved.precision}, or give the run in "
-            f"{now.precision} a folder of its own: name=OTHER or --runs-dir DIR",
+            allowed=f"{saved.precision}; the state is resharded to another number of ranks or ZeRO stage",
+            action=f"set {saved.precision} in the DeepSpeed config, or train in {now.precision} in another run folder: "
+            "name=OTHER or --runs-dir DIR",
         )
 
 
 def check_model(checkpoint: Path, saved: Mapping[str, Mapping[str, Any]], now: Shapes) -> None:
     """Refuse a state of another model.
 
-    Args:
-        checkpoint: For the message.
-        saved: `shape` of every saved parameter.
-        now: Shapes of this run's target.
-
     Raises:
-        CheckpointError: Naming the first parameter that differs.
+        CheckpointError: With the first parameter that differs in name or shape.
     """
     other = sorted(name for name in saved.keys() | now.keys() if saved.get(name, {}).get("shape") != now.get(name))
     if other:
         raise CheckpointError(
             f"{checkpoint} holds another model: {len(other)} parameters differ, first {other[0]}",
             allowed=f"the {len(now)} parameters of this run's target, in their shapes",
-            action="delete this checkpoint; the same command takes the one before it",
+            action="delete this checkpoint, then rerun the same command to resume from the one before",
         )
 
 
 def changes(
     saved: SavedLayout, now: SavedLayout, saved_rounding: Mapping[str, Any], rounding: Mapping[str, Any]
 ) -> Iterator[str]:
-    """A line if the state is resharded, and one on every setting that rounds otherwise than when it was saved."""
+    """A line if the state is resharded, and one for every changed setting of `rounding_of`."""
     if (saved.world_size, saved.zero_stage) != (now.world_size, now.zero_stage):
         yield (
             f"the state was saved on {saved.world_size} ranks in ZeRO stage {saved.zero_stage}, and is resharded to "
             f"{now.world_size} in stage {now.zero_stage}: losses may differ in their last digits from here on, "
-            "with dropout by its other masks"
+            "and by more with dropout, whose masks change"
         )
     for setting, after in rounding.items():
         if saved_rounding[setting] != after:
             yield (
                 f"WARNING: {setting} is {_word(after)}, and was {_word(saved_rounding[setting])} when the checkpoint "
-                "was saved: later steps round otherwise than an uninterrupted run"
+                "was saved: later steps round differently from an uninterrupted run"
             )
 
 

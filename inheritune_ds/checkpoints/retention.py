@@ -1,55 +1,49 @@
-"""Which checkpoints are kept, deleting the others, and going back to an earlier one."""
+"""Deletion of checkpoints: by the recipe's rule, or of all after a step."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from inheritune_ds.checkpoints.manifest import find_fault, published, read_manifest, step_of
 from inheritune_ds.checkpoints.store import CheckpointStore, reading, remove_path
 from inheritune_ds.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 
 def kept(store: CheckpointStore) -> dict[Path, str]:
-    """The published checkpoints that are kept, the newest first, and why; a new rule deletes none kept for good."""
+    """The kept checkpoints, the newest first, and why; those that the rule at their save kept are among them."""
     reasons: dict[Path, str] = {}
     for number, checkpoint in enumerate(published(store.folder), 1):
         if number <= store.keep:
             reasons[checkpoint] = f"newest {store.keep}"
-        elif store.keeps_for_good(step_of(checkpoint)):
+        elif store.keeps_always(step_of(checkpoint)):
             reasons[checkpoint] = f"every {store.keep_every} steps"
         elif (read_manifest(checkpoint) or {}).get("for_good"):
-            reasons[checkpoint] = "for good, by the rule of then"
+            reasons[checkpoint] = "by the rule at its save"
     return reasons
 
 
 def expired(store: CheckpointStore) -> list[Path]:
-    """The checkpoints that the rule does not keep, the newest first, after the newest of all has been verified.
+    """Verify the newest checkpoint and find those that the rule does not keep, the newest first.
 
     Raises:
-        CheckpointError: It is damaged, so that nothing may be deleted; or the folder cannot be read.
+        CheckpointError: The newest is damaged, so nothing may be deleted; or the folder cannot be read.
     """
     with reading(store.folder):
-        found, staying = list(published(store.folder)), kept(store)  # one that appears meanwhile is not `found`
-    old = [checkpoint for checkpoint in found if checkpoint not in staying]
+        found, reasons = list(published(store.folder)), kept(store)  # one that appears meanwhile is not `found`
+    old = [checkpoint for checkpoint in found if checkpoint not in reasons]
     if old and (fault := find_fault(found[0])) is not None:
-        action = "bring an intact copy of it back, or remove it: until then nothing is deleted"
+        action = "restore an intact copy of it, or remove it: until then nothing is deleted"
         raise CheckpointError(f"checkpoint {found[0]} is damaged: {fault}", action=action)
     return old
 
 
-def prune(store: CheckpointStore, say: Callable[[str], None]) -> list[Path]:
-    """Delete the expired checkpoints while a run trains; a damaged checkpoint does not end it.
-
-    Args:
-        store: Of the run.
-        say: Prints why nothing is deleted, or what cannot be.
-
-    Returns:
-        The deleted ones.
-    """
+def prune(store: CheckpointStore) -> list[Path]:
+    """Delete the expired checkpoints of a running run and return them; log a damaged newest one, delete nothing."""
     try:
-        return [checkpoint for checkpoint in expired(store) if remove(checkpoint, say)]
+        return [checkpoint for checkpoint in expired(store) if remove(checkpoint)]
     except CheckpointError as error:
-        say(f"WARNING: {error.problem}; the older ones stay, however many there are")
+        logger.warning("%s; all older ones are kept", error.problem)
         return []
 
 
@@ -57,48 +51,40 @@ def later_than(store: CheckpointStore, step: int) -> list[Path]:
     """The checkpoints that `go_back` would delete.
 
     Raises:
-        CheckpointError: No intact one would be left.
+        CheckpointError: No intact one would remain.
     """
     later = [checkpoint for checkpoint in published(store.folder) if step_of(checkpoint) > step]
     newest = next((checkpoint for checkpoint in published(store.folder) if checkpoint not in later), None)
-    fault = "no checkpoint is as early" if newest is None else find_fault(newest)
+    fault = "no checkpoint is that early" if newest is None else find_fault(newest)
     if newest is None or fault is not None:
         raise CheckpointError(
-            f"the run cannot go back to step {step}: {f'{newest.name}: ' if newest else ''}{fault}",
+            f"the run cannot return to step {step}: {f'{newest.name}: ' if newest else ''}{fault}",
             allowed="a step at or after that of an intact checkpoint",
-            action=f"`inheritune-ds checkpoints {store.folder.parent} verify` tells which are intact",
+            action=f"`inheritune-ds checkpoints {store.folder.parent} verify` lists the intact ones",
         )
     return later
 
 
-def go_back(store: CheckpointStore, step: int, say: Callable[[str], None]) -> list[Path]:
-    """Delete the checkpoints later than a step, so that the run resumes from the newest of the others.
-
-    Args:
-        store: Of the run.
-        step: The latest that is kept.
-        say: Prints what cannot be deleted.
-
-    Returns:
-        The deleted ones.
+def go_back(store: CheckpointStore, step: int) -> list[Path]:
+    """Delete and return the checkpoints later than a step, so that the run resumes from the newest of the others.
 
     Raises:
-        CheckpointError: No intact one would be left.
+        CheckpointError: No intact one would remain.
         StorageError: The pointer cannot be written.
     """
     later = later_than(store, step)
     store.point_at(next(checkpoint for checkpoint in published(store.folder) if checkpoint not in later))
-    return [checkpoint for checkpoint in later if remove(checkpoint, say)]
+    return [checkpoint for checkpoint in later if remove(checkpoint)]
 
 
-def remove(checkpoint: Path, say: Callable[[str], None]) -> bool:
-    """Delete a checkpoint; False after a printed line if it cannot be deleted."""
+def remove(checkpoint: Path) -> bool:
+    """Delete a checkpoint; log and return False if the file system refuses."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.deleted.tmp")
     try:
         remove_path(hidden)
-        checkpoint.rename(hidden)  # never half deleted under its own name
+        checkpoint.rename(hidden)  # so that a kill leaves no partial checkpoint
         remove_path(hidden, ignore_errors=False)
     except OSError as error:  # such as a shared file system on which another process still reads it
-        say(f"checkpoint {checkpoint} cannot be deleted: {error.strerror}: {error.filename}; training goes on")
+        logger.warning("checkpoint %s cannot be deleted: %s: %s", checkpoint, error.strerror, error.filename)
         return False
     return True

@@ -1,10 +1,11 @@
-"""Saving and loading with all ranks: each writes its own file, all agree, one publishes.
+"""Saving and loading with all ranks: each writes its own file, rank 0 publishes.
 
 A save has three parts. Every rank takes its share of the state, then writes it to a file of its own. Rank 0 publishes
-after every rank has reported that its file is on the disk. The ranks communicate in a group of their own, so a thread
-may write and publish while training continues.
+after every rank has reported that its file is on the disk. The ranks communicate in a process group of their own, so a
+thread may write and publish while training continues.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,16 +27,17 @@ from inheritune_ds.errors import CheckpointError, InherituneError, StorageError,
 from inheritune_ds.storage.files import sha256_file, storage_errors
 
 Value = TypeVar("Value")
+logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """The engine, as far as it is saved."""
+    """The part of the engine that saving and loading use."""
 
     def capture(self, buffers: PinnedBuffers | None) -> Snapshot:
         """Take this rank's share, or a copy of it."""
 
     def load(self, checkpoint: Checkpoint) -> Sequence[str]:
-        """Restore this rank's share; returns lines for the user."""
+        """Restore this rank's share; return log lines."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,14 @@ class _Report:
 
 
 class Saver:
-    """Saves and loads the checkpoints of one run, on one rank; all ranks make one and call its methods together.
+    """Saves and loads the checkpoints of one run; all ranks make one and call its methods together.
 
     Args:
-        store: Where they are published; used on rank 0 alone.
+        store: Where they are published; used on rank 0 only.
         layout: Of this launch.
         world: This rank among all.
-        reliability: Whether training waits for the disk, and what happens when the disk refuses.
+        reliability: Whether saves run in the background, and whether a refusal of the disk ends the run.
         fingerprints: Of recipe, data and code versions, for the manifest.
-        say: Prints one line for the user, on rank 0; also called from a thread.
         group: Instead of a process group of its own.
     """
 
@@ -69,10 +70,9 @@ class Saver:
         world: World,
         reliability: Reliability,
         fingerprints: Mapping[str, Any],
-        say: Callable[[str], None],
         group: ObjectGroup | None = None,
     ) -> None:
-        self._store, self._layout, self._world, self._say = store, layout, world, say
+        self._store, self._layout, self._world = store, layout, world
         self._stops, self._fingerprints = reliability.on_save_error == "stop", dict(fingerprints)
         self._buffers = PinnedBuffers() if reliability.async_save else None
         self._group = group or ObjectGroup(world, reliability.watchdog_s["save"])
@@ -82,17 +82,15 @@ class Saver:
         self.published_step: int | None = None
         """Step of the newest checkpoint that this launch has published; an asynchronous `save` returns before."""
         self.refusal = ""
-        """Why the disk has refused the last save that it refused."""
+        """The disk's last refusal of a save that the run continued without."""
         self.last_save_s = 0.0
-        """Seconds of the last save, from its beginning to its publishing."""
+        """Seconds of the last save, until it was published."""
 
     def save(self, engine: Stateful, state: TrainState) -> bool:
-        """Save a checkpoint; an asynchronous save returns as soon as the state is copied, before the ranks communicate.
-
-        A save that is still under way is waited for first.
+        """Save a checkpoint, after the save under way; an asynchronous save returns as soon as the state is copied.
 
         Returns:
-            Whether it is published, or under way; False if the disk refuses and the run may continue without it.
+            Whether it is published or under way; False if the disk refuses and the run may continue without it.
 
         Raises:
             StorageError: On all ranks, if the disk refuses this save, or the one before, and the config says stop.
@@ -101,74 +99,62 @@ class Saver:
         """
         self.wait()
         start_s = time.perf_counter()
-        work = _Work(state, engine.capture(self._buffers), start_s)
+        snapshot = engine.capture(self._buffers)
         if self._buffers is None:
-            return self._accept(self._finish(work))
-        self._writing = _Background(lambda: self._finish(work), f"save-{state.step}")
+            return self._accept(self._finish(state, snapshot, start_s))
+        self._writing = _Background(lambda: self._finish(state, snapshot, start_s), f"save-{state.step}")
         return True
 
-    def _finish(self, work: "_Work") -> Path | InherituneError:
+    def _finish(self, state: TrainState, snapshot: Snapshot, start_s: float) -> Path | InherituneError:
         """Write and publish a snapshot with all ranks; the published folder or the error, the same on all ranks."""
-        outcome = self._together(work.state.step, lambda: self._write_and_publish(work))
+        try:
+            outcome = self._write_and_publish(state, snapshot)
+        except RuntimeError as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            outcome = TrainingError(
+                f"the ranks have lost each other while they saved step {state.step}: {reason}",
+                action="find out how the missing rank has ended, then rerun the same command to resume from the newest "
+                "published checkpoint",
+            )
+        temporary, self._temporary = self._temporary, None
         if isinstance(outcome, InherituneError):
-            self._warn(work.state.step, outcome)
-            self._drop(outcome)
+            if isinstance(outcome, StorageError) and not self._stops:
+                self.refusal = outcome.problem
+                text = "step %d is NOT saved, training continues and older checkpoints are kept: %s"
+                logger.warning(text, state.step, outcome.problem)
+            # Not after a CheckpointError: another launch may write there by now.
+            if temporary is not None and not isinstance(outcome, CheckpointError):
+                self._store.discard(temporary)
             return outcome
-        self._temporary = None
-        self.last_save_s, self.published_step = time.perf_counter() - work.start_s, work.state.step
+        self.last_save_s, self.published_step = time.perf_counter() - start_s, state.step
         if self._world.is_main:
-            self._pruning = _Background(lambda: retention.prune(self._store, self._say), f"prune-{work.state.step}")
+            self._pruning = _Background(lambda: retention.prune(self._store), f"prune-{state.step}")
         return outcome
 
-    def _write_and_publish(self, work: "_Work") -> Path | InherituneError:
-        """Make room, write this rank's file, exchange reports, let rank 0 publish."""
-        begun = self._begin(work.state.step, work.snapshot)
-        if isinstance(begun, InherituneError):
-            return begun
-        temporary, total_bytes = begun
-        reports = self._group.gather(self._write(work.snapshot, temporary, total_bytes))
-        outcome: Path | InherituneError | None = _first_error(reports)
-        if self._world.is_main and outcome is None:
-            outcome = self._attempt(lambda: self._publish(work, temporary, total_bytes, reports))
-        answer = self._group.broadcast(outcome)
-        assert answer is not None  # rank 0 has published, or reports why not
-        return answer
-
-    def _publish(self, work: "_Work", temporary: Path, total_bytes: int, reports: Sequence[_Report]) -> Path:
-        """Check that the files of all ranks hold every element once, and publish them."""
-        steps = {name: step for report in reports for name, step in (report.steps or {}).items()}
-        parameters = {
-            name: {**parameter, "step": steps.get(name)} for name, parameter in work.snapshot.parameters.items()
-        }
-        check_coverage(temporary, self._world.size, parameters)
-        fields = {
-            "state": work.state.as_dict(),
-            "layout": asdict(self._layout),
-            "fingerprints": self._fingerprints,
-            "engine": work.snapshot.engine,
-            "parameters": parameters,
-        }
-        files = {file_name(rank): report.file or {} for rank, report in enumerate(reports)}
-        with _naming_bytes(total_bytes):
-            return self._store.publish(temporary, work.state.step, fields, files, self._say)
-
-    def _begin(self, step: int, snapshot: Snapshot) -> "tuple[Path, int] | InherituneError":
-        """Make the folder to write to if there is room: its path, and the bytes of the whole checkpoint."""
-        error = None
+    def _write_and_publish(self, state: TrainState, snapshot: Snapshot) -> Path | InherituneError:
+        """Make room, write this rank's file, exchange reports, publish on rank 0."""
+        failure = None
         if snapshot.failure is not None:
-            error = TrainingError(
+            failure = TrainingError(
                 f"rank {self._world.rank} could not copy its state to host memory: {snapshot.failure}",
                 action='set "async_save": false in the reliability block of the DeepSpeed config',
             )
-        reports = self._group.gather(_Report(snapshot.bytes, error=error))
-        failed = _first_error(reports)
+        reports = self._group.gather(_Report(snapshot.bytes, error=failure))
         total_bytes = sum(report.bytes for report in reports)
-        made: Path | InherituneError | None = failed
-        if self._world.is_main and failed is None:
-            made = self._attempt(lambda: self._make_folder(step, total_bytes))
-        answer = self._group.broadcast(made)
-        assert answer is not None  # rank 0 has made a folder, or says why not
-        return answer if isinstance(answer, InherituneError) else (answer, total_bytes)
+        temporary = self._run_on_rank0(reports, lambda: self._make_folder(state.step, total_bytes))
+        if isinstance(temporary, InherituneError):
+            return temporary
+        written = self._group.gather(self._write(snapshot, temporary, total_bytes))
+        return self._run_on_rank0(written, lambda: self._publish(state, snapshot, temporary, total_bytes, written))
+
+    def _run_on_rank0(self, reports: Sequence[_Report], work: Callable[[], Path]) -> Path | InherituneError:
+        """Run work on rank 0 while the other ranks wait; an error of a report or of the work is returned on all."""
+        outcome: Path | InherituneError | None = next((report.error for report in reports if report.error), None)
+        if self._world.is_main and outcome is None:
+            outcome = self._attempt(work)
+        answer = self._group.broadcast(outcome)
+        assert answer is not None  # rank 0 has a path or an error
+        return answer
 
     def _make_folder(self, step: int, total_bytes: int) -> Path:
         require_space(self._store.folder, total_bytes, count=1)
@@ -176,42 +162,44 @@ class Saver:
             self._temporary = self._store.begin(step)
         return self._temporary
 
-    def _drop(self, error: InherituneError) -> None:
-        """Remove what will not be published; not where another launch may write by now."""
-        temporary, self._temporary = self._temporary, None
-        if temporary is not None and not isinstance(error, CheckpointError):
-            self._store.discard(temporary)
-
-    def _write(self, snapshot: Snapshot, temporary: Path, needed_bytes: int) -> _Report:
+    def _write(self, snapshot: Snapshot, temporary: Path, total_bytes: int) -> _Report:
         """Write this rank's file."""
-        try:
-            file = write(snapshot.fragments, temporary / file_name(self._world.rank), needed_bytes=needed_bytes)
-        except InherituneError as error:
-            return _Report(error=error)
-        except Exception as error:  # noqa: BLE001 - the others wait for this rank's report
-            return _Report(error=_defect(self._world, error))
+        path = temporary / file_name(self._world.rank)
+        file = self._attempt(lambda: write(snapshot.fragments, path, needed_bytes=total_bytes))
+        if isinstance(file, InherituneError):
+            return _Report(error=file)
         steps = {name: parameter["step"] for name, parameter in snapshot.parameters.items()}
         return _Report(file=file, steps={name: step for name, step in steps.items() if step is not None})
 
-    def _attempt(self, work: Callable[[], Path]) -> Path | InherituneError:
-        """Work on rank 0 while the other ranks wait; an error is sent to them instead of raised."""
+    def _publish(
+        self, state: TrainState, snapshot: Snapshot, temporary: Path, total_bytes: int, reports: Sequence[_Report]
+    ) -> Path:
+        """Check that the files of all ranks hold every element exactly once, and publish them."""
+        steps = {name: step for report in reports for name, step in (report.steps or {}).items()}
+        parameters = {name: {**parameter, "step": steps.get(name)} for name, parameter in snapshot.parameters.items()}
+        check_coverage(temporary, self._world.size, parameters)
+        fields = {
+            "state": state.as_dict(),
+            "layout": asdict(self._layout),
+            "fingerprints": self._fingerprints,
+            "engine": snapshot.engine,
+            "parameters": parameters,
+        }
+        files = {file_name(rank): report.file or {} for rank, report in enumerate(reports)}
+        with _naming_bytes(total_bytes):
+            return self._store.publish(temporary, state.step, fields, files)
+
+    def _attempt(self, work: Callable[[], Value]) -> Value | InherituneError:
+        """Return an error instead of raising it, since the other ranks wait for this rank's report."""
         try:
             with storage_errors(self._store.folder):
                 return work()
         except InherituneError as error:
             return error
-        except Exception as error:  # noqa: BLE001 - the others wait for rank 0's answer
-            return _defect(self._world, error)
-
-    def _together(self, step: int, work: Callable[[], Value]) -> Value | InherituneError:
-        try:
-            return work()
-        except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - reported to all ranks
             return TrainingError(
-                f"the ranks have lost each other while they saved step {step}: {reason}",
-                action="see how the missing rank has ended, then give the same command again: it resumes from the "
-                "newest published checkpoint",
+                f"rank {self._world.rank} could not save: {type(error).__name__}: {error}",
+                action="older checkpoints are kept; this is a defect, please report it",
             )
 
     def _accept(self, outcome: Path | InherituneError) -> bool:
@@ -222,13 +210,6 @@ class Saver:
             raise outcome
         return False
 
-    def _warn(self, step: int, error: InherituneError) -> None:
-        if isinstance(error, StorageError) and not self._stops:
-            self.refusal = error.problem
-            self._say(
-                f"WARNING: step {step} is NOT saved, the run goes on, and older checkpoints are kept: {error.problem}"
-            )
-
     @property
     def wants_save(self) -> bool:
         """Whether a failed async save forces a save, so that all ranks raise together."""
@@ -236,10 +217,7 @@ class Saver:
         return isinstance(ended, BaseException) and (self._stops or not isinstance(ended, StorageError))
 
     def wait(self) -> bool:
-        """Wait for the save under way.
-
-        Returns:
-            False if the disk has refused it and the run may continue without it.
+        """Wait for the save under way; False if the disk has refused it and the run may continue without it.
 
         Raises:
             InherituneError: As `save` does.
@@ -252,7 +230,7 @@ class Saver:
         return outcome is None or self._accept(outcome)
 
     def close(self) -> None:
-        """Wait for the save under way; nothing is saved after that.
+        """Wait for the save under way, then leave the process group.
 
         Raises:
             InherituneError: As `save` does.
@@ -263,22 +241,12 @@ class Saver:
             self._group.close()
 
     def load(self, engine: Stateful, checkpoint: Checkpoint) -> TrainState:
-        """Restore a verified checkpoint.
-
-        Args:
-            engine: Of this rank.
-            checkpoint: As rank 0 has read it.
+        """Restore a checkpoint that rank 0 has verified.
 
         Raises:
             CheckpointError: On all ranks, if one of them does not see the files that rank 0 sees.
         """
-        self._check_same(checkpoint.path)
-        for note in engine.load(checkpoint):
-            self._say(note)
-        return checkpoint.state
-
-    def _check_same(self, folder: Path) -> None:
-        path = folder / MANIFEST
+        path = checkpoint.path / MANIFEST
         seen = self._group.gather(sha256_file(path) if path.is_file() else None)
         others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0] or digest is None]
         if others:
@@ -287,17 +255,13 @@ class Saver:
                 allowed="one run folder that all machines share",
                 action="put --runs-dir on a file system that every node mounts",
             )
-
-
-@dataclass(frozen=True)
-class _Work:
-    state: TrainState
-    snapshot: Snapshot
-    start_s: float
+        for note in engine.load(checkpoint):
+            logger.info(note)
+        return checkpoint.state
 
 
 class _Background(Generic[Value]):
-    """One call in a thread, which does not keep a process alive that ends for another reason."""
+    """One call in a daemon thread, which does not keep an ending process alive."""
 
     def __init__(self, call: Callable[[], Value], name: str) -> None:
         self.result: Value | None = None
@@ -319,10 +283,6 @@ class _Background(Generic[Value]):
         return self.result
 
 
-def _first_error(reports: Sequence[_Report]) -> InherituneError | None:
-    return next((report.error for report in reports if report.error is not None), None)
-
-
 @contextmanager
 def _naming_bytes(total_bytes: int) -> Iterator[None]:
     """Add the bytes of the checkpoint to a refusal of the disk."""
@@ -332,10 +292,3 @@ def _naming_bytes(total_bytes: int) -> Iterator[None]:
         raise StorageError(
             f"{error.problem}; the checkpoint takes {total_bytes:,} bytes", allowed=error.allowed, action=error.action
         ) from None
-
-
-def _defect(world: World, error: Exception) -> TrainingError:
-    return TrainingError(
-        f"rank {world.rank} could not save: {type(error).__name__}: {error}",
-        action="older checkpoints are kept; this is a defect, please report it",
-    )

@@ -1,7 +1,7 @@
-"""A rank's share of the training state, taken from DeepSpeed's engine and put back into one.
+"""A rank's share of the training state: taken from DeepSpeed's engine, and restored into one.
 
-Nothing here communicates but the refresh of half-precision weights after a load, so a refusal of the disk never keeps
-a rank from a collective.
+Only the refresh of half-precision weights after a load communicates, so a refusal of the disk never keeps a rank from
+a collective.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,7 @@ import torch.distributed as dist
 
 from inheritune_ds.checkpoints.fragments import MASTER, MOMENTS, Fragments, key_of
 from inheritune_ds.checkpoints.manifest import Checkpoint
-from inheritune_ds.checkpoints.reshard import (
-    Partition,
-    changes,
-    check_model,
-    partitions,
-    rounding_of,
-    shapes_of,
-)
+from inheritune_ds.checkpoints.reshard import Partition, changes, check_model, partitions, rounding_of, shapes_of
 from inheritune_ds.checkpoints.train_state import SavedLayout
 from inheritune_ds.errors import CheckpointError
 
@@ -29,20 +22,16 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 @dataclass
 class Snapshot:
-    """A rank's share of a checkpoint.
-
-    Attributes:
-        fragments: This rank's flat tensors by `key_of`.
-        parameters: `shape` of every parameter of the model, and Adam's `step` of those that this rank holds a
-            fragment of; None before the first update.
-        engine: What tensors do not hold, for the manifest: counters, loss scaler, dtypes, optimizer, rounding.
-        failure: Why it could not be copied to host memory; the fragments are not complete then.
-    """
+    """A rank's share of a checkpoint."""
 
     fragments: dict[str, torch.Tensor] = field(default_factory=dict)
+    """This rank's flat tensors by `key_of`."""
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`shape` of every parameter, and Adam's `step` of those with a fragment on this rank; None before any update."""
     engine: dict[str, Any] = field(default_factory=dict)
+    """For the manifest: counters, loss scaler, dtypes, optimizer, rounding."""
     failure: Exception | None = None
+    """Why the fragments, then incomplete, could not be copied to host memory."""
 
     @property
     def bytes(self) -> int:
@@ -51,13 +40,13 @@ class Snapshot:
 
 
 class PinnedBuffers:
-    """Buffers in host memory that are kept from one save to the next; page-locked beside a GPU."""
+    """Host memory that all saves share; page-locked for copies from a GPU."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
     def copy(self, key: str, values: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor into the buffer of a key; `wait` must follow before the copy is read."""
+        """Copy a tensor into the buffer of a key; call `wait` before the copy is read."""
         if key not in self._held:
             pinned = values.device.type == "cuda"
             self._held[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
@@ -65,7 +54,7 @@ class PinnedBuffers:
 
     @staticmethod
     def wait() -> None:
-        """Wait until the device has copied everything."""
+        """Wait until the device has finished all copies."""
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
 
@@ -75,8 +64,8 @@ def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
 
     Args:
         engine: DeepSpeed's, between two steps.
-        buffers: Where to copy the tensors, so that training may continue. None: the fragments refer to the engine's
-            own tensors, and must be written before the next step.
+        buffers: For copies of the tensors, so that training may continue. None: the fragments are the engine's own
+            tensors and must be written before the next step.
     """
     inner, found = engine.optimizer.optimizer, Snapshot()
     found.parameters = {name: {"shape": shape, "step": None} for name, shape in shapes_of(engine).items()}
@@ -95,7 +84,7 @@ def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
                     found.parameters[piece.name]["step"] = _step(inner, state)
         if buffers is not None:
             buffers.wait()
-    except (MemoryError, RuntimeError) as error:  # no host memory: raised where all ranks meet
+    except (MemoryError, RuntimeError) as error:  # no host memory: raised on all ranks together
         found.failure = error
     return found
 
@@ -113,34 +102,30 @@ def _record(engine: Any) -> dict[str, Any]:
         "counters": {name: getattr(engine, name) for name in (*COUNTERS, "micro_steps")},
         "loss_scaler": None if scaler is None else _scaler_record(optimizer, scaler),
         "dtypes": {
-            "weights": _word(next(engine.module.parameters())),
-            "masters": _word(partitions(engine)[0].master),
-            "moments": None if moments is None else _word(moments),
+            "weights": _dtype(next(engine.module.parameters())),
+            "masters": _dtype(partitions(engine)[0].master),
+            "moments": None if moments is None else _dtype(moments),
         },
         "optimizer": f"{type(optimizer.optimizer).__module__}.{type(optimizer.optimizer).__qualname__}",
         "rounding": rounding_of(engine.config),
     }
 
 
-def _word(tensor: torch.Tensor) -> str:
+def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def _scaler_record(optimizer: Any, scaler: Any) -> dict[str, Any]:
-    """All fields of DeepSpeed's loss scaler (its type of numbers is that of the weights), and of the last step."""
+    """All fields of DeepSpeed's loss scaler but its dtype, that of the weights, and the overflow of the last step."""
     fields = {key: value for key, value in vars(scaler).items() if key != "dtype"}
     return {"fields": fields, "overflow": bool(optimizer.overflow)}
 
 
 def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Put a saved state into an engine, new or in use; all ranks must call it.
-
-    Args:
-        engine: DeepSpeed's.
-        checkpoint: Verified; of any number of ranks and any ZeRO stage.
+    """Restore a verified state into DeepSpeed's engine, new or in use; all ranks must call it.
 
     Returns:
-        A line if the state is resharded, and one on every setting that rounds otherwise than when it was saved.
+        Log lines: see `changes`.
 
     Raises:
         CheckpointError: If it is not a state of this model.
@@ -159,7 +144,7 @@ def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
             optimizer._reassign_or_swap_out_partitioned_parameters(number)  # noqa: SLF001 - no public way
         optimizer.checkpoint_event_epilogue()
     else:
-        # DeepSpeed links the moments to the parameters once; those of a new engine are other tensors from now on.
+        # DeepSpeed links the moments to the parameters once; a restored engine has other tensors.
         optimizer._hp_optimizer_states_linked = False  # noqa: SLF001
         if optimizer.optimizer.state:
             optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
@@ -168,22 +153,22 @@ def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
         _restore_scaler(optimizer, record["loss_scaler"])
     for counter in COUNTERS:
         setattr(engine, counter, record["counters"][counter])
-    # Whole steps of this launch's micro-steps: with another number of ranks a step has another number of them.
+    # The micro-steps of a step depend on the number of ranks.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     now = SavedLayout(dist.get_world_size(), engine.zero_optimization_stage(), checkpoint.layout.precision)
     return tuple(changes(checkpoint.layout, now, record["rounding"], rounding_of(engine.config)))
 
 
 def _restore_partition(inner: Any, partition: Partition, saved: Fragments, steps: Mapping[str, int | None]) -> None:
-    """Fill masters and moments in place; moments that the engine does not have yet are made."""
+    """Fill masters and moments in place; create moments that the engine does not have yet."""
     master = partition.master
     _fill(master, partition, saved, MASTER)
-    # A partition of padding alone steps as all others do.
+    # A partition without pieces, only padding, has the step of all others.
     counts = {steps[piece.name] for piece in partition.pieces} or set(steps.values())
     if len(counts) > 1:
         raise CheckpointError(
-            f"the parameters from {partition.pieces[0].name} to {partition.pieces[-1].name} have made different "
-            f"numbers of updates ({', '.join(sorted(map(str, counts)))}), and share one count in this layout",
+            f"the parameters from {partition.pieces[0].name} to {partition.pieces[-1].name} have different "
+            f"numbers of updates ({', '.join(sorted(map(str, counts)))}), but share one count in this layout",
             action="resume with the ranks and the ZeRO stage that saved this checkpoint",
         )
     [step] = counts
@@ -204,7 +189,7 @@ def _restore_partition(inner: Any, partition: Partition, saved: Fragments, steps
         fused = any(group["fused"] or group["capturable"] for group in inner.param_groups)
         state["step"] = torch.tensor(float(step), device=master.device if fused else "cpu")
     else:
-        state["step"] = step  # DeepSpeed's count goes to C++
+        state["step"] = step  # DeepSpeed passes its count to C++
 
 
 def _fill(flat: torch.Tensor, partition: Partition, saved: Fragments, kind: str) -> None:
@@ -226,11 +211,11 @@ def _restore_scaler(optimizer: Any, record: Mapping[str, Any]) -> None:
 
 
 def fill_masters(engine: Any, values: Mapping[str, torch.Tensor]) -> None:
-    """Give this rank's fp32 masters exact values instead of those that DeepSpeed made of rounded weights.
+    """Fill this rank's fp32 masters with exact values, since a new engine derives them from rounded weights.
 
     Args:
-        engine: DeepSpeed's, new.
-        values: Whole parameters by name, of any type; mapped from a file, only this rank's pieces of it are read.
+        engine: DeepSpeed's.
+        values: Whole parameters by name, of any dtype; of mapped files only this rank's pieces are read.
     """
     for partition in partitions(engine):
         flat = partition.master.detach()

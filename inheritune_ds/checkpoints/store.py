@@ -1,15 +1,16 @@
 """A run's checkpoints on the disk: published by one rename, verified before use.
 
 checkpoints/  step-00000100/  step-00000200/   each with manifest.json: sizes and hashes of all its files
-              latest                           name of the newest one; for people and tools, never needed
+              latest                           name of the newest one; for users and tools, never needed
               generation                       which launch may publish here
-              .step-00000300.tmp/              being written; a killed launch's is removed by the next one
+              .step-00000300.tmp/              being written; the next launch removes that of a killed one
 """
 
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,18 +36,19 @@ from inheritune_ds.storage.files import read_json, storage_errors, sync_folder, 
 if TYPE_CHECKING:
     from inheritune_ds.config.training import Checkpointing
 
+logger = logging.getLogger(__name__)
 GENERATION = "generation"
 _REPLACED = ".replaced.tmp"
-_OWN_FILES = "a checkpoint is loaded only if no other user can have written it"
+_START_OVER = "or start over with --fresh, which renames the old run folder"
 
 
 class CheckpointStore:
-    """The folder of a run's checkpoints; one process, rank 0 of the launch that has the run folder, changes it.
+    """The folder of a run's checkpoints; only rank 0 of the launch that has locked the run folder changes it.
 
     Args:
         folder: `checkpoints/` of the run folder.
         keep: How many of the newest are kept.
-        keep_every: Checkpoints whose step is a multiple of this many steps are kept for good; None: only the newest.
+        keep_every: Checkpoints at multiples of this many steps are kept, too; None: only the newest.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None) -> None:
@@ -56,22 +58,19 @@ class CheckpointStore:
 
     @classmethod
     def of(cls, folder: Path, rule: "Checkpointing") -> "CheckpointStore":
-        """The store of a recipe: its `keep_every` counts checkpoints, one per interval of steps."""
+        """The store of a recipe, whose `keep_every` counts checkpoints instead of steps."""
         every = rule.keep_every
         return cls(folder, keep=rule.keep, keep_every=None if every is None else every * rule.interval_steps)
 
-    def keeps_for_good(self, step: int) -> bool:
-        """Whether the rule keeps the checkpoint of a step for good."""
+    def keeps_always(self, step: int) -> bool:
+        """Whether the rule never deletes the checkpoint of a step."""
         return self.keep_every is not None and step % self.keep_every == 0
 
     def claim_generation(self) -> int:
-        """Take the right to publish from every earlier launch, and remove what killed ones have left.
-
-        Returns:
-            The number of this launch, from 1.
+        """Take over the right to publish and clean up after killed launches; the number of this launch, from 1.
 
         Raises:
-            CheckpointError: The folder belongs to another user, or everybody can write to it; or it cannot be read.
+            CheckpointError: The folder belongs to another user, or any user can write to it; or it cannot be read.
             StorageError: The folder cannot be written.
         """
         with storage_errors(self.folder):
@@ -82,16 +81,13 @@ class CheckpointStore:
         with reading(self.folder):
             newest = next((found for path in published(self.folder) if (found := read_manifest(path))), {})
         self._generation = max(_number_of(self._claimed()), int(newest.get("generation", 0))) + 1
-        # The random part tells apart two launches that have claimed at once where locks do not work.
+        # The random part distinguishes two launches that have claimed at once where locks do not work.
         self._claim = f"{self._generation} {secrets.token_hex(8)}"
         write_exact(self.folder / GENERATION, f"{self._claim}\n")
         return self._generation
 
-    def newest_intact(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint whose every byte verifies; None if this run has never saved one.
-
-        Args:
-            say: Prints a line on every damaged one that is passed over, and on an invalid pointer.
+    def newest_intact(self) -> Checkpoint | None:
+        """Find the newest checkpoint that verifies, and log those skipped; None if this run has never saved one.
 
         Raises:
             CheckpointError: Checkpoints exist, or have existed, and none can be used; or the newest is of an earlier
@@ -102,16 +98,20 @@ class CheckpointStore:
             if found:
                 self.refuse_untrusted()
                 if (fault := pointer_fault(self.folder)) is not None:
-                    say(f"WARNING: {self.folder / POINTER} {fault}; the newest intact checkpoint is used without it")
+                    logger.warning("%s %s; the newest intact checkpoint is used", self.folder / POINTER, fault)
             bad: list[str] = []
             for path in found:
                 examined = examine(path)
                 if isinstance(examined, Checkpoint):
                     return examined
                 if examined == EARLIER:
-                    raise self._earlier(path)
+                    raise CheckpointError(
+                        f"{path} cannot be loaded: {EARLIER}",
+                        allowed="checkpoints of this format; nothing was deleted",
+                        action=f"finish the run with that commit, {_START_OVER}",
+                    )
                 bad.append(f"{path.name}: {examined}")
-                say(f"WARNING: checkpoint {path} is passed over: {examined}")
+                logger.warning("checkpoint %s is skipped: %s", path, examined)
             self._refuse_silent_start(bad)
         return None
 
@@ -125,35 +125,19 @@ class CheckpointStore:
             return next(published(self.folder), None)
 
     def _refuse_silent_start(self, bad: Sequence[str]) -> None:
-        """Refuse to begin at step 0 where checkpoints are damaged or have gone."""
-        if bad:
+        """Refuse to begin at step 0 where checkpoints are damaged or missing."""
+        trace = self._trace_of_saves()
+        if bad or trace is not None:
+            missing = f"{self.folder} holds no checkpoint, but {trace}"
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be used: {'; '.join(bad)}",
-                allowed="files as they were written, and your own",
-                action=self._advice("bring intact copies back"),
+                f"no checkpoint in {self.folder} can be used: {'; '.join(bad)}" if bad else missing,
+                allowed="unchanged files that no other user can have written",
+                action="restore intact copies (copy them as yourself if you trust them) and check with `inheritune-ds "
+                f"checkpoints {self.folder.parent} verify`; {_START_OVER}",
             )
-        if (trace := self._trace_of_saves()) is not None:
-            raise CheckpointError(
-                f"{self.folder} holds no checkpoint any more, but {trace}",
-                action=self._advice("bring the checkpoints back"),
-            )
-
-    @staticmethod
-    def _earlier(path: Path) -> CheckpointError:
-        return CheckpointError(
-            f"{path} cannot be loaded: {EARLIER}",
-            allowed="checkpoints of this format; nothing was deleted",
-            action="finish the run with that commit, or start over with --fresh, which sets the old run aside",
-        )
-
-    def _advice(self, first: str) -> str:
-        return (
-            f"{first} (copy them as yourself if you trust them) and look with `inheritune-ds checkpoints "
-            f"{self.folder.parent} verify`; or start over with --fresh, which sets the old run aside"
-        )
 
     def _trace_of_saves(self) -> str | None:
-        """A sign that checkpoints were here once; None if there is none."""
+        """Evidence of an earlier save; None if there is none."""
         if os.path.lexists(self.folder / POINTER):
             return f"{POINTER} is there, so this run has saved before"
         status = read_json(self.folder.parent / "status.json")
@@ -161,23 +145,23 @@ class CheckpointStore:
         if step:
             return f"status.json says that step {step} was saved"
         ended = (self.folder.parent / "export").exists()
-        return "export is there, so this run has come to its end before" if ended else None
+        return "export is there, so this run has finished before" if ended else None
 
     def refuse_untrusted(self) -> None:
         """Refuse a folder that another user may have written to.
 
         Raises:
-            CheckpointError: It belongs to another user, or everybody can write to it.
+            CheckpointError: It belongs to another user, or any user can write to it.
         """
         if self.folder.exists() and (reason := distrust(self.folder.stat())) is not None:
             raise CheckpointError(
-                f"{self.folder} {reason}; {_OWN_FILES}",
+                f"{self.folder} {reason}; a checkpoint is loaded only if no other user can have written it",
                 allowed="a folder of your own that others cannot write to",
-                action=f"copy it as yourself if you trust what lies there, or `chmod o-w {self.folder}` if it is yours",
+                action=f"copy it as yourself if you trust its files, or `chmod o-w {self.folder}` if it is yours",
             )
 
     def begin(self, step: int) -> Path:
-        """Make the empty folder that all ranks write a checkpoint into.
+        """Make the empty folder of a new checkpoint for all ranks.
 
         Raises:
             CheckpointError: Another launch has taken over.
@@ -197,41 +181,35 @@ class CheckpointStore:
         shutil.rmtree(temporary, ignore_errors=True)
 
     def publish(
-        self,
-        temporary: Path,
-        step: int,
-        fields: Mapping[str, Any],
-        files: Mapping[str, Mapping[str, Any]],
-        say: Callable[[str], None],
+        self, temporary: Path, step: int, fields: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
     ) -> Path:
         """Flush a written checkpoint to the disk and rename it to its name; then move the pointer.
 
-        A kill at any moment leaves either this checkpoint or what was there before.
+        A kill at any moment leaves either this checkpoint or the one before. A pointer that cannot be moved is logged.
 
         Args:
             temporary: From `begin`, filled by all ranks.
             step: Of the run.
             fields: Further fields of the manifest; JSON.
-            files: {path inside the folder: {"bytes": size, "blake3": hex}} of everything that was written.
-            say: Prints a line if the pointer cannot be moved: the checkpoint is there all the same, and is used.
+            files: {path inside the folder: {"bytes": size, "blake3": hex}} of all files.
 
         Raises:
-            CheckpointError: Another launch has taken over, or the files are not those of `files`.
+            CheckpointError: Another launch has taken over, or the folder differs from `files`.
             StorageError: The disk refuses.
         """
         final = self.folder / f"step-{step:08d}"
         with storage_errors(self.folder):
-            close_to_others(temporary)  # whatever the umask: it would be refused when it is loaded
+            close_to_others(temporary)  # whatever the umask, since loading refuses an open folder
             if (fault := listing_fault(temporary, files)) is not None:
                 raise CheckpointError(
-                    f"the checkpoint of step {step} was not written as its ranks have reported: {fault}",
-                    action=f"look for another process that writes to {self.folder}, and at the disk",
+                    f"the checkpoint of step {step} differs from the reports of its ranks: {fault}",
+                    action=f"check the disk, and whether another process writes to {self.folder}",
                 )
             manifest = {
                 "format": FORMAT,
                 "step": step,
                 "generation": self._generation,
-                "for_good": self.keeps_for_good(step),
+                "for_good": self.keeps_always(step),
                 **fields,
                 "files": dict(files),
             }
@@ -240,21 +218,21 @@ class CheckpointStore:
             close_to_others(temporary)
             sync_path(temporary)
             self._refuse_if_superseded()
-            self._let_appear(temporary, final)
+            self._rename(temporary, final)
         try:
             self.point_at(final)
         except StorageError as error:
-            say(f"WARNING: step {step} is saved, but {POINTER} does not name it: {error.problem}")
+            logger.warning("step %d is saved, but %s does not name it: %s", step, POINTER, error.problem)
         return final
 
     def point_at(self, checkpoint: Path) -> None:
-        """Let the pointer name a checkpoint."""
+        """Write a checkpoint's name to the pointer."""
         pointer = self.folder / POINTER
         with storage_errors(self.folder):
-            if pointer.is_symlink() or not pointer.is_dir():  # a folder of that name is somebody's; nothing needs it
+            if pointer.is_symlink() or not pointer.is_dir():  # a folder of that name is kept
                 write_exact(pointer, f"{checkpoint.name}\n")
 
-    def _let_appear(self, temporary: Path, final: Path) -> None:
+    def _rename(self, temporary: Path, final: Path) -> None:
         replaced = self.folder / f".{final.name}{_REPLACED}"
         again = os.path.lexists(final)  # this step was saved before
         if again:
@@ -272,13 +250,13 @@ class CheckpointStore:
 
     def _refuse_if_superseded(self) -> None:
         found = self._claimed()
-        if _number_of(found) == 0:  # removed or damaged: nobody has claimed after us
+        if _number_of(found) == 0:  # removed or damaged: no launch has claimed since
             write_exact(self.folder / GENERATION, f"{self._claim}\n")
         elif found != self._claim:
             raise CheckpointError(
                 f"another launch (number {_number_of(found)}, this is {self._generation}) has taken over {self.folder}",
                 allowed="one launch at a time to save here",
-                action="let that one go on; this one ends without saving",
+                action="leave the run to that launch; this one ends without saving",
             )
 
     def _claimed(self) -> str:
@@ -288,10 +266,10 @@ class CheckpointStore:
             return ""
 
     def _remove_leftovers(self) -> None:
-        """Remove what a killed launch has left half done; nobody else saves here now."""
+        """Finish or remove the unfinished work of a killed launch."""
         for path in self.folder.glob(f".step-*{_REPLACED}"):
             final = self.folder / path.name.removeprefix(".").removesuffix(_REPLACED)
-            if not final.exists():  # killed between the two renames of `_let_appear`
+            if not final.exists():  # killed between the two renames of `_rename`
                 path.rename(final)
         for path in self.folder.glob(".*.tmp"):
             remove_path(path)
@@ -310,20 +288,20 @@ def reading(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"the checkpoints in {folder} cannot be read: {error.strerror}: {error.filename}",
-            action="make the folder readable (is its disk there?), then give the same command again",
+            action="make the folder readable (is its disk mounted?), then rerun the same command to resume",
         ) from None
 
 
 def require_space(folder: Path, checkpoint_bytes: int, *, count: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse a disk without space for a number of checkpoints.
 
     Args:
-        folder: Where checkpoints go; the nearest folder above it that exists is asked.
+        folder: Where checkpoints go; it need not exist.
         checkpoint_bytes: Of one checkpoint, all ranks together.
         count: Number of checkpoints that must fit.
 
     Raises:
-        StorageError: Naming the folder, the bytes needed and the bytes free.
+        StorageError: With the folder, the bytes needed and the bytes free.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_bytes, needed_bytes = shutil.disk_usage(there).free, int(count * checkpoint_bytes)

@@ -11,13 +11,13 @@ VERBS = {
     "train": "train a recipe: prepare, inherit, train, export, report (also: train.py)",
     "prepare": "make the token files of a recipe: read, tokenize, split, count",
     "plan": "print the resolved recipe and DeepSpeed config and the whole budget",
-    "inherit": "cut a model: keep some of its blocks, prove the result, write a Hugging Face folder",
+    "inherit": "cut a model: keep some of its blocks, verify the result, write a Hugging Face folder",
     "checkpoints": "list, verify or prune the checkpoints of a run",
     "study": "train a reference, its target and a baseline, and compare them",
     "recipes": "list the shipped recipes",
 }
 SIBLING_GRACE_S = 3.0
-"""Other ranks speak only if rank 0 has not ended the run within this time with the same error."""
+"""Other ranks print an error only if rank 0 has not ended the run with the same error within this time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,16 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         redact_output()
         return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))
     except KeyboardInterrupt:
-        _complain("interrupted; finished stages are kept, the same command goes on")
+        _complain("interrupted; finished stages are kept, rerun the same command to resume")
         return 130
 
 
 def _parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments of a verb, and its overrides."""
+    """Parse the arguments of a verb and its overrides."""
     parser = argparse.ArgumentParser(
         prog="inheritune-ds",
         description="Turn a large pretrained causal LM into a smaller one and continue pre-training (Inheritune).",
-        epilog="`inheritune-ds VERB --help` tells more about one.",
+        epilog="`inheritune-ds VERB --help` lists the options of a verb.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     wanted = next((word for word in given if not word.startswith("-")), None)
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _complain(message: str) -> None:
-    """Print a message once, however many ranks meet the same error."""
+    """Print an error once, even if all ranks meet it."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank != "0":
         time.sleep(SIBLING_GRACE_S)

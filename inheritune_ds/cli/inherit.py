@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inheritune_ds.cli.options import add_runs_dir
+
 if TYPE_CHECKING:
     from inheritune_ds.config.model import Reference, Target
-    from inheritune_ds.errors import RecipeError
     from inheritune_ds.surgery.inherit import TargetModel
     from inheritune_ds.surgery.reference import ReferenceModel
 
@@ -27,21 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", choices=("full", "half"), default="full", help="half: the paper's baseline")
     parser.add_argument("--block-scores", metavar="JSON", help="scores of the blocks, for --select by:NAME:n")
-    parser.add_argument("--dropout", type=float, default=0.0, help="written to the target's config (default: 0)")
-    parser.add_argument("--seed", type=int, default=1337, help="of the fresh tensors' values (default: 1337)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="dropout in the target's config (default: 0)")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of the fresh tensors (default: 1337)")
     parser.add_argument("--previous", metavar="DIR", help="growth: keep the trained blocks of this smaller target")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where recipe:NAME is looked for")
-    parser.epilog = "docs/reference/surgery.md has the grammar of selections, the parts and the presets."
+    add_runs_dir(parser)
+    parser.epilog = "docs/reference/surgery.md lists the grammar of selections, the parts and the presets."
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Build the target; the same command again finds it built."""
+    """Build the target, or verify it if it is built already."""
     from inheritune_ds.console import log_to_console
     from inheritune_ds.distributed.environment import prepare_environment
     from inheritune_ds.errors import RecipeError
 
     if not 0 <= args.seed < 2**32:
-        raise RecipeError(f"--seed {args.seed} is no seed", allowed=f"0 to {2**32 - 1}")
+        raise RecipeError(f"--seed {args.seed} is not a seed", allowed=f"0 to {2**32 - 1}")
     if overrides:
         raise RecipeError(
             f"inherit takes no overrides: {' '.join(overrides)}",
@@ -53,20 +54,23 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if local is not None and reference.revision != "main":
         raise RecipeError(
             f"--revision {reference.revision} is for models of the hub, --reference {reference.model} is a folder",
-            action="leave --revision out",
+            action="remove --revision",
         )
     for role, folder in (("reference", local), ("previous", args.previous and Path(args.previous).expanduser())):
         if folder:
             _check_outside(args, output, role, folder)
-    # The surgery computes on the CPU; a GPU machine need not have its GPU free for it.
+    # Surgery computes on the CPU, so no GPU needs to be free.
     prepare_environment(os.environ, kind="cpu")
     log_to_console()
     with _stoppable():
-        return _run(args, output, reference, target, local)
+        _build(args, output, reference, target, local)
+    return 0
 
 
-def _run(args: argparse.Namespace, output: Path, reference: "Reference", target: "Target", local: Path | None) -> int:
-    """Check what can be checked at once, then hash the reference, then find the target or build it."""
+def _build(
+    args: argparse.Namespace, output: Path, reference: "Reference", target: "Target", local: Path | None
+) -> None:
+    """Make the quick checks, then hash the reference, then find or build the target."""
     from inheritune_ds.config.block_scores import read_scores
     from inheritune_ds.surgery.inherit import Cut, build_target, make_config
     from inheritune_ds.surgery.load import load_config, own_tokenizer
@@ -87,34 +91,30 @@ def _run(args: argparse.Namespace, output: Path, reference: "Reference", target:
     _check_outside(args, output, "reference", located.folder)
     identity = {"reference": located.identity, "previous": previous and previous.weights_identity, **known}
     found = _find(args.output, output, identity)
-    built_before = found is not None
-    if found is None:
-        cut = Cut(
-            target=target,
-            seed=args.seed,
-            identity=identity,
-            command=_command(args, located.commit),
-            reference=None if target.inherits_nothing else located,
-            reference_config=load_config(located.folder),
-            previous=previous,
-            tokenizer=own_tokenizer(located.folder),
-            tokenizer_source=located.folder,
-        )
-        found = build_target(cut, output, replace=False)
-    print(target_summary(found.report, Path(args.output)))
-    if built_before:
-        print("  state         built before, files verified")
-    return 0
+    if found is not None:
+        print(f"{target_summary(found.report, Path(args.output))}\n  state         built before, files verified")
+        return
+    cut = Cut(
+        target=target,
+        seed=args.seed,
+        identity=identity,
+        command=_command(args, located.commit),
+        reference=None if target.inherits_nothing else located,
+        reference_config=load_config(located.folder),
+        previous=previous,
+        tokenizer=own_tokenizer(located.folder),
+        tokenizer_source=located.folder,
+    )
+    print(target_summary(build_target(cut, output, replace=False).report, Path(args.output)))
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGHUP end as Ctrl-C does, so that the half-built folder is removed."""
+    """Handle SIGTERM, SIGUSR1 and SIGHUP like Ctrl-C, so that the half-built folder is removed."""
     from inheritune_ds.distributed.signals import StopSignal
 
-    before = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     stop = StopSignal()
     stop.install()
     if before[signal.SIGHUP] != signal.SIG_IGN:  # nohup
@@ -128,12 +128,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _output(text: str) -> Path:
-    """Where the target goes; links are followed.
-
-    Raises:
-        RecipeError: If no folder is named.
-        RunFolderError: If it is the current folder: it would be replaced under the shell that stands in it.
-    """
+    """Resolve the target's folder; refuse the current one, which the shell would lose."""
     from inheritune_ds.errors import RecipeError, RunFolderError
 
     if not text:
@@ -145,27 +140,23 @@ def _output(text: str) -> Path:
 
 
 def _local_folder(reference: "Reference", runs_dir: Path) -> Path | None:
-    """Folder of a reference that is on this machine; None for one of the hub.
-
-    Raises:
-        RecipeError: If it is not there.
-    """
+    """Find the folder of a local reference; None for a model of the hub."""
     from inheritune_ds.config.fields import is_local_path
     from inheritune_ds.errors import RecipeError
 
-    name = reference.recipe_name
-    if name is not None:
+    if (name := reference.recipe_name) is not None:
         if not name or "/" in name or name.startswith("."):
             raise RecipeError(
-                f"--reference {reference.model} is no recipe's name",
+                f"--reference {reference.model} is not the name of a recipe",
                 allowed="recipe:NAME with the name of a run, or the path of a model's folder",
             )
-        if not (runs_dir / name / "export").is_dir():
+        export = runs_dir / name / "export"
+        if not export.is_dir():
             raise RecipeError(
-                f"--reference {reference.model} has not been trained: {runs_dir / name / 'export'} is missing",
+                f"--reference {reference.model} has not been trained: {export} is missing",
                 action=f"train it first: inheritune-ds train --recipe {name} --runs-dir {runs_dir}",
             )
-        return runs_dir / name / "export"
+        return export
     folder = Path(reference.model).expanduser()
     if folder.is_dir():
         return folder
@@ -182,13 +173,12 @@ def _check_outside(args: argparse.Namespace, output: Path, role: str, folder: Pa
 
     whole = Path(os.path.realpath(folder))
     if whole == output or whole in output.parents:
-        raise RunFolderError(
-            f"--output {args.output} lies in the folder of --{role}, {folder}", action="name a folder outside of it"
-        )
+        text = f"--output {args.output} is inside the folder of --{role}, {folder}"
+        raise RunFolderError(text, action="name a folder outside of it")
 
 
 def _check_output(name: str, output: Path, known: Mapping[str, Any]) -> None:
-    """Refuse at once a folder that holds something else, as far as that is known before anything is hashed."""
+    """Refuse a folder with other content early, by what is known before the reference is hashed."""
     from inheritune_ds.storage.files import read_json, storage_errors
     from inheritune_ds.surgery.inherit import MANIFEST
 
@@ -207,11 +197,7 @@ def _check_output(name: str, output: Path, known: Mapping[str, Any]) -> None:
 
 
 def _find(name: str, output: Path, identity: Mapping[str, Any]) -> "TargetModel | None":
-    """The target if it is built; None if it is to be built, which may replace a damaged one.
-
-    Raises:
-        RunFolderError: If the folder holds something else.
-    """
+    """Find the built target; None if it is to be built, which may replace a damaged one."""
     from inheritune_ds.storage.files import read_json
     from inheritune_ds.storage.folders import damaged_files
     from inheritune_ds.surgery.inherit import MANIFEST, find_target, may_replace
@@ -224,8 +210,8 @@ def _find(name: str, output: Path, identity: Mapping[str, Any]) -> "TargetModel 
         raise _in_use(name, "holds a target that was built from something else")
     damaged = ", ".join(damaged_files(output, manifest.get("files"), hashes=True)[:3])
     if not may_replace(output, identity):
-        raise _in_use(name, f"holds this target with other files beside it, and it is damaged ({damaged})")
-    print(f"DAMAGED: {name} holds this target, but not whole ({damaged}); it is built again", flush=True)
+        raise _in_use(name, f"holds other files beside this target, and it is damaged ({damaged})")
+    print(f"DAMAGED: {name} holds this target with damaged files ({damaged}); it is rebuilt", flush=True)
     return None
 
 
@@ -236,7 +222,7 @@ def _in_use(name: str, what: str) -> Exception:
 
 
 def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
-    """The same models as a recipe's, so that both are checked alike."""
+    """Validate the options with the models of a recipe."""
     from pydantic import ValidationError
 
     from inheritune_ds.config.inheritance import PRESETS
@@ -245,8 +231,10 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
 
     if not args.inherit:
         raise RecipeError("--inherit is empty", allowed=f"{', '.join(PRESETS)}, or a list of parts: attention,mlp,head")
+    # The same folder is the same reference in every spelling.
+    model = str(Path(args.reference)) if args.reference and Path(args.reference).is_dir() else args.reference
     try:
-        return Reference(model=_one_spelling(args.reference), revision=args.revision), Target(
+        return Reference(model=model, revision=args.revision), Target(
             select=args.select,
             inherit=args.inherit if args.inherit in PRESETS else args.inherit.split(","),
             width=args.width,
@@ -254,21 +242,10 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
             dropout=args.dropout,
         )
     except ValidationError as error:
-        raise RecipeError.of([_option_error(error.title, problem) for problem in error.errors()]) from None
-
-
-def _option_error(title: str, problem: Mapping[str, Any]) -> "RecipeError":
-    """A problem of a recipe's field, told of the option that it came from."""
-    from inheritune_ds.errors import RecipeError
-
-    names = {"model": "reference", "block_scores": "block-scores"}
-    field = str(problem["loc"][0]) if problem["loc"] else {"Reference": "reference", "Target": "select"}[title]
-    return RecipeError(f"--{names.get(field, field)}: {problem['msg'].removeprefix('Value error, ')}")
-
-
-def _one_spelling(name: str) -> str:
-    """The same folder is the same reference, however it is written."""
-    return str(Path(name)) if name and Path(name).is_dir() else name
+        options = {"model": "reference", "Reference": "reference", "Target": "select", "block_scores": "block-scores"}
+        fields = [(str((*problem["loc"], error.title)[0]), problem["msg"]) for problem in error.errors()]
+        texts = [f"--{options.get(field, field)}: {text.removeprefix('Value error, ')}" for field, text in fields]
+        raise RecipeError.of([RecipeError(text) for text in texts]) from None
 
 
 def _previous(args: argparse.Namespace) -> "ReferenceModel | None":
@@ -279,9 +256,8 @@ def _previous(args: argparse.Namespace) -> "ReferenceModel | None":
         return None
     folder = Path(args.previous).expanduser()
     if not args.previous or not (folder / "config.json").is_file():
-        raise RecipeError(
-            f"--previous {args.previous!r} is no model folder", allowed="the folder of an earlier target, trained"
-        )
+        text = f"--previous {args.previous!r} is not a model folder"
+        raise RecipeError(text, allowed="the folder of an earlier, trained target")
     return locate_previous(folder)
 
 

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what they mean."""
+"""Options that several verbs share."""
 
 import argparse
 import os
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
-    """Recipe, DeepSpeed config, overrides, GPU and folders."""
+    """Add the options for recipe, DeepSpeed config, GPU and folders."""
     parser.add_argument("--recipe", help="a shipped name or a YAML file (default: openllama-3b-13l)")
     parser.add_argument(
         "--deepspeed",
         nargs="?",
         const=True,
         metavar="JSON",
-        help="DeepSpeed config, as --deepspeed_config; without a value it is accepted and means nothing",
+        help="DeepSpeed config, as --deepspeed_config; ignored without a value",
     )
     parser.add_argument(
         "--deepspeed_config",
@@ -26,24 +26,39 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="how this machine runs the recipe, such as ds_configs/a6000.json (default: everything auto)",
     )
-    parser.add_argument(
-        "--gpu", help="tell hours for this GPU (a6000, h100, ...) and plan for it; a run takes what is here"
-    )
+    parser.add_argument("--gpu", help="plan and report hours for this GPU (a6000, h100, ...); a run uses what is here")
     add_folders(parser)
     parser.epilog = "Any other argument key.path=value overrides the recipe, e.g. 'training.duration=200 steps'."
 
 
 def add_folders(parser: argparse.ArgumentParser) -> None:
-    """Where runs and token files go."""
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="run folders stand here (default: runs)")
+    """Add the options for the folders of runs and of token files."""
+    add_runs_dir(parser)
     parser.add_argument("--cache-dir", type=Path, default=Path("cache"), help="token files (default: cache)")
 
 
+def add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the folder of runs."""
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
+
+
+def refuse_below_one(option: str, value: int | None) -> None:
+    """Refuse a count below 1; None is not set.
+
+    Raises:
+        RecipeError: With exit code 3.
+    """
+    from inheritune_ds.errors import RecipeError
+
+    if value is not None and value < 1:
+        raise RecipeError(f"{option} {value} is not accepted", allowed="1, 2, 3, ...", action=f"change {option}")
+
+
 def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Recipe, dict[str, Any], str]":
-    """Load recipe and DeepSpeed JSON; problems of both come in one error.
+    """Load recipe and DeepSpeed JSON; one error lists the problems of both.
 
     Returns:
-        The recipe, the JSON document, and how to call that in messages.
+        The recipe, the JSON document, and its name in messages.
     """
     from inheritune_ds.config import deepspeed_checks
     from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe
@@ -60,13 +75,8 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
     problems: list[InherituneError] = []
     document: dict[str, Any] = {}
     if switch is not None and switch != named:
-        problems.append(
-            RecipeError(
-                f"--deepspeed names {switch}, --deepspeed_config names {named}",
-                allowed="one of them",
-                action="remove the other",
-            )
-        )
+        text = f"--deepspeed names {switch}, --deepspeed_config names {named}"
+        problems.append(RecipeError(text, allowed="one of them", action="remove the other"))
     try:
         document = deepspeed_checks.read(path)
     except InherituneError as error:
@@ -80,21 +90,17 @@ def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Re
     return recipe, document, origin
 
 
-PLANNED_GPU = "a6000"
-"""What a plan is made for on a machine without a GPU, such as a login node."""
-
-
 def planned_gpu(gpu_name: str | None) -> tuple[str | None, list[str]]:
-    """The GPU that a plan is made for (None: the one here), and a line if it was chosen for the user."""
+    """The GPU to plan for (None: the one here), and a note if it is the default for a machine without a GPU."""
     from inheritune_ds.plan.machine import detect_gpus
 
     if gpu_name is not None or detect_gpus():
         return gpu_name, []
-    return PLANNED_GPU, [f"no GPU on this machine: planned for an {PLANNED_GPU}; name another with --gpu"]
+    return "a6000", ["no GPU on this machine: planned for an a6000; name another with --gpu"]
 
 
 def machine_for(gpu_name: str | None, local_size: int) -> "Machine":
-    """What one rank has: the named GPU, the GPU here, or its share of this machine's memory."""
+    """The hardware of one rank: the named GPU, the GPU here, or its share of this machine's memory."""
     from inheritune_ds.config.deepspeed import Machine
     from inheritune_ds.plan.gpus import gpu
     from inheritune_ds.plan.machine import cpu_has_bf16, detect_gpus, host_memory_gib

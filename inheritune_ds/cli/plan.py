@@ -2,7 +2,7 @@
 
 import argparse
 
-from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment
+from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment, refuse_below_one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan; imports no torch."""
     from inheritune_ds.data.size import count_tokens
-    from inheritune_ds.errors import RecipeError
     from inheritune_ds.plan.gpus import PLANNING_MFU
     from inheritune_ds.plan.micro_batch import resolve_for
     from inheritune_ds.plan.text import checked_budget, plan, refuse_what_does_not_fit
 
-    if args.gpus < 1:
-        raise RecipeError(f"--gpus {args.gpus} is not accepted", allowed="1, 2, 3, ...", action="change --gpus")
+    refuse_below_one("--gpus", args.gpus)
     recipe, document, origin = read_experiment(args, overrides)
     gpu, chosen = planned_gpu(args.gpu)
     machine = machine_for(gpu, args.gpus)

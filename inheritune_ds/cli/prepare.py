@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inheritune_ds.cli.options import add_folders
+from inheritune_ds.cli.options import add_folders, refuse_below_one
 
 if TYPE_CHECKING:
     from inheritune_ds.config.recipe import Recipe
@@ -15,23 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("--recipe", help="a shipped name or a YAML file (default: openllama-3b-13l)")
     parser.add_argument("--workers", type=int, help="processes that tokenize (default: one for each core)")
-    parser.add_argument(
-        "--verify", action="store_true", help="compare the hash of every file of tokens that are there already"
-    )
+    parser.add_argument("--verify", action="store_true", help="compare the hash of every existing token file")
     add_folders(parser)
     parser.epilog = "Any other argument key.path=value overrides the recipe, e.g. corpus.preset=slimpajama."
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Make the token files of a recipe, and tell what is in them."""
+    """Make the token files of a recipe and print their counts."""
     from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe
     from inheritune_ds.console import log_to_console
-    from inheritune_ds.errors import RecipeError
 
-    if args.workers is not None and args.workers < 1:
-        raise RecipeError(
-            f"--workers {args.workers} is not accepted", allowed="1, 2, 3, ...", action="change --workers"
-        )
+    refuse_below_one("--workers", args.workers)
     recipe = load_recipe(DEFAULT_RECIPE if args.recipe is None else args.recipe, overrides)
     from inheritune_ds.data.tokens.prepare import prepare
     from inheritune_ds.data.tokens.token_set import find_damage
@@ -54,7 +48,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _trained_reference(recipe: "Recipe", runs_dir: Path) -> Path | None:
-    """The exported model of a reference that is a recipe, if it was trained already."""
+    """The exported model of a reference that is a recipe; None before it is trained."""
     name = recipe.reference.recipe_name if recipe.reference is not None else None
     if name is None:
         return None
@@ -67,7 +61,7 @@ def _trained_reference(recipe: "Recipe", runs_dir: Path) -> Path | None:
 
 
 def _table(tokens: "TokenSet") -> str:
-    """What the manifest says of every source."""
+    """Format the manifest's counts of every source."""
     row = "{:<24}{:>18}{:>18}{:>13}{:>10}{:>12}".format
     lines = [
         f"tokens: {tokens.folder} ({tokens.token_dtype}, {len(tokens.manifest['files'])} files)",
@@ -77,25 +71,19 @@ def _table(tokens: "TokenSet") -> str:
         keys = ("train_tokens", "validation_tokens", "documents", "validation_documents", "duplicate_documents")
         lines.append(row(source["name"], *(f"{source[key]:,}" for key in keys)))
     for source in tokens.manifest["sources"]:
-        left_out = {
-            "empty": source["empty_documents"],
-            "filtered": source["filtered_documents"],
-            "bad": source["bad_records"],
-        }
-        told = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
-        if told:
-            first = f" (the first bad one: {source['first_bad_record']})" if source["first_bad_record"] else ""
-            lines.append(f"left out of {source['name']}: {told}{first}")
-        if source["left_out_files"]:
-            names = source["left_out_files"]
-            lines.append(f"{source['name']}: {len(names):,} files of other kinds were not read, such as {names[0]}")
+        reasons = {"empty": "empty_documents", "filtered": "filtered_documents", "bad": "bad_records"}
+        if skipped := ", ".join(f"{source[key]:,} {reason}" for reason, key in reasons.items() if source[key]):
+            first = f" (first bad record: {source['first_bad_record']})" if source["first_bad_record"] else ""
+            lines.append(f"skipped in {source['name']}: {skipped}{first}")
+        if names := source["left_out_files"]:
+            lines.append(f"{source['name']}: {len(names):,} files of other kinds were skipped, such as {names[0]}")
         if source["forced_cuts"]:
             lines.append(f"{source['name']}: {source['forced_cuts']:,} cuts that may have changed a few tokens each")
         if not source["train_tokens"]:
             lines.append(f"WARNING: {source['name']} has no training token: empty, held out, or behind max_tokens")
     for name, found in (tokens.manifest["overlap"] or {}).items():
         lines.append(
-            f"overlap with {name}: {found['items_hit']:,} of {found['items']:,} items stand in "
+            f"overlap with {name}: {found['items_hit']:,} of {found['items']:,} items occur in "
             f"{found['documents_hit']:,} training documents"
         )
     return "\n".join(lines)

@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Print a line for each shipped recipe."""
+    """Print one line per shipped recipe."""
     from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe, shipped_names
 
     del args

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from inheritune_ds.cli.options import add_folders
+from inheritune_ds.cli.options import add_folders, refuse_below_one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Run the study, which logs its progress and its table."""
+    """Run the study."""
     from inheritune_ds.console import log_to_console
-    from inheritune_ds.errors import RecipeError
     from inheritune_ds.study.runner import run_study
 
     log_to_console()
-    if args.num_gpus < 1:
-        raise RecipeError(
-            f"--num_gpus {args.num_gpus} is not accepted", allowed="1, 2, 3, ...", action="change --num_gpus"
-        )
+    refuse_below_one("--num_gpus", args.num_gpus)
     run_study(
         args.study,
         deepspeed_config=args.deepspeed_config,

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_experiment(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved pair and the budget, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configs and the budget, train nothing"
+    )
     parser.add_argument(
         "--auto-micro-batch",
         action="store_true",
@@ -25,48 +27,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="start over: the run folder is set aside under another name, nothing is deleted",
+        help="start over: rename the existing run folder, delete nothing",
     )
     parser.add_argument(
         "--max-minutes",
         type=_minutes,
         metavar="M",
-        help="stop early enough that a last save fits into this time; the same command goes on",
+        help="stop early enough that a last save fits into this time; rerun the same command to resume",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; LOCAL_RANK decides")
 
 
 def _minutes(text: str) -> float:
-    """A time limit: a number above 0."""
+    """Parse a time limit above 0."""
     try:
         minutes = float(text)
     except ValueError:
         minutes = math.nan
     if not 0.0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time limit (allowed: minutes, a number above 0)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time limit (allowed: minutes, a number above 0)")
     return minutes
 
 
-def _starts_over(args: argparse.Namespace, *, tells: bool) -> bool:
-    """Whether --fresh counts: not where a scheduler or launcher has given the same command again by itself."""
+def _starts_over(args: argparse.Namespace, *, is_main: bool) -> bool:
+    """Whether to start over; a restart by a scheduler or launcher ignores --fresh."""
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
         count = os.environ.get(name, "")
         if args.fresh and count.isdecimal() and int(count) > 0:
-            if tells:
-                print(f"--fresh is not followed: this is restart {count} ({name}), which goes on with the run")
+            if is_main:
+                print(f"--fresh is ignored: this is restart {count} ({name}), which resumes the run")
             return False
     return bool(args.fresh)
 
 
 def _without_micro_batch(args: argparse.Namespace, document: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The DeepSpeed JSON with 1 for the micro-batch that --auto-micro-batch will find, and a line on that."""
+    """Put 1 for the micro-batch that --auto-micro-batch will find; return the DeepSpeed JSON and a note."""
     from inheritune_ds.config.deepspeed import MICRO_BATCH
 
     if not args.auto_micro_batch:
         return document, []
     given = document.get(MICRO_BATCH)
-    aside = f"; the config's {given} is put aside" if type(given) is int else ""
-    note = f"{MICRO_BATCH}: found by trying when training starts (--auto-micro-batch){aside}; 1 stands for it here"
+    aside = f"; the config's {given} is ignored" if type(given) is int else ""
+    note = f"{MICRO_BATCH}: found by real steps when training starts (--auto-micro-batch){aside}; this plan uses 1"
     if given in (None, "auto") or type(given) is int:
         document = {**document, MICRO_BATCH: 1}
     return document, [note]
@@ -85,17 +87,17 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     log_to_console(is_main=world.is_main)
     recipe, document, origin = read_experiment(args, overrides)
     document, tries = _without_micro_batch(args, document)
-    # A run takes the machine that is here; --gpu only says for which one its hours are told.
+    # A run uses the machine that is here; --gpu only selects the GPU of the reported hours.
     gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (None, [])
     machine = machine_for(gpu, world.local_size)
     resolved = resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
     folder = RunFolder(args.runs_dir / recipe.name)
-    fresh = _starts_over(args, tells=world.is_main)
+    fresh = _starts_over(args, is_main=world.is_main)
     if not args.dry_run and not fresh and folder.has_finished(recipe):
-        if world.is_main:  # before the budget: neither corpus nor reference need be there for that
+        if world.is_main:  # before the budget, which needs the corpus and the reference
             print(folder.finished_before)
         return 0
-    # On every rank: the budget and its text check, too.
+    # On every rank, since the budget and its text also check the recipe.
     budget = checked_budget(recipe, resolved, count_tokens(recipe.corpus, args.cache_dir), world.size)
     notes = [*chosen, *resolved.notes, *tries]
     if args.dry_run:
@@ -126,7 +128,7 @@ def _train(
     stop.leave_from_anywhere()
     export(world, os.environ)
     prepare_environment(os.environ, kind=machine.kind)
-    gc.disable()  # the imports make no garbage, and looking for it takes longer with every module
+    gc.disable()  # the imports make no garbage, and each collection takes longer with every module
     from inheritune_ds.distributed.process_group import leave_process_group
     from inheritune_ds.run.execute import execute
     from inheritune_ds.run.launch import Launch

@@ -57,7 +57,7 @@ class Resumption:
         Raises:
             CheckpointError: If there are checkpoints and none is intact, or it cannot resume under this layout.
         """
-        checkpoint = self.store.newest_intact(logger.info)
+        checkpoint = self.store.newest_intact()
         if checkpoint is None:
             return None
         reshard.check_convertible(checkpoint.layout, self.layout)

@@ -145,7 +145,6 @@ def resume(setup: RunSetup, engine: Engine) -> tuple[Saver, TrainState | None]:
         world=setup.launch.world,
         reliability=setup.resolved.reliability,
         fingerprints=setup.fingerprints,
-        say=logger.info,
     )
     return saver, setup.resumption.restore(engine, saver, setup.checkpoint)
 

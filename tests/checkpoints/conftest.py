@@ -1,5 +1,3 @@
-"""A store, its folder, and the lines that it says."""
-
 from pathlib import Path
 
 import pytest
@@ -10,11 +8,6 @@ from inheritune_ds.checkpoints.store import CheckpointStore
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "run" / "checkpoints"
-
-
-@pytest.fixture
-def lines() -> list[str]:
-    return []
 
 
 @pytest.fixture

@@ -118,7 +118,6 @@ def save(engine: Any, world: World, layout: str, folder: Path) -> None:
         world=world,
         reliability=Reliability(on_save_error="stop"),
         fingerprints={},
-        say=print,
     )
     saver.save(engine, TrainState(step=2))
     saver.close()
@@ -166,7 +165,7 @@ def main() -> None:
         engine = build(layout, world, seed=2)
         for state in states:  # one after the other into the same engine, as a rollback does
             if layout[1:5] in state.name:
-                checkpoint = CheckpointStore(state, keep=1).newest_intact(print)
+                checkpoint = CheckpointStore(state, keep=1).newest_intact()
                 assert checkpoint is not None
                 told[f"{state.name} -> {layout}"] = {"notes": engine.load(checkpoint), **continued(engine, world)}
         engine.close()

@@ -1,4 +1,4 @@
-"""Saver as a test writes them."""
+"""Write checkpoints without an engine."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +28,13 @@ def fields_of(step: int) -> dict[str, Any]:
 def save(store: CheckpointStore, *steps: int, text: str = "state") -> Path:
     for step in steps:
         temporary = store.begin(step)
-        last = store.publish(temporary, step, fields_of(step), written(temporary, f"{text} of {step}"), print)
+        last = store.publish(temporary, step, fields_of(step), written(temporary, f"{text} of {step}"))
     return last
 
 
-def newest(store: CheckpointStore, lines: list[str]) -> Path | None:
+def newest(store: CheckpointStore) -> Path | None:
     """Folder of the newest intact checkpoint."""
-    found = store.newest_intact(lines.append)
+    found = store.newest_intact()
     return None if found is None else found.path
 
 

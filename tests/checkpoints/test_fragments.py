@@ -1,4 +1,4 @@
-"""Files of fragments: what is written, what is refused, and that every element is there once."""
+"""Files of fragments: content, refusals of the disk, and coverage of every element."""
 
 import errno
 import os
@@ -29,29 +29,29 @@ def check(path: Path, entry: Mapping[str, Any]) -> None:
     assert all(torch.equal(loaded[key], value) for key, value in FRAGMENTS.items())
 
 
-def test_a_file_is_what_safetensors_loads_and_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
+def test_safetensors_loads_the_file_and_its_hash_matches(tmp_path: Path) -> None:
     check(tmp_path / "one", write(FRAGMENTS, tmp_path / "one", needed_bytes=0))
 
 
-def test_a_rank_without_a_fragment_writes_an_empty_file(tmp_path: Path) -> None:
+def test_rank_without_fragments_writes_an_empty_file(tmp_path: Path) -> None:
     write({}, tmp_path / file_name(0), needed_bytes=0)
     assert load_file(tmp_path / file_name(0)) == {}
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a few kilobytes pass through all that gigabytes pass through."""
+    """Write a few kilobytes in as many pieces as gigabytes."""
     monkeypatch.setattr(safetensors, "_COPY_BYTES", 512)
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda number, data: real(number, data[: max(1, len(data) // 3)]))
     check(tmp_path / "one", write(FRAGMENTS, tmp_path / "one", needed_bytes=0))
 
 
-def test_others_cannot_write_to_a_file_whatever_the_umask(tmp_path: Path) -> None:
+def test_file_is_not_writable_by_others_under_any_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         write(FRAGMENTS, tmp_path / "one", needed_bytes=0)
@@ -72,8 +72,8 @@ def refusing_at(call: int, number: int, real: Callable[..., Any]) -> Callable[..
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_a_refusal_at_any_write_names_path_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, told = os.write, []
+def test_refusal_of_any_write_names_path_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, errors = os.write, []
     for call in range(1000):
         path = tmp_path / str(call)
         monkeypatch.setattr(os, "write", refusing_at(call, errno.ENOSPC, real))
@@ -81,10 +81,10 @@ def test_a_refusal_at_any_write_names_path_and_bytes(tmp_path: Path, monkeypatch
             check(path, write(FRAGMENTS, path, needed_bytes=123456))
             break
         except StorageError as error:
-            told.append((error.problem, error.action))
-    assert len(told) > 20
-    action = "free some space, then give the same command again: older checkpoints are kept"
-    for number, found in enumerate(told):
+            errors.append((error.problem, error.action))
+    assert len(errors) > 20
+    action = "free some space, then rerun the same command to resume: older checkpoints are kept"
+    for number, found in enumerate(errors):
         path = tmp_path / str(number)
         problem = f"{path} cannot be written: No space left on device; the checkpoint takes 123,456 bytes"
         assert found == (problem, action)
@@ -92,7 +92,7 @@ def test_a_refusal_at_any_write_names_path_and_bytes(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("call", ["write", "fsync", "open"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EFBIG])
-def test_a_refusal_of_every_call_is_an_error(
+def test_refusal_of_every_call_is_an_error(
     call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, call, refusing_at(0, number, getattr(os, call)))
@@ -103,7 +103,7 @@ def test_a_refusal_of_every_call_is_an_error(
     )
 
 
-def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "one").touch()
     with pytest.raises(StorageError, match=r"one cannot be written: File exists"):
         write(FRAGMENTS, tmp_path / "one", needed_bytes=0)
@@ -126,11 +126,6 @@ def cut(start: int, end: int, name: str = "w", *kinds: str) -> dict[str, torch.T
 GOOD = ({**cut(0, 4), **cut(0, 4, "b", MASTER)}, cut(4, 10))
 
 
-def test_fragments_that_cover_every_element_once_pass(tmp_path: Path) -> None:
-    save(tmp_path, *GOOD)
-    check_coverage(tmp_path, 2, WHOLE)
-
-
 FAULTS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "gap": (cut(5, 10), "hold elements 4 to 4 of w/fp32 nowhere"),
     "overlap": (cut(3, 10), "hold elements 3 to 3 of w/fp32 twice"),
@@ -147,7 +142,7 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_gap_or_an_overlap_is_an_error(name: str, tmp_path: Path) -> None:
+def test_gap_or_overlap_is_an_error(name: str, tmp_path: Path) -> None:
     fragments, problem = FAULTS[name]
     save(tmp_path, GOOD[0], fragments)
     with pytest.raises(TrainingError) as caught:
@@ -157,7 +152,7 @@ def test_a_gap_or_an_overlap_is_an_error(name: str, tmp_path: Path) -> None:
 
 
 @given(ends=st.sets(st.integers(1, 29), max_size=6), wanted=st.tuples(st.integers(0, 30), st.integers(0, 30)))
-def test_any_run_of_elements_is_copied_out_of_any_fragments(
+def test_any_elements_are_copied_from_any_fragments(
     tmp_path_factory: pytest.TempPathFactory, ends: set[int], wanted: tuple[int, int]
 ) -> None:
     folder, bounds = tmp_path_factory.mktemp("cut"), [0, *sorted(ends), 30]
@@ -168,13 +163,14 @@ def test_any_run_of_elements_is_copied_out_of_any_fragments(
     assert out.tolist() == list(range(first, end))
 
 
-def test_elements_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+def test_missing_elements_are_an_error(tmp_path: Path) -> None:
     save(tmp_path, *GOOD)
+    check_coverage(tmp_path, 2, WHOLE)
     with pytest.raises(CheckpointError, match=r"lacks elements 8 to 11 of w/fp32"):
         Fragments(tmp_path, 2).copy("w", MASTER, 8, torch.zeros(4))
 
 
-def test_there_must_be_room_for_so_many_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_must_have_space_for_all_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
     def usage(path: Path) -> Any:

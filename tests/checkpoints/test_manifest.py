@@ -1,4 +1,4 @@
-"""The manifest, and every way in which files may differ from it."""
+"""The manifest, and every fault of the files that it lists."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from inheritune_ds.errors import CheckpointError
 from tests.checkpoints.saved import MODEL, flip, newest, save
 
 
-def test_steps_are_listed_from_the_newest(store: CheckpointStore, folder: Path) -> None:
+def test_published_lists_the_newest_first(store: CheckpointStore, folder: Path) -> None:
     assert (list(published(folder)), newest_step(folder)) == ([], 0)
     save(store, 90, 1000, 100)
     (folder / "step-3").mkdir()
@@ -55,46 +55,41 @@ def add_shard(path: Path) -> None:
     shutil.copy(path, path.with_name("rank-00002.safetensors"))
 
 
-def lose_manifest(path: Path) -> None:
-    (path.parent / MANIFEST).unlink()
-
-
-def open_to_all(path: Path) -> None:
-    path.chmod(0o666)
-
-
 HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (Path.unlink, "rank-00001.safetensors is missing"),
     "short": (shorten, "rank-00001.safetensors has 255 bytes instead of 256"),
     "flipped": (flip, "rank-00001.safetensors has blake3 {found}... instead of {expected}..."),
-    "link": (link, "rank-00001.safetensors is a symbolic link and may lie outside the checkpoint"),
-    "folder link": (link_folder, "more is a symbolic link and may lie outside the checkpoint"),
+    "link": (link, "rank-00001.safetensors is a symbolic link and may point outside the checkpoint"),
+    "folder link": (link_folder, "more is a symbolic link and may point outside the checkpoint"),
     "pipe": (replace_by_fifo, "rank-00001.safetensors has -1 bytes instead of 256"),
     "extra shard": (add_shard, "rank-00002.safetensors is not in manifest.json"),
-    "no manifest": (lose_manifest, "manifest.json is missing or not as it was written"),
-    "open to all": (open_to_all, "rank-00001.safetensors can be written by everybody (mode 666)"),
+    "no manifest": (
+        lambda path: (path.parent / MANIFEST).unlink(),
+        "manifest.json is missing or not as it was written",
+    ),
+    "world-writable": (lambda path: path.chmod(0o666), "rank-00001.safetensors can be written by any user (mode 666)"),
 }
 
 
 @pytest.mark.parametrize("name", HARMS)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    name: str, store: CheckpointStore, folder: Path, lines: list[str]
+def test_damaged_checkpoint_is_skipped_with_a_warning(
+    name: str, store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
 ) -> None:
     save(store, 1, 2)
     harm, fault = HARMS[name]
     harm(folder / "step-00000002" / "rank-00001.safetensors")
-    assert newest(store, lines) == folder / "step-00000001"
+    assert newest(store) == folder / "step-00000001"
     changed = bytearray(MODEL)
     changed[128] ^= 1
-    told = fault.format(found=blake3(changed).hexdigest()[:12], expected=blake3(MODEL).hexdigest()[:12])
-    assert lines == [f"WARNING: checkpoint {folder / 'step-00000002'} is passed over: {told}"]
+    problem = fault.format(found=blake3(changed).hexdigest()[:12], expected=blake3(MODEL).hexdigest()[:12])
+    assert logged() == [f"WARNING: checkpoint {folder / 'step-00000002'} is skipped: {problem}"]
 
 
 def test_flipped_bits_of_a_manifest_are_found(store: CheckpointStore) -> None:
     saved = save(store, 2)
     manifest = saved / MANIFEST
     whole = manifest.read_bytes()
-    for number in range(0, len(whole) * 8, 11):  # every bit of a byte in turn, all over the file
+    for number in range(0, len(whole) * 8, 11):  # each bit of a byte in turn, over the whole file
         content = bytearray(whole)
         content[number // 8] ^= 1 << (number % 8)
         manifest.write_bytes(content)
@@ -104,13 +99,13 @@ def test_flipped_bits_of_a_manifest_are_found(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", '{"files": 3}', '{"files": {}}', "NaN", "\N{SNOWMAN}"])
-def test_what_is_no_manifest_is_not_believed(text: str, store: CheckpointStore) -> None:
+def test_invalid_manifest_is_a_fault(text: str, store: CheckpointStore) -> None:
     saved = save(store, 2)
     (saved / MANIFEST).write_text(text, encoding="utf-8")
     assert find_fault(saved) == "manifest.json is missing or not as it was written"
 
 
-def test_a_float_that_means_the_same_is_a_changed_manifest(store: CheckpointStore) -> None:
+def test_another_spelling_of_a_float_is_a_changed_manifest(store: CheckpointStore) -> None:
     manifest = save(store, 2) / MANIFEST
     text = manifest.read_text()
     changed = text.replace("2.1", "2.10")
@@ -120,36 +115,35 @@ def test_a_float_that_means_the_same_is_a_changed_manifest(store: CheckpointStor
     assert read_manifest(manifest.parent) is None
 
 
-def test_a_manifest_that_is_a_link_is_not_believed(store: CheckpointStore, tmp_path: Path) -> None:
-    manifest = save(store, 2) / MANIFEST
-    manifest.rename(tmp_path / "manifest")
-    manifest.symlink_to(tmp_path / "manifest")
-    assert find_fault(manifest.parent) == "manifest.json is missing or not as it was written"
-
-
-def test_a_checkpoint_that_is_a_link_is_not_believed(store: CheckpointStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "fault"), [(MANIFEST, "manifest.json is missing or not as it was written"), (".", "it is a symbolic link")]
+)
+def test_link_instead_of_a_manifest_or_folder_is_a_fault(
+    name: str, fault: str, store: CheckpointStore, tmp_path: Path
+) -> None:
     saved = save(store, 2)
-    saved.rename(tmp_path / "step-00000002")
-    saved.symlink_to(tmp_path / "step-00000002")
-    assert find_fault(saved) == "it is a symbolic link"
+    path = saved / name
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert find_fault(saved) == fault
 
 
-def test_a_checkpoint_under_another_step_s_name_is_found(store: CheckpointStore, folder: Path) -> None:
+def test_checkpoint_under_another_step_s_name_is_a_fault(store: CheckpointStore, folder: Path) -> None:
     save(store, 2).rename(folder / "step-00000009")
     assert find_fault(folder / "step-00000009") == "manifest.json is that of step 2"
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "more/../../outside"])
-def test_no_name_leads_out_of_the_folder(name: str, store: CheckpointStore) -> None:
+def test_path_outside_the_folder_is_a_fault(name: str, store: CheckpointStore) -> None:
     saved = save(store, 2)
     manifest = read_manifest(saved)
     assert manifest is not None
     manifest["files"][name] = manifest["files"].pop("rank-00001.safetensors")
     (saved / MANIFEST).write_text(manifest_text(manifest))
-    assert find_fault(saved) == f"{name} lies outside the checkpoint"
+    assert find_fault(saved) == f"{name} is outside the checkpoint"
 
 
-def test_a_file_that_cannot_be_read_is_a_fault(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_a_fault(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = save(store, 2)
 
     def broken(path: Path, _advance: object) -> str:
@@ -159,8 +153,8 @@ def test_a_file_that_cannot_be_read_is_a_fault(store: CheckpointStore, monkeypat
     assert find_fault(saved) == f"{saved / 'rank-00000.safetensors'} cannot be read: Input/output error"
 
 
-def test_a_checkpoint_of_the_earlier_format_is_refused_with_the_commit_that_reads_it(
-    store: CheckpointStore, folder: Path, lines: list[str]
+def test_earlier_format_is_refused_with_the_commit_that_reads_it(
+    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
 ) -> None:
     saved = save(store, 2, 4)
     manifest = read_manifest(saved)
@@ -169,18 +163,18 @@ def test_a_checkpoint_of_the_earlier_format_is_refused_with_the_commit_that_read
     (saved / MANIFEST).write_text(manifest_text(manifest))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError) as caught:
-        newest(store, lines)
+        newest(store)
     assert caught.value.problem == (
         f"{saved} cannot be loaded: it is of the format before this one; commit 318409b is the last that reads it"
     )
-    assert "--fresh, which sets the old run aside" in caught.value.action
+    assert "--fresh, which renames the old run folder" in caught.value.action
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     with pytest.raises(CheckpointError, match="commit 318409b is the last that reads it"):
         expired(CheckpointStore(folder, keep=1))
-    assert lines == []
+    assert logged() == []
 
 
-def test_every_byte_that_is_read_is_told(store: CheckpointStore) -> None:
-    told: list[int] = []
-    assert find_fault(save(store, 2), told.append) is None
-    assert sum(told) == len(MODEL) + len("state of 2")
+def test_every_hashed_byte_is_counted(store: CheckpointStore) -> None:
+    counted: list[int] = []
+    assert find_fault(save(store, 2), counted.append) is None
+    assert sum(counted) == len(MODEL) + len("state of 2")

@@ -1,4 +1,4 @@
-"""How a checkpoint appears, and what a kill or a refusal of the disk leaves."""
+"""Publishing of a checkpoint, also under kills and refusals of the disk."""
 
 import os
 import shutil
@@ -17,14 +17,16 @@ from inheritune_ds.errors import CheckpointError, StorageError
 from tests.checkpoints.saved import MODEL, fields_of, names, newest, save, written
 
 
-def test_a_published_checkpoint_is_whole_and_pointed_at(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
-    assert newest(store, lines) is None
+def test_published_checkpoint_is_intact_and_named_by_the_pointer(
+    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
+) -> None:
+    assert newest(store) is None
     assert store.claim_generation() == 1
     saved = save(store, 7)
     assert names(folder) == ["generation", "latest", "step-00000007"]
     assert (folder / POINTER).read_text() == "step-00000007\n"
-    assert newest(store, lines) == saved
-    assert lines == []
+    assert newest(store) == saved
+    assert logged() == []
     manifest = read_manifest(saved)
     assert manifest is not None
     assert (manifest["step"], manifest["generation"], manifest["state"]["train_seconds"]) == (7, 1, 7.1)
@@ -37,19 +39,19 @@ def test_only_the_newest_launch_publishes(store: CheckpointStore, folder: Path) 
     begun = store.begin(8)
     later = CheckpointStore(folder, keep=3)
     assert later.claim_generation() == 2
-    assert not begun.exists()  # nobody publishes what the earlier launch was writing
+    assert not begun.exists()  # the earlier launch's unfinished files are removed
     with pytest.raises(CheckpointError) as caught:
         store.begin(8)
     assert caught.value.problem == f"another launch (number 2, this is 1) has taken over {folder}"
     begun.mkdir()
     with pytest.raises(CheckpointError, match="has taken over"):
-        store.publish(begun, 8, {}, written(begun, "late"), print)
+        store.publish(begun, 8, {}, written(begun, "late"))
     assert [path.name for path in published(folder)] == ["step-00000004"]
     assert (folder / POINTER).read_text() == "step-00000004\n"
     save(later, 8)
 
 
-def test_of_two_launches_with_one_number_the_last_publishes(store: CheckpointStore, folder: Path) -> None:
+def test_last_of_two_launches_with_one_number_publishes(store: CheckpointStore, folder: Path) -> None:
     store.claim_generation()
     (folder / GENERATION).write_text("1 of another launch")  # claimed at the same moment, where no lock works
     with pytest.raises(CheckpointError, match=r"another launch \(number 1, this is 1\) has taken over"):
@@ -57,7 +59,7 @@ def test_of_two_launches_with_one_number_the_last_publishes(store: CheckpointSto
 
 
 @pytest.mark.parametrize("text", ["", "garbage", None])
-def test_a_lost_generation_is_counted_on_from_the_manifests(
+def test_missing_generation_is_restored_from_the_manifests(
     text: str | None, store: CheckpointStore, folder: Path
 ) -> None:
     save(store, 4)
@@ -65,21 +67,21 @@ def test_a_lost_generation_is_counted_on_from_the_manifests(
         (folder / GENERATION).unlink()
     else:
         (folder / GENERATION).write_text(text)
-    save(store, 8)  # nobody has claimed after it
+    save(store, 8)  # no launch has claimed since
     (folder / GENERATION).unlink()
     assert CheckpointStore(folder, keep=3).claim_generation() == 2
 
 
-def test_a_step_saved_again_replaces_the_first(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
+def test_step_saved_again_replaces_the_first(store: CheckpointStore, folder: Path) -> None:
     save(store, 5)
     saved = save(store, 5, text="another state")
     assert (saved / "rank-00000.safetensors").read_text() == "another state of 5"
-    assert newest(store, lines) == saved
+    assert newest(store) == saved
     assert names(folder) == ["generation", "latest", "step-00000005"]
 
 
-def test_a_refused_rename_leaves_the_one_of_the_same_step(
-    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+def test_refused_rename_keeps_the_earlier_save_of_the_step(
+    store: CheckpointStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = save(store, 5, text="older")
     begun = store.begin(5)
@@ -94,15 +96,15 @@ def test_a_refused_rename_leaves_the_one_of_the_same_step(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refuse)
         with pytest.raises(StorageError, match="Input/output error"):
-            store.publish(begun, 5, {}, files, print)
+            store.publish(begun, 5, {}, files)
     store.discard(begun)
-    assert newest(store, lines) == older
+    assert newest(store) == older
     assert (older / "rank-00000.safetensors").read_text() == "older of 5"
     assert names(folder) == ["generation", "latest", "step-00000005"]
 
 
 class KilledError(BaseException):
-    """Stands for SIGKILL: nothing that would tidy up afterwards works either."""
+    """SIGKILL: cleanup code does not run either."""
 
 
 CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "open", "chmod")
@@ -127,8 +129,8 @@ def die_after(limit: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("step", [5, 8], ids=["replacing", "new"])
-def test_a_kill_between_any_two_calls_leaves_the_old_or_the_new(
-    step: int, store: CheckpointStore, folder: Path, lines: list[str], tmp_path: Path
+def test_kill_between_any_two_calls_leaves_the_old_or_the_new(
+    step: int, store: CheckpointStore, folder: Path, logged: Callable[[], list[str]], tmp_path: Path
 ) -> None:
     save(store, 5, text="old state")
     kept = tmp_path / "kept"
@@ -149,7 +151,7 @@ def test_a_kill_between_any_two_calls_leaves_the_old_or_the_new(
                 ended = True
         after = CheckpointStore(folder, keep=3)
         after.claim_generation()
-        found = newest(after, lines)
+        found = newest(after)
         assert found is not None, limit
         assert not any(name.startswith(".") for name in names(folder)), limit
         seen.append((found / "rank-00000.safetensors").read_text())
@@ -159,11 +161,11 @@ def test_a_kill_between_any_two_calls_leaves_the_old_or_the_new(
     assert len(seen) > 15
     assert seen == sorted(seen, reverse=True), "the old one up to a moment, the new one from then on"
     assert set(seen) == {"old state of 5", f"new state of {step}"}
-    assert lines == []
+    assert logged() == []
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(
-    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+def test_full_disk_keeps_the_older_checkpoint(
+    store: CheckpointStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = save(store, 4)
     begun = store.begin(8)
@@ -175,14 +177,14 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError, match="cannot be written: No space left on device"):
-            store.publish(begun, 8, {}, files, print)
+            store.publish(begun, 8, {}, files)
     store.discard(begun)
-    assert newest(store, lines) == older
+    assert newest(store) == older
     assert names(folder) == ["generation", "latest", "step-00000004"]
 
 
-def test_a_pointer_that_cannot_follow_is_told_and_the_checkpoint_counts(
-    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+def test_unwritable_pointer_is_logged_and_the_checkpoint_is_used(
+    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, 4)
     begun = store.begin(8)
@@ -196,31 +198,30 @@ def test_a_pointer_that_cannot_follow_is_told_and_the_checkpoint_counts(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        saved = store.publish(begun, 8, fields_of(8), files, lines.append)
-    told = "WARNING: step 8 is saved, but latest does not name it: "
-    assert lines == [f"{told}{folder / 'latest'} cannot be written: No space left on device"]
-    lines.clear()
-    assert newest(store, lines) == saved
-    assert lines == []  # it names a checkpoint that is there
+        saved = store.publish(begun, 8, fields_of(8), files)
+    problem = "WARNING: step 8 is saved, but latest does not name it: "
+    assert logged() == [f"{problem}{folder / 'latest'} cannot be written: No space left on device"]
+    assert newest(store) == saved
+    assert logged() == []  # the pointer names an existing checkpoint
     assert (folder / "latest").read_text() == "step-00000004\n"
     assert names(folder) == ["generation", "latest", "step-00000004", "step-00000008"]
 
 
-def test_what_is_not_as_the_ranks_have_told_is_not_published(store: CheckpointStore, folder: Path) -> None:
+def test_files_that_differ_from_the_reports_are_not_published(store: CheckpointStore, folder: Path) -> None:
     begun = store.begin(4)
     files = written(begun, "state")
     (begun / "rank-00000.safetensors").write_text("stat")
     with pytest.raises(CheckpointError) as caught:
-        store.publish(begun, 4, {}, files, print)
+        store.publish(begun, 4, {}, files)
     assert caught.value.problem == (
-        "the checkpoint of step 4 was not written as its ranks have reported: "
+        "the checkpoint of step 4 differs from the reports of its ranks: "
         "rank-00000.safetensors has 4 bytes instead of 5"
     )
     assert list(published(folder)) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc names the open files")
-def test_everything_is_on_the_disk_before_the_pointer_names_it(
+def test_files_are_synced_before_the_pointer_names_them(
     store: CheckpointStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []

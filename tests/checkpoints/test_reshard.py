@@ -1,4 +1,4 @@
-"""Loading by name: any stage and number of ranks into any other, what is refused, what is told."""
+"""Loading by name: any stage and number of ranks into any other, refusals, and log lines."""
 
 import json
 from collections.abc import Mapping
@@ -32,13 +32,20 @@ LOADED = (
 )
 
 
+def launched(function: Any) -> Any:
+    """Mark a test that needs the driver's launch."""
+    for mark in (pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(600)):
+        function = mark(function)
+    return function
+
+
 def drive(
     warm: WarmPython, folder: Path, saved: tuple[str, ...], loaded: tuple[str, ...], *, ranks: int
 ) -> dict[str, Any]:
-    """Launch the driver; what rank 0 tells."""
+    """Launch the driver; the report of rank 0."""
     launch(warm, folder, DRIVER, str(folder), ",".join(saved), ",".join(loaded), ranks=ranks)
-    told: dict[str, Any] = json.loads((folder / f"loaded-{ranks}.json").read_text())
-    return told
+    report: dict[str, Any] = json.loads((folder / f"loaded-{ranks}.json").read_text())
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -51,34 +58,28 @@ def on_two(warm: WarmPython, folder: Path) -> dict[str, Any]:
     return drive(warm, folder, SAVED, LOADED, ranks=2)
 
 
-def check(told: Mapping[str, Any], states: Mapping[str, Any], layouts: tuple[str, ...]) -> None:
-    """Every state has come into every layout of its precision as it was."""
-    pairs = {name for name in told if "->" in name}
+def check(report: Mapping[str, Any], states: Mapping[str, Any], layouts: tuple[str, ...]) -> None:
+    """Every layout has loaded every state of its precision bitwise."""
+    pairs = {name for name in report if "->" in name}
     assert pairs == {f"{state} -> {layout}" for state in states for layout in layouts if layout[1:5] in state}
     for pair in pairs:
-        state, found = states[pair.partition(" -> ")[0]], told[pair]
+        state, found = states[pair.partition(" -> ")[0]], report[pair]
         assert found["digest"] == state["digest"], pair
         assert found["step"] == 2, pair
         assert found["losses"] == pytest.approx(state["losses"], rel=1e-6 if "fp32" in pair else 5e-4), pair
 
 
-def states_of(told: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in told.items() if "->" not in name}
+def states_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in report.items() if "->" not in name}
 
 
-@pytest.mark.launch
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_stage_takes_the_state_of_every_stage_to_the_last_bit(on_two: dict[str, Any]) -> None:
+@launched
+def test_every_stage_loads_every_stage_bitwise(on_two: dict[str, Any]) -> None:
     check(on_two, states_of(on_two), LOADED)
 
 
-@pytest.mark.launch
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_one_rank_takes_the_state_of_two_to_the_last_bit(
-    warm: WarmPython, on_two: dict[str, Any], folder: Path
-) -> None:
+@launched
+def test_one_rank_loads_the_state_of_two_bitwise(warm: WarmPython, on_two: dict[str, Any], folder: Path) -> None:
     layouts = ("1fp32", "3fp32", "1bf16", "3bf16")
     on_one = drive(warm, folder, ("3bf16",), layouts, ranks=1)
     states = {
@@ -89,26 +90,22 @@ def test_one_rank_takes_the_state_of_two_to_the_last_bit(
     check(on_one, states, layouts)
 
 
-@pytest.mark.launch
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_what_is_not_as_it_was_is_told(on_two: dict[str, Any]) -> None:
+@launched
+def test_changes_are_logged(on_two: dict[str, Any]) -> None:
     assert on_two["1fp32-2 -> 1fp32"]["notes"] == []
-    [dealt_out] = on_two["1fp32-2 -> 2fp32"]["notes"]
-    assert dealt_out == (
+    [resharded] = on_two["1fp32-2 -> 2fp32"]["notes"]
+    assert resharded == (
         "the state was saved on 2 ranks in ZeRO stage 1, and is resharded to 2 in stage 2: losses may differ in their "
-        "last digits from here on, with dropout by its other masks"
+        "last digits from here on, and by more with dropout, whose masks change"
     )
     [rounds] = on_two["1bf16a-2 -> 1bf16"]["notes"]
     assert rounds == (
         "WARNING: data_types.grad_accum_dtype is fp32, and was bf16 when the checkpoint was saved: later steps round "
-        "otherwise than an uninterrupted run"
+        "differently from an uninterrupted run"
     )
 
 
-@pytest.mark.launch
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@launched
 def test_resuming_is_bitwise_identical_to_the_uninterrupted_run(on_two: dict[str, Any]) -> None:
     for name in SAVED:
         layout = name.removesuffix("x")
@@ -126,10 +123,8 @@ def manifest_of(folder: Path, name: str) -> dict[str, Any]:
     return manifest
 
 
-@pytest.mark.launch
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_manifest_holds_what_tensors_do_not(on_two: dict[str, Any], folder: Path) -> None:
+@launched
+def test_manifest_holds_counters_dtypes_and_loss_scaler(on_two: dict[str, Any], folder: Path) -> None:
     manifest = manifest_of(folder, "2fp16x")
     engine = manifest["engine"]
     assert engine["counters"] == {"global_steps": 2, "global_samples": 16, "skipped_steps": 1, "micro_steps": 4}
@@ -146,10 +141,8 @@ def test_the_manifest_holds_what_tensors_do_not(on_two: dict[str, Any], folder: 
     assert on_two["1fp32-2"]["failure"] == "CUDA error: out of memory"
 
 
-@pytest.mark.launch
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_checkpoint_is_read_without_deepspeed(on_two: dict[str, Any], folder: Path) -> None:
+@launched
+def test_checkpoint_is_read_without_deepspeed(on_two: dict[str, Any], folder: Path) -> None:
     """Masters as whole tensors, by safetensors alone."""
     assert "3fp32-2" in on_two
     parts: dict[str, dict[int, NDArray[np.float32]]] = {}
@@ -165,7 +158,7 @@ def test_a_checkpoint_is_read_without_deepspeed(on_two: dict[str, Any], folder: 
         assert np.isfinite(whole).all()
 
 
-def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
     saved = {"a": {"shape": [2, 3], "step": 1}, "b": {"shape": [4], "step": 1}}
     check_model(tmp_path, saved, {"a": [2, 3], "b": [4]})
     with pytest.raises(CheckpointError, match=r"holds another model: 1 parameters differ, first b"):
@@ -174,7 +167,7 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
         check_model(tmp_path, saved, {"b": [4], "c": [1], "a": [6]})
 
 
-def test_another_precision_is_refused_and_another_layout_is_not() -> None:
+def test_another_precision_is_refused_but_another_layout_is_not() -> None:
     check_convertible(SavedLayout(2, 1, "bf16"), SavedLayout(8, 3, "bf16"))
     with pytest.raises(CheckpointError, match="saved in bf16, and this launch computes in fp32") as refused:
         check_convertible(SavedLayout(2, 1, "bf16"), SavedLayout(2, 1, "fp32"))

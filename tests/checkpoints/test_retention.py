@@ -1,8 +1,9 @@
-"""Which checkpoints stay, and the way back."""
+"""Deletion of checkpoints by the rule, and the return to an earlier step."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,44 @@ from inheritune_ds.errors import CheckpointError
 from tests.checkpoints.saved import flip, names, newest, save
 
 
-def test_the_newest_and_every_so_manieth_stay(folder: Path, lines: list[str]) -> None:
+def test_prune_keeps_the_newest_and_every_n_th(folder: Path, logged: Callable[[], list[str]]) -> None:
     store = CheckpointStore.of(folder, Checkpointing(interval_steps=10, keep=2, keep_every=3))
     for step in range(10, 101, 10):
         save(store, step)
-        prune(store, lines.append)
+        prune(store)
     assert [path.name[-3:] for path in published(folder)] == ["100", "090", "060", "030"]
     assert list(kept(store).values()) == ["newest 2", "newest 2", "every 30 steps", "every 30 steps"]
-    assert lines == []
+    assert logged() == []
 
 
-def test_what_was_saved_for_good_stays_under_another_rule(folder: Path, lines: list[str]) -> None:
+def test_prune_keeps_what_an_earlier_rule_kept(folder: Path, logged: Callable[[], list[str]]) -> None:
     save(CheckpointStore(folder, keep=1, keep_every=4), 2, 4, 6, 8, 9)
     store = CheckpointStore(folder, keep=1, keep_every=3)
     assert {step_of(path): why for path, why in kept(store).items()} == {
         9: "newest 1",
-        8: "for good, by the rule of then",
+        8: "by the rule at its save",
         6: "every 3 steps",
-        4: "for good, by the rule of then",
+        4: "by the rule at its save",
     }
-    assert [step_of(path) for path in prune(CheckpointStore(folder, keep=2), lines.append)] == [6, 2]
-    assert lines == []
+    assert [step_of(path) for path in prune(CheckpointStore(folder, keep=2))] == [6, 2]
+    assert logged() == []
 
 
-def test_nothing_is_deleted_while_the_newest_is_damaged(folder: Path, lines: list[str]) -> None:
+def test_prune_deletes_nothing_while_the_newest_is_damaged(folder: Path, logged: Callable[[], list[str]]) -> None:
     store = CheckpointStore(folder, keep=1)
     save(store, 1, 2, 3)
     flip(folder / "step-00000003" / "rank-00001.safetensors")
-    assert prune(store, lines.append) == []
+    assert prune(store) == []
     assert len(list(published(folder))) == 3
-    assert lines[0].startswith(f"WARNING: checkpoint {folder / 'step-00000003'} is damaged: rank-00001.")
-    assert lines[0].endswith("the older ones stay, however many there are")
+    [line] = logged()
+    assert line.startswith(f"WARNING: checkpoint {folder / 'step-00000003'} is damaged: rank-00001.")
+    assert line.endswith("; all older ones are kept")
     save(store, 4)
-    assert [path.name for path in prune(store, lines.append)] == ["step-00000003", "step-00000002", "step-00000001"]
+    assert [path.name for path in prune(store)] == ["step-00000003", "step-00000002", "step-00000001"]
 
 
-def test_a_folder_that_cannot_be_read_is_told_and_pruning_ends_nothing(
-    store: CheckpointStore, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+def test_prune_logs_an_unreadable_folder(
+    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, 1, 2, 3, 4)
 
@@ -61,16 +63,16 @@ def test_a_folder_that_cannot_be_read_is_told_and_pruning_ends_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "iterdir", refuse)
-        assert prune(store, lines.append) == []
-    (line,) = lines
+        assert prune(store) == []
+    [line] = logged()
     assert line.startswith(f"WARNING: the checkpoints in {folder} cannot be read: Input/output error")
-    assert line.endswith("; the older ones stay, however many there are")
-    assert [path.name for path in prune(store, lines.append)] == ["step-00000001"]
+    assert line.endswith("; all older ones are kept")
+    assert [path.name for path in prune(store)] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("call", ["rename", "rmdir"])
-def test_what_cannot_be_deleted_is_told_and_left_to_the_next_launch(
-    call: str, folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+def test_checkpoint_that_cannot_be_deleted_is_logged_and_left_to_the_next_launch(
+    call: str, folder: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(folder, keep=1)
     save(store, 1, 2)
@@ -80,35 +82,38 @@ def test_what_cannot_be_deleted_is_told_and_left_to_the_next_launch(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, busy)
-        assert prune(store, lines.append) == []
-    (line,) = lines
-    assert line.startswith(f"checkpoint {folder / 'step-00000001'} cannot be deleted: Device or resource busy: ")
-    assert line.endswith("; training goes on")
+        assert prune(store) == []
+    [line] = logged()
+    assert line.startswith(
+        f"WARNING: checkpoint {folder / 'step-00000001'} cannot be deleted: Device or resource busy: "
+    )
     store.claim_generation()
-    prune(store, lines.append)
+    prune(store)
     assert names(folder) == ["generation", "latest", "step-00000002"]
 
 
-def test_going_back_deletes_the_later_ones(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
+def test_go_back_deletes_the_later_checkpoints(
+    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
+) -> None:
     save(store, 1, 2, 3, 4)
-    assert [path.name for path in go_back(store, 2, lines.append)] == ["step-00000004", "step-00000003"]
+    assert [path.name for path in go_back(store, 2)] == ["step-00000004", "step-00000003"]
     assert (folder / POINTER).read_text() == "step-00000002\n"
-    assert newest(store, lines) == folder / "step-00000002"
-    assert lines == []
+    assert newest(store) == folder / "step-00000002"
+    assert logged() == []
 
 
-def test_there_is_no_way_back_to_nothing(store: CheckpointStore, folder: Path, lines: list[str]) -> None:
+def test_go_back_needs_an_intact_checkpoint(store: CheckpointStore, folder: Path) -> None:
     save(store, 2, 3)
     with pytest.raises(CheckpointError) as caught:
-        go_back(store, 1, lines.append)
-    assert caught.value.problem == "the run cannot go back to step 1: no checkpoint is as early"
+        go_back(store, 1)
+    assert caught.value.problem == "the run cannot return to step 1: no checkpoint is that early"
     flip(folder / "step-00000002" / "rank-00001.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        go_back(store, 2, lines.append)
-    assert caught.value.problem.startswith("the run cannot go back to step 2: step-00000002: rank-00001.")
+        go_back(store, 2)
+    assert caught.value.problem.startswith("the run cannot return to step 2: step-00000002: rank-00001.")
     assert len(list(published(folder))) == 2
 
 
-def test_the_store_needs_no_torch() -> None:
+def test_store_imports_no_torch() -> None:
     code = "import sys, inheritune_ds.checkpoints.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

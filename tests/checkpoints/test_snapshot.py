@@ -1,11 +1,11 @@
-"""Copies of the state in host memory; what DeepSpeed's engines hold is covered by test_reshard.py."""
+"""Copies of the state in host memory; test_reshard.py covers DeepSpeed's engines."""
 
 import torch
 
 from inheritune_ds.checkpoints.snapshot import PinnedBuffers, Snapshot
 
 
-def test_the_memory_of_a_save_serves_the_next() -> None:
+def test_saves_share_their_buffers() -> None:
     buffers, addresses = PinnedBuffers(), []
     for number in range(3):
         one, other = torch.full((1000,), float(number)), torch.zeros(1000)
@@ -18,6 +18,6 @@ def test_the_memory_of_a_save_serves_the_next() -> None:
     assert len(set(addresses)) == 1
 
 
-def test_bytes_are_those_that_are_written() -> None:
+def test_bytes_count_all_fragments() -> None:
     fragments = {"a/fp32/0": torch.zeros(12), "a/exp_avg/0": torch.ones(4, dtype=torch.bfloat16)}
     assert Snapshot(fragments).bytes == 12 * 4 + 4 * 2

@@ -15,16 +15,14 @@ def ranges(draw: st.DrawFn) -> tuple[tuple[int, int], ...]:
 
 
 @given(ranges())
-def test_steps_read_every_batch_once_and_in_order_but_those_left_out(left_out: tuple[tuple[int, int], ...]) -> None:
-    read = [batch_of(step, left_out) for step in range(40)]
-    skipped = {number for first, end in left_out for number in range(first, end)}
-    assert read == [number for number in range(200) if number not in skipped][:40]
+def test_steps_read_every_batch_once_and_in_order_but_the_skipped_ones(skipped: tuple[tuple[int, int], ...]) -> None:
+    read = [batch_of(step, skipped) for step in range(40)]
+    apart = {number for first, end in skipped for number in range(first, end)}
+    assert read == [number for number in range(200) if number not in apart][:40]
     assert all(one < other for one, other in pairwise(read))
 
 
 @given(st.builds(FaultState, st.integers(0, 9), st.integers(0, 9), st.lists(st.floats(0, 99)).map(tuple)), ranges())
-def test_a_state_comes_back_from_json_to_the_last_bit(
-    faults: FaultState, left_out: tuple[tuple[int, int], ...]
-) -> None:
-    state = TrainState(7, 512, 1, 0.1 + 0.2, faults, left_out)
+def test_state_is_restored_from_json_to_the_last_bit(faults: FaultState, skipped: tuple[tuple[int, int], ...]) -> None:
+    state = TrainState(7, 512, 1, 0.1 + 0.2, faults, skipped)
     assert TrainState.of(json.loads(json.dumps(state.as_dict()))) == state

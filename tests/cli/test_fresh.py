@@ -1,4 +1,4 @@
-"""`train --fresh`, up to the point where the run itself begins."""
+"""`train --fresh`, without the run itself."""
 
 import os
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ CPU = str(Path(__file__).parents[2] / "ds_configs" / "cpu.json")
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """What the run was told, instead of a run; the environment and the signals stay as they are."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """The value of --fresh that the run would get; environment and signals are not changed."""
     seen: list[bool] = []
     for name in ("install", "leave_from_anywhere"):
         monkeypatch.setattr(StopSignal, name, lambda _: None)
@@ -37,39 +37,35 @@ def train(tmp_path: Path, *words: str) -> int:
     return main(["train", "--recipe", "quickstart", "--deepspeed_config", CPU, *map(str, folders), *words])
 
 
-def test_fresh_starts_over_where_a_run_has_finished(tmp_path: Path, asked: list[bool]) -> None:
+def test_fresh_starts_over_where_a_run_has_finished(tmp_path: Path, launched: list[bool]) -> None:
     assert train(tmp_path) == 0
-    assert asked == []
+    assert train(tmp_path, "--fresh", "--dry-run") == 0
+    assert launched == []
     assert train(tmp_path, "--fresh") == 0
-    assert asked == [True]
+    assert launched == [True]
 
 
-def test_a_launch_resolves_its_config_and_finds_its_target_once(tmp_path: Path, asked: list[bool]) -> None:
+def test_launch_resolves_its_config_and_its_target_once(tmp_path: Path, launched: list[bool]) -> None:
     names = ("target_shape", "resolve", "fit")
     with ExitStack() as stack:
         watched = [
             stack.enter_context(patch.object(micro_batch, name, wraps=getattr(micro_batch, name))) for name in names
         ]
         assert train(tmp_path, "--fresh") == 0
-    assert asked == [True]
+    assert launched == [True]
     assert [function.call_count for function in watched] == [1, 1, 1]
 
 
-def test_a_dry_run_with_fresh_changes_nothing(tmp_path: Path, asked: list[bool]) -> None:
-    assert train(tmp_path, "--fresh", "--dry-run") == 0
-    assert asked == []
-
-
 @pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
-def test_a_restarted_job_does_not_start_over_again(
-    name: str, tmp_path: Path, asked: list[bool], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_restart_ignores_fresh(
+    name: str, tmp_path: Path, launched: list[bool], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, "2")
     assert train(tmp_path, "--fresh") == 0
-    assert asked == []  # it has finished
+    assert launched == []  # it has finished
     out = capsys.readouterr().out
-    assert f"--fresh is not followed: this is restart 2 ({name}), which goes on with the run" in out
+    assert f"--fresh is ignored: this is restart 2 ({name}), which resumes the run" in out
     assert "quickstart: finished before" in out
     monkeypatch.setenv(name, "0")
     assert train(tmp_path, "--fresh") == 0
-    assert asked == [True]
+    assert launched == [True]

@@ -1,4 +1,4 @@
-"""`inheritune-ds inherit`: where the target goes, and what is there already."""
+"""`inheritune-ds inherit`: the output folder, new, in use, built before or damaged."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.cli import main
 from inheritune_ds.surgery import inherit as surgery
 from inheritune_ds.surgery import reference as origin
+from tests.cli.inheriting import inherit
 from tests.launching import environment
 from tests.surgery import tiny
 from tests.surgery.tiny import contents
@@ -25,25 +25,13 @@ pytestmark = pytest.mark.usefixtures("own_environment")
 
 
 @pytest.fixture
-def reference(tmp_path: Path) -> Path:
-    folder = tmp_path / "models" / "tiny-llama"
-    tiny.make_model("llama").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def unhashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is refused is refused before a weight is read."""
+    """Fail if a weight is read before the refusal."""
 
     def refuse(*_: object) -> str:
         raise AssertionError
 
     monkeypatch.setattr(origin, "sha256_file", refuse)
-
-
-def inherit(reference: Path | str, output: Path | str, *more: str, select: str = "first:2") -> int:
-    """Run the verb."""
-    return main(["inherit", "--reference", str(reference), "--select", select, "--output", str(output), *more])
 
 
 def while_proving(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> None:
@@ -59,11 +47,10 @@ def while_proving(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object])
 
 @pytest.mark.parametrize("kind", ["file", "other files", "foreign manifest", "no manifest", "dangling loop"])
 @pytest.mark.usefixtures("unhashed")
-def test_an_output_in_use_is_left_alone(
+def test_output_in_use_is_refused(
     kind: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "target"
-    what = "exists and is not empty"
     if kind == "file":
         output.write_text("mine", encoding="utf-8")
     elif kind == "dangling loop":
@@ -71,11 +58,9 @@ def test_an_output_in_use_is_left_alone(
     else:
         output.mkdir()
         (output / "inheritance.json").write_text("{}", encoding="utf-8")
-        if kind == "foreign manifest":
-            (output / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
-            what = BUILT
-        elif kind == "no manifest":
-            (output / "manifest.json").write_text("[]", encoding="utf-8")
+        if kind != "other files":
+            (output / "manifest.json").write_text("[]" if kind == "no manifest" else '{"files": {}}', encoding="utf-8")
+    what = BUILT if kind == "foreign manifest" else "exists and is not empty"
     before = contents(tmp_path)
     capsys.readouterr()
     assert inherit(reference, output) == 8
@@ -86,7 +71,7 @@ def test_an_output_in_use_is_left_alone(
 
 
 @pytest.mark.parametrize("change", ["selection", "weights"])
-def test_another_target_is_left_alone(
+def test_another_target_is_refused(
     change: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "target"
@@ -99,13 +84,13 @@ def test_another_target_is_left_alone(
     assert contents(tmp_path) == before
 
 
-def test_an_empty_output_folder_is_filled(reference: Path, tmp_path: Path) -> None:
+def test_empty_output_folder_is_filled(reference: Path, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     assert inherit(reference, tmp_path / "target") == 0
     assert (tmp_path / "target" / WEIGHTS).is_file()
 
 
-def test_files_that_appear_while_the_target_is_built_are_left_alone(
+def test_files_that_appear_during_the_build_are_kept(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "target"
@@ -122,7 +107,7 @@ def test_files_that_appear_while_the_target_is_built_are_left_alone(
 
 
 @pytest.mark.parametrize(("select", "code"), [("first:2", 0), ("last:2", 8)], ids=["the same", "another"])
-def test_a_target_that_another_command_finishes_first_is_kept(
+def test_target_of_a_faster_command_is_kept(
     select: str, code: int, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
@@ -156,7 +141,7 @@ def forget_files(output: Path) -> None:
     ],
     ids=["missing", "flipped", "report"],
 )
-def test_a_damaged_target_is_built_again(
+def test_damaged_target_is_rebuilt(
     harm: Callable[[Path], object], named: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "target"
@@ -166,14 +151,14 @@ def test_a_damaged_target_is_built_again(
     capsys.readouterr()
     assert inherit(reference, output) == 0
     shown = capsys.readouterr().out
-    assert f"DAMAGED: {output} holds this target, but not whole ({named}); it is built again\n" in shown
+    assert f"DAMAGED: {output} holds this target with damaged files ({named}); it is rebuilt\n" in shown
     assert "built before" not in shown
     assert contents(output) == before
     assert {path.name for path in tmp_path.iterdir()} == {"models", "target"}
 
 
 @pytest.mark.parametrize("harm", ["other file", "no list"])
-def test_a_damaged_target_with_other_files_is_left_alone(
+def test_damaged_target_beside_other_files_is_refused(
     harm: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "target"
@@ -185,12 +170,12 @@ def test_a_damaged_target_with_other_files_is_left_alone(
         forget_files(output)
     before = contents(tmp_path)
     assert inherit(reference, output) == 8
-    assert "holds this target with other files beside it, and it is damaged (" in capsys.readouterr().err
+    assert "holds other files beside this target, and it is damaged (" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "dangling"])
-def test_the_target_goes_where_a_link_points(kind: str, reference: Path, tmp_path: Path) -> None:
+def test_output_link_is_followed(kind: str, reference: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if kind == "empty folder":
@@ -204,34 +189,28 @@ def test_the_target_goes_where_a_link_points(kind: str, reference: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("output", "code", "words"),
+    ("output", "words"),
     [
-        ("", 3, "--output is empty"),
-        (".", 8, "--output . is the current folder"),
-        ("new/..", 8, "--output new/.. is the current folder"),
+        ("", "--output is empty"),
+        (".", "--output . is the current folder"),
+        ("new/..", "--output new/.. is the current folder"),
     ],
 )
 @pytest.mark.usefixtures("unhashed")
-def test_the_current_folder_is_refused_at_once(  # noqa: PLR0917 - fixtures are parameters
-    output: str,
-    code: int,
-    words: str,
-    reference: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_current_folder_is_refused(
+    output: str, words: str, reference: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert inherit(reference, output) == code
+    monkeypatch.chdir(reference)
+    before = contents(reference)
+    assert inherit(reference, output) == (8 if output else 3)
     assert words in capsys.readouterr().err
-    assert list((tmp_path / "here").iterdir()) == []
+    assert contents(reference) == before
 
 
 @pytest.mark.parametrize("role", ["reference", "previous"])
 @pytest.mark.parametrize("place", ["", "target", "deep/target"])
 @pytest.mark.usefixtures("unhashed")
-def test_an_output_inside_a_source_is_refused_at_once(
+def test_output_inside_a_source_is_refused(
     role: str, place: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, more = reference, []
@@ -241,13 +220,13 @@ def test_an_output_inside_a_source_is_refused_at_once(
     before = contents(tmp_path)
     (tmp_path / "link").symlink_to(source)
     assert inherit(reference, tmp_path / "link" / place, *more) == 8
-    assert f"lies in the folder of --{role}, {source}" in capsys.readouterr().err
+    assert f"is inside the folder of --{role}, {source}" in capsys.readouterr().err
     assert {name for name in contents(tmp_path) if not name.startswith("link")} == set(before)
 
 
 @pytest.mark.parametrize("select", ["first:9", "by:rank:2"])
 @pytest.mark.usefixtures("unhashed")
-def test_a_selection_is_checked_before_the_reference_is_read(
+def test_selection_is_checked_before_the_reference_is_read(
     select: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert inherit(reference, tmp_path / "target", select=select) in (3, 9)
@@ -273,7 +252,9 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.launch
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_tidies_up(number: signal.Signals, reference: Path, tmp_path: Path, warm: WarmPython) -> None:
+def test_signal_removes_the_unfinished_target(
+    number: signal.Signals, reference: Path, tmp_path: Path, warm: WarmPython
+) -> None:
     words = ["inherit", "--reference", str(reference), "--select", "first:2", "--output", str(tmp_path / "target")]
     reader, writer = os.pipe()
     with os.fdopen(reader) as output:
@@ -286,7 +267,7 @@ def test_a_signal_tidies_up(number: signal.Signals, reference: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
-def test_the_handlers_of_signals_are_put_back(reference: Path, tmp_path: Path) -> None:
+def test_signal_handlers_are_restored(reference: Path, tmp_path: Path) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     assert inherit(reference, tmp_path / "target") == 0

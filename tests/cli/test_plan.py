@@ -12,7 +12,7 @@ def test_plan_takes_an_mfu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "at 40 % MFU" in capsys.readouterr().out
 
 
-def test_plan_refuses_what_does_not_fit_after_it_has_shown_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_refuses_what_does_not_fit_after_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*STUDENT, "--gpu", "4090"]) == 3
     captured = capsys.readouterr()
     assert "45.2 of 24 GiB: does not fit" in captured.out
@@ -22,6 +22,6 @@ def test_plan_refuses_what_does_not_fit_after_it_has_shown_why(capsys: pytest.Ca
     assert "do: use ds_configs/zero3_offload.json" in captured.err
 
 
-def test_plan_refuses_an_mfu_that_no_card_reaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_refuses_an_mfu_above_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*STUDENT, "--mfu", "40"]) == 3
     assert "MFU 40.0 is not possible\n  allowed: above 0, at most 1" in capsys.readouterr().err

@@ -24,12 +24,14 @@ def recipe(tmp_path: Path) -> Path:
     )
 
 
-def test_prepare_tells_what_is_in_the_tokens(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_prints_the_counts_of_every_source(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["prepare", "--recipe", str(recipe), "--cache-dir", str(tmp_path / "cache")]
     assert main(command) == 0
     out, error = capsys.readouterr()
     assert error == ""
-    head, titles, books, web, left_out, overlap = out.splitlines()
+    head, titles, books, web, skipped, overlap = out.splitlines()
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     assert head == f"tokens: {folder} (uint16, 6 files)"
     assert titles.split("  ")[0] == "source"
@@ -38,15 +40,15 @@ def test_prepare_tells_what_is_in_the_tokens(tmp_path: Path, recipe: Path, capsy
     assert books.split()[0::3][0] == "books"
     assert books.split()[-3:] == ["43", str(held), "3"]
     assert web.split()[-3:] == ["30", str(sum(map(is_held, make_texts(30, seed=2)))), "0"]
-    assert left_out == "left out of books: 1 empty"
+    assert skipped == "skipped in books: 1 empty"
     hit = sum(not is_held(text) for text in texts[:5])
     copies = sum(not is_held(text) for text in texts[:3])
-    assert overlap == f"overlap with quiz: {hit} of 5 items stand in {hit + copies} training documents"
+    assert overlap == f"overlap with quiz: {hit} of 5 items occur in {hit + copies} training documents"
     assert main(command) == 0
-    assert capsys.readouterr().out == out, "what is there is told in the same words"
+    assert capsys.readouterr().out == out
 
 
-def test_an_override_makes_other_tokens(tmp_path: Path, recipe: Path) -> None:
+def test_override_makes_other_tokens(tmp_path: Path, recipe: Path) -> None:
     for ratio in ("0.2", "0.3"):
         given = ["prepare", "--recipe", str(recipe), "--cache-dir", str(tmp_path / "cache")]
         assert main([*given, f"corpus.validation_ratio={ratio}"]) == 0
@@ -54,9 +56,7 @@ def test_an_override_makes_other_tokens(tmp_path: Path, recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "-1"])
-def test_a_number_of_workers_below_one_is_refused(
-    recipe: Path, workers: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_workers_below_one_are_refused(recipe: Path, workers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--recipe", str(recipe), f"--workers={workers}"]) == RecipeError.exit_code
     assert capsys.readouterr().err.splitlines() == [
         f"inheritune-ds: error: --workers {workers} is not accepted",
@@ -65,9 +65,7 @@ def test_a_number_of_workers_below_one_is_refused(
     ]
 
 
-def test_a_reference_whose_tokenizer_is_not_trained_yet_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_untrained_tokenizer_of_a_reference_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["prepare", "--recipe", "quickstart", "--runs-dir", str(tmp_path / "runs"), "corpus.tokenizer=null"]
     assert main(command) == RecipeError.exit_code
     error = capsys.readouterr().err

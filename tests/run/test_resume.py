@@ -27,7 +27,7 @@ def saved(run: Path, *overrides: str, data: str | None = "d" * 64, precision: st
         "layout": {"world_size": 4, "zero_stage": 3, "precision": precision},
         "fingerprints": {"recipe": load_recipe("quickstart", list(overrides)).fingerprint, "data": data, "code": {}},
     }
-    return store.publish(temporary, 4, fields, files, print)
+    return store.publish(temporary, 4, fields, files)
 
 
 def resumption(run: Path, *overrides: str) -> Resumption:

@@ -151,5 +151,5 @@ def test_an_invalid_time_limit_is_refused(text: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as caught:
         main(["train", "--max-minutes", text])
     assert caught.value.code == 2
-    message = f"argument --max-minutes: '{text}' is no time limit (allowed: minutes, a number above 0)"
+    message = f"argument --max-minutes: '{text}' is not a time limit (allowed: minutes, a number above 0)"
     assert message in capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path: Path, run:
     ended = run(Corpus(sources=[files_source(path, bad_records="skip")], validation_ratio=0.2))
     assert ended.code == 0, ended.error
     assert ended.output[-1].startswith(
-        f"left out of corpus: 1 empty, 3 bad (the first bad one: {path}:8: it is not UTF-8 text (invalid cont"
+        f"skipped in corpus: 1 empty, 3 bad (first bad record: {path}:8: it is not UTF-8 text (invalid cont"
     )
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     tokens = open_finished(folder, folder.name)
