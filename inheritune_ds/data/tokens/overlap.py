@@ -83,21 +83,27 @@ class OverlapIndex:
         """
         read: list[_Set] = []
         found: dict[int, tuple[list[Hashes], list[int]]] = {}
-        owner = 0
+        owner, fewest = 0, min(MIN_WORDS, ngram)
         for name, texts in sets.items():
             first, short = owner, 0
             for text in texts:
                 words = np.concatenate([_NO_WORDS, *_word_hashes(text)])
                 length = min(len(words), ngram)
-                if length < min(MIN_WORDS, ngram):
+                if length < fewest:
                     short += 1
                 else:
                     hashes, owners = found.setdefault(length, ([], []))
                     hashes.append(next(grams for size, grams in _ngrams(words, length) if size == length))
                     owners.append(owner)
                 owner += 1
+            if owner - first == short:
+                raise CorpusError(
+                    f"evaluation set {name!r} has nothing to compare documents with: none of its {short} items has "
+                    f"{fewest} words",
+                    allowed=f"items of at least {fewest} words",
+                    action="set another text_field of this set in corpus.overlap_with, or remove the set",
+                )
             read.append(_Set(name, first, owner - first, short))
-            _check_set(read[-1], min(MIN_WORDS, ngram))
         return cls(ngram, tuple(read), {length: _Table(*of_length) for length, of_length in sorted(found.items())})
 
     def find(self, text: str) -> Hits:
@@ -155,16 +161,6 @@ class OverlapCounter:
                 self._sets, self._items, self._documents, strict=True
             )
         }
-
-
-def _check_set(found: _Set, words: int) -> None:
-    if found.items == found.too_short:
-        raise CorpusError(
-            f"evaluation set {found.name!r} has nothing to compare documents with: none of its {found.items} items "
-            f"has {words} words",
-            allowed=f"items of at least {words} words",
-            action="set another text_field of this set in corpus.overlap_with, or remove the set",
-        )
 
 
 _NO_WORDS: Hashes = np.zeros(0, np.uint64)

@@ -8,7 +8,7 @@ ids of a tokenizer with a SentencePiece model must be SentencePiece's: converted
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -54,8 +54,10 @@ def check_fidelity(encoder: TextEncoder, texts: Iterable[str], sentencepiece_mod
     Raises:
         CorpusError: Its ids are not those of its `sentencepiece_model`.
     """
-    found = Fidelity()
-    processor = _processor(sentencepiece_model) if sentencepiece_model is not None else None
+    from sentencepiece import SentencePieceProcessor
+
+    found, new_processor = Fidelity(), cast("Any", SentencePieceProcessor)
+    processor = new_processor(model_proto=sentencepiece_model) if sentencepiece_model is not None else None
     name = getattr(encoder.backend.model, "unk_token", None)
     unknown = encoder.backend.token_to_id(name) if name is not None else None
     for text in texts:
@@ -68,13 +70,6 @@ def check_fidelity(encoder: TextEncoder, texts: Iterable[str], sentencepiece_mod
         found.unknown_tokens += ids.count(unknown)
         _count(found, encoder, sample, encoder.backend.decode(ids, skip_special_tokens=False))
     return found
-
-
-def _processor(model: bytes) -> Any:
-    from sentencepiece import SentencePieceProcessor
-
-    kind: Any = SentencePieceProcessor
-    return kind(model_proto=model)
 
 
 def _count(found: Fidelity, encoder: TextEncoder, text: str, back: str) -> None:

@@ -60,9 +60,9 @@ class ShardWriter:
             StorageError: The disk refuses.
         """
         if self._file is None:
-            self._begin()
-        assert self._file is not None
+            self._shards.append({"file": f"{self._part}-{len(self._shards):05d}.bin", "tokens": 0, "documents": 0})
         with storage_errors(self._path):
+            self._file = self._file or self._path.open("wb")
             self._file.write(ids.astype(self._dtype).tobytes())
         shard = self._shards[-1]
         shard["tokens"] += len(ids)
@@ -93,11 +93,6 @@ class ShardWriter:
     @property
     def _path(self) -> Path:
         return self._folder / str(self._shards[-1]["file"])
-
-    def _begin(self) -> None:
-        self._shards.append({"file": f"{self._part}-{len(self._shards):05d}.bin", "tokens": 0, "documents": 0})
-        with storage_errors(self._path):
-            self._file = self._path.open("wb")
 
     def _refuse_truncated(self) -> None:
         """Check that the files are as long as in the journal: a power failure may have truncated them."""
