@@ -1,8 +1,9 @@
-"""Ranks that nothing but the program itself holds together: as under srun without --kill-on-bad-exit."""
+"""Ranks without a launcher that ends them, as under srun without --kill-on-bad-exit; killed runs."""
 
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_runs import Launch, Recipe, arguments, status
-from tests.launching import ROOT, environment, free_port, srun_variables
+from tests.end_to_end.test_runs import Launch, Recipe, Start, arguments, last_step, status, wait_for
+from tests.launching import ROOT, environment, free_port, rows, srun_variables
 from tests.warm_python import WarmProcess, WarmPython
 
 pytestmark = pytest.mark.timeout(300)
@@ -22,7 +23,7 @@ Ranks = Callable[..., list[Rank]]
 
 @pytest.fixture
 def ranks(warm: WarmPython, tmp_path: Path) -> Iterator[Ranks]:
-    """Start two ranks as srun does, each with a log of its own; no launcher ends one after the other."""
+    """Start two ranks like srun, each with its own log; no launcher ends one after the other."""
     started: list[Rank] = []
 
     def start(script: str, words: list[str], *, real: bool = False, **extra: str) -> list[Rank]:
@@ -48,7 +49,7 @@ def log(tmp_path: Path, rank: int) -> str:
     return (tmp_path / f"rank{rank}.log").read_text()
 
 
-def test_all_ranks_leave_when_rank_0_is_refused_the_folder(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_all_ranks_exit_when_rank_0_cannot_lock_the_folder(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe()
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)
@@ -63,25 +64,52 @@ def test_all_ranks_leave_when_rank_0_is_refused_the_folder(ranks: Ranks, tiny_re
     assert status(folder) == {"state": "running", "step": 3}, "it is the other process's"
 
 
-def test_all_ranks_wait_for_the_export_and_leave_together(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_all_ranks_wait_for_the_export_and_exit_together(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe()
     main, second = ranks("tests/end_to_end/drive_export.py", arguments(recipe, tmp_path), real=True, EXPORT_S="5")
     assert second.wait(timeout=110) == 0
-    assert status(tmp_path / "runs" / "tiny")["state"] == "finished", "rank 1 left before rank 0 was done"
+    assert status(tmp_path / "runs" / "tiny")["state"] == "finished", "rank 1 exited before rank 0 was done"
     assert main.wait(timeout=10) == 0
     assert "terminate called" not in log(tmp_path, 1)
 
 
-def test_all_ranks_leave_when_the_export_fails(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_all_ranks_exit_when_the_export_fails(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    how = {"EXPORT_S": "2", "FAIL": "1"}
-    codes = [
-        process.wait(timeout=110)
-        for process in ranks("tests/end_to_end/drive_export.py", arguments(recipe, tmp_path), **how)
-    ]
-    assert codes == [12, 12]
+    started = ranks("tests/end_to_end/drive_export.py", arguments(recipe, tmp_path), EXPORT_S="2", FAIL="1")
+    assert [process.wait(timeout=110) for process in started] == [12, 12]
     assert "rank 1: error: rank 0 has ended the run: planted by a test" in log(tmp_path, 1)
     assert status(tmp_path / "runs" / "tiny")["exit_code"] == 12
+
+
+LONG = {"training": {"seq_len": 32, "global_batch_tokens": 512, "duration": "40 steps"}}
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    main, second = ranks("train.py", arguments(tiny_recipe(checkpoint={"interval_steps": 1000}, **LONG), tmp_path))
+    wait_for(lambda: last_step(run) >= 1, main, tmp_path / "rank0.log")
+    second.send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=60) for process in (main, second)] == [0, 0]
+    stopped = status(run)
+    assert stopped["state"] == "requeue"
+    assert stopped["reason"] == f"another rank was asked to stop: saved at step {stopped['step']}"
+    assert (run / "checkpoints" / f"step-{stopped['step']:08d}").is_dir()
+
+
+def test_a_killed_run_resumes_from_its_newest_checkpoint(
+    start: Start, launch: Launch, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    words = arguments(tiny_recipe(**LONG), tmp_path)
+    process = start("train.py", *words)
+    wait_for(lambda: last_step(run) >= 9, process, tmp_path / "run.log")
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    saved = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*[0-9]"))
+    assert saved >= 8
+    assert f"(step {saved}," in launch("train.py", *words)
+    assert status(run)["state"] == "finished"
+    assert [row["step"] for row in rows(run) if "train/loss" in row] == list(range(1, 41)), "each step once"
 
 
 def test_another_precision_is_refused_and_changes_nothing(
@@ -106,7 +134,7 @@ def test_another_precision_is_refused_and_changes_nothing(
     assert status(run)["state"] == "failed"
 
 
-def test_a_finished_run_says_so_without_its_corpus(launch: Launch, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_finished_run_needs_no_corpus(launch: Launch, tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe()
     launch("train.py", *arguments(recipe, tmp_path), launcher="deepspeed")
     (tmp_path / "corpus.jsonl").unlink()
