@@ -130,7 +130,7 @@ MUTATIONS = [
         VALUES,
         "return torch.promote_types(tensor.dtype, self.skeleton.dtype)",
         "return tensor.dtype",
-        "two_types",
+        "dtype_that_holds_both",
     ),
     Mutation(
         "a half-precision reference would give a target twice as large",
@@ -144,7 +144,7 @@ MUTATIONS = [
         GRAFTS,
         "words[self._number_at[name]] = str(place)",
         'words[self._number_at[name]] += ""',
-        "number_of_its_place",
+        "its_new_block_number",
     ),
     Mutation(
         "every preset would inherit everything",
@@ -177,8 +177,8 @@ MUTATIONS = [
     Mutation(
         "a deeper model than its config says would be cut",
         GRAFTS,
-        "if self.skeleton.blocks.index_of(module) is not None and not",
-        "if self.skeleton.blocks.index_of(module) == -1 and not",
+        "if blocks.index_of(named[name]) is not None]",
+        "if blocks.index_of(named[name]) == -1]",
         "contradicts",
     ),
     Mutation(
@@ -238,8 +238,8 @@ MUTATIONS = [
     Mutation(
         "blocks that divide their attention by their place could be moved",
         CONFIGS,
-        "if tuple(blocks) == tuple(range(len(blocks))):",
-        "if tuple(blocks) != tuple(range(len(blocks))):",
+        "if values.get(_INDEX_KEY) and tuple(blocks) != ",
+        "if values.get(_INDEX_KEY) and tuple(blocks) == ",
     ),
     Mutation(
         "the reference's own config would be changed",

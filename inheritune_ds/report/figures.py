@@ -14,14 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 150
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colors, distinct for any color vision (jfly.uni-koeln.de/color), darkest first."""
 _INK = "#222222"
 _QUIET = "#6b6b6b"
 _TRAINING = "#3f96c4"
-_LABEL_GAP_POINTS = 14.0
-_MOST_MARKERS = 40
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
@@ -149,10 +146,10 @@ class _End:
 
 
 def _draw_validation(axes: "Axes", curve: Curve, label: str, color: str, order: int) -> _End:
-    marker = "o" if len(curve.tokens) <= _MOST_MARKERS else ""
+    marker = "o" if len(curve.tokens) <= 40 else ""
     axes.plot(curve.tokens, curve.values, color=color, marker=marker, markersize=4.5, zorder=2 + order, clip_on=False)
-    low = [value - error for value, error in zip(curve.values, curve.stderr, strict=True)]
-    high = [value + error for value, error in zip(curve.values, curve.stderr, strict=True)]
+    points = list(zip(curve.values, curve.stderr, strict=True))
+    low, high = [value - error for value, error in points], [value + error for value, error in points]
     axes.fill_between(curve.tokens, low, high, color=color, alpha=0.18, linewidth=0, zorder=2)
     return _End(label, curve.tokens[-1], curve.values[-1], color)
 
@@ -191,7 +188,7 @@ def _finish(figure: "Figure", axes: "Axes", ends: Sequence[_End], level: Level |
     figure.canvas.draw()
     _label_ends(axes, ends)
     with storage_errors(path.parent):
-        figure.savefig(path, dpi=DPI)
+        figure.savefig(path, dpi=150)
 
 
 def _label_ends(axes: "Axes", ends: Sequence[_End]) -> None:
@@ -199,7 +196,7 @@ def _label_ends(axes: "Axes", ends: Sequence[_End]) -> None:
     points_per_pixel = 72.0 / axes.figure.dpi
     right = axes.get_xlim()[1]
     heights = [float(axes.transData.transform((right, end.value))[1]) * points_per_pixel for end in ends]
-    for end, height, place in zip(ends, heights, spread(heights, _LABEL_GAP_POINTS), strict=True):
+    for end, height, place in zip(ends, heights, spread(heights, gap=14.0), strict=True):
         axes.annotate(
             f"{end.value:.2f}  {end.label}",
             (right, end.value),

@@ -85,4 +85,4 @@ def _facts_table(result: RunResult) -> list[str]:
     }
     if result.reference is not None:
         facts["parameters of the reference"] = f"{result.reference.parameters:,}"
-    return table(["of this run", ""], [[name, value] for name, value in facts.items()])
+    return table(["of this run", ""], list(facts.items()))

@@ -13,8 +13,8 @@ from inheritune_ds.storage.files import write_json, write_text
 
 Role = Literal["reference", "target", "baseline"]
 _HEAD_START_NOTE = (
-    "A target that inherits starts from what its reference has learned: its tokens come on top of the reference's own"
-    " training, which tokens and seconds of the target do not count."
+    "A target that inherits starts from its reference's trained weights: tokens and seconds of the target do not count"
+    " the reference's own training."
 )
 
 

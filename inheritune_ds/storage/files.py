@@ -109,9 +109,8 @@ def read_json(path: Path) -> Any:
 
 def sync_folder(folder: Path) -> None:
     """Flush every file below a folder, and the folders, to the disk."""
-    for path in sorted(folder.rglob("*")):
+    for path in [*sorted(folder.rglob("*")), folder]:
         sync_path(path)
-    sync_path(folder)
 
 
 def sync_path(path: Path) -> None:

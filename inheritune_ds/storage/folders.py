@@ -30,18 +30,17 @@ def staged(
 
     Args:
         final: Published folder.
-        usable: Whether to keep what exists at `final` at the end, and discard the filled folder.
+        usable: Whether to keep the folder that exists at `final` at the end, and discard the filled one.
         replaceable: Whether to replace it if it is not usable. An empty folder is always replaced.
 
     Raises:
         StorageError: The folder beside `final` cannot be made, synced or renamed.
         RunFolderError: Something that must not be replaced exists at `final` at the end.
     """
-    host = socket.gethostname()
-    staging = final.parent / f".{final.name}.{host}.{os.getpid()}.tmp"
+    staging = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with storage_errors(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final.parent, host)
+        _remove_leftovers(final.parent)
     try:
         with storage_errors(final.parent):
             staging.mkdir()
@@ -61,10 +60,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         StorageError: The folder or its lock cannot be made.
     """
-    lock = _lock_of(folder)
+    lock = folder.with_name(f"{folder.name}.lock")
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent, socket.gethostname())
+        _remove_leftovers(folder.parent)
         descriptor = _lock(lock)
     try:
         with storage_errors(folder):
@@ -96,9 +95,9 @@ def _lock(path: Path) -> int:
 
 def tidy(folder: Path) -> None:
     """Remove the leftovers of a process that was killed between publishing `folder` and the end of `exclusive`."""
-    lock = _lock_of(folder)
+    lock = folder.with_name(f"{folder.name}.lock")
     with suppress(OSError):
-        _remove_leftovers(folder.parent, socket.gethostname())
+        _remove_leftovers(folder.parent)
     with suppress(OSError):  # no lock, or another process holds it
         descriptor = os.open(lock, os.O_RDWR)
         try:
@@ -108,10 +107,6 @@ def tidy(folder: Path) -> None:
             lock.unlink()
         finally:
             os.close(descriptor)
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
 
 
 def describe_files(folder: Path, ignored: Container[str] = ()) -> dict[str, dict[str, Any]]:
@@ -125,12 +120,9 @@ def describe_files(folder: Path, ignored: Container[str] = ()) -> dict[str, dict
 
 
 def damaged_files(folder: Path, described: Any, *, hashes: bool = False) -> list[str]:
-    """List described files that are missing or differ.
+    """List files that differ in size (with `hashes`, also in hash) from the result of `describe_files`.
 
-    Args:
-        folder: Of the files.
-        described: Result of `describe_files`; entries of another form count as damaged.
-        hashes: Whether to compare hashes; otherwise only sizes.
+    Missing files and entries of another form count as damaged.
     """
     if not isinstance(described, Mapping):
         return ["the list of files"]
@@ -143,9 +135,9 @@ def _is_intact(path: Path, entry: Any, *, hashes: bool) -> bool:
     return not hashes or sha256_file(path) == entry.get("sha256")
 
 
-def _remove_leftovers(parent: Path, host: str) -> None:
+def _remove_leftovers(parent: Path) -> None:
     """Remove temporary folders of ended processes of this machine."""
-    name = re.compile(rf"\..*\.{re.escape(host)}\.([0-9]+)(\.broken)?\.tmp")
+    name = re.compile(rf"\..*\.{re.escape(socket.gethostname())}\.([0-9]+)(\.broken)?\.tmp")
     for path in list(parent.iterdir()):
         match = name.fullmatch(path.name)
         # An earlier process had this process's id: this one has made no folder yet.
@@ -164,10 +156,8 @@ def _remove(path: Path) -> None:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

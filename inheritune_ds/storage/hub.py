@@ -23,6 +23,12 @@ _SECRET = re.compile(r"\bhf_\w{8,}|(?<=://)[^/@\s]+@|(?<=\?)[^\s'\">)]+")
 """A token, the password of a URL, or its query, which on a CDN is a signature."""
 
 
+_LOCAL_COPY: dict[RepoType, str] = {
+    "model": ", or copy the folder here and give its path instead of the name",
+    "dataset": ", or copy the files here and list them under corpus.sources with kind: files",
+}
+
+
 @dataclass(frozen=True)
 class Repository:
     """A repository of the hub at one commit."""
@@ -48,7 +54,7 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
     api = HfApi()
     offline = ""
     try:
-        _patiently(lambda: api.repo_info(name, repo_type=repo_type, revision=revision, timeout=_TIMEOUT_S))
+        _with_retries(lambda: api.repo_info(name, repo_type=repo_type, revision=revision, timeout=_TIMEOUT_S))
     except HFValidationError:
         raise HubError(
             f"{name!r} is neither an existing local folder nor a possible name on the hub",
@@ -67,7 +73,7 @@ def resolve(name: str, revision: str, repo_type: RepoType) -> Repository:
     return Repository(name, repo_type, commit.resolved, offline)
 
 
-def _patiently(action: Callable[[], Answer]) -> Answer:
+def _with_retries(action: Callable[[], Answer]) -> Answer:
     """Retry while the hub is busy, but not without a network."""
     for wait_s in _BUSY_WAITS_S:
         try:
@@ -103,13 +109,9 @@ def list_files(repository: Repository) -> list[str]:
 
 
 def snapshot(repository: Repository, patterns: list[str]) -> Path:
-    """Return a folder with a repository's files that match patterns; download them when online.
+    """Return a folder with the files that match `patterns` (`*` matches slashes, too); download them when online.
 
     Partial downloads stay in the hub's cache, and the next attempt resumes them.
-
-    Args:
-        repository: At its commit.
-        patterns: Of paths; a `*` matches slashes too.
 
     Raises:
         HubError: The files are not in the local cache and the hub cannot be reached, or refuses.
@@ -118,7 +120,7 @@ def snapshot(repository: Repository, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = _patiently(
+        folder = _with_retries(
             lambda: snapshot_download(
                 repository.name,
                 repo_type=repository.repo_type,
@@ -154,7 +156,7 @@ def failure(error: BaseException, repository: Repository) -> InherituneError:
     return HubError(
         f"{repo_type} {name!r} at {repository.commit}: the hub's answers break off ({said})",
         action="rerun the same command to resume; if it fails again, check whether the hub is up"
-        + _local_way_out(repo_type),
+        + _LOCAL_COPY[repo_type],
     )
 
 
@@ -167,7 +169,7 @@ def _refusal(error: BaseException, name: str, revision: str, repo_type: RepoType
             return HubError(
                 f"the hub's {repo_type} {name} is gated: downloads require that its terms were accepted",
                 action="accept the terms on its page, then `hf auth login` (or set HF_TOKEN) on this machine"
-                + _local_way_out(repo_type),
+                + _LOCAL_COPY[repo_type],
             )
         if isinstance(link, RevisionNotFoundError):
             return HubError(
@@ -210,14 +212,8 @@ def _unreachable(name: str, repo_type: RepoType, reason: str) -> HubError:
     return HubError(
         f"{repo_type} {name!r}: {why}, and the local cache does not hold it",
         action="connect this machine once, or point HF_HOME to a cache filled on another machine"
-        + _local_way_out(repo_type),
+        + _LOCAL_COPY[repo_type],
     )
-
-
-def _local_way_out(repo_type: RepoType) -> str:
-    if repo_type == "dataset":
-        return ", or copy the files here and list them under corpus.sources with kind: files"
-    return ", or copy the folder here and give its path instead of the name"
 
 
 def first_line(error: BaseException) -> str:

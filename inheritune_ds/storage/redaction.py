@@ -24,7 +24,7 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """Replace every secret by MASK."""
-    return _masked(text, sorted(_forms(environ), key=len, reverse=True))
+    return str(redact_document(text, environ))
 
 
 def redact_document(document: Any, environ: Mapping[str, str] = os.environ) -> Any:
@@ -33,18 +33,14 @@ def redact_document(document: Any, environ: Mapping[str, str] = os.environ) -> A
 
     def walk(value: Any) -> Any:
         if isinstance(value, str):
-            return _masked(value, forms)
+            for form in forms:
+                value = value.replace(form, MASK)
+            return _HUB_TOKEN.sub(MASK, _USER_INFO.sub(MASK, value))
         if isinstance(value, Mapping):
             return {walk(key): walk(item) for key, item in value.items()}
         return [walk(item) for item in value] if isinstance(value, list | tuple) else value
 
     return walk(document)
-
-
-def _masked(text: str, forms: Iterable[str]) -> str:
-    for form in forms:
-        text = text.replace(form, MASK)
-    return _HUB_TOKEN.sub(MASK, _USER_INFO.sub(MASK, text))
 
 
 def _named(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -58,10 +54,9 @@ def _named(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def _forms(environ: Mapping[str, str]) -> set[str]:
     """The secrets of the environment: plain, URL-quoted, JSON-escaped, and as Python's repr."""
-    secrets = {secret for _, secret in _named(environ)}
     return {
         form
-        for secret in secrets
+        for _, secret in _named(environ)
         for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1])
     }
 

@@ -28,12 +28,9 @@ class BlockList:
 
 
 def find_blocks(model: "nn.Module", depth: int, path: str | None = None) -> BlockList:
-    """Find the module list that holds `depth` blocks.
+    """Find the module list that holds `depth` (`num_hidden_layers`) blocks.
 
-    Args:
-        model: A causal language model, with real or meta tensors.
-        depth: `num_hidden_layers` of its config.
-        path: Of the list, if known from a model of the same family: a short target may have other lists of that length.
+    A short target may have other lists of that length: `path` is then known from a model of the same family.
 
     Raises:
         SurgeryError: If no list, or more than one at the top, has that many entries.

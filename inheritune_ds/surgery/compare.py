@@ -23,15 +23,7 @@ _WORKERS = 2  # hashlib and numpy release the GIL
 def describe_tensors(
     folder: Path, grafts: Sequence["TensorCopy"], value: Callable[["TensorCopy"], torch.Tensor]
 ) -> list[dict[str, Any]]:
-    """Read every written tensor back, compare it with its source bit for bit, and describe it.
-
-    Args:
-        folder: The written target.
-        grafts: The written tensors.
-        value: Gives the expected tensor, read again from its source or fresh.
-
-    Returns:
-        For each tensor its entry in inheritance.json.
+    """Read every tensor in `folder` back and compare it with its `value` bit for bit; return the report's entries.
 
     Raises:
         SurgeryError: If a tensor on the disk differs from the expected one, or holds a non-finite number.
@@ -109,12 +101,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor], hashes: Mapping[str, str] | None = None) -> str:
-    """sha256 of a state dict (hex): names, dtypes, shapes and bytes, in the order of the names.
-
-    Args:
-        state: Tensors by name.
-        hashes: `tensor_sha256` of each; None to compute them.
-    """
+    """sha256 of a state dict (hex): names, dtypes, shapes and `hashes` (`tensor_sha256`), in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} ".encode())

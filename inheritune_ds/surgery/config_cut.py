@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 DROPOUT_KEY = re.compile(r"(^|_)(dropout|pdrop|dropout_p|dropout_prob|dropout_rate)($|_)")
 _PER_BLOCK_KEY = re.compile(r"layer|block|pattern|intermediate_size|num_.*heads|topk|experts|^moe_|_types$")
 _BLOCK_NUMBERS_KEY = re.compile(r"(layers|layer_ids|layer_idx|indices|idxs|idx|layers_enum)$")
-_FLAG_KEYS = ("no_rope_layers",)
-"""Lists of 0 and 1, one per block, named like a list of block numbers."""
+_FLAG_KEY = "no_rope_layers"
+"""A list of 0 and 1, one per block, named like a list of block numbers."""
 _DEPTH_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
-_INDEX_KEYS = ("scale_attn_by_inverse_layer_idx",)
-"""Switches that make a block's computation depend on its index."""
-_DENSE_FIRST_KEYS = ("first_k_dense_replace", "num_dense_layers")
-
+_INDEX_KEY = "scale_attn_by_inverse_layer_idx"
+"""A switch that makes a block's computation depend on its index (GPT-2)."""
 Values = dict[str, Any]
 Rule = Callable[[Values, int, Sequence[int]], Values]
 """Maps config, depth and kept blocks to the changed keys."""
@@ -56,7 +54,12 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
     values = config.to_dict()
     if tuple(blocks) == tuple(range(depth)):
         return type(config).from_dict(values)
-    _check_indices(config.model_type, values, blocks)
+    if values.get(_INDEX_KEY) and tuple(blocks) != tuple(range(len(blocks))):
+        raise SurgeryError(
+            f"{config.model_type}: with {_INDEX_KEY} = {values[_INDEX_KEY]} a block's output depends on its index, and "
+            "this selection changes block indices",
+            allowed="a selection that keeps every block at its index: first:n",
+        )
     values |= _cut_values(values, depth, blocks)
     depth_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values |= {key: len(blocks) for key in (*_DEPTH_KEYS, depth_key) if values.get(key) == depth}
@@ -67,19 +70,6 @@ def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrained
             f"a {config.model_type} config for {len(blocks)} blocks is refused by its own class: {error}",
             allowed="another selection",
         ) from None
-
-
-def _check_indices(model_type: str, values: Values, blocks: Sequence[int]) -> None:
-    """Refuse a selection that moves blocks whose computation depends on their index."""
-    if tuple(blocks) == tuple(range(len(blocks))):
-        return
-    for key in _INDEX_KEYS:
-        if values.get(key):
-            raise SurgeryError(
-                f"{model_type}: with {key} = {values[key]} a block's output depends on its index, and this selection "
-                "changes block indices",
-                allowed="a selection that keeps every block at its index: first:n",
-            )
 
 
 def _cut_values(values: Values, depth: int, blocks: Sequence[int]) -> Values:
@@ -98,7 +88,7 @@ def _cut_values(values: Values, depth: int, blocks: Sequence[int]) -> Values:
 def _cut_list(key: str, value: list[Any], depth: int, blocks: Sequence[int]) -> list[Any]:
     """Cut a list; lists that do not describe blocks stay unchanged."""
     numbers = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < depth for item in value)
-    if numbers and _BLOCK_NUMBERS_KEY.search(key) and key not in _FLAG_KEYS and sorted(set(value)) == value:
+    if numbers and _BLOCK_NUMBERS_KEY.search(key) and key != _FLAG_KEY and sorted(set(value)) == value:
         return [place for place, block in enumerate(blocks) if block in value]
     if len(value) == depth and _PER_BLOCK_KEY.search(key):
         return [value[block] for block in blocks]
@@ -122,7 +112,7 @@ def _sparse_step(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
 
 def _dense_first(values: Values, _depth: int, blocks: Sequence[int]) -> Values:
     """DeepSeek, GLM, AFMoE, LFM: the first blocks are dense, the others mixtures of experts."""
-    key = next((key for key in _DENSE_FIRST_KEYS if isinstance(values.get(key), int)), None)
+    key = next((key for key in ("first_k_dense_replace", "num_dense_layers") if isinstance(values.get(key), int)), None)
     if key is None or isinstance(values.get("mlp_layer_types"), list):
         return {}
     first = values[key]

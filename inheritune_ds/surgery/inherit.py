@@ -59,12 +59,9 @@ def locate_previous(folder: Path) -> ReferenceModel:
 
 
 def find_target(folder: Path, identity: Mapping[str, Any], *, verify: bool = False) -> TargetModel | None:
-    """Open the finished target in `folder`; None unless it is intact and has this `identity`.
+    """Open the finished target in `folder`; None unless it has this `identity` and intact files.
 
-    Args:
-        folder: Of the target.
-        identity: As in `Cut`.
-        verify: Whether to hash its files; otherwise only their sizes are compared.
+    Only sizes are compared; `verify` compares hashes, too.
     """
     manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
     if not isinstance(manifest, dict) or not isinstance(report, dict) or manifest.get("identity") != identity:
@@ -109,11 +106,8 @@ class Cut:
 def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel:
     """Build the target, prove it, and publish it as a Hugging Face folder.
 
-    Args:
-        cut: Inputs.
-        folder: Of the target.
-        replace: Whether to replace any contents of `folder`. If not, only an empty folder or a damaged target of this
-            identity is replaced, and an intact one is returned.
+    With `replace`, any contents of `folder` are replaced. Otherwise only an empty folder or a damaged target of this
+    identity is replaced, and an intact one is returned.
 
     Raises:
         RunFolderError: If `folder` holds something at the end that must not be replaced.
@@ -138,7 +132,7 @@ def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel
         write_shards(temporary, plan.grafts, values)
         tensors = describe_tensors(temporary, plan.grafts, values.of)
         values.drop_fresh()
-        proven = prove(temporary, plan, values.skeleton, half=cut.target.width == "half")
+        proven = prove(temporary, values)
         report = {**_describe(cut, selection, values), "proof": proven, "tensors": tensors}
         write_json(temporary / REPORT, report)
         license_name = copy_license(cut.reference.folder, temporary) if cut.reference else ""
@@ -212,12 +206,7 @@ def make_config(
 
 
 def plan_target(cut: Cut, config: "PreTrainedConfig", selection: tuple[int, ...]) -> TargetValues:
-    """List every tensor of the target with its source, and check that the model accepts them all.
-
-    Args:
-        cut: Inputs.
-        config: The target's (`make_config`).
-        selection: Kept blocks of the reference.
+    """Map every tensor of the target to its source, and check that the model accepts them all.
 
     Raises:
         SurgeryError: If the sources are damaged, or this selection of the model is impossible.

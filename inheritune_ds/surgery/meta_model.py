@@ -29,12 +29,7 @@ if TYPE_CHECKING:
 
 
 class MetaModel:
-    """A causal language model on the meta device.
-
-    Args:
-        config: Copied, not changed.
-        dtype: Of the parameters.
-        path: Of the list of blocks, if known from a model of the same family.
+    """A causal language model on the meta device; the config is copied, `path` is as in `find_blocks`.
 
     Raises:
         SurgeryError: If no causal language model can be built from the config, or its blocks cannot be identified or
@@ -96,10 +91,7 @@ class MetaModel:
         return any(re.search(pattern, module_name) for pattern in patterns)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load tensors into their modules.
-
-        Args:
-            tensors: By name in the file. Meta tensors are only checked for names and shapes.
+        """Load tensors, by name in the file, into their modules; of meta tensors only names and shapes are checked.
 
         Raises:
             SurgeryError: If a tensor has no place or another shape, or a part of a fused parameter is missing.
@@ -136,12 +128,7 @@ class MetaModel:
             raise contradiction(problems)
 
     def fill(self, tensors: Mapping[str, torch.Tensor], wanted: Callable[[str], bool]) -> None:
-        """Make some modules ready to compute: load their tensors and compute the buffers that no file holds.
-
-        Args:
-            tensors: By name in the file.
-            wanted: Whether to fill the tensor or buffer of this name in the model.
-        """
+        """Load tensors, by name in the file, and compute the `wanted` buffers that no file holds."""
         from transformers import initialization
 
         self.load(tensors)
@@ -172,12 +159,7 @@ class MetaModel:
 
 
 def as_in_files(model: "PreTrainedModel", tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert tensors to their form in a file: the file's names, a fused parameter as several tensors.
-
-    Args:
-        model: As `from_pretrained` returns it.
-        tensors: By name in the model; may be meta tensors.
-    """
+    """Convert (meta) tensors of a model to their form in a file: the file's names, fused parameters split."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))
@@ -270,9 +252,8 @@ def check_same_blocks(reference: MetaModel, block: int, target: MetaModel, place
     Raises:
         SurgeryError: Naming the setting that differs.
     """
-    ours = dict(target.block(place).named_modules())
-    theirs = dict(reference.block(block).named_modules())
-    kind = reference.config.model_type
+    ours, theirs = dict(target.block(place).named_modules()), dict(reference.block(block).named_modules())
+    kind, depths = reference.config.model_type, (reference.blocks.depth, target.blocks.depth)
     for name in [*theirs, *ours]:
         if name not in ours or name not in theirs or type(ours[name]) is not type(theirs[name]):
             was = type(theirs[name]).__name__ if name in theirs else "nothing"
@@ -282,7 +263,6 @@ def check_same_blocks(reference: MetaModel, block: int, target: MetaModel, place
         before, after = _settings(module), _settings(ours[name])
         for key in sorted({*before, *after}):
             old, new = before.get(key), after.get(key)
-            depths = (reference.blocks.depth, target.blocks.depth)
             if old == new or (old, new) in ((block, place), depths):
                 continue
             if not (_is_of_config(key, old, reference) and _is_of_config(key, new, target)):

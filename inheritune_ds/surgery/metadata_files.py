@@ -3,7 +3,7 @@
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -29,19 +29,15 @@ def write_configs(folder: Path, skeleton: MetaModel, reference: ReferenceModel |
     config.architectures = [type(skeleton.model).__name__]
     config.dtype = skeleton.dtype
     config.save_pretrained(folder)
-    if reference is not None and (reference.folder / GENERATION).is_file():
-        if not isinstance(read_json(reference.folder / GENERATION), dict):
-            raise SurgeryError(
-                f"{reference.folder / GENERATION} is not a JSON object", action="download the file again, or remove it"
-            )
-        shutil.copyfile(reference.folder / GENERATION, folder / GENERATION)
-    else:
-        made = GenerationConfig.from_model_config(config)
-        if reference is not None:  # old models keep their generation settings in config.json
-            made = GenerationConfig.from_pretrained(
-                reference.folder, config_file_name="config.json", _from_model_config=True
-            )
-        made.save_pretrained(folder)
+    if reference is None:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    elif (path := reference.folder / GENERATION).is_file():
+        if not isinstance(read_json(path), dict):
+            raise SurgeryError(f"{path} is not a JSON object", action="download the file again, or remove it")
+        shutil.copyfile(path, folder / GENERATION)
+    else:  # old models keep their generation settings in config.json
+        old: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
+        GenerationConfig.from_pretrained(reference.folder, **old).save_pretrained(folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -54,11 +54,7 @@ class ReferenceModel:
 
 
 def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> ReferenceModel:
-    """Find the reference on this machine or download it.
-
-    Args:
-        reference: From the recipe.
-        recipe_export: Returns the exported folder of a `recipe:NAME` reference.
+    """Find the reference on this machine or download it; `recipe_export` gives the export of `recipe:NAME`.
 
     Raises:
         HubError: If the hub cannot be reached or does not have it.

@@ -32,13 +32,7 @@ def blocks_of(report: Mapping[str, Any]) -> str:
 
 
 def target_card(report: Mapping[str, Any], license_name: str, command: str) -> str:
-    """Text of a target's model card.
-
-    Args:
-        report: The inheritance report.
-        license_name: From the reference's card; empty if it has none.
-        command: Rebuilds this target.
-    """
+    """Text of a target's model card; `license_name` is from the reference's card (empty if it names none)."""
     front = [f"license: {license_name}"] if license_name and "," not in license_name else []
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags: [inheritune]"]
     front_matter = "\n".join(front)

@@ -42,12 +42,7 @@ class TensorCopy:
 
 
 class SourceModel:
-    """A model to copy tensors from, checked to be complete and to match its config.
-
-    Args:
-        role: Its name in messages and the report: `reference` or `previous`.
-        folder: Hugging Face model folder.
-        config: Of the model.
+    """The `reference` or `previous` model (its role), checked to be complete and to match its config.
 
     Raises:
         RecipeError: If it has no weights.
@@ -63,7 +58,11 @@ class SourceModel:
         named = self.skeleton.module_names(self.files)
         shapes = self.skeleton.shapes
         self.leftovers = sorted(name for name, module in named.items() if module not in shapes)
-        self._check_leftovers({name: named[name] for name in self.leftovers})
+        blocks = self.skeleton.blocks
+        stray = [name for name in self.leftovers if blocks.index_of(named[name]) is not None]
+        stray = [name for name in stray if not self.skeleton.is_ignored(named[name])]
+        if stray:
+            raise contradiction([f"{name} belongs to no block of the config" for name in stray])
         self.module_of = {name: module for name, module in named.items() if module in shapes}
         self._check_numbers()
         self._renamed: dict[str, str] = {}
@@ -77,15 +76,6 @@ class SourceModel:
                 f"the {self.role}'s weights are quantized: {self.folder} holds tensors of {', '.join(sorted(odd))}",
                 allowed=f"tensors of {', '.join(sorted(DTYPES.values()))}",
             )
-
-    def _check_leftovers(self, named: Mapping[str, str]) -> None:
-        stray = [
-            name
-            for name, module in named.items()
-            if self.skeleton.blocks.index_of(module) is not None and not self.skeleton.is_ignored(module)
-        ]
-        if stray:
-            raise contradiction([f"{name} belongs to no block of the config" for name in stray])
 
     def _check_numbers(self) -> None:
         """Refuse integers as weights, and two full tensors for the same parameter."""
@@ -212,13 +202,7 @@ class TensorMap:
 def plan_copies(
     target: MetaModel, steps: Sequence[tuple[SourceModel, int]], outer: SourceModel | None, parts: Collection[str]
 ) -> TensorMap:
-    """List every tensor of the target with its source.
-
-    Args:
-        target: On the meta device.
-        steps: As in `TensorMap`.
-        outer: As in `TensorMap`.
-        parts: Inherited parts, of `config.inheritance.PARTS`.
+    """List every tensor of the target with its source; `parts` are the inherited ones of `config.inheritance.PARTS`.
 
     Raises:
         SurgeryError: If the target has no tensor of a requested part, no place for a tensor of a source, or (unless

@@ -15,7 +15,7 @@ class TargetValues:
     """Reads, converts or initializes the tensors of a target."""
 
     def __init__(self, skeleton: MetaModel, plan: TensorMap, *, half: bool, seed: int) -> None:
-        self.skeleton, self.plan, self._half, self._seed = skeleton, plan, half, seed
+        self.skeleton, self.plan, self.half, self._seed = skeleton, plan, half, seed
         self._fresh: dict[str, torch.Tensor] = {}
         self.sizes = {graft.name: self.meta(graft).nbytes for graft in plan.grafts}
 
@@ -25,13 +25,13 @@ class TargetValues:
             shape, dtype = self.skeleton.shapes[graft.module_name], self.skeleton.dtype
         else:
             found = graft.source.files.meta(graft.source_name)
-            shape = self.skeleton.shapes[graft.module_name] if self._half else tuple(found.shape)
+            shape = self.skeleton.shapes[graft.module_name] if self.half else tuple(found.shape)
             dtype = self._dtype(graft.source, found)
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def span(self, graft: TensorCopy) -> Span | None:
         """Bytes in a source's file that equal a tensor of the target; None if it is converted or fresh."""
-        if graft.source is None or self._half:
+        if graft.source is None or self.half:
             return None
         found = graft.source.files.meta(graft.source_name)
         return graft.source.files.span(graft.source_name) if self._dtype(graft.source, found) == found.dtype else None
@@ -41,7 +41,7 @@ class TargetValues:
         if graft.source is None:
             return self._fresh_tensors()[graft.module_name]
         tensor = graft.source.files.tensor(graft.source_name)
-        if self._half:
+        if self.half:
             tensor = leading_half(tensor, self.skeleton.shapes[graft.module_name], graft.module_name)
         return tensor.to(self._dtype(graft.source, tensor))
 

@@ -22,7 +22,8 @@ from inheritune_ds.surgery.compare import as_bytes
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.surgery.meta_model import MetaModel
 from inheritune_ds.surgery.reference import read_shape
-from inheritune_ds.surgery.tensor_map import SourceModel, TensorMap
+from inheritune_ds.surgery.tensor_map import SourceModel
+from inheritune_ds.surgery.tensor_values import TargetValues
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,18 +32,19 @@ PROBE_TOKENS = 32
 _GOLDEN_RATIO = 0.6180339887498949
 
 
-def prove(folder: Path, plan: TensorMap, skeleton: MetaModel, *, half: bool) -> dict[str, Any]:
+def prove(folder: Path, values: TargetValues) -> dict[str, Any]:
     """Verify the written target; return the `proof` entry of the report.
 
     Raises:
         SurgeryError: If the target does not load, or its parameter count or hidden state differs from the expected.
     """
+    plan, skeleton = values.plan, values.skeleton
     tokens = probe_tokens(skeleton.config)
     start, hidden, rest = target_hidden_states(folder, skeleton, tokens)
     proven: dict[str, Any] = {"missing": 0, "unexpected": 0, "budget_parameters": _check_budget(skeleton)}
     fresh = [graft for graft in plan.grafts if graft.source is None]
-    if half or plan.outer is None or any(graft.block is not None for graft in fresh):
-        why = "half the width" if half else "fresh tensors in the blocks"
+    if values.half or plan.outer is None or any(graft.block is not None for graft in fresh):
+        why = "half the width" if values.half else "fresh tensors in the blocks"
         return {**proven, "hidden_state": None, "hidden_state_reason": f"not comparable: {why}"}
     embedded = not any(graft.part in ("token_embeddings", "position_embeddings", "") for graft in fresh)
     expected = reference_hidden_state(
@@ -56,8 +58,8 @@ def prove(folder: Path, plan: TensorMap, skeleton: MetaModel, *, half: bool) -> 
     if not torch.equal(hidden, expected):
         difference = float((hidden.double() - expected.double()).abs().max())
         raise SurgeryError(
-            f"the target does not compute what the kept blocks of the reference compute: their hidden states differ by "
-            f"up to {difference:.3g}; a block of this family depends on its index, or on more than the hidden state",
+            "the target's hidden state differs from that of the reference's kept blocks by up to "
+            f"{difference:.3g}; a block of this family depends on its index, or on more than the hidden state",
             allowed="a selection that keeps every block at its index: first:n",
             action="report this with the model's config.json: nothing was published",
         )
@@ -96,22 +98,18 @@ def probe_tokens(config: "PreTrainedConfig") -> torch.Tensor:
 def target_hidden_states(
     folder: Path, skeleton: MetaModel, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Load the target, run it, and record the input of its first block and the output of its last one.
-
-    Args:
-        folder: The written target.
-        skeleton: Its meta model.
-        tokens: Ids of shape (B, T).
+    """Load the target, run it on ids of shape (B, T), and record input and output of its blocks.
 
     Returns:
-        The two hidden states, of shape (B, T, width), and the other outputs of a block (None: a tensor alone).
+        The input of the first and the output of the last block, of shape (B, T, width), and the other outputs of a
+        block (None: a tensor alone).
 
     Raises:
         SurgeryError: If the target does not load without missing or unexpected tensors.
     """
     model = load_model(folder, dtype=str(skeleton.dtype).removeprefix("torch."))
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = aligned(tensor.data)
+        tensor.data = tensor.data.clone()  # matrix products may round differently on a mapped file: it is unaligned
     blocks = skeleton.blocks
     seen: dict[str, Any] = {}
 
@@ -163,11 +161,6 @@ def reference_hidden_state(
     return hidden
 
 
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy to an aligned address; matrix products may round differently on a mapped file, which is unaligned."""
-    return tensor.clone()
-
-
 class _Stop(Exception):  # noqa: N818 - no error: it ends a forward pass early
     """Carries the hidden state out of a forward pass."""
 
@@ -199,7 +192,8 @@ class _Runner:
             skeleton.block(index).forward = self._bypass
 
     def _read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {self._source.loaded_as(name): aligned(self._source.files.tensor(name)) for name in names}
+        """Copy tensors out of the mapped files, as in `target_hidden_states`."""
+        return {self._source.loaded_as(name): self._source.files.tensor(name).clone() for name in names}
 
     def _bypass(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

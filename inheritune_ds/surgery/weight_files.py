@@ -20,11 +20,7 @@ PICKLE_PATTERNS = (PICKLE, PICKLE_INDEX, "pytorch_model-*.bin")
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """List the weight files of a model folder in transformers' order: safetensors first, a single file first.
-
-    Args:
-        folder: Of the model.
-        name: Of the model in the recipe.
+    """List the weight files of a folder in transformers' order: safetensors first, a single file first.
 
     Raises:
         RecipeError: If there are none.
@@ -66,11 +62,7 @@ class Span:
 
 
 class WeightFiles:
-    """The tensors of a model folder. Only headers are read at first; tensors are mapped.
-
-    Args:
-        folder: A Hugging Face model folder.
-        name: Of the model in the recipe.
+    """The tensors of a model folder, `name` in messages. Only headers are read at first; tensors are mapped.
 
     Raises:
         RecipeError: If there are no weights.

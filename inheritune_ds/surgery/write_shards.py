@@ -94,7 +94,7 @@ def _write_index(folder: Path, shards: Mapping[str, Sequence[str]], total: int) 
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Refuse to begin what cannot fit.
+    """Refuse a target that does not fit on the disk.
 
     Raises:
         StorageError: Naming both sizes.

@@ -79,7 +79,7 @@ def test_staged_accepts_the_result_of_a_faster_process(tmp_path: Path) -> None:
 
 
 def appear(final: Path, kind: str) -> None:
-    """Create what another process may leave in place of a folder."""
+    """Create a folder, file or link, as another process may."""
     if kind == "folder":
         final.mkdir()
         (final / "theirs").touch()

@@ -123,7 +123,7 @@ def test_snapshot_downloads_files_once(hub_server: HubServer, client: HubClient,
 
 
 def test_snapshot_resumes_a_broken_download(hub_server: HubServer, client: HubClient) -> None:
-    """The client keeps what came in pieces of 10 MiB."""
+    """The client keeps finished chunks of 10 MiB."""
     content = b"0123456789abcdef" * (11 * 2**16)
     hub_server.publish("models", "org/broken", {"model.safetensors": content})
     with hub_server.fault("GET /lfs/", drop_after=len(content) - 1000, times=1) as fault:

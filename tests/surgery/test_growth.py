@@ -1,4 +1,4 @@
-"""The next round of growing: trained blocks of a smaller target stay, further ones come from the reference."""
+"""Growth: the trained blocks of a smaller target stay, the other blocks come from the reference."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.surgery.tiny import Build, SaveReference
 
 
 def trained(target: TargetModel, to: Path, dtype: torch.dtype | None = None) -> Path:
-    """A target's folder with other values in every tensor, as training leaves it, and its report."""
+    """A copy of a target with other values in every tensor, as after training."""
     shutil.copytree(target.folder, to)
     (to / "manifest.json").unlink()
 
@@ -67,7 +67,7 @@ def test_trained_blocks_stay_and_the_others_come_from_the_reference(
         ("bfloat16", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_two_types_meet_in_one_that_holds_both(  # noqa: PLR0917 - fixtures are parameters
+def test_growth_uses_a_dtype_that_holds_both_types(  # noqa: PLR0917 - fixtures are parameters
     reference_type: str,
     trained_type: torch.dtype,
     expected: torch.dtype,
@@ -102,7 +102,7 @@ def test_two_types_meet_in_one_that_holds_both(  # noqa: PLR0917 - fixtures are 
         ("first:3", {"rms_norm_eps": 0.5}, "it differs in rms_norm_eps"),
     ],
 )
-def test_a_previous_target_of_something_else_is_refused(  # noqa: PLR0917 - fixtures are parameters
+def test_a_previous_target_that_does_not_fit_is_refused(  # noqa: PLR0917 - fixtures are parameters
     select: str, changes: dict[str, Any], problem: str, reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
@@ -123,7 +123,7 @@ def test_growth_ignores_dropout_and_dtype(reference_folder: SaveReference, build
     assert build(folder, select="first:3", previous=locate_previous(previous)).report["previous_blocks"] == 2
 
 
-def test_a_previous_target_must_tell_that_it_is_of_the_same_reference(
+def test_a_previous_target_must_have_the_same_reference(
     reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
@@ -148,7 +148,7 @@ def test_a_previous_target_must_tell_that_it_is_of_the_same_reference(
 
 
 @pytest.mark.parametrize("options", [{"inherit": "none"}, {"inherit": "paper-scripts"}, {"width": "half"}])
-def test_growth_makes_nothing_of_the_previous_target_anew(
+def test_growth_keeps_all_tensors_of_the_previous_target(
     options: dict[str, Any], reference_folder: SaveReference, build: Build, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama", num_key_value_heads=2)

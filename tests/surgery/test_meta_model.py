@@ -1,4 +1,4 @@
-"""Models without weights: which are refused, and which blocks would compute something else in another place."""
+"""Models without weights: refused models, and blocks that compute something else at another index."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def config(family: str, **changes: Any) -> PreTrainedConfig:
         ),
     ],
 )
-def test_what_is_no_decoder_is_refused_with_the_reason(family: str, changes: dict[str, Any], reason: str) -> None:
+def test_models_other_than_decoders_are_refused(family: str, changes: dict[str, Any], reason: str) -> None:
     asked = AutoConfig.for_model(family, **changes)
     with pytest.raises(SurgeryError) as caught:
         MetaModel(asked)
@@ -51,7 +51,7 @@ def test_what_is_no_decoder_is_refused_with_the_reason(family: str, changes: dic
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_decoder_is_taken(family: str) -> None:
+def test_a_decoder_is_accepted(family: str) -> None:
     skeleton = MetaModel(config(family, tie_word_embeddings=family in tiny.TIED), torch.bfloat16)
     model = tiny.make_model(family)
     assert skeleton.blocks.path == tiny.PATHS[family]
@@ -61,7 +61,7 @@ def test_a_decoder_is_taken(family: str) -> None:
     assert skeleton.required == dict(model.named_parameters()).keys()
 
 
-def test_values_that_no_model_can_have_are_refused() -> None:
+def test_an_invalid_config_value_is_refused() -> None:
     with pytest.raises(SurgeryError) as caught:
         MetaModel(config("llama", hidden_act="no-such-function"))
     assert caught.value.problem == ("no causal language model can be built from this llama config: 'no-such-function'")
@@ -101,11 +101,11 @@ def test_module_names_follow_the_loader() -> None:
         ("my_position_ids", False),
     ],
 )
-def test_leftovers_of_older_versions_are_known(name: str, *, ignored: bool) -> None:
+def test_leftovers_of_older_versions_are_ignored(name: str, *, ignored: bool) -> None:
     assert MetaModel(config("llama")).is_ignored(name) is ignored
 
 
-def test_load_names_what_does_not_fit() -> None:
+def test_load_names_unfitting_tensors() -> None:
     skeleton = MetaModel(config("llama"))
     with pytest.raises(SurgeryError) as caught:
         skeleton.load(
@@ -127,7 +127,7 @@ def test_contradiction_shows_five_and_counts_the_others() -> None:
 
 
 def refused(reference: MetaModel, block: int, target: MetaModel, place: int) -> str:
-    """What differs between a block and the one that would take its place."""
+    """The difference between a block and the target's block, from the error."""
     with pytest.raises(SurgeryError) as caught:
         check_same_blocks(reference, block, target, place)
     kind = reference.config.model_type
@@ -138,7 +138,7 @@ def refused(reference: MetaModel, block: int, target: MetaModel, place: int) -> 
     return caught.value.problem.removeprefix(beginning).partition(". Its computation")[0]
 
 
-def test_blocks_that_compute_the_same_may_take_any_place() -> None:
+def test_equal_blocks_may_have_any_index() -> None:
     llama = MetaModel(config("llama"))
     check_same_blocks(llama, 3, MetaModel(config("llama", attention_dropout=0.5)), 0)
     gpt2 = MetaModel(config("gpt2"))
@@ -171,7 +171,7 @@ def test_blocks_of_other_modules_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("kinds", "same"), [((0, 2), True), ((0, 1), False)])
-def test_windows_by_place_are_seen(kinds: tuple[int, int], *, same: bool) -> None:
+def test_different_attention_windows_are_detected(kinds: tuple[int, int], *, same: bool) -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     reference = MetaModel(config("qwen2", layer_types=types))
     target = MetaModel(config("qwen2", num_hidden_layers=2, layer_types=[types[0], types[0]], max_window_layers=0))

@@ -1,4 +1,4 @@
-"""A short form of `python -m benchmarks.mutated_checkpoints`, and that its judge sees what is wrong."""
+"""A short form of `python -m benchmarks.mutated_checkpoints`, and tests of its judge."""
 
 import json
 import shutil
@@ -101,7 +101,7 @@ def halve_precision(tensors: dict[str, torch.Tensor]) -> None:
     ],
     ids=["none", "bit", "order", "drop", "type", "config", "depth"],
 )
-def test_the_judge_sees_a_wrong_target(
+def test_the_judge_detects_a_wrong_target(
     harm: Callable[[Path], object], problem: str, reference_folder: SaveReference, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
@@ -113,7 +113,7 @@ def test_the_judge_sees_a_wrong_target(
     assert problem in " ".join(wrong)
 
 
-def test_the_judge_sees_other_blocks_and_a_false_report(reference_folder: SaveReference, tmp_path: Path) -> None:
+def test_the_judge_detects_other_blocks_and_a_wrong_report(reference_folder: SaveReference, tmp_path: Path) -> None:
     folder = reference_folder("llama")
     target = tiny.cut(folder, tmp_path / "target", select="1,3").folder
     assert "the hidden state is another" in judge_target(folder, target, (3, 1))[1]
@@ -128,7 +128,7 @@ def test_the_judge_sees_other_blocks_and_a_false_report(reference_folder: SaveRe
     assert any("has another hash than the report says" in problem for problem in wrong)
 
 
-def test_the_judge_sees_an_error_that_is_none(tmp_path: Path) -> None:
+def test_the_judge_detects_an_invalid_refusal(tmp_path: Path) -> None:
     (tmp_path / "reference").mkdir()
     good = "inheritune-ds: error: it is broken\n  do: mend it\n"
     assert judge_refusal(9, good, tmp_path) == []

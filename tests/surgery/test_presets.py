@@ -1,9 +1,9 @@
 """Which tensors each preset leaves fresh, as explicit lists.
 
-`paper-scripts` is what the published scripts leave at their initial values (LLM-Inheritune, commit 560611d:
-lit-gpt/Training/train.py, GPT2-experiments/train_iniheritune.py): of LLaMA the token embeddings and the final norm,
-of GPT-2, whose head is tied, the position embeddings and the final norm. The ablations are those of the paper's
-table 3: attention with its norm, MLP with its norm, both without norms.
+`paper-scripts` leaves the same tensors at their initial values as the published scripts (LLM-Inheritune, commit
+560611d: lit-gpt/Training/train.py, GPT2-experiments/train_iniheritune.py): token embeddings and final norm of LLaMA,
+position embeddings and final norm of GPT-2, whose head is tied. The ablations are those of the paper's table 3:
+attention with its norm, MLP with its norm, both without norms.
 """
 
 import re

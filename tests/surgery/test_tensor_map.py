@@ -1,4 +1,4 @@
-"""What the sources' files hold, and which tensor of the target comes from which of theirs."""
+"""The tensors of the sources' files, and their places in the target."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ def source(folder: Path) -> SourceModel:
 
 
 def refused(folder: Path) -> list[str]:
-    """Lines of the error that says that config and weights contradict each other."""
+    """Lines of the error for a contradiction between config and weights."""
     with pytest.raises(SurgeryError) as caught:
         source(folder)
     first, *lines = caught.value.problem.split("\n")
@@ -34,9 +34,7 @@ def refused(folder: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def test_every_tensor_of_a_kept_block_gets_the_number_of_its_place(
-    reference_folder: SaveReference, build: Build
-) -> None:
+def test_every_tensor_of_a_kept_block_gets_its_new_block_number(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("gpt_neox")
     built = build(folder, select="3,1,3")
     origin, own = load_file(folder / "model.safetensors"), load_file(built.folder / "model.safetensors")
@@ -68,9 +66,7 @@ def test_tensors_outside_the_blocks_without_a_place_are_reported(reference_folde
     plain(built.folder)
 
 
-def test_files_without_the_model_s_prefix_are_read_and_written_so(
-    reference_folder: SaveReference, build: Build
-) -> None:
+def test_files_without_the_model_s_prefix_keep_their_names(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("gpt2")
     expected = plain(folder).state_dict()
     path = folder / "model.safetensors"
@@ -85,14 +81,14 @@ def test_files_without_the_model_s_prefix_are_read_and_written_so(
 
 
 def pickled(folder: Path, change: Callable[[Tensors], object]) -> None:
-    """Turn the weights into a pickle file, with the tied head in it as older versions wrote it."""
+    """Save the weights as a pickle file with the tied head, as older versions did."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 
-def test_a_tied_head_that_is_a_copy_is_left_out(reference_folder: SaveReference, build: Build) -> None:
+def test_a_copied_tied_head_is_skipped(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("gpt2")
     pickled(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
     built = build(folder, select="first:2")
@@ -221,7 +217,7 @@ def test_every_tensor_keeps_its_own_type(reference_folder: SaveReference, build:
     assert built.report["proof"]["dtype"] == "bfloat16"
 
 
-def test_a_tensor_of_no_part_needs_everything_to_be_inherited(
+def test_a_tensor_of_no_part_needs_inherit_all(
     reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = reference_folder("llama")

@@ -1,4 +1,4 @@
-"""What travels along with the tensors: tokenizer files, special ids, generation settings, license_name, type."""
+"""The files beside the tensors: tokenizer, special ids, generation settings, license, dtype."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.surgery import tiny
 from tests.surgery.tiny import Build, SaveReference
 
 
-def test_a_tokenizer_of_its_own_brings_its_ids_and_a_line(
+def test_another_tokenizer_sets_its_special_ids(
     reference_folder: SaveReference, build: Build, make_tokenizer: Callable[[int], Any]
 ) -> None:
     folder = reference_folder("llama")
@@ -24,6 +24,8 @@ def test_a_tokenizer_of_its_own_brings_its_ids_and_a_line(
     assert GenerationConfig.from_pretrained(same).repetition_penalty == 1.25
     tiny.edit_config(folder, bos_token_id=7, eos_token_id=8, pad_token_id=9)
     other = build(folder, to="other", select="first:2", words=33).folder
+    assert AutoTokenizer.from_pretrained(other)("w3 w28")["input_ids"] == [7, 32]
+    assert AutoConfig.from_pretrained(other).use_cache is True
     for found in (AutoConfig.from_pretrained(other), GenerationConfig.from_pretrained(other)):
         assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 0)
     kept = AutoConfig.from_pretrained(build(folder, to="kept", select="first:2", words=40).folder)
@@ -47,7 +49,7 @@ def test_inherit_copies_the_reference_s_tokenizer_files(
     assert ours.get_vocab() == theirs.get_vocab()
 
 
-def test_generation_settings_of_an_old_config_travel_along(reference_folder: SaveReference, build: Build) -> None:
+def test_generation_settings_of_an_old_config_are_kept(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("gpt2")
     (folder / "generation_config.json").unlink()
     tiny.edit_config(folder, do_sample=True, temperature=0.5)
@@ -67,7 +69,7 @@ def test_generation_settings_of_an_old_config_travel_along(reference_folder: Sav
         ("license: [", "its card names none"),
     ],
 )
-def test_the_card_names_the_reference_s_license_name(
+def test_the_card_names_the_reference_s_license(
     front: str, license_name: str, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder("llama")
@@ -79,7 +81,7 @@ def test_the_card_names_the_reference_s_license_name(
 
 
 @pytest.mark.parametrize(("files", "config"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_the_target_loads_in_the_type_that_the_reference_loads_in(
+def test_target_and_reference_load_in_the_same_dtype(
     files: str, config: str, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder("llama", dtype=files)
@@ -90,7 +92,7 @@ def test_the_target_loads_in_the_type_that_the_reference_loads_in(
     assert ours.dtype == theirs.dtype == getattr(torch, config)
 
 
-def test_buffers_of_the_files_are_no_inherited_parameters(build: Build, tmp_path: Path) -> None:
+def test_buffers_are_not_counted_as_inherited_parameters(build: Build, tmp_path: Path) -> None:
     from tests.surgery.families import tiny_config
 
     folder = tmp_path / "reference"
@@ -100,7 +102,7 @@ def test_buffers_of_the_files_are_no_inherited_parameters(build: Build, tmp_path
     assert report["inherited_block_parameters"] == report["block_parameters"]
 
 
-def test_another_config_or_generation_config_makes_another_identity(reference_folder: SaveReference) -> None:
+def test_identity_depends_on_config_and_generation_config(reference_folder: SaveReference) -> None:
     from inheritune_ds.config.model import Reference as Named
     from inheritune_ds.surgery.reference import locate
 

@@ -1,4 +1,4 @@
-"""The proof against an independent one: plain transformers with the other blocks of the reference bypassed."""
+"""Verification against plain transformers with the other blocks of the reference bypassed."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.surgery.tiny import PATHS, Build, SaveReference, block_output, plain
 
 
 def bypass(block: nn.Module) -> None:
-    """Let a block give the hidden state that it gets."""
+    """Make a block return its input hidden state."""
     original = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ def test_target_computes_what_the_reference_does_with_its_other_blocks_bypassed(
     assert built.report["proof"]["hidden_state"] == "equal, bit for bit"
 
 
-def test_report_names_the_hidden_state_that_both_gave(reference_folder: SaveReference, build: Build) -> None:
+def test_report_has_the_hash_of_the_hidden_state(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("llama")
     found = build(folder, select="first:2").report["proof"]
     reference = plain(folder)
@@ -84,10 +84,10 @@ def test_weights_that_overflow_are_refused(reference_folder: SaveReference, buil
     assert caught.value.problem == "the kept blocks of the reference give a hidden state that is not finite"
     assert caught.value.action.startswith("copy or download the weights again")
     assert not (tmp_path / "target").exists()
-    build(folder, select="last:2")  # the damaged block is not in it
+    build(folder, select="last:2")  # without the damaged block
 
 
-def test_a_forward_pass_that_fails_is_told(
+def test_a_failed_forward_pass_is_reported(
     reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = reference_folder("llama")
@@ -118,7 +118,7 @@ def test_a_model_that_does_not_call_its_blocks_cannot_be_proven(
     honest = verify._forward
 
     def forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-        if model.config.num_hidden_layers == 2:  # the target's pass is left as it is
+        if model.config.num_hidden_layers == 2:  # the target's pass runs
             honest(model, tokens)
 
     monkeypatch.setattr(verify, "_forward", forward)

@@ -62,7 +62,7 @@ def test_targets_of_sharded_references_are_the_same(
     assert len(files) == 3
 
 
-def test_numbers_begin_at_multiples_of_their_size(reference_folder: SaveReference, build: Build) -> None:
+def test_tensors_begin_at_multiples_of_their_dtype_s_size(reference_folder: SaveReference, build: Build) -> None:
     folder = reference_folder("llama", dtype="float16", vocab_size=41, intermediate_size=23)
     tiny.edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(16)}))
     content = (build(folder, select="first:2").folder / "model.safetensors").read_bytes()
@@ -78,7 +78,7 @@ def test_numbers_begin_at_multiples_of_their_size(reference_folder: SaveReferenc
         assert entry["data_offsets"][0] % {"F32": 4, "F16": 2}[entry["dtype"]] == 0
 
 
-def test_a_target_that_does_not_fit_on_the_disk_is_not_begun(
+def test_a_target_that_does_not_fit_on_the_disk_is_refused(
     reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
@@ -107,7 +107,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(
     assert contents(tmp_path) == before
 
 
-def test_a_source_that_was_cut_short_meanwhile_is_refused(
+def test_a_truncated_source_is_refused(
     reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = reference_folder("llama")
@@ -129,7 +129,7 @@ def test_a_source_that_was_cut_short_meanwhile_is_refused(
 @pytest.mark.parametrize(
     ("size", "words"), [(3 * 10**12, "3000.00 GB"), (10**7, "0.01 GB"), (9_990_000, "9.99 MB"), (20_000, "0.02 MB")]
 )
-def test_sizes_are_told_in_a_unit_that_shows_them(
+def test_sizes_are_printed_in_a_fitting_unit(
     size: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage = namedtuple("usage", "total used free")  # noqa: PYI024 - shutil's own is no public class
