@@ -1,4 +1,4 @@
-"""What a checkpoint costs: against writing and fsyncing the same bytes plainly, and against no copy at all.
+"""Cost of a checkpoint: against writing and fsyncing the same bytes plainly, and against no copy at all.
 
 `python -m benchmarks.checkpoint` writes docs/results/checkpoint.json. A real engine (ZeRO-1, bf16) of each number of
 ranks saves in turns with a plain writer (A B C, C B A, ...): each rank writes the bytes of its own files, which lie in
@@ -9,8 +9,8 @@ renamed or listed there.
     sync    `save` until it returns: capture, hash, write, fsync, manifest, rename, pointer
     async   `save` until it returns (`blocked`), and until the checkpoint is published
 
-Ratios are taken within a round, so what a shared disk does to one round it does to all three. How fast one thread
-hashes is measured as well, by BLAKE3, which a checkpoint is hashed with, and by sha256.
+Ratios are taken within a round, so a change of a shared disk affects all three. The hashing speed of
+one thread is measured as well, for BLAKE3, the hash of checkpoints, and sha256.
 """
 
 import argparse
@@ -127,7 +127,7 @@ class Writers:
         for turn in in_turns(WRITERS, rounds):
             seconds: dict[str, float] = {}
             for name in turn:
-                os.sync()  # what an earlier turn has left to the disk is not this one's
+                os.sync()  # unwritten data of an earlier turn is not part of this one
                 seconds |= ways[name]()
             found.append(seconds)
             line = "".join(f"{name} {seconds[name]:7.3f} s  " for name in (*WRITERS, "blocked"))
@@ -136,7 +136,7 @@ class Writers:
 
 
 def rank_main(args: argparse.Namespace) -> None:
-    """Measure on one rank; rank 0 writes what it has seen."""
+    """Measure on one rank; rank 0 writes the result."""
     world = join_ranks()
     from inheritune_ds.distributed.environment import keep_freed_memory
 

@@ -1,8 +1,8 @@
 """The unattended check for a machine with a GPU: every question of this repository that only a GPU can answer.
 
 `python -m benchmarks.gpu` goes through the parts below, the most valuable first. Each runs in a process of its own for
-at most `--minutes`, so that one that crashes, hangs or runs out of memory harms no other, and what it has found so far
-is kept. After each part docs/results/gpu-<part>-<date>.json is written. It ends with 0 when every part met its bars (a
+at most `--minutes`, so that one that crashes, hangs or runs out of memory harms no other, and its findings so far
+are kept. After each part docs/results/gpu-<part>-<date>.json is written. It ends with 0 when every part met its bars (a
 part that has nothing to run with is skipped, a missing optional kernel gives a line), 1 when one missed a bar or
 failed, 10 where there is no GPU. `--rehearse` goes through all of it at toy size on a CPU: that tests this command.
 
@@ -48,7 +48,7 @@ class Entry:
 
 PARTS = {
     "parity": Entry("parity:parity", "gradients and updates of every kernel that works here, against fp64"),
-    "packing": Entry("packing:packing", "documents kept apart: errors against each alone, and what it costs"),
+    "packing": Entry("packing:packing", "documents kept apart: errors against each alone, and the cost"),
     "mfu-1.8b": Entry("throughput:mfu_target", "MFU, tokens/s and memory of the 13-block target at 2048 tokens"),
     "mfu-gpt2": Entry("throughput:mfu_gpt2", "the same of GPT-2 medium-16 and large-18 at 1024 tokens"),
     "engine-tax": Entry("ratios:tax", "the step against a plain loop's, and Trainer with DeepSpeed"),
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check_machine(args: argparse.Namespace) -> None:
-    """Refuse what no part could work with.
+    """Refuse a machine or checkout that no part can use.
 
     Raises:
         MachineError: Without a GPU, or if --nanogpt is no checkout.
@@ -170,7 +170,7 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def gpu_state() -> list[dict[str, str]]:
-    """What the driver says of each GPU: name, driver, memory in use, clocks, power; empty without one."""
+    """The driver's report on each GPU: name, driver, memory in use, clocks, power; empty without one."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, check=True)
@@ -191,7 +191,7 @@ def _start(args: argparse.Namespace, group: Sequence[str], scratch: Path) -> Sta
 
 
 def run_here(args: argparse.Namespace) -> int:
-    """Run parts in this process; what they find lies in files of the folder --json."""
+    """Run parts in this process; their reports are files of the folder --json."""
     for name in args.part:
         report = Report(args.json / f"{name}.json", rehearsal=args.rehearse)
         module, _, function = PARTS[name].where.partition(":")
@@ -244,5 +244,5 @@ def table(found: Mapping[str, Mapping[str, Any]], *, bars: bool = True) -> list[
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended then, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the started processes
     sys.exit(main())

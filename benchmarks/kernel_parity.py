@@ -97,7 +97,7 @@ def _computed(request: KernelRequest, family: str, dtype: torch.dtype) -> Gradie
     kernels, _ = choose_kernels(
         request, config=model.config, device=DEVICE, dtype=dtype, zero_stage=1, offload=False, run_flops=None
     )
-    taken, _ = engine._fit(model, kernels)  # noqa: SLF001 - what the engine does to a model is under test
+    taken, _ = engine._fit(model, kernels)  # noqa: SLF001 - the engine's change of a model is tested
     assert taken == kernels
     nn.Module.to(model, dtype)
     tokens = _windows()

@@ -1,4 +1,4 @@
-"""Bytes of all tensors that are alive, and their peak: what a caching allocator on a GPU would have to hold."""
+"""Bytes of all tensors that are alive, and their peak: the need of a caching allocator on a GPU."""
 
 import gc
 import weakref

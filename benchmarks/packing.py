@@ -1,4 +1,4 @@
-"""Documents that are kept apart inside windows: errors against every document alone, and what a pass costs.
+"""Documents that are kept apart inside windows: errors against every document alone, and the cost of a pass.
 
 `python -m benchmarks.packing` measures on this CPU and writes docs/results/packing.json; on a GPU it is the part
 `packing` of benchmarks.gpu. A pass is forward and backward of one micro-batch; windows and documents take turns on the
@@ -79,7 +79,7 @@ def build(setting: Setting) -> PreTrainedModel:
         offload=False,
         run_flops=None,
     )
-    engine._fit(model, kernels)  # noqa: SLF001 - what the engine does to a model is measured
+    engine._fit(model, kernels)  # noqa: SLF001 - the engine's change of a model is measured
     nn.Module.to(model, setting.dtype)
     model.train()
     return model
@@ -184,7 +184,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def cpu_settings() -> dict[str, Setting]:
-    """What is measured on a CPU: the model of the quickstart's size, long and short windows."""
+    """Settings for a CPU: the model of the quickstart's size, long and short windows."""
     settings = {}
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for seq_len, windows in ((256, 4), (1024, 1)):

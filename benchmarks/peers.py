@@ -1,4 +1,4 @@
-"""This program as shipped against what else trains the same model on the same machine.
+"""This program as shipped against other trainers of the same model on the same machine.
 
 `python -m benchmarks.peers --litgpt-python L/bin/python` writes docs/results/peers.json and ends with 1 if a bar is
 missed. The program chooses its kernels, compilation and allocator itself. The others: the plain loop that a user would

@@ -42,7 +42,7 @@ def kernels_of(
     )
 
 
-def loop_parts(  # noqa: PLR0913 - what differs between its users
+def loop_parts(  # noqa: PLR0913 - each differs between its callers
     recipe: Recipe,
     engine: Engine,
     recorder: Recorder,

@@ -179,7 +179,7 @@ def run_ranks(module: str, arguments: Sequence[str], ranks: int, *, threads: int
                 kill(process)
 
 
-def _start(  # noqa: PLR0913, PLR0917 - what a rank's environment takes
+def _start(  # noqa: PLR0913, PLR0917 - parts of the environment of a rank
     module: str, arguments: Sequence[str], rank: int, ranks: int, port: str, threads: int, log: Path
 ) -> "subprocess.Popen[bytes]":
     with log.open("wb") as stream:
@@ -195,7 +195,7 @@ def _start(  # noqa: PLR0913, PLR0917 - what a rank's environment takes
 
 
 def _show(log: Path, seen: int) -> int:
-    """Print what is new in a log and begins with `>`; returns where it was read to."""
+    """Print the new lines of a log that begin with `>`; returns the position after them."""
     text = log.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     for line in whole[seen:].splitlines():

@@ -1,6 +1,6 @@
 """Trainers side by side: each in a process of its own, woken one at a time, in the order A B C C B A.
 
-A *round* is one block of whole steps of every subject; what is compared are tokens/s of the same round. All subjects
+A *round* is one block of whole steps of every subject; the tokens/s of the same round are compared. All subjects
 are started several times over (a *set* of processes), since two processes of the same program differ by more than two
 blocks of one. A block during which something else was busy is measured again. Tokens are random, never zeros.
 """
@@ -60,7 +60,7 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
-"""What `inheritune_ds.distributed.environment` asks glibc for, for programs that have no such call."""
+"""The glibc settings of `inheritune_ds.distributed.environment`, for programs without such a call."""
 CALL_THE_ALLOCATOR = ("project", "project_compiled", "project_shipped", "plain_master", "plain_master_compiled")
 
 

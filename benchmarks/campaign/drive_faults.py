@@ -52,7 +52,7 @@ def batches(number: int, accumulation: int, rank: int) -> list[Any]:
 
 
 def state_sha256(engine: Any) -> str:
-    """Hash of all that a step may change on this rank: weights, fp32 masters, moments, Adam's step counts, scales."""
+    """Hash of this rank's weights, fp32 masters, moments, Adam's step counts and scales: all that a step may change."""
     import torch
 
     optimizer = engine._engine.optimizer  # noqa: SLF001 - there is no public way
@@ -140,7 +140,7 @@ FAULTS: list[tuple[str, Spoil | None, float, int]] = [
     ("a spike", None, 0.0, 0),
     ("a token id that the model has not", None, 0.0, 1),
 ]
-"""Name, what spoils the step, the value, the rank. The first comes before the optimizer has any moment."""
+"""Name, fault, value, rank. The first comes before the optimizer has any moment."""
 
 
 def faulty_step(engine: Any, fault: tuple[str, Spoil | None, float, int], given: list[Any], rank: int) -> str | None:

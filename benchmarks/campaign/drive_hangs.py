@@ -18,7 +18,7 @@ Sleep = Callable[..., Any]
 
 
 def sleep_for_ever(*_: Any, **__: Any) -> None:
-    """What a hung rank does; the name is looked for in its stacks."""
+    """Hang; the test looks for this name in the stacks."""
     Path("hung").write_text(repr(time.time()), encoding="utf-8")
     time.sleep(3600)
 

@@ -50,7 +50,7 @@ def recorded_windows() -> Iterator[Windows]:
 
 
 def main() -> None:
-    """Run what the command line names."""
+    """Train the runs of the command line."""
     parser = argparse.ArgumentParser()
     for word in ("recipe", "ds_config", "folder", "out"):
         parser.add_argument(word, type=Path)
@@ -86,7 +86,7 @@ def main() -> None:
         name = f"{args.out}-{step}"
         if step:
             meeting.run_on_rank0(partial(stopped_after, runs / args.first, runs / name, step))
-        # DeepSpeed collects garbage a few times while it builds an engine, and what was imported is most of it.
+        # DeepSpeed collects garbage a few times while it builds an engine, most of which was imported.
         gc.freeze()
         # The figures take longer than the training, and are drawn of the rows that are compared.
         with recorded_windows() as windows, patch("inheritune_ds.run.finish.write_run_report", lambda run: run):

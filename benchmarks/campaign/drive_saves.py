@@ -1,8 +1,8 @@
-"""Launched by the part `publish`: one rank that saves again and again, and whose writer is slow, is refused or dies.
+"""Launched by the part `publish`: one rank that saves repeatedly, with a slow, refused or killed writer.
 
 `python drive_saves.py FOLDER PLAN.json` once a rank. The plan holds the ZeRO stage, whether saves are asynchronous,
-whether DeepSpeed's own save follows, and for every save, from step 2 on, what happens to which file of which rank in
-the middle of it. Rank R writes result-R.json: what each save has answered.
+whether DeepSpeed's own save follows, and for every save, from step 2 on, the fault in the middle of a file of a rank.
+Rank R writes result-R.json: the results of its saves.
 """
 
 import errno
@@ -113,7 +113,7 @@ def native_save(engine: "Engine", folder: Path, rank: int) -> None:
         own(*arguments, **options)
 
     with patch.object(torch, "save", slow):
-        engine._engine.save_checkpoint(str(folder), tag="step-00000001")  # noqa: SLF001 - what users call
+        engine._engine.save_checkpoint(str(folder), tag="step-00000001")  # noqa: SLF001 - the call of a user
 
 
 def main(folder: Path, plan: dict[str, Any]) -> int:

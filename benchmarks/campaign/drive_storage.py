@@ -159,7 +159,7 @@ class Trials:
 
     def run(self, kinds: list[str], stride: int) -> None:
         """Every `stride`-th operation of a save, refused in every way."""
-        self._save("continue", 0)  # the first save makes what later ones find
+        self._save("continue", 0)  # the first save creates folders
         _, operations = self._save("continue", 0)
         operations = self._gathered(operations)[self._where]
         self.figures["operations"] = operations
@@ -231,7 +231,7 @@ class Trials:
             )
 
     def _look(self, number: int, before: int, *, saved: bool) -> int:
-        """What lies in the folder after a refusal, on rank 0; the step of the newest verified checkpoint."""
+        """Check the folder after a refusal, on rank 0; returns the step of the newest verified checkpoint."""
         if not self._world.is_main:
             return 0
         line = " ".join(self._said)

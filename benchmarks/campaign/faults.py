@@ -36,7 +36,7 @@ POLICY = {"rollback_after": 3, "max_rollbacks": 2}
 
 
 def _left_out(folder: Path, settings: tuple[str, ...]) -> Figures:
-    """All faults under some settings, in one launch."""
+    """All faults under several settings, in one launch."""
     out = folder / "found.json"
     run_to_end(folder, str(out), ",".join(settings), script=DRIVE, **LAUNCH)
     found = json.loads(out.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def _run(folder: Path, name: str, bad: str, removed: str, *, expect: int = 0) ->
 
 
 def _trained(run: Path) -> list[dict[str, Any]]:
-    """What training has logged, without the counts of faults."""
+    """The logged values of training, without the counts of faults."""
     counts = ("train/skipped_steps", "train/rollbacks")
     return [{key: value for key, value in row.items() if key not in counts} for row in numerics(run)]
 
@@ -71,7 +71,7 @@ def _one_update(folder: Path) -> Figures:
 
 
 def _rollback(folder: Path) -> Figures:
-    """Three bad batches: the run is afterwards the one whose data never had them."""
+    """Three bad batches: the run then equals one without them in its data."""
     run, output = _run(folder, "bad", "5,6,7", "none")
     without, _ = _run(folder, "without", "none", "5:8")
     assert sum("rollback 1 of 2" in line for line in output.splitlines()) == 1, output[-4000:]
@@ -82,7 +82,7 @@ def _rollback(folder: Path) -> Figures:
 
 
 def _rollbacks_used_up(folder: Path) -> Figures:
-    """Bad batches without an end: two rollbacks, then the run fails, with its own code."""
+    """Bad batches without end: two rollbacks, then the run fails with its exit code."""
     run, output = _run(folder, "endless", "5+", "none", expect=1)  # torchrun's own; each rank left with 11
     rollbacks = [number for number in (1, 2, 3) if f"rollback {number} of 2" in output]
     assert rollbacks == [1, 2], output[-4000:]

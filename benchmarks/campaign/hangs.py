@@ -83,7 +83,7 @@ HANGS = (
 
 
 def run(hang: Hang, folder: Path) -> Figures:
-    """Launch, wait for the sleep and for the end; look at what is left; give the same command again."""
+    """Launch, wait for the sleep and the end, check the end; then rerun the same command."""
     _, limit, step = EXPECTED[hang.place]
     recipe = write_recipe(folder)
     ds_config = write_ds_config(folder, reliability={"watchdog_s": {limit: LIMIT_S}})

@@ -47,7 +47,7 @@ Kind = Literal["save", "step", "start"]
 LEAVE_S = 60.0
 """Seconds in which the launcher must have ended when one of its ranks was killed."""
 _KINDS: tuple[Kind, ...] = ("save", "save", "save", "save", "save", "save", "step", "step", "step", "start")
-"""What the kills of a chain aim at."""
+"""Targets of the kills of a chain."""
 _SAVING = re.compile(r"\.step-(\d{8})\.tmp")
 _FILES = 4
 """A save of two ranks writes a folder, three files in it, and the manifest last."""

@@ -134,7 +134,7 @@ class Launched:
     begun_s: float
 
     def output(self) -> str:
-        """What was printed so far."""
+        """The output so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait(self, timeout_s: float = START_TIMEOUT_S) -> int:
@@ -248,7 +248,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def numerics(run: Path) -> list[dict[str, Any]]:
-    """The rows without what a clock or an allocator decides."""
+    """The rows without measured times and memory."""
     return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows(run)]
 
 

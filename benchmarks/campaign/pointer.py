@@ -170,7 +170,7 @@ class Trial:
         """The same command ends with the code of lost checkpoints, at every try; --fresh starts over."""
         do, expected = LOSSES[harm]
         do(self._stop())
-        for number in (1, 2):  # what the first refusal writes must not let the second pass
+        for number in (1, 2):  # the files of the first refusal must not let the second pass
             output = self._launch(expect=CheckpointError.exit_code)
             assert expected in output, f"{harm}, try {number}: not reported: {expected!r}\n{output[-6000:]}"
             left = status(self.run)

@@ -1,4 +1,4 @@
-"""Point 3: the pointer never names a checkpoint that is not complete, whichever writer is slow, refused or killed."""
+"""Point 3: the pointer never names a checkpoint that is incomplete, whichever writer is slow, refused or killed."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ _FILES = [(rank, file_name(rank)) for rank in range(RANKS)] + _TEXTS
 
 
 class Poller:
-    """Looks every 10 ms at what the pointer names."""
+    """Reads the pointer and lists its checkpoint every 10 ms."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,12 +66,12 @@ class Poller:
 
     @property
     def looks(self) -> int:
-        """How often there was a pointer."""
+        """Number of readings that found a pointer."""
         return len(self._seen)
 
     @property
     def names(self) -> set[str]:
-        """What it has named."""
+        """All checkpoints that it named."""
         return {name for name, _ in self._seen}
 
     def incomplete(self) -> list[str]:
@@ -138,7 +138,7 @@ def _slow_and_refused(folder: Path, *, stage: int, background: bool) -> Figures:
     costs = [fault is not None and fault["action"] == "refuse" and fault["file"] != POINTER for fault in after]
     wanted = [True, *(not cost for cost in costs)]
     assert answers == [wanted, wanted], f"saves have answered {answers}\n{output}"
-    assert not list((folder / "checkpoints").glob(".step-*")), "what was not published is still there"
+    assert not list((folder / "checkpoints").glob(".step-*")), "unpublished folders remain"
     missed = native.incomplete()
     # In stage 3 it gathers parameters behind its files, so all ranks meet before the pointer moves.
     assert missed or stage == 3, f"DeepSpeed's own save was never seen incomplete in {native.looks} looks"

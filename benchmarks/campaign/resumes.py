@@ -20,7 +20,7 @@ DRIVER = "benchmarks/campaign/drive_runs.py"
 KEEPS_ALL = {"interval_steps": 1, "keep": STEPS + 1}
 Precision = Literal["fp32", "bf16"]
 Seen = dict[str, Any]
-"""What a rank has seen in a launch: `rng`, a sha256 of its random numbers' state at the end, and `windows`, by step the
+"""Observations of a rank in a launch: `rng`, a sha256 of its final random state, and `windows`, by step the
 micro-batches that it read, each window as a sha256 of its tokens."""
 
 
@@ -112,6 +112,6 @@ def differences(run: Path, straight: Path) -> list[str]:
 
 
 def windows_of(seen: list[dict[str, Seen]], point: int, step: int) -> list[str]:
-    """The windows of a step in the order of the global batch, from what each rank has read of it."""
+    """The windows of a step in the order of the global batch, from the readings of each rank."""
     shares = [rank[str(point)]["windows"][str(step)] for rank in seen]
     return [window for micro_batches in zip(*shares, strict=True) for share in micro_batches for window in share]

@@ -63,7 +63,7 @@ def holders(folder: Path, inputs: Iterable[Path] = ()) -> list[str]:
 
 
 def _unpacked(path: Path) -> Iterator[bytes]:
-    """What a packed file holds."""
+    """Contents of a packed file."""
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
         yield gzip.decompress(content)

@@ -31,7 +31,7 @@ Who = Literal["one", "all", "twice", "group"]
 ALLOWED_S = 30.0
 PAUSE_S = 3.0
 LONG_PAUSE_S = 60.0
-"""A preparation is not waited for."""
+"""A preparation is not awaited."""
 AGAIN_S = 1.0
 DRIVER = "benchmarks/campaign/drive_signals.py"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -73,7 +73,7 @@ class Trial:
 
 
 def run(trial: Trial, folder: Path) -> Figures:
-    """Launch, signal, wait; look at what is left."""
+    """Launch, signal, wait; check the end."""
     phase, at, saved = WHERE[trial.where]
     seconds = LONG_PAUSE_S if trial.where == "preparing" else PAUSE_S
     words = arguments(write_recipe(folder), write_ds_config(folder), folder)

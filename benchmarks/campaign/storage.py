@@ -230,7 +230,7 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
             temporary = store.begin(step)
             (temporary / "state").write_bytes(bytes([step]) * 5000)
             store.publish(temporary, step, fields(step), listed(temporary))
-        (store.folder / "step-00000003" / "state").write_bytes(b"")  # what a lost write leaves
+        (store.folder / "step-00000003" / "state").write_bytes(b"")  # as after a lost write
         if can_mount():
             fill(place / "ballast")
         strict = CheckpointStore(store.folder, keep=1)

@@ -8,7 +8,7 @@ from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.throughput import TARGET, case_of
 
 USABLE_GIB = 46.0
-"""Of an RTX A6000's 48 GiB: the rest is CUDA's context and what the driver keeps."""
+"""Of an RTX A6000's 48 GiB: the rest is CUDA's context and the driver's share."""
 SUMS = ("fp32", "bf16")
 SIZES = (4, 8, 16, 32)
 

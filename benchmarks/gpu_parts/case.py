@@ -177,7 +177,7 @@ def _in_process(part: Part, case: Case) -> Trained:
 def _no_result(case: Case, what: str, log: Path) -> MachineError:
     text = log.read_text(encoding="utf-8", errors="replace").strip()
     return MachineError(
-        f"the case {case.name} {what}; the end of what it printed:\n{text[-_LOG_END:]}",
+        f"the case {case.name} {what}; the end of its output:\n{text[-_LOG_END:]}",
         action="fix the error above, or give --only without this part",
     )
 

@@ -17,7 +17,7 @@ _BYTES = 28
 
 
 def optimizers(part: Part) -> None:
-    """Time of a step; what is not installed gives a line."""
+    """Time of a step; a missing optimizer gives a line."""
     device = torch.device(part.device)
     elements, tensors = part.sized((ELEMENTS, TENSORS), (TOY_ELEMENTS, TOY_TENSORS))
     found: dict[str, Any] = {}

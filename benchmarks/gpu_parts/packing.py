@@ -1,4 +1,4 @@
-"""Documents kept apart: the same losses and gradients as alone, and what it costs, for every attention that works."""
+"""Documents kept apart: losses and gradients equal to those alone, and the cost, for every attention that works."""
 
 from dataclasses import replace
 from typing import Any

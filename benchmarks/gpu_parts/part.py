@@ -1,4 +1,4 @@
-"""What every part of the GPU check is given."""
+"""Input of every part of the GPU check."""
 
 import time
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Part:
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
-        """What is measured."""
+        """The measured device."""
         return "cpu" if self.rehearse else "cuda"
 
     @property

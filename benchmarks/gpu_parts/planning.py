@@ -1,4 +1,4 @@
-"""What the planner says about a case on one GPU: the only place of the GPU check that knows the planner's functions."""
+"""The planner's predictions for a case on one GPU: the only user of the planner in the GPU check."""
 
 from inheritune_ds.config.deepspeed import Resolved
 from inheritune_ds.config.model import Shape

@@ -1,4 +1,4 @@
-"""What the planner says about memory and speed, against six measured cases."""
+"""The planner's memory and speed against six measured cases."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.throughput import LARGE, MEDIUM, TARGET, case_of
 
 MEMORY_ERROR, SPEED_ERROR = 0.05, 0.10
-"""At most, relative to what was measured."""
+"""Largest error relative to the measurement."""
 EAGER: dict[str, Any] = {"kernels": {"compile": False}}
 FULL: dict[str, Any] = {"kernels": {"activation_checkpointing": "full"}}
 BF16_SUMS: dict[str, Any] = {"data_types": {"grad_accum_dtype": "bf16"}}
@@ -20,7 +20,7 @@ CASES: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("shipped", LARGE, 16, {}),
     ("full recomputation", TARGET, 16, FULL),
 )
-"""What is special, model, micro-batch, what is laid over ds_configs/zero1.json."""
+"""Name, model, micro-batch, keys that replace those of ds_configs/zero1.json."""
 _MICRO_STEPS = 4
 
 
@@ -46,5 +46,5 @@ def predictions(part: Part) -> None:
 
 
 def _error(predicted: float | None, measured: float | None) -> float | None:
-    """Of a prediction, relative to what was measured; None without one of them."""
+    """Error of a prediction relative to the measurement; None without one of them."""
     return None if predicted is None or not measured else predicted / measured - 1.0

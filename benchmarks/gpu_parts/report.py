@@ -1,4 +1,4 @@
-"""What one part of the GPU check finds: figures, bars, lines; kept on the disk from the first one on."""
+"""Findings of one part of the GPU check: figures, bars, lines; written at once."""
 
 from pathlib import Path
 from typing import Any

@@ -67,13 +67,13 @@ class Runs:
         return train_command("--deepspeed_config", self.ds_config, "--recipe", str(recipe), *folders)
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        """What the run has logged of training so far."""
+        """The training rows logged so far."""
         if not (self.folder(name) / "metrics.jsonl").exists():
             return []
         return [row for row in read_metrics(self.folder(name)) if "train/loss" in row]
 
     def broken(self, what: str) -> MachineError:
-        """Say what did not happen, with the end of the log."""
+        """An error with the end of the log."""
         text = self.log.read_text(encoding="utf-8", errors="replace").strip()
         return MachineError(f"{what}; the end of the log:\n{text[-_LOG_END:]}", action="fix the error above")
 

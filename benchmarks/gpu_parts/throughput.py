@@ -17,7 +17,7 @@ BARS = {TARGET: 0.55, MEDIUM: 0.50, LARGE: 0.54}
 STEP_WINDOWS = {TARGET: 64, MEDIUM: 384, LARGE: 384}
 """The recipes' own: 131,072 and 393,216 tokens."""
 SURE_TO_FIT = {TARGET: 16, MEDIUM: 48, LARGE: 48}
-"""What a sweep divides if the case of the planner's own micro-batch has no result; for a GPU of 80 GiB and more."""
+"""Start of a sweep without a result for the planner's micro-batch; for a GPU of 80 GiB and more."""
 _LARGE_SIZES = {"hidden_size": 1280, "num_attention_heads": 20, "num_hidden_layers": 18}
 TOY_SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -54,7 +54,7 @@ def case_of(part: Part, name: str, **settings: Any) -> Case:
 
 
 def usable_gib(part: Part) -> float | None:
-    """What the planner may fill of this GPU; None in a rehearsal."""
+    """Memory of this GPU for the planner; None in a rehearsal."""
     return None if part.rehearse else MEMORY_RATIO * detect_gpus()[0].memory_gib
 
 

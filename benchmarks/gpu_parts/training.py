@@ -85,7 +85,7 @@ def run_case(case: Case, folder: Path) -> Trained:
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """What a single process exports about its ranks must not reach the next program that is started from here."""
+    """Restore the environment: exported ranks must not reach the next program started from here."""
     before = dict(os.environ)
     try:
         yield
@@ -132,7 +132,7 @@ def _predicted_rate(case: Case, shape: Shape, resolved: Resolved) -> float | Non
     return None if known is None else predicted_tokens_per_s(shape, resolved, known)
 
 
-def _train(  # noqa: PLR0913, PLR0917 - what the case was resolved to
+def _train(  # noqa: PLR0913, PLR0917 - parts of the resolved case
     case: Case, folder: Path, recipe: Recipe, resolved: Resolved, world: World, found: Trained, start_s: float
 ) -> Trained:
     order = _order(case, folder)
@@ -181,7 +181,7 @@ class _Meter(Recorder):
         self._opened = ExitStack()
 
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:  # noqa: ARG002 - the loop's own clock
-        """Take what there is to take at the end of a step."""
+        """Take the measurements at the end of a step."""
         self._loss = loss
         self._first_s = self._first_s or time.monotonic()
         timed = step - self._case.warmup_steps
@@ -200,7 +200,7 @@ class _Meter(Recorder):
             raise _DoneError
 
     def log(self, step: int, tokens: int, values: Mapping[str, float]) -> None:  # noqa: ARG002 - the loop's protocol
-        """Keep what the loop logs of the timed steps."""
+        """Keep the values logged in the timed steps."""
         if self._case.warmup_steps < step <= self._last:
             self._logged.append(values)
 
@@ -248,7 +248,7 @@ class _Meter(Recorder):
             left_eager=counters["frames"]["total"] - counters["frames"]["ok"],
             recompiles=self._graphs[2] - self._graphs[1],
             syncs={place: count / SYNC_STEPS for place, count in places.items()} if self._cuda else None,
-            # One step has some of its own: only what comes at least as often as micro-steps is theirs.
+            # A step has some of its own: only those at least as frequent as micro-steps are theirs.
             syncs_per_micro_step=sum(count // often for count in places.values()) if self._cuda else None,
             loss=self._loss,
         )

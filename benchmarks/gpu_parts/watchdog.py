@@ -46,7 +46,7 @@ class Ending:
 
 
 def watch(starts: Sequence[Start]) -> list[Ending]:
-    """Run processes side by side until each has ended or its time is over; what they have left running is killed."""
+    """Run processes side by side until each has ended or reached its limit; kill their remaining children."""
     marks = [uuid.uuid4().hex for _ in starts]
     began = time.monotonic()
     processes: list[subprocess.Popen[bytes]] = []

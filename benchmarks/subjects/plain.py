@@ -41,8 +41,8 @@ def _autocast(order: Order, turns: Turns) -> Callable[[], Callable[[], float]]:
 def _master(order: Order, turns: Turns) -> Callable[[], Callable[[], float]]:
     """bf16 weights, its own fp32 masters, the project's kernels.
 
-    Gradients add up where autograd puts them, in bf16: the least that such a loop can do. What fp32 sums cost the
-    project is part of its tax.
+    Gradients add up where autograd puts them, in bf16: the least that such a loop can do. The cost of fp32 sums is
+    part of the project's tax.
     """
     from inheritune_ds.distributed.environment import keep_freed_memory
     from inheritune_ds.training.block_wrapping import wrap_blocks

@@ -1,4 +1,4 @@
-"""The harness's side of one subject: start it, give it a turn, watch what else the machine does, end it."""
+"""The harness's side of one subject: start it, give it a turn, watch other processes, end it."""
 
 import json
 import os
@@ -118,7 +118,7 @@ class Subject:
     def _broken(self, what: str) -> MachineError:
         text = self._log.read_text(encoding="utf-8", errors="replace").strip()
         return MachineError(
-            f"the subject {self.order.subject} {what}; the end of what it printed:\n{text[-_LOG_END:]}",
+            f"the subject {self.order.subject} {what}; the end of its output:\n{text[-_LOG_END:]}",
             action="fix the error above, or run without this subject (--subjects)",
         )
 

@@ -1,4 +1,4 @@
-"""What the subjects read: windows of one file of random tokens, and Hugging Face models of one shape."""
+"""Input of the subjects: windows of one file of random tokens, and Hugging Face models of one shape."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any

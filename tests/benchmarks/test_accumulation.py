@@ -11,25 +11,25 @@ from inheritune_ds.storage.files import read_json
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_an_error_is_relative_to_the_whole_gradient() -> None:
+def test_error_is_relative_to_the_whole_gradient() -> None:
     wanted = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
     assert error(wanted, wanted) == 0.0
     assert error({**wanted, "a": torch.tensor([3.0, 0.5])}, wanted) == pytest.approx(0.1)
 
 
-def test_the_interval_is_that_of_the_mean() -> None:
+def test_mean_and_interval_returns_the_interval_of_the_mean() -> None:
     found = mean_and_interval([1.0, 2.0, 3.0, 2.0])
     low, high = found["interval_95"]
     assert found["mean"] == 2.0
     assert 1.0 < low < 2.0 < high < 3.0
 
 
-def test_the_first_micro_batches_are_the_same_for_every_accumulation() -> None:
+def test_tokens_of_starts_alike_for_every_accumulation() -> None:
     assert torch.equal(tokens_of(3, 2), tokens_of(3, 4)[:2])
     assert not torch.equal(tokens_of(3, 2), tokens_of(4, 2))
 
 
-def test_the_reference_is_the_mean_over_micro_batches() -> None:
+def test_exact_returns_the_mean_over_micro_batches() -> None:
     one, two = (exact(0, [count], "cpu")[count] for count in (1, 2))
     both = exact(0, [1, 2], "cpu")
     name = "model.norm.weight"
@@ -38,7 +38,7 @@ def test_the_reference_is_the_mean_over_micro_batches() -> None:
     assert one[name].dtype == torch.float64
 
 
-def test_a_table_has_a_row_a_way_and_a_column_an_accumulation() -> None:
+def test_lines_of_has_a_row_per_setting_and_a_column_per_accumulation() -> None:
     row = {"stage": 1, "dtype": "fp32", "communication": "bf16", "interval_95": [0.001, 0.003], "mean": 0.002}
     lines = lines_of([{**row, "accumulation": 1}, {**row, "accumulation": 4}])
     assert lines[0] == "| ZeRO | grad_accum_dtype | communicated in | 1 micro-batches | 4 micro-batches |"
@@ -49,7 +49,7 @@ def test_a_table_has_a_row_a_way_and_a_column_an_accumulation() -> None:
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
-def test_rehearsal_finds_a_bf16_pass_and_the_rounding_of_its_sum(tmp_path: Path) -> None:
+def test_rehearsal_shows_the_rounding_of_bf16_passes_and_sums(tmp_path: Path) -> None:
     out = tmp_path / "accumulation.json"
     command = [sys.executable, "-m", "benchmarks.accumulation", "--rehearse", "--out", str(out)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)

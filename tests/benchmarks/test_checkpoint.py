@@ -14,7 +14,7 @@ Rehearse = Callable[..., tuple[dict[str, Any], str]]
 @pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.timeout(300)
-def test_rehearsal_compares_the_three_ways_on_one_and_two_ranks(rehearse: Rehearse, tmp_path: Path) -> None:
+def test_rehearsal_compares_three_writers_on_one_and_two_ranks(rehearse: Rehearse, tmp_path: Path) -> None:
     found, output = rehearse("checkpoint", "--scratch", str(tmp_path))
     assert found["rehearsal"] is True
     for ranks in ("1", "2"):
@@ -29,6 +29,6 @@ def test_rehearsal_compares_the_three_ways_on_one_and_two_ranks(rehearse: Rehear
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.json"], "a measurement leaves no files"
 
 
-def test_a_bar_is_that_of_the_issue() -> None:
+def test_comparisons_have_the_promised_bars() -> None:
     bars = {comparison.name: comparison.bar for comparison in checkpoint.COMPARISONS if comparison.bar is not None}
     assert bars == {"sync over plain": 1.25, "async, blocked, over plain": 0.15}

@@ -13,7 +13,7 @@ Rehearse = Callable[..., tuple[dict[str, Any], str]]
 @pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.timeout(300)
-def test_deepspeed_sends_what_the_planner_says(rehearse: Rehearse) -> None:
+def test_rehearsal_counts_the_planned_bytes(rehearse: Rehearse) -> None:
     rows = rehearse("comm")[0]["cases"]
     assert [(row["stage"], row["accumulation"]) for row in rows] == [(s, a) for s in STAGES for a in ACCUMULATIONS]
     assert rows[0]["counted"] == rows[1]["counted"] == rows[2]["counted"], "ZeRO-1 reduces once a step"
@@ -28,10 +28,10 @@ def row(stage: int, counted: float, planned: float) -> dict[str, object]:
     return {"case": f"ZeRO-{stage}", "stage": stage, "counted": kinds, "planned": {"all_reduce": [4, planned]}}
 
 
-def test_a_planner_that_is_3_percent_off_misses_the_bar() -> None:
+def test_verdicts_refuse_an_error_of_3_percent() -> None:
     assert verdicts([row(2, 1000.0, 1015.0)]) == []
     assert verdicts([row(2, 1000.0, 1030.0)]) == ["ZeRO-2: bytes counted 1000, planned 1030"]
 
 
-def test_zero_1_that_depends_on_the_accumulation_misses_the_bar() -> None:
+def test_verdicts_refuse_zero_1_that_depends_on_the_accumulation() -> None:
     assert verdicts([row(1, 1000.0, 1000.0), row(1, 1001.0, 1000.0)]) == ["ZeRO-1 depends on the accumulation"]

@@ -11,7 +11,7 @@ from inheritune_ds.storage.files import read_json
 SETTING = Setting((), ("llama", SHAPES["llama"]), 8, 4, "cpu", "keep", 3, 5, 2.0, 3, 0.1, {}, None, None)
 
 
-def test_the_bar_of_a_small_step_is_its_own() -> None:
+def test_comparisons_have_another_bar_for_a_small_step() -> None:
     usual = {c.name: (c.above, c.below, c.bar, c.at_most) for c in comparisons(SETTING)}
     small = {c.name: c.bar for c in comparisons(replace(SETTING, micro_batch=4, accumulation=1))}
     assert usual["tax of project"] == ("plain_master", "project", 1.03, True)
@@ -19,7 +19,7 @@ def test_the_bar_of_a_small_step_is_its_own() -> None:
     assert usual["tax of deepspeed"][2] is small["tax of deepspeed"] is None
 
 
-def test_peers_have_bars_where_something_was_promised() -> None:
+def test_peers_have_the_promised_bars() -> None:
     def bars(setting: Setting) -> dict[str, float | None]:
         return {c.below: c.bar for c in peers_comparisons(setting)}
 
@@ -32,7 +32,7 @@ def test_peers_have_bars_where_something_was_promised() -> None:
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
-def test_rehearsal_runs_base_project_and_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rehearsal_measures_base_project_and_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "engine_tax.json"
     chosen = "plain_master,project,deepspeed"
     assert BENCHMARK.main(["--rehearse", "--subjects", chosen, "--out", str(out)]) == 0

@@ -31,13 +31,13 @@ def is_running(number: int) -> bool:
     return state != "Z"
 
 
-def test_watchdog_tells_how_a_process_ended(tmp_path: Path) -> None:
+def test_watchdog_reports_the_end_of_a_process(tmp_path: Path) -> None:
     well, badly = watch([python("pass", tmp_path), python("raise SystemExit(3)", tmp_path)])
     assert (well.code, badly.code) == (0, 3)
     assert badly.words == "its process ended with code 3"
 
 
-def test_watchdog_ends_a_process_and_what_it_has_started_in_another_session(tmp_path: Path) -> None:
+def test_watchdog_ends_children_in_other_sessions(tmp_path: Path) -> None:
     child = tmp_path / "child"
     code = f"""
         import pathlib, subprocess, sys, time
@@ -53,7 +53,7 @@ def test_watchdog_ends_a_process_and_what_it_has_started_in_another_session(tmp_
     assert not is_running(int(child.read_text(encoding="utf-8")))
 
 
-def test_watchdog_ends_what_a_process_leaves_running(tmp_path: Path) -> None:
+def test_watchdog_ends_remaining_children(tmp_path: Path) -> None:
     child = tmp_path / "child"
     code = f"""
         import pathlib, subprocess, sys
@@ -69,14 +69,14 @@ def test_watchdog_ends_what_a_process_leaves_running(tmp_path: Path) -> None:
 # The command
 
 
-def test_names_come_in_the_order_of_value() -> None:
+def test_names_are_sorted_by_value() -> None:
     assert gpu.names("loss,parity") == ["parity", "loss"]
     with pytest.raises(argparse.ArgumentTypeError, match=r"no part: speed; there are parity, packing, mfu-1\.8b"):
         gpu.names("parity,speed")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf"])
-def test_minutes_are_above_zero(text: str) -> None:
+def test_minutes_refuses_numbers_not_above_zero(text: str) -> None:
     assert gpu.minutes("0.5") == 0.5
     with pytest.raises(argparse.ArgumentTypeError, match="is not a number of minutes above 0"):
         gpu.minutes(text)
@@ -88,15 +88,15 @@ def test_list_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines] == list(gpu.PARTS)
 
 
-def test_without_a_gpu_it_ends_with_10(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_exits_with_10_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "detect_gpus", list)
     assert gpu.main([]) == MachineError.exit_code == 10
-    told = capsys.readouterr().err
-    assert told.startswith("gpu: error: nvidia-smi reports no GPU: nothing was checked")
-    assert "do: give --rehearse" in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("gpu: error: nvidia-smi reports no GPU: nothing was checked")
+    assert "do: give --rehearse" in printed
 
 
-def test_a_checkout_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_refuses_a_checkout_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--rehearse", "--nanogpt", str(tmp_path)]) == 10
     assert f"--nanogpt {tmp_path} has no model.py" in capsys.readouterr().err
 
@@ -119,7 +119,7 @@ for name in {group!r}:
 
 
 def run_fake(monkeypatch: pytest.MonkeyPatch, out: Path, does: dict[str, str]) -> tuple[int, dict[str, dict[str, Any]]]:
-    """The command on a machine with a GPU, whose parts do what they are told."""
+    """The command on a machine with a GPU, whose parts behave as given by `does`."""
 
     def start(args: argparse.Namespace, group: list[str], scratch: Path) -> Start:
         code = FAKE.format(folder=str(scratch), group=group, does=does)
@@ -132,7 +132,7 @@ def run_fake(monkeypatch: pytest.MonkeyPatch, out: Path, does: dict[str, str]) -
     return code, {name: json.loads(file.read_text(encoding="utf-8")) for name, (file,) in files.items()}
 
 
-def test_all_well_is_0_and_skipping_is_no_fault(
+def test_main_exits_with_0_if_parts_pass_or_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = run_fake(monkeypatch, tmp_path, {"parity": "ok", "peers": "skipped"})
@@ -145,11 +145,11 @@ def test_all_well_is_0_and_skipping_is_no_fault(
     assert [line.split()[:2] for line in table] == [["parity", "ok"], ["peers", "skipped"]]
 
 
-def test_a_missed_bar_is_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_exits_with_1_after_a_missed_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_fake(monkeypatch, tmp_path, {"loss": "missed"})[0] == 1
 
 
-def test_a_crash_harms_no_other_part_and_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_keeps_other_parts_and_findings_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, found = run_fake(monkeypatch, tmp_path, {"parity": "crash", "loss": "ok"})
     assert code == 1
     assert found["loss"]["status"] == "ok"
@@ -159,14 +159,14 @@ def test_a_crash_harms_no_other_part_and_keeps_what_was_found(tmp_path: Path, mo
     assert crashed["log_end"] == "the last words\n"
 
 
-def test_a_part_that_hangs_is_ended_and_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_ends_a_hanging_part_and_keeps_its_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, found = run_fake(monkeypatch, tmp_path, {"parity": "hang"})
     assert code == 1
     assert (found["parity"]["status"], found["parity"]["lines"]) == ("failed", ["so far"])
     assert found["parity"]["reason"].endswith("its time was over")
 
 
-def test_table_says_why(tmp_path: Path) -> None:
+def test_table_shows_the_reason(tmp_path: Path) -> None:
     bars = {"MFU": {"value": 0.5, "at_least": 0.55, "verdict": "missed"}}
     one = {"status": "missed", "reason": "", "bars": bars, "lines": ["a line"], "seconds": 12.34}
     lines = gpu.table({"mfu-1.8b": one})
@@ -179,7 +179,7 @@ def test_table_says_why(tmp_path: Path) -> None:
     assert gpu.table({"parity": failed}, bars=False) == ["parity      failed       1.0 s  first"]
 
 
-def test_error_of_a_part_is_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_here_reports_the_error_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: Part) -> None:
         raise ZeroDivisionError("by what?")
 
@@ -197,7 +197,7 @@ def test_error_of_a_part_is_its_reason(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a first start builds DeepSpeed's operators
-def test_rehearsal_goes_through_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rehearsal_runs_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = gpu.main(["--rehearse", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     found = {}

@@ -24,7 +24,7 @@ def part_in(folder: Path, *, rehearse: bool, left_s: float = 1000.0) -> Part:
     return Part(rehearse, None, folder, time.monotonic() + left_s, report)
 
 
-def told(folder: Path) -> dict[str, Any]:
+def findings(folder: Path) -> dict[str, Any]:
     found = read_json(folder / "report.json")
     assert isinstance(found, dict)
     return found
@@ -33,17 +33,17 @@ def told(folder: Path) -> dict[str, Any]:
 # The report of a part
 
 
-def test_report_is_on_the_disk_before_the_part_ends(tmp_path: Path) -> None:
+def test_report_is_written_before_the_part_ends(tmp_path: Path) -> None:
     report = Report(tmp_path / "report.json", rehearsal=False)
-    assert told(tmp_path)["status"] == "running"
+    assert findings(tmp_path)["status"] == "running"
     report.figure("tokens_per_s", 3)
     report.bar("MFU", 0.56, at_least=0.55)
     report.line("a line")
-    found = told(tmp_path)
+    found = findings(tmp_path)
     assert (found["figures"], found["lines"]) == ({"tokens_per_s": 3}, ["a line"])
     assert found["bars"] == {"MFU": {"value": 0.56, "at_least": 0.55, "verdict": "met"}}
     report.end()
-    assert told(tmp_path)["status"] == "ok"
+    assert findings(tmp_path)["status"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -56,37 +56,37 @@ def test_report_is_on_the_disk_before_the_part_ends(tmp_path: Path) -> None:
         (None, {"at_most": 1.03}, "not judged"),
     ],
 )
-def test_bar_is_judged(tmp_path: Path, value: float | None, limit: dict[str, Any], verdict: str) -> None:
+def test_bar_compares_value_and_limit(tmp_path: Path, value: float | None, limit: dict[str, Any], verdict: str) -> None:
     report = Report(tmp_path / "report.json", rehearsal=False)
     report.bar("it", value, **limit)
     report.end()
-    found = told(tmp_path)
+    found = findings(tmp_path)
     assert found["bars"]["it"]["verdict"] == verdict
     assert found["status"] == ("missed" if verdict == "missed" else "ok")
 
 
-def test_rehearsal_judges_what_is_not_of_a_gpu_alone(tmp_path: Path) -> None:
+def test_rehearsal_judges_only_bars_without_a_gpu(tmp_path: Path) -> None:
     report = Report(tmp_path / "report.json", rehearsal=True)
     report.bar("speed", 0.0, at_least=1.0)
     report.bar("exactness", 2.0, at_most=1.0, of_gpu=False)
-    assert [bar["verdict"] for bar in told(tmp_path)["bars"].values()] == ["not judged", "missed"]
+    assert [bar["verdict"] for bar in findings(tmp_path)["bars"].values()] == ["not judged", "missed"]
 
 
-def test_failure_and_skipping_outlive_the_end(tmp_path: Path) -> None:
+def test_end_keeps_failure_and_skipping(tmp_path: Path) -> None:
     for say, status in ((Report.fail, "failed"), (Report.skip, "skipped")):
         report = Report(tmp_path / "report.json", rehearsal=False)
         say(report, "why")
         report.end()
-        assert (told(tmp_path)["status"], told(tmp_path)["reason"]) == (status, "why")
+        assert (findings(tmp_path)["status"], findings(tmp_path)["reason"]) == (status, "why")
 
 
-def test_bar_in_words() -> None:
+def test_bar_words_shows_value_limit_and_verdict() -> None:
     assert bar_words("MFU", {"value": 0.5712, "at_least": 0.55, "verdict": "met"}) == "MFU 0.5712 (at least 0.55: met)"
     found = bar_words("tax", {"value": None, "at_most": 1.03, "verdict": "not judged"})
     assert found == "tax unknown (at most 1.03: not judged)"
 
 
-# What the parts make of what they measure
+# Results of the parts
 
 
 def trained(name: str, micro_batch: int, rate: float, **more: Any) -> Trained:
@@ -123,29 +123,29 @@ def test_sweep_halves_the_planners_micro_batch_and_judges_the_best(
     throughput.mfu_target(part)
     assert [case.micro_batch for case in asked] == ["auto", 16, 8]
     assert {case.step_windows * case.shape["max_position_embeddings"] for case in asked} == {131_072}
-    bars = told(tmp_path)["bars"]
+    bars = findings(tmp_path)["bars"]
     assert bars[f"{name} MFU"] == {"value": 0.57, "at_least": 0.55, "verdict": "met"}
-    assert told(tmp_path)["figures"] == {f"best micro-batch of {name}": 16}
+    assert findings(tmp_path)["figures"] == {f"best micro-batch of {name}": 16}
 
 
-def test_sweep_goes_on_after_a_case_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_continues_after_a_case_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = throughput.TARGET
     found = {f"{name}-x{size}": trained(name, size, 10.0) for size in (8, 4)}
     answers(monkeypatch, {name: None, **found})
     throughput.mfu_target(part_in(tmp_path, rehearse=False))
-    report = told(tmp_path)
+    report = findings(tmp_path)
     assert report["figures"] == {f"best micro-batch of {name}": 8}
     assert report["bars"][f"{name} MFU"]["verdict"] == "not judged"
     assert report["lines"][0] == f"{name}: no MFU, the peak of this GPU is not known (inheritune_ds/plan/gpus.py)"
 
 
-def test_sweep_without_any_rate_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_without_any_rate_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = throughput.TARGET
     full = {case: trained(case, 16, 0.0, out_of_memory="full") for case in (name, f"{name}-x8", f"{name}-x4")}
     answers(monkeypatch, dict(full))
     throughput.mfu_target(part_in(tmp_path, rehearse=False))
-    assert told(tmp_path)["status"] == "failed"
-    assert told(tmp_path)["reason"] == f"no micro-batch that was tried has a rate: {name}"
+    assert findings(tmp_path)["status"] == "failed"
+    assert findings(tmp_path)["reason"] == f"no micro-batch that was tried has a rate: {name}"
 
 
 def test_targets_have_the_papers_sizes() -> None:
@@ -161,7 +161,7 @@ def test_targets_have_the_papers_sizes() -> None:
     assert found == {"llama-1.8b-13l": (1.816, 2048), "gpt2-medium-16l": (0.254, 1024), "gpt2-large-18l": (0.420, 1024)}
 
 
-def test_predictions_are_held_against_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_compared_with_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(_: Cases, case: Case) -> Trained | None:
         if "bf16-sums" in case.name:
             return trained(case.name, 8, 0.0, out_of_memory="full", predicted_gib=57.5)
@@ -173,7 +173,7 @@ def test_predictions_are_held_against_what_was_measured(tmp_path: Path, monkeypa
     monkeypatch.setattr(Cases, "measure", measure)
     monkeypatch.setattr(throughput, "usable_gib", lambda _: 133.0)
     predictions.predictions(part_in(tmp_path, rehearse=False))
-    report = told(tmp_path)
+    report = findings(tmp_path)
     bars = report["bars"]
     assert report["reason"] == "llama-1.8b-13l x8 bf16 sums: out of memory, though 57.5 GiB were predicted"
     memory, speed = (bars[f"llama-1.8b-13l x8 shipped: {what} error"] for what in ("memory", "speed"))
@@ -184,7 +184,7 @@ def test_predictions_are_held_against_what_was_measured(tmp_path: Path, monkeypa
     assert report["figures"]["relative errors"]["gpt2-large-18l x16 shipped"]["memory"] == pytest.approx(-0.04)
 
 
-def test_capped_run_tells_the_micro_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capped_reports_the_micro_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(_: Cases, case: Case, *, apart: bool = False) -> Trained:
         assert case.cap_gib == 46.0
         full = {"fp32": 4, "bf16": 16}[case.document["data_types"]["grad_accum_dtype"]] if case.document else 100
@@ -198,14 +198,14 @@ def test_capped_run_tells_the_micro_batches_that_fit(tmp_path: Path, monkeypatch
     capped.capped(part_in(tmp_path, rehearse=False))
     names = ["llama-1.8b-13l", "fp32-sums-x4", "bf16-sums-x4", "bf16-sums-x8", "bf16-sums-x16"]
     assert tried == [(name, name == names[0]) for name in names]
-    assert told(tmp_path)["figures"]["micro-batches that fit, by type of the gradient sums"] == {
+    assert findings(tmp_path)["figures"]["micro-batches that fit, by type of the gradient sums"] == {
         "fp32": {"2": True, "4": False},
         "bf16": {"4": True, "8": True, "16": False},
     }
-    assert {bar["verdict"] for bar in told(tmp_path)["bars"].values()} == {"met"}
+    assert {bar["verdict"] for bar in findings(tmp_path)["bars"].values()} == {"met"}
 
 
-def test_run_that_does_not_end_well_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_run_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "train_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no disk')"])
     for run, what in ((resume.resume, "the run straight did not end well"), (startup.startup, "no step was made")):
         with pytest.raises(MachineError) as raised:
@@ -214,24 +214,24 @@ def test_run_that_does_not_end_well_shows_the_log(tmp_path: Path, monkeypatch: p
         (tmp_path / "train.log").unlink()
 
 
-def test_case_without_a_result_fails_the_part_and_no_other_case(
+def test_case_without_a_result_fails_the_part_but_no_other_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     part = part_in(tmp_path, rehearse=False)
     case = Case(name="tiny", shape={}, step_windows=1, micro_batch=1, device="cpu")
     assert Cases(part).measure(case) is None
-    assert told(tmp_path)["reason"].startswith("the case tiny ended without a result; the end of what it printed")
-    assert told(tmp_path)["lines"] == ["the case tiny ended without a result"]
+    assert findings(tmp_path)["reason"].startswith("the case tiny ended without a result; the end of its output")
+    assert findings(tmp_path)["lines"] == ["the case tiny ended without a result"]
 
 
-def test_case_that_the_time_does_not_last_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_without_enough_time_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_in(tmp_path, rehearse=False, left_s=0.5)
     cases = Cases(part)
     monkeypatch.setattr(cases, "_longest_s", 1.0)
     assert cases.measure(Case(name="tiny", shape={}, step_windows=1, micro_batch=1, device="cpu")) is None
-    assert told(tmp_path)["lines"] == ["tiny: skipped, 0 s remain of the part's time"]
-    assert told(tmp_path)["status"] == "running"
+    assert findings(tmp_path)["lines"] == ["tiny: skipped, 0 s remain of the part's time"]
+    assert findings(tmp_path)["status"] == "running"
 
 
 def measured_by(rates: dict[str, float], asked: list[Setting], *, takes_s: float = 0.0) -> Any:
@@ -251,10 +251,10 @@ def test_engine_tax_is_judged_over_three_sets_of_processes(tmp_path: Path, monke
     monkeypatch.setattr(ratios, "measure", measured_by(rates, asked))
     ratios.tax(part_in(tmp_path, rehearse=False))
     assert [setting.device for setting in asked] == ["cuda"] * 3
-    bars = told(tmp_path)["bars"]
+    bars = findings(tmp_path)["bars"]
     assert bars["tax of project_compiled"] == {"value": pytest.approx(1.04), "at_most": 1.03, "verdict": "missed"}
     assert bars["project_shipped over hf_trainer"] == {"value": pytest.approx(1.4), "at_least": 1.3, "verdict": "met"}
-    assert told(tmp_path)["figures"]["side by side"]["processes"] == 3
+    assert findings(tmp_path)["figures"]["side by side"]["processes"] == 3
 
 
 def test_sets_of_processes_end_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,14 +263,14 @@ def test_sets_of_processes_end_with_the_time(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(ratios, "measure", measured_by(rates, asked, takes_s=0.5))
     ratios.tax(part_in(tmp_path, rehearse=False, left_s=0.8))
     assert len(asked) == 1
-    assert told(tmp_path)["lines"][0] == "1 of 3 sets of processes: the part's time lasts for no more"
-    assert told(tmp_path)["bars"]["tax of project_compiled"]["verdict"] == "met"
+    assert findings(tmp_path)["lines"][0] == "1 of 3 sets of processes: the part's time lasts for no more"
+    assert findings(tmp_path)["bars"]["tax of project_compiled"]["verdict"] == "met"
 
 
 def test_nanogpt_is_skipped_without_a_checkout(tmp_path: Path) -> None:
     ratios.nanogpt(part_in(tmp_path, rehearse=False))
-    assert told(tmp_path)["status"] == "skipped"
-    assert told(tmp_path)["reason"] == "no nanoGPT checkout was given (--nanogpt FOLDER)"
+    assert findings(tmp_path)["status"] == "skipped"
+    assert findings(tmp_path)["reason"] == "no nanoGPT checkout was given (--nanogpt FOLDER)"
 
 
 def test_nanogpt_is_judged_with_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_nanogpt_is_judged_with_a_checkout(tmp_path: Path, monkeypatch: pytest.M
     part = Part(False, tmp_path, tmp_path, time.monotonic() + 1000.0, Report(tmp_path / "report.json", rehearsal=False))
     ratios.nanogpt(part)
     assert [setting.nanogpt for setting in asked] == [str(tmp_path)] * 3
-    assert told(tmp_path)["bars"]["project_shipped over nanogpt"]["verdict"] == "met"
+    assert findings(tmp_path)["bars"]["project_shipped over nanogpt"]["verdict"] == "met"
 
 
 # The clock of a case, as it works on a GPU
@@ -325,13 +325,13 @@ def metered(monkeypatch: pytest.MonkeyPatch, gpu: str, *, syncs: int) -> Trained
 def test_meter_times_whole_blocks_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     found = metered(monkeypatch, "NVIDIA RTX A6000", syncs=0)
     assert found.tokens_per_s == {"median": 8192.0, "min": 8192.0, "max": 8192.0}  # two steps of 4096 in a "second"
-    assert (found.steps, found.loss) == (6, 0.0)  # two steps more count the synchronisations
+    assert (found.steps, found.loss) == (6, 0.0)  # two steps more count the synchronizations
     assert (found.peak_gib, found.reserved_gib) == (3.0, 4.0)
     assert found.outside_ratio == pytest.approx(0.055)  # median of steps 3 to 8
     assert found.mfu == pytest.approx(8192 * 11.30e9 / 154.8e12, rel=1e-3)
 
 
-def test_meter_tells_the_syncs_of_micro_steps_from_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter_separates_syncs_of_micro_steps_from_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     once = metered(monkeypatch, "NVIDIA RTX A6000", syncs=0)
     assert once.syncs is not None
     assert (list(once.syncs.values()), once.syncs_per_micro_step) == ([1.0], 0)
@@ -340,7 +340,7 @@ def test_meter_tells_the_syncs_of_micro_steps_from_those_of_a_step(monkeypatch: 
     assert (sorted(often.syncs.values()), often.syncs_per_micro_step) == ([1.0, 6.0], 3)
 
 
-def test_meter_guesses_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter_has_no_mfu_for_an_unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metered(monkeypatch, "NVIDIA GeForce GT 710", syncs=0).mfu is None
 
 
@@ -350,7 +350,7 @@ def test_meter_refuses_a_rate_above_the_peak(monkeypatch: pytest.MonkeyPatch) ->
         metered(monkeypatch, "NVIDIA RTX A6000", syncs=0)
 
 
-def test_running_out_of_memory_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Trained:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore than there is")
 

@@ -21,6 +21,6 @@ def test_rehearsal_compares_all_loaders(tmp_path: Path, capsys: pytest.CaptureFi
     assert "seven_sources: seek into 10 billion tokens, ms" in capsys.readouterr().out
 
 
-def test_all_loaders_read_the_tokens_that_they_tell(tmp_path: Path) -> None:
+def test_readers_return_the_number_of_tokens_read(tmp_path: Path) -> None:
     reading = loader.readers(tmp_path, 5000, 8, 2)
     assert {name: read(32) for name, read in reading.items()} == dict.fromkeys(loader.LOADERS, 512)

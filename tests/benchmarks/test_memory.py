@@ -14,7 +14,7 @@ Rehearse = Callable[..., tuple[dict[str, Any], str]]
 MIB = 2**20
 
 
-def test_live_bytes_follow_tensors_from_their_operator_to_their_last_reference() -> None:
+def test_live_bytes_follows_tensors_from_operator_to_last_reference() -> None:
     before = torch.zeros(MIB // 4)
     live = LiveBytes([before, before[:4]])
     with live:
@@ -32,7 +32,7 @@ def test_live_bytes_follow_tensors_from_their_operator_to_their_last_reference()
     assert live.now == 0
 
 
-def test_storages_are_counted_once() -> None:
+def test_storages_counts_each_once() -> None:
     tensor = torch.zeros(8)
     assert len(storages([tensor, tensor[2:], tensor.view(2, 4)])) == 1
     meta = torch.empty(8, device="meta")
@@ -42,7 +42,7 @@ def test_storages_are_counted_once() -> None:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_the_cases_cover_every_stage_precision_and_accumulation_type(ranks: int) -> None:
+def test_cases_cover_every_stage_precision_and_accumulation_type(ranks: int) -> None:
     found = {(case.stage, case.precision, case.accumulate) for case in cases(ranks, rehearse=False)}
     assert found >= {(stage, "bf16", sums) for stage in (1, 2, 3) for sums in ("fp32", "bf16")}
     assert found >= {(stage, "fp32", "fp32") for stage in (1, 2, 3)}
@@ -51,7 +51,7 @@ def test_the_cases_cover_every_stage_precision_and_accumulation_type(ranks: int)
 @pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.timeout(300)
-def test_the_planner_is_within_its_bar_of_real_steps(rehearse: Rehearse) -> None:
+def test_rehearsal_agrees_with_the_planner(rehearse: Rehearse) -> None:
     rows = rehearse("memory")[0]["cases"]
     assert [row["settings"]["stage"] for row in rows] == [1, 2, 3, 1]
     for row in rows:

@@ -21,7 +21,7 @@ SHAPE: dict[str, Any] = {
 TINY = Setting(SHAPE, 2, "cpu", torch.float32, "sdpa")
 
 
-def test_tokens_have_documents_of_the_length_asked_for() -> None:
+def test_tokens_have_the_requested_document_length() -> None:
     many = Setting({**SHAPE, "max_position_embeddings": 4096}, 8, "cpu", torch.float32, "sdpa")
     found = packing.tokens(many, 0, document_tokens=50)
     assert found.shape == (8, 4097)
@@ -29,7 +29,7 @@ def test_tokens_have_documents_of_the_length_asked_for() -> None:
     assert not torch.equal(found, packing.tokens(many, 1, document_tokens=50))
 
 
-def test_errors_are_those_of_rounding_and_show_a_mask_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_rounding_and_reveal_a_missing_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     found = packing.errors(TINY, document_tokens=8)
     assert found["loss"] < 1e-5
     assert found["gradient"] < 1e-5
@@ -39,7 +39,7 @@ def test_errors_are_those_of_rounding_and_show_a_mask_that_is_missing(monkeypatc
     assert packing.errors(TINY, document_tokens=8)["gradient"] > 1e-3
 
 
-def test_command_writes_times_and_errors(
+def test_main_writes_times_and_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(packing, "cpu_settings", lambda: {"tiny": TINY})

@@ -37,7 +37,7 @@ class GPT(nn.Module):
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
-def test_rehearsal_runs_the_peers_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rehearsal_measures_the_available_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.py").write_text(MODEL, encoding="utf-8")
     out = tmp_path / "peers.json"
     given = ["--rehearse", "--shape", "gpt2", "--nanogpt", str(tmp_path), "--out", str(out)]

@@ -17,7 +17,7 @@ def taken(ranks: int) -> ZeroSettings:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_link_explains_both_messages(ranks: int) -> None:
+def test_link_of_fits_both_messages(ranks: int) -> None:
     wire = 2 * (ranks - 1) / ranks
     messages = {2: 2, 4: 4}[ranks]
     seconds = {
@@ -28,7 +28,7 @@ def test_link_explains_both_messages(ranks: int) -> None:
     assert link.latency_s == pytest.approx(3e-5)
 
 
-def test_one_rank_computes_and_updates() -> None:
+def test_predict_adds_passes_and_optimizer_on_one_rank() -> None:
     case = REHEARSAL.case(1)
     found = predict(REHEARSAL, 1, taken(1), RATES, {})
     assert found["passes_s"] == pytest.approx(
@@ -39,7 +39,7 @@ def test_one_rank_computes_and_updates() -> None:
     assert found["step_s"] == pytest.approx(found["passes_s"] + found["optimizer_s"])
 
 
-def test_ranks_beyond_the_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_shares_cores_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     alone = {**RATES, "flops_per_s": 2e9}
     two, four = (predict(REHEARSAL, ranks, taken(ranks), alone, RATES) for ranks in (2, 4))
@@ -51,7 +51,7 @@ def test_ranks_beyond_the_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(300)
-def test_calibration_and_measurement_run_on_two_ranks() -> None:
+def test_launched_calibrates_and_measures_on_two_ranks() -> None:
     rates = launched("calibrate", 2, rehearse=True)
     assert rates.keys() == RATES.keys()
     assert 0.0 < rates["small_s"] < rates["large_s"]

@@ -76,11 +76,11 @@ def block(seconds: float, other_cores: float | None = 0.0) -> Block:
     return Block(2, seconds, other_cores, 0, 8.3, 1.0)
 
 
-def test_turns_go_to_and_fro() -> None:
+def test_in_turns_alternates_the_order() -> None:
     assert in_turns("abc", 3) == [("a", "b", "c"), ("c", "b", "a"), ("a", "b", "c")]
 
 
-def test_summary_holds_the_spread_between_processes() -> None:
+def test_summary_includes_the_spread_between_processes() -> None:
     narrow = summary([[1.0, 1.01, 1.02], [1.0, 1.01, 1.02]])
     wide = summary([[1.0, 1.01, 1.02], [1.2, 1.21, 1.22]])
     assert narrow["median"] == 1.01
@@ -103,13 +103,11 @@ def test_summary_holds_the_spread_between_processes() -> None:
         ([1.0, 1.0, 1.0], None, "least", ""),
     ],
 )
-def test_verdict_takes_the_interval_into_account(
-    values: list[float], bar: float | None, kind: str, expected: str
-) -> None:
+def test_verdict_considers_the_interval(values: list[float], bar: float | None, kind: str, expected: str) -> None:
     assert verdict(summary([values]), Comparison("", "", "", bar, at_most=kind == "most")) == expected
 
 
-def test_ratios_are_those_of_the_same_round() -> None:
+def test_ratios_compare_the_same_round() -> None:
     rounds = [
         [{"a": block(1.0), "b": block(2.0)}, {"a": block(2.0), "b": block(1.0)}],
         [{"a": block(1), "b": block(1)}],
@@ -136,7 +134,7 @@ def test_report_has_the_bars_and_every_round() -> None:
     assert "2.000 to 2.000" in lines[-1]
 
 
-def test_tokens_are_random_and_always_the_same(tmp_path: Path) -> None:
+def test_write_tokens_is_random_and_repeatable(tmp_path: Path) -> None:
     for name in ("one", "other"):
         write_tokens(tmp_path / name, {"max_position_embeddings": 2, "vocab_size": 100})
     found = (tmp_path / "one").read_bytes()
@@ -145,7 +143,7 @@ def test_tokens_are_random_and_always_the_same(tmp_path: Path) -> None:
     assert len(set(found[::2])) == 100
 
 
-def test_turns_answer_after_the_warm_up_and_after_every_block() -> None:
+def test_turns_answer_after_warm_up_and_every_block() -> None:
     answers = io.StringIO()
     turns = Turns(ORDER, io.StringIO('{"steps": 3}\n{"end": true}\n'), answers)
     turns.packages, turns.notes = ("pytest",), ("chosen",)
@@ -155,28 +153,28 @@ def test_turns_answer_after_the_warm_up_and_after_every_block() -> None:
     turns.windows += 6
     with pytest.raises(Finished):
         turns.step_done(lambda: 8.0)
-    warm, told = (json.loads(line) for line in answers.getvalue().splitlines())
+    warm, later = (json.loads(line) for line in answers.getvalue().splitlines())
     assert (warm["steps"], warm["windows"], warm["loss"]) == (2, 12, None)
     assert (warm["versions"], warm["notes"]) == ({"pytest": pytest.__version__}, ["chosen"])
     assert 0.0 <= warm["step_s"] <= warm["seconds"] <= warm["first_step_s"]
-    assert (told["steps"], told["windows"], told["loss"]) == (3, 18, 8.0)
-    assert "first_step_s" not in told
+    assert (later["steps"], later["windows"], later["loss"]) == (3, 18, 8.0)
+    assert "first_step_s" not in later
 
 
-def test_a_subject_makes_whole_steps_of_about_the_asked_time(tmp_path: Path) -> None:
+def test_subject_makes_whole_steps_of_about_the_requested_time(tmp_path: Path) -> None:
     subject = stand_in(tmp_path)
     try:
         assert subject.first["first_step_s"] == 9.0
         assert [subject.block(seconds).steps for seconds in (0.0, 1.6)] == [1, 3]
         with pytest.raises(
-            MachineError, match=r"^the subject plain ended by itself; .*printed:\na turn\na turn\na turn"
+            MachineError, match=r"^the subject plain ended by itself; .*output:\na turn\na turn\na turn"
         ):
             subject.block(3.5)
     finally:
         subject.end()
 
 
-def test_a_subject_that_reads_another_batch_is_refused(tmp_path: Path) -> None:
+def test_subject_refuses_another_batch(tmp_path: Path) -> None:
     subject = stand_in(tmp_path, missing=1)
     try:
         with pytest.raises(
@@ -187,20 +185,20 @@ def test_a_subject_that_reads_another_batch_is_refused(tmp_path: Path) -> None:
         subject.end()
 
 
-def test_a_subject_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subject_refuses_a_missing_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "START_TIMEOUT_S", 0.0)
     with pytest.raises(MachineError, match="the subject plain did not answer within 0 s"):
         stand_in(tmp_path)
 
 
-def test_a_subject_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_subject_reports_the_end_of_the_output(tmp_path: Path) -> None:
     order = replace(ORDER, subject="none")
     with pytest.raises(MachineError, match=r"^the subject none ended by itself(?s:.)*KeyError: 'none'"):
         Subject(order, python=sys.executable, environ={}, log=tmp_path / "log")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_the_time_of_a_subject_is_that_of_its_session() -> None:
+def test_cpu_seconds_counts_the_session() -> None:
     code = "import time\nwhile time.process_time() < 0.3: pass\nprint('busy', flush=True)\ninput()"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, start_new_session=True) as busy:
@@ -214,13 +212,13 @@ def test_the_time_of_a_subject_is_that_of_its_session() -> None:
     assert own[0] > own[1]  # the machine has done more than that
 
 
-def test_what_else_is_busy_is_the_rest() -> None:
+def test_other_cores_is_the_rest() -> None:
     assert process._other_cores((10.0, 5.0), (13.0, 6.0), 2.0) == 1.0
     assert process._other_cores((10.0, 5.0), (11.0, 6.5), 2.0) == 0.0
     assert process._other_cores(None, None, 2.0) is None
 
 
-def test_the_harness_waits_until_the_machine_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_until_quiet_waits_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "SAMPLE_S", 0.01)
     times = iter([(0.0, 0.0), (100.0, 0.0), (100.0, 0.0), (100.0, 0.0)])  # busy, then not
     monkeypatch.setattr(process, "_cpu_seconds", lambda _session: next(times))
@@ -231,7 +229,7 @@ def test_the_harness_waits_until_the_machine_is_quiet(monkeypatch: pytest.Monkey
     assert not process.wait_until_quiet(0.1, 0.05)
 
 
-def test_disturbed_blocks_are_measured_again_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_block_repeats_disturbed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Disturbed:
         order = ORDER
 
@@ -249,7 +247,7 @@ def test_disturbed_blocks_are_measured_again_and_counted(monkeypatch: pytest.Mon
     assert waited == [0.1] * (2 + 3)
 
 
-def test_batches_counts_and_names_are_read() -> None:
+def test_options_are_read_or_refused() -> None:
     assert batches("8x4,4x1") == [(8, 4), (4, 1)]
     assert positive("12") == 12
     with pytest.raises(argparse.ArgumentTypeError, match=r"'0' is not a whole number from 1 on"):
@@ -277,14 +275,14 @@ def test_batches_counts_and_names_are_read() -> None:
         ("nanogpt", {"shape": "gpt2", "nanogpt": "/nowhere"}, r"--nanogpt is /nowhere"),
     ],
 )
-def test_subjects_that_cannot_be_run_are_refused(chosen: str, given: dict[str, Any], message: str) -> None:
+def test_check_subjects_refuses_missing_ones(chosen: str, given: dict[str, Any], message: str) -> None:
     args = argparse.Namespace(**{"shape": "llama", "litgpt_python": None, "nanogpt": None, **given})
     with pytest.raises(MachineError, match=message):
         check_subjects([chosen], args)
     check_subjects(["plain", "project"], args)
 
 
-def test_an_error_ends_the_command_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_exits_with_the_code_of_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     command = side_by_side_cli.Benchmark("tried", "", lambda _: ("litgpt",), "1x1", "keep", lambda _: ())
     assert command.main([]) == MachineError.exit_code
     assert capsys.readouterr().err.startswith("tried: error: the subject litgpt needs an interpreter")

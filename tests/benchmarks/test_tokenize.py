@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
 
 
-def test_a_corpus_is_repeated_by_further_names_of_one_file(tmp_path: Path) -> None:
+def test_write_corpus_repeats_a_file_under_further_names(tmp_path: Path) -> None:
     paths = write_corpus(tmp_path, ["a" * 989], 2500)
     assert Path(paths[0]).stat().st_size == 1002
     assert [Path(path).name for path in paths] == ["books-0000.jsonl", "books-0001.jsonl", "books-0002.jsonl"]
@@ -19,12 +19,12 @@ def test_a_corpus_is_repeated_by_further_names_of_one_file(tmp_path: Path) -> No
     assert write_corpus(tmp_path, ["never written again"], 4000)[:3] == paths
 
 
-def test_a_missed_bar_is_named() -> None:
+def test_missed_names_the_missed_bars() -> None:
     held = {"corpus_bytes": 2000 * MEGABYTE, "workers": 2, "seconds": 9.0, "peak_pss_bytes": 1}
-    told = {"median": 0.5, "interval_95": [0.4, 0.6]}
+    ratio = {"median": 0.5, "interval_95": [0.4, 0.6]}
     figures = {
-        "mb_per_s": {"project": told},
-        "ratios": {"one": {**told, "verdict": "missed"}, "other": {**told, "verdict": "met"}},
+        "mb_per_s": {"project": ratio},
+        "ratios": {"one": {**ratio, "verdict": "missed"}, "other": {**ratio, "verdict": "met"}},
         "memory_bar_bytes": 1000 * MEGABYTE,
         "memory": [{**held, "peak_rss_bytes": 1000 * MEGABYTE}, {**held, "peak_rss_bytes": 999 * MEGABYTE}],
     }
