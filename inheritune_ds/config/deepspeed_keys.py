@@ -6,7 +6,7 @@ The keys are those of DeepSpeed 0.19; a test compares them with the installed pa
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from inheritune_ds.config.fields import AUTO, Allowed, Auto, ConfigModel
 from inheritune_ds.config.kernels import KernelRequest
@@ -16,10 +16,16 @@ from inheritune_ds.config.reliability import SaveErrorPolicy
 OPTIMIZER_TYPE: Literal["AdamW"] = "AdamW"
 
 
+def _on(value: bool) -> bool:  # noqa: FBT001 - a validator; Literal[True] would accept 1
+    if not value:
+        raise ValueError
+    return value
+
+
 WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 """5e8 is a float in JSON, and an integer."""
 Switch = Auto[bool]
-AlwaysOn = Auto[Annotated[Literal[True], Allowed("true")]]
+AlwaysOn = Auto[Annotated[bool, AfterValidator(_on), Allowed("true")]]
 Count = Auto[Annotated[int, Field(ge=0), WHOLE]]
 Positive = Auto[Annotated[int, Field(ge=1), WHOLE]]
 Number = Auto[Annotated[float, Field(ge=0)]]

@@ -36,6 +36,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"type": "Lion"}}, "optimizer.type: 'Lion' is not accepted"),
     ({"optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad: unknown key"),
     ({"optimizer": {"params": {"torch_adam": False}}}, "optimizer.params.torch_adam: False is not accepted"),
+    ({"optimizer": {"params": {"torch_adam": 1}}}, "optimizer.params.torch_adam: 1 is not accepted"),
     ({"optimizer": {"params": [1]}}, "optimizer.params: [1] is not accepted"),
     ({"optimizer": "AdamW"}, "optimizer: 'AdamW' is not accepted"),
     (
