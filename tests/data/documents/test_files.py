@@ -68,7 +68,7 @@ def test_documents_of_every_format(tmp_path: Path, ending: str) -> None:
     assert sum(reported) == path.stat().st_size
 
 
-# The separator's own characters are among them, and what JSON, UTF-8 and line reading could trip over.
+# With characters of the separator, and characters that are special in JSON, UTF-8 and line reading.
 TEXTS = st.lists(st.none() | st.text(st.sampled_from("ab \n\r\0<>|\u2028é\U0001f600"), max_size=8), max_size=6)
 
 

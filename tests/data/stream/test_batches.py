@@ -67,7 +67,7 @@ def global_rows(stream: BatchStream, step: int, world_size: int, micro_batch_siz
 
 
 def expected_rows(drawn: list[Row], seq_len: int, stride: int) -> list[list[int]]:
-    """Tokens of what was drawn."""
+    """Tokens of the rows drawn."""
     starts = [SOURCE_TOKENS * source + place * stride for source, _, place in drawn]
     return [list(range(start, start + seq_len + 1)) for start in starts]
 

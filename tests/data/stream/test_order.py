@@ -60,7 +60,7 @@ def test_shuffled_order_gives_one_turn_what_it_gives_many(num_windows: int, seed
 def test_shuffled_order_differs_by_epoch_and_by_seed() -> None:
     n = 1000
     first, second, other = shuffled(n, 1, 0, n), shuffled(n, 1, n, n), shuffled(n, 2, 0, n)
-    # A random permutation agrees with another in about 1 place, whatever n is.
+    # A random permutation agrees with another in about 1 place, for any n.
     for left, right in ((first, second), (first, other), (second, other), (first, list(range(n)))):
         assert sum(a == b for a, b in zip(left, right, strict=True)) < 10
 

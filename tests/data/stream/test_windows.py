@@ -68,7 +68,7 @@ def test_a_shard_that_is_removed_later_can_still_be_read(tmp_path: Path) -> None
 
 
 def drop_from_memory(path: Path) -> None:
-    """Ask the system to keep nothing of a file in memory."""
+    """Ask the system to drop a file from memory."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Where a source ends that has a limit or an error in it, and what is held out and kept of it then."""
+"""Where a source with a limit or an error ends, and its held-out and kept documents."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -120,7 +120,7 @@ def test_filters_skip_and_count_documents(tmp_path: Path, bpe: str) -> None:
 
 
 def test_skipped_records_do_not_pile_up(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the last documents of a long file are taken: what was read before them has been counted by then."""
+    """Only the last documents of a long file pass the filter: earlier records are counted without waiting for them."""
     monkeypatch.setattr(writer, "JOB_RECORDS", 50)
     texts = make_texts(30, words=30)
     path = write_jsonl(tmp_path / "corpus.jsonl", [*(["short"] * 2000), *texts])

@@ -79,7 +79,7 @@ def real_documents(shared: Path) -> Iterator[str]:
 def test_real_documents_have_the_ids_of_sentencepiece(
     tokenizer_folder: Callable[..., str], shared: Path, files: str
 ) -> None:
-    """ArXiv's tables have long runs of spaces: Mistral's have the same score whatever their length."""
+    """ArXiv's tables have long runs of spaces: Mistral's all have the same score."""
     folder = tokenizer_folder(**{Path(files).name.replace(".", "__"): files})
     model = sentencepiece_model(str(shared / "tokenizers" / Path(files).parent))
     assert model is not None
