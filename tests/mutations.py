@@ -271,7 +271,7 @@ MUTATIONS = [
         PROOF,
         "named = list(skeleton.model.named_parameters())",
         "named = list(skeleton.model.named_parameters(remove_duplicate=False))",
-        "budget",
+        "plan_count",
     ),
     Mutation(
         "the report would call fresh tensors inherited",
