@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from benchmarks.campaign.launching import (
     arguments,
-    fields,
-    listed,
     logged,
     numerics,
+    publish_made,
     run_to_end,
     weights_sha256,
     write_ds_config,
@@ -202,11 +201,9 @@ def make_checkpoints(folder: Path) -> Path:
     """Publish two checkpoints that no run has made; their folder."""
     store = CheckpointStore(folder / "checkpoints", keep=9)
     for step in (4, 8):
-        temporary = store.begin(step)
-        for rank in range(RANKS):
-            weights = np.arange(3000.0, dtype=np.float32) * (rank + 1) / step
-            save_file({f"w/fp32/{rank * 3000}": weights}, temporary / file_name(rank))
-        store.publish(temporary, step, fields(step), listed(temporary))
+        weights = [np.arange(3000.0, dtype=np.float32) * (rank + 1) / step for rank in range(RANKS)]
+        files = {file_name(rank): save({f"w/fp32/{rank * 3000}": own}) for rank, own in enumerate(weights)}
+        publish_made(store, step, files)
     return store.folder
 
 

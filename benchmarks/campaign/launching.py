@@ -7,13 +7,14 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.record import REPOSITORY
+from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.storage.files import blake3_file, read_json, sha256_file
 from tests.launching import environment, launcher_line
@@ -262,18 +263,15 @@ def status(run: Path) -> dict[str, Any]:
     return dict(read_json(run / "status.json") or {})
 
 
-def fields(step: int) -> dict[str, Any]:
-    """Fields of a manifest, besides its files, for a checkpoint that no run has saved."""
-    return {"state": TrainState(step).as_dict(), "layout": asdict(SavedLayout(2, 1, "fp32"))}
-
-
-def listed(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Files of a checkpoint that no run has saved, as a manifest lists them."""
-    return {
-        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "blake3": blake3_file(path)}
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
+def publish_made(store: CheckpointStore, step: int, files: Mapping[str, bytes]) -> None:
+    """Publish a checkpoint of two ranks that no run has saved."""
+    temporary = store.begin(step)
+    listed = {}
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
+        listed[name] = {"bytes": len(content), "blake3": blake3_file(temporary / name)}
+    fields = {"state": TrainState(step).as_dict(), "layout": asdict(SavedLayout(2, 1, "fp32"))}
+    store.publish(temporary, step, fields, listed)
 
 
 def weights_sha256(run: Path) -> str:

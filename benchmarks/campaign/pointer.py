@@ -11,10 +11,9 @@ from typing import Any
 from benchmarks.campaign.launching import (
     Launcher,
     arguments,
-    fields,
-    listed,
     logged,
     numerics,
+    publish_made,
     run_to_end,
     status,
     weights_sha256,
@@ -59,10 +58,7 @@ POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
 def _made(folder: Path) -> CheckpointStore:
     store = CheckpointStore(folder / "run" / "checkpoints", keep=9)
     for step in _STEPS:
-        temporary = store.begin(step)
-        for rank in range(2):
-            (temporary / file_name(rank)).write_bytes(f"{step} {rank}".encode() * 1000)
-        store.publish(temporary, step, fields(step), listed(temporary))
+        publish_made(store, step, {file_name(rank): f"{step} {rank}".encode() * 1000 for rank in range(2)})
     return store
 
 

@@ -18,9 +18,8 @@ from benchmarks.campaign.drive_storage import fill
 from benchmarks.campaign.launching import (
     Launched,
     arguments,
-    fields,
-    listed,
     logged,
+    publish_made,
     rows,
     run_to_end,
     started,
@@ -227,9 +226,7 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
     with disk(scratch) as place:
         store = CheckpointStore(place / "checkpoints", keep=3)
         for step in (1, 2, 3):
-            temporary = store.begin(step)
-            (temporary / "state").write_bytes(bytes([step]) * 5000)
-            store.publish(temporary, step, fields(step), listed(temporary))
+            publish_made(store, step, {"state": bytes([step]) * 5000})
         (store.folder / "step-00000003" / "state").write_bytes(b"")  # as after a lost write
         if can_mount():
             fill(place / "ballast")
@@ -242,9 +239,7 @@ def retention_on_a_full_disk(scratch: Path) -> Figures:
         assert newest is not None
         assert newest.state.step == 2
         (place / "ballast").unlink(missing_ok=True)
-        temporary = strict.begin(4)
-        (temporary / "state").write_bytes(b"4" * 5000)
-        strict.publish(temporary, 4, fields(4), listed(temporary))
+        publish_made(strict, 4, {"state": b"4" * 5000})
         if can_mount():
             fill(place / "ballast")
         with logged() as lines:

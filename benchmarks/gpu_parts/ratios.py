@@ -7,8 +7,7 @@ from dataclasses import replace
 from benchmarks import engine_tax, peers
 from benchmarks.comparison import Comparison
 from benchmarks.gpu_parts.part import Part
-from benchmarks.gpu_parts.throughput import TOY_SIZES
-from benchmarks.side_by_side import SHAPES, Measured, Setting, measure, report
+from benchmarks.side_by_side import SHAPES, TOY, Measured, Setting, measure, report
 from benchmarks.side_by_side_cli import REHEARSAL_ENVIRON
 
 SHAPE = "gpt2-medium-16l"
@@ -54,7 +53,7 @@ def _setting(part: Part, subjects: tuple[str, ...]) -> Setting:
     )
     toy = replace(
         real,
-        shape=("toy", {**SHAPES[SHAPE], **TOY_SIZES}),
+        shape=("toy", {**SHAPES[SHAPE], **TOY}),
         micro_batch=2,
         accumulation=2,
         blocks=2,

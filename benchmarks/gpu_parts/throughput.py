@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.gpu_parts.case import Case, Cases, Trained
 from benchmarks.gpu_parts.part import Part
+from benchmarks.side_by_side import TOY
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.plan.machine import detect_gpus
 from inheritune_ds.plan.shapes import target_shape
@@ -19,13 +20,6 @@ STEP_WINDOWS = {TARGET: 64, MEDIUM: 384, LARGE: 384}
 SURE_TO_FIT = {TARGET: 16, MEDIUM: 48, LARGE: 48}
 """Start of a sweep without a result for the planner's micro-batch; for a GPU of 80 GiB and more."""
 _LARGE_SIZES = {"hidden_size": 1280, "num_attention_heads": 20, "num_hidden_layers": 18}
-TOY_SIZES: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
 
 
 def shape_of(name: str) -> dict[str, Any]:
@@ -41,7 +35,7 @@ def case_of(part: Part, name: str, **settings: Any) -> Case:
     """A target as a case, at toy size in a rehearsal."""
     shape = shape_of(name)
     if part.rehearse:
-        shape |= {**TOY_SIZES, **({"intermediate_size": 48} if "intermediate_size" in shape else {})}
+        shape |= {**TOY, **({"intermediate_size": 48} if "intermediate_size" in shape else {})}
     timing = part.sized({}, {"warmup_steps": 1, "blocks": 2, "block_steps": 1})
     given: dict[str, Any] = {"step_windows": STEP_WINDOWS[name], "micro_batch": "auto", **timing}
     given["memory_gib"] = usable_gib(part)
