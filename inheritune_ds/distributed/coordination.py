@@ -44,9 +44,9 @@ def agree(flag: bool, device: torch.device) -> bool:  # noqa: FBT001 - a flag is
 
 
 class ObjectGroup:
-    """Exchanges picklable values over a gloo group of its own, so that a thread may wait in it.
+    """Exchanges picklable values over its own gloo group, so that a thread may wait in it; all ranks make one together.
 
-    All ranks make one together. Each method raises RuntimeError when a rank has ended or does not answer in time.
+    Each method raises RuntimeError when a rank has ended or does not answer in time.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:

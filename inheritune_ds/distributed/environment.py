@@ -8,9 +8,6 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Literal
 
-_SPINS = "2000"
-"""About the time between two parallel regions of a step, tens of microseconds."""
-
 
 def prepare_environment(environ: MutableMapping[str, str], *, kind: Literal["cuda", "cpu"]) -> None:
     """Set the variables that torch, its extension builder, OpenMP and the hub's client read; the user's stay."""
@@ -39,12 +36,9 @@ def _set_threads(environ: MutableMapping[str, str]) -> None:
         environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     threads = environ.get("OMP_NUM_THREADS", "1")
     crowded = not threads.isdecimal() or ranks * int(threads) > cores
-    if "OMP_WAIT_POLICY" in environ or "GOMP_SPINCOUNT" in environ:
-        return
-    if crowded:
-        environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    else:
-        environ["GOMP_SPINCOUNT"] = _SPINS
+    if "OMP_WAIT_POLICY" not in environ and "GOMP_SPINCOUNT" not in environ:
+        # 2000 spins are tens of microseconds, about the time between two parallel regions of a step.
+        environ.update({"OMP_WAIT_POLICY": "PASSIVE"} if crowded else {"GOMP_SPINCOUNT": "2000"})
 
 
 # malloc.h of glibc

@@ -108,7 +108,7 @@ class Watchdog:
         begun_s, limit_s = self._awake_s, self._limits_s[PART_OF.get(name, name)]
         # The count of the last tick may lag behind by one.
         self._phases.append(_Phase(name, step, limit_s, begun_s + TICK_S + limit_s))
-        self._set_clock(within_s=TICK_S)
+        self._set_clock(within_s=TICK_S)  # work that holds Python's lock would block a tick
         try:
             yield
         finally:
@@ -128,10 +128,7 @@ class Watchdog:
         self._rings_s = float("-inf")
 
     def _set_clock(self, *, within_s: float = 0.0) -> None:
-        """Set faulthandler's clock for the innermost phase, unless it is right to `within_s`: it costs 40 microseconds.
-
-        A phase sets it at once, since a tick may be blocked by work that holds Python's lock.
-        """
+        """Set faulthandler's clock for the innermost phase, unless it is right to `within_s`: 40 microseconds."""
         with self._clock:
             if self._leaving or self._closed.is_set():
                 return

@@ -95,11 +95,8 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
 
 def _check_meeting_point(environ: Mapping[str, str]) -> None:
     if not environ.get("MASTER_ADDR"):
-        raise MachineError(
-            f"the environment variable MASTER_ADDR is {environ.get('MASTER_ADDR')!r}, but RANK is set",
-            allowed="the host of rank 0",
-            action=_START,
-        )
+        problem = f"the environment variable MASTER_ADDR is {environ.get('MASTER_ADDR')!r}, but RANK is set"
+        raise MachineError(problem, allowed="the host of rank 0", action=_START)
     if not 1 <= _number(environ, "MASTER_PORT") < 2**16:
         raise MachineError(
             f"the environment variable MASTER_PORT is {environ['MASTER_PORT']!r}",
@@ -110,13 +107,11 @@ def _check_meeting_point(environ: Mapping[str, str]) -> None:
 
 def _first_host(environ: Mapping[str, str]) -> str:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-    if not nodes or "[" not in nodes:
+    if "[" not in nodes:
         return nodes.partition(",")[0] or "127.0.0.1"
+    line = ["scontrol", "show", "hostnames", nodes]
     try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
-        )
-        return listed.stdout.split()[0]
+        return subprocess.run(line, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         raise MachineError(
             f"the first host of SLURM's node list {nodes!r} cannot be found: scontrol does not answer",

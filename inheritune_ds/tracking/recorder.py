@@ -72,19 +72,11 @@ class RunRecorder(Recorder):
             self._on_saved(step)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after a step; W&B keeps them, and ignores the repeated ones.
-
-        Raises:
-            StorageError: When metrics.jsonl cannot be rewritten.
-        """
+        """Drop the rows after a step (see MetricFile); W&B keeps them, and ignores the repeated ones."""
         self._file.rewind(step)
 
     def close(self) -> None:
-        """Finish the progress line and both logs.
-
-        Raises:
-            StorageError: When rows are still missing in metrics.jsonl.
-        """
+        """Finish the progress line and both logs (see MetricFile)."""
         self._progress.close()
         try:
             self._file.close()
