@@ -41,16 +41,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from inheritune_ds.errors import RecipeError
 
     if overrides:
-        raise RecipeError(
-            f"checkpoints takes no overrides: {' '.join(overrides)}",
-            action="set the number to keep by --keep N, or checkpoint.keep in the recipe of a run",
-        )
+        action = "set the number to keep by --keep N, or checkpoint.keep in the recipe of a run"
+        raise RecipeError(f"checkpoints takes no overrides: {' '.join(overrides)}", action=action)
     pruning = [name for name in ("keep", "after", "dry_run") if getattr(args, name) not in (None, False)]
     if pruning and args.action != "prune":
-        raise RecipeError(
-            f"--{pruning[0].replace('_', '-')} is an option of `prune`, not of `{args.action}`",
-            action="write prune after the run",
-        )
+        text = f"--{pruning[0].replace('_', '-')} is an option of `prune`, not of `{args.action}`"
+        raise RecipeError(text, action="write prune after the run")
     if args.keep is not None and args.keep < 1:
         raise RecipeError(f"--keep {args.keep} would delete every checkpoint", allowed="1 or more")
     folder = _run_folder(args.run, args.runs_dir)

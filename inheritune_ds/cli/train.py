@@ -50,7 +50,7 @@ def _minutes(text: str) -> float:
 
 
 def _starts_over(args: argparse.Namespace, *, is_main: bool) -> bool:
-    """Whether to start over; a restart by a scheduler or launcher ignores --fresh."""
+    """Whether to start over; restarts by schedulers and launchers ignore --fresh."""
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
         count = os.environ.get(name, "")
         if args.fresh and count.isdecimal() and int(count) > 0:

@@ -20,12 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunData:
-    """The windows of a run.
-
-    Args:
-        recipe: The experiment.
-        tokens: Its token files.
-    """
+    """The windows of a run."""
 
     def __init__(self, recipe: Recipe, tokens: TokenSet) -> None:
         self._recipe, self.tokens = recipe, tokens
@@ -50,7 +45,7 @@ class RunData:
         """Optimizer steps of the run.
 
         Raises:
-            RecipeError: The duration is shorter than a step, or the lengths do not go together.
+            RecipeError: The duration is shorter than a step, or the lengths contradict each other.
         """
         training = self._recipe.training
         total = steps_in(training, self.stream.num_windows)
@@ -60,10 +55,10 @@ class RunData:
 
     @property
     def packing(self) -> DocumentPacking | None:
-        """How documents inside a window are kept apart; None if they are not.
+        """The separation of documents inside a window; None without one.
 
         Raises:
-            RecipeError: The tokenizer begins documents with the token that ends them, so that no boundary can be found.
+            RecipeError: The tokenizer begins documents with their end token, so no boundary can be found.
         """
         if self._recipe.training.packing != "documents":
             return None
@@ -71,35 +66,29 @@ class RunData:
         *others, end = form.split(" ")
         if end in others:
             raise RecipeError(
-                "training.packing: documents needs a token that stands at the ends of documents only, and the "
-                f"tokenizer makes {form!r} of one",
-                allowed=f"a tokenizer that puts another token than {end} in front of a text, or none",
-                action="set add_bos_token to false in its tokenizer_config.json, or take packing: windows",
+                "training.packing: documents needs a token that occurs at the end of documents only, but the "
+                f"tokenizer writes a document as {form!r}",
+                allowed=f"a tokenizer that begins a text with another token than {end}, or none",
+                action="set add_bos_token to false in its tokenizer_config.json, or use packing: windows",
             )
         return DocumentPacking(self.tokens.eos_id)
 
     def validator(self, *, batch_size: int, rank: int = 0, size: int = 1) -> Validator:
-        """The validation on the recipe's fixed windows.
-
-        Args:
-            batch_size: Windows of a forward pass.
-            rank: Of this process.
-            size: Number of ranks that share the windows.
-        """
+        """The validation on the recipe's fixed windows, shared among `size` ranks; `batch_size` windows per pass."""
         max_tokens = self._recipe.validation.max_tokens
         return Validator(
             self.held_out, max_tokens=max_tokens, batch_size=batch_size, rank=rank, size=size, packing=self.packing
         )
 
     def metrics(self, state: TrainState) -> dict[str, float]:
-        """Tokens seen, unique ones among them, and epochs, of every source in a state."""
+        """Tokens seen, unique tokens and epochs of every source."""
         metrics: dict[str, float] = {}
         for name, figures in self.by_source(state).items():
             metrics |= {f"data/{name}/{key}": value for key, value in figures.items() if value is not None}
         return metrics
 
     def by_source(self, state: TrainState) -> dict[str, dict[str, float | None]]:
-        """The same by source; `unique_tokens` is None where it cannot be counted (`stream.Coverage`)."""
+        """The same as a dictionary per source; `unique_tokens` is None if it cannot be counted (`stream.Coverage`)."""
         length = self._recipe.training.seq_len
         return {
             name: {
@@ -111,7 +100,7 @@ class RunData:
         }
 
     def unique_tokens(self, state: TrainState) -> int | None:
-        """Different tokens seen; None where they cannot be counted."""
+        """Unique tokens seen; None if they cannot be counted."""
         seen = [figures["unique_tokens"] for figures in self.by_source(state).values()]
         return None if None in seen else int(sum(count or 0 for count in seen))
 
@@ -123,7 +112,7 @@ class RunData:
         }
 
     def log(self) -> None:
-        """Log what the validation reads; warn of parts of the corpus and of the mixture that the run does not use."""
+        """Log the validation windows; warn of parts of corpus and mixture that the run does not use."""
         recipe = self._recipe
         count = min(len(self.held_out), recipe.validation.max_tokens // recipe.training.seq_len)
         used = self.held_out.used(count)
@@ -131,11 +120,13 @@ class RunData:
         logger.info("validation: %s windows of %d tokens%s", f"{count:,}", recipe.training.seq_len, by_source)
         untrained = [source.name for source in self.tokens.sources if not source.train_tokens]
         if untrained:
-            logger.warning("no token of %s is trained on: empty, held out, or behind max_tokens", ", ".join(untrained))
+            logger.warning("no token of %s is trained on: empty, held out, or after max_tokens", ", ".join(untrained))
         unseen = [name for name, windows in used.items() if not windows and name not in untrained]
         if unseen:
-            logger.warning("no window of %s is validated on: the loss tells nothing of it", ", ".join(unseen))
+            logger.warning("no window of %s is validated on: the loss does not include it", ", ".join(unseen))
         for change in recipe.corpus.weight_changes:
             end = self.total_steps * recipe.training.global_batch_tokens
             if change.tokens >= end:
-                logger.warning("weight_changes at %s never come: the run ends at %s tokens", change.at, f"{end:,}")
+                logger.warning(
+                    "weight_changes at %s are never reached: the run ends at %s tokens", change.at, f"{end:,}"
+                )

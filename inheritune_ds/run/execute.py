@@ -1,4 +1,4 @@
-"""The flow of one run: claim the folder, prepare, train, export, report. Rerun the same command to resume."""
+"""The flow of one run: lock the folder, prepare, train, export, report. Rerun the same command to resume."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,27 +22,27 @@ logger = logging.getLogger(__name__)
 def execute(
     recipe: Recipe, resolved: Resolved, launch: Launch, *, fresh: bool = False, waiting: Sequence[RunFolder] = ()
 ) -> bool:
-    """Bring a recipe to its end, its reference first if that is a recipe of its own.
+    """Train a recipe to its end, its reference first if that is a recipe.
 
     Args:
         recipe: The experiment.
         resolved: Its DeepSpeed config on this machine.
-        launch: How this process was started.
-        fresh: Whether the run starts over; what is there is set aside.
-        waiting: Folders of the runs that this one is the reference of; their status says how it ends.
+        launch: The options and ranks of this process.
+        fresh: Whether the run starts over; the earlier run folder is renamed.
+        waiting: Folders of runs that wait for this reference; their status reports its failure.
 
     Returns:
-        Whether it is finished; False if a signal stopped it (status.json then says `requeue`).
+        Whether it is finished; False if a signal stopped it (`requeue` in status.json).
 
     Raises:
-        InherituneError: For everything a user can act on; status.json then says `failed`.
+        InherituneError: For everything a user can act on (`failed` in status.json).
     """
     folder = RunFolder(launch.runs_dir / recipe.name)
     if not fresh and launch.meeting.run_on_rank0(lambda: folder.has_finished(recipe)):
         logger.info(folder.finished_before)
         return True
-    # Claimed before the reference, which may take days: a folder of another recipe is refused at once, and
-    # this run's status.json says how the reference has ended.
+    # Claimed before the reference trains, maybe for days: a folder of another recipe is refused first, and this run's
+    # status.json reports the end of the reference.
     with _claimed(folder, recipe, launch, fresh=fresh):
         if not _train_reference(recipe, launch, [folder, *waiting]):
             return False
@@ -78,11 +78,11 @@ def _watchdog(setup: RunSetup, waiting: Sequence[RunFolder]) -> Watchdog:
 
 @contextmanager
 def _claimed(folder: RunFolder, recipe: Recipe, launch: Launch, *, fresh: bool) -> Iterator[None]:
-    """Claim the run folder on rank 0; what ends the launch inside is written to its status.json."""
+    """Claim the run folder on rank 0; write the error that ends the launch to its status.json."""
 
     def claim() -> None:
         if fresh and (aside := folder.set_aside()) is not None:
-            logger.info("--fresh: the earlier run is set aside as %s", aside)
+            logger.info("--fresh: the earlier run folder is renamed to %s", aside)
         folder.claim(recipe)
 
     try:
@@ -98,8 +98,8 @@ def _claimed(folder: RunFolder, recipe: Recipe, launch: Launch, *, fresh: bool) 
         if rank_is_gone(error):
             lost = TrainingError(
                 f"another rank has gone: {str(error).strip().splitlines()[-1].partition('. ')[0]}",
-                action="see how it has ended (memory, its machine, the network), then rerun the same command: it "
-                "resumes from the newest checkpoint",
+                action="find out how it has ended (memory, its machine, the network), then rerun the same command to "
+                "resume from the newest checkpoint",
             )
             folder.mark("failed", lost.problem, exit_code=lost.exit_code)
             raise lost from None
@@ -110,14 +110,14 @@ def _claimed(folder: RunFolder, recipe: Recipe, launch: Launch, *, fresh: bool) 
 
 
 def _train_reference(recipe: Recipe, launch: Launch, waiting: Sequence[RunFolder]) -> bool:
-    """Train a `recipe:NAME` reference first; False if that was stopped, which is written to the waiting folder."""
+    """Train a `recipe:NAME` reference first; False if a signal stopped it (`requeue` in the waiting folder)."""
     if recipe.reference is None or recipe.reference.recipe_name is None or recipe.target.inherits_nothing:
         return True
     reference = load_recipe(recipe.reference.recipe_name)
     folder = waiting[0]
     folder.mark("preparing", f"waits for its reference {reference.name}")
     try:
-        # Each recipe of the chain is resolved, and so checked, before any of them trains.
+        # Every recipe of the chain is resolved, and so checked, before the first one trains.
         if execute(reference, launch.resolve(reference), launch, waiting=waiting):
             return True
     except FolderBusyError as error:

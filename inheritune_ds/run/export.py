@@ -1,4 +1,4 @@
-"""The trained target as a Hugging Face folder, proven to be the trained one."""
+"""Export of the trained target as a Hugging Face folder, compared with the trained weights."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 64
 
 
-def export_model(  # noqa: PLR0913 - the parts of the folder, each by name
+def export_model(  # noqa: PLR0913 - the parts of the folder, by keyword
     folder: Path,
     *,
     target_folder: Path,
@@ -36,13 +36,13 @@ def export_model(  # noqa: PLR0913 - the parts of the folder, each by name
     """Write safetensors, config, generation config, tokenizer and model card; read them back and compare.
 
     Args:
-        folder: Published atomically; an older export is replaced.
-        target_folder: The target as surgery made it: config and generation config.
-        tokenizer_folder: Its tokenizer.
-        parameters: Names and fp32 values of all parameters; each is written before the next one is asked for.
+        folder: Published atomically; replaces an older export.
+        target_folder: The target before training, for config and generation config.
+        tokenizer_folder: Of the target's tokenizer.
+        parameters: Names and fp32 values of all parameters; each is written before the next is gathered.
         dtype: float32 keeps the values exactly; bfloat16 rounds them.
         card: Text of the model card.
-        recipe_fingerprint: Recorded, so that `RunFolder.has_finished` knows the recipe.
+        recipe_fingerprint: For `RunFolder.has_finished`.
 
     Returns:
         sha256 of the exported weights (see `weights_sha256`).
@@ -67,7 +67,7 @@ def export_model(  # noqa: PLR0913 - the parts of the folder, each by name
         if any(hashes.get(name) != digest for name, digest in written.items()):
             raise ExportError(
                 f"the export in {temporary} does not load as the trained model",
-                action="check the disk, then give the same command again",
+                action="check the disk, then rerun the same command to resume",
             )
         digest = weights_sha256(state, hashes)
         files = describe_files(temporary)
@@ -81,12 +81,7 @@ def export_model(  # noqa: PLR0913 - the parts of the folder, each by name
 class _Weights:
     """Writes trained parameters under the names of the target's files, one at a time.
 
-    A family whose files cut a parameter in other ways than one by one is written at once instead.
-
-    Args:
-        model: The target, mapped from its files.
-        target_folder: These files.
-        dtype: Of what is written.
+    A family whose conversion to files combines parameters is written at once.
     """
 
     def __init__(self, model: "PreTrainedModel", target_folder: Path, dtype: "torch.dtype") -> None:
@@ -100,7 +95,7 @@ class _Weights:
         self._chunks = [[name] for name in named] if one_by_one else [list(named)]
 
     def _in_state(self, name: str) -> str:
-        """The name under which a tied parameter is saved."""
+        """The name of a parameter in the files, where a tied one has its partner's."""
         saved: str = self._model.all_tied_weights_keys.get(name, name)
         return saved
 
@@ -108,26 +103,19 @@ class _Weights:
         return value.to(self._dtype) if value.is_floating_point() else value
 
     def _is_cut_one_by_one(self, files: WeightFiles) -> bool:
-        """Whether each tensor by itself gives tensors that the target's files hold, in their shapes."""
+        """Whether each tensor alone converts to tensors of the target's files, in their shapes."""
         shapes = {name: files.meta(name).shape for name in files}
         try:
             cut = [as_in_files(self._model, {name: meta}) for name, meta in self._metas.items()]
-        except Exception:  # noqa: BLE001 - whatever a family's own conversion raises
+        except Exception:  # noqa: BLE001 - raised by the conversion of a family
             return False
         return all(shapes.get(name) == meta.shape for part in cut for name, meta in part.items())
 
     def write(self, folder: Path, parameters: Iterator[tuple[str, "torch.Tensor"]]) -> dict[str, str]:
-        """Write all of them.
-
-        Args:
-            folder: Where the files go.
-            parameters: In the order of the model.
-
-        Returns:
-            sha256 of every parameter as it is written, by its name in the model.
+        """Write all parameters, given in the model's order; their sha256 as written, by name in the model.
 
         Raises:
-            ExportError: If they are not the model's.
+            ExportError: If the parameters are not the model's.
         """
         written: dict[str, str] = {}
 
@@ -146,7 +134,7 @@ class _Weights:
     def _named(
         self, parameters: Iterator[tuple[str, "torch.Tensor"]], written: dict[str, str]
     ) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Parameters, then buffers, as they are written; hashes are noted."""
+        """Parameters, then buffers, as they are written; adds the hashes of parameters to `written`."""
         for name, value in parameters:
             if name not in self._own:
                 raise _not_the_target([name])
@@ -165,15 +153,15 @@ def _not_the_target(names: list[str]) -> ExportError:
 
 
 def check_logits(folder: Path, tokens_BT: "torch.Tensor", trained_BTV: "torch.Tensor") -> None:  # noqa: N803
-    """Compare the logits of an fp32 export with those of the engine's last state, bit for bit.
+    """Compare the logits of an fp32 export with those of the trained state, bit for bit.
 
     Args:
         folder: The export.
-        tokens_BT: Token ids of shape (1, T).
-        trained_BTV: Logits of the trained state, on the CPU.
+        tokens_BT: Token ids, (1, T).
+        trained_BTV: Logits of the trained state, (1, T, V), on the CPU.
 
     Raises:
-        ExportError: If any differs.
+        ExportError: With the largest difference.
     """
     import torch
 
@@ -188,7 +176,7 @@ def check_logits(folder: Path, tokens_BT: "torch.Tensor", trained_BTV: "torch.Te
 
 
 def write_probe(path: Path, tokens_BT: "torch.Tensor", logits_BTV: "torch.Tensor") -> None:  # noqa: N803
-    """Keep the probe's tokens and logits, so that anybody can repeat the comparison elsewhere."""
+    """Save the probe's tokens and logits, so that users can repeat the comparison elsewhere."""
     import torch
     from safetensors.torch import save_file
 
@@ -202,12 +190,12 @@ def write_probe(path: Path, tokens_BT: "torch.Tensor", logits_BTV: "torch.Tensor
 
 
 def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """Text of the card: lineage, what was inherited, how it was trained, how to repeat it.
+    """Text of the card: lineage, training, recipe.
 
     Args:
         recipe: The resolved recipe.
-        report: The inheritance report.
-        result: The run's figures (run.json).
+        report: inheritance.json.
+        result: run.json.
     """
     unique = "" if result["unique_tokens"] is None else f" ({result['unique_tokens']:,} unique)"
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [inheritune]\n---\n"
@@ -220,8 +208,8 @@ def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], result: Map
 - Parameters: {result["parameters"]:,} ({result["block_parameters"]:,} in {result["blocks"]} blocks)
 - Training: {result["steps"]:,} steps, {result["tokens_seen"]:,} tokens seen{unique},
   precision {result["precision"]}, ZeRO stage {result["zero_stage"]}, {result["world_size"]} rank(s)
-- Validation loss: {result["val_loss"]:.4f} +- {result["val_stderr"]:.4f} nats a token
-- Licence: that of the reference and of the corpus; this card grants nothing beyond them.
+- Validation loss: {result["val_loss"]:.4f} +- {result["val_stderr"]:.4f} nats per token
+- License: that of the reference and of the corpus; this card grants nothing beyond them.
 
 Made with inheritune_ds {result["version"]} from this recipe:
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from inheritune_ds import __version__
 from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.report.run_report import write_run_report
 from inheritune_ds.run.export import check_logits, export_model, model_card, write_probe
-from inheritune_ds.run.folder import RunFolder
 from inheritune_ds.run.prepare import RunSetup
 from inheritune_ds.run.status import write_status
 from inheritune_ds.storage.files import write_json
@@ -22,7 +21,7 @@ from inheritune_ds.training.engine import Engine
 logger = logging.getLogger(__name__)
 
 
-def write_results(  # noqa: PLR0913, PLR0917 - the last state of the engine, part by part
+def write_results(  # noqa: PLR0913, PLR0917 - the parts of the last state
     setup: RunSetup,
     engine: Engine,
     state: TrainState,
@@ -30,14 +29,14 @@ def write_results(  # noqa: PLR0913, PLR0917 - the last state of the engine, par
     probe: torch.Tensor,
     logits: torch.Tensor,
 ) -> None:
-    """Export, check the export against the engine's last state, and write the report; on rank 0.
+    """Export, compare the export with the engine's last state, and write the report; on rank 0.
 
     Args:
         setup: The run.
         engine: The trained target.
         state: The last one.
-        parameters: Names and fp32 masters, as `Engine.full_parameters` gathers them.
-        probe: Token ids (1, T).
+        parameters: Names and fp32 masters of `Engine.full_parameters`.
+        probe: Token ids, (1, T).
         logits: The engine's logits of the probe, (1, T, V).
     """
     folder, recipe = setup.folder, setup.recipe
@@ -56,9 +55,16 @@ def write_results(  # noqa: PLR0913, PLR0917 - the last state of the engine, par
         check_logits(folder.export, probe, logits)
     write_probe(folder.eval / "probe.safetensors", probe, logits)
     write_json(folder.path / "run.json", figures)
-    report = write_run_report(folder.path)
+    places: dict[str, Path] = {
+        "report": write_run_report(folder.path),
+        "metrics": folder.path / "metrics.jsonl",
+        "inheritance": folder.path / "inheritance.json",
+        "checkpoints": folder.checkpoints,
+        "model": folder.export,
+    }
     write_status(folder.path, "finished", step=state.step)
-    logger.info(_places(folder, report))
+    lines = [f"  {name:<12} {os.path.relpath(path)}" for name, path in places.items()]
+    logger.info("\n".join([f"finished: {folder.path.name}", *lines]))
 
 
 def _figures(setup: RunSetup, engine: Engine, state: TrainState) -> dict[str, Any]:
@@ -93,16 +99,3 @@ def _figures(setup: RunSetup, engine: Engine, state: TrainState) -> dict[str, An
         "val_loss": final["loss"],
         "val_stderr": final["stderr"],
     }
-
-
-def _places(folder: RunFolder, report: Path) -> str:
-    """The lines that say where the parts of a finished run are."""
-    places: Mapping[str, Path] = {
-        "report": report,
-        "metrics": folder.path / "metrics.jsonl",
-        "inheritance": folder.path / "inheritance.json",
-        "checkpoints": folder.checkpoints,
-        "model": folder.export,
-    }
-    lines = [f"  {name:<12} {os.path.relpath(path)}" for name, path in places.items()]
-    return "\n".join([f"finished: {folder.path.name}", *lines])

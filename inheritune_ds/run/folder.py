@@ -1,4 +1,4 @@
-"""The run folder: its layout, its lock, and the recipe that it belongs to."""
+"""The run folder: layout, lock, and the recipe that it belongs to."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ from inheritune_ds.storage.files import read_json, remove_leftovers, storage_err
 from inheritune_ds.storage.folders import damaged_files
 
 EXPORT_MANIFEST = "manifest.json"
-"""In an export: the fingerprint of its recipe, and its files."""
+"""Of an export: the fingerprint of its recipe, and its files."""
 
 
 class FolderBusyError(RunFolderError):
@@ -28,11 +28,7 @@ class FolderBusyError(RunFolderError):
 
 
 class RunFolder:
-    """One run's folder, `<runs_dir>/<recipe name>`.
-
-    Args:
-        path: The folder; made by `claim`.
-    """
+    """One run's folder, `<runs_dir>/<recipe name>`; `claim` creates it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +36,7 @@ class RunFolder:
 
     @property
     def target(self) -> Path:
-        """The target as surgery made it."""
+        """The target before training."""
         return self.path / "target"
 
     @property
@@ -60,14 +56,14 @@ class RunFolder:
 
     @property
     def is_claimed(self) -> bool:
-        """Whether this process has the folder."""
+        """Whether this process has locked the folder."""
         return self._lock is not None
 
     def claim(self, recipe: Recipe) -> None:
-        """Make the folder this recipe's and this process's own.
+        """Lock the folder for this process and assign it to a recipe.
 
         Raises:
-            RunFolderError: If it belongs to another recipe; FolderBusyError if another process has it.
+            RunFolderError: If it belongs to another recipe; FolderBusyError if another process has locked it.
             StorageError: If it cannot be written.
         """
         self.lock()
@@ -79,15 +75,15 @@ class RunFolder:
         self.write_resolved(with_known_pins(recipe, self.path))
         for folder in (self.eval, self.checkpoints):
             with storage_errors(folder):
-                folder.mkdir(mode=0o775, exist_ok=True)  # whatever the umask: nothing is loaded that all can write to
-        for folder in (self.path, self.eval, self.path / "report"):  # the store cleans the checkpoints' folder
+                folder.mkdir(mode=0o775, exist_ok=True)  # no world-writable folder, which loading refuses
+        for folder in (self.path, self.eval, self.path / "report"):  # the store cleans up checkpoints/
             remove_leftovers(folder)
 
     def lock(self) -> None:
-        """Make the folder this process's own until it ends or calls `release`.
+        """Lock the folder until this process ends or calls `release`.
 
         Raises:
-            FolderBusyError: If another process has it.
+            FolderBusyError: If another process has locked it.
             StorageError: If it cannot be written.
         """
         while self._lock is None:
@@ -104,23 +100,20 @@ class RunFolder:
                 ) from None
             if _is_at(lock, self.path / ".lock"):
                 self._lock = lock
-            else:  # the folder was set aside between the opening and the locking
+            else:  # the folder was renamed between opening and locking
                 os.close(lock)
 
     def release(self) -> None:
-        """Let another process have the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def set_aside(self) -> Path | None:
-        """Rename the folder, so that a run starts over under the old name; nothing is deleted.
-
-        Returns:
-            The new path of the old run, beside this one; None if there was none.
+        """Rename the folder, so that a run starts over under the old name; the new path, None if there was none.
 
         Raises:
-            FolderBusyError: If another process has it.
+            FolderBusyError: If another process has locked it.
             StorageError: If it cannot be renamed.
         """
         if not self.path.exists():
@@ -139,16 +132,16 @@ class RunFolder:
         return aside
 
     def write_resolved(self, recipe: Recipe) -> None:
-        """Write recipe.resolved.yaml, unless it says the same already."""
+        """Write recipe.resolved.yaml if it differs."""
         resolved, text = self.path / identity.RESOLVED_RECIPE, dump_recipe(recipe)
         if not resolved.exists() or resolved.read_bytes() != text.encode():
-            write_exact(resolved, text)  # a recipe that holds a secret has been refused
+            write_exact(resolved, text)  # recipes with secrets are refused earlier
 
     def resolved_recipe(self) -> Recipe:
         """The recipe that this folder belongs to.
 
         Raises:
-            RunFolderError: If it cannot be read any more.
+            RunFolderError: If it cannot be read.
         """
         path = self.path / identity.RESOLVED_RECIPE
         try:
@@ -156,18 +149,18 @@ class RunFolder:
         except (OSError, UnicodeDecodeError, RecipeError) as error:
             reason = error.problem if isinstance(error, RecipeError) else f"{path}: {error}"
             raise RunFolderError(
-                f"the recipe of this run is not as it was written: {reason}",
-                action=f"bring {path} back, or start over with --fresh, which sets the old run aside",
+                f"the recipe of this run is damaged: {reason}",
+                action=f"restore {path}, or start over with --fresh, which renames the old run folder",
             ) from None
 
     def _check_owner(self, recipe: Recipe) -> None:
         trained = (self.path / "metrics.jsonl").exists() or identity.has_begun(self.path)
         if trained and (self.path / identity.RESOLVED_RECIPE).exists():
             identity.check_recipe(self.path, self.resolved_recipe(), recipe)
-        # A recipe that failed before its first step leaves nothing that a corrected one could spoil.
+        # A corrected recipe may reuse the folder of a run that failed before its first step.
 
     def has_finished(self, recipe: Recipe) -> bool:
-        """Whether a recipe was trained here to its end: status, run.json and the export, its files checked by size."""
+        """Whether a recipe has finished here: status, run.json, and the sizes of the export's files."""
         if read_status(self.path).get("state") != "finished" or not (self.path / "run.json").is_file():
             return False
         manifest = read_json(self.export / EXPORT_MANIFEST)
@@ -177,21 +170,18 @@ class RunFolder:
 
     @property
     def finished_before(self) -> str:
-        """The line on a run that had finished before this launch."""
+        """The log line for a run that has finished before this launch."""
         return f"{self.path.name}: finished before; see {self.path / 'report' / 'report.md'}"
 
     def newest_step(self) -> int:
-        """Step of the newest checkpoint; the one of status.json if the disk does not answer."""
+        """Step of the newest checkpoint; that of status.json if the disk cannot be read."""
         try:
             return newest_step(self.checkpoints)
         except OSError:
             return int(read_status(self.path).get("step", 0))
 
     def mark(self, state: State, reason: str = "", *, exit_code: int = 0) -> None:
-        """Write the state of the run and its newest step to status.json, on the rank that has claimed the folder.
-
-        A disk that refuses it is ignored: the console shows what ended the run.
-        """
+        """Write state and newest step to status.json if this rank has locked the folder; ignore a disk that refuses."""
         if self.is_claimed:
             with suppress(StorageError):
                 write_status(self.path, state, step=self.newest_step(), reason=reason, exit_code=exit_code)

@@ -1,7 +1,7 @@
-"""What a run is made from: recipe, data, target, kernels and micro-batch.
+"""The identity of a run: recipe, data, target, kernels and micro-batch.
 
-The first launch writes it to the run folder. Once there are checkpoints, a later launch must agree with it: the
-difference is named key by key, and refused.
+The first launch writes it to the run folder. Once there are checkpoints, a later launch is refused with every key
+that differs.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ from inheritune_ds.storage.files import read_json, write_json
 logger = logging.getLogger(__name__)
 
 RESOLVED_RECIPE = "recipe.resolved.yaml"
-"""The recipe, with everything written out."""
+"""The recipe with all defaults."""
 DATA = "data.json"
-"""The data: its fingerprint, what that covers, and which token files were found as they were written."""
+"""The fingerprint of the data, its parts, and the marks of verified token files."""
 KERNELS = "kernels.json"
 """The kernels of the last launch."""
 MICRO_BATCH = "micro_batch.json"
 """The micro-batch that --auto-micro-batch found."""
-_OTHER_NAME = "give this run a name of its own: name=OTHER"
+_OTHER_NAME = "give this run another name: name=OTHER"
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether a run folder holds a checkpoint, so that what the run is made from may not change any more."""
+    """Whether a run folder holds a checkpoint, so that the run's identity may not change."""
     return newest_step(run_dir / "checkpoints") > 0
 
 
@@ -46,22 +46,14 @@ def refuse_difference(
     action: str,
     error: type[InherituneError] = RunFolderError,
 ) -> None:
-    """Refuse documents that differ, with every key that does.
-
-    Args:
-        problem: The first line of the message.
-        before: The document of the earlier launch.
-        now: The document of this launch.
-        action: What the user can do.
-        error: What is raised.
-    """
+    """Refuse a launch if its document differs from an earlier one, with every key that differs."""
     if before != now:
         lines = "\n".join(f"    {line}" for line in differences(_by_name(before), _by_name(now)))
         raise error(f"{problem}; it differs in\n{lines}", action=action)
 
 
 def _by_name(value: Any) -> Any:
-    """A document whose lists of named things are keyed by name, so that a difference names source and file."""
+    """Key lists of named items by name, so that a difference names source and file."""
     if isinstance(value, Mapping):
         return {key: _by_name(item) for key, item in value.items()}
     if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
@@ -70,12 +62,12 @@ def _by_name(value: Any) -> Any:
 
 
 def fingerprints(run_dir: Path, recipe: Recipe) -> tuple[str, str]:
-    """The fingerprints of a recipe: as it is given, and with the pins of the run folder."""
+    """The fingerprints of a recipe without and with the pins of the run folder."""
     return recipe.fingerprint, with_known_pins(recipe, run_dir).fingerprint
 
 
 def check_recipe(run_dir: Path, owner: Recipe, recipe: Recipe) -> None:
-    """Refuse another recipe than the one that was trained in a run folder.
+    """Refuse a recipe that differs from the owner of a run folder.
 
     Raises:
         RunFolderError: With every key that differs.
@@ -85,18 +77,18 @@ def check_recipe(run_dir: Path, owner: Recipe, recipe: Recipe) -> None:
             f"{run_dir} belongs to another recipe",
             owner.identity,
             with_known_pins(recipe, run_dir).identity,
-            action="give this run a name or folder of its own: name=OTHER or --runs-dir DIR",
+            action="give this run another name or folder: name=OTHER or --runs-dir DIR",
         )
 
 
 def check_checkpoint(run_dir: Path, checkpoint: Path, saved: Mapping[str, Any], recipe: Recipe) -> None:
-    """Refuse a checkpoint that was brought here from another run: with the same shapes it would load.
+    """Refuse a checkpoint of another run, which would load if its shapes are equal.
 
     Args:
         run_dir: The run folder.
-        checkpoint: Its folder.
+        checkpoint: For the message.
         saved: The fingerprints in its manifest.
-        recipe: The recipe of this launch.
+        recipe: Of this launch.
 
     Raises:
         CheckpointError: With the fingerprints that differ.
@@ -113,12 +105,7 @@ def check_checkpoint(run_dir: Path, checkpoint: Path, saved: Mapping[str, Any], 
 
 
 def check_target(run_dir: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Refuse another reference, cut or tokens than the target was made from, once there are checkpoints.
-
-    Args:
-        run_dir: The run folder.
-        before: The identity of the target in it; None if there is none.
-        now: The identity that this launch asks for.
+    """Refuse another reference, cut or tokens than those of the existing target, once there are checkpoints.
 
     Raises:
         RunFolderError: With every key that differs.
@@ -128,34 +115,21 @@ def check_target(run_dir: Path, before: Mapping[str, Any] | None, now: Mapping[s
             f"{run_dir} holds checkpoints that were made from another target",
             before,
             now,
-            action=f"bring the old files back, or {_OTHER_NAME}",
+            action=f"restore the old files, or {_OTHER_NAME}",
         )
 
 
 def find_new_damage(run_dir: Path, tokens: TokenSet) -> str | None:
-    """Say what is wrong with token files, by their hashes; files that this run has checked are not read again.
-
-    Args:
-        run_dir: The run folder.
-        tokens: Token files of the right sizes.
-    """
+    """Verify the hashes of token files that this run has not verified before; the first fault."""
     written = read_json(run_dir / DATA) or {}
     return None if written.get("verified") == _marks(tokens) else find_damage(tokens)
 
 
 def keep_data(run_dir: Path, recipe: Recipe, tokens: TokenSet) -> str:
-    """Compare the data of a launch with data.json, and write it there.
-
-    Args:
-        run_dir: The run folder.
-        recipe: The experiment, with pinned revisions.
-        tokens: Its token files, found intact.
-
-    Returns:
-        The fingerprint of the data.
+    """Compare verified data with data.json and write it there; the fingerprint of the data.
 
     Raises:
-        RunFolderError: There are checkpoints, and the data differs; with every key that does.
+        RunFolderError: There are checkpoints and the data differs; with every key that differs.
     """
     identity, written = _data_identity(recipe, tokens), read_json(run_dir / DATA) or {}
     if "identity" in written and has_begun(run_dir):
@@ -163,7 +137,7 @@ def keep_data(run_dir: Path, recipe: Recipe, tokens: TokenSet) -> str:
             f"{run_dir} holds checkpoints that were made from other data",
             written["identity"],
             identity,
-            action=f"bring the old data and settings back, or {_OTHER_NAME}",
+            action=f"restore the old data and settings, or {_OTHER_NAME}",
         )
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
@@ -174,7 +148,7 @@ def keep_data(run_dir: Path, recipe: Recipe, tokens: TokenSet) -> str:
 
 
 def _data_identity(recipe: Recipe, tokens: TokenSet) -> dict[str, Any]:
-    """Corpus, tokenizer and stream: all that decides which tokens each step reads."""
+    """Corpus, tokenizer and stream, which determine the tokens of each step."""
     manifest, training = tokens.manifest, recipe.training
     return {
         "tokens": tokens.fingerprint,
@@ -202,7 +176,7 @@ def _data_identity(recipe: Recipe, tokens: TokenSet) -> dict[str, Any]:
 
 
 def _marks(tokens: TokenSet) -> dict[str, Any]:
-    """Size and time of the last change of every token file, which change with its bytes."""
+    """Size and modification time of every token file."""
     stats = {name: (tokens.folder / name).stat() for name in sorted(tokens.manifest["files"])}
     return {
         "fingerprint": tokens.fingerprint,
@@ -211,16 +185,10 @@ def _marks(tokens: TokenSet) -> dict[str, Any]:
 
 
 def kept_kernels(run_dir: Path, request: KernelRequest) -> KernelRequest:
-    """Replace `auto` by the kernels of the first launch, once there are checkpoints.
-
-    A named kernel replaces a kept one, with a warning; not the optimizer, whose state is its own.
-
-    Args:
-        run_dir: The run folder.
-        request: The `kernels` block of this launch.
+    """Replace `auto` by the kernels of the first launch, once there are checkpoints; warn if a named kernel differs.
 
     Raises:
-        RunFolderError: If another optimizer is named than the one whose state the checkpoints hold.
+        RunFolderError: If the named optimizer differs from that of the checkpoints.
     """
     taken: dict[str, Any] | None = read_json(run_dir / KERNELS)
     if taken is None or not has_begun(run_dir):
@@ -237,10 +205,10 @@ def kept_kernels(run_dir: Path, request: KernelRequest) -> KernelRequest:
     for key, value in kept.items():
         if key in taken and value != taken[key]:
             logger.warning(
-                "kernels.%s is %s, and was %s before: later steps round otherwise than an uninterrupted run",
+                "kernels.%s is %s, and was %s before: later steps round differently from an uninterrupted run",
                 *(key, value, taken[key]),
             )
-    if kept["optimizer"] == OFFLOADED_OPTIMIZER:  # it cannot be named: offload_optimizer asks for it
+    if kept["optimizer"] == OFFLOADED_OPTIMIZER:  # it cannot be named: offload_optimizer selects it
         kept["optimizer"] = "auto"
     return KernelRequest(**kept)
 
@@ -251,19 +219,15 @@ def keep_kernels(run_dir: Path, kernels: Mapping[str, Any]) -> None:
 
 
 def kept_micro_batch(run_dir: Path, windows: int) -> int:
-    """The micro-batch that the first launch of a run with checkpoints found: another one would sum in another order.
-
-    Args:
-        run_dir: The run folder.
-        windows: Of a rank and step.
+    """The micro-batch of the first launch, once there are checkpoints, since another one sums in another order.
 
     Returns:
-        Sequences; 0 if none is kept that divides the windows.
+        Sequences; 0 if none is kept that divides the `windows` of a rank and step.
     """
     size = (read_json(run_dir / MICRO_BATCH) or {}).get("train_micro_batch_size_per_gpu", 0)
     return size if has_begun(run_dir) and isinstance(size, int) and size > 0 and windows % size == 0 else 0
 
 
 def keep_micro_batch(run_dir: Path, size: int, usable_gib: float) -> None:
-    """Write the micro-batch that was found, and the memory a rank may use."""
+    """Write the micro-batch that was found, and the usable memory of a rank."""
     write_json(run_dir / MICRO_BATCH, {"train_micro_batch_size_per_gpu": size, "usable_gib": usable_gib})

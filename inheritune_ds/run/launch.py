@@ -1,4 +1,4 @@
-"""How a process was started: the machine, the ranks, the signals, the folders."""
+"""One launch: machine, ranks, signals, folders."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,33 +15,26 @@ from inheritune_ds.plan.micro_batch import resolve_for
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started: everything that is not the experiment.
-
-    Attributes:
-        ds_document: The user's DeepSpeed JSON.
-        ds_origin: How to call it in messages.
-        machine: What one rank has.
-        world: This rank among all.
-        stop: Its signals.
-        runs_dir: Run folders stand below it.
-        cache_dir: Token files stand below it.
-        auto_micro_batch: Whether the micro-batch is found by trying.
-        max_minutes: How long this launch may take, from its start; None: as long as it needs.
-    """
+    """Everything of a launch that is not the experiment."""
 
     ds_document: dict[str, Any]
+    """The user's DeepSpeed JSON."""
     ds_origin: str
+    """Its name in messages."""
     machine: Machine
+    """The hardware of one rank."""
     world: World
     stop: StopSignal
     runs_dir: Path
     cache_dir: Path
     auto_micro_batch: bool = False
+    """Whether real steps find the micro-batch."""
     max_minutes: float | None = None
+    """Time limit of this launch, from its start."""
 
     @cached_property
     def meeting(self) -> Coordinator:
-        """Where the ranks wait for rank 0."""
+        """Runs work on rank 0 while the other ranks wait."""
         return Coordinator(self.world, self.stop)
 
     def resolve(self, recipe: Recipe) -> Resolved:

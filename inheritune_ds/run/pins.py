@@ -1,6 +1,6 @@
-"""pins.json of a run folder: the commits of the hub that its recipe's revisions meant at the first launch.
+"""pins.json of a run folder: the hub commits of its recipe's revisions at the first launch.
 
-So a run never changes its reference or its data because a branch has moved.
+A run keeps its reference and its data when a branch moves.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,25 +18,25 @@ PINS = "pins.json"
 
 
 def with_known_pins(recipe: Recipe, run_dir: Path) -> Recipe:
-    """Replace the revisions that an earlier launch has pinned; the hub is not asked."""
+    """Replace the revisions that an earlier launch has pinned, without access to the hub."""
     pins = read_json(run_dir / PINS) or {}
     return _with_revisions(recipe, lambda kind, name, revision: pins.get(_key(kind, name, revision), revision))
 
 
 def pin_revisions(recipe: Recipe, run_dir: Path) -> Recipe:
-    """Replace every revision on the hub by its full commit, found once and kept in pins.json.
+    """Replace every revision on the hub by its full commit; see `pin`.
 
     Raises:
-        HubError: If the hub has to be asked, and cannot be.
+        HubError: If the hub is needed and cannot be reached.
     """
     return _with_revisions(recipe, lambda *asked: pin(run_dir, *asked))
 
 
 def pin(run_dir: Path, kind: RepoType, name: str, revision: str) -> str:
-    """The full commit of a revision on the hub, from pins.json or from the hub.
+    """The full commit of a revision, from pins.json or from the hub, which is asked once.
 
     Raises:
-        HubError: If the hub has to be asked, and cannot be.
+        HubError: If the hub is needed and cannot be reached.
     """
     pins: dict[str, str] = read_json(run_dir / PINS) or {}
     key = _key(kind, name, revision)

@@ -42,54 +42,39 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 VISIBLE_S = 60.0
-"""How long a rank waits until it sees files that rank 0 has written: network file systems take their time."""
+"""Limit until a rank sees the files of rank 0, which network file systems delay."""
 DS_CONFIG = "ds_config.resolved.json"
 
 
 @dataclass(frozen=True)
 class RunSetup:
-    """One launch of a run, ready to train; made once.
-
-    Attributes:
-        recipe: The experiment, with pinned revisions.
-        resolved: Its DeepSpeed config on this machine.
-        launch: How this process was started.
-        folder: The run folder; rank 0 has claimed it.
-        data: Its batches and validation windows.
-        total_steps: Optimizer steps of the run.
-        target: The model to start from.
-        resumption: Finds and restores checkpoints.
-        checkpoint: What `Resumption.choose` has found to resume from; None at the start of the run.
-        fingerprints: Of recipe, data and code, for the manifest of checkpoints.
-    """
+    """One launch of a run, ready to train; made once."""
 
     recipe: Recipe
+    """With pinned revisions."""
     resolved: Resolved
     launch: Launch
     folder: RunFolder
+    """Claimed by rank 0."""
     data: RunData
     total_steps: int
     target: TargetModel
+    """The model to start from."""
     resumption: Resumption
     checkpoint: Mapping[str, Any] | None
+    """From `Resumption.choose`; None at the start of the run."""
     fingerprints: Mapping[str, Any]
+    """Of recipe, data and code, for the manifest of checkpoints."""
 
 
 def prepare(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch) -> RunSetup:
-    """Find or build everything that training starts from; all ranks call it together.
-
-    Args:
-        recipe: The experiment.
-        resolved: Its DeepSpeed config on this machine.
-        folder: Its run folder, claimed by rank 0.
-        launch: How this process was started.
-    """
+    """Find or build everything that training starts from; all ranks call it together."""
     layout = SavedLayout(launch.world.size, resolved.zero_stage, resolved.precision)
     resumption = Resumption(folder, recipe, layout)
     built: list[tuple[RunData, TargetModel]] = []
 
     def build() -> dict[str, Any]:
-        with launch.stop.interruptible():  # the folder is claimed: a signal can be written to status.json
+        with launch.stop.interruptible():  # the folder is claimed, so status.json can report a signal
             note, data, target = _build(recipe, resolved, folder, launch, resumption)
         built.append((data, target))
         return note
@@ -163,7 +148,7 @@ def _open(note: Mapping[str, Any], recipe: Recipe, folder: RunFolder) -> tuple[R
             return RunData(recipe, tokens), TargetModel(folder.target, report)
         if time.monotonic() > deadline_s:
             raise RunFolderError(
-                f"this rank does not see what rank 0 has prepared in {folder.path} and {note['tokens']}",
+                f"this rank does not see the files that rank 0 has prepared in {folder.path} and {note['tokens']}",
                 allowed="run and cache folders on a file system that all ranks share",
                 action="choose such folders: --runs-dir DIR --cache-dir DIR",
             )
@@ -171,7 +156,7 @@ def _open(note: Mapping[str, Any], recipe: Recipe, folder: RunFolder) -> tuple[R
 
 
 def _find_reference(recipe: Recipe, launch: Launch) -> ReferenceModel | None:
-    """The reference on this machine; a `recipe:NAME` is trained by now."""
+    """Find or download the reference; a `recipe:NAME` has been trained."""
     if recipe.reference is None or recipe.target.inherits_nothing:
         return None
     logger.info("reference: %s", recipe.reference.model)
@@ -181,7 +166,7 @@ def _find_reference(recipe: Recipe, launch: Launch) -> ReferenceModel | None:
 def _prepare_tokens(
     recipe: Recipe, reference: ReferenceModel | None, folder: RunFolder, cache_dir: Path
 ) -> tuple[TokenSet, str]:
-    """The token files, and the fingerprint of the run's data."""
+    """Find or make the token files; also the fingerprint of the data."""
     tokenizer, revision = tokenizer_of(recipe, reference.folder if reference is not None else None)
     tokens = prepare_tokens(
         recipe.corpus,
@@ -199,7 +184,7 @@ def _prepare_tokens(
 def _prepare_target(
     recipe: Recipe, reference: ReferenceModel | None, tokens: TokenSet, folder: RunFolder
 ) -> TargetModel:
-    """The target, found as an earlier launch has built it or built."""
+    """Find or build the target."""
     wanted: dict[str, Any] = {
         "reference": reference.identity if reference else None,
         "target": recipe.target.model_dump(mode="json"),
@@ -230,26 +215,22 @@ def _prepare_target(
 
 
 def _check_ids(tokens: TokenSet, vocabulary: int) -> None:
-    """Refuse tokens that the model has no embedding for: a tokenizer's ids may have gaps.
-
-    Raises:
-        CorpusError: Naming both sizes.
-    """
+    """Refuse token ids without an embedding; a tokenizer's ids may have gaps."""
     if tokens.vocab_size > vocabulary:
         raise CorpusError(
-            f"corpus.tokenizer has ids up to {tokens.vocab_size - 1}, the model's vocabulary {vocabulary} entries",
+            f"corpus.tokenizer has ids up to {tokens.vocab_size - 1}, the model's vocabulary has {vocabulary} entries",
             allowed=f"a tokenizer whose ids are all below {vocabulary}",
-            action="use the reference's own tokenizer (leave corpus.tokenizer out) or a larger vocab_size",
+            action="use the reference's own tokenizer (remove corpus.tokenizer) or a larger vocab_size",
         )
 
 
 def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreTrainedConfig | None":
-    """Config that the target's is cut from; None from scratch."""
+    """The config that the target's is cut from; None from scratch."""
     if reference is not None:
         return load_config(reference.folder)
     if recipe.reference is None:
         return None
-    # inherit: none needs the architecture only, so a reference that is a recipe is not trained for it.
+    # inherit: none needs the architecture only, so a recipe:NAME reference need not be trained.
     if recipe.reference.recipe_name is not None:
         inner = load_recipe(recipe.reference.recipe_name)
         return make_config(inner.target, _reference_config(inner, None))[0]
@@ -257,7 +238,7 @@ def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreT
 
 
 def _score_reference(recipe: Recipe, reference: ReferenceModel, data: RunData, folder: RunFolder) -> None:
-    """Write eval/reference.json: the reference's loss on the windows that the target is measured on."""
+    """Write eval/reference.json: the reference's loss on the target's validation windows."""
     write_reference_loss(
         folder.eval / "reference.json",
         reference,

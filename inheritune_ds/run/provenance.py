@@ -18,15 +18,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "num
 
 
 def write_provenance(run_dir: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Write provenance.json, with nothing of the environment in it.
-
-    Args:
-        run_dir: The run folder.
-        extra: Further entries.
-
-    Returns:
-        What was written.
-    """
+    """Write provenance.json with further entries, without environment variables; the document."""
     document = {
         "inheritune_ds": __version__,
         "git": _git_state(),
@@ -44,7 +36,7 @@ def write_provenance(run_dir: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that this package runs from, and whether it was changed since; None outside one."""
+    """Commit of this package's checkout, and whether files have changed since; None outside of a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""How a run resumes: from which checkpoint, and what is refused before anything is prepared."""
+"""Resuming a run: the choice of the checkpoint, refusals, restoring."""
 
 import logging
 from collections.abc import Mapping
@@ -20,31 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 class Resumption:
-    """Chooses the checkpoint that a run resumes from, and restores it.
-
-    Args:
-        folder: The run folder.
-        recipe: Its recipe.
-        layout: Of this launch.
-    """
+    """Chooses the checkpoint that a run resumes from, and restores it."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, layout: SavedLayout) -> None:
         self._folder, self._recipe, self.layout = folder, recipe, layout
         self.store = CheckpointStore.of(folder.checkpoints, recipe.checkpoint)
 
     def begin(self) -> None:
-        """Take the checkpoints over from every earlier launch; on rank 0, which has the run folder.
+        """Take over the checkpoints from every earlier launch; on rank 0, which has locked the run folder.
 
         Raises:
-            CheckpointError: If the recipe says `checkpoint.resume: never` and there are some; as the store's methods.
+            CheckpointError: If the recipe says `checkpoint.resume: never` and there are some.
         """
         newest = self.store.newest()
         if newest is not None and self._recipe.checkpoint.resume == "never":
             raise CheckpointError(
-                f"{newest} is there, and the recipe says checkpoint.resume: never",
+                f"{newest} exists, but the recipe says checkpoint.resume: never",
                 allowed="a run folder without checkpoints",
-                action="leave out checkpoint.resume to resume from it, or start over with --fresh, which sets the old "
-                "run aside",
+                action="remove checkpoint.resume to resume from it, or start over with --fresh, which renames the old "
+                "run folder",
             )
         self.store.claim_generation()
 
@@ -52,7 +46,7 @@ class Resumption:
         """Find the newest intact checkpoint, on rank 0.
 
         Returns:
-            Its path and manifest, as JSON for all ranks; None if nothing was ever saved.
+            Its path and manifest, as JSON for all ranks; None if nothing has been saved.
 
         Raises:
             CheckpointError: If there are checkpoints and none is intact, or it cannot resume under this layout.
@@ -65,7 +59,7 @@ class Resumption:
         return {"path": str(checkpoint.path), "manifest": checkpoint.manifest}
 
     def restore(self, engine: Engine, saver: Saver, chosen: Mapping[str, Any] | None) -> TrainState | None:
-        """Bring the engine to the checkpoint of `choose`; all ranks must call it together."""
+        """Restore the engine from the checkpoint of `choose`; all ranks must call it together."""
         if chosen is None:
             return None
         checkpoint = Checkpoint.of(Path(chosen["path"]), chosen["manifest"])

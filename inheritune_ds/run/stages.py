@@ -39,7 +39,7 @@ _TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 def take_kernels(setup: RunSetup) -> Kernels:
-    """Choose what computes the model on this machine; a function of the recipe, not of the step."""
+    """Choose the kernels on this machine, as a function of the recipe, not of the step."""
     launch, resolved = setup.launch, setup.resolved
     tokens = setup.total_steps * setup.recipe.training.global_batch_tokens
 
@@ -57,19 +57,19 @@ def take_kernels(setup: RunSetup) -> Kernels:
             logger.info(note)
         return kernels.as_dict()
 
-    kernels = Kernels(**launch.meeting.run_on_rank0(choose))  # one choice for all ranks
+    kernels = Kernels(**launch.meeting.run_on_rank0(choose))  # the same on all ranks
     if launch.machine.kind == "cpu":
         logger.info("allocator: %s", keep_freed_memory())
     return kernels
 
 
 def with_micro_batch(setup: RunSetup, kernels: Kernels) -> RunSetup:
-    """With --auto-micro-batch, take the largest micro-batch that real steps say fits; all ranks call it together.
+    """With --auto-micro-batch, find the largest micro-batch that fits in real steps; all ranks call it together.
 
-    A run with checkpoints keeps the one of its first launch.
+    A run with checkpoints keeps that of its first launch.
 
     Raises:
-        MachineError: If not even the smallest fits.
+        MachineError: If none fits.
         RecipeError: Under ZeRO-3.
     """
     launch, resolved = setup.launch, setup.resolved
@@ -79,12 +79,12 @@ def with_micro_batch(setup: RunSetup, kernels: Kernels) -> RunSetup:
         raise RecipeError(
             "--auto-micro-batch does not work with ZeRO-3: DeepSpeed does not free the memory of a trial",
             allowed="ZeRO-1 or 2",
-            action=f"write {MICRO_BATCH} into the DeepSpeed config; inheritune-ds plan says what fits",
+            action=f"set {MICRO_BATCH} in the DeepSpeed config; inheritune-ds plan prints what fits",
         )
     run_dir, windows = setup.folder.path, setup.recipe.training.batch_windows // launch.world.size
     size = launch.meeting.run_on_rank0(lambda: identity.kept_micro_batch(run_dir, windows))
     if size:
-        logger.info("%s: %d (found by trying, at this run's first launch)", MICRO_BATCH, size)
+        logger.info("%s: %d (found at this run's first launch)", MICRO_BATCH, size)
     else:
         limit_gib = micro_batch.smallest(micro_batch.USABLE_RATIO * launch.machine.memory_gib)
         logger.info("trying micro-batches with real steps (--auto-micro-batch)")
@@ -97,15 +97,15 @@ def with_micro_batch(setup: RunSetup, kernels: Kernels) -> RunSetup:
             world=launch.world,
             limit_gib=limit_gib,
         )
-        logger.info("%s: %d (the largest that stays below %.1f GiB a rank)", MICRO_BATCH, size, limit_gib)
+        logger.info("%s: %d (the largest below %.1f GiB per rank)", MICRO_BATCH, size, limit_gib)
         launch.meeting.run_on_rank0(lambda: identity.keep_micro_batch(run_dir, size, limit_gib))
     return replace(setup, resolved=micro_batch.with_size(resolved, size, windows // size))
 
 
 def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
-    """Put the target under DeepSpeed."""
+    """Load the target into DeepSpeed's engine."""
     resolved, world = setup.resolved, setup.launch.world
-    # DeepSpeed collects garbage a few times while it builds an engine, and would search all imported modules each time.
+    # DeepSpeed collects garbage several times while it builds an engine, which would search all imported modules.
     gc.collect()
     gc.freeze()
     model = load_model(setup.target.folder, dtype="float32")
@@ -116,7 +116,7 @@ def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
     refuse_replaced_loss(resolved.kernels, engine.kernels, "; ".join(engine.notes))
     if world.is_main:
         identity.keep_kernels(setup.folder.path, engine.kernels.as_dict())
-        # DeepSpeed ignores a top-level key that it does not know, so the file stays readable by its tools.
+        # DeepSpeed ignores unknown top-level keys, so its tools can read the file.
         listed = [{"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups]
         own = {"kernels": engine.kernels.as_dict(), "parameter_groups": listed}
         write_json(setup.folder.path / DS_CONFIG, {**resolved.config, **own})
@@ -124,11 +124,7 @@ def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
 
 
 def refuse_replaced_loss(request: KernelRequest, kernels: Kernels, reason: str) -> None:
-    """Refuse a named loss that the model cannot have.
-
-    Raises:
-        RecipeError: With the reason.
-    """
+    """Refuse a named loss kernel that the model cannot use."""
     if request.loss not in ("auto", kernels.loss):
         raise RecipeError(
             f"kernels.loss: {request.loss} is named, but it cannot be used: {reason}",
@@ -151,19 +147,16 @@ def resume(setup: RunSetup, engine: Engine) -> tuple[Saver, TrainState | None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the training of a launch ended.
-
-    Attributes:
-        state: The last one; it is saved.
-        stopped: Why it ended before the last step; empty if the run is finished.
-    """
+    """The end of a launch's training."""
 
     state: TrainState
+    """The last one, which is saved."""
     stopped: str
+    """Why it ended before the last step; empty after the last step."""
 
 
 def train(setup: RunSetup, engine: Engine, saver: Saver, state: TrainState | None, watch: Watchdog) -> Outcome:
-    """Train to the last step, or until the run is stopped; checkpoints and logs are closed at the end."""
+    """Train to the last step or a stop; then close checkpoints and logs."""
     launch, folder, data = setup.launch, setup.folder, setup.data
     world, resumption, micro_batch_size = launch.world, setup.resumption, setup.resolved.micro_batch_size
     controls = Controls(folder.path, launch.stop, world, max_minutes=launch.max_minutes)
@@ -212,7 +205,7 @@ def _open_recorder(setup: RunSetup, state: TrainState | None) -> Recorder:
 
 
 def _utilization(setup: RunSetup) -> Callable[[float], float] | None:
-    """tokens/s -> MFU, on a GPU whose peak is known."""
+    """tokens/s -> MFU, on a GPU with known peak."""
     launch, shape, gpus = setup.launch, setup.resolved.shape, detect_gpus()
     gpu = identify(gpus[0].name) if gpus else None
     if launch.machine.kind != "cuda" or shape is None or gpu is None:
@@ -236,11 +229,7 @@ def _close(closers: Sequence[Callable[[], None]], failure: BaseException | None)
 
 
 def finish(setup: RunSetup, engine: Engine, outcome: Outcome) -> bool:
-    """Export a finished run and write its report; all ranks call it together.
-
-    Returns:
-        Whether the run is finished; False if it was stopped before its last step.
-    """
+    """Export a finished run and write its report; False for a stopped run. All ranks call it together."""
     step = outcome.state.step
     if outcome.stopped:
         done = f"saved at step {step}" if step else "before the first step"
@@ -265,6 +254,6 @@ def finish(setup: RunSetup, engine: Engine, outcome: Outcome) -> bool:
 
 
 def _gather(parameters: Iterator[object]) -> None:
-    """Take part in gathering what is left: all ranks do, whatever happens to the export on rank 0."""
+    """Take part in gathering the rest, on all ranks even if the export on rank 0 fails."""
     for _ in parameters:
         pass

@@ -1,4 +1,4 @@
-"""status.json of a run folder: the state of the run, for scripts that decide what comes next."""
+"""status.json of a run folder: the state of the run, for scripts."""
 
 import json
 import os
@@ -25,11 +25,11 @@ def write_status(run_dir: Path, state: State, *, step: int = 0, reason: str = ""
 
     Args:
         run_dir: The run folder.
-        state: `requeue` means: rerun the same command to resume.
-        step: Of the newest checkpoint. The latest ever written here stays as `saved_step`: a run whose checkpoints
-            have disappeared must not start over unnoticed.
-        reason: Why the run is in this state, in words.
-        exit_code: Of this process, where it has ended.
+        state: `requeue`: rerun the same command to resume.
+        step: Of the newest checkpoint. `saved_step` keeps the largest, so that a run whose checkpoints have disappeared
+            does not start over.
+        reason: The cause, in words.
+        exit_code: Of this process, if it ends.
 
     Raises:
         StorageError: The file cannot be written.
@@ -44,5 +44,5 @@ def write_status(run_dir: Path, state: State, *, step: int = 0, reason: str = ""
         "host": socket.gethostname(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    # Exact except for the reason: scripts read the state, even where a secret happens to be that word.
+    # Only the reason is redacted: scripts read the state, even if a secret equals that word.
     write_exact(run_dir / STATUS, json.dumps(document, indent=2) + "\n")

@@ -1,8 +1,7 @@
-"""The processes of one run: a Python for each rank, started and ended together.
+"""The processes of one run: one Python per rank, with the environment variables of the deepspeed launcher.
 
-The environment variables are those of the deepspeed launcher. The ranks are children of the study, in a process group
-of their own: a Ctrl-C in the terminal reaches the study alone, which passes it on to the ranks and waits. The
-launcher would kill them 30 seconds after a Ctrl-C, in the middle of a save if need be.
+The ranks are children of the study in a process group of their own: a Ctrl-C in the terminal reaches only the study,
+which forwards it and waits. The launcher would kill the ranks 30 seconds after a Ctrl-C, even during a save.
 """
 
 import math
@@ -18,14 +17,14 @@ from types import FrameType
 from typing import Any, Self
 
 DEFAULT_PORT = 29500
-"""Where the ranks of the deepspeed launcher meet (deepspeed/constants.py, TORCH_DISTRIBUTED_DEFAULT_PORT)."""
+"""Of the deepspeed launcher (deepspeed/constants.py, TORCH_DISTRIBUTED_DEFAULT_PORT)."""
 GRACE_S = 30.0
-"""Seconds that the other ranks get to leave after one has failed; then they are killed."""
+"""Seconds from the failure of a rank until the others are killed."""
 POLL_S = 0.1
 
 
 def choose_port() -> int:
-    """The launcher's default port, or a free one if another run has it."""
+    """The launcher's default port, or a free one if another process uses it."""
     with socket.socket() as probe:
         try:
             probe.bind(("", DEFAULT_PORT))
@@ -40,11 +39,11 @@ def run_ranks(words: Sequence[str], num_ranks: int, port: int) -> tuple[int, int
     Args:
         words: The script and its arguments.
         num_ranks: Number of processes.
-        port: Where they meet.
+        port: Of rank 0's rendezvous.
 
     Returns:
-        The exit code of the first rank that failed (128 + n when signal n ended it), 0 if none did; and how many
-        signals came meanwhile.
+        The exit code of the first rank that failed (128 + n after signal n), 0 if none did; the number of signals
+        received.
     """
     ranks: list[subprocess.Popen[bytes]] = []
     with _Signals() as signals:
@@ -59,15 +58,15 @@ def run_ranks(words: Sequence[str], num_ranks: int, port: int) -> tuple[int, int
 
 
 def _start(words: Sequence[str], rank: int, num_ranks: int, port: int, group: int) -> subprocess.Popen[bytes]:
-    """Start one rank in a process group; group 0 is a new one."""
+    """Start one rank in a process group; 0: a new one."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **{k: str(v) for k, v in numbers.items()}}
     return subprocess.Popen([sys.executable, "-u", *words], env={**os.environ, **variables}, process_group=group)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: "_Signals") -> int:
-    """Wait until all ranks have ended, or one has failed and the others had their time; the first failure's code."""
-    failed, passed_on, deadline_s = 0, 0, math.inf
+    """Wait until all ranks have ended, or GRACE_S after the first failure; its exit code."""
+    failed, forwarded, deadline_s = 0, 0, math.inf
     while True:
         codes = [rank.poll() for rank in ranks]
         if not failed and any(codes):
@@ -75,15 +74,15 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: "_Signals") -> int:
             deadline_s = time.monotonic() + GRACE_S
         if None not in codes or time.monotonic() > deadline_s:
             return failed
-        for number in signals.received[passed_on:]:
-            passed_on += 1
+        for number in signals.received[forwarded:]:
+            forwarded += 1
             for rank in ranks:
                 rank.send_signal(number)
         time.sleep(POLL_S)
 
 
 def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Kill what is left of the process group: ranks that hang, and what ranks have started."""
+    """Kill the remaining processes of the group: hanging ranks and their children."""
     if ranks:
         with suppress(ProcessLookupError):
             os.killpg(ranks[0].pid, signal.SIGKILL)
@@ -92,7 +91,7 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 class _Signals:
-    """While it is open, a Ctrl-C, SIGTERM or SIGHUP is noted for the ranks and does not end this process."""
+    """Collects Ctrl-C, SIGTERM and SIGHUP for the ranks instead of ending this process."""
 
     def __init__(self) -> None:
         self.received: list[signal.Signals] = []

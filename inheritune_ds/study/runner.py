@@ -1,8 +1,7 @@
 """Studies: several runs, one after the other, and the report that compares them.
 
-Each run is train.py in processes of its own. The `deepspeed` command that does the same is logged before it starts,
-so that a reader can give it by hand. A finished run ends at once when it is started again: rerun the same command to
-resume an interrupted study.
+Each run is train.py in processes of its own; the equivalent `deepspeed` command is logged before. A finished run ends
+at once when it is started again: rerun the same command to resume an interrupted study.
 """
 
 import logging
@@ -23,19 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class StudyRunError(InherituneError):
-    """A run of a study has failed; its own message stands above.
-
-    Args:
-        problem: Which run, and how it ended.
-        exit_code: The exit code of the run, passed on.
-    """
+    """A run of a study has failed; the study ends with its exit code."""
 
     def __init__(self, problem: str, exit_code: int) -> None:
-        super().__init__(problem, action="fix what the run's own message above says, then rerun the same command")
+        super().__init__(problem, action="see the run's own message above, then rerun the same command to resume")
         self.exit_code = exit_code
 
 
-def run_study(  # noqa: PLR0913 (by keyword: the options of the command line, one for one)
+def run_study(  # noqa: PLR0913 (the options of the command line, by keyword)
     name: str,
     *,
     deepspeed_config: Path,
@@ -48,20 +42,20 @@ def run_study(  # noqa: PLR0913 (by keyword: the options of the command line, on
 
     Args:
         name: A shipped study, or the path of a study file.
-        deepspeed_config: How this machine runs it, for all runs.
+        deepspeed_config: For all runs.
         num_ranks: Processes of each run.
-        runs_dir: Where the run folders are; the report goes to `runs_dir`/study-NAME/report.
-        cache_dir: Where the token shards are.
+        runs_dir: Of run folders; the report goes to `runs_dir`/study-NAME/report.
+        cache_dir: Of token files.
         overrides: `key.path=value` items for every run.
 
     Returns:
-        Path of report.md; None when a signal stopped the study; rerun the same command to resume.
+        Path of report.md; None if a signal stopped the study.
 
     Raises:
-        RecipeError: When the study or one of its recipes is wrong; nothing has been started then.
-        MachineError: When train.py cannot be found.
-        StudyRunError: When a run has failed.
-        KeyboardInterrupt: At a second Ctrl-C, when all processes have ended.
+        RecipeError: If the study or one of its recipes is wrong; nothing has been started then.
+        MachineError: If train.py cannot be found.
+        StudyRunError: If a run has failed.
+        KeyboardInterrupt: At a second Ctrl-C, after all processes have ended.
     """
     study, runs = load_study(name, overrides, runs_dir)
     script = _train_script()
@@ -74,26 +68,24 @@ def run_study(  # noqa: PLR0913 (by keyword: the options of the command line, on
         launcher = [_deepspeed(), *(() if port == DEFAULT_PORT else ("--master_port", str(port)))]
         line = shlex.join([*launcher, "--num_gpus", str(num_ranks), *command])
         logger.info("\n[%d/%d] %s (%s)\n%s\n", number, len(runs), recipe.name, run.run.role, line)
-        if not _train(recipe.name, runs_dir / recipe.name, run_ranks(command, num_ranks, port)):
+        if not _has_finished(recipe.name, runs_dir / recipe.name, run_ranks(command, num_ranks, port)):
             logger.info("\nstudy %s: stopped at %s; rerun the same command to resume", study.name, recipe.name)
             return None
     rows = [StudyRow(run.label, run.run.role, run_result(runs_dir / run.recipe.name)) for run in runs]
     report = write_study_report(runs_dir / f"study-{study.name}", f"Study {study.name}", rows)
-    _log_end(report, rows)
+    logger.info("\n%s\n\nreport  %s\nfigure  %s", study_tables(rows), report, report.with_name("curves.png"))
+    for row in rows:
+        logger.info("model   %s  (%s)", row.result.folder / row.result.summary.export, row.label)
     return report
 
 
-def _train(name: str, folder: Path, ended: tuple[int, int]) -> bool:
-    """Judge how a run ended; False when a signal stopped it, and rerunning the same command resumes it.
+def _has_finished(name: str, folder: Path, ended: tuple[int, int]) -> bool:
+    """Check how a run ended: False after one signal, KeyboardInterrupt after a second one, StudyRunError if it failed.
 
     Args:
         name: The run.
         folder: Its run folder.
-        ended: Exit code, and how many signals came.
-
-    Raises:
-        StudyRunError: When the run has failed.
-        KeyboardInterrupt: After a second signal, which the ranks do not survive.
+        ended: Exit code and number of signals.
     """
     code, signals = ended
     state = read_status(folder).get("state", "unknown")
@@ -106,12 +98,12 @@ def _train(name: str, folder: Path, ended: tuple[int, int]) -> bool:
     if code:
         raise StudyRunError(f"run {name} ended with exit code {code}", code)
     if state != "finished":
-        raise StudyRunError(f"run {name} left without finishing (its state: {state})", TrainingError.exit_code)
+        raise StudyRunError(f"run {name} ended without finishing (its state: {state})", TrainingError.exit_code)
     return True
 
 
 def _deepspeed() -> str:
-    """The launcher of this Python, written as the user's shell finds it."""
+    """The launcher of this Python, as a word for the user's shell."""
     own, found = Path(sys.executable).with_name("deepspeed"), shutil.which("deepspeed")
     on_path = not own.is_file() or (found is not None and Path(found).samefile(own))
     return "deepspeed" if on_path else _as_typed(own)
@@ -124,7 +116,7 @@ def _train_script() -> str:
             return _as_typed(place)
     raise MachineError(
         f"train.py is neither at {places[0]} nor at {places[1]}",
-        action="clone the repository and give this command in its folder",
+        action="clone the repository and run this command in its folder",
     )
 
 
@@ -132,9 +124,3 @@ def _as_typed(path: Path) -> str:
     """Shorten a path inside the current folder."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _log_end(report: Path, rows: Sequence[StudyRow]) -> None:
-    logger.info("\n%s\n\nreport  %s\nfigure  %s", study_tables(rows), report, report.with_name("curves.png"))
-    for row in rows:
-        logger.info("model   %s  (%s)", row.result.folder / row.result.summary.export, row.label)

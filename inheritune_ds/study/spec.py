@@ -26,9 +26,9 @@ class StudyRun(ConfigModel):
     """A shipped name, or a path relative to the study file."""
     role: Role
     label: Text | None = None
-    """What the table and the figure call it; the recipe's name when left out."""
+    """Its name in table and figure; the recipe's name if omitted."""
     overrides: list[Text] = Field(default_factory=list)
-    """Such as `name=shallow`, `target.select=first:2`: one recipe can serve several runs."""
+    """Such as `name=shallow`, `target.select=first:2`, so that several runs share one recipe."""
 
 
 class StudyFile(ConfigModel):
@@ -37,7 +37,7 @@ class StudyFile(ConfigModel):
     name: Name
     description: Text
     runs: Annotated[list[StudyRun], Field(min_length=1)]
-    """In the order in which they are trained."""
+    """In the order of training."""
 
     @model_validator(mode="after")
     def _has_target(self) -> Self:
@@ -48,39 +48,30 @@ class StudyFile(ConfigModel):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of a study, ready to start.
-
-    Attributes:
-        run: Its entry in the study file.
-        plain: The recipe as its file has it.
-        recipe: The recipe as the study trains it.
-        arguments: The words for train.py that make the second of the first.
-    """
+    """A run of a study, ready to start."""
 
     run: StudyRun
     plain: Recipe
+    """Its file, without overrides."""
     recipe: Recipe
+    """With overrides."""
     arguments: list[str]
+    """Of train.py."""
 
     @property
     def label(self) -> str:
-        """What the table and the figure call it."""
+        """Its name in table and figure."""
         return self.run.label or self.recipe.name
 
 
 def load_study(name: str, overrides: Sequence[str], runs_dir: Path) -> tuple[StudyFile, list[PlannedRun]]:
-    """Read a study and the recipe of every run; all problems at once, before the first run starts.
+    """Read a study and the recipe of every run.
 
-    If the reference of a run is a run of this study, it is that run with its overrides: its recipe is written
-    into `study-NAME/recipes`, and the run's `reference.model` names that file.
-
-    Args:
-        name: A shipped study, or the path of a study file.
-        overrides: `key.path=value` items for every run.
-        runs_dir: Where the run folders are.
+    If the reference of a run is an earlier run of this study with overrides, its recipe is written to
+    `study-NAME/recipes`, and the run's `reference.model` names that file.
 
     Raises:
-        RecipeError: The study or one of its recipes is wrong.
+        RecipeError: With all problems of the study and its recipes.
     """
     text, origin = read_document(name, "studies")
     study = validate(StudyFile, parse_yaml(text, origin), origin)
@@ -104,7 +95,12 @@ def load_study(name: str, overrides: Sequence[str], runs_dir: Path) -> tuple[Stu
             runs.append(PlannedRun(run, plain, recipe, ["--recipe", which, *words]))
         except RecipeError as problem:
             problems.append(problem)
-    _check_loaded(study, runs, problems)
+    for shared, times in Counter(run.recipe.name for run in runs).items():
+        if times > 1:
+            text = f"study {study.name}: {times} runs are called {shared}, so they would share a run folder"
+            problems.append(RecipeError(text, action="give one of them another name: `overrides: [name=...]`"))
+    if problems:
+        raise RecipeError.of(problems)
     for path, reference in references.items():
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +109,7 @@ def load_study(name: str, overrides: Sequence[str], runs_dir: Path) -> tuple[Stu
 
 
 def _reference_in_study(recipe: Recipe, before: Sequence[PlannedRun]) -> Recipe | None:
-    """The reference of a recipe as an earlier run of the study trains it; None if its own recipe says it all."""
+    """The reference of a recipe with an earlier run's overrides; None if no run changes it."""
     name = recipe.reference.recipe_name if recipe.reference else None
     if name is None:
         return None
@@ -122,16 +118,3 @@ def _reference_in_study(recipe: Recipe, before: Sequence[PlannedRun]) -> Recipe 
     if not trained or any((one.name, one.fingerprint) == (asked.name, asked.fingerprint) for one in trained):
         return None
     return trained[0]
-
-
-def _check_loaded(study: StudyFile, runs: Sequence[PlannedRun], problems: list[InherituneError]) -> None:
-    for name, times in Counter(run.recipe.name for run in runs).items():
-        if times > 1:
-            problems.append(
-                RecipeError(
-                    f"study {study.name}: {times} runs are called {name}, so they would share a run folder",
-                    action="give one of them another name: `overrides: [name=...]`",
-                )
-            )
-    if problems:
-        raise RecipeError.of(problems)

@@ -24,7 +24,7 @@ def test_largest_micro_batch_is_tried_taken_and_written_down(
     output = launch("train.py", *config, *folders, "--auto-micro-batch")
     run = tmp_path / "runs" / "tried"
     assert "micro-batch 1: peak" in output
-    assert f"train_micro_batch_size_per_gpu: {windows} (the largest that stays below" in output
+    assert f"train_micro_batch_size_per_gpu: {windows} (the largest below" in output
     assert json.loads((run / "micro_batch.json").read_text())["train_micro_batch_size_per_gpu"] == windows
     resolved = json.loads((run / "ds_config.resolved.json").read_text())
     assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (windows, 1)

@@ -11,7 +11,7 @@ from inheritune_ds.run.data import RunData
 from tests.data.prepared import files_source, make_texts, recipe_file, write_jsonl
 
 
-def test_the_batches_come_from_the_shards_by_weight(tmp_path: Path) -> None:
+def test_batches_follow_the_weights_of_the_sources(tmp_path: Path) -> None:
     train_tokenizer(make_texts(50), 300).save_pretrained(tmp_path / "bpe")
     sources = [
         files_source(write_jsonl(tmp_path / f"{name}.jsonl", make_texts(200, seed=seed)), name=name, weight=weight)

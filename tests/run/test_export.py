@@ -121,7 +121,7 @@ def test_export_in_bfloat16_rounds_every_value(
     assert manifest["dtype"] == "bfloat16"
 
 
-def test_export_says_whose_it_is_and_what_is_in_it(
+def test_export_manifest_holds_fingerprint_and_files(
     target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
 ) -> None:
     target = target_folder("llama")
@@ -132,7 +132,7 @@ def test_export_says_whose_it_is_and_what_is_in_it(
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= manifest["files"].keys()
 
 
-def test_a_disk_that_fills_during_the_export_is_a_storage_error(
+def test_full_disk_is_a_storage_error(
     target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
 ) -> None:
     target = target_folder("llama")
@@ -161,7 +161,7 @@ def test_export_refuses_parameters_that_are_not_the_target_s(
     assert not (tmp_path / "export").exists()
 
 
-def test_an_export_that_reads_back_otherwise_is_not_published(
+def test_export_that_differs_when_loaded_is_not_published(
     target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = target_folder("llama")
@@ -181,7 +181,7 @@ def test_an_export_that_reads_back_otherwise_is_not_published(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target-llama"]
 
 
-def test_check_logits_tells_how_far_they_are_apart(
+def test_check_logits_reports_the_largest_difference(
     target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
 ) -> None:
     target = target_folder("llama")
@@ -219,7 +219,7 @@ RESULT = {
 }
 
 
-def test_model_card_tells_the_lineage() -> None:
+def test_model_card_states_the_lineage() -> None:
     report = {
         "selection": [0, 1, 2, 3],
         "reference": {"name": "org/model", "commit": "0123abc", "weights_sha256": {}},
@@ -236,7 +236,7 @@ def test_model_card_tells_the_lineage() -> None:
         "1,840,256 (791,552 in 4 blocks)",
         "819,200 tokens seen (700,000 unique)",
         "precision fp32, ZeRO stage 1, 2 rank(s)",
-        "3.1416 +- 0.0200 nats a token",
+        "3.1416 +- 0.0200 nats per token",
         '"seed": 7',
     ):
         assert text in card

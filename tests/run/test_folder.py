@@ -48,7 +48,7 @@ def test_claim_makes_the_folder_and_writes_the_resolved_recipe(folder: RunFolder
     assert (folder.target, folder.export) == (folder.path / "target", folder.path / "export")
 
 
-def test_claim_removes_what_a_killed_launch_was_writing(folder: RunFolder, recipe: Recipe) -> None:
+def test_claim_removes_unfinished_files_of_a_killed_launch(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     folder.release()
     (folder.path / "report").mkdir()
@@ -67,23 +67,19 @@ def test_claim_removes_what_a_killed_launch_was_writing(folder: RunFolder, recip
     assert all(path.exists() for path in [*others, staging])
 
 
-def test_the_same_recipe_claims_again(folder: RunFolder, recipe: Recipe) -> None:
+def test_same_recipe_may_change_description_logging_and_checkpoints(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     written = (folder.path / "recipe.resolved.yaml").stat().st_mtime_ns
     folder.release()
     folder.claim(recipe)
     assert (folder.path / "recipe.resolved.yaml").stat().st_mtime_ns == written
-
-
-def test_names_logging_and_checkpoints_may_change(folder: RunFolder, recipe: Recipe) -> None:
-    folder.claim(recipe)
     folder.release()
     changed = load_recipe("quickstart", ["description=another", "logging.interval_steps=3", "checkpoint.keep=7"])
     folder.claim(changed)
     assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == changed
 
 
-def test_a_folder_in_which_nothing_was_trained_goes_to_the_corrected_recipe(folder: RunFolder, recipe: Recipe) -> None:
+def test_corrected_recipe_claims_a_folder_without_training(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     folder.release()
     corrected = load_recipe("quickstart", ["seed=7"])
@@ -95,7 +91,7 @@ def test_a_folder_in_which_nothing_was_trained_goes_to_the_corrected_recipe(fold
         folder.claim(recipe)
 
 
-def test_a_folder_of_another_recipe_is_refused_by_key(folder: RunFolder, recipe: Recipe) -> None:
+def test_folder_of_another_recipe_is_refused_by_key(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     (folder.path / "metrics.jsonl").touch()
     folder.release()
@@ -111,17 +107,19 @@ def test_a_folder_of_another_recipe_is_refused_by_key(folder: RunFolder, recipe:
     ]
     assert "--runs-dir DIR" in caught.value.action
     assert (folder.path / "recipe.resolved.yaml").read_bytes() == before
-    assert not folder.is_claimed, "its status is not this launch's to write"
+    assert not folder.is_claimed
 
 
-def test_a_damaged_resolved_recipe_is_named(folder: RunFolder, recipe: Recipe) -> None:
+def test_damaged_resolved_recipe_is_reported(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     (folder.path / "metrics.jsonl").touch()
     folder.release()
     path = folder.path / "recipe.resolved.yaml"
-    for content, told in ((b"name: [", "line 1"), (b"\xff", "can't decode byte"), (b"", "not a mapping")):
+    for content, fault in ((b"name: [", "line 1"), (b"\xff", "can't decode byte"), (b"", "not a mapping")):
         path.write_bytes(content)
-        with pytest.raises(RunFolderError, match=rf"not as it was written: .*recipe\.resolved\.yaml.*{told}") as caught:
+        with pytest.raises(
+            RunFolderError, match=rf"recipe of this run is damaged: .*recipe\.resolved\.yaml.*{fault}"
+        ) as caught:
             folder.claim(recipe)
         assert "--fresh" in caught.value.action
         assert not folder.is_claimed
@@ -129,7 +127,7 @@ def test_a_damaged_resolved_recipe_is_named(folder: RunFolder, recipe: Recipe) -
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Another process has the folder; it is killed at the end."""
+    """Another process has locked the folder; it is killed at the end."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -138,11 +136,11 @@ def held(path: Path) -> Iterator[None]:
         assert holder.stdout.readline() == "claimed\n"
         yield
     finally:
-        holder.kill()  # a killed process lets go as well
+        holder.kill()  # which unlocks the folder
         holder.communicate()
 
 
-def test_a_folder_that_another_process_has_is_refused(folder: RunFolder, recipe: Recipe) -> None:
+def test_claim_refuses_a_locked_folder(folder: RunFolder, recipe: Recipe) -> None:
     with held(folder.path):
         with pytest.raises(FolderBusyError) as caught:
             folder.claim(recipe)
@@ -170,7 +168,7 @@ def test_claim_in_a_read_only_folder_is_a_storage_error(
         folder.claim(recipe)
 
 
-def test_a_run_has_finished_when_status_summary_and_whole_export_say_so(folder: RunFolder, recipe: Recipe) -> None:
+def test_has_finished_needs_status_figures_and_an_intact_export(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     folder.export.mkdir()
     weights = folder.export / "model.safetensors"
@@ -192,7 +190,7 @@ def test_a_run_has_finished_when_status_summary_and_whole_export_say_so(folder: 
     assert not folder.has_finished(recipe)
 
 
-def test_set_aside_renames_the_whole_folder_and_lets_it_go(folder: RunFolder, recipe: Recipe) -> None:
+def test_set_aside_renames_and_unlocks_the_folder(folder: RunFolder, recipe: Recipe) -> None:
     assert folder.set_aside() is None
     folder.claim(recipe)
     (folder.checkpoints / "step-00000004").mkdir()
@@ -203,10 +201,10 @@ def test_set_aside_renames_the_whole_folder_and_lets_it_go(folder: RunFolder, re
     assert (aside / "checkpoints" / "step-00000004").is_dir()
     assert not folder.path.exists()
     assert not folder.is_claimed
-    folder.claim(load_recipe("quickstart", ["seed=7"]))  # nobody's any more
+    folder.claim(load_recipe("quickstart", ["seed=7"]))  # free again
 
 
-def test_two_runs_set_aside_in_one_second_both_stay(folder: RunFolder, recipe: Recipe) -> None:
+def test_set_aside_keeps_all_runs_of_one_second(folder: RunFolder, recipe: Recipe) -> None:
     kept: set[str] = set()
     for _ in range(3):
         folder.claim(recipe)
@@ -218,7 +216,7 @@ def test_two_runs_set_aside_in_one_second_both_stay(folder: RunFolder, recipe: R
     assert len(kept) == 3
 
 
-def test_set_aside_refuses_a_folder_that_another_process_has(folder: RunFolder) -> None:
+def test_set_aside_refuses_a_locked_folder(folder: RunFolder) -> None:
     with held(folder.path):
         with pytest.raises(FolderBusyError, match="another process is writing to"):
             folder.set_aside()
@@ -226,7 +224,7 @@ def test_set_aside_refuses_a_folder_that_another_process_has(folder: RunFolder) 
     assert [path.name for path in folder.path.parent.iterdir()] == ["quickstart"]
 
 
-def test_a_lock_on_a_folder_that_was_set_aside_meanwhile_is_taken_again(
+def test_lock_of_a_folder_that_is_renamed_meanwhile_is_repeated(
     folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.claim(recipe)
@@ -236,17 +234,17 @@ def test_a_lock_on_a_folder_that_was_set_aside_meanwhile_is_taken_again(
 
     def flock(descriptor: int, operation: int) -> None:
         if not moved.exists():
-            folder.path.rename(moved)  # between the opening and the locking
+            folder.path.rename(moved)  # between opening and locking
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
     folder.lock()
     with pytest.raises(FolderBusyError):
         RunFolder(folder.path).lock()
-    RunFolder(moved).lock()  # nobody holds the old one
+    RunFolder(moved).lock()  # the renamed folder is free
 
 
-def test_a_claimed_folder_is_closed_to_others_whatever_the_umask(folder: RunFolder, recipe: Recipe) -> None:
+def test_claimed_folder_is_not_world_writable_under_any_umask(folder: RunFolder, recipe: Recipe) -> None:
     before = os.umask(0)
     try:
         folder.claim(recipe)

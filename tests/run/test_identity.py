@@ -1,4 +1,4 @@
-"""What a run is made from is written at its first launch, and a later one that differs is refused."""
+"""The first launch writes the identity of a run; a later launch that differs is refused."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from inheritune_ds.training.kernels import Kernels
 from tests.data.prepared import files_source, make_texts, recipe_file, write_jsonl
 
 TAKEN = Kernels("sdpa", "torch_fused", liger=False, loss="chunked", compile=True, activation_checkpointing="none")
-ACTION = "\n  do: bring the old data and settings back, or give this run a name of its own: name=OTHER"
+ACTION = "\n  do: restore the old data and settings, or give this run another name: name=OTHER"
 
 
 class Run:
-    """A run folder with its recipe and tokens; `launch` is what every start of the program does."""
+    """A run folder with its recipe and tokens."""
 
     def __init__(self, folder: Path, tokenizer: str) -> None:
         self.folder, self._tokenizer = folder, tokenizer
@@ -42,7 +42,7 @@ class Run:
         return recipe, prepare(recipe.corpus, self._tokenizer, self.folder / "cache")
 
     def launch(self, recipe: Recipe, tokens: TokenSet, *, has_checkpoints: bool) -> None:
-        """Compare with the last launch, or write what this one reads."""
+        """Compare with the last launch, as every launch does."""
         checkpoint = self.folder / "run" / "checkpoints" / "step-00000010"
         if has_checkpoints:
             checkpoint.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def refusal(run: Run, recipe: Recipe, tokens: TokenSet) -> list[str]:
-    """The lines that tell what differs."""
+    """The lines of the refusal, one per difference."""
     with pytest.raises(RunFolderError) as caught:
         run.launch(recipe, tokens, has_checkpoints=True)
     head, *lines = caught.value.problem.splitlines()
@@ -68,7 +68,7 @@ def refusal(run: Run, recipe: Recipe, tokens: TokenSet) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def test_the_same_data_goes_on(run: Run) -> None:
+def test_unchanged_data_is_accepted(run: Run) -> None:
     recipe, tokens = run.prepare(make_texts(40), make_texts(40, seed=2))
     run.launch(recipe, tokens, has_checkpoints=False)
     written = json.loads((run.folder / "run" / "data.json").read_text())
@@ -80,7 +80,7 @@ def test_the_same_data_goes_on(run: Run) -> None:
     assert (run.folder / "run" / "data.json").stat().st_mtime_ns == before
 
 
-def test_a_changed_file_is_named_with_its_hashes_once_there_are_checkpoints(run: Run) -> None:
+def test_changed_file_is_refused_with_its_hashes_once_there_are_checkpoints(run: Run) -> None:
     texts, others = make_texts(40), make_texts(40, seed=2)
     recipe, tokens = run.prepare(texts, others)
     run.launch(recipe, tokens, has_checkpoints=False)
@@ -90,7 +90,7 @@ def test_a_changed_file_is_named_with_its_hashes_once_there_are_checkpoints(run:
     lines = refusal(run, recipe, tokens)
     assert f"sources.web.files.web.jsonl.sha256: '{old}' -> '{new}'" in lines
     assert not any("books" in line for line in lines)
-    run.launch(recipe, tokens, has_checkpoints=False)  # nothing was trained from the old ones
+    run.launch(recipe, tokens, has_checkpoints=False)  # nothing was trained on the old ones
     run.launch(recipe, tokens, has_checkpoints=True)
 
 
@@ -105,13 +105,13 @@ def test_a_changed_file_is_named_with_its_hashes_once_there_are_checkpoints(run:
         ("corpus.validation_ratio=0.3", "corpus.validation_ratio: 0.2 -> 0.3"),
     ],
 )
-def test_changed_settings_of_the_stream_are_named(run: Run, override: str, expected: str) -> None:
+def test_changed_settings_of_the_stream_are_refused(run: Run, override: str, expected: str) -> None:
     texts = make_texts(40), make_texts(40, seed=2)
     run.launch(*run.prepare(*texts), has_checkpoints=False)
     assert expected in refusal(run, *run.prepare(*texts, override))
 
 
-def test_a_changed_weight_is_named_though_the_tokens_are_the_same(run: Run) -> None:
+def test_changed_weight_is_refused_with_unchanged_tokens(run: Run) -> None:
     texts = make_texts(40), make_texts(40, seed=2)
     recipe, tokens = run.prepare(*texts)
     run.launch(recipe, tokens, has_checkpoints=False)
@@ -122,9 +122,7 @@ def test_a_changed_weight_is_named_though_the_tokens_are_the_same(run: Run) -> N
     assert refusal(run, changed, tokens) == ["stream.weights: [0.75, 0.25] -> [0.75, 0.5]"]
 
 
-def test_files_are_hashed_before_first_use_and_again_when_they_were_touched(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_hashed_before_first_use_and_after_a_touch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, tokens = run.prepare(make_texts(40), make_texts(40, seed=2))
     hashed: list[TokenSet] = []
 
@@ -156,27 +154,24 @@ def begun(folder: Path) -> Path:
     return folder
 
 
-def test_auto_is_what_the_first_launch_took(tmp_path: Path) -> None:
+def test_checkpoints_fix_auto_to_the_kernels_of_the_first_launch(tmp_path: Path) -> None:
+    assert identity.kept_kernels(tmp_path, KernelRequest()) == KernelRequest()
+    identity.keep_kernels(tmp_path, TAKEN.as_dict())
+    assert identity.kept_kernels(tmp_path, KernelRequest()) == KernelRequest()
     assert identity.kept_kernels(begun(tmp_path), KernelRequest()) == KernelRequest(**TAKEN.as_dict())
 
 
-def test_before_the_first_checkpoint_auto_stays_auto(tmp_path: Path) -> None:
-    identity.keep_kernels(tmp_path, TAKEN.as_dict())
-    assert identity.kept_kernels(tmp_path, KernelRequest()) == KernelRequest()
-    assert identity.kept_kernels(tmp_path / "new", KernelRequest()) == KernelRequest()
-
-
-def test_a_named_kernel_replaces_a_kept_one(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
+def test_named_kernel_replaces_a_kept_one(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
     kept = identity.kept_kernels(begun(tmp_path), KernelRequest(attention="eager", compile=False, loss="chunked"))
     assert (kept.attention, kept.compile, kept.loss) == ("eager", False, "chunked")
-    rounds = "later steps round otherwise than an uninterrupted run"
+    rounds = "later steps round differently from an uninterrupted run"
     assert logged() == [
         f"WARNING: kernels.attention is eager, and was sdpa before: {rounds}",
         f"WARNING: kernels.compile is False, and was True before: {rounds}",
     ]
 
 
-def test_another_optimizer_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
+def test_optimizer_that_differs_from_the_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError) as caught:
         identity.kept_kernels(begun(tmp_path), KernelRequest(optimizer="apex"))
     assert caught.value.problem == (
@@ -186,16 +181,16 @@ def test_another_optimizer_than_the_checkpoints_is_refused(tmp_path: Path) -> No
     assert caught.value.action.startswith('write "optimizer": "auto" or "torch_fused" under kernels, or ')
 
 
-def test_an_offloaded_optimizer_is_asked_for_by_offload_alone(tmp_path: Path) -> None:
+def test_offloaded_optimizer_becomes_auto(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     identity.keep_kernels(folder, {**TAKEN.as_dict(), "optimizer": "deepspeed_cpu"})
     assert identity.kept_kernels(folder, KernelRequest()).optimizer == "auto"
 
 
-def test_other_weights_under_old_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_changed_target_is_refused_once_there_are_checkpoints(tmp_path: Path) -> None:
     before: dict[str, Any] = {"tokens": "1" * 64, "reference": {"weights_sha256": {"model.safetensors": "2"}}}
     changed = {**before, "reference": {"weights_sha256": {"model.safetensors": "3"}}}
-    identity.check_target(tmp_path, before, changed)  # nothing was trained from the old ones: the target is built again
+    identity.check_target(tmp_path, before, changed)  # nothing was trained yet: the target is rebuilt
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
     identity.check_target(tmp_path, before, before)
     identity.check_target(tmp_path, None, changed)
@@ -205,7 +200,7 @@ def test_other_weights_under_old_checkpoints_are_refused(tmp_path: Path) -> None
     assert "reference.weights_sha256.model.safetensors: '2' -> '3'" in caught.value.problem
 
 
-def test_a_kept_micro_batch_counts_once_there_are_checkpoints_and_if_it_divides(tmp_path: Path) -> None:
+def test_kept_micro_batch_is_used_with_checkpoints_if_it_divides(tmp_path: Path) -> None:
     assert identity.kept_micro_batch(tmp_path, 8) == 0
     identity.keep_micro_batch(tmp_path, 4, 1.5)
     assert identity.kept_micro_batch(tmp_path, 8) == 0

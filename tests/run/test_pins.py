@@ -43,9 +43,7 @@ def revisions(recipe: Recipe) -> list[str]:
     return [recipe.reference.revision, *sources]
 
 
-def test_hub_revisions_stay_at_the_commit_of_the_first_launch(
-    folder: RunFolder, resolve: Callable[[str], None]
-) -> None:
+def test_hub_revisions_keep_the_commit_of_the_first_launch(folder: RunFolder, resolve: Callable[[str], None]) -> None:
     recipe = load_recipe("openllama-3b-13l")
     assert set(revisions(recipe)) == {"main"}
     assert len(revisions(recipe)) == 1 + 7, "the reference, and a source for each domain"
@@ -54,14 +52,14 @@ def test_hub_revisions_stay_at_the_commit_of_the_first_launch(
     resolve(PUSHED)
     assert set(revisions(pin_revisions(recipe, folder.path))) == {BRANCH}
     resolve("")
-    assert set(revisions(pin_revisions(recipe, folder.path))) == {BRANCH}, "a later launch needs no answer"
+    assert set(revisions(pin_revisions(recipe, folder.path))) == {BRANCH}
     assert json.loads((folder.path / "pins.json").read_text()) == {
         "model openlm-research/open_llama_3b@main": BRANCH,
         "dataset togethercomputer/RedPajama-Data-1T-Sample@main": BRANCH,
     }
 
 
-def test_the_resolved_recipe_names_the_commit_and_the_branch_s_recipe_still_owns_the_folder(
+def test_resolved_recipe_names_the_commit_and_the_given_recipe_owns_the_folder(
     folder: RunFolder, resolve: Callable[[str], None]
 ) -> None:
     recipe = load_recipe("openllama-3b-13l")
@@ -93,9 +91,7 @@ def test_local_folders_and_recipes_are_not_pinned(folder: RunFolder, resolve: Ca
     assert not (folder.path / "pins.json").exists()
 
 
-def test_a_run_that_finished_with_pinned_revisions_is_finished_for_the_branch_s_recipe(
-    folder: RunFolder, resolve: Callable[[str], None]
-) -> None:
+def test_pinned_run_has_finished_for_the_given_recipe(folder: RunFolder, resolve: Callable[[str], None]) -> None:
     recipe = load_recipe("openllama-3b-13l")
     resolve(BRANCH)
     pinned = pin_revisions(recipe, folder.path)

@@ -23,7 +23,7 @@ def test_ids_beyond_the_model_s_vocabulary_are_refused(tmp_path: Path) -> None:
     prepare._check_ids(tokens, 1001)
     with pytest.raises(CorpusError) as caught:
         prepare._check_ids(tokens, 1000)
-    assert caught.value.problem == "corpus.tokenizer has ids up to 1000, the model's vocabulary 1000 entries"
+    assert caught.value.problem == "corpus.tokenizer has ids up to 1000, the model's vocabulary has 1000 entries"
     assert "allowed: a tokenizer whose ids are all below 1000\n  do: use the reference's own" in str(caught.value)
 
 
@@ -45,8 +45,8 @@ def test_the_log_says_how_much_is_validated_on_and_of_what(folder: RunFolder, lo
     RunData(recipe, token_set(folder.path, a=0, b=2 * 128 + 1, c=2 * 128 + 1)).log()
     assert logged() == [
         "validation: 4 windows of 128 tokens (a 0, b 2, c 2)",
-        "WARNING: no token of b, c is trained on: empty, held out, or behind max_tokens",
-        "WARNING: no window of a is validated on: the loss tells nothing of it",
+        "WARNING: no token of b, c is trained on: empty, held out, or after max_tokens",
+        "WARNING: no window of a is validated on: the loss does not include it",
     ]
 
 
@@ -67,5 +67,5 @@ def test_the_log_warns_of_weights_that_never_come(folder: RunFolder, logged: Cal
     RunData(recipe, tokens).log()
     assert logged() == [
         "validation: 4 windows of 128 tokens (a 2, b 2)",
-        "WARNING: weight_changes at 10M tokens never come: the run ends at 61,440 tokens",
+        "WARNING: weight_changes at 10M tokens are never reached: the run ends at 61,440 tokens",
     ]

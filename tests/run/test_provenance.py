@@ -35,7 +35,7 @@ def test_git_state_is_none_outside_a_checkout(tmp_path: Path, monkeypatch: pytes
     assert provenance._git_state() is None
 
 
-def test_git_state_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_state_reports_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "inheritune_ds" / "run"
     package.mkdir(parents=True)
     (package / "folder.py").write_text("one\n", encoding="utf-8")

@@ -31,41 +31,41 @@ def saved(run: Path, *overrides: str, data: str | None = "d" * 64, precision: st
 
 
 def resumption(run: Path, *overrides: str) -> Resumption:
-    """The way back of the quickstart in a folder."""
+    """The resumption of quickstart in a folder."""
     return Resumption(RunFolder(run), load_recipe("quickstart", list(overrides)), LAYOUT)
 
 
-def test_the_newest_checkpoint_is_chosen_whatever_ranks_and_stage_have_saved_it(tmp_path: Path) -> None:
+def test_newest_checkpoint_of_any_layout_is_chosen(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps({"fingerprint": "d" * 64}))
     chosen = resumption(tmp_path).choose()
     assert chosen is not None
     assert chosen == {"path": str(checkpoint), "manifest": read_manifest(checkpoint)}
-    assert json.loads(json.dumps(chosen)) == chosen  # it travels from rank 0 to the others as JSON
+    assert json.loads(json.dumps(chosen)) == chosen  # rank 0 sends it to the others as JSON
     assert resumption(tmp_path / "other").choose() is None
 
 
-def test_a_checkpoint_of_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps({"fingerprint": "e" * 64}))
     with pytest.raises(CheckpointError, match=r"step-00000004 was made by another run.*\n    data: 'd+' -> 'e+'\n"):
         resumption(tmp_path).choose()
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "optimizer.lr=5e-3")
     with pytest.raises(CheckpointError, match=r"step-00000004 was made by another run.*\n    recipe: '\w+' -> '\w+'\n"):
         resumption(tmp_path).choose()
     assert resumption(tmp_path, "optimizer.lr=5e-3", "checkpoint.keep=1").choose() is not None
 
 
-def test_a_checkpoint_in_another_precision_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_in_another_precision_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, precision="fp32")
     with pytest.raises(CheckpointError, match="was saved in fp32, and this launch computes in bf16"):
         resumption(tmp_path).choose()
 
 
-def test_a_recipe_may_forbid_to_go_on(tmp_path: Path) -> None:
+def test_recipe_may_forbid_to_resume(tmp_path: Path) -> None:
     resumption(tmp_path / "new", "checkpoint.resume=never").begin()
     saved(tmp_path)
     resumption(tmp_path).begin()

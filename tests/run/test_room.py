@@ -1,4 +1,4 @@
-"""The room that a run asks for before it trains, and what it makes once."""
+"""The disk space that a run requires before it trains, and its single RunData."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ CPU = str(Path(__file__).parents[2] / "ds_configs" / "cpu.json")
 
 
 def asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, there: int = 0) -> int:
-    """How many checkpoints a run of 30 steps wants room for; its preparation is left out."""
+    """The number of checkpoints that a run of 30 steps requires space for, without its preparation."""
     asked: list[int] = []
 
     def refuse(_folder: Path, _bytes: int, *, count: int) -> None:
@@ -58,15 +58,15 @@ def asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, 
         (["checkpoint.keep=1", "checkpoint.keep_every=1"], 2, 3),
         (["checkpoint.keep=1"], 3, 2),
     ],
-    ids=["keep", "keep more than are saved", "keep all for good", "some are there", "more are there than stay"],
+    ids=["keep", "keep more than are saved", "keep all", "some exist", "more exist than are kept"],
 )
-def test_a_run_asks_for_room_for_the_checkpoints_that_will_lie_there(
+def test_run_requires_space_for_its_missing_checkpoints(
     overrides: list[str], there: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert asked_for(tmp_path, monkeypatch, *overrides, there=there) == count
 
 
-def test_the_data_of_a_run_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_of_a_run_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Recipe] = []
 
     class Counted(RunData):

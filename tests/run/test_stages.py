@@ -6,7 +6,7 @@ from inheritune_ds.run.stages import refuse_replaced_loss
 from inheritune_ds.training.kernels import Kernels
 
 
-def test_a_named_loss_that_the_model_cannot_have_is_refused() -> None:
+def test_named_loss_that_the_model_cannot_use_is_refused() -> None:
     plain = Kernels("sdpa", "torch", liger=False, loss="plain", compile=False, activation_checkpointing="none")
     refuse_replaced_loss(KernelRequest(), plain, "capped")
     refuse_replaced_loss(KernelRequest(loss="plain"), plain, "")

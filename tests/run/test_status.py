@@ -29,14 +29,14 @@ def test_status_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["3", '"x"', "[1]", "\x00\x00", '{"state'])
-def test_a_status_that_is_no_object_is_none(content: str, tmp_path: Path) -> None:
+def test_invalid_status_is_empty(content: str, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(content)
     assert read_status(tmp_path) == {}
     write_status(tmp_path, "running", step=8)
     assert read_status(tmp_path)["step"] == 8
 
 
-def test_the_latest_step_ever_saved_stays_in_the_status(tmp_path: Path) -> None:
+def test_status_keeps_the_largest_saved_step(tmp_path: Path) -> None:
     write_status(tmp_path, "running", step=8)
     write_status(tmp_path, "failed", step=0, reason="its checkpoints have gone", exit_code=4)
     assert (read_status(tmp_path)["step"], read_status(tmp_path)["saved_step"]) == (0, 8)

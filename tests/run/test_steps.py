@@ -1,4 +1,4 @@
-"""How long a run is, once its token files tell how many windows there are."""
+"""The number of steps, from the windows of the token files."""
 
 from pathlib import Path
 
@@ -25,35 +25,33 @@ def total_steps(folder: Path, *overrides: str, train_tokens: tuple[int, ...]) ->
     return RunData(recipe, TokenSet(folder, {"token_dtype": "uint16", "sources": sources})).total_steps
 
 
-def test_a_warm_up_that_only_the_tokens_show_to_be_too_long_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+def test_warmup_longer_than_the_run_is_refused(tmp_path: Path) -> None:
     assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1,)) == 22
     with pytest.raises(RecipeError, match=r"schedule\.warmup_steps 20 is too long for the 21 steps of the run"):
         total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(21 * 2048 + 1,))
 
 
-def test_an_epoch_has_the_windows_of_every_source(tmp_path: Path) -> None:
-    """The 100 tokens that each source has over do not make a window together."""
+def test_epoch_has_the_windows_of_every_source(tmp_path: Path) -> None:
+    """The remaining 100 tokens of each source do not form a window together."""
     assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(11 * 2048 + 100, 11 * 2048 + 100)) == 22
 
 
 @pytest.mark.parametrize(
     ("form", "refused"), [("<s> text </s>", False), ("text </s>", False), ("</s> text </s>", True)]
 )
-def test_documents_are_kept_apart_only_where_their_ends_tell_of_them(
-    tmp_path: Path, form: str, *, refused: bool
-) -> None:
+def test_packing_needs_an_end_token_at_the_end_only(tmp_path: Path, form: str, *, refused: bool) -> None:
     recipe = load_recipe("quickstart", ["training.packing=documents"])
     data = RunData(recipe, TokenSet(tmp_path, {"document_form": form, "eos_id": 2}))
     if not refused:
         assert data.packing == DocumentPacking(2)
         return
     with pytest.raises(
-        RecipeError, match=r"(?s)makes '</s> text </s>' of one.*another token than </s>.*packing: windows"
+        RecipeError, match=r"(?s)writes a document as '</s> text </s>'.*another token than </s>.*packing: windows"
     ):
         _ = data.packing
 
 
-def test_a_source_without_a_token_has_no_part_in_a_run_without_weights(tmp_path: Path) -> None:
+def test_empty_source_is_skipped_without_weights(tmp_path: Path) -> None:
     assert total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1, 0)) == 22
     with pytest.raises(CorpusError, match="'source-1' has 100 tokens, fewer than one window"):
         total_steps(tmp_path, "training.duration=1 epochs", train_tokens=(22 * 2048 + 1, 100))

@@ -1,4 +1,4 @@
-"""A train.py that trains nothing, and what a test asks of it."""
+"""A fake train.py, and its calls and processes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from inheritune_ds.console import log_to_console
 from inheritune_ds.study.runner import run_study
 
-# Stands in for train.py: does what a file named after the recipe says.
+# Replaces train.py: behaves as the file named after the recipe says.
 RANK = """
 import json, os, shutil, signal, sys, time
 from pathlib import Path
@@ -45,16 +45,16 @@ def save_and_leave(*_):
     time.sleep(float(os.environ.get("SAVE_S", "0.2")))
     status("requeue")
     os._exit(0)
-behaviour = (bench / Path(name).stem).read_text() if (bench / Path(name).stem).exists() else "finish"
-if behaviour == "finish":
+behavior = (bench / Path(name).stem).read_text() if (bench / Path(name).stem).exists() else "finish"
+if behavior == "finish":
     finish()
-if behaviour == "wait":
+if behavior == "wait":
     signal.signal(signal.SIGINT, save_and_leave)
     signal.signal(signal.SIGTERM, save_and_leave)
     status("running")
     (bench / "ready").touch()
     time.sleep(60)
-state, code = behaviour.split()
+state, code = behavior.split()
 if state != "none":
     status(state)
 sys.exit(int(code))
@@ -85,10 +85,10 @@ def calls(bench: Path) -> list[dict[str, Any]]:
 
 
 def survivors(bench: Path) -> list[str]:
-    """Processes of the bench that still live: their command lines name its folder."""
+    """Running processes with the folder of the bench in their command lines."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it may end while it is looked at
+        with suppress(OSError):  # it may end meanwhile
             command = (process / "cmdline").read_bytes()
             if os.fsencode(bench.parent) in command:
                 found.append(command.decode())

@@ -15,7 +15,7 @@ from tests.study.bench import RANK, SUMMARY
 
 @pytest.fixture(autouse=True)
 def _default_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another run on this machine must not change the commands that the tests expect."""
+    """Keep the expected commands independent of other runs on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         for module in (processes, runner):
@@ -24,7 +24,7 @@ def _default_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a train.py of its own; `bench`/NAME says what the run NAME does."""
+    """A current folder with a fake train.py; `bench`/NAME sets the behavior of run NAME."""
     bench = tmp_path / "bench"
     text = {"seq_len": 128, "tokens_sha256": "a" * 64}
     evaluation = {"step": 1, "loss": 2.5, "stderr": 0.5, "windows": [2.0, 3.0], **text}
@@ -42,7 +42,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def when_ready(bench: Path) -> Callable[[Callable[[], None]], threading.Thread]:
-    """Do something in another thread as soon as the rank is training."""
+    """Call a function in another thread as soon as the rank trains."""
 
     def after(action: Callable[[], None]) -> threading.Thread:
         def wait_and_act() -> None:

@@ -67,7 +67,7 @@ def test_study_stops_ranks_that_are_still_starting(
     assert "stopped at quickstart-reference" in capfd.readouterr().out
 
 
-def test_study_tells_a_run_that_failed_from_one_that_was_stopped(
+def test_study_distinguishes_a_failed_run_from_a_stopped_one(
     bench: Path, when_ready: Callable[[Callable[[], None]], threading.Thread]
 ) -> None:
     script = (bench.parent / "train.py").read_text()
@@ -82,7 +82,7 @@ def test_study_tells_a_run_that_failed_from_one_that_was_stopped(
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process ends within seconds; one that nobody has waited for counts as ended."""
+    """Whether a process ends within seconds; a zombie has ended."""
     stat = Path(f"/proc/{pid}/stat")
     deadline = time.monotonic() + 5
     while stat.exists() and " Z " not in stat.read_text() and time.monotonic() < deadline:
@@ -98,14 +98,14 @@ if os.environ["RANK"] == "0":
 """
 
 
-def test_study_kills_what_outlives_the_ranks_and_tells_of_the_signal_that_ended_one(bench: Path) -> None:
+def test_study_kills_children_of_ranks_and_reports_the_signal(bench: Path) -> None:
     (bench.parent / "train.py").write_text(ORPHAN)
     with pytest.raises(StudyRunError, match="ended with exit code 137"):
         start()
     assert has_ended(int(Path("orphan").read_text()))
 
 
-def test_study_kills_the_ranks_that_stay_after_one_has_failed(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_kills_the_ranks_that_remain_after_a_failure(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import os, sys, time\ntime.sleep(60) if os.environ['RANK'] == '0' else sys.exit(6)\n"
     (bench.parent / "train.py").write_text(script)
     monkeypatch.setattr(processes, "GRACE_S", 0.3)
@@ -116,7 +116,7 @@ def test_study_kills_the_ranks_that_stay_after_one_has_failed(bench: Path, monke
     assert survivors(bench) == []
 
 
-def test_a_signal_that_comes_before_the_ranks_is_passed_on(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_before_the_ranks_start_is_forwarded(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (bench / "quickstart-reference").write_text("wait")
     started = processes._start
 
@@ -126,7 +126,7 @@ def test_a_signal_that_comes_before_the_ranks_is_passed_on(bench: Path, monkeypa
 
     monkeypatch.setattr(processes, "_start", slowly)
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):  # one signal a rank
+    with pytest.raises(KeyboardInterrupt):  # one signal per rank
         start()
     assert time.monotonic() - began < 20
     assert survivors(bench) == []

@@ -18,7 +18,7 @@ from inheritune_ds.study.spec import StudyFile
 from tests.study.bench import calls, start, write_study
 
 
-def test_study_chooses_another_port_when_a_run_has_the_default(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_study_chooses_another_port_if_the_default_is_in_use(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
         other.bind(("", processes.DEFAULT_PORT))
         other.listen()
@@ -36,27 +36,24 @@ def test_shipped_studies_name_recipes_that_load(name: str) -> None:
     assert all(load_recipe(run.recipe, run.overrides).name == run.recipe for run in shipped.runs)
 
 
-def test_quickstart_study_trains_reference_target_and_baseline() -> None:
-    text, origin = read_document("quickstart", "studies")
-    shipped = validate(StudyFile, parse_yaml(text, origin), origin)
-    assert [(run.recipe, run.role) for run in shipped.runs] == [
-        ("quickstart-reference", "reference"), ("quickstart", "target"), ("quickstart-scratch", "baseline"),
-    ]  # fmt: skip
-
-
 def test_study_trains_each_run_in_order_and_writes_the_report(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
     report = start("quickstart", "training.duration=20 steps")
     assert report == Path("runs/study-quickstart/report/report.md")
     assert report.exists()
     assert [call["name"] for call in calls(bench)] == ["quickstart-reference", "quickstart", "quickstart-scratch"]
     said = capfd.readouterr().out
-    assert "[1/3] quickstart-reference (reference)" in said
+    for line in (
+        "[1/3] quickstart-reference (reference)",
+        "[2/3] quickstart (target)",
+        "[3/3] quickstart-scratch (baseline)",
+    ):
+        assert line in said
     assert "| inherited (first 4 of 8) | target " in said
     assert "figure  runs/study-quickstart/report/curves.png" in said
     assert "model   runs/quickstart/export  (inherited (first 4 of 8))" in said
 
 
-def test_study_echoes_a_command_that_can_be_pasted(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_study_logs_the_deepspeed_command(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
     start("quickstart", "training.duration=20 steps")
     echoed = [line for line in capfd.readouterr().out.splitlines() if " train.py " in line]
     assert echoed[1] == (
@@ -82,13 +79,13 @@ def test_overrides_of_a_study_reach_the_reference_that_it_trains(bench: Path) ->
 
 
 @pytest.mark.parametrize("overrides", [[], ["logging.interval_steps=5"]])
-def test_a_study_leaves_a_reference_alone_that_its_recipe_describes(bench: Path, overrides: list[str]) -> None:
+def test_reference_without_overrides_keeps_its_recipe(bench: Path, overrides: list[str]) -> None:
     start("quickstart", *overrides)
     assert not any("reference.model" in word for call in calls(bench) for word in call["arguments"])
     assert not Path("runs/study-quickstart/recipes").exists()
 
 
-def test_a_reference_with_overrides_of_its_own_is_the_one_that_is_inherited(bench: Path) -> None:
+def test_target_inherits_from_a_reference_with_overrides(bench: Path) -> None:
     runs = [
         {"recipe": "quickstart-reference", "role": "reference", "overrides": ["name=other", "seed=7"]},
         {"recipe": "quickstart", "role": "target", "overrides": ["seed=8"]},
@@ -104,10 +101,10 @@ def test_a_reference_with_overrides_of_its_own_is_the_one_that_is_inherited(benc
     (bench / "quickstart-reference").unlink()
     with suppress(InherituneError):
         start("study.yaml")
-    assert not any("reference.model" in word for word in calls(bench)[-1]["arguments"]), "it is not trained before"
+    assert not any("reference.model" in word for word in calls(bench)[-1]["arguments"])
 
 
-def test_the_launcher_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_is_written_for_the_user_s_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, other = tmp_path / "bin" / "deepspeed", tmp_path / "other" / "deepspeed"
     for launcher in (own, other):
         launcher.parent.mkdir()
@@ -122,7 +119,7 @@ def test_the_launcher_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch
     assert runner._deepspeed() == "deepspeed"
 
 
-def test_study_says_when_train_py_is_missing(bench: Path) -> None:
+def test_study_reports_a_missing_train_py(bench: Path) -> None:
     (bench.parent / "train.py").unlink()
     with pytest.raises(MachineError, match=r"train.py is neither at .* nor at .*train.py\n.*clone the repository"):
         start()
@@ -139,7 +136,7 @@ def test_study_finds_train_py_in_another_folder(
     assert f" {bench.parent / 'train.py'} --deepspeed_config" in capfd.readouterr().out
 
 
-def test_study_passes_on_the_exit_code_of_a_failed_run(bench: Path) -> None:
+def test_study_returns_the_exit_code_of_a_failed_run(bench: Path) -> None:
     (bench / "quickstart").write_text("failed 9")
     with pytest.raises(StudyRunError, match=r"^run quickstart ended with exit code 9\n.*the run's own message above"):
         start()
@@ -147,7 +144,7 @@ def test_study_passes_on_the_exit_code_of_a_failed_run(bench: Path) -> None:
     assert not Path("runs/study-quickstart").exists()
 
 
-def test_study_believes_a_non_zero_exit_code_more_than_an_old_status(bench: Path) -> None:
+def test_exit_code_takes_precedence_over_an_old_status(bench: Path) -> None:
     (bench / "quickstart-reference").write_text("finished 8")
     with pytest.raises(StudyRunError, match="run quickstart-reference ended with exit code 8") as caught:
         start()
@@ -155,19 +152,17 @@ def test_study_believes_a_non_zero_exit_code_more_than_an_old_status(bench: Path
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "state"), [("running 0", "running"), ("failed 0", "failed"), ("none 0", "unknown")]
+    ("behavior", "state"), [("running 0", "running"), ("failed 0", "failed"), ("none 0", "unknown")]
 )
-def test_study_believes_the_status_more_than_an_exit_code_of_zero(bench: Path, behaviour: str, state: str) -> None:
-    (bench / "quickstart-reference").write_text(behaviour)
-    with pytest.raises(StudyRunError, match=rf"left without finishing \(its state: {state}\)") as caught:
+def test_status_takes_precedence_over_an_exit_code_of_zero(bench: Path, behavior: str, state: str) -> None:
+    (bench / "quickstart-reference").write_text(behavior)
+    with pytest.raises(StudyRunError, match=rf"ended without finishing \(its state: {state}\)") as caught:
         start()
     assert caught.value.exit_code == 11
     assert isinstance(caught.value, InherituneError)
 
 
-def test_study_stops_without_a_report_when_a_run_asks_to_be_requeued(
-    bench: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_study_stops_without_a_report_at_a_requeued_run(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (bench / "quickstart").write_text("requeue 0")
     assert start() is None
     assert capfd.readouterr().out.endswith(
@@ -219,7 +214,7 @@ def test_study_file_is_checked_before_anything_starts(bench: Path, changes: dict
     assert calls(bench) == []
 
 
-def test_study_says_which_studies_there_are(bench: Path) -> None:
+def test_study_lists_the_shipped_studies(bench: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"study 'quickstat' cannot be read: .*\n.*quickstart\n.*did you mean quickst"
     ):
@@ -232,7 +227,7 @@ def test_overrides_are_checked_against_every_recipe_before_anything_starts(bench
     assert calls(bench) == []
 
 
-def test_a_study_without_a_rank_is_refused(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_study_without_ranks_is_refused(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "quickstart", "--num_gpus", "0"]) == RecipeError.exit_code
     assert "--num_gpus 0 is not accepted\n  allowed: 1, 2, 3, ..." in capfd.readouterr().err
     assert calls(bench) == []
