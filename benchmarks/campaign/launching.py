@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.launch import kill
 from benchmarks.record import REPOSITORY
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.storage.files import blake3_file, read_json, sha256_file
+from tests import tiny
 from tests.launching import environment, launcher_line
 
 MARK = "INHERITUNE_CAMPAIGN"
@@ -26,15 +28,7 @@ START_TIMEOUT_S = 600.0
 """For a machine that is very busy; the first start of all compiles an operator of DeepSpeed, too."""
 Launcher = Literal["python", "deepspeed", "torchrun"]
 
-SHAPE: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 32,
-}
+SHAPE = {**tiny.LLAMA, "vocab_size": 300, "num_hidden_layers": 2}
 _WORDS = ("the", "a", "small", "old", "red", "cat", "dog", "bird", "tree", "river", "runs", "sees", "eats", "often")
 
 
@@ -172,9 +166,7 @@ class Launched:
 
     def kill_group(self) -> None:
         """SIGKILL the launcher and all that is in its group, as the kernel or SLURM would."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        kill(self.process)
 
     def orphans(self, patience_s: float = 5.0) -> list[str]:
         """Command lines of processes that are still there `patience_s` after the end of the launcher."""

@@ -15,6 +15,7 @@ from inheritune_ds.storage.files import read_json, write_json
 CODE = (
     "inheritune_ds",
     "benchmarks/campaign",
+    "benchmarks/launch.py",
     "benchmarks/ranks.py",
     "tests/launching.py",
     "tests/tiny.py",
