@@ -106,8 +106,7 @@ class Coordinator:
         self._calls += 1
         key = f"inheritune_ds/{self._calls}"
         if not self._world.is_main:
-            value: Value = self._result_of_rank0(self._store, key)
-            return value
+            return self._result_of_rank0(self._store, key)  # type: ignore[no-any-return]
         try:
             with self._stopped_by_other_ranks(self._store):
                 result = work()
