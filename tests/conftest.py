@@ -79,7 +79,7 @@ def hub_server() -> Iterator[HubServer]:
     server.start()
     yield server
     server.stop()
-    assert server.unknown == [], "the clients asked for something that the stand-in does not know"
+    assert server.unknown == [], "the clients asked for something that the fake hub does not know"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub on the loopback interface: repositories, commits, large files on a CDN, faults.
+"""A fake of the Hugging Face hub on the loopback interface: repositories, commits, large files on a CDN, faults.
 
 It answers what `huggingface_hub` and `datasets` ask when they read, as https://huggingface.co/docs/hub/api describes
 it and as the clients' own code takes it apart; any other question is kept in `unknown`, and a test can fail on it.
@@ -22,7 +22,7 @@ TOKEN = "hf_standinstandinstandinstandin"
 SIGNATURE = "signedbythestandin"
 PAGE_ENTRIES = 3
 LARGE_BYTES = 1000
-"""Files from this size on lie on the CDN, as LFS files do."""
+"""Files of at least this size are on the CDN, as LFS files are."""
 
 _API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
@@ -32,7 +32,7 @@ _RESOLVE = re.compile(r"/(?:(?P<kind>datasets)/)?(?P<name>[^/]+/[^/]+)/resolve/(
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose path matches.
+    """A fault of requests with a matching path.
 
     Attributes:
         pattern: Searched in the method and path, such as `GET /lfs/`.
@@ -63,7 +63,7 @@ class Repository:
 
 @dataclass
 class Request:
-    """A request that came in."""
+    """A received request."""
 
     line: str
     range: str
@@ -72,7 +72,7 @@ class Request:
 
 
 class HubServer:
-    """The stand-in; `start` and `stop` it as often as wanted, it keeps its address."""
+    """The fake hub; `start` and `stop` it repeatedly, it keeps its address."""
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
@@ -90,7 +90,7 @@ class HubServer:
 
     @property
     def cdn(self) -> str:
-        """Where large files lie: another origin, so that clients must not send it their token."""
+        """Address of large files: another origin, which must not receive the token."""
         return f"http://127.0.0.1:{self._ports[1]}"
 
     def start(self) -> None:
@@ -103,7 +103,7 @@ class HubServer:
             self._servers.append(server)
 
     def stop(self) -> None:
-        """Be gone: connections are refused."""
+        """Refuse connections."""
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -126,7 +126,7 @@ class HubServer:
 
     @contextmanager
     def fault(self, pattern: str, **settings: Any) -> Iterator[Fault]:
-        """Let requests go wrong for a while."""
+        """Apply a fault to requests in the block."""
         fault = Fault(pattern, **settings)
         self.faults.append(fault)
         try:
@@ -135,7 +135,7 @@ class HubServer:
             self.faults.remove(fault)
 
     def asked(self, pattern: str) -> list[Request]:
-        """Requests whose line has a pattern in it."""
+        """Requests with a pattern in their line."""
         return [request for request in self.requests if re.search(pattern, request.line)]
 
 
@@ -144,17 +144,17 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every answer waits 40 ms
+    disable_nagle_algorithm = True  # otherwise every answer takes 40 ms
     hub: HubServer
     cdn: bool
 
     def log_message(self, *_: object) -> None:
-        """Stay silent."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.hits += 1
                 time.sleep(fault.delay_s)
                 if fault.status:
-                    self._refuse(fault.status, "", "as the test wishes", {"Retry-After": "0"})
+                    self._refuse(fault.status, "", "as the test requests", {"Retry-After": "0"})
                     return
                 self._drop_after = fault.drop_after
                 if fault.drop_after == -1:
@@ -194,17 +194,17 @@ class _Handler(BaseHTTPRequestHandler):
         if resolve := _RESOLVE.fullmatch(path):
             self._resolve(**resolve.groupdict())
             return
-        # Some environments make the client ask for a list of programs that may be calling it; it does without.
+        # In some environments the client asks for a list of calling programs, which it does not need.
         if path != "/api/agent-harnesses":
             self.hub.unknown.append(line)
-        self._refuse(404, "", f"the stand-in does not know {line}")
+        self._refuse(404, "", f"the fake hub does not know {line}")
         return
 
     def _find(self, kind: str, name: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
         """(commit, its files); None after a refusal."""
         repository = self.hub.repositories.get((kind, name))
         if repository is None or (repository.access == "private" and not self._authorized):
-            # The hub does not tell strangers which private repositories exist.
+            # The hub hides private repositories from other users.
             if self._authorized:
                 self._refuse(404, "RepoNotFound", "Repository not found")
             else:
@@ -274,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         return
 
     def _body(self, data: bytes, headers: dict[str, str]) -> None:
-        """Send a file, or the range of it that was asked for."""
+        """Send a file, or the requested range of it."""
         headers = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", **headers}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not asked:
@@ -292,8 +292,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
 
     def _refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
-        told = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (headers or {})
-        self._send(status, {"Content-Type": "application/json", **told}, json.dumps({"error": message}).encode())
+        reason = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (headers or {})
+        self._send(status, {"Content-Type": "application/json", **reason}, json.dumps({"error": message}).encode())
 
     def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.send_response(status)

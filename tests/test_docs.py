@@ -93,7 +93,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_docs_links_lead_somewhere(path: Path) -> None:
+def test_docs_links_resolve(path: Path) -> None:
     broken = []
     for link in LINK.findall(path.read_text(encoding="utf-8")):
         target, _, anchor = link.partition("#")
@@ -170,11 +170,11 @@ def test_docs_recipe_keys_all_have_a_meaning() -> None:
     assert [row for row in rows if row.startswith("| `") and row.endswith("|  |")] == []
 
 
-def test_readme_is_short_enough_to_be_read() -> None:
+def test_readme_is_short() -> None:
     lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) <= 150
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_docs_hold_no_place_that_waits_for_output(path: Path) -> None:
+def test_docs_hold_no_placeholder(path: Path) -> None:
     assert re.findall(r"@[A-Z_]+@", path.read_text(encoding="utf-8")) == []

@@ -1,4 +1,4 @@
-"""What `make` says on a machine that lacks something, before it installs anything."""
+"""Errors of `make` on a machine with missing requirements, before it installs anything."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ case "$2" in *Python.h*) exit 1;; esac
 
 
 def make(folder: Path, *, python: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Ask `make` for the virtual environment in a folder of its own."""
+    """Run `make` for the virtual environment in a separate folder."""
     venv = folder / ".venv"
     command = ["make", "--no-print-directory", f"VENV={venv}", f"PYTHON={python}", f"{venv}/bin/python"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "CXX"))}
@@ -39,7 +39,7 @@ def make(folder: Path, *, python: str, **environ: str) -> subprocess.CompletedPr
     ],
     ids=["old", "no venv", "no headers"],
 )
-def test_make_says_what_the_python_lacks(tmp_path: Path, stand_in: str, problem: str, action: str) -> None:
+def test_make_reports_missing_parts_of_python(tmp_path: Path, stand_in: str, problem: str, action: str) -> None:
     python = tmp_path / "python"
     python.write_text(stand_in)
     python.chmod(0o755)
@@ -50,14 +50,14 @@ def test_make_says_what_the_python_lacks(tmp_path: Path, stand_in: str, problem:
     assert not (tmp_path / ".venv").exists()
 
 
-def test_make_shows_the_version_that_is_too_old(tmp_path: Path) -> None:
+def test_make_reports_a_python_that_is_too_old(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(OLD_PYTHON)
     python.chmod(0o755)
     assert f"'{python}' is not one: Python 3.9.2" in make(tmp_path, python=str(python)).stderr
 
 
-def test_make_says_that_there_is_no_compiler(tmp_path: Path) -> None:
+def test_make_reports_a_missing_compiler(tmp_path: Path) -> None:
     done = make(tmp_path, python=sys.executable, CXX="no-such-compiler")
     assert done.returncode != 0
     assert "No C++ compiler: 'no-such-compiler' is not on the PATH" in done.stderr

@@ -42,7 +42,7 @@ HEAVY = (
 # pytest would rewrite the assertions of its plugins, had they not been imported already.
 IMPORTED_ALREADY = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
 TESTS_FAILED = 1
-"""pytest's exit code; another one, such as 4 for a conftest that does not import, proves nothing."""
+"""pytest's exit code for failed tests; others, such as 4 for a conftest that does not import, prove nothing."""
 CONFTEST = """
 from pathlib import Path
 import inheritune_ds
@@ -51,7 +51,7 @@ assert Path(inheritune_ds.__file__).is_relative_to(Path(__file__).parent), inher
 
 
 class Outcome(NamedTuple):
-    """How the tests of a folder ended: pytest's exit code, or minus the signal that ended it, and what it printed."""
+    """The result of a folder's tests: pytest's exit code, or minus the signal that ended it, and its output."""
 
     code: int
     output: str
@@ -71,7 +71,7 @@ def copy_to(folder: Path) -> Path:
 
 
 def arguments(files: list[str], only: str = "") -> list[str]:
-    """Run without measuring coverage: that is the package's own business."""
+    """Run without measuring coverage."""
     options = ["-x", "-q", "--no-cov", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--tb=line"]
     return [*IMPORTED_ALREADY, *options, *files, *(["-k", only] if only else [])]
 
@@ -97,7 +97,7 @@ def jobs(base: Path) -> Iterator[tuple[Path, list[str]]]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """How the tests ended, by the name of the folder (of a mistake: its number)."""
+    """The results by folder; the folder of a mistake has its number as name."""
     base = tmp_path_factory.mktemp("mutations")
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTEST_", "PYTHONPATH"))}
     environ["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -123,25 +123,25 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 
 
 def is_caught(outcome: Outcome) -> bool:
-    """Whether a test has failed: a child that ends otherwise proves nothing, whatever its code."""
+    """Whether a test has failed; any other end of the child proves nothing."""
     return outcome.code == TESTS_FAILED and "1 failed" in outcome.output
 
 
 @pytest.mark.parametrize(("name", "code"), [("aborts", -signal.SIGABRT), ("leaves", TESTS_FAILED), ("passes", 0)])
-def test_a_child_that_ends_otherwise_has_caught_nothing(name: str, code: int, outcomes: dict[str, Outcome]) -> None:
+def test_other_exit_code_of_a_child_catches_nothing(name: str, code: int, outcomes: dict[str, Outcome]) -> None:
     assert outcomes[name].code == code, outcomes[name].output
     assert not is_caught(outcomes[name])
 
 
-def test_a_failing_test_in_a_child_is_caught(outcomes: dict[str, Outcome]) -> None:
+def test_failing_test_in_a_child_is_caught(outcomes: dict[str, Outcome]) -> None:
     assert is_caught(outcomes["fails"]), outcomes["fails"].output
 
 
-def test_the_package_as_it_is_passes(outcomes: dict[str, Outcome]) -> None:
+def test_unchanged_package_passes(outcomes: dict[str, Outcome]) -> None:
     assert outcomes[WHOLE].code == 0, outcomes[WHOLE].output
 
 
 @pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=[mutation.why for mutation in MUTATIONS])
-def test_a_planted_mistake_is_caught(number: int, outcomes: dict[str, Outcome]) -> None:
+def test_planted_mistake_is_caught(number: int, outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes[str(number)]
     assert is_caught(outcome), f"{MUTATIONS[number]} was not caught (code {outcome.code}):\n{outcome.output}"

@@ -1,4 +1,4 @@
-"""What an installation gets: package data, dependencies, pins, the console script."""
+"""Contents of an installation: package data, dependencies, pins, the console script."""
 
 import ast
 import configparser
@@ -42,7 +42,7 @@ def pins() -> dict[str, str]:
 
 
 PROBED = {"apex", "liger_kernel"}
-"""Kernels that a machine may have: imported where they are tried, never needed."""
+"""Optional kernels: imported on first use."""
 
 
 def imported_packages() -> dict[str, str]:

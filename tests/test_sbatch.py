@@ -1,4 +1,4 @@
-"""slurm/train.sbatch with stand-ins for srun and scontrol: what it starts, and when it asks for a requeue."""
+"""slurm/train.sbatch with fakes of srun and scontrol: the processes that it starts, and when it requeues."""
 
 import json
 import os
@@ -41,7 +41,7 @@ if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >>requeued; fi
 
 @pytest.fixture
 def batch(tmp_path: Path) -> dict[str, str]:
-    """Environment of a batch script whose srun and scontrol are stand-ins."""
+    """Environment of a batch script with fakes of srun and scontrol."""
     stand_ins = {
         "srun": SRUN.format(python=sys.executable),
         "scontrol": SCONTROL,
@@ -95,7 +95,7 @@ def test_sbatch_starts_python_as_the_task_with_the_rendezvous_exported(batch: di
     assert not (tmp_path / "requeued").exists()
 
 
-def test_sbatch_hands_the_warning_to_the_ranks_and_requeues(batch: dict[str, str], tmp_path: Path) -> None:
+def test_sbatch_forwards_the_signal_to_the_ranks_and_requeues(batch: dict[str, str], tmp_path: Path) -> None:
     process = start(batch, STATE="until USR1")
     deadline = time.monotonic() + 30
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
@@ -107,14 +107,14 @@ def test_sbatch_hands_the_warning_to_the_ranks_and_requeues(batch: dict[str, str
 
 
 @pytest.mark.parametrize("state", ["failed", "finished", "running"])
-def test_sbatch_leaves_a_run_that_does_not_ask_for_it(batch: dict[str, str], tmp_path: Path, state: str) -> None:
+def test_sbatch_does_not_requeue_other_states(batch: dict[str, str], tmp_path: Path, state: str) -> None:
     process = start(batch, STATE=state, CODE="11")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 11, output
     assert not (tmp_path / "requeued").exists()
 
 
-def test_sbatch_does_not_requeue_what_a_file_has_stopped(batch: dict[str, str], tmp_path: Path) -> None:
+def test_sbatch_does_not_requeue_after_a_stop_file(batch: dict[str, str], tmp_path: Path) -> None:
     asked = Controls(tmp_path, StopSignal(), World(0, 1, 0, 1, "single"))
     (tmp_path / "STOP").touch()
     assert asked.requests().stop
@@ -148,7 +148,7 @@ def test_sbatch_does_not_requeue_after_scancel(batch: dict[str, str], tmp_path: 
     assert not (tmp_path / "requeued").exists()
 
 
-def test_sbatch_says_what_is_wrong_with_the_recipe_before_it_starts(batch: dict[str, str], tmp_path: Path) -> None:
+def test_sbatch_reports_a_wrong_recipe_before_it_starts(batch: dict[str, str], tmp_path: Path) -> None:
     process = start(batch, RECIPE="quikstart", STATE="finished")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1

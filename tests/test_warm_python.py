@@ -25,16 +25,16 @@ def run(warm: WarmPython, folder: Path, *words: str, **extra: str) -> tuple[int,
     return process.wait(timeout=60), (folder / "log").read_text()
 
 
-def test_a_forked_process_is_as_a_new_one(warm: WarmPython, tmp_path: Path) -> None:
+def test_forked_process_behaves_as_a_new_one(warm: WarmPython, tmp_path: Path) -> None:
     (tmp_path / "look.py").write_text(LOOK)
-    told = f'[["a", "b"], "{tmp_path}", "here", "__main__", true, ["%s", "{ROOT}"]]\n'
+    expected = f'[["a", "b"], "{tmp_path}", "here", "__main__", true, ["%s", "{ROOT}"]]\n'
     rest = "from a thread\ntidied up\n"
-    assert run(warm, tmp_path, "-c", LOOK, "a", "b", WORD="here") == (7, told % "" + rest)
-    assert run(warm, tmp_path, str(tmp_path / "look.py"), "a", "b", WORD="here") == (7, told % tmp_path + rest)
-    assert run(warm, tmp_path, "-m", "look", "a", "b", WORD="here") == (7, told % tmp_path + rest)
+    assert run(warm, tmp_path, "-c", LOOK, "a", "b", WORD="here") == (7, expected % "" + rest)
+    assert run(warm, tmp_path, str(tmp_path / "look.py"), "a", "b", WORD="here") == (7, expected % tmp_path + rest)
+    assert run(warm, tmp_path, "-m", "look", "a", "b", WORD="here") == (7, expected % tmp_path + rest)
 
 
-def test_an_error_ends_it_with_a_traceback(warm: WarmPython, tmp_path: Path) -> None:
+def test_error_ends_the_process_with_a_traceback(warm: WarmPython, tmp_path: Path) -> None:
     code, printed = run(warm, tmp_path, "-c", "import torch\nraise KeyError('mine')")
     assert code == 1
     assert printed.endswith("KeyError: 'mine'\n")
@@ -50,10 +50,10 @@ def test_signals_reach_its_session(warm: WarmPython, tmp_path: Path) -> None:
         process.wait(timeout=0.05)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=30) == process.poll() == -signal.SIGTERM
-    process.kill()  # of nobody any more
+    process.kill()  # it has ended already
 
 
-def test_a_rank_that_fails_ends_the_others(warm: WarmPython, tmp_path: Path) -> None:
+def test_failing_rank_ends_the_others(warm: WarmPython, tmp_path: Path) -> None:
     script = tmp_path / "fail.py"
     script.write_text("import os, sys, time\nsys.exit(5) if os.environ['RANK'] == '1' else time.sleep(60)\n")
     assert start(warm, tmp_path, str(script), ranks=3).wait(timeout=30) == 5

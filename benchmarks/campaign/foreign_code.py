@@ -178,7 +178,7 @@ def pickled_token_shard(folder: Path) -> Figures:
         evil_pickle(shard, canary)
     output = run_to_end(folder, *arguments(recipe, write_ds_config(folder), folder))
     assert not canary.exists(), output[-3000:]
-    assert "are damaged and are made anew" in output, output[-3000:]
+    assert "are damaged; they are remade" in output, output[-3000:]
     return {"foreign_files": len(shards), "canaries_made": 0}
 
 

@@ -44,10 +44,16 @@ def _to_loop(pointer: Path) -> None:
 POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "is missing"),
     "empty": (partial(os.truncate, length=0), "is empty"),
-    "garbage": (lambda path: path.write_bytes(bytes(range(256))), "is no text"),
-    "zeros": (lambda path: path.write_bytes(bytes(14)), "which is no checkpoint's name"),
-    "other_name": (lambda path: path.write_text("global_step8", encoding="utf-8"), "which is no checkpoint's name"),
-    "outside": (lambda path: path.write_text("../../step-00000012", encoding="utf-8"), "which is no checkpoint's name"),
+    "garbage": (lambda path: path.write_bytes(bytes(range(256))), "is not text"),
+    "zeros": (lambda path: path.write_bytes(bytes(14)), "which is not the name of a checkpoint"),
+    "other_name": (
+        lambda path: path.write_text("global_step8", encoding="utf-8"),
+        "which is not the name of a checkpoint",
+    ),
+    "outside": (
+        lambda path: path.write_text("../../step-00000012", encoding="utf-8"),
+        "which is not the name of a checkpoint",
+    ),
     "absent_tag": (lambda path: path.write_text("step-00000099", encoding="utf-8"), "which is not there"),
     "unreadable": (_to_folder, "cannot be read"),
     "loop": (_to_loop, "cannot be read"),
@@ -106,8 +112,8 @@ def _gone(checkpoints: Path) -> None:
 LOSSES: dict[str, tuple[Callable[[Path], None], str]] = {
     "all_short_of_a_file": (_short_of_a_file, "can be used: "),
     "all_without_manifest": (_without_manifests, "can be used: "),
-    "emptied": (_emptied, "holds no checkpoint any more"),
-    "gone": (_gone, "holds no checkpoint any more"),
+    "emptied": (_emptied, "holds no checkpoint, but"),
+    "gone": (_gone, "holds no checkpoint, but"),
 }
 """The change of all checkpoints, and the text of the refusal."""
 

@@ -130,14 +130,21 @@ def _age(seconds: float) -> str:
 
 
 def _verify(store: "CheckpointStore") -> None:
-    from inheritune_ds.checkpoints.manifest import published, read_manifest
+    from inheritune_ds.checkpoints.manifest import find_fault, published, read_manifest
+    from inheritune_ds.console import Meter
     from inheritune_ds.errors import CheckpointError
 
     store.refuse_untrusted()
-    found, bad = list(published(store.folder)), 0
+    found, bad, lock = list(published(store.folder)), 0, threading.Lock()  # several threads hash files
     for checkpoint in found:
         manifest = read_manifest(checkpoint) or {"files": {}}
-        fault = _read_back(checkpoint, _bytes(manifest))
+        with Meter(f"reading {checkpoint.name}", "bytes", _bytes(manifest)) as meter:
+
+            def advance(count: int, meter: Meter = meter) -> None:
+                with lock:
+                    meter.advance(count)
+
+            fault = find_fault(checkpoint, advance)
         intact = f"intact ({_count(len(manifest['files']), 'file')}, {_bytes(manifest) / 1e6:,.1f} MB)"
         print(f"{checkpoint.name}  {intact if fault is None else f'DAMAGED: {fault}'}", flush=True)
         bad += fault is not None
@@ -149,20 +156,6 @@ def _verify(store: "CheckpointStore") -> None:
             f"{bad} of {len(found)} checkpoints in {store.folder} are damaged",
             action="restore intact copies, or remove the damaged folders; a run skips them",
         )
-
-
-def _read_back(checkpoint: Path, total: int) -> str | None:
-    from inheritune_ds.checkpoints.manifest import find_fault
-    from inheritune_ds.console import Meter
-
-    lock = threading.Lock()  # several threads hash files
-    with Meter(f"reading {checkpoint.name}", "bytes", total) as meter:
-
-        def advance(count: int) -> None:
-            with lock:
-                meter.advance(count)
-
-        return find_fault(checkpoint, advance)
 
 
 def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespace) -> None:

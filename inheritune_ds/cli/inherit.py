@@ -44,18 +44,14 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if not 0 <= args.seed < 2**32:
         raise RecipeError(f"--seed {args.seed} is not a seed", allowed=f"0 to {2**32 - 1}")
     if overrides:
-        raise RecipeError(
-            f"inherit takes no overrides: {' '.join(overrides)}",
-            action="inheritune-ds inherit --help lists its options",
-        )
+        action = "inheritune-ds inherit --help lists its options"
+        raise RecipeError(f"inherit takes no overrides: {' '.join(overrides)}", action=action)
     output = _output(args.output)
     reference, target = _request(args)
     local = _local_folder(reference, args.runs_dir)
     if local is not None and reference.revision != "main":
-        raise RecipeError(
-            f"--revision {reference.revision} is for models of the hub, --reference {reference.model} is a folder",
-            action="remove --revision",
-        )
+        text = f"--revision {reference.revision} is for models of the hub, --reference {reference.model} is a folder"
+        raise RecipeError(text, action="remove --revision")
     for role, folder in (("reference", local), ("previous", args.previous and Path(args.previous).expanduser())):
         if folder:
             _check_outside(args, output, role, folder)

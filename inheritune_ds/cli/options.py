@@ -43,11 +43,7 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_below_one(option: str, value: int | None) -> None:
-    """Refuse a count below 1; None is not set.
-
-    Raises:
-        RecipeError: With exit code 3.
-    """
+    """Refuse a count below 1; None is an option that is not set."""
     from inheritune_ds.errors import RecipeError
 
     if value is not None and value < 1:

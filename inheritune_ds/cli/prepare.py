@@ -80,7 +80,7 @@ def _table(tokens: "TokenSet") -> str:
         if source["forced_cuts"]:
             lines.append(f"{source['name']}: {source['forced_cuts']:,} cuts that may have changed a few tokens each")
         if not source["train_tokens"]:
-            lines.append(f"WARNING: {source['name']} has no training token: empty, held out, or behind max_tokens")
+            lines.append(f"WARNING: {source['name']} has no training token: empty, held out, or after max_tokens")
     for name, found in (tokens.manifest["overlap"] or {}).items():
         lines.append(
             f"overlap with {name}: {found['items_hit']:,} of {found['items']:,} items occur in "

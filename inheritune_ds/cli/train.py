@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--auto-micro-batch",
         action="store_true",
-        help="find the largest micro-batch that fits by real steps; the global batch stays the recipe's",
+        help="find the largest micro-batch that fits by real steps; the global batch does not change",
     )
     parser.add_argument(
         "--fresh",

@@ -1,7 +1,6 @@
 """Pointers and lost checkpoints: the short form, and that it notices a run that starts over by itself."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,8 +13,8 @@ def test_short_form_has_every_damage() -> None:
 
 
 def test_trial_detects_a_store_that_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(_store: CheckpointStore, _say: Any) -> None:
-        """As if nothing had ever been saved."""
+    def forgetful(_store: CheckpointStore) -> None:
+        """Find no checkpoint."""
 
     monkeypatch.setattr(CheckpointStore, "newest_intact", forgetful)
     for number, name in enumerate(PART.short):

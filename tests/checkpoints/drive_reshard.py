@@ -149,15 +149,15 @@ def main() -> None:
     from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 
-    gc.freeze()  # DeepSpeed collects garbage while it builds an engine, and what was imported is most of it
-    told: dict[str, Any] = {}
+    gc.freeze()  # DeepSpeed collects garbage while it builds an engine, and most of it belongs to imported modules
+    report: dict[str, Any] = {}
     for layout in filter(None, args.saved.split(",")):
         engine = build(layout, world, seed=1)
         update(engine, world, 0)
         (update_to_overflow if "x" in layout else update)(engine, world, 1)
         name = f"{layout}-{world.size}"
         save(engine, world, layout, args.folder / name)
-        told[name] = {"failure": failure_of_copy(engine), **continued(engine, world)}
+        report[name] = {"failure": failure_of_copy(engine), **continued(engine, world)}
         engine.close()
     start_process_group(world)  # all files are there
     states = sorted(path for path in args.folder.iterdir() if path.is_dir())
@@ -167,10 +167,10 @@ def main() -> None:
             if layout[1:5] in state.name:
                 checkpoint = CheckpointStore(state, keep=1).newest_intact()
                 assert checkpoint is not None
-                told[f"{state.name} -> {layout}"] = {"notes": engine.load(checkpoint), **continued(engine, world)}
+                report[f"{state.name} -> {layout}"] = {"notes": engine.load(checkpoint), **continued(engine, world)}
         engine.close()
     if world.is_main:
-        (args.folder / f"loaded-{world.size}.json").write_text(json.dumps(told), encoding="utf-8")
+        (args.folder / f"loaded-{world.size}.json").write_text(json.dumps(report), encoding="utf-8")
     leave_process_group()
 
 
