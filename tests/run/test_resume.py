@@ -45,24 +45,23 @@ def test_newest_checkpoint_of_any_layout_is_chosen(tmp_path: Path) -> None:
     assert resumption(tmp_path / "other").choose() is None
 
 
-def test_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path)
-    (tmp_path / "data.json").write_text(json.dumps({"fingerprint": "e" * 64}))
-    with pytest.raises(CheckpointError, match=r"step-00000004 was made by another run.*\n    data: 'd+' -> 'e+'\n"):
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ({"data": "e" * 64}, r"step-00000004 was made by another run.*\n    data: 'e+' -> 'd+'\n"),
+        ({"recipe": "optimizer.lr=5e-3"}, r"step-00000004 was made by another run.*\n    recipe: '\w+' -> '\w+'\n"),
+        ({"precision": "fp32"}, "was saved in fp32, and this launch computes in bf16"),
+    ],
+    ids=["data", "recipe", "precision"],
+)
+def test_checkpoint_of_another_run_is_refused(fault: dict[str, str], problem: str, tmp_path: Path) -> None:
+    overrides = [fault["recipe"]] if "recipe" in fault else []
+    saved(tmp_path, *overrides, **{key: value for key, value in fault.items() if key != "recipe"})
+    (tmp_path / "data.json").write_text(json.dumps({"fingerprint": "d" * 64}))
+    with pytest.raises(CheckpointError, match=problem):
         resumption(tmp_path).choose()
-
-
-def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, "optimizer.lr=5e-3")
-    with pytest.raises(CheckpointError, match=r"step-00000004 was made by another run.*\n    recipe: '\w+' -> '\w+'\n"):
-        resumption(tmp_path).choose()
-    assert resumption(tmp_path, "optimizer.lr=5e-3", "checkpoint.keep=1").choose() is not None
-
-
-def test_checkpoint_in_another_precision_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, precision="fp32")
-    with pytest.raises(CheckpointError, match="was saved in fp32, and this launch computes in bf16"):
-        resumption(tmp_path).choose()
+    if overrides:
+        assert resumption(tmp_path, *overrides, "checkpoint.keep=1").choose() is not None
 
 
 def test_recipe_may_forbid_to_resume(tmp_path: Path) -> None:

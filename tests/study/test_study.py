@@ -144,22 +144,22 @@ def test_study_returns_the_exit_code_of_a_failed_run(bench: Path) -> None:
     assert not Path("runs/study-quickstart").exists()
 
 
-def test_exit_code_takes_precedence_over_an_old_status(bench: Path) -> None:
-    (bench / "quickstart-reference").write_text("finished 8")
-    with pytest.raises(StudyRunError, match="run quickstart-reference ended with exit code 8") as caught:
-        start()
-    assert caught.value.exit_code == 8
-
-
 @pytest.mark.parametrize(
-    ("behavior", "state"), [("running 0", "running"), ("failed 0", "failed"), ("none 0", "unknown")]
+    ("behavior", "problem", "code"),
+    [
+        ("finished 8", "run quickstart-reference ended with exit code 8", 8),
+        ("running 0", r"ended without finishing \(its state: running\)", 11),
+        ("failed 0", r"ended without finishing \(its state: failed\)", 11),
+        ("none 0", r"ended without finishing \(its state: unknown\)", 11),
+    ],
 )
-def test_status_takes_precedence_over_an_exit_code_of_zero(bench: Path, behavior: str, state: str) -> None:
+def test_run_must_end_with_exit_code_zero_and_a_finished_status(
+    bench: Path, behavior: str, problem: str, code: int
+) -> None:
     (bench / "quickstart-reference").write_text(behavior)
-    with pytest.raises(StudyRunError, match=rf"ended without finishing \(its state: {state}\)") as caught:
+    with pytest.raises(StudyRunError, match=problem) as caught:
         start()
-    assert caught.value.exit_code == 11
-    assert isinstance(caught.value, InherituneError)
+    assert caught.value.exit_code == code
 
 
 def test_study_stops_without_a_report_at_a_requeued_run(bench: Path, capfd: pytest.CaptureFixture[str]) -> None:
