@@ -22,6 +22,8 @@ MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_MODE = 0o644
+"""Without write permission for other users under any umask: such a checkpoint would be refused."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEFECT = "nothing was published, older checkpoints are kept; this is a defect, please report it"
 _DAMAGED = "delete this checkpoint, then rerun the same command to resume from the one before"
@@ -52,7 +54,7 @@ def write(fragments: Mapping[str, torch.Tensor], path: Path, *, needed_bytes: in
         StorageError: With the path and the bytes needed.
     """
     tensors = {key: (_DTYPES[value.dtype], tuple(value.shape), value.nbytes) for key, value in fragments.items()}
-    with _refusals(path, needed_bytes), SafetensorsWriter(path, tensors) as writer:
+    with _refusals(path, needed_bytes), SafetensorsWriter(path, tensors, mode=_MODE) as writer:
         for value in fragments.values():
             writer.append(value.detach().cpu().view(torch.uint8).numpy().data)
         with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hasher:

@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from inheritune_ds.checkpoints.manifest import find_fault, published, read_manifest, step_of
-from inheritune_ds.checkpoints.store import CheckpointStore, reading, remove_path
+from inheritune_ds.checkpoints.manifest import EARLIER, find_fault, published, read_manifest, step_of
+from inheritune_ds.checkpoints.store import CheckpointStore, earlier_format, reading, remove_path
 from inheritune_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ def expired(store: CheckpointStore) -> list[Path]:
         found, reasons = list(published(store.folder)), kept(store)  # one that appears meanwhile is not `found`
     old = [checkpoint for checkpoint in found if checkpoint not in reasons]
     if old and (fault := find_fault(found[0])) is not None:
+        if fault == EARLIER:
+            raise earlier_format(found[0])
         action = "restore an intact copy of it, or remove it: until then nothing is deleted"
         raise CheckpointError(f"checkpoint {found[0]} is damaged: {fault}", action=action)
     return old

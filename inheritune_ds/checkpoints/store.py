@@ -42,6 +42,15 @@ _REPLACED = ".replaced.tmp"
 _START_OVER = "or start over with --fresh, which renames the old run folder"
 
 
+def earlier_format(path: Path) -> CheckpointError:
+    """The error for a checkpoint of an earlier format."""
+    return CheckpointError(
+        f"{path} cannot be loaded: {EARLIER}",
+        allowed="checkpoints of this format; nothing was deleted",
+        action=f"finish the run with that commit, {_START_OVER}",
+    )
+
+
 class CheckpointStore:
     """The folder of a run's checkpoints; only rank 0 of the launch that has locked the run folder changes it.
 
@@ -105,11 +114,7 @@ class CheckpointStore:
                 if isinstance(examined, Checkpoint):
                     return examined
                 if examined == EARLIER:
-                    raise CheckpointError(
-                        f"{path} cannot be loaded: {EARLIER}",
-                        allowed="checkpoints of this format; nothing was deleted",
-                        action=f"finish the run with that commit, {_START_OVER}",
-                    )
+                    raise earlier_format(path)
                 bad.append(f"{path.name}: {examined}")
                 logger.warning("checkpoint %s is skipped: %s", path, examined)
             self._refuse_silent_start(bad)

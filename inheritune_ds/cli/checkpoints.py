@@ -130,7 +130,8 @@ def _age(seconds: float) -> str:
 
 
 def _verify(store: "CheckpointStore") -> None:
-    from inheritune_ds.checkpoints.manifest import find_fault, published, read_manifest
+    from inheritune_ds.checkpoints.manifest import EARLIER, find_fault, published, read_manifest
+    from inheritune_ds.checkpoints.store import earlier_format
     from inheritune_ds.console import Meter
     from inheritune_ds.errors import CheckpointError
 
@@ -145,6 +146,8 @@ def _verify(store: "CheckpointStore") -> None:
                     meter.advance(count)
 
             fault = find_fault(checkpoint, advance)
+        if fault == EARLIER:
+            raise earlier_format(checkpoint)
         intact = f"intact ({_count(len(manifest['files']), 'file')}, {_bytes(manifest) / 1e6:,.1f} MB)"
         print(f"{checkpoint.name}  {intact if fault is None else f'DAMAGED: {fault}'}", flush=True)
         bad += fault is not None

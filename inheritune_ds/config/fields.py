@@ -79,7 +79,7 @@ class Duration:
 
 
 def _parsed(*units: str) -> PlainValidator:
-    form = re.compile(rf"([0-9][0-9_]*)(K|M|B)? ({'|'.join(units)})")
+    form = re.compile(rf"([0-9]+(?:_[0-9]+)*)(K|M|B)? ({'|'.join(units)})")
 
     def parse(value: Any) -> Duration:
         match = form.fullmatch(str(value))
@@ -87,7 +87,7 @@ def _parsed(*units: str) -> PlainValidator:
             raise ValueError  # without a text: `Allowed` has the words
         amount, unit = int(match[1]) * _SCALES[match[2]], match[3]
         if amount == 0:
-            raise ValueError("the duration must be at least 1")
+            raise ValueError("the amount must be at least 1")
         return Duration(amount, unit, str(value))
 
     return PlainValidator(parse)

@@ -33,6 +33,11 @@ class Reliability:
     watchdog: bool = True
     watchdog_s: Mapping[str, float] = field(default_factory=lambda: dict(WATCHDOG_S))
 
+    @property
+    def group_timeout_s(self) -> float:
+        """Time limit of a collective: above every watchdog limit, so that the watchdog reports a hang first."""
+        return max(self.watchdog_s.values()) + 120.0
+
     @classmethod
     def of(cls, block: Mapping[str, Any]) -> "Reliability":
         """Read a checked `reliability` block; keys that are missing, null or `auto` have their defaults."""

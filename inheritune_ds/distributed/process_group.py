@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,8 +14,12 @@ from inheritune_ds.distributed.coordination import cannot_meet
 from inheritune_ds.distributed.world import World
 
 
-def start_process_group(world: World) -> None:
+def start_process_group(world: World, *, timeout_s: float = 600.0) -> None:
     """Wait for all ranks; the first time, make them a group. DeepSpeed selects nccl or gloo.
+
+    Args:
+        world: This rank among all.
+        timeout_s: Time limit of every collective.
 
     Raises:
         MachineError: If the ranks cannot meet.
@@ -22,7 +27,7 @@ def start_process_group(world: World) -> None:
     if dist.is_initialized():
         dist.barrier()
         return
-    _make_group(world)
+    _make_group(world, timedelta(seconds=timeout_s))
     dist.barrier()
     # DeepSpeed's ranks on a CPU share memory that all have opened by now. DeepSpeed removes these 64 MiB a rank
     # (csrc/cpu/comm/shm.cpp) at a clean end only: every killed rank would leave them until the machine restarts.
@@ -31,7 +36,7 @@ def start_process_group(world: World) -> None:
     buffer.unlink(missing_ok=True)
 
 
-def _make_group(world: World) -> None:
+def _make_group(world: World, timeout: timedelta) -> None:
     if torch.cuda.is_available():
         # Under srun each rank may see its own GPU only; DeepSpeed takes the device from LOCAL_RANK.
         device = world.local_rank % torch.cuda.device_count()
@@ -41,7 +46,7 @@ def _make_group(world: World) -> None:
 
     quiet()
     try:
-        deepspeed.init_distributed(dist_init_required=True, verbose=False)
+        deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=timeout)
     except dist.DistNetworkError as error:
         raise cannot_meet(error) from None
 

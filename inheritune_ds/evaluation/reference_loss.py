@@ -90,7 +90,7 @@ def write_reference_loss(
             f"the reference {reference.name} is invalid: its loss on {bad} of {len(result.windows)} "
             f"validation windows is not a finite number",
             allowed="weights that are finite numbers, on which the model computes finite losses in fp32",
-            action=f"look for NaN or infinite values in the weights in {reference.folder}, or take another reference",
+            action=f"look for NaN or infinite values in the weights in {reference.folder}, or use another reference",
         )
     result.write(path, identity=identity, model=reference.name, parameters=model.num_parameters())
     logger.info("reference: val loss %.4f +- %.4f", result.loss, result.stderr)

@@ -56,7 +56,7 @@ def _run(setup: RunSetup, watch: Watchdog) -> bool:
     if setup.launch.machine.kind == "cpu":
         logger.info("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
     with watch.phase("start", setup.folder.newest_step()):
-        start_process_group(setup.launch.world)
+        start_process_group(setup.launch.world, timeout_s=setup.resolved.reliability.group_timeout_s)
         kernels = take_kernels(setup)
         setup = with_micro_batch(setup, kernels)
         engine = build_engine(setup, kernels)

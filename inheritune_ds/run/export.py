@@ -112,7 +112,7 @@ class _Weights:
         return all(shapes.get(name) == meta.shape for part in cut for name, meta in part.items())
 
     def write(self, folder: Path, parameters: Iterator[tuple[str, "torch.Tensor"]]) -> dict[str, str]:
-        """Write all parameters, given in the model's order; their sha256 as written, by name in the model.
+        """Write all parameters, given in the model's order; sha256 of parameters and buffers as written, by name.
 
         Raises:
             ExportError: If the parameters are not the model's.
@@ -134,7 +134,7 @@ class _Weights:
     def _named(
         self, parameters: Iterator[tuple[str, "torch.Tensor"]], written: dict[str, str]
     ) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Parameters, then buffers, as they are written; adds the hashes of parameters to `written`."""
+        """Parameters, then buffers, as they are written; adds their hashes to `written`."""
         for name, value in parameters:
             if name not in self._own:
                 raise _not_the_target([name])
@@ -145,7 +145,10 @@ class _Weights:
                 break
         if written.keys() != self._own.keys():
             raise _not_the_target(sorted(self._own.keys() - written.keys()))
-        yield from ((name, self._cast(value)) for name, value in self._buffers.items())
+        for name, value in self._buffers.items():
+            cast = self._cast(value)
+            written[name] = tensor_sha256(cast)
+            yield name, cast
 
 
 def _not_the_target(names: list[str]) -> ExportError:

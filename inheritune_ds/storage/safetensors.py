@@ -34,9 +34,12 @@ class SafetensorsWriter:
     Args:
         path: A file that does not exist yet.
         tensors: dtype (its name in safetensors), shape and bytes of each tensor by name, in the order of the file.
+        mode: Permissions of the file, before the umask.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]], *, mode: int = 0o666
+    ) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name, (dtype, shape, nbytes) in tensors.items():
@@ -44,8 +47,7 @@ class SafetensorsWriter:
             at += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        # No write permission for other users under any umask: such a checkpoint would be refused.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         self._stream = io.FileIO(descriptor, "w")
         try:
             self.append(memoryview(len(text).to_bytes(8, "little") + text))

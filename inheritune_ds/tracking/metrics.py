@@ -62,7 +62,7 @@ def make_row(step: int, tokens: int, values: Mapping[str, float]) -> Row:
     """
     unknown = sorted(name for name in values if name == TOKENS or _listed(name) not in METRICS)
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: not a metric that may be logged; tracking.METRICS lists them")
+        raise ValueError(f"{', '.join(unknown)}: not a metric that may be logged; tracking.metrics.METRICS lists them")
     finite = {key: x if isinstance(x, int) else float(x) for key, x in values.items() if math.isfinite(x)}
     return {"step": step, TOKENS: tokens, **finite}
 

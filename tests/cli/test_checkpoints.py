@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from inheritune_ds.checkpoints.manifest import published
+from inheritune_ds.checkpoints.manifest import MANIFEST, manifest_text, published, read_manifest
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.cli import main
@@ -86,6 +86,19 @@ def test_verify_names_damaged_files_and_ends_with_4(run: Path, capsys: pytest.Ca
     )
     assert lines[3] == "step-00000004  DAMAGED: model.pt is missing"
     assert f"2 of 4 checkpoints in {run / 'checkpoints'} are damaged" in error
+
+
+def test_an_earlier_format_is_never_called_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = run / "checkpoints" / "step-00000016" / MANIFEST
+    document = read_manifest(manifest.parent)
+    assert document is not None
+    del document["format"]
+    manifest.write_text(manifest_text(document))
+    for verb in ("verify", "prune"):
+        code, _, error = call(capsys, run, verb, *(["--keep", "1"] if verb == "prune" else []))
+        assert code == 4
+        assert "commit 318409b is the last that reads it" in error
+        assert "damaged" not in error
 
 
 def test_verify_of_nothing_reports_an_earlier_save(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

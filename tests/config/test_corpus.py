@@ -48,7 +48,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"sources": WEIGHTED, "weight_changes": [change("2M tokens", a=1.0, b=1.0), change("1M tokens", a=1, b=1)]},
         "weight_changes must be sorted by `at`, each later than the one before",
     ),
-    ({"sources": WEIGHTED, "weight_changes": [change("0 tokens", a=1.0, b=1.0)]}, "the duration must be at least 1"),
+    ({"sources": WEIGHTED, "weight_changes": [change("0 tokens", a=1.0, b=1.0)]}, "the amount must be at least 1"),
     (
         {"sources": WEIGHTED, "weight_changes": [change("1M tokens", a=1.0)]},
         "weight_changes at 1M tokens must name every source once: a, b",

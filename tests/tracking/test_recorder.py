@@ -104,7 +104,9 @@ def test_recorder_writes_floats_at_full_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["train/los", "step", "train/tokens"])
 def test_recorder_refuses_a_name_that_is_not_listed(tmp_path: Path, name: str) -> None:
     work = recorder(tmp_path)
-    with pytest.raises(ValueError, match=f"{name}: not a metric that may be logged; tracking.METRICS lists them"):
+    with pytest.raises(
+        ValueError, match=f"{name}: not a metric that may be logged; tracking.metrics.METRICS lists them"
+    ):
         work.log(1, 10, {name: 2.0})
     work.close()
     assert read_metrics(tmp_path) == []

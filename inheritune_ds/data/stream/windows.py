@@ -30,7 +30,6 @@ class TokenShards:
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], dtype: str) -> None:
         item = np.dtype(dtype).newbyteorder("<")
         self.arrays = [_mapped(path, count, item) for path, count in zip(paths, counts, strict=True)]
-
         self._place()
 
     @classmethod
@@ -129,9 +128,9 @@ class SourceTokens:
         self.names = list(sources)
         self.seq_len = lengths.pop()
         self.sizes = [len(windows) for windows in sources.values()]
-
+        """Windows of every source."""
         self.counts = [len(windows.shards) for windows in sources.values()]
-
+        """Tokens of every source."""
         self._tokens = TokenShards.joined([windows.shards for windows in sources.values()])
         self._begins = np.cumsum([0, *self.counts], dtype=np.int64)[:-1]
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 _FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"]
 _SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
-_TRAINING_BATCH = 1000
 
 
 def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
