@@ -12,7 +12,7 @@ TESTS = {
     STREAM: ["tests/data/stream/test_batches.py"],
     HELD_OUT: ["tests/data/stream/test_validation_windows.py"],
     SCHEDULE: ["tests/training/test_schedule.py"],
-    DURATION: ["tests/data/stream/test_windows.py"],
+    DURATION: ["tests/plan/test_memory.py"],
 }
 
 MUTATIONS = [

@@ -61,7 +61,7 @@ def copy_to(folder: Path) -> Path:
     """Copy the package, the tests and pytest's settings; the copy refuses to test any other package."""
     hidden = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "inheritune_ds", folder / "inheritune_ds", ignore=hidden)
-    for tests in ("config", "data", "surgery", "training"):
+    for tests in ("config", "data", "plan", "surgery", "training"):
         shutil.copytree(ROOT / "tests" / tests, folder / "tests" / tests, ignore=hidden)
     for name in ("conftest", "hub_client", "hub_server", "launching", "warm_python"):
         shutil.copyfile(ROOT / f"tests/{name}.py", folder / f"tests/{name}.py")

@@ -43,7 +43,7 @@ from inheritune_ds.run import execute
 def broken(*_args, **_more):
     raise RuntimeError("cannot log in with " + os.environ["HF_TOKEN"] + " at " + os.environ["HTTPS_PROXY"])
 
-run.train = broken
+execute.train = broken
 from inheritune_ds.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
