@@ -19,7 +19,7 @@ def start_process_group(world: World, *, timeout_s: float = 600.0) -> None:
 
     Args:
         world: This rank among all.
-        timeout_s: Time limit of every collective.
+        timeout_s: Time limit of every collective; the default is DeepSpeed's (deepspeed/constants.py).
 
     Raises:
         MachineError: If the ranks cannot meet.

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
@@ -47,6 +48,16 @@ def test_weighted_sources_are_within_one_window_after_any_number(shares: list[in
     rows = walk(Weighted([Weights(0, tuple(shares))]), len(shares), length)
     assert_within_one_window(rows, shares)
     assert rows[sum(shares) - 1] == shares
+
+
+def test_all_small_rounds_are_within_one_window() -> None:
+    for shares in product(range(9), repeat=4):
+        if any(shares):
+            table, before = round_table(shares)
+            counts = np.cumsum(np.eye(4, dtype=np.int64)[table], axis=0)
+            positions = np.arange(1, len(table) + 1)[:, None]
+            assert (np.abs(counts * len(table) - positions * np.array(shares)) < len(table)).all(), shares
+            assert (before == counts[positions[:, 0] - 1, table] - 1).all()
 
 
 @pytest.mark.parametrize(
