@@ -64,8 +64,8 @@ def test_all_ranks_exit_when_rank_0_cannot_lock_the_folder(ranks: Ranks, tiny_re
     assert status(folder) == {"state": "running", "step": 3}, "it is the other process's"
 
 
-def test_all_ranks_wait_for_the_export_and_exit_together(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe()
+def test_all_ranks_wait_for_a_slow_export_and_exit_together(ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe()  # the driver's LIMIT_S ends groups that were not given the run's limit
     main, second = ranks("tests/end_to_end/drive_export.py", arguments(recipe, tmp_path), real=True, EXPORT_S="5")
     assert second.wait(timeout=110) == 0
     assert status(tmp_path / "runs" / "tiny")["state"] == "finished", "rank 1 exited before rank 0 was done"
