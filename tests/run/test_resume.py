@@ -31,7 +31,6 @@ def saved(run: Path, *overrides: str, data: str | None = "d" * 64, precision: st
 
 
 def resumption(run: Path, *overrides: str) -> Resumption:
-    """The resumption of quickstart in a folder."""
     return Resumption(RunFolder(run), load_recipe("quickstart", list(overrides)), LAYOUT)
 
 
