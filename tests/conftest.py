@@ -53,8 +53,11 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+Logged = Callable[[], list[str]]
+
+
 @pytest.fixture
-def logged(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
+def logged(capsys: pytest.CaptureFixture[str]) -> Logged:
     """Gives the lines that the package has logged since the last call."""
     log_to_console()
 

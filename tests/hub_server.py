@@ -63,8 +63,6 @@ class Repository:
 
 @dataclass
 class Request:
-    """A received request."""
-
     line: str
     range: str
     authorized: bool
@@ -85,7 +83,6 @@ class HubServer:
 
     @property
     def endpoint(self) -> str:
-        """For HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._ports[0]}"
 
     @property
@@ -126,7 +123,6 @@ class HubServer:
 
     @contextmanager
     def fault(self, pattern: str, **settings: Any) -> Iterator[Fault]:
-        """Apply a fault to requests in the block."""
         fault = Fault(pattern, **settings)
         self.faults.append(fault)
         try:
@@ -135,7 +131,6 @@ class HubServer:
             self.faults.remove(fault)
 
     def asked(self, pattern: str) -> list[Request]:
-        """Requests with a pattern in their line."""
         return [request for request in self.requests if re.search(pattern, request.line)]
 
 
@@ -198,7 +193,6 @@ class _Handler(BaseHTTPRequestHandler):
         if path != "/api/agent-harnesses":
             self.hub.unknown.append(line)
         self._refuse(404, "", f"the fake hub does not know {line}")
-        return
 
     def _find(self, kind: str, name: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
         """(commit, its files); None after a refusal."""
@@ -249,7 +243,6 @@ class _Handler(BaseHTTPRequestHandler):
             base = f"{self.hub.endpoint}{urlsplit(self.path).path}"
             headers["Link"] = f'<{base}?recursive={recursive}&cursor={begin + PAGE_ENTRIES}>; rel="next"'
         self._json(inside[begin : begin + PAGE_ENTRIES], headers)
-        return
 
     def _resolve(self, kind: str | None, name: str, revision: str, path: str) -> None:
         found = self._find(kind or "models", name, revision)
@@ -271,7 +264,6 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
         headers["Location"] = f"{self.hub.cdn}/lfs/{digest}?Signature={SIGNATURE}"
         self._send(302, headers, b"Found")
-        return
 
     def _body(self, data: bytes, headers: dict[str, str]) -> None:
         """Send a file, or the requested range of it."""
@@ -286,7 +278,6 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
         self._send(206, headers, data[begin : end + 1])
-        return
 
     def _json(self, value: object, headers: dict[str, str] | None = None) -> None:
         self._send(200, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())

@@ -48,8 +48,6 @@ assert Path(inheritune_ds.__file__).is_relative_to(Path(__file__).parent), inher
 
 
 class Mutation(NamedTuple):
-    """One mistake of `tests.mutations`."""
-
     why: str
     old: str
     new: str

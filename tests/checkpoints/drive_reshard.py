@@ -34,7 +34,6 @@ WINDOWS = 8
 
 
 def build(layout: str, world: World, seed: int) -> Any:
-    """An engine of a layout."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     recipe = tiny.recipe(
@@ -100,13 +99,11 @@ def update_to_overflow(engine: Any, world: World, number: int) -> None:
 
 
 def scaler_of(engine: Any) -> dict[str, Any]:
-    """All fields of the loss scaler, if there is one."""
     found = getattr(engine._engine.optimizer, "loss_scaler", None)
     return {} if found is None else {key: str(value) for key, value in vars(found).items()}
 
 
 def save(engine: Any, world: World, layout: str, folder: Path) -> None:
-    """Publish a checkpoint as a run does."""
     from inheritune_ds.checkpoints.saver import Saver
     from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
@@ -124,7 +121,6 @@ def save(engine: Any, world: World, layout: str, folder: Path) -> None:
 
 
 def failure_of_copy(engine: Any) -> str:
-    """The error of a snapshot that host memory does not hold."""
     from inheritune_ds.checkpoints.snapshot import PinnedBuffers
 
     with patch.object(PinnedBuffers, "copy", side_effect=RuntimeError("CUDA error: out of memory")):
@@ -139,7 +135,6 @@ def continued(engine: Any, world: World) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Save and load what the command line names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("saved")

@@ -33,7 +33,6 @@ def save(store: CheckpointStore, *steps: int, text: str = "state") -> Path:
 
 
 def newest(store: CheckpointStore) -> Path | None:
-    """Folder of the newest intact checkpoint."""
     found = store.newest_intact()
     return None if found is None else found.path
 

@@ -15,10 +15,11 @@ from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, published, rea
 from inheritune_ds.checkpoints.store import GENERATION, CheckpointStore
 from inheritune_ds.errors import CheckpointError, StorageError
 from tests.checkpoints.saved import MODEL, fields_of, names, newest, save, written
+from tests.conftest import Logged
 
 
 def test_published_checkpoint_is_intact_and_named_by_the_pointer(
-    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
+    store: CheckpointStore, folder: Path, logged: Logged
 ) -> None:
     assert newest(store) is None
     assert store.claim_generation() == 1
@@ -130,7 +131,7 @@ def die_after(limit: int, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("step", [5, 8], ids=["replacing", "new"])
 def test_kill_between_any_two_calls_leaves_the_old_or_the_new(
-    step: int, store: CheckpointStore, folder: Path, logged: Callable[[], list[str]], tmp_path: Path
+    step: int, store: CheckpointStore, folder: Path, logged: Logged, tmp_path: Path
 ) -> None:
     save(store, 5, text="old state")
     kept = tmp_path / "kept"
@@ -184,7 +185,7 @@ def test_full_disk_keeps_the_older_checkpoint(
 
 
 def test_unwritable_pointer_is_logged_and_the_checkpoint_is_used(
-    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    store: CheckpointStore, folder: Path, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, 4)
     begun = store.begin(8)

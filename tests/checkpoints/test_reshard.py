@@ -35,7 +35,6 @@ LOADED = (
 
 
 def launched(function: Any) -> Any:
-    """Mark a test that needs the driver's launch."""
     for mark in (pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(600)):
         function = mark(function)
     return function
@@ -44,7 +43,6 @@ def launched(function: Any) -> Any:
 def drive(
     warm: WarmPython, folder: Path, saved: tuple[str, ...], loaded: tuple[str, ...], *, ranks: int
 ) -> dict[str, Any]:
-    """Launch the driver; the report of rank 0."""
     launch(warm, folder, DRIVER, str(folder), ",".join(saved), ",".join(loaded), ranks=ranks)
     report: dict[str, Any] = json.loads((folder / f"loaded-{ranks}.json").read_text())
     return report

@@ -15,6 +15,7 @@ from inheritune_ds.errors import RunFolderError, StorageError
 from inheritune_ds.tracking import wandb
 from inheritune_ds.tracking.metrics import METRICS, read_metrics
 from inheritune_ds.tracking.recorder import RunRecorder
+from tests.conftest import Logged
 
 RECIPE = load_recipe("quickstart")
 
@@ -46,7 +47,6 @@ class FakeRun:
 
 
 FakeWandb = Callable[[FakeRun | Exception], dict[str, Any]]
-Logged = Callable[[], list[str]]
 
 
 @pytest.fixture(autouse=True)

@@ -28,13 +28,12 @@ from inheritune_ds.training.engine import StepResult
 from inheritune_ds.training.loop import LoopParts, Periodic, seed_step, train
 from inheritune_ds.training.requests import Controls
 from inheritune_ds.training.validation import Validator
+from tests.conftest import Logged
 
 SEQ_LEN, BATCH = 4, 2
 
 
 class Model:
-    """A stub of the engine with given losses."""
-
     def __init__(self, *validation: float) -> None:
         self.validation = iter([*validation, *[2.0] * 100])
         self.losses: dict[int, float] = {}
@@ -65,8 +64,6 @@ class Model:
 
 
 class Saved:
-    """A stub of the saver."""
-
     last_save_s = 0.1
     published_step: int | None = None
     wants_save = False
@@ -90,8 +87,6 @@ class Saved:
 
 
 class Recorded(Recorder):
-    """A recorder in memory."""
-
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.saved_steps: list[int] = []
@@ -160,7 +155,7 @@ def test_train_validates_logs_and_saves_at_its_steps(recipe: Recipe, tmp_path: P
 
 
 def test_faults_in_a_row_roll_the_run_back_and_skip_their_batches(
-    recipe: Recipe, tmp_path: Path, logged: Callable[[], list[str]]
+    recipe: Recipe, tmp_path: Path, logged: Logged
 ) -> None:
     straight = Model()
     (tmp_path / "straight").mkdir()
@@ -307,7 +302,7 @@ def test_a_validation_that_a_stop_interrupts_is_repeated_by_the_next_launch(reci
 
 
 def test_a_disk_that_refuses_the_losses_of_windows_ends_the_run_at_the_last_step_only(
-    recipe: Recipe, tmp_path: Path, logged: Callable[[], list[str]]
+    recipe: Recipe, tmp_path: Path, logged: Logged
 ) -> None:
     recorded = Recorded()
     work = replace(parts(recipe, Model(), tmp_path, recorded), eval_dir=tmp_path / "missing")
