@@ -124,8 +124,7 @@ def test_sweep_halves_the_planners_micro_batch_and_judges_the_best(
 
 def test_sweep_continues_after_a_case_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = throughput.TARGET
-    found = {f"{name}-x{size}": trained(name, size, 10.0) for size in (8, 4)}
-    answers(monkeypatch, {name: None, **found})
+    answers(monkeypatch, {name: None, **{f"{name}-x{size}": trained(name, size, 10.0) for size in (8, 4)}})
     throughput.mfu_target(part_in(tmp_path, rehearse=False))
     report = findings(tmp_path)
     assert report["figures"] == {f"best micro-batch of {name}": 8}

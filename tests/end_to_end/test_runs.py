@@ -118,9 +118,9 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     assert {path: path.stat().st_mtime_ns for path in before} == before, "it belongs to another recipe"
 
     (tmp_path / "corpus.jsonl").unlink()
-    report = os.path.relpath(child / "report/report.md", tmp_path)
+    page = os.path.relpath(child / "report/report.md", tmp_path)
     again = launch("train.py", *arguments(recipe, tmp_path))
-    assert again.endswith(f"child: finished before; see {tmp_path / report}\n")
+    assert again.endswith(f"child: finished before; see {tmp_path / page}\n")
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

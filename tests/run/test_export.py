@@ -52,7 +52,8 @@ def model(target: Path) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-    return found.eval()
+    found.eval()
+    return found
 
 
 @pytest.fixture
