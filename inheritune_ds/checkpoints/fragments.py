@@ -40,18 +40,12 @@ def key_of(name: str, kind: str, start: int) -> str:
 
 
 def write(fragments: Mapping[str, torch.Tensor], path: Path, *, needed_bytes: int) -> dict[str, Any]:
-    """Write one rank's file, flush it to the disk and hash it; tensors on a device are copied one at a time.
+    """Write one rank's new file, flush it to the disk and hash it; tensors on a device are copied one at a time.
 
-    Args:
-        fragments: Flat tensors by their `key_of`.
-        path: Must not exist; its folder must.
-        needed_bytes: Of the whole checkpoint, for the message.
-
-    Returns:
-        `bytes` and `blake3` (hex), as a manifest lists them.
+    The flat `fragments` are named by their `key_of`. Returns `bytes` and `blake3` (hex), as a manifest lists them.
 
     Raises:
-        StorageError: With the path and the bytes needed.
+        StorageError: With the path and `needed_bytes`, those of the whole checkpoint.
     """
     tensors = {key: (_DTYPES[value.dtype], tuple(value.shape), value.nbytes) for key, value in fragments.items()}
     with _refusals(path, needed_bytes), SafetensorsWriter(path, tensors, mode=_MODE) as writer:
@@ -84,10 +78,7 @@ def _refusals(path: Path, needed_bytes: int) -> Iterator[None]:
 def check_coverage(folder: Path, world_size: int, parameters: Mapping[str, Mapping[str, Any]]) -> None:
     """Check by the files' headers that the fragments of every parameter and kind hold each element exactly once.
 
-    Args:
-        folder: Holds the files of all ranks.
-        world_size: Number of ranks.
-        parameters: `shape` and `step` of every parameter of the model; one without a step has no moments.
+    `parameters` has `shape` and `step` of every parameter of the model; one without a step has no moments.
 
     Raises:
         TrainingError: If elements are missing or duplicate, or fragments belong to no parameter.

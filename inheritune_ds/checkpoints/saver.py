@@ -53,13 +53,8 @@ class _Report:
 class Saver:
     """Saves and loads the checkpoints of one run; all ranks make one and call its methods together.
 
-    Args:
-        store: Where they are published; used on rank 0 only.
-        layout: Of this launch.
-        world: This rank among all.
-        reliability: Whether saves run in the background, and whether a refusal of the disk ends the run.
-        fingerprints: Of recipe, data and code versions, for the manifest.
-        group: Instead of a process group of its own.
+    `store` is used on rank 0 only. `fingerprints` of recipe, data and code versions go into the manifests. `group`
+    replaces a process group of its own.
     """
 
     def __init__(  # noqa: PLR0913 - each is a part of its own
@@ -89,8 +84,7 @@ class Saver:
     def save(self, engine: Stateful, state: TrainState) -> bool:
         """Save a checkpoint, after the save under way; an asynchronous save returns as soon as the state is copied.
 
-        Returns:
-            Whether it is published or under way; False if the disk refuses and the run may continue without it.
+        False if the disk refuses and the run may continue without it; True if it is published or under way.
 
         Raises:
             StorageError: On all ranks, if the disk refuses this save, or the one before, and the config says stop.

@@ -60,12 +60,10 @@ class PinnedBuffers:
 
 
 def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
-    """Take this rank's share from a DeepSpeed engine.
+    """Take this rank's share from a DeepSpeed engine between two steps.
 
-    Args:
-        engine: DeepSpeed's, between two steps.
-        buffers: For copies of the tensors, so that training may continue. None: the fragments are the engine's own
-            tensors and must be written before the next step.
+    The tensors are copied to `buffers`, so that training may continue. Without (None), the fragments are the engine's
+    own tensors and must be written before the next step.
     """
     inner, found = engine.optimizer.optimizer, Snapshot()
     found.parameters = {name: {"shape": shape, "step": None} for name, shape in shapes_of(engine).items()}
@@ -122,10 +120,7 @@ def _scaler_record(optimizer: Any, scaler: Any) -> dict[str, Any]:
 
 
 def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Restore a verified state into DeepSpeed's engine, new or in use; all ranks must call it.
-
-    Returns:
-        Log lines: see `changes`.
+    """Restore a verified state into DeepSpeed's engine, new or in use, on all ranks; return the log lines of `changes`.
 
     Raises:
         CheckpointError: If it is not a state of this model.
@@ -213,9 +208,7 @@ def _restore_scaler(optimizer: Any, record: Mapping[str, Any]) -> None:
 def fill_masters(engine: Any, values: Mapping[str, torch.Tensor]) -> None:
     """Fill this rank's fp32 masters with exact values, since a new engine derives them from rounded weights.
 
-    Args:
-        engine: DeepSpeed's.
-        values: Whole parameters by name, of any dtype; of mapped files only this rank's pieces are read.
+    `values` are whole parameters by name, of any dtype; of mapped files only this rank's pieces are read.
     """
     for partition in partitions(engine):
         flat = partition.master.detach()

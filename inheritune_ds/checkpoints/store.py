@@ -52,12 +52,9 @@ def earlier_format(path: Path) -> CheckpointError:
 
 
 class CheckpointStore:
-    """The folder of a run's checkpoints; only rank 0 of the launch that has locked the run folder changes it.
+    """`checkpoints/` of a run folder; only rank 0 of the launch that has locked the run folder changes it.
 
-    Args:
-        folder: `checkpoints/` of the run folder.
-        keep: How many of the newest are kept.
-        keep_every: Checkpoints at multiples of this many steps are kept, too; None: only the newest.
+    The `keep` newest are kept, and those at multiples of `keep_every` steps, if that is not None.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None) -> None:
@@ -191,12 +188,8 @@ class CheckpointStore:
         """Flush a written checkpoint to the disk and rename it to its name; then move the pointer.
 
         A kill at any moment leaves either this checkpoint or the one before. A pointer that cannot be moved is logged.
-
-        Args:
-            temporary: From `begin`, filled by all ranks.
-            step: Of the run.
-            fields: Further fields of the manifest; JSON.
-            files: {path inside the folder: {"bytes": size, "blake3": hex}} of all files.
+        `temporary` is from `begin`, `fields` are further ones of the manifest, and `files` has every file by its
+        path inside the folder: {"bytes": size, "blake3": hex}.
 
         Raises:
             CheckpointError: Another launch has taken over, or the folder differs from `files`.
@@ -298,15 +291,9 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, checkpoint_bytes: int, *, count: int) -> None:
-    """Refuse a disk without space for a number of checkpoints.
+    """Raise a StorageError if a disk lacks space for `count` checkpoints of so many bytes, all ranks together.
 
-    Args:
-        folder: Where checkpoints go; it need not exist.
-        checkpoint_bytes: Of one checkpoint, all ranks together.
-        count: Number of checkpoints that must fit.
-
-    Raises:
-        StorageError: With the folder, the bytes needed and the bytes free.
+    `folder`, where they go, need not exist.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_bytes, needed_bytes = shutil.disk_usage(there).free, int(count * checkpoint_bytes)

@@ -59,11 +59,7 @@ class Level:
 def draw_study(path: Path, title: str, lines: Sequence[tuple[str, Path]], level: Level | None) -> None:
     """Draw the validation curves of several runs over tokens seen, as a PNG.
 
-    Args:
-        path: Of the PNG.
-        title: Of the figure.
-        lines: Label and run folder of each curve; the first is drawn on top.
-        level: The reference's final loss, if there is a reference.
+    `lines` has label and run folder of each curve, the first one drawn on top; `level` is the reference's final loss.
 
     Raises:
         RunFolderError: When the metrics of a run are damaged or hold no validation.

@@ -31,11 +31,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
 
 
 def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
-    """Load a causal language model.
-
-    Args:
-        folder: Hugging Face folder.
-        dtype: `auto` keeps the checkpoint's own; otherwise a torch dtype's name.
+    """Load a causal language model; `dtype` is a torch dtype's name, or `auto` for the checkpoint's own.
 
     Raises:
         SurgeryError: If it is no causal language model, or if its weights are not those that its config asks for.
