@@ -38,8 +38,8 @@ MUTATIONS = [
     Mutation(
         "every epoch would have the same order",
         ORDER,
-        "_mix(states + epochs * _GOLDEN)",
-        "_mix(states + np.zeros_like(epochs))",
+        "epochs.astype(np.uint64) * _GOLDEN",
+        "np.zeros_like(epochs, np.uint64)",
     ),
     Mutation(
         "a source that is added would reorder the others",

@@ -52,15 +52,9 @@ def write(fragments: Mapping[str, torch.Tensor], path: Path, *, needed_bytes: in
         for value in fragments.values():
             writer.append(value.detach().cpu().view(torch.uint8).numpy().data)
         with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hasher:
-            digest = hasher.submit(_hash, path)
+            digest = hasher.submit(blake3(max_threads=blake3.AUTO).update_mmap, path)
             writer.sync()
-            return {"bytes": path.stat().st_size, "blake3": digest.result()}
-
-
-def _hash(path: Path) -> str:
-    digest = blake3(max_threads=blake3.AUTO)
-    digest.update_mmap(path)
-    return digest.hexdigest()
+            return {"bytes": path.stat().st_size, "blake3": digest.result().hexdigest()}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ thread may write and publish while training continues.
 """
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,7 +119,7 @@ class Saver:
                 logger.warning(text, state.step, outcome.problem)
             # Not after a CheckpointError: another launch may write there by now.
             if temporary is not None and not isinstance(outcome, CheckpointError):
-                self._store.discard(temporary)
+                shutil.rmtree(temporary, ignore_errors=True)
             return outcome
         self.last_save_s, self.published_step = time.perf_counter() - start_s, state.step
         if self._world.is_main:

@@ -46,17 +46,11 @@ class PinnedBuffers:
         self._held: dict[str, torch.Tensor] = {}
 
     def copy(self, key: str, values: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor into the buffer of a key; call `wait` before the copy is read."""
+        """Copy a tensor into the buffer of a key; a copy from a GPU is complete once the device is synchronized."""
         if key not in self._held:
             pinned = values.device.type == "cuda"
             self._held[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
         return self._held[key].copy_(values, non_blocking=True)
-
-    @staticmethod
-    def wait() -> None:
-        """Wait until the device has finished all copies."""
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
 
 
 def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
@@ -77,19 +71,15 @@ def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
                 held = values if buffers is None else buffers.copy(f"{number}/{kind}", values)
                 for piece in partition.pieces:
                     found.fragments[key_of(piece.name, kind, piece.start)] = held[piece.at : piece.at + piece.numel]
-            if state:
+            if state:  # apex keeps the count of updates in the group, and all groups step together
+                step = int(state["step"] if "step" in state else inner.param_groups[0]["step"])
                 for piece in partition.pieces:
-                    found.parameters[piece.name]["step"] = _step(inner, state)
-        if buffers is not None:
-            buffers.wait()
+                    found.parameters[piece.name]["step"] = step
+        if buffers is not None and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
     except (MemoryError, RuntimeError) as error:  # no host memory: raised on all ranks together
         found.failure = error
     return found
-
-
-def _step(inner: Any, state: Mapping[str, Any]) -> int:
-    """Adam's count of updates; apex keeps it in the group, and all groups step together."""
-    return int(state["step"] if "step" in state else inner.param_groups[0]["step"])
 
 
 def _record(engine: Any) -> dict[str, Any]:

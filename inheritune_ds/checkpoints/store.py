@@ -178,10 +178,6 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
         return temporary
 
-    def discard(self, temporary: Path) -> None:
-        """Remove a checkpoint that will not be published."""
-        shutil.rmtree(temporary, ignore_errors=True)
-
     def publish(
         self, temporary: Path, step: int, fields: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
     ) -> Path:

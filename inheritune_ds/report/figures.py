@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inheritune_ds.errors import RunFolderError
 from inheritune_ds.report.results import RunResult
@@ -97,7 +97,7 @@ def draw_run(path: Path, result: RunResult) -> None:
         ends = [_draw_validation(loss_axes, validation, "validation", COLORS[0], 2)]
         if training.tokens:
             loss_axes.plot(training.tokens, training.values, color=_TRAINING, linewidth=1.2, zorder=2, clip_on=False)
-            ends.append(_End("training", training.tokens[-1], training.values[-1], _TRAINING))
+            ends.append(_End("training", training.values[-1], _TRAINING))
         _head(loss_axes, result.summary.name, "band: ± 1 standard error of the validation loss")
         loss_axes.set_ylabel("loss (nats per token)")
         lr_axes.plot(lr.tokens, lr.values, color=_QUIET, linewidth=1.4)
@@ -131,12 +131,10 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-@dataclass(frozen=True)
-class _End:
-    """The last point of a line, and its label."""
+class _End(NamedTuple):
+    """The label of a line, and the last value."""
 
     label: str
-    tokens: float
     value: float
     color: str
 
@@ -147,7 +145,7 @@ def _draw_validation(axes: "Axes", curve: Curve, label: str, color: str, order: 
     points = list(zip(curve.values, curve.stderr, strict=True))
     low, high = [value - error for value, error in points], [value + error for value, error in points]
     axes.fill_between(curve.tokens, low, high, color=color, alpha=0.18, linewidth=0, zorder=2)
-    return _End(label, curve.tokens[-1], curve.values[-1], color)
+    return _End(label, curve.values[-1], color)
 
 
 def _head(axes: "Axes", title: str, subtitle: str) -> None:
@@ -180,7 +178,7 @@ def _finish(figure: "Figure", axes: "Axes", ends: Sequence[_End], level: Level |
     if level is not None:
         axes.axhline(level.value, color=level.color, linewidth=1.0, linestyle=(0, (5, 3)), zorder=1.5)
         if level.label:
-            ends.append(_End(level.label, axes.get_xlim()[1], level.value, level.color))
+            ends.append(_End(level.label, level.value, level.color))
     figure.canvas.draw()
     _label_ends(axes, ends)
     with storage_errors(path.parent):

@@ -51,30 +51,9 @@ def folder_files(source: HubSource) -> list[Path]:
     return [files[name] for name in chosen]
 
 
-def settings(source: HubSource) -> dict[str, Any]:
-    """The part of a source's identity that the recipe decides, wherever the files are."""
-    return {"kind": "hub", "split": source.split, "text_field": source.text_field}
-
-
-def pinned(source: HubSource) -> HubSource:
-    """The source with a full commit as its revision.
-
-    Raises:
-        HubError: The hub cannot be reached, or has no such dataset.
-    """
-    if re.fullmatch("[0-9a-f]{40}", source.revision):
-        return source
-    return source.model_copy(update={"revision": hub.resolve(source.dataset, source.revision, "dataset").commit})
-
-
-def identify(source: HubSource) -> dict[str, Any]:
-    """Identify the data of a hub dataset, with and without a network.
-
-    Raises:
-        HubError: The hub cannot be reached, or has no such dataset.
-    """
-    commit = hub.resolve(source.dataset, source.revision, "dataset").commit
-    return settings(source) | {"dataset": source.dataset, "commit": commit, "data_files": source.data_files}
+def repository_of(source: HubSource) -> hub.Repository:
+    """Find the dataset's repository and commit, with and without a network; errors as in `hub.resolve`."""
+    return hub.resolve(source.dataset, source.revision, "dataset")
 
 
 def documents(
@@ -97,13 +76,16 @@ def documents(
     if is_folder(source):
         yield from readers.read(folder_files(source), rules, LINE_END, start, on_bytes)
         return
-    repository = hub.resolve(source.dataset, source.revision, "dataset")
+    repository = repository_of(source)
     present = hub.list_files(repository)
     names = _matching(source, repository, present)
     if source.streaming and not repository.offline:
         yield from _streamed(repository, names, rules, start, on_bytes)
         return
-    folder = hub.snapshot(repository, _patterns(source.data_files, present, names))
+    # One pattern if the hub client matches the same files with it, otherwise every path.
+    taken = [name for name in present if fnmatch.fnmatch(name, source.data_files)]
+    patterns = [source.data_files] if taken == names else [glob.escape(name) for name in names]
+    folder = hub.snapshot(repository, patterns)
     yield from readers.read([folder / name for name in names], rules, LINE_END, start, on_bytes)
 
 
@@ -157,12 +139,6 @@ def _word(word: str) -> str:
     if word.startswith("[") and word.endswith("]"):
         return f"[^{word[2:]}" if word.startswith("[!") else word
     return re.escape(word)
-
-
-def _patterns(pattern: str, present: list[str], names: list[str]) -> list[str]:
-    """Patterns to download: `pattern` if the hub client matches the same files with it, otherwise every path."""
-    taken = [name for name in present if fnmatch.fnmatch(name, pattern)]
-    return [pattern] if taken == names else [glob.escape(name) for name in names]
 
 
 def _streamed(

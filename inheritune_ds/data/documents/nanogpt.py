@@ -31,20 +31,15 @@ def token_files(source: TokensSource) -> list[Path]:
                 f"token file {path} has {path.stat().st_size} bytes, not a whole number of 16-bit tokens",
                 action="copy it again: it is truncated, or not a nanoGPT token file",
             )
-        if _has_wide_ids(path):
+        with path.open("rb") as stream:
+            head = stream.read(_PROBE_BYTES)
+        if len(head) == _PROBE_BYTES and not any(head[2::4]) and not any(head[3::4]):  # the upper halves of small ids
             raise CorpusError(
                 f"token file {path} seems to hold 32-bit ids: every second 16-bit number at its beginning is 0",
                 allowed="16-bit token ids, as nanoGPT's prepare.py writes them",
                 action="write its ids as uint16, or use the documents themselves in corpus.sources",
             )
     return paths
-
-
-def _has_wide_ids(path: Path) -> bool:
-    """Whether a file seems to hold 32-bit ids: the upper halves of small ones are 0."""
-    with path.open("rb") as stream:
-        head = stream.read(_PROBE_BYTES)
-    return len(head) == _PROBE_BYTES and not any(head[2::4]) and not any(head[3::4])
 
 
 def check_ids(source: TokensSource, id_space: int) -> None:

@@ -1,5 +1,6 @@
 """Reads and identifies the sources of a recipe's corpus."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,16 @@ def pinned(source: Source) -> Source:
     Raises:
         HubError: The hub cannot be reached, or has no such dataset.
     """
-    if isinstance(source, HubSource) and not hub.is_folder(source):
-        return hub.pinned(source)
-    return source
+    if not isinstance(source, HubSource) or hub.is_folder(source) or re.fullmatch("[0-9a-f]{40}", source.revision):
+        return source
+    return source.model_copy(update={"revision": hub.repository_of(source).commit})
 
 
 def identify(source: Source) -> dict[str, Any]:
     """Identify the data of a source, so that changed data is detected.
 
-    The result has the settings that decide which documents are read, and: for files, name, size (bytes) and sha256 of
-    each; for the hub, the full commit; for the embedded corpus, the Python version and a hash.
+    The result has the settings that decide which documents are read, wherever they are, and: for files, name, size
+    (bytes) and sha256 of each; for the hub, the full commit; for the embedded corpus, the Python version and a hash.
 
     Raises:
         CorpusError: A file is missing.
@@ -37,19 +38,15 @@ def identify(source: Source) -> dict[str, Any]:
     """
     if isinstance(source, EmbeddedSource):
         return python_docs.identity()
-    if isinstance(source, HubSource) and not hub.is_folder(source):
-        return hub.identify(source)
-    files = {"files": _file_identities(_local_files(source))}
+    settings: dict[str, Any] = {"kind": source.kind}
     if isinstance(source, HubSource):
-        return hub.settings(source) | files
-    if isinstance(source, TokensSource):
-        return {"kind": "nanogpt"} | files
-    return {
-        "kind": "files",
-        "text_field": source.text_field,
-        "document_separator": source.document_separator,
-        **files,
-    }
+        settings |= {"split": source.split, "text_field": source.text_field}
+        if not hub.is_folder(source):
+            commit = hub.repository_of(source).commit
+            return settings | {"dataset": source.dataset, "commit": commit, "data_files": source.data_files}
+    if isinstance(source, FilesSource):
+        settings |= {"text_field": source.text_field, "document_separator": source.document_separator}
+    return settings | {"files": _file_identities(_local_files(source))}
 
 
 def documents(

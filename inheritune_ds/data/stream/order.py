@@ -48,12 +48,13 @@ def shuffled_order(sizes: Sequence[int], seeds: Sequence[int]) -> Order:
     rights = [-(-size // left) for size, left in zip(sizes, lefts, strict=True)]
     sizes_S, states_S = np.array(sizes, np.int64), _seed_states(seeds)  # noqa: N806 - shape suffix
     lefts_S, rights_S = np.array(lefts, np.uint64), np.array(rights, np.uint64)  # noqa: N806
+    rounds_R1 = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]  # noqa: N806
 
     def at(sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
         sizes = sizes_S[sources]
         epochs, offsets = np.divmod(turns, sizes)
         left_sizes, right_sizes = lefts_S[sources], rights_S[sources]
-        keys = _round_keys(states_S[sources], epochs.astype(np.uint64))
+        keys = _mix(_mix(states_S[sources] + epochs.astype(np.uint64) * _GOLDEN) + rounds_R1 * _GOLDEN)
         places = _permute(offsets.astype(np.uint64), keys, left_sizes, right_sizes)
         outside = np.flatnonzero(places >= sizes)
         while outside.size:
@@ -89,12 +90,6 @@ def random_order(sizes: Sequence[int], places: Sequence[int], seeds: Sequence[in
 
 def _seed_states(seeds: Sequence[int]) -> NDArray[np.uint64]:
     return _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN)
-
-
-def _round_keys(states: NDArray[np.uint64], epochs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Keys (rounds, B) of the permutation of each epoch."""
-    rounds = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]
-    return _mix(_mix(states + epochs * _GOLDEN) + rounds * _GOLDEN)
 
 
 def _permute(

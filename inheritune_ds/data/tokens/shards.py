@@ -41,7 +41,9 @@ class ShardWriter:
                     path.unlink()
             self._refuse_truncated()
             if self._shards and self._shards[-1]["tokens"] < shard_tokens:
-                self._reopen()
+                self._file = self._path.open("r+b")
+                self._file.truncate(self._shards[-1]["tokens"] * self._dtype.itemsize)
+                self._file.seek(0, os.SEEK_END)
 
     @property
     def tokens(self) -> int:
@@ -105,11 +107,6 @@ class ShardWriter:
                     f"{path} has {size:,} bytes, but {wanted:,} were written: it was truncated during preparation",
                     action=f"remove the folder {self._folder.parent} and rerun the same command",
                 )
-
-    def _reopen(self) -> None:
-        self._file = self._path.open("r+b")
-        self._file.truncate(self._shards[-1]["tokens"] * self._dtype.itemsize)
-        self._file.seek(0, os.SEEK_END)
 
     def _sync(self) -> None:
         if self._file is not None:
