@@ -6,9 +6,8 @@ the fp32 master and both of Adam's moments. Another rank's file holds the elemen
 
 import errno
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +47,14 @@ def write(fragments: Mapping[str, torch.Tensor], path: Path, *, needed_bytes: in
         StorageError: With the path and `needed_bytes`, those of the whole checkpoint.
     """
     tensors = {key: (_DTYPES[value.dtype], tuple(value.shape), value.nbytes) for key, value in fragments.items()}
-    with _refusals(path, needed_bytes), SafetensorsWriter(path, tensors, mode=_MODE) as writer:
-        for value in fragments.values():
-            writer.append(value.detach().cpu().view(torch.uint8).numpy().data)
-        with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hasher:
-            digest = hasher.submit(blake3(max_threads=blake3.AUTO).update_mmap, path)
-            writer.sync()
-            return {"bytes": path.stat().st_size, "blake3": digest.result().hexdigest()}
-
-
-@contextmanager
-def _refusals(path: Path, needed_bytes: int) -> Iterator[None]:
     try:
-        yield
+        with SafetensorsWriter(path, tensors, mode=_MODE) as writer:
+            for value in fragments.values():
+                writer.append(value.detach().cpu().view(torch.uint8).numpy().data)
+            with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hasher:
+                digest = hasher.submit(blake3(max_threads=blake3.AUTO).update_mmap, path)
+                writer.sync()
+                return {"bytes": path.stat().st_size, "blake3": digest.result().hexdigest()}
     except OSError as error:
         action = "free some space" if error.errno in _FULL else "check the disk, or choose another folder"
         raise StorageError(
@@ -114,11 +108,7 @@ def _find(folder: Path, world_size: int) -> dict[tuple[str, str], list[tuple[int
 
 
 class Fragments:
-    """The fragments of all ranks of a verified checkpoint, in mapped files.
-
-    Raises:
-        CheckpointError: If a file is missing or holds anything but fragments.
-    """
+    """The fragments of all ranks of a verified checkpoint, in mapped files; raise a CheckpointError for damage."""
 
     def __init__(self, folder: Path, world_size: int) -> None:
         from safetensors import SafetensorError, safe_open
@@ -133,11 +123,7 @@ class Fragments:
             ) from None
 
     def copy(self, name: str, kind: str, start: int, out: torch.Tensor) -> None:
-        """Copy the elements of a parameter from `start` on into a flat tensor and fill it.
-
-        Raises:
-            CheckpointError: If the files do not hold all of them.
-        """
+        """Fill a flat tensor with a parameter's elements from `start` on; raise a CheckpointError if any is missing."""
         end, copied = start + out.numel(), 0
         for first, numel, rank in self._found.get((name, kind), []):
             begin, stop = max(start, first), min(end, first + numel)

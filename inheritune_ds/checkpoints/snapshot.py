@@ -85,10 +85,13 @@ def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
 def _record(engine: Any) -> dict[str, Any]:
     optimizer = engine.optimizer
     moments = next((state[MOMENTS[0]] for state in optimizer.optimizer.state.values() if state), None)
-    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler, scaling = getattr(optimizer, "loss_scaler", None), None
+    if scaler is not None:  # the dtype is that of the weights
+        fields = {key: value for key, value in vars(scaler).items() if key != "dtype"}
+        scaling = {"fields": fields, "overflow": bool(optimizer.overflow)}
     return {
         "counters": {name: getattr(engine, name) for name in (*COUNTERS, "micro_steps")},
-        "loss_scaler": None if scaler is None else _scaler_record(optimizer, scaler),
+        "loss_scaler": scaling,
         "dtypes": {
             "weights": _dtype(next(engine.module.parameters())),
             "masters": _dtype(partitions(engine)[0].master),
@@ -101,12 +104,6 @@ def _record(engine: Any) -> dict[str, Any]:
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _scaler_record(optimizer: Any, scaler: Any) -> dict[str, Any]:
-    """All fields of DeepSpeed's loss scaler but its dtype, that of the weights, and the overflow of the last step."""
-    fields = {key: value for key, value in vars(scaler).items() if key != "dtype"}
-    return {"fields": fields, "overflow": bool(optimizer.overflow)}
 
 
 def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -118,11 +118,7 @@ class CheckpointStore:
         return None
 
     def newest(self) -> Path | None:
-        """The newest published checkpoint, intact or not; None if there is none.
-
-        Raises:
-            CheckpointError: The folder cannot be read.
-        """
+        """The newest published checkpoint, intact or not, or None. Raises a CheckpointError if that cannot be read."""
         with reading(self.folder):
             return next(published(self.folder), None)
 
@@ -150,11 +146,7 @@ class CheckpointStore:
         return "export is there, so this run has finished before" if ended else None
 
     def refuse_untrusted(self) -> None:
-        """Refuse a folder that another user may have written to.
-
-        Raises:
-            CheckpointError: It belongs to another user, or any user can write to it.
-        """
+        """Raise a CheckpointError if the folder belongs to another user, or any user can write to it."""
         if self.folder.exists() and (reason := distrust(self.folder.stat())) is not None:
             raise CheckpointError(
                 f"{self.folder} {reason}; a checkpoint is loaded only if no other user can have written it",

@@ -12,11 +12,7 @@ FORMAT = '{"NAME": [one number for each block of the reference, block 0 first; h
 
 
 def read_scores(path: str | None) -> dict[str, list[float]]:
-    """Read a JSON object of lists of numbers; no scores without a file.
-
-    Raises:
-        RecipeError: If the file cannot be read, or has another content.
-    """
+    """Read a JSON object of lists of numbers; no scores without a file. Raises a RecipeError for any other content."""
     if path is None:
         return {}
 

@@ -60,9 +60,7 @@ def draw_study(path: Path, title: str, lines: Sequence[tuple[str, Path]], level:
     """Draw the validation curves of several runs over tokens seen, as a PNG.
 
     `lines` has label and run folder of each curve, the first one drawn on top; `level` is the reference's final loss.
-
-    Raises:
-        RunFolderError: When the metrics of a run are damaged or hold no validation.
+    Raises a RunFolderError if the metrics of a run are damaged or hold no validation.
     """
     from matplotlib import rc_context
 
@@ -84,8 +82,7 @@ def draw_study(path: Path, title: str, lines: Sequence[tuple[str, Path]], level:
 def draw_run(path: Path, result: RunResult) -> None:
     """Draw training loss, validation loss with one standard error, and learning rate of a run, as a PNG.
 
-    Raises:
-        RunFolderError: When its metrics are damaged or hold no validation.
+    Errors as in `draw_study`.
     """
     from matplotlib import rc_context
 

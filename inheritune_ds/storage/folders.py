@@ -52,10 +52,8 @@ def staged(
 def exclusive(folder: Path) -> Iterator[None]:
     """Create a folder and lock it while this process fills it; other processes wait for the lock.
 
-    Unlike `staged`, the files stay after an error or a kill, so that the work can resume.
-
-    Raises:
-        StorageError: The folder or its lock cannot be made.
+    Unlike `staged`, the files stay after an error or a kill, so that the work can resume. Raises a StorageError if the
+    folder or its lock cannot be made.
     """
     lock = folder.with_name(f"{folder.name}.lock")
     with storage_errors(folder):

@@ -33,11 +33,7 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 
 def prove(folder: Path, values: TargetValues) -> dict[str, Any]:
-    """Verify the written target; return the `proof` entry of the report.
-
-    Raises:
-        SurgeryError: If the target does not load, or its parameter count or hidden state differs from the expected.
-    """
+    """Verify the written target; return the `proof` entry of the report, or raise a SurgeryError at any difference."""
     plan, skeleton = values.plan, values.skeleton
     tokens = probe_tokens(skeleton.config)
     start, hidden, rest = target_hidden_states(folder, skeleton, tokens)

@@ -117,11 +117,7 @@ class WeightFiles:
         return self.tensor(name).to("meta")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, mapped from its file; do not write to it.
-
-        Raises:
-            SurgeryError: If the file has changed since it was opened.
-        """
+        """A tensor, mapped from its file; do not write to it. Raises a SurgeryError if the file has changed since."""
         handle = self._open[self.file_of[name]]
         try:
             tensor: torch.Tensor = handle[name] if self.is_pickle else handle.get_tensor(name)

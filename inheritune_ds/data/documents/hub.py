@@ -10,14 +10,13 @@ import glob
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from inheritune_ds.config.corpus import HubSource
 from inheritune_ds.config.fields import is_local_path
 from inheritune_ds.data.documents import files as readers
-from inheritune_ds.data.documents.hub_splits import files_of_split
 from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage import hub
@@ -26,6 +25,12 @@ LINE_END = "\n"
 """Separates the documents of a .txt file of the hub, as in `datasets`."""
 
 _FOLDERS = r"(?:(?!\.)[^/]+/)*"
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""datasets/data_files.py, KEYWORDS_IN_PATH_NAME_BASE: the word is between punctuation marks or at an end."""
 
 
 def is_folder(source: HubSource) -> bool:
@@ -34,11 +39,7 @@ def is_folder(source: HubSource) -> bool:
 
 
 def folder_files(source: HubSource) -> list[Path]:
-    """Files of a local dataset, sorted.
-
-    Raises:
-        CorpusError: The folder does not exist, or `data_files` matches nothing in it.
-    """
+    """List the files of a local dataset, sorted; raise a CorpusError if there are none, or no such folder."""
     folder = Path(source.dataset).expanduser()
     if not folder.is_dir():
         raise CorpusError(
@@ -90,11 +91,7 @@ def documents(
 
 
 def _matching(source: HubSource, repository: hub.Repository, present: list[str]) -> list[str]:
-    """Paths of the files that `data_files` matches, sorted.
-
-    Raises:
-        CorpusError: No file matches, or a file has an unsupported format.
-    """
+    """List the files that `data_files` matches, sorted; raise a CorpusError without any, or for an unknown format."""
     wanted = re.compile(_expression(source.data_files))
     names = [name for name in present if wanted.fullmatch(name)]
     where = f"dataset {source.dataset} at {repository.commit}"
@@ -116,6 +113,35 @@ def _matching(source: HubSource, repository: hub.Repository, present: list[str])
                 action="set streaming of this source to false" if kind else "narrow data_files in corpus.sources",
             )
     return names
+
+
+def files_of_split(names: Sequence[str], split: str, where: str) -> list[str]:
+    """Select a split's files by the words in the paths: `train`, `validation`, `test`, or another word of a path.
+
+    Raises a CorpusError if no path contains the split, and others contain another one.
+    """
+    splits_of = {name: _splits_in(name, split) for name in names}
+    chosen = [name for name, splits in splits_of.items() if split in splits]
+    if chosen:
+        return chosen
+    others = sorted(set().union(*splits_of.values()))
+    if split == "train" and not others:
+        return list(names)
+    raise CorpusError(
+        f"{where} has no file of the split {split!r} among the {len(names)} files that data_files matches",
+        allowed=f"the splits in their paths: {', '.join(others) or 'train, because no path names one'}",
+        action="correct split of this source, or remove it to read every file that data_files matches",
+    )
+
+
+def _splits_in(name: str, wanted: str) -> set[str]:
+    words = {**_SPLIT_WORDS, wanted: _SPLIT_WORDS.get(wanted, (wanted,))}
+    path = name.lower()
+    return {
+        split
+        for split, known in words.items()
+        if any(re.search(rf"(^|[^a-z0-9]){re.escape(word.lower())}($|[^a-z0-9]|[0-9])", path) for word in known)
+    }
 
 
 def _expression(pattern: str) -> str:
@@ -154,11 +180,7 @@ def _streamed(
 
 
 class _HubFile(io.RawIOBase):
-    """A file of the hub, read during its download.
-
-    Raises:
-        HubError: The hub refuses the file, or cannot be reached.
-    """
+    """A file of the hub, read during its download; raises the errors of `hub.failure`."""
 
     def __init__(self, repository: hub.Repository, name: str) -> None:
         super().__init__()

@@ -75,12 +75,7 @@ def parquet(
 def arrow(
     path: Path, rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
 ) -> Generator[Document, None, int]:
-    """Yield the rows of an Arrow file or stream as `parquet` does; skipped batches are mapped and not decoded.
-
-    Raises:
-        CorpusError: The file is damaged or changed, has no text in that field, or has a bad row and these are refused.
-        OSError: The file cannot be read.
-    """
+    """Yield the rows of an Arrow file or stream as `parquet` does; skipped batches are mapped and not decoded."""
     import pyarrow as pa
 
     mark = FileMark.of(path)

@@ -136,8 +136,7 @@ class BatchStream:
 def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStream:
     """The batches of a recipe from the training tokens of its sources; without weights, empty sources are skipped.
 
-    Raises:
-        CorpusError: A source has no window.
+    Errors as for `BatchStream`.
     """
     training, windows = recipe.training, _windows(recipe, shards)
     if recipe.corpus.weights is None:

@@ -96,10 +96,7 @@ class Even:
 
     Of o windows of an epoch, the first source has floor(o * n / N), with n its windows and N those of all sources; the
     next source has its part of the remainder by the same rule, and so on. A source is never more than one window behind
-    its part, or more than S - 1 ahead.
-
-    Raises:
-        ValueError: There are more than `MAX_WINDOWS` in all.
+    its part, or more than S - 1 ahead. More than `MAX_WINDOWS` in all raise a ValueError.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:

@@ -86,11 +86,7 @@ class Windows:
 
     @classmethod
     def of_file(cls, path: Path, dtype: str, seq_len: int, num_tokens: int) -> "Windows":
-        """The windows of a single file of `num_tokens` tokens.
-
-        Raises:
-            CorpusError: As for `TokenShards`.
-        """
+        """The windows of a single file of `num_tokens` tokens; errors as for `TokenShards`."""
         return cls(TokenShards([path], [num_tokens], dtype), seq_len)
 
     def __len__(self) -> int:

@@ -41,10 +41,8 @@ class TextEncoder:
 
     The text of a special token inside a document is ordinary text, as in tiktoken's `encode_ordinary` and
     SentencePiece: the end-of-text id is at the ends of documents only. The tokenizer's template adds the ids `front`
-    before a document ([1] for LLaMA) and `back` behind it. `forced_cuts` counts the cuts not proven to keep the ids.
-
-    Raises:
-        CorpusError: The template adds tokens inside the text.
+    before a document ([1] for LLaMA) and `back` behind it; a CorpusError is raised if it adds tokens inside the text.
+    `forced_cuts` counts the cuts not proven to keep the ids.
     """
 
     def __init__(

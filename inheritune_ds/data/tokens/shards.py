@@ -56,11 +56,7 @@ class ShardWriter:
         return sum(shard["documents"] for shard in self._shards)
 
     def append(self, ids: npt.NDArray[Any]) -> bool:
-        """Write the ids of a document; returns whether this closed a shard.
-
-        Raises:
-            StorageError: The disk refuses.
-        """
+        """Write the ids of a document; returns whether this closed a shard. Raises a StorageError if it is refused."""
         if self._file is None:
             self._shards.append({"file": f"{self._part}-{len(self._shards):05d}.bin", "tokens": 0, "documents": 0})
         with storage_errors(self._path):
