@@ -20,31 +20,25 @@ MICRO_BATCH = "train_micro_batch_size_per_gpu"
 
 @dataclass(frozen=True)
 class Machine:
-    """The device of a rank, for the config's `auto` values.
-
-    Attributes:
-        memory_gib: Memory that one rank may use.
-        bf16: Whether the device computes in bfloat16 at full speed.
-    """
+    """The device of a rank, for the config's `auto` values."""
 
     kind: Literal["cuda", "cpu"]
     memory_gib: float
+    """Memory that one rank may use."""
     bf16: bool
+    """Whether it computes in bfloat16 at full speed."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A DeepSpeed config with every number written out.
-
-    Attributes:
-        config: DeepSpeed's keys, and the blocks `kernels` and `reliability`.
-        notes: A line on each choice.
-        shape: The target's shape and number of blocks; None if unknown.
-    """
+    """A DeepSpeed config with every number written out."""
 
     config: Mapping[str, Any]
+    """DeepSpeed's keys, and the blocks `kernels` and `reliability`."""
     notes: tuple[str, ...]
+    """A line on each choice."""
     shape: tuple[Shape, int] | None = None
+    """The target's shape and number of blocks; None if unknown."""
 
     @property
     def zero_stage(self) -> int:
@@ -277,13 +271,8 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
 ) -> Resolved:
     """Check a DeepSpeed config and fill in every `auto` but that of the micro-batch, which `fit` fills in.
 
-    Args:
-        document: The user's JSON, from `deepspeed_checks.read`.
-        recipe: Owner of batch, clip, optimizer numbers and schedule.
-        origin: Name of the document in messages.
-        shape: The reference's or target's shape and the target's number of blocks; None if unknown.
-        world_size: Number of ranks.
-        machine: The device of a rank.
+    `document` is from `deepspeed_checks.read`, and called `origin` in messages. `shape` is that of the reference or
+    target, with the target's number of blocks; None if unknown.
 
     Raises:
         RecipeError: With every problem found.

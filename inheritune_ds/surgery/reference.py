@@ -121,11 +121,7 @@ def _download(reference: Reference) -> tuple[Path, str]:
 
 
 def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
-    """Compare a recipe's `reference.shape` with the model's own config.
-
-    Raises:
-        RecipeError: Naming every field that differs.
-    """
+    """Raise a RecipeError with every field in which a recipe's `reference.shape` differs from the model's config."""
     actual = read_shape(config, name)
     given = shape.model_dump(exclude_none=True)
     found = actual.model_dump() if actual else {"model_type": config.get("model_type")}
@@ -139,11 +135,7 @@ def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
 
 
 def read_shape(config: dict[str, Any], name: str) -> Shape | None:
-    """Shape in a config; None for a family that `Shape` does not cover.
-
-    Raises:
-        SurgeryError: If a size is missing or invalid.
-    """
+    """The shape in a config, None for another family. Raises a SurgeryError if a size is missing or invalid."""
     try:
         return shape_from_config(config)
     except ValidationError as error:
