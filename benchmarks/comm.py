@@ -7,16 +7,14 @@ ZeRO-1 is the same for every accumulation, and payloads are within 2 % of the pl
 missed.
 """
 
-import argparse
 import json
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
-from benchmarks.record import RESULTS, write_result
+from benchmarks.ranks import Case, build_engine, micro_batches, on_ranks
+from benchmarks.record import command_line, record
 from inheritune_ds.config.zero import Precision
 from inheritune_ds.plan.communication import transfers
 from inheritune_ds.plan.model_size import tensors
@@ -132,41 +130,27 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def work(out: Path, wanted: list[Case]) -> None:
-    """Run one rank; rank 0 writes the rows."""
-    world = join_ranks()
+def count_all(world: Any, precision: Precision, blocks: int) -> list[dict[str, Any]]:
+    """A row per case; all ranks call it."""
     rows = []
-    for case in wanted:
+    for case in cases(precision, blocks):
         rows.append(count(case, world))
         if world.is_main:
             print(f"> {case.name}", flush=True)
-    if world.is_main:
-        out.write_text(json.dumps(rows), encoding="utf-8")
-    from inheritune_ds.distributed.process_group import leave_process_group
-
-    leave_process_group()
+    return rows
 
 
 def main() -> None:
     """Count, compare, write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line("comm", __doc__, rehearse="a model of one block instead of four")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="(default: bf16)")
-    parser.add_argument("--rehearse", action="store_true", help="a model of one block instead of four")
-    parser.add_argument("--out", type=Path, default=RESULTS / "comm.json")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a rank, started by this program
     args = parser.parse_args()
-    if args.worker:
-        work(args.worker, cases(args.precision, 1 if args.rehearse else 4))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        words = ["--worker", str(out), "--precision", args.precision, *(["--rehearse"] if args.rehearse else [])]
-        run_ranks("benchmarks.comm", words, RANKS)
-        rows = json.loads(out.read_text(encoding="utf-8"))
+    arguments = {"precision": args.precision, "blocks": 1 if args.rehearse else 4}
+    rows = on_ranks("benchmarks.comm:count_all", arguments, RANKS)
     print_table(rows)
     missed = verdicts(rows)
     print("\n".join(missed) or f"all within {TOLERANCE:.0%} of the planner; ZeRO-1 is the same for every accumulation")
-    write_result(args.out, {"ranks": RANKS, "steps": STEPS, "cases": rows, "missed": missed})
+    record(args, {"ranks": RANKS, "steps": STEPS, "cases": rows, "missed": missed})
     sys.exit(1 if missed else 0)
 
 

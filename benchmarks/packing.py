@@ -5,13 +5,9 @@
 same model and tokens.
 """
 
-import argparse
-import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +15,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.gpu_parts.timing import spread
+from benchmarks.ranks import random_model
+from benchmarks.record import command_line, record
 from inheritune_ds.config.kernels import Attention, KernelRequest
 from inheritune_ds.config.model import Shape
-from inheritune_ds.surgery.load import build_config
 from inheritune_ds.training import engine
 from inheritune_ds.training.kernels import choose_kernels
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, document_starts
@@ -60,14 +57,7 @@ def build(setting: Setting) -> PreTrainedModel:
     Raises:
         InherituneError: If a kernel cannot be used here.
     """
-    from transformers import AutoModelForCausalLM
-
-    config: Any = build_config(Shape.model_validate(setting.shape))
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = random_model(Shape.model_validate(setting.shape))
     device = torch.device(setting.device)
     nn.Module.to(model, device)
     kernels, _ = choose_kernels(
@@ -156,8 +146,8 @@ def times(setting: Setting) -> dict[str, Any]:
                     peaks[kind] = max(peak, peaks.get(kind, 0.0))
     ratios = [documents / windows for windows, documents in zip(*seconds.values(), strict=True)]
     return {
-        **{kind: _spread(values) for kind, values in seconds.items()},
-        "ratio": _spread(ratios),
+        **{kind: spread(values) for kind, values in seconds.items()},
+        "ratio": spread(ratios),
         "peak_gib": peaks,
         "compiled_again": counters["stats"]["unique_graphs"] - graphs,
     }
@@ -177,10 +167,6 @@ def _timed(
     seconds = time.perf_counter() - start
     model.zero_grad()
     return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def cpu_settings() -> dict[str, Setting]:
@@ -203,9 +189,7 @@ def cpu_settings() -> dict[str, Setting]:
 
 def main() -> None:
     """Measure, print a table, write the JSON file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "packing.json")
-    args = parser.parse_args()
+    args = command_line("packing", __doc__).parse_args()
     found: dict[str, Any] = {}
     for name, setting in cpu_settings().items():
         found[name] = {**times(setting), "errors": errors(setting, document_tokens=setting.seq_len // 8)}
@@ -214,7 +198,7 @@ def main() -> None:
             f"{name:<20} documents / windows {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}), "
             f"loss off by {found[name]['errors']['loss']:.1e}, gradient by {found[name]['errors']['gradient']:.1e}"
         )
-    write_result(args.out, {"document_tokens": DOCUMENT_TOKENS, "turns": TURNS, "settings": found})
+    record(args, {"document_tokens": DOCUMENT_TOKENS, "turns": TURNS, "settings": found})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Context of every benchmark's figures: command, date, versions, machine."""
+"""The command line that benchmarks share, and the context of their figures: command, date, versions, machine."""
 
+import argparse
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +33,24 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(host_memory_gib(), 1),
         "gpus": [f"{gpu.name}, {gpu.memory_gib:.0f} GiB" for gpu in detect_gpus()],
     }
+
+
+def command_line(name: str, doc: str | None, *, rehearse: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.NAME`, with --out, and with --rehearse if that is described."""
+    about = doc.splitlines()[0] if doc else None
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser.set_defaults(name=name, rehearse=False)
+    if rehearse:
+        parser.add_argument("--rehearse", action="store_true", help=rehearse)
+    usual = f"docs/results/{name}.json" + ("; of a rehearsal: a temporary file" if rehearse else "")
+    parser.add_argument("--out", type=Path, help=f"JSON file (default: {usual})")
+    return parser
+
+
+def record(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Write the figures of a command that `command_line` has parsed."""
+    folder = Path(tempfile.mkdtemp()) if args.rehearse and not args.out else RESULTS
+    write_result(args.out or folder / f"{args.name}.json", figures)
 
 
 def write_result(path: Path, figures: dict[str, Any]) -> None:

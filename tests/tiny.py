@@ -74,10 +74,11 @@ def engine(
     precision: str = "fp32",
     micro_batch: int = 2,
     packing: Any = None,
+    device: str = "cpu",
     fp16: Mapping[str, Any] = MappingProxyType({}),
     **keys: Any,
 ) -> Any:
-    """An engine for `model` on the CPU, in an existing process group.
+    """An engine for `model`, in an existing process group.
 
     Precision is fp32, bf16, or fp16, which the project refuses on a CPU. `fp16` and `keys` are blocks and keys of the
     DeepSpeed config.
@@ -95,7 +96,7 @@ def engine(
         "train_micro_batch_size_per_gpu": micro_batch,
         **keys,
     }
-    machine = Machine("cpu", 8.0, bf16=True)
+    machine = Machine("cpu" if device == "cpu" else "cuda", 8.0, bf16=True)
     resolved = resolve(
         document, recipe, origin="test", shape=target_shape(recipe), world_size=world.size, machine=machine
     )
@@ -103,7 +104,7 @@ def engine(
     kernels, _ = choose_kernels(
         resolved.kernels,
         config=built.config,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
         zero_stage=stage,
         offload=resolved.offloads_optimizer,
