@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from benchmarks.ranks import Case, build_engine, join_ranks
+from benchmarks.ranks import Case, build_engine, build_saver, join_ranks
 from inheritune_ds.checkpoints import store as checkpoint_store
-from inheritune_ds.checkpoints.store import CheckpointStore
-from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
+from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.console import log_to_console
 from inheritune_ds.errors import InherituneError
 from inheritune_ds.storage.files import write_exact
@@ -120,17 +119,8 @@ def main(folder: Path, plan: dict[str, Any]) -> int:
     """Save as planned; the exit code."""
     world = join_ranks()
     log_to_console()
-    from inheritune_ds.checkpoints.saver import Saver
-    from inheritune_ds.config.reliability import Reliability
-
     engine, _ = build_engine(Case(stage=plan["stage"], hidden_size=32, blocks=2, vocab_size=300, seq_len=16), world)
-    checkpoints = Saver(
-        CheckpointStore(folder / "checkpoints", keep=1000),
-        layout=SavedLayout(world.size, plan["stage"], "bf16"),
-        world=world,
-        reliability=Reliability(async_save=plan["async"]),
-        fingerprints={},
-    )
+    checkpoints = build_saver(world, folder / "checkpoints", keep=1000, stage=plan["stage"], async_save=plan["async"])
     writers = Writers(world.rank)
     answers = []
     try:

@@ -11,9 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign.launching import SHAPE, rows, write_ds_config, write_recipe
+from benchmarks.campaign.launching import SHAPE, write_ds_config, write_recipe
 from benchmarks.campaign.part import Cases, Figures, Part
 from benchmarks.campaign.resumes import KEEPS_ALL, NAME, STEPS, Precision, Seen, differences, launch, windows_of
+from inheritune_ds.tracking.metrics import read_metrics
 
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-6, "bf16": 5e-4}
 """Relative to the loss of the straight run."""
@@ -32,8 +33,7 @@ def _sizes(folder: Path, *, precision: Precision, sizes: Sequence[int], stage: i
         names.append(f"part{number}-{stop}")
         _same_windows(straight, seen, stop)
         worst = max(worst, _loss_error(folder, names[-1], stop))
-    assert worst <= TOLERANCE[precision], f"losses differ by {worst:.1e}, more than {TOLERANCE[precision]:.0e}"
-    return {"precision": precision, "sizes": list(sizes), "loss_error": worst}
+    return {"sizes": list(sizes), **_judged(precision, worst)}
 
 
 def _stages(folder: Path, *, precision: Precision, keys: Sequence[Mapping[str, Any]]) -> Figures:
@@ -47,8 +47,12 @@ def _stages(folder: Path, *, precision: Precision, keys: Sequence[Mapping[str, A
     seen = launch(folder, recipe, configs[0], ranks=2, out="run", first="run-0", steps=(0, stop), then=configs[1])
     _same_windows(seen, seen, stop)
     worst = _loss_error(folder, f"run-{stop}", stop)
+    return {"stages": [block["stage"] for block in keys], **_judged(precision, worst)}
+
+
+def _judged(precision: Precision, worst: float) -> Figures:
     assert worst <= TOLERANCE[precision], f"losses differ by {worst:.1e}, more than {TOLERANCE[precision]:.0e}"
-    return {"precision": precision, "stages": [block["stage"] for block in keys], "loss_error": worst}
+    return {"precision": precision, "loss_error": worst}
 
 
 def _same_size(folder: Path, *, stage: int) -> Figures:
@@ -86,7 +90,9 @@ def _loss_error(folder: Path, name: str, stop: int) -> float:
 
 
 def _losses(run: Path) -> dict[tuple[int, str], float]:
-    return {(row["step"], key): row[key] for row in rows(run) for key in ("train/loss", "val/loss") if key in row}
+    return {
+        (row["step"], key): row[key] for row in read_metrics(run) for key in ("train/loss", "val/loss") if key in row
+    }
 
 
 def _cases() -> Cases:

@@ -14,7 +14,6 @@ from typing import Any
 from benchmarks.campaign import spikes
 from benchmarks.campaign.launching import (
     arguments,
-    numerics,
     run_to_end,
     status,
     weights_sha256,
@@ -23,23 +22,21 @@ from benchmarks.campaign.launching import (
 )
 from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.errors import TrainingError
+from inheritune_ds.storage.files import read_json
+from tests.launching import numerics
 
-RANKS, SEEDS = 2, 10
+SEEDS = 10
 STAGES = ("zero1", "zero2", "zero3")
 LEAST_CAUGHT, MOST_FALSE = 0.99, 0.001
 DRIVE, ROLLBACK = "benchmarks/campaign/drive_faults.py", "benchmarks/campaign/drive_rollback.py"
-LAUNCH: dict[str, Any] = {
-    "launcher": "torchrun",
-    "ranks": RANKS,
-}
 POLICY = {"rollback_after": 3, "max_rollbacks": 2}
 
 
 def _left_out(folder: Path, settings: tuple[str, ...]) -> Figures:
     """All faults under several settings, in one launch."""
     out = folder / "found.json"
-    run_to_end(folder, str(out), ",".join(settings), script=DRIVE, **LAUNCH)
-    found = json.loads(out.read_text(encoding="utf-8"))
+    run_to_end(folder, json.dumps({"cases": settings}), str(out), script=DRIVE, launcher="torchrun")
+    found = read_json(out)
     broken = [f"{setting}: {line}" for setting in settings for line in found[setting]["broken"]]
     assert not broken, "\n".join(broken[:20])
     return {"left_out": sum(found[setting]["faults"] for setting in settings), "settings": len(settings)}
@@ -48,7 +45,7 @@ def _left_out(folder: Path, settings: tuple[str, ...]) -> Figures:
 def _run(folder: Path, name: str, bad: str, removed: str, *, expect: int = 0) -> tuple[Path, str]:
     recipe = write_recipe(folder, name, faults=POLICY)
     words = arguments(recipe, write_ds_config(folder), folder)
-    output = run_to_end(folder, bad, removed, *words, script=ROLLBACK, expect=expect, **LAUNCH)
+    output = run_to_end(folder, bad, removed, *words, script=ROLLBACK, expect=expect, launcher="torchrun")
     return folder / "runs" / name, output
 
 

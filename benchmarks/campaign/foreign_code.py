@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.campaign.launching import SHAPE, arguments, run_to_end, write_ds_config, write_recipe
+from benchmarks.campaign.launching import SHAPE, TinyRun, arguments, write_ds_config, write_recipe
 from benchmarks.campaign.part import Cases, Figures
 from inheritune_ds.checkpoints.manifest import MANIFEST, manifest_text, published, read_manifest
 from inheritune_ds.storage.files import blake3_file
@@ -79,6 +79,12 @@ def _trial(canary: Path, code: int, words: list[str]) -> Iterator[None]:
     assert ended == code, f"exit code {ended}, not {code}\n{output}"
 
 
+def _inherit(model: Path) -> list[str]:
+    """Arguments that cut a model."""
+    output = str(model.with_name(f"out-of-{model.name}"))
+    return ["inherit", "--reference", str(model), "--select", "first:1", "--output", output]
+
+
 def pickled_models(folder: Path) -> Figures:
     """Weights that are pickle with code in it, under every name that could be read."""
     canary, model = folder / "canary", write_model(folder / "model")
@@ -94,8 +100,7 @@ def pickled_models(folder: Path) -> Figures:
     ]
     for number, (name, code, write) in enumerate(trials):
         trial = Path(shutil.copytree(model, folder / f"model-{number}"))
-        words = ["inherit", "--reference", str(trial), "--select", "first:1", "--output", str(folder / f"out-{number}")]
-        with _trial(canary, code, words):
+        with _trial(canary, code, _inherit(trial)):
             if code:
                 (trial / "model.safetensors").unlink()
             if "-of-" in name:
@@ -133,8 +138,7 @@ def repository_code(folder: Path) -> Figures:
     auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     for number, (kind, code) in enumerate([("llama", 0), ("own", 9)]):
         trial = Path(shutil.copytree(model, folder / f"model-{number}"))
-        words = ["inherit", "--reference", str(trial), "--select", "first:1", "--output", str(folder / f"out-{number}")]
-        with _trial(canary, code, words):
+        with _trial(canary, code, _inherit(trial)):
             described = json.loads((trial / "config.json").read_text(encoding="utf-8"))
             changed = {**described, "model_type": kind, "auto_map": auto}
             (trial / "config.json").write_text(json.dumps(changed), encoding="utf-8")
@@ -176,7 +180,7 @@ def pickled_token_shard(folder: Path) -> Figures:
     shards = sorted((folder / "cache").rglob("*.bin"))
     for shard in shards:
         evil_pickle(shard, canary)
-    output = run_to_end(folder, *arguments(recipe, write_ds_config(folder), folder))
+    output = TinyRun(folder).to_end()
     assert not canary.exists(), output[-3000:]
     assert "are damaged; they are remade" in output, output[-3000:]
     return {"foreign_files": len(shards), "canaries_made": 0}
@@ -184,20 +188,19 @@ def pickled_token_shard(folder: Path) -> Figures:
 
 def pickled_checkpoint(folder: Path) -> Figures:
     """Pickle with code in it in place of fragments, under their manifest and under a forged one, at two stages."""
-    canary = folder / "canary"
-    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
-    run_to_end(folder, *words)
-    run = folder / "runs" / "tiny"
-    shutil.rmtree(run / "export")  # so that the run is not finished
-    shards = [path for checkpoint in published(run / "checkpoints") for path in checkpoint.glob("rank-*.safetensors")]
+    canary, tiny = folder / "canary", TinyRun(folder)
+    tiny.to_end()
+    shutil.rmtree(tiny.path / "export")  # so that the run is not finished
+    checkpoints = list(published(tiny.path / "checkpoints"))
+    shards = [path for checkpoint in checkpoints for path in checkpoint.glob("rank-*.safetensors")]
     for shard in shards:
         evil_zip(shard, canary)
-    outputs = [run_to_end(folder, *words, expect=4)]
-    for checkpoint in published(run / "checkpoints"):
+    outputs = [tiny.to_end(expect=4)]
+    for checkpoint in checkpoints:
         _forge(checkpoint)
-    outputs.append(run_to_end(folder, *words, expect=4))
+    outputs.append(tiny.to_end(expect=4))
     write_ds_config(folder, stage=2)
-    outputs.append(run_to_end(folder, *words, expect=4))
+    outputs.append(tiny.to_end(expect=4))
     assert not canary.exists(), "\n".join(outputs)[-6000:]
     return {"foreign_files": len(shards) * len(outputs), "canaries_made": 0}
 

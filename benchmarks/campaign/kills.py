@@ -19,20 +19,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.campaign.launching import (
-    Launched,
-    arguments,
-    last_step,
-    numerics,
-    run_to_end,
-    started,
-    status,
-    weights_sha256,
-    write_ds_config,
-    write_recipe,
-)
+from benchmarks.campaign.launching import Launched, TinyRun, last_step, status, weights_sha256
 from benchmarks.campaign.part import Cases, Figures, Part
+from benchmarks.launch import kill as kill_group
 from inheritune_ds.checkpoints.manifest import find_fault, published, step_of
+from tests.launching import numerics
 
 INTERVAL = 4
 """Steps between checkpoints."""
@@ -86,26 +77,25 @@ def draw_kills(seed: int, kinds: Sequence[Kind]) -> list[Kill]:
     return kills
 
 
-def words_of(folder: Path, steps: int, *, asynchronous: bool) -> list[str]:
-    """The command of a chain, the same at every launch."""
-    recipe = write_recipe(
+def tiny_run(folder: Path, steps: int, *, asynchronous: bool) -> TinyRun:
+    """The run of a chain: the same command at every launch."""
+    return TinyRun(
         folder,
+        "deepspeed",
+        config={"reliability": {"async_save": asynchronous}},
         training={"seq_len": 32, "global_batch_tokens": 512, "duration": f"{steps} steps"},
         validation={"interval_steps": steps // 2, "max_tokens": 512},
         checkpoint={"interval_steps": INTERVAL},
     )
-    config = write_ds_config(folder, reliability={"async_save": asynchronous})
-    return arguments(recipe, config, folder)
 
 
 @cache
 def undisturbed(steps: int) -> tuple[str, list[dict[str, Any]]]:
     """sha256 of the weights and numbers of the run that was left in peace; both ways of saving give the same."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run_to_end(folder, *words_of(folder, steps, asynchronous=False), launcher="deepspeed", ranks=2)
-        run = folder / "runs" / "tiny"
-        return weights_sha256(run), numerics(run)
+        tiny = tiny_run(Path(name), steps, asynchronous=False)
+        tiny.to_end()
+        return weights_sha256(tiny.path), numerics(tiny.path)
 
 
 @dataclass
@@ -141,7 +131,7 @@ def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous
     victim = None if kill.rank is None else launched.ranks().get(kill.rank)
     begun_s = time.monotonic()
     if victim is None:
-        launched.kill_group()
+        kill_group(launched.process)
     else:
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
@@ -195,19 +185,19 @@ def _wait(launched: Launched, run: Path, kill: Kill, kept: int) -> bool:
 
 def chain(folder: Path, *, seed: int, kinds: Sequence[Kind], steps: int, asynchronous: bool) -> Figures:
     """Kill one run again and again, then let it end."""
-    words, run = words_of(folder, steps, asynchronous=asynchronous), folder / "runs" / "tiny"
+    tiny = tiny_run(folder, steps, asynchronous=asynchronous)
     blows: list[Blow] = []
     kept = 0
     for kill in draw_kills(seed, kinds):
-        with started(folder, *words, launcher="deepspeed", ranks=2) as launched:
-            blow = strike(launched, run, kill, kept, asynchronous=asynchronous)
+        with tiny.started() as launched:
+            blow = strike(launched, tiny.path, kill, kept, asynchronous=asynchronous)
             output = launched.output()
         assert blow is not None, f"{kill} came too late: the run ended before\n{output[-3000:]}"
         check_start(output, kept)
         kept = blow.kept
         blows.append(blow)
-    check_start(run_to_end(folder, *words, launcher="deepspeed", ranks=2), kept)
-    check_end(folder, run, steps)
+    check_start(tiny.to_end(), kept)
+    check_end(folder, tiny.path, steps)
     in_save = sum(blow.in_save for blow in blows)
     assert in_save >= min(IN_SAVE_AT_LEAST, kinds.count("save")), f"only {in_save} kills have hit a save: {blows}"
     return {"kills": [asdict(blow) | {"lost": blow.lost} for blow in blows], "seed": seed, "async": asynchronous}

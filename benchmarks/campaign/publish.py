@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.campaign.launching import Launched, started
-from benchmarks.campaign.part import Cases, Figures, Part
+from benchmarks.campaign.part import Cases, Figures, Part, totals
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import POINTER, find_fault
 from inheritune_ds.checkpoints.store import CheckpointStore
@@ -18,8 +18,10 @@ from inheritune_ds.errors import TrainingError
 from tests.launching import free_port, torchrun_variables
 
 RANKS = 2
+DRIVER = "benchmarks/campaign/drive_saves.py"
 POLL_S = 0.01
 _TEXTS = [(0, "manifest.json"), (0, POINTER)]
+_COUNTED = ("faults", "looks", "incomplete", "deepspeed_looks", "deepspeed_incomplete")
 Listing = dict[str, int]
 
 
@@ -104,13 +106,7 @@ def _launch(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Launched], list
         for rank in range(RANKS):
             # without a launcher, which would end the other rank before it can report
             variables: dict[str, Any] = torchrun_variables(rank, RANKS, port)
-            run = started(
-                folder,
-                str(folder),
-                str(path),
-                script="benchmarks/campaign/drive_saves.py",
-                **variables,
-            )
+            run = started(folder, str(folder), str(path), script=DRIVER, **variables)
             ranks.append(stack.enter_context(run))
         codes = [launched.wait() for launched in ranks]
     return ranks, codes, watch, native
@@ -186,14 +182,6 @@ def _cases() -> Cases:
     return cases
 
 
-def _summary(figures: list[Figures]) -> Mapping[str, Any]:
-    totals = ("faults", "looks", "incomplete", "deepspeed_looks", "deepspeed_incomplete")
-    return {
-        **{key: sum(found.get(key, 0) for found in figures) for key in totals},
-        "longest_gap_s": max((found["longest_gap_s"] for found in figures), default=None),
-    }
-
-
 PART = Part(
     name="publish",
     point=3,
@@ -201,5 +189,5 @@ PART = Part(
     "killed at whichever file; the same check catches DeepSpeed's own save.",
     cases=_cases(),
     short=("zero1-sync-slow-and-refused",),
-    summary=_summary,
+    summary=totals(*_COUNTED, most=("longest_gap_s",)),
 )

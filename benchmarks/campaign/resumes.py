@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.campaign.launching import numerics, rows, run_to_end
+from benchmarks.campaign.launching import run_to_end
 from inheritune_ds.checkpoints.manifest import POINTER, published, read_manifest, step_of
 from inheritune_ds.storage.files import blake3_file, read_json
+from inheritune_ds.tracking.metrics import read_metrics
+from tests.launching import numerics
 
 STEPS = 12
 NAME = "tiny"
@@ -33,7 +35,7 @@ def stopped_after(finished: Path, run: Path, step: int) -> None:
     shutil.copytree(finished, run, ignore=lambda _folder, names: gone.intersection(names), copy_function=os.link)
     (run / "checkpoints" / POINTER).write_text(f"step-{step:08d}\n", encoding="utf-8")
     metrics = run / "metrics.jsonl"
-    kept = [json.dumps(row) + "\n" for row in rows(run) if row["step"] <= step]
+    kept = [json.dumps(row) + "\n" for row in read_metrics(run) if row["step"] <= step]
     metrics.unlink()  # a link: the other run's file must stay as it is
     metrics.write_text("".join(kept), encoding="utf-8")
 
@@ -72,13 +74,7 @@ def launch(  # noqa: PLR0913 - each is one word of the driver
     words = [str(recipe), str(ds_config), str(folder), out, *map(str, steps)]
     words += ["--from", first] if first else []
     words += ["--then", str(then)] if then else []
-    run_to_end(
-        folder,
-        *words,
-        launcher="torchrun",
-        ranks=ranks,
-        script=DRIVER,
-    )
+    run_to_end(folder, *words, launcher="torchrun", ranks=ranks, script=DRIVER)
     return [read_json(folder / f"{out}.rank{rank}.json") for rank in range(ranks)]
 
 

@@ -20,7 +20,6 @@ from benchmarks.campaign.launching import (
     arguments,
     logged,
     publish_made,
-    rows,
     run_to_end,
     started,
     status,
@@ -33,10 +32,11 @@ from inheritune_ds.checkpoints.manifest import POINTER, find_fault, published, r
 from inheritune_ds.checkpoints.retention import prune
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import StorageError
+from inheritune_ds.storage.files import read_json
+from inheritune_ds.tracking.metrics import read_metrics
 
 EXIT_STORAGE = StorageError.exit_code
 STEPS, INTERVAL = 100, 10
-LAUNCH: dict[str, Any] = {"launcher": "deepspeed", "ranks": 2}
 
 
 @cache
@@ -85,15 +85,10 @@ def operations(scratch: Path, *, rank: int, stride: int, kinds: Sequence[str], a
     """Refuse the operations of a rank's saves, one trial each."""
     with disk(scratch) as place:
         (place / "run").mkdir()
-        out = scratch / "out.json"
-        words = [str(out), str(place / "run"), ",".join(kinds), str(rank), str(stride)]
-        how: dict[str, Any] = {
-            "launcher": "torchrun",
-            "ranks": 2,
-            "script": "benchmarks/campaign/drive_storage.py",
-        }
-        run_to_end(scratch, *words, *(["--async"] if async_save else []), **how)
-        figures: Figures = json.loads(out.read_text(encoding="utf-8"))
+        out, given = scratch / "out.json", {"kinds": kinds, "where": rank, "stride": stride, "async_save": async_save}
+        words = json.dumps({"folder": str(place / "run"), **given})
+        run_to_end(scratch, words, str(out), script="benchmarks/campaign/drive_storage.py", launcher="torchrun")
+        figures: Figures = read_json(out)
     broken = figures.pop("broken")
     assert not broken, "\n".join(broken)
     return figures
@@ -114,7 +109,7 @@ class Trial:
         self.words = arguments(recipe, ds_config, scratch, runs=f"{place.name}/runs")
         self.run = place / "runs" / "tiny"
         self.store = CheckpointStore(self.run / "checkpoints", keep=1)
-        run_to_end(scratch, *arguments(recipe, ds_config, scratch), **LAUNCH)
+        run_to_end(scratch, *arguments(recipe, ds_config, scratch), launcher="deepspeed")
         self.straight = weights_sha256(scratch / "runs" / "tiny")
         newest = next(published(scratch / "runs" / "tiny" / "checkpoints"))
         manifest = read_manifest(newest)
@@ -124,7 +119,7 @@ class Trial:
     @contextmanager
     def launched(self) -> Iterator[Launched]:
         """A launch on the small disk that has saved its first checkpoint."""
-        with started(self.scratch, *self.words, **LAUNCH) as launch:
+        with started(self.scratch, *self.words, launcher="deepspeed") as launch:
             launch.wait_for((self.run / "checkpoints" / POINTER).is_file)
             yield launch
 
@@ -136,9 +131,16 @@ class Trial:
         assert left == [], f"left behind: {left}"
         return newest.state.step
 
+    def is_refused(self, launch: Launched) -> str:
+        """A launch ends with the code of a refusing disk, without leaving a process; its output."""
+        code, output = launch.wait(), launch.output()
+        assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
+        assert (left := launch.orphans()) == [], left
+        return output
+
     def resume(self) -> None:
         """Rerun the same command with space again: the result is bitwise identical."""
-        run_to_end(self.scratch, *self.words, **LAUNCH)
+        run_to_end(self.scratch, *self.words, launcher="deepspeed")
         assert weights_sha256(self.run) == self.straight, "the weights differ from those of the straight run"
 
     def reported(self, output: str) -> str:
@@ -172,9 +174,7 @@ def full_and_stop(scratch: Path) -> Figures:
         trial = Trial(scratch, place, "stop")
         with trial.launched() as launch:
             ballast = leave(place, trial.bytes // 2)
-            code, output = launch.wait(), launch.output()
-            assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
-            assert (left := launch.orphans()) == [], left
+            output = trial.is_refused(launch)
         trial.reported(output)
         found = status(trial.run)
         assert (found["state"], found["exit_code"]) == ("failed", EXIT_STORAGE), found
@@ -191,9 +191,7 @@ def not_a_byte_left(scratch: Path) -> Figures:
         trial = Trial(scratch, place, "continue")
         with trial.launched() as launch:
             fill(place / "ballast")
-            code, output = launch.wait(), launch.output()
-            assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
-            assert (left := launch.orphans()) == [], left
+            output = trial.is_refused(launch)
         assert "No space left on device" in output, output[-4000:]
         step = trial.newest_step()
         state = status(trial.run)
@@ -207,14 +205,14 @@ def reported_before_training(scratch: Path) -> Figures:
     with disk(scratch) as place:
         trial = Trial(scratch, place, "continue")
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, **LAUNCH)
+        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, launcher="deepspeed")
         assert "Read-only file system" in output, output[-4000:]
         assert str(place) in output, output[-4000:]
         subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
         ballast = leave(place, int(1.5 * trial.bytes))
-        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, **LAUNCH)
+        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, launcher="deepspeed")
         trial.reported(output)
-        assert rows(trial.run) == []
+        assert read_metrics(trial.run) == []
         assert list(published(trial.store.folder)) == []
         ballast.unlink()
         trial.resume()
