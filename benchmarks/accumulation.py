@@ -10,7 +10,6 @@ a bf16 accumulator adds rounding, and so does a sum in bf16 for communication, w
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.comparison import RESAMPLES, SEED
+from benchmarks.ranks import join_ranks
 from benchmarks.record import command_line, record
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.world import World, detect, export
+from inheritune_ds.distributed.world import World
 from tests import tiny
 
 if TYPE_CHECKING:
@@ -176,16 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.rehearse:
         args.seeds, args.stages, args.accumulations = 1, [1], [1, 4]
-    world = detect(os.environ)
-    export(world, os.environ)
-    prepare_environment(os.environ, kind=args.device)
-    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
+    world = join_ranks(args.device)
+    from inheritune_ds.distributed.process_group import leave_process_group
 
-    start_process_group(world)
-    try:
-        rows = measure(args, world)
-    finally:
-        leave_process_group()
+    rows = measure(args, world)
+    leave_process_group()
     print(*lines_of(rows), sep="\n", flush=True)
     record(args, {"rehearsal": args.rehearse, "shape": SHAPE, "seq_len": SEQ_LEN, "rows": rows})
     return 0

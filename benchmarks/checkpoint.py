@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,33 +59,30 @@ class Writers:
             name: build_saver(world, folder / name, keep=1, async_save=name == "async", on_save_error="stop")
             for name in ("sync", "async")
         }
-        self._shards: dict[str, bytes] = {}
+        self._content = b""
 
     def prepare(self) -> int:
         """Save once each way, unmeasured; keep this rank's files in memory for the plain writer; bytes of all ranks."""
         for name in self._checkpoints:
             self.ours(name)
         newest = next(published(self._folder / "sync"))
-        name = file_name(self._world.rank)
-        self._shards = {name: (newest / name).read_bytes()}
+        self._content = (newest / file_name(self._world.rank)).read_bytes()
         manifest = read_manifest(newest)
         assert manifest is not None
         return int(sum(entry["bytes"] for entry in manifest["files"].values()))
 
     def plain(self) -> dict[str, float]:
-        """Write and fsync the same bytes to the same number of files."""
+        """Write and fsync the same bytes."""
         import torch.distributed as dist
 
-        folder = self._folder / f"plain-{self._world.rank}"
+        folder, view = self._folder / f"plain-{self._world.rank}", memoryview(self._content)
         dist.barrier()
         start_s = time.perf_counter()
         folder.mkdir()
-        for name, content in self._shards.items():
-            view = memoryview(content)
-            with (folder / Path(name).name).open("wb", buffering=0) as file:
-                while view:
-                    view = view[file.write(view[:PIECE_BYTES]) :]
-                os.fsync(file.fileno())
+        with (folder / "content").open("wb", buffering=0) as file:
+            while view:
+                view = view[file.write(view[:PIECE_BYTES]) :]
+            os.fsync(file.fileno())
         dist.barrier()
         seconds = time.perf_counter() - start_s
         shutil.rmtree(folder)
@@ -106,17 +103,12 @@ class Writers:
 
     def measure(self, rounds: int) -> list[dict[str, float]]:
         """Seconds of every way, round by round."""
-        ways: dict[str, Callable[[], dict[str, float]]] = {
-            "plain": self.plain,
-            "sync": lambda: self.ours("sync"),
-            "async": lambda: self.ours("async"),
-        }
         found = []
         for turn in in_turns(WRITERS, rounds):
             seconds: dict[str, float] = {}
             for name in turn:
                 os.sync()  # unwritten data of an earlier turn is not part of this one
-                seconds |= ways[name]()
+                seconds |= self.plain() if name == "plain" else self.ours(name)
             found.append(seconds)
             line = "".join(f"{name} {seconds[name]:7.3f} s  " for name in (*WRITERS, "blocked"))
             print(f">   {line}", flush=True)

@@ -59,7 +59,9 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+def wait_for(
+    happened: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float, poll_s: float = POLL_S
+) -> bool:
     """Poll until something happened; False when the process ended or the time passed without it."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -67,7 +69,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], tim
             return True
         if process.poll() is not None:
             return happened()
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
     return False
 
 

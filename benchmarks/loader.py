@@ -12,6 +12,7 @@ stream after a look-up in every part of its plan.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -44,23 +45,20 @@ PLANS = ("one_source", "seven_sources")
 
 def write_shards(tokens: np.ndarray[Any, Any], folder: Path) -> list[tuple[Path, int]]:
     """Write tokens as shards; returns their files and counts."""
-    found = []
-    for number, part in enumerate(np.array_split(tokens, SHARDS)):
-        path = folder / f"train-{number:05}.bin"
+    parts = np.array_split(tokens, SHARDS)
+    paths = [folder / f"train-{number:05}.bin" for number in range(SHARDS)]
+    for path, part in zip(paths, parts, strict=True):
         part.tofile(path)
-        found.append((path, len(part)))
-    return found
+    return [(path, len(part)) for path, part in zip(paths, parts, strict=True)]
 
 
 def sparse_shards(folder: Path) -> list[tuple[Path, int]]:
     """Sparse files with the size of the plan's shards."""
-    found = []
-    for number in range(SHARDS):
-        path = folder / f"plan-{number:05}.bin"
-        with path.open("wb") as file:
-            file.truncate(2 * PLAN_TOKENS // SHARDS)
-        found.append((path, PLAN_TOKENS // SHARDS))
-    return found
+    paths = [folder / f"plan-{number:05}.bin" for number in range(SHARDS)]
+    for path in paths:
+        path.touch()
+        os.truncate(path, 2 * PLAN_TOKENS // SHARDS)
+    return [(path, PLAN_TOKENS // SHARDS) for path in paths]
 
 
 def one_source(shards: Iterable[tuple[Path, int]], seq_len: int) -> dict[str, Windows]:

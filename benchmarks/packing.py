@@ -11,17 +11,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from benchmarks.gpu_parts.timing import spread
-from benchmarks.ranks import random_model
+from benchmarks.ranks import fit, random_model
 from benchmarks.record import command_line, record
 from inheritune_ds.config.kernels import Attention, KernelRequest
 from inheritune_ds.config.model import Shape
-from inheritune_ds.training import engine
-from inheritune_ds.training.kernels import choose_kernels
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, document_starts
 
 EOS = 0
@@ -58,19 +55,8 @@ def build(setting: Setting) -> PreTrainedModel:
         InherituneError: If a kernel cannot be used here.
     """
     model = random_model(Shape.model_validate(setting.shape))
-    device = torch.device(setting.device)
-    nn.Module.to(model, device)
-    kernels, _ = choose_kernels(
-        KernelRequest(attention=setting.attention, loss="chunked", compile=setting.compiled, liger=False),
-        config=model.config,
-        device=device,
-        dtype=setting.dtype,
-        zero_stage=1,
-        offload=False,
-        run_flops=None,
-    )
-    engine._fit(model, kernels)  # noqa: SLF001 - the engine's change of a model is measured
-    nn.Module.to(model, setting.dtype)
+    request = KernelRequest(attention=setting.attention, loss="chunked", compile=setting.compiled, liger=False)
+    fit(model, request, torch.device(setting.device), setting.dtype)
     model.train()
     return model
 

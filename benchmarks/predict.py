@@ -12,7 +12,7 @@ is 1 if it is missed.
 
 import os
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,12 +59,7 @@ FULL, REHEARSAL = Size(32, 10, 256, 4), Size(8, 3, 64, 2)
 def fastest_s(action: Callable[[], object], repeats: int) -> float:
     """Least seconds of an action, after an uncounted one."""
     action()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        found.append(time.perf_counter() - start)
-    return min(found)
+    return min(timeit.repeat(action, number=1, repeat=repeats))
 
 
 def calibrate(size: Size, world: "World") -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.launch import POLL_S, kill, start
 from benchmarks.record import REPOSITORY
+from inheritune_ds.config.kernels import KernelRequest
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.zero import Loss, Precision, Recomputation, ZeroSettings, read_layout
@@ -78,28 +79,24 @@ def build_engine(case: Case, world: "World", target: Path | None = None) -> "tup
         world: This rank among all.
         target: Folder of the model; None: one with random weights.
     """
-    from inheritune_ds.config.deepspeed import Machine, resolve
     from inheritune_ds.surgery.load import load_model
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import Kernels
 
-    recipe = _recipe(case, world.size)
-    document = {
-        "train_micro_batch_size_per_gpu": case.micro_batch_size,
-        "bf16": {"enabled": case.precision == "bf16", "immediate_grad_update": case.immediate},
-        "data_types": {"grad_accum_dtype": case.accumulate},
-        "zero_optimization": {
-            "stage": case.stage,
+    resolved = tiny.resolve(
+        _recipe(case, world.size),
+        world,
+        stage=case.stage,
+        micro_batch=case.micro_batch_size,
+        bf16={"enabled": case.precision == "bf16", "immediate_grad_update": case.immediate},
+        data_types={"grad_accum_dtype": case.accumulate},
+        zero_optimization={
             "overlap_comm": False,
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
             "stage3_param_persistence_threshold": "auto",
         },
-        "kernels": {"loss": case.loss, "activation_checkpointing": case.recomputation, "compile": False},
-    }
-    machine = Machine("cpu", 64.0, bf16=True)
-    resolved = resolve(
-        document, recipe, origin="case", shape=(case.shape, case.blocks), world_size=world.size, machine=machine
+        kernels={"loss": case.loss, "activation_checkpointing": case.recomputation, "compile": False},
     )
     kernels = Kernels("sdpa", "torch_fused", False, case.loss, False, case.recomputation)
     model = random_model(case.shape) if target is None else load_model(target, dtype="float32")
@@ -121,6 +118,26 @@ def random_model(shape: Shape, seed: int = 0) -> "PreTrainedModel":
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
+
+
+def fit(model: "PreTrainedModel", request: KernelRequest, device: "torch.device", dtype: "torch.dtype") -> bool:
+    """Move a model to a device and give it the kernels and the type, as the engine does; whether it took all kernels.
+
+    Raises:
+        InherituneError: If a kernel cannot be used here.
+    """
+    from torch import nn
+
+    from inheritune_ds.training import engine
+    from inheritune_ds.training.kernels import choose_kernels
+
+    nn.Module.to(model, device)
+    kernels, _ = choose_kernels(
+        request, config=model.config, device=device, dtype=dtype, zero_stage=1, offload=False, run_flops=None
+    )
+    taken, _ = engine._fit(model, kernels)  # noqa: SLF001 - the engine's change of a model is measured
+    nn.Module.to(model, dtype)
+    return taken == kernels
 
 
 def build_saver(
@@ -159,14 +176,14 @@ def micro_batches(case: Case, rank: int = 0) -> "list[torch.Tensor]":
     return [torch.randint(0, case.vocab_size, size, generator=generator) for _ in range(case.accumulation)]
 
 
-def join_ranks() -> "World":
-    """Become the rank that the environment says, in a process group with the others."""
+def join_ranks(kind: Literal["cuda", "cpu"] = "cpu") -> "World":
+    """Become the rank that the environment says, in a process group with the others, on a kind of device."""
     from inheritune_ds.distributed.environment import prepare_environment
     from inheritune_ds.distributed.world import detect, export
 
     world = detect(os.environ)
     export(world, os.environ)
-    prepare_environment(os.environ, kind="cpu")
+    prepare_environment(os.environ, kind=kind)
     from inheritune_ds.distributed.process_group import start_process_group
 
     start_process_group(world)

@@ -11,12 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from inheritune_ds import __version__
 from inheritune_ds.plan.machine import detect_gpus, host_memory_gib
 from inheritune_ds.storage.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
-PACKAGES = ("inheritune_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -24,9 +25,9 @@ def environment() -> dict[str, Any]:
     return {
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": git("describe", "--always", "--dirty"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"inheritune_ds": __version__, **{name: metadata.version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cpu_cores": len(os.sched_getaffinity(0)),
@@ -60,21 +61,10 @@ def write_result(path: Path, figures: dict[str, Any]) -> None:
     print(f"written: {os.path.relpath(path)}")
 
 
-def _version(name: str) -> str | None:
+def git(*words: str) -> str | None:
+    """Output of a git command in this repository; None outside a checkout."""
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:  # run from a checkout that is on PYTHONPATH only
-        return None
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

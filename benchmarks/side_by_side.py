@@ -66,19 +66,13 @@ CALL_THE_ALLOCATOR = ("project", "project_compiled", "project_shipped", "plain_m
 
 @dataclass(frozen=True)
 class Setting:
-    """Conditions of a measurement.
+    """Conditions of a measurement, as `side_by_side_cli` describes them and `Order` passes them on.
 
     Attributes:
         subjects: Names, in the order of the first turns.
-        micro_batch: Windows a micro-step.
-        accumulation: Micro-steps a step.
-        allocator: `keep` for all subjects alike, or `default`: the program's own choice.
         processes: Starts of every subject.
         blocks: Rounds of every set of processes.
-        block_s: Approximate length of a block.
         environ: Set for all subjects.
-        litgpt_python: Interpreter of litgpt's environment.
-        nanogpt: Folder of a nanoGPT checkout.
     """
 
     subjects: tuple[str, ...]
@@ -136,7 +130,7 @@ def measure(setting: Setting) -> Measured:
             with ExitStack() as running:
                 subjects: dict[str, Subject] = {}
                 for name in setting.subjects:
-                    _say(f"set {number + 1} of {setting.processes}: starting {name}")
+                    print(f"set {number + 1} of {setting.processes}: starting {name}", flush=True)
                     subjects[name] = _start(name, setting, tokens, Path(scratch) / f"{number}-{name}")
                     running.callback(subjects[name].end)
                 measured.first.append({name: subject.first for name, subject in subjects.items()})
@@ -192,12 +186,9 @@ def _quiet_block(subject: Subject, setting: Setting) -> Block:
         blocks.append(subject.block(setting.block_s))
     best = min(blocks, key=lambda block: block.other_cores or 0.0)
     rate = setting.step_tokens * best.steps / best.seconds
-    _say(f"  {subject.order.subject:<22}{rate:12,.0f} tokens/s{'' if len(blocks) == 1 else f'  (turn {len(blocks)})'}")
+    turn = "" if len(blocks) == 1 else f"  (turn {len(blocks)})"
+    print(f"  {subject.order.subject:<22}{rate:12,.0f} tokens/s{turn}", flush=True)
     return replace(best, repeats=len(blocks) - 1)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def report(measured: Measured, comparisons: Sequence[Comparison]) -> tuple[dict[str, Any], list[str]]:

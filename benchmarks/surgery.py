@@ -45,29 +45,13 @@ MEMORY_BAR = (1.15, 400e6)
 
 
 def make_reference(folder: Path) -> None:
-    """Write a random reference, shard by shard."""
+    """Write a random reference in shards."""
     import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from inheritune_ds.surgery.meta_model import MetaModel
-
-    folder.mkdir(parents=True)
-    config = LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"], dtype="float16")
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    weight_map: dict[str, str] = {}
-    names = list(MetaModel(config).shapes.items())
-    per_shard = 60
-    shards = [names[start : start + per_shard] for start in range(0, len(names), per_shard)]
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: (torch.randn(shape, generator=generator) * 0.02).half() for name, shape in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        print(f"reference: shard {number} of {len(shards)}", flush=True)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float16)
+    model.save_pretrained(folder, max_shard_size="2GB")
 
 
 def cut(reference: Path, folder: Path) -> float:

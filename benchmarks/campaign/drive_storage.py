@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign.drive_faults import batches, build, state_sha256
-from benchmarks.campaign.launching import attach_log
+from benchmarks.campaign.launching import logged
 from benchmarks.ranks import build_saver, drive, gathered
 from inheritune_ds.checkpoints.manifest import Checkpoint, examine, find_fault, published, step_of
 from inheritune_ds.checkpoints.store import CheckpointStore
@@ -128,11 +128,11 @@ def fill(path: Path) -> None:
 class Trials:
     """Saves of one engine, refused one after the other."""
 
-    def __init__(self, world: World, folder: Path, where: int, *, async_save: bool) -> None:
+    def __init__(self, world: World, folder: Path, said: list[str], *, where: int, async_save: bool) -> None:
         self._world, self._where, self._kind = world, where, ""
         self._store = CheckpointStore(folder / "checkpoints", keep=1)
         self._store.folder.mkdir(parents=True, exist_ok=True)
-        self._said = attach_log()
+        self._said = said
         how: dict[str, Any] = {"keep": 1, "precision": "fp32", "async_save": async_save}
         self._by_policy = {
             policy: build_saver(world, self._store.folder, on_save_error=policy, **how)
@@ -244,8 +244,9 @@ class Trials:
 
 def run(world: World, folder: str, kinds: list[str], stride: int, **options: Any) -> dict[str, Any]:
     """Figures of the trials, whose options are those of Trials; all ranks call it."""
-    trials = Trials(world, Path(folder), **options)
-    trials.run(kinds, stride)
+    with logged() as said:
+        trials = Trials(world, Path(folder), said, **options)
+        trials.run(kinds, stride)
     broken = gathered(world, trials.broken)
     return {**trials.figures, "broken": [f"rank {rank}: {line}" for rank, lines in enumerate(broken) for line in lines]}
 

@@ -90,9 +90,8 @@ def _loss_error(folder: Path, name: str, stop: int) -> float:
 
 
 def _losses(run: Path) -> dict[tuple[int, str], float]:
-    return {
-        (row["step"], key): row[key] for row in read_metrics(run) for key in ("train/loss", "val/loss") if key in row
-    }
+    rows = read_metrics(run)
+    return {(row["step"], key): row[key] for row in rows for key in ("train/loss", "val/loss") if key in row}
 
 
 def _cases() -> Cases:

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from benchmarks.campaign.launching import TinyRun, check_same, logged, publish_made
+from benchmarks.campaign.launching import TinyRun, check_same, choose, publish_made
 from benchmarks.campaign.part import Figures, Part, totals
 from benchmarks.campaign.resumes import stopped_after
 from inheritune_ds.checkpoints.fragments import file_name
@@ -48,17 +47,13 @@ class Trial:
         """Check that a damaged file is found, with `expected` in the warning; restore the checkpoint."""
         if path.suffix == ".safetensors" and path.is_file():
             shutil.copyfile(path, self._plain / f"{self.found:04d}.safetensors")
-        start_s = time.monotonic()
-        with logged() as lines:
-            chosen = self._store.newest_intact()
-        took_s = time.monotonic() - start_s
-        assert chosen is not None, f"{name}: None was chosen"
-        assert chosen.path == self.before, f"{name}: {chosen.path} was chosen, not {self.before}"
+        chosen, lines, took_s = choose(self._store)
+        assert chosen == self.before, f"{name}: {chosen} was chosen, not {self.before}"
         wanted = f"WARNING: checkpoint {self.newest} is skipped: "
         assert [line[: len(wanted)] for line in lines] == [wanted], f"{name}: {lines}"
         assert path.name in lines[0], f"{name}: {path.name} is not named: {lines[0]}"
         assert expected in lines[0], f"{name}: not reported: {expected!r}: {lines[0]}"
-        assert took_s < FALLBACK_S, f"{name}: {took_s:.1f} s until {chosen.path.name} was chosen"
+        assert took_s < FALLBACK_S, f"{name}: {took_s:.1f} s until {chosen.name} was chosen"
         self.found += 1
         self.slowest_s = max(self.slowest_s, took_s)
         shutil.rmtree(self.newest)

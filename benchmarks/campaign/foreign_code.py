@@ -8,15 +8,17 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks.campaign.launching import SHAPE, TinyRun, arguments, write_ds_config, write_recipe
 from benchmarks.campaign.part import Cases, Figures
+from benchmarks.ranks import random_model
 from inheritune_ds.checkpoints.manifest import MANIFEST, manifest_text, published, read_manifest
+from inheritune_ds.config.model import Shape
 from inheritune_ds.storage.files import blake3_file
 
 SHORT = ("pickle-model", "pickle-tokenizer", "code-of-a-repository", "switches")
@@ -63,17 +65,12 @@ def command(*words: str) -> tuple[int, str]:
 
 def write_model(folder: Path) -> Path:
     """A tiny model as `save_pretrained` writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    values = {key: value for key, value in SHAPE.items() if key != "model_type"}
-    LlamaForCausalLM(LlamaConfig(**values)).save_pretrained(folder)
+    random_model(Shape.model_validate(SHAPE)).save_pretrained(folder)
     return folder
 
 
-@contextmanager
-def _trial(canary: Path, code: int, words: list[str]) -> Iterator[None]:
-    """Run a command after the body; it must exit with `code` and leave no canary."""
-    yield
+def check_harmless(canary: Path, code: int, words: list[str]) -> None:
+    """Run a command, which must exit with `code` and leave no canary."""
     ended, output = command(*words)
     assert not canary.exists(), f"code was run by {words}\n{output}"
     assert ended == code, f"exit code {ended}, not {code}\n{output}"
@@ -100,12 +97,12 @@ def pickled_models(folder: Path) -> Figures:
     ]
     for number, (name, code, write) in enumerate(trials):
         trial = Path(shutil.copytree(model, folder / f"model-{number}"))
-        with _trial(canary, code, _inherit(trial)):
-            if code:
-                (trial / "model.safetensors").unlink()
-            if "-of-" in name:
-                (trial / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
-            write(trial / name, canary)
+        if code:
+            (trial / "model.safetensors").unlink()
+        if "-of-" in name:
+            (trial / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
+        write(trial / name, canary)
+        check_harmless(canary, code, _inherit(trial))
     return {"foreign_files": len(trials), "canaries_made": 0}
 
 
@@ -114,13 +111,11 @@ def pickled_tokenizers(folder: Path) -> Figures:
     canary = folder / "canary"
     trials = (["tokenizer.json"], ["tokenizer.model"], ["vocab.json", "merges.txt"], ["vocab.pkl", "vocab.bin"])
     for number, names in enumerate(trials):
-        tokenizer = folder / f"tokenizer-{number}"
-        tokenizer.mkdir()
-        place = folder / f"trial-{number}"
-        place.mkdir()
-        with _trial(canary, 6, _prepare(place, tokenizer)):
-            for name in names:
-                evil_pickle(tokenizer / name, canary)
+        tokenizer = folder / f"trial-{number}" / "tokenizer"
+        tokenizer.mkdir(parents=True)
+        for name in names:
+            evil_pickle(tokenizer / name, canary)
+        check_harmless(canary, 6, _prepare(tokenizer.parent, tokenizer))
     return {"foreign_files": sum(map(len, trials)), "canaries_made": 0}
 
 
@@ -138,18 +133,18 @@ def repository_code(folder: Path) -> Figures:
     auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     for number, (kind, code) in enumerate([("llama", 0), ("own", 9)]):
         trial = Path(shutil.copytree(model, folder / f"model-{number}"))
-        with _trial(canary, code, _inherit(trial)):
-            described = json.loads((trial / "config.json").read_text(encoding="utf-8"))
-            changed = {**described, "model_type": kind, "auto_map": auto}
-            (trial / "config.json").write_text(json.dumps(changed), encoding="utf-8")
-            (trial / "own.py").write_text(module, encoding="utf-8")
+        described = json.loads((trial / "config.json").read_text(encoding="utf-8"))
+        changed = {**described, "model_type": kind, "auto_map": auto}
+        (trial / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+        (trial / "own.py").write_text(module, encoding="utf-8")
+        check_harmless(canary, code, _inherit(trial))
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
-    with _trial(canary, 6, _prepare(folder, tokenizer)):
-        named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
-        for name, content in (("tokenizer_config.json", json.dumps(named)), ("own.py", module), ("vocab.json", "{}")):
-            (tokenizer / name).write_text(content, encoding="utf-8")
-        (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    for name, content in (("tokenizer_config.json", json.dumps(named)), ("own.py", module), ("vocab.json", "{}")):
+        (tokenizer / name).write_text(content, encoding="utf-8")
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    check_harmless(canary, 6, _prepare(folder, tokenizer))
     return {"foreign_files": 3, "canaries_made": 0}
 
 

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.campaign.launching import RANKS, Launcher, TinyRun, status
+from benchmarks.campaign.launching import RANKS, TROUBLED, Launcher, TinyRun, status
 from benchmarks.campaign.part import Figures, Part
 from inheritune_ds.errors import HangError
 from inheritune_ds.tracking.metrics import read_metrics
 
 LIMIT_S = 6.0
 MARGIN_S = 10.0
-DRIVER = "benchmarks/campaign/drive_hangs.py"
 STEPS, INTERVAL = 12, 4
 """Of the tiny recipe: steps, and those from one checkpoint to the next."""
 EXPECTED = {
@@ -73,7 +72,7 @@ def run(hang: Hang, folder: Path) -> Figures:
     _, limit, step = EXPECTED[hang.place]
     tiny = TinyRun(folder, hang.launcher, config={"reliability": {"watchdog_s": {limit: LIMIT_S}}})
     tracker = {"WANDB_MODE": "offline"} if hang.place.startswith("wandb") else {}
-    with tiny.started(script=DRIVER, HANG=f"{hang.place}:{hang.rank}", **tracker) as launched:
+    with tiny.started(script=TROUBLED, TROUBLE=f"hang:{hang.place}:{hang.rank}", **tracker) as launched:
         launched.wait_for((folder / "hung").exists)
         code = launched.wait(LIMIT_S + 60.0)
         seconds = time.time() - float((folder / "hung").read_text(encoding="utf-8"))

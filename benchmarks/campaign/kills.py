@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -98,34 +98,14 @@ def undisturbed(steps: int) -> tuple[str, list[dict[str, Any]]]:
         return weights_sha256(tiny.path), numerics(tiny.path)
 
 
-@dataclass
-class Blow:
-    """Observations after a kill.
+def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous: bool) -> Figures | None:
+    """Wait for the instant and kill; None if the run ended before. `kept` is the checkpoint that it went on from.
 
-    Attributes:
-        in_save: Whether the temporary folder of a save was there.
-        saving: Step of that save.
-        logged: Last step in metrics.jsonl.
-        kept: Step of the newest verified checkpoint; 0 for none.
-        leave_s: Seconds until the launcher had ended.
+    Returns:
+        `saving`: Step of the save whose temporary folder was there. `logged`: Last step in metrics.jsonl. `kept`: Step
+        of the newest verified checkpoint; 0 for none. `lost`: Steps that the next launch repeats. `leave_s`: Seconds
+        until the launcher had ended.
     """
-
-    kind: Kind
-    rank: int | None
-    in_save: bool
-    saving: int | None
-    logged: int
-    kept: int
-    leave_s: float
-
-    @property
-    def lost(self) -> int:
-        """Steps that the next launch repeats."""
-        return max(self.logged, 0) - self.kept
-
-
-def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous: bool) -> Blow | None:
-    """Wait for the instant and kill; None if the run ended before. `kept` is the checkpoint that it went on from."""
     if not _wait(launched, run, kill, kept):
         return None
     victim = None if kill.rank is None else launched.ranks().get(kill.rank)
@@ -142,11 +122,19 @@ def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous
         return None  # the rank had ended by itself
     assert (left := launched.orphans()) == [], f"after {kill}: processes stay: {left}"
     kept = next((step_of(folder) for folder in published(run / "checkpoints") if find_fault(folder) is None), 0)
-    rank = kill.rank if victim is not None else None
-    blow = Blow(kill.kind, rank, saving is not None, saving, last_step(run), kept, round(leave_s, 2))
+    logged = last_step(run)
+    blow = {
+        "kind": kill.kind,
+        "rank": kill.rank if victim is not None else None,
+        "in_save": saving is not None,
+        "saving": saving,
+        "logged": logged,
+        "kept": kept,
+        "leave_s": round(leave_s, 2),
+        "lost": max(logged, 0) - kept,
+    }
     # An async save runs beside the next steps and begins a moment after its own, which counts.
-    logged = blow.logged - blow.logged % INTERVAL if asynchronous else blow.logged
-    reached = logged if saving is None else saving
+    reached = saving if saving is not None else logged - logged % INTERVAL if asynchronous else logged
     assert reached - kept <= INTERVAL, f"after {kill}: {blow} has lost more than {INTERVAL} steps"
     return blow
 
@@ -186,7 +174,7 @@ def _wait(launched: Launched, run: Path, kill: Kill, kept: int) -> bool:
 def chain(folder: Path, *, seed: int, kinds: Sequence[Kind], steps: int, asynchronous: bool) -> Figures:
     """Kill one run again and again, then let it end."""
     tiny = tiny_run(folder, steps, asynchronous=asynchronous)
-    blows: list[Blow] = []
+    blows: list[Figures] = []
     kept = 0
     for kill in draw_kills(seed, kinds):
         with tiny.started() as launched:
@@ -194,13 +182,13 @@ def chain(folder: Path, *, seed: int, kinds: Sequence[Kind], steps: int, asynchr
             output = launched.output()
         assert blow is not None, f"{kill} came too late: the run ended before\n{output[-3000:]}"
         check_start(output, kept)
-        kept = blow.kept
+        kept = blow["kept"]
         blows.append(blow)
     check_start(tiny.to_end(), kept)
     check_end(folder, tiny.path, steps)
-    in_save = sum(blow.in_save for blow in blows)
+    in_save = sum(blow["in_save"] for blow in blows)
     assert in_save >= min(IN_SAVE_AT_LEAST, kinds.count("save")), f"only {in_save} kills have hit a save: {blows}"
-    return {"kills": [asdict(blow) | {"lost": blow.lost} for blow in blows], "seed": seed, "async": asynchronous}
+    return {"kills": blows, "seed": seed, "async": asynchronous}
 
 
 def check_start(output: str, kept: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.launch import kill, start
+from benchmarks.launch import kill, start, wait_for
 from benchmarks.record import REPOSITORY
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
@@ -23,6 +23,8 @@ from tests.launching import environment, launcher_line, numerics
 
 MARK = "INHERITUNE_CAMPAIGN"
 """A variable that every process of a launch inherits, whatever session or group it moves to."""
+TROUBLED = "benchmarks/campaign/drive_train.py"
+"""train.py with a trouble, which is named in the variable TROUBLE."""
 POLL_S = 0.002
 START_TIMEOUT_S = 600.0
 """For a machine that is very busy; the first start of all compiles an operator of DeepSpeed, too."""
@@ -45,21 +47,15 @@ class _LineHandler(logging.Handler):
         self.lines.append(f"{level}{record.getMessage()}")
 
 
-def attach_log() -> list[str]:
-    """Collect the lines that this process logs from now on."""
-    handler, logger = _LineHandler(), logging.getLogger("inheritune_ds")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    return handler.lines
-
-
 @contextmanager
 def logged() -> Iterator[list[str]]:
     """Collect the lines that this process logs in the block."""
-    logger = logging.getLogger("inheritune_ds")
+    handler, logger = _LineHandler(), logging.getLogger("inheritune_ds")
     before = logger.handlers[:]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
-        yield attach_log()
+        yield handler.lines
     finally:
         logger.handlers[:] = before
 
@@ -137,14 +133,10 @@ class Launched:
 
     def wait_for(self, happened: Callable[[], bool], timeout_s: float = START_TIMEOUT_S) -> None:
         """Poll until something happened. AssertionError if the run ends before, or after `timeout_s`."""
-        deadline_s = time.monotonic() + timeout_s
-        while not happened():
+        if not wait_for(happened, self.process, timeout_s, POLL_S):
             ended = self.process.poll()
-            if ended is not None and not happened():
-                raise AssertionError(f"ended with {ended} before it happened\n{self.output()[-6000:]}")
-            if time.monotonic() > deadline_s:
-                raise AssertionError(f"has not happened within {timeout_s:.0f} s\n{self.output()[-6000:]}")
-            time.sleep(POLL_S)
+            when = f"within {timeout_s:.0f} s" if ended is None else f"before the end with {ended}"
+            raise AssertionError(f"has not happened {when}\n{self.output()[-6000:]}")
 
     def ranks(self) -> dict[int, int]:
         """Rank -> process id of the training processes that run now."""
@@ -228,6 +220,15 @@ def status(run: Path) -> dict[str, Any]:
     return dict(read_json(run / "status.json") or {})
 
 
+def choose(store: CheckpointStore) -> tuple[Path, list[str], float]:
+    """The newest intact checkpoint, the logged lines, and the seconds that it took. AssertionError if it is none."""
+    start_s = time.monotonic()
+    with logged() as lines:
+        chosen = store.newest_intact()
+    assert chosen is not None, "None was chosen"
+    return chosen.path, lines, time.monotonic() - start_s
+
+
 def publish_made(store: CheckpointStore, step: int, files: Mapping[str, bytes]) -> None:
     """Publish a checkpoint of two ranks that no run has saved."""
     temporary = store.begin(step)
@@ -250,14 +251,17 @@ class TinyRun:
     Args:
         folder: Scratch folder; recipe and DeepSpeed config are written to it.
         launcher: Of every launch.
+        runs: Folder of run folders, below `folder`.
         config: Arguments of `write_ds_config`.
         sections: Of the recipe.
     """
 
-    def __init__(self, folder: Path, launcher: Launcher = "python", *, config: Any = None, **sections: Any) -> None:
-        self.folder, self.launcher = folder, launcher
-        self.words = arguments(write_recipe(folder, **sections), write_ds_config(folder, **(config or {})), folder)
-        self.path = folder / "runs" / "tiny"
+    def __init__(
+        self, folder: Path, launcher: Launcher = "python", *, runs: str = "runs", config: Any = None, **sections: Any
+    ) -> None:
+        self.folder, self.launcher, self.path = folder, launcher, folder / runs / "tiny"
+        recipe, ds_config = write_recipe(folder, **sections), write_ds_config(folder, **(config or {}))
+        self.words = arguments(recipe, ds_config, folder, runs=runs)
 
     def started(self, *more: str, **how: Any) -> AbstractContextManager[Launched]:
         """`started` with this command."""

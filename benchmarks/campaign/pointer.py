@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.campaign.launching import Launcher, TinyRun, check_same, logged, publish_made, status
+from benchmarks.campaign.launching import Launcher, TinyRun, check_same, choose, publish_made, status
 from benchmarks.campaign.part import Cases, Figures, Part, totals
 from benchmarks.campaign.resumes import stopped_after
 from inheritune_ds.checkpoints.fragments import file_name
@@ -58,12 +57,9 @@ def _pointer(folder: Path, *, harm: str) -> Figures:
     newest, before, *_ = published(store.folder)
     slowest_s = 0.0
     for expected in (newest, before):
-        start_s = time.monotonic()
-        with logged() as lines:
-            chosen = store.newest_intact()
-        slowest_s = max(slowest_s, time.monotonic() - start_s)
-        assert chosen is not None, "None was chosen"
-        assert chosen.path == expected, f"{chosen.path} was chosen, not {expected}"
+        chosen, lines, took_s = choose(store)
+        slowest_s = max(slowest_s, took_s)
+        assert chosen == expected, f"{chosen} was chosen, not {expected}"
         assert expected_text in lines[0], f"not reported: {expected_text!r}: {lines}"
         (newest / file_name(1)).write_bytes(b"")
     assert slowest_s < FALLBACK_S, f"it took {slowest_s:.1f} s"

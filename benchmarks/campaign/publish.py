@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -35,29 +36,25 @@ class Poller:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._seen: list[tuple[str, Listing]] = []
-        self._ended = threading.Event()
-        self._error: Exception | None = None
+        self._ended, self._threads = threading.Event(), ThreadPoolExecutor(1)
         self.longest_gap_s = 0.0
-        self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._polling = self._threads.submit(self._poll)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._threads.shutdown()
+        self._polling.result()  # raises an error of the watch
 
     def _poll(self) -> None:
         last_s = time.monotonic()
-        try:
-            while not self._ended.wait(POLL_S):
-                self._look()
-                now_s = time.monotonic()
-                self.longest_gap_s, last_s = max(self.longest_gap_s, now_s - last_s), now_s
+        while not self._ended.wait(POLL_S):
             self._look()
-        except Exception as error:  # noqa: BLE001 - raised by `incomplete`
-            self._error = error
+            now_s = time.monotonic()
+            self.longest_gap_s, last_s = max(self.longest_gap_s, now_s - last_s), now_s
+        self._look()
 
     def _look(self) -> None:
         try:
@@ -78,8 +75,6 @@ class Poller:
 
     def incomplete(self) -> list[str]:
         """Looks at which a file was missing, or shorter than it is now that all writers have ended."""
-        if self._error is not None:
-            raise AssertionError(f"the watch has ended early: {self._error!r}") from self._error
         found = []
         for number, (name, listing) in enumerate(self._seen):
             whole = _listing(self._folder / name)

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.campaign import foreign_code
 from benchmarks.campaign.launching import (
     RANKS,
+    TROUBLED,
     Launcher,
     TinyRun,
     arguments,
@@ -37,18 +38,6 @@ SECRETS = {
     "HTTPS_PROXY": f"http://somebody:{MARKER}-of-the-proxy@127.0.0.1:9",
     "WANDB_BASE_URL": f"http://somebody:{MARKER}-of-the-tracker@127.0.0.1:9",
 }
-BROKEN = """
-import os, sys
-from inheritune_ds.run import execute
-
-def broken(*_args, **_more):
-    raise RuntimeError("cannot log in with " + os.environ["HF_TOKEN"] + " at " + os.environ["HTTPS_PROXY"])
-
-execute.train = broken
-from inheritune_ds.cli import main
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
-"""train.py with a defect that shows secrets in its traceback."""
 
 
 def holders(folder: Path, inputs: Iterable[Path] = ()) -> list[str]:
@@ -106,9 +95,8 @@ def a_finished_run(folder: Path, *, launcher: Launcher) -> Figures:
 
 def a_traceback(folder: Path, *, launcher: Launcher) -> Figures:
     """A defect whose message holds secrets: in the log and in status.json they are masked."""
-    tiny, script = TinyRun(folder, launcher), folder / "broken.py"
-    script.write_text(BROKEN, encoding="utf-8")
-    output = tiny.to_end(expect=1, script=str(script), **secret_environment(folder))
+    tiny = TinyRun(folder, launcher)
+    output = tiny.to_end(expect=1, script=TROUBLED, TROUBLE="secret:", **secret_environment(folder))
     masked = "cannot log in with *** at http://***@127.0.0.1:9"
     assert f"RuntimeError: {masked}" in output, output[-3000:]
     assert masked in status(tiny.path)["reason"], status(tiny.path)

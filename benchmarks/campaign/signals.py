@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.campaign.launching import RANKS, Launched, Launcher, TinyRun, check_same, status
+from benchmarks.campaign.launching import RANKS, TROUBLED, Launched, Launcher, TinyRun, check_same, status
 from benchmarks.campaign.part import Figures, Part
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.distributed.signals import EXIT_INTERRUPTED
@@ -21,7 +21,6 @@ PAUSE_S = 3.0
 LONG_PAUSE_S = 60.0
 """A preparation is not awaited."""
 AGAIN_S = 1.0
-DRIVER = "benchmarks/campaign/drive_signals.py"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WHERE: dict[str, tuple[str, int, int | None]] = {
     "preparing": ("preparing", 0, None),
@@ -60,7 +59,7 @@ def run(trial: Trial, folder: Path) -> Figures:
     phase, at, saved = WHERE[trial.where]
     seconds = LONG_PAUSE_S if trial.where == "preparing" else PAUSE_S
     tiny = TinyRun(folder, trial.launcher)
-    with tiny.started(script=DRIVER, PAUSE=f"{phase}:{at}:{seconds}") as launched:
+    with tiny.started(script=TROUBLED, TROUBLE=f"pause:{phase}:{at}:{seconds}") as launched:
         marks = [folder / f"paused-{rank}" for rank in range(RANKS[trial.launcher])]
         launched.wait_for(lambda: all(mark.exists() for mark in marks))
         begun = time.monotonic()

@@ -6,6 +6,7 @@ needs root. Without root, those and the errors ENOSPC and EROFS are skipped, and
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign.drive_storage import fill
-from benchmarks.campaign.launching import (
-    Launched,
-    arguments,
-    logged,
-    publish_made,
-    run_to_end,
-    started,
-    status,
-    weights_sha256,
-    write_ds_config,
-    write_recipe,
-)
+from benchmarks.campaign.launching import Launched, TinyRun, logged, publish_made, run_to_end, status, weights_sha256
 from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.checkpoints.manifest import POINTER, find_fault, published, read_manifest
 from inheritune_ds.checkpoints.retention import prune
@@ -67,17 +57,11 @@ def disk(folder: Path, size: int = 1 << 25) -> Iterator[Path]:
             subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def free_bytes(place: Path) -> int:
-    """Bytes that an ordinary user could still write."""
-    found = os.statvfs(place)
-    return found.f_bavail * found.f_frsize
-
-
 def leave(place: Path, free: int) -> Path:
     """Fill a file system up to `free` bytes; returns the file that fills it."""
     ballast = place / "ballast"
     with ballast.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, free_bytes(place) - free)
+        os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(place).free - free)
     return ballast
 
 
@@ -94,33 +78,30 @@ def operations(scratch: Path, *, rank: int, stride: int, kinds: Sequence[str], a
     return figures
 
 
-class Trial:
-    """A recipe that saves often, its straight run on another disk, and how a launch on the small disk begins."""
+class Trial(TinyRun):
+    """A run that saves often, its straight run on another disk, and how a launch on the small disk begins."""
 
     def __init__(self, scratch: Path, place: Path, policy: str) -> None:
-        self.scratch, self.place = scratch, place
-        sections: dict[str, Any] = {
+        config: Any = {"reliability": {"on_save_error": policy}}
+        sections: Any = {
             "training": {"seq_len": 32, "global_batch_tokens": 512, "duration": f"{STEPS} steps"},
             "checkpoint": {"interval_steps": INTERVAL, "keep": 1},
             "validation": {"interval_steps": STEPS, "max_tokens": 1024},
         }
-        recipe = write_recipe(scratch, **sections)
-        ds_config = write_ds_config(scratch, reliability={"on_save_error": policy})
-        self.words = arguments(recipe, ds_config, scratch, runs=f"{place.name}/runs")
-        self.run = place / "runs" / "tiny"
-        self.store = CheckpointStore(self.run / "checkpoints", keep=1)
-        run_to_end(scratch, *arguments(recipe, ds_config, scratch), launcher="deepspeed")
-        self.straight = weights_sha256(scratch / "runs" / "tiny")
-        newest = next(published(scratch / "runs" / "tiny" / "checkpoints"))
-        manifest = read_manifest(newest)
+        super().__init__(scratch, "deepspeed", runs=f"{place.name}/runs", config=config, **sections)
+        self.store = CheckpointStore(self.path / "checkpoints", keep=1)
+        straight = TinyRun(scratch, "deepspeed", config=config, **sections)
+        straight.to_end()
+        self.straight = weights_sha256(straight.path)
+        manifest = read_manifest(next(published(straight.path / "checkpoints")))
         assert manifest is not None
         self.bytes = sum(entry["bytes"] for entry in manifest["files"].values())
 
     @contextmanager
     def launched(self) -> Iterator[Launched]:
         """A launch on the small disk that has saved its first checkpoint."""
-        with started(self.scratch, *self.words, launcher="deepspeed") as launch:
-            launch.wait_for((self.run / "checkpoints" / POINTER).is_file)
+        with self.started() as launch:
+            launch.wait_for((self.path / "checkpoints" / POINTER).is_file)
             yield launch
 
     def newest_step(self) -> int:
@@ -140,12 +121,12 @@ class Trial:
 
     def resume(self) -> None:
         """Rerun the same command with space again: the result is bitwise identical."""
-        run_to_end(self.scratch, *self.words, launcher="deepspeed")
-        assert weights_sha256(self.run) == self.straight, "the weights differ from those of the straight run"
+        self.to_end()
+        assert weights_sha256(self.path) == self.straight, "the weights differ from those of the straight run"
 
     def reported(self, output: str) -> str:
         """The line of a launch that reports the refusal, with the folder and the bytes."""
-        line = next((line for line in output.splitlines() if str(self.run) in line and " bytes" in line), "")
+        line = next((line for line in output.splitlines() if str(self.path) in line and " bytes" in line), "")
         assert line, f"no line names the path and the bytes\n{output[-4000:]}"
         return line
 
@@ -164,7 +145,7 @@ def full_and_continue(scratch: Path) -> Figures:
         line = trial.reported(output)
         assert "WARNING" in line, line
         assert trial.newest_step() == STEPS
-        assert weights_sha256(trial.run) == trial.straight
+        assert weights_sha256(trial.path) == trial.straight
         return {"refused_saves": output.count("NOT saved"), "held_step": held}
 
 
@@ -176,7 +157,7 @@ def full_and_stop(scratch: Path) -> Figures:
             ballast = leave(place, trial.bytes // 2)
             output = trial.is_refused(launch)
         trial.reported(output)
-        found = status(trial.run)
+        found = status(trial.path)
         assert (found["state"], found["exit_code"]) == ("failed", EXIT_STORAGE), found
         step = trial.newest_step()
         assert found["saved_step"] == step, found
@@ -194,7 +175,7 @@ def not_a_byte_left(scratch: Path) -> Figures:
             output = trial.is_refused(launch)
         assert "No space left on device" in output, output[-4000:]
         step = trial.newest_step()
-        state = status(trial.run)
+        state = status(trial.path)
         (place / "ballast").unlink()
         trial.resume()
         return {"newest_step": step, "status": state["state"]}
@@ -205,14 +186,14 @@ def reported_before_training(scratch: Path) -> Figures:
     with disk(scratch) as place:
         trial = Trial(scratch, place, "continue")
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, launcher="deepspeed")
+        output = trial.to_end(expect=EXIT_STORAGE)
         assert "Read-only file system" in output, output[-4000:]
         assert str(place) in output, output[-4000:]
         subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
         ballast = leave(place, int(1.5 * trial.bytes))
-        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, launcher="deepspeed")
+        output = trial.to_end(expect=EXIT_STORAGE)
         trial.reported(output)
-        assert read_metrics(trial.run) == []
+        assert read_metrics(trial.path) == []
         assert list(published(trial.store.folder)) == []
         ballast.unlink()
         trial.resume()
