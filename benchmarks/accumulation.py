@@ -149,10 +149,8 @@ def measure(args: argparse.Namespace, world: World) -> list[dict[str, Any]]:
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The figures as a Markdown table: a row per stage and type, a column per accumulation, in percent."""
     counts = sorted({row["accumulation"] for row in rows})
-    lines = [
-        "| ZeRO | grad_accum_dtype | communicated in | " + " | ".join(f"{count} micro-batches" for count in counts)
-    ]
-    lines = [f"{lines[0]} |", "|---|---|---|" + "---|" * len(counts)]
+    head = ["ZeRO", "grad_accum_dtype", "communicated in", *(f"{count} micro-batches" for count in counts)]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---|" * len(counts)]
     cells: dict[tuple[Any, ...], dict[int, str]] = {}
     for row in rows:
         low, high = row["interval_95"]

@@ -120,7 +120,8 @@ def measure_rank(world: "World", folder: str, mib: int, rounds: int) -> dict[str
     from inheritune_ds.distributed.environment import keep_freed_memory
 
     keep_freed_memory()  # as a run does
-    case = case_of(mib)
+    hidden = max(64, round((mib * 2**20 / 14 / 50) ** 0.5) // 64 * 64)  # 14 bytes a parameter
+    case = Case(hidden_size=hidden, seq_len=16)
     engine, _ = build_engine(case, world)
     engine.train_step(micro_batches(case, world.rank), lr=1e-3)  # the moments are made by the first step
     writers = Writers(engine, world, Path(folder))
@@ -128,12 +129,6 @@ def measure_rank(world: "World", folder: str, mib: int, rounds: int) -> dict[str
     if world.is_main:
         print(f"> {world.size} ranks, {size / 2**20:,.0f} MiB a checkpoint", flush=True)
     return {"bytes": size, "rounds": writers.measure(rounds)}
-
-
-def case_of(mib: int) -> Case:
-    """A model of about `mib` MiB of checkpoint: 14 bytes a parameter."""
-    hidden = max(64, round((mib * 2**20 / 14 / 50) ** 0.5) // 64 * 64)
-    return Case(precision="bf16", hidden_size=hidden, blocks=4, vocab_size=1024, seq_len=16)
 
 
 def measure(args: argparse.Namespace, ranks: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from benchmarks.record import command_line, record
 from inheritune_ds.config.kernels import Attention, KernelRequest
 from inheritune_ds.config.model import Shape
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, document_starts
+from tests import tiny
 
 EOS = 0
 PACKING = DocumentPacking(EOS)
@@ -157,20 +158,13 @@ def _timed(
 
 def cpu_settings() -> dict[str, Setting]:
     """Settings for a CPU: the model of the quickstart's size, long and short windows."""
-    settings = {}
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for seq_len, windows in ((256, 4), (1024, 1)):
-            shape = {
-                "model_type": "llama",
-                "vocab_size": 4096,
-                "hidden_size": 256,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "intermediate_size": 704,
-                "max_position_embeddings": seq_len,
-            }
-            settings[f"{name}, {seq_len} tokens"] = Setting(shape, windows, "cpu", dtype, "sdpa")
-    return settings
+    shape = {**tiny.LLAMA, "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 704}
+    shapes = {seq_len: {**shape, "max_position_embeddings": seq_len} for seq_len in (256, 1024)}
+    return {
+        f"{name}, {seq_len} tokens": Setting(shapes[seq_len], windows, "cpu", dtype, "sdpa")
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        for seq_len, windows in ((256, 4), (1024, 1))
+    }
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,11 @@ def subjects(texts: list[str], paths: list[str], tokenizer: str, scratch: Path) 
             tokens = prepare(corpus_of(paths), tokenizer, Path(cache))
         return tokens.train_tokens + tokens.validation_tokens
 
-    def encode_batch() -> int:
-        return sum(len(encoding.ids) + 1 for encoding in bare.encode_batch(texts))
+    def bare_tokens(encode: Callable[[list[str]], Any]) -> int:
+        return sum(len(encoding.ids) + 1 for encoding in encode(texts))
 
-    def encode_batch_fast() -> int:
-        return sum(len(encoding.ids) + 1 for encoding in bare.encode_batch_fast(texts))
-
-    return {"project": project, "encode_batch": encode_batch, "encode_batch_fast": encode_batch_fast}
+    names = ("encode_batch", "encode_batch_fast")
+    return {"project": project, **{name: partial(bare_tokens, getattr(bare, name)) for name in names}}
 
 
 def throughput(doing: dict[str, Callable[[], int]], size: int, rounds: int) -> dict[str, list[float]]:

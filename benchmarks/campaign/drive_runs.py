@@ -1,8 +1,8 @@
 """Launched by the campaign: real runs, one after the other, in one process group.
 
 `drive_runs.py FOLDER ARGUMENTS`, under torchrun, with the arguments of `resumes.launch` as JSON. For each of `steps` it
-makes the run folder FOLDER/runs/OUT-STEP as FOLDER/runs/FIRST was after that step (0: none), resumes it to the end under
-the config `then`, and each rank writes its observations to FOLDER/OUT.rankN.json.
+makes the run folder FOLDER/runs/OUT-STEP as FOLDER/runs/FIRST was after that step (0: none), resumes it to the end
+under the config `then`, and each rank writes its observations to FOLDER/OUT.rankN.json.
 """
 
 import gc

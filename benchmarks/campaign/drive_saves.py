@@ -62,7 +62,8 @@ class Writers:
         self._append = SafetensorsWriter.append
         patch.object(saver, "write", self._fragments).start()
         patch.object(checkpoint_store, "write_exact", self._text).start()
-        patch.object(SafetensorsWriter, "append", self._half_way()).start()
+        half_way = self._half_way
+        patch.object(SafetensorsWriter, "append", lambda file, view: half_way(file, view)).start()  # noqa: PLW0108 - binds
 
     def arm(self, fault: Fault | None) -> None:
         """Name the fault of the next save."""
@@ -76,18 +77,15 @@ class Writers:
         self._half = self._hit(path)
         return self._write(tensors, path, needed_bytes=needed_bytes)
 
-    def _half_way(self) -> Callable[..., None]:
-        def append(file: SafetensorsWriter, view: memoryview) -> None:
-            fault = None
-            if file._stream.tell():  # noqa: SLF001 - a fault comes behind the header, in the middle of a tensor
-                fault, self._half = self._half, None
-            if fault is not None:
-                self._append(file, view[: len(view) // 2])
-                view = view[len(view) // 2 :]
-                fault.happen()
-            self._append(file, view)
-
-        return append
+    def _half_way(self, file: SafetensorsWriter, view: memoryview) -> None:
+        fault = None
+        if file._stream.tell():  # noqa: SLF001 - a fault comes behind the header, in the middle of a tensor
+            fault, self._half = self._half, None
+        if fault is not None:
+            self._append(file, view[: len(view) // 2])
+            view = view[len(view) // 2 :]
+            fault.happen()
+        self._append(file, view)
 
     def _text(self, path: Path, text: str) -> None:
         fault = self._hit(path)

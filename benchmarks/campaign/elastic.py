@@ -40,7 +40,7 @@ def _stages(folder: Path, *, precision: Precision, keys: Sequence[Mapping[str, A
     """Train under one block of ZeRO settings without a stop, and from its middle on under another."""
     recipe = _recipe(folder)
     configs = [
-        write_ds_config(_made(folder / str(number)), precision=precision, zero_optimization=dict(block))
+        write_ds_config(folder, f"ds-{number}", precision=precision, zero_optimization=dict(block))
         for number, block in enumerate(keys)
     ]
     stop = STEPS // 2
@@ -67,11 +67,6 @@ def _same_size(folder: Path, *, stage: int) -> Figures:
 
 def _recipe(folder: Path) -> Path:
     return write_recipe(folder, NAME, checkpoint=KEEPS_ALL, target={"shape": SHAPE})
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 def _same_windows(straight: list[dict[str, Seen]], seen: list[dict[str, Seen]], stop: int) -> None:

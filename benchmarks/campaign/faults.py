@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign import spikes
-from benchmarks.campaign.launching import (
-    TROUBLED,
-    arguments,
-    run_to_end,
-    status,
-    weights_sha256,
-    write_ds_config,
-    write_recipe,
-)
+from benchmarks.campaign.launching import TROUBLED, TinyRun, run_to_end, status, weights_sha256
 from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.errors import TrainingError
 from inheritune_ds.storage.files import read_json
@@ -44,11 +36,8 @@ def _left_out(folder: Path, settings: tuple[str, ...]) -> Figures:
 
 
 def _run(folder: Path, name: str, bad: str, removed: str = "0:0", *, expect: int = 0) -> tuple[Path, str]:
-    recipe = write_recipe(folder, name, faults=POLICY)
-    words = arguments(recipe, write_ds_config(folder), folder)
-    how: dict[str, Any] = {"script": TROUBLED, "launcher": "torchrun", "TROUBLE": f"spoil:{bad}:{removed}"}
-    output = run_to_end(folder, *words, expect=expect, **how)
-    return folder / "runs" / name, output
+    tiny = TinyRun(folder, "torchrun", name=name, faults=POLICY)
+    return tiny.path, tiny.to_end(expect=expect, script=TROUBLED, TROUBLE=f"spoil:{bad}:{removed}")
 
 
 def _trained(run: Path) -> list[dict[str, Any]]:

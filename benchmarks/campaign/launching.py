@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from benchmarks.launch import kill, start, wait_for
@@ -88,16 +89,16 @@ def write_recipe(folder: Path, name: str = "tiny", **sections: Any) -> Path:
 
 
 def write_ds_config(
-    folder: Path, *, stage: int = 1, precision: Literal["fp32", "bf16"] = "fp32", micro_batch: int = 2, **keys: Any
+    folder: Path, name: str = "ds", *, stage: int = 1, precision: str = "fp32", micro_batch: int = 2, **keys: Any
 ) -> Path:
-    """Write a DeepSpeed config; other keys replace whole blocks. Returns its path."""
+    """Write a DeepSpeed config, in fp32 or bf16; other keys replace whole blocks. Returns its path."""
     document = {
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": precision == "bf16"},
         "train_micro_batch_size_per_gpu": micro_batch,
         **keys,
     }
-    path = folder / "ds.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(document), encoding="utf-8")
     return path
 
@@ -251,16 +252,24 @@ class TinyRun:
     Args:
         folder: Scratch folder; recipe and DeepSpeed config are written to it.
         launcher: Of every launch.
+        name: Of the run.
         runs: Folder of run folders, below `folder`.
         config: Arguments of `write_ds_config`.
         sections: Of the recipe.
     """
 
     def __init__(
-        self, folder: Path, launcher: Launcher = "python", *, runs: str = "runs", config: Any = None, **sections: Any
+        self,
+        folder: Path,
+        launcher: Launcher = "python",
+        *,
+        name: str = "tiny",
+        runs: str = "runs",
+        config: Mapping[str, Any] = MappingProxyType({}),
+        **sections: Any,
     ) -> None:
-        self.folder, self.launcher, self.path = folder, launcher, folder / runs / "tiny"
-        recipe, ds_config = write_recipe(folder, **sections), write_ds_config(folder, **(config or {}))
+        self.folder, self.launcher, self.path = folder, launcher, folder / runs / name
+        recipe, ds_config = write_recipe(folder, name, **sections), write_ds_config(folder, **config)
         self.words = arguments(recipe, ds_config, folder, runs=runs)
 
     def started(self, *more: str, **how: Any) -> AbstractContextManager[Launched]:

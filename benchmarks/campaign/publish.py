@@ -31,11 +31,11 @@ _FILES = [(rank, file_name(rank)) for rank in range(RANKS)] + _TEXTS
 
 
 class Poller:
-    """Reads the pointer and lists its checkpoint every 10 ms."""
+    """Reads the pointer and lists its checkpoint every 10 ms: `seen`, and the longest time between two readings."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: list[tuple[str, Listing]] = []
+        self.seen: list[tuple[str, Listing]] = []
         self._ended, self._threads = threading.Event(), ThreadPoolExecutor(1)
         self.longest_gap_s = 0.0
 
@@ -61,22 +61,12 @@ class Poller:
             name = (self._folder / POINTER).read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return
-        self._seen.append((name, _listing(self._folder / name)))
-
-    @property
-    def looks(self) -> int:
-        """Number of readings that found a pointer."""
-        return len(self._seen)
-
-    @property
-    def names(self) -> set[str]:
-        """All checkpoints that it named."""
-        return {name for name, _ in self._seen}
+        self.seen.append((name, _listing(self._folder / name)))
 
     def incomplete(self) -> list[str]:
         """Looks at which a file was missing, or shorter than it is now that all writers have ended."""
         found = []
-        for number, (name, listing) in enumerate(self._seen):
+        for number, (name, listing) in enumerate(self.seen):
             whole = _listing(self._folder / name)
             wrong = [file for file, size in whole.items() if listing.get(file) != size]
             if wrong or not whole:
@@ -109,9 +99,9 @@ def _launch(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Launched], list
 
 def _check(folder: Path, watch: Poller) -> None:
     incomplete = watch.incomplete()
-    assert not incomplete, f"{len(incomplete)} of {watch.looks} looks\n" + "\n".join(incomplete[:20])
-    assert watch.looks, "there was nothing to look at"
-    faults = {name: find_fault(folder / "checkpoints" / name) for name in watch.names}
+    assert not incomplete, f"{len(incomplete)} of {len(watch.seen)} looks\n" + "\n".join(incomplete[:20])
+    assert len(watch.seen), "there was nothing to look at"
+    faults = {name: find_fault(folder / "checkpoints" / name) for name in {name for name, _ in watch.seen}}
     assert not any(faults.values()), faults
 
 
@@ -132,12 +122,12 @@ def _slow_and_refused(folder: Path, *, stage: int, background: bool) -> Figures:
     assert not list((folder / "checkpoints").glob(".step-*")), "unpublished folders remain"
     missed = native.incomplete()
     # In stage 3 it gathers parameters behind its files, so all ranks meet before the pointer moves.
-    assert missed or stage == 3, f"DeepSpeed's own save was never seen incomplete in {native.looks} looks"
+    assert missed or stage == 3, f"DeepSpeed's own save was never seen incomplete in {len(native.seen)} looks"
     return {
         "faults": len(faults),
-        "looks": watch.looks,
+        "looks": len(watch.seen),
         "incomplete": 0,
-        "deepspeed_looks": native.looks,
+        "deepspeed_looks": len(native.seen),
         "deepspeed_incomplete": len(missed),
         "longest_gap_s": watch.longest_gap_s,
     }
@@ -162,7 +152,7 @@ def _killed(folder: Path, *, stage: int, background: bool, rank: int, file: str)
     assert newest.path.name == ("step-00000002" if file == POINTER else "step-00000001")
     left = [path.name for path in (folder / "checkpoints").glob(".*")]
     assert not left, f"the next launch leaves {left}"
-    return {"faults": 1, "looks": watch.looks, "incomplete": 0, "longest_gap_s": watch.longest_gap_s}
+    return {"faults": 1, "looks": len(watch.seen), "incomplete": 0, "longest_gap_s": watch.longest_gap_s}
 
 
 def _cases() -> Cases:
