@@ -13,8 +13,7 @@ from typing import Any, Literal
 from benchmarks.campaign.launching import run_to_end
 from inheritune_ds.checkpoints.manifest import POINTER, published, read_manifest, step_of
 from inheritune_ds.storage.files import blake3_file, read_json
-from inheritune_ds.tracking.metrics import read_metrics
-from tests.launching import numerics
+from tests.launching import numerics, rows
 
 STEPS = 12
 NAME = "tiny"
@@ -35,7 +34,7 @@ def stopped_after(finished: Path, run: Path, step: int) -> None:
     shutil.copytree(finished, run, ignore=lambda _folder, names: gone.intersection(names), copy_function=os.link)
     (run / "checkpoints" / POINTER).write_text(f"step-{step:08d}\n", encoding="utf-8")
     metrics = run / "metrics.jsonl"
-    kept = [json.dumps(row) + "\n" for row in read_metrics(run) if row["step"] <= step]
+    kept = [json.dumps(row) + "\n" for row in rows(run) if row["step"] <= step]
     metrics.unlink()  # a link: the other run's file must stay as it is
     metrics.write_text("".join(kept), encoding="utf-8")
 
