@@ -27,8 +27,6 @@ from tests import tiny
 if TYPE_CHECKING:
     import torch
 
-    from inheritune_ds.training.engine import Engine
-
 SHAPE: dict[str, Any] = {"model_type": "llama", "vocab_size": 512, "max_position_embeddings": 128}
 SHAPE |= {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
 SEQ_LEN, MICRO_BATCH_SIZE = 128, 2
@@ -110,7 +108,7 @@ def accumulated(case: Case, seed: int, world: World, device: str) -> Gradients:
     return found
 
 
-def _link_moments(engine: "Engine") -> None:
+def _link_moments(engine: Any) -> None:
     """Link parameters to their moments: DeepSpeed 0.19 does it after the first group's step, when others have none."""
     optimizer = engine._engine.optimizer  # noqa: SLF001 - there is no public way
     if getattr(optimizer, "_hp_optimizer_states_linked", False):

@@ -136,10 +136,10 @@ def measure(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         arguments = {"folder": folder, "mib": args.mib, "rounds": args.rounds}
         found = on_ranks("benchmarks.checkpoint:measure_rank", arguments, ranks, timeout_s=1800.0)
-    ratios = {}
-    for comparison in COMPARISONS:
-        rounds = [seconds[comparison.above] / seconds[comparison.below] for seconds in found["rounds"]]
-        ratios[comparison.name] = judged(comparison, [rounds])
+    ratios = {
+        each.name: judged(each, [[seconds[each.above] / seconds[each.below] for seconds in found["rounds"]]])
+        for each in COMPARISONS
+    }
     plain = [found["bytes"] / 2**20 / seconds["plain"] for seconds in found["rounds"]]
     return {"bytes": found["bytes"], "plain_mib_per_s": summary([plain]), "ratios": ratios, "seconds": found["rounds"]}
 

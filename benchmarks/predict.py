@@ -15,20 +15,17 @@ import sys
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.ranks import Case, build_engine, micro_batches, on_ranks, random_model
 from benchmarks.record import command_line, record
 from inheritune_ds.config.zero import ZeroSettings
+from inheritune_ds.distributed.world import World
 from inheritune_ds.plan.communication import Link, Transfer, transfers
 from inheritune_ds.plan.model_size import flops_per_token, parameters, tensors
 
-if TYPE_CHECKING:
-    from inheritune_ds.distributed.world import World
-
 RANKS = (1, 2, 4)
 TOLERANCE = 0.15
-WARM_UP_STEPS = 2
 SMALL_BYTES, LARGE_BYTES = 4 * 2**10, 8 * 2**20
 
 
@@ -62,7 +59,7 @@ def fastest_s(action: Callable[[], object], repeats: int) -> float:
     return min(timeit.repeat(action, number=1, repeat=repeats))
 
 
-def calibrate(size: Size, world: "World") -> dict[str, float]:
+def calibrate(size: Size, world: World) -> dict[str, float]:
     """Rates of this rank, measured on all ranks at once."""
     import torch
     import torch.distributed as dist
@@ -98,13 +95,12 @@ def calibrate(size: Size, world: "World") -> dict[str, float]:
     return found
 
 
-def measure(size: Size, world: "World") -> dict[str, Any]:
+def measure(size: Size, world: World) -> dict[str, Any]:
     """Seconds of this program's step."""
     case = size.case(world.size)
     engine, layout = build_engine(case, world)
     batches = micro_batches(case, world.rank)
-    for _ in range(WARM_UP_STEPS - 1):
-        engine.train_step(batches, lr=1e-3)
+    engine.train_step(batches, lr=1e-3)
     found = fastest_s(lambda: engine.train_step(batches, lr=1e-3), size.repeats)
     engine.close()
     return {"step_s": found, "layout": layout}
@@ -141,7 +137,7 @@ def predict(
     return {"step_s": step_s, "passes_s": flops / rate, "communication_s": communication_s, "optimizer_s": optimizer_s}
 
 
-def work(world: "World", part: str, *, rehearse: bool) -> dict[str, Any]:
+def work(world: World, part: str, *, rehearse: bool) -> dict[str, Any]:
     """Figures of one part; all ranks call it."""
     from inheritune_ds.distributed.environment import keep_freed_memory
 

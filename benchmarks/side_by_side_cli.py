@@ -107,34 +107,24 @@ class Benchmark:
         return int(missed)
 
     def _setting(self, args: argparse.Namespace, chosen: tuple[str, ...], batch: tuple[int, int]) -> Setting:
-        shape = SHAPES[args.shape]
-        setting = Setting(
+        shape, toy = SHAPES[args.shape], args.rehearse
+        if toy:
+            shape = {**shape, **TOY, **({"intermediate_size": 48} if "intermediate_size" in shape else {})}
+        return Setting(
             subjects=chosen,
-            shape=(args.shape, shape),
+            shape=("toy" if toy else args.shape, shape),
             micro_batch=batch[0],
             accumulation=batch[1],
             device=args.device,
             allocator=args.allocator,
-            processes=args.processes,
-            blocks=args.blocks,
-            block_s=args.seconds,
-            warmup_steps=args.warmup,
-            max_other_cores=MAX_OTHER_CORES,
-            environ=self.environ,
+            processes=1 if toy else args.processes,
+            blocks=2 if toy else args.blocks,
+            block_s=0.0 if toy else args.seconds,
+            warmup_steps=1 if toy else args.warmup,
+            max_other_cores=float("inf") if toy else MAX_OTHER_CORES,
+            environ={**self.environ, **(REHEARSAL_ENVIRON if toy else {})},
             litgpt_python=args.litgpt_python,
             nanogpt=args.nanogpt,
-        )
-        if not args.rehearse:
-            return setting
-        return replace(
-            setting,
-            shape=("toy", {**shape, **TOY, **({"intermediate_size": 48} if "intermediate_size" in shape else {})}),
-            processes=1,
-            blocks=2,
-            block_s=0.0,
-            warmup_steps=1,
-            max_other_cores=float("inf"),
-            environ={**self.environ, **REHEARSAL_ENVIRON},
         )
 
 

@@ -116,7 +116,9 @@ def memory(paths: list[str], tokenizer: str, workers: int, scratch: Path) -> dic
     """Run the command on files and measure its memory."""
     with tempfile.TemporaryDirectory(dir=scratch) as cache:
         recipe = Path(cache) / "recipe.yaml"
-        write_json(recipe, _recipe(paths, tokenizer))
+        corpus = {**corpus_of(paths).model_dump(mode="json"), "tokenizer": tokenizer}
+        # Only the corpus is used.
+        write_json(recipe, tiny.document(target={"shape": {**tiny.LLAMA, "vocab_size": 50_257}}, corpus=corpus))
         command = [sys.executable, "-m", "inheritune_ds", "prepare", "--recipe", str(recipe)]
         command += ["--cache-dir", f"{cache}/cache", "--workers", str(workers)]
         watched = watch(command)
@@ -147,12 +149,6 @@ def watch(command: Sequence[str]) -> dict[str, Any]:
         "peak_rss_bytes": rss,
         "peak_pss_bytes": pss,
     }
-
-
-def _recipe(paths: list[str], tokenizer: str) -> dict[str, Any]:
-    """A recipe with the files as its corpus; its other keys are not used."""
-    corpus = {**corpus_of(paths).model_dump(mode="json"), "tokenizer": tokenizer}
-    return tiny.document(target={"shape": {**tiny.LLAMA, "vocab_size": 50_257}}, corpus=corpus)
 
 
 def _held(process: psutil.Process) -> list[Any]:
@@ -226,8 +222,8 @@ def lines_of(figures: dict[str, Any]) -> list[str]:
     row = "{:>12}{:>10}{:>12}{:>14}{:>14}".format
     lines.append(row("corpus, MB", "workers", "seconds", "peak RSS, MB", "peak PSS, MB"))
     for held in figures["memory"]:
-        sizes = (f"{held[key] / MEGABYTE:,.0f}" for key in ("corpus_bytes", "peak_rss_bytes", "peak_pss_bytes"))
-        size, rss, pss = sizes
+        keys = ("corpus_bytes", "peak_rss_bytes", "peak_pss_bytes")
+        size, rss, pss = (f"{held[key] / MEGABYTE:,.0f}" for key in keys)
         lines.append(row(size, held["workers"], f"{held['seconds']:,.0f}", rss, pss))
     return lines
 

@@ -24,7 +24,6 @@ from inheritune_ds.storage.files import blake3_file
 SHORT = ("pickle-model", "pickle-tokenizer", "code-of-a-repository", "switches")
 SWITCHES = ("TRUST_REMOTE_CODE", "HF_TRUST_REMOTE_CODE", "HF_HUB_TRUST_REMOTE_CODE", "HF_DATASETS_TRUST_REMOTE_CODE")
 """Variables that some libraries read, or once read."""
-_MODULE = "import os\nos.mkdir({canary!r})\n"
 
 
 class Evil:
@@ -129,7 +128,7 @@ def _prepare(folder: Path, tokenizer: Path) -> list[str]:
 def repository_code(folder: Path) -> Figures:
     """Models and tokenizers that bring code of their own: known kinds are loaded by the library's, others refused."""
     canary, model = folder / "canary", write_model(folder / "model")
-    module = _MODULE.format(canary=str(canary))
+    module = f"import os\nos.mkdir({str(canary)!r})\n"
     auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     for number, (kind, code) in enumerate([("llama", 0), ("own", 9)]):
         trial = Path(shutil.copytree(model, folder / f"model-{number}"))

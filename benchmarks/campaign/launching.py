@@ -156,13 +156,6 @@ class Launched:
             time.sleep(0.02)
         return [" ".join(_words(pid, "cmdline")) for pid in left]
 
-    def end(self) -> None:
-        """Kill whatever is left."""
-        kill(self.process)
-        for pid in processes_with(self.mark):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
 
 def processes_with(mark: str) -> list[int]:
     """Ids of living processes whose environment has MARK with this value."""
@@ -199,7 +192,10 @@ def started(
     try:
         yield launched
     finally:
-        launched.end()
+        kill(process)
+        for pid in processes_with(mark):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def run_to_end(folder: Path, *words: str, expect: int = 0, **how: Any) -> str:

@@ -66,34 +66,27 @@ def _pointer(folder: Path, *, harm: str) -> Figures:
     return {"right_checkpoint_used": 2, "slowest_fallback_s": round(slowest_s, 3)}
 
 
-def _short_of_a_file(checkpoints: Path) -> None:
-    for checkpoint in published(checkpoints):
-        (checkpoint / file_name(0)).unlink()
+def _without_manifest(checkpoint: Path) -> None:
+    manifest = checkpoint / MANIFEST
+    manifest.unlink()  # it may be a link: the other run's file must stay as it is
+    manifest.write_text("{}", encoding="utf-8")
 
 
-def _without_manifests(checkpoints: Path) -> None:
-    for checkpoint in published(checkpoints):
-        manifest = checkpoint / MANIFEST
-        manifest.unlink()  # it may be a link: the other run's file must stay as it is
-        manifest.write_text("{}", encoding="utf-8")
-
-
-def _emptied(checkpoints: Path) -> None:
-    for checkpoint in published(checkpoints):
-        shutil.rmtree(checkpoint)
-
-
-def _gone(checkpoints: Path) -> None:
-    shutil.rmtree(checkpoints)
-
-
-LOSSES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "all_short_of_a_file": (_short_of_a_file, "can be used: "),
-    "all_without_manifest": (_without_manifests, "can be used: "),
-    "emptied": (_emptied, "holds no checkpoint, but"),
-    "gone": (_gone, "holds no checkpoint, but"),
+LOSSES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "all_short_of_a_file": (lambda checkpoint: (checkpoint / file_name(0)).unlink(), "can be used: "),
+    "all_without_manifest": (_without_manifest, "can be used: "),
+    "emptied": (shutil.rmtree, "holds no checkpoint, but"),
+    "gone": (lambda checkpoint: shutil.rmtree(checkpoint.parent, ignore_errors=True), "holds no checkpoint, but"),
 }
-"""The change of all checkpoints, and the text of the refusal."""
+"""The change of every checkpoint, and the text of the refusal."""
+
+
+def _lose(checkpoints: Path, harm: str) -> str:
+    """Change all checkpoints; the expected text of the refusal."""
+    do, expected = LOSSES[harm]
+    for checkpoint in list(published(checkpoints)):
+        do(checkpoint)
+    return expected
 
 
 def _loss(folder: Path, *, harm: str) -> Figures:
@@ -101,8 +94,7 @@ def _loss(folder: Path, *, harm: str) -> Figures:
     store = _made(folder)
     assert CheckpointStore(folder / "other" / "checkpoints", keep=9).newest_intact() is None
     (folder / "run" / "status.json").write_text('{"state": "running", "step": 12}', encoding="utf-8")
-    do, expected = LOSSES[harm]
-    do(store.folder)
+    expected = _lose(store.folder, harm)
     refusal: CheckpointError | None = None
     try:
         chosen = store.newest_intact()
@@ -142,8 +134,7 @@ class Trial(TinyRun):
 
     def is_refused(self, harm: str) -> None:
         """The same command ends with the code of lost checkpoints, at every try; --fresh starts over."""
-        do, expected = LOSSES[harm]
-        do(self._stop())
+        expected = _lose(self._stop(), harm)
         for number in (1, 2):  # the files of the first refusal must not let the second pass
             output = self.to_end(expect=CheckpointError.exit_code)
             assert expected in output, f"{harm}, try {number}: not reported: {expected!r}\n{output[-6000:]}"

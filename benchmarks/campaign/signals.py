@@ -48,11 +48,6 @@ class Trial:
         """Name of the case."""
         return f"{self.where}_{self.number.name}_{self.who}" + ("_resumed" if self.resumed else "")
 
-    @property
-    def leaves_at_once(self) -> bool:
-        """A second Ctrl-C."""
-        return self.number == signal.SIGINT and self.who == "twice"
-
 
 def run(trial: Trial, folder: Path) -> Figures:
     """Launch, signal, wait; check the end."""
@@ -101,7 +96,7 @@ def _check_end(trial: Trial, code: int, output: str, run_folder: Path, saved: in
     """Exit code, status and checkpoints."""
     left = status(run_folder)
     changes = trial.launcher == "torchrun"  # which makes every code but 0 a 1
-    if trial.leaves_at_once:
+    if (trial.number, trial.who) == (signal.SIGINT, "twice"):  # a second Ctrl-C ends it at once
         assert code == (1 if changes else EXIT_INTERRUPTED), f"exit code {code}\n{output}"
         return
     assert left["state"] == "requeue", f"{left}\n{output}"
