@@ -31,6 +31,7 @@ from benchmarks.ranks import Case, build_engine, build_saver, micro_batches, on_
 from benchmarks.record import command_line, record
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import published, read_manifest
+from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ class Writers:
         self._world = world
 
         self._checkpoints = {
-            name: build_saver(world, folder / name, keep=1, async_save=name == "async", on_save_error="stop")
+            name: build_saver(
+                world, CheckpointStore(folder / name, keep=1), async_save=name == "async", on_save_error="stop"
+            )
             for name in ("sync", "async")
         }
         self._content = b""

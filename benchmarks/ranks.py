@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.launch import POLL_S, kill, start
 from benchmarks.record import REPOSITORY
+from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.config.kernels import KernelRequest
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
@@ -141,16 +142,15 @@ def fit(model: "PreTrainedModel", request: KernelRequest, device: "torch.device"
 
 
 def build_saver(
-    world: "World", folder: Path, *, keep: int, stage: int = 1, precision: Precision = "bf16", **policy: Any
+    world: "World", store: CheckpointStore, *, stage: int = 1, precision: Precision = "bf16", **policy: Any
 ) -> "Saver":
     """A saver of checkpoints of an engine; `policy` are keys of a Reliability."""
     from inheritune_ds.checkpoints.saver import Saver
-    from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.checkpoints.train_state import SavedLayout
     from inheritune_ds.config.reliability import Reliability
 
     return Saver(
-        CheckpointStore(folder, keep=keep),
+        store,
         layout=SavedLayout(world.size, stage, precision),
         world=world,
         reliability=Reliability(**policy),

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from benchmarks.ranks import Case, build_engine, build_saver, join_ranks
 from inheritune_ds.checkpoints import store as checkpoint_store
+from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.console import log_to_console
 from inheritune_ds.errors import InherituneError
@@ -118,7 +119,8 @@ def main(folder: Path, plan: dict[str, Any]) -> int:
     world = join_ranks()
     log_to_console()
     engine, _ = build_engine(Case(stage=plan["stage"], hidden_size=32, blocks=2, vocab_size=300, seq_len=16), world)
-    checkpoints = build_saver(world, folder / "checkpoints", keep=1000, stage=plan["stage"], async_save=plan["async"])
+    store = CheckpointStore(folder / "checkpoints", keep=1000)
+    checkpoints = build_saver(world, store, stage=plan["stage"], async_save=plan["async"])
     writers = Writers(world.rank)
     answers = []
     try:

@@ -133,10 +133,9 @@ class Trials:
         self._store = CheckpointStore(folder / "checkpoints", keep=1)
         self._store.folder.mkdir(parents=True, exist_ok=True)
         self._said = said
-        how: dict[str, Any] = {"keep": 1, "precision": "fp32", "async_save": async_save}
+        how: dict[str, Any] = {"precision": "fp32", "async_save": async_save}
         self._by_policy = {
-            policy: build_saver(world, self._store.folder, on_save_error=policy, **how)
-            for policy in ("continue", "stop")
+            policy: build_saver(world, self._store, on_save_error=policy, **how) for policy in ("continue", "stop")
         }
         self._engine = build(CASE, world)
         self._disk = Disk(folder)
