@@ -175,7 +175,7 @@ class _Resolver:
         self.config["zero_optimization"] = zero
 
     def gradients(self, world_size: int) -> None:
-        """Fill in what DeepSpeed's BF16_Optimizer, which adds up whole fp32 gradients on each rank, gets for nothing."""
+        """Fill in two settings that cost nothing with DeepSpeed's BF16_Optimizer."""
         zero = self.config["zero_optimization"]
         relevant = {"stage": zero["stage"], "offload_optimizer": zero.get("offload_optimizer")}
         layout = read_layout(

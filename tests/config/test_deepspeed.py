@@ -94,7 +94,8 @@ def test_auto_precision_depends_on_the_machine(
     assert isinstance(found.config["fp16"]["enabled"], bool)
 
 
-BF16: dict[str, Any] = {**FLAT, "bf16": {"enabled": True}}
+ON = {"enabled": True}
+BF16: dict[str, Any] = {**FLAT, "bf16": ON}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,11 @@ BF16: dict[str, Any] = {**FLAT, "bf16": {"enabled": True}}
     ],
 )
 def test_bf16_gradients_are_freed_early_and_not_rounded_where_that_is_free(
-    changes: dict[str, Any], ranks: int, immediate: bool | None, sent: str | None, resolved: Resolve
+    changes: dict[str, Any],
+    ranks: int,
+    immediate: bool | None,  # noqa: FBT001
+    sent: str | None,
+    resolved: Resolve,
 ) -> None:
     config = resolved({**BF16, **changes}, world_size=ranks).config
     assert config["bf16"].get("immediate_grad_update") is immediate
