@@ -20,7 +20,6 @@ Shapes = Mapping[str, Sequence[int]]
 _ROUNDING = (
     ("train_micro_batch_size_per_gpu",),
     ("data_types", "grad_accum_dtype"),
-    ("bf16", "immediate_grad_update"),
     ("communication_data_type",),
     ("prescale_gradients",),
     ("gradient_predivide_factor",),

@@ -42,6 +42,8 @@ class ReferenceEvaluation(Evaluation):
 
     model: str
     parameters: int
+    precision: str = "fp32"
+    """Of the forward pass: that of the run; earlier versions computed in fp32 always."""
 
 
 class RunSummary(BaseModel):

@@ -57,7 +57,7 @@ def _validation_table(result: RunResult) -> list[str]:
     body.append([AT_END, str(result.final)])
     if result.reference is not None:
         body.append([f"reference: {reference_name(result.reference.model)}", str(result.reference)])
-    return table(["validation", "val loss"], body)
+    return table(["validation", f"val loss ({result.summary.precision})"], body)
 
 
 def _facts_table(result: RunResult) -> list[str]:

@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ValidationError
 
@@ -41,6 +41,15 @@ class ReferenceModel:
     """By file name."""
     settings_sha256: dict[str, str] = field(default_factory=dict)
     """Of config, generation config and tokenizer, by file name."""
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, for the other ranks."""
+        return {**asdict(self), "folder": str(self.folder.resolve())}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Self:
+        """The one of `document`."""
+        return cls(**{**document, "folder": Path(document["folder"])})
 
     @property
     def identity(self) -> dict[str, Any]:
