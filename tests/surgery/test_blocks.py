@@ -11,11 +11,11 @@ from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.blocks import BlockList, find_blocks, part_of
 from tests.surgery.families import ENCODERS, TINY, VARIANTS, random_model
 from tests.surgery.refusals import REFUSED
-from tests.surgery.tiny import PATHS
+from tests.surgery.tiny import PATHS, make_model
 
 
 @pytest.mark.parametrize("family", PATHS)
-def test_find_blocks_finds_the_list_of_every_family(family: str, make_model: Callable[..., PreTrainedModel]) -> None:
+def test_find_blocks_finds_the_list_of_every_family(family: str) -> None:
     model = make_model(family)
     blocks = find_blocks(model, 4)
     assert blocks == BlockList(PATHS[family], 4)
@@ -27,7 +27,7 @@ def test_find_blocks_finds_the_list_of_every_family(family: str, make_model: Cal
     )
 
 
-def test_find_blocks_works_without_weights(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_find_blocks_works_without_weights() -> None:
     model: nn.Module = make_model("llama")
     assert find_blocks(model.to(torch.device("meta")), 4).path == "model.layers"
 

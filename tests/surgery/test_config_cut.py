@@ -43,13 +43,6 @@ def test_cut_config_cuts_every_list_with_the_selection(
     assert changed == {"num_hidden_layers", *(key for key in expected if before[key] != expected[key])}
 
 
-def test_cut_config_leaves_lists_of_another_length_or_meaning() -> None:
-    config = AutoConfig.for_model("llama", num_hidden_layers=3, eos_token_id=[2, 7, 9], layer_notes=["a", "b"])
-    cut = cut_config(config, (0, 1))
-    assert cut.eos_token_id == [2, 7, 9]
-    assert cut.layer_notes == ["a", "b"]
-
-
 def test_cut_config_knows_the_depth_by_the_family_s_own_name() -> None:
     config = AutoConfig.for_model("gpt2", n_layer=12)
     cut = cut_config(config, tuple(range(5)))

@@ -14,14 +14,8 @@ from safetensors.torch import load_file, save_file
 from inheritune_ds.errors import RecipeError, SurgeryError
 from inheritune_ds.surgery.weight_files import WeightFiles, weight_files
 from tests.surgery import tiny
-from tests.surgery.tiny import SaveReference
 
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture
-def folder(reference_folder: SaveReference) -> Path:
-    return reference_folder("llama")
 
 
 def refused(folder: Path) -> SurgeryError:
