@@ -14,8 +14,18 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from inheritune_ds.config.corpus import Corpus, Filters, TokensSource, TrainedTokenizer
-from tests.data.prepared import END, files_below, files_source, make_texts, names_in, recipe_file, write_jsonl
+from inheritune_ds.config.corpus import Filters, TokensSource
+from tests.data.prepared import (
+    END,
+    TRAINED,
+    corpus_of,
+    files_below,
+    files_source,
+    make_texts,
+    names_in,
+    recipe_file,
+    write_jsonl,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("drive_prepare.py")
@@ -124,8 +134,8 @@ def make_recipe(folder: Path, bpe: str, *, trained: bool) -> Path:
         np.concatenate([*documents, *documents[:10]]).tofile(folder / "third.bin")
         sources.append(TokensSource(kind="nanogpt", name="third", train=str(folder / "third.bin")))
     evaluation = files_source(write_jsonl(folder / "evaluation.jsonl", [text[:90] for text in texts[:50]]))
-    corpus = Corpus(sources=sources, validation_ratio=0.2, duplicates="drop", overlap_with=[evaluation])
-    return recipe_file(folder, corpus, TrainedTokenizer(vocab_size=300) if trained else bpe)
+    corpus = corpus_of(*sources, duplicates="drop", overlap_with=[evaluation])
+    return recipe_file(folder, corpus, TRAINED if trained else bpe)
 
 
 def check_result(cache: Path, expected: dict[str, str]) -> None:

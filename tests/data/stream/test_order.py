@@ -46,7 +46,6 @@ def test_shuffled_order_is_a_permutation_of_millions() -> None:
 
 
 @given(num_windows=st.integers(1, 2**40), seed=SEEDS, turns=st.lists(st.integers(0, 2**50), min_size=1, max_size=40))
-@settings(max_examples=100, deadline=None)
 def test_shuffled_order_gives_one_turn_what_it_gives_many(num_windows: int, seed: int, turns: list[int]) -> None:
     order = ShuffledOrder([num_windows], [seed])
     epochs, ids = at(order, np.array(turns, dtype=np.int64))
@@ -149,16 +148,7 @@ def test_sequential_order_reads_on() -> None:
 
 
 def test_random_order_never_changes() -> None:
-    mask = 2**64 - 1
-
-    def finalize(value: int) -> int:
-        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & mask
-        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & mask
-        return value ^ (value >> 31)
-
-    state = finalize(1337 + 0x9E3779B97F4A7C15 & mask)
-    words = [finalize(state + turn * 0x9E3779B97F4A7C15 & mask) % 1000 for turn in range(1, 7)]
-    assert at(RandomOrder([10], [1000], [1337]), np.arange(6))[1].tolist() == words == GOLDEN_RANDOM
+    assert at(RandomOrder([10], [1000], [1337]), np.arange(6))[1].tolist() == GOLDEN_RANDOM
 
 
 def test_random_order_draws_every_place_equally_often_and_repeats() -> None:
@@ -174,11 +164,8 @@ def test_random_order_draws_every_place_equally_often_and_repeats() -> None:
     assert epochs.tolist() == (np.arange(draws) // 25).tolist()
 
 
-def test_order_seeds_of_one_source_is_the_runs() -> None:
+def test_order_seeds_depend_on_the_names_alone_and_that_of_one_source_is_the_runs() -> None:
     assert order_seeds(1337, ["a"]) == [1337]
-
-
-def test_order_seeds_of_several_depend_on_their_names_alone() -> None:
     two, three = order_seeds(1, ["a", "b"]), order_seeds(1, ["b", "c", "a"])
     assert two == [three[2], three[0]]
     assert len({*three, *order_seeds(2, ["a", "b", "c"])}) == 6

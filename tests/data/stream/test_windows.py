@@ -33,7 +33,6 @@ def shards_of(folder: Path, counts: list[int]) -> tuple[TokenShards, list[int]]:
     length=st.integers(1, 30),
     data=st.data(),
 )
-@settings(max_examples=100, deadline=None)
 def test_shards_read_as_one_sequence(
     tmp_path_factory: pytest.TempPathFactory, counts: list[int], length: int, data: st.DataObject
 ) -> None:
