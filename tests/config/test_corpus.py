@@ -1,5 +1,3 @@
-"""Sources, weights and limits of a corpus, and the errors of invalid ones."""
-
 from typing import Any
 
 import pytest

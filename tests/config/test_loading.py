@@ -1,5 +1,3 @@
-"""Loading recipes: strict YAML, overrides, and messages with every problem at once."""
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,3 @@
-"""Errors of invalid recipes: location, problem, allowed values, action."""
-
 import pytest
 
 from inheritune_ds.config.loading import load_recipe

@@ -1,5 +1,3 @@
-"""Every causal language model of the installed transformers: cut exactly in four ways, or refused with its reason."""
-
 from pathlib import Path
 from typing import Any
 

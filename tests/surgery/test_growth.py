@@ -1,5 +1,3 @@
-"""Growth: the trained blocks of a smaller target stay, the other blocks come from the reference."""
-
 import json
 import shutil
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""Half the width: the heads, units and channels in every tensor of the target."""
-
 import re
 from pathlib import Path
 from typing import Any

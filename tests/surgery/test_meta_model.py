@@ -1,5 +1,3 @@
-"""Models without weights: refused models, and blocks that compute something else at another index."""
-
 from pathlib import Path
 from typing import Any
 

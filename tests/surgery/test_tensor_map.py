@@ -1,5 +1,3 @@
-"""The tensors of the sources' files, and their places in the target."""
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

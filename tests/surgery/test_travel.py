@@ -1,5 +1,3 @@
-"""The files beside the tensors: tokenizer, special ids, generation settings, license, dtype."""
-
 import json
 from pathlib import Path
 

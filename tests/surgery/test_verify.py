@@ -1,5 +1,3 @@
-"""Verification against plain transformers with the other blocks of the reference bypassed."""
-
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace

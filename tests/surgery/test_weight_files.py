@@ -1,5 +1,3 @@
-"""Reading a model's weight files, and everything that can be wrong with them."""
-
 import json
 import os
 import zipfile

@@ -1,5 +1,3 @@
-"""Eight epochs by real processes that are killed twenty times, with another number of ranks each time."""
-
 import hashlib
 import json
 import multiprocessing

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
-from inheritune_ds.config.corpus import Corpus, EmbeddedSource, TrainedTokenizer
+from inheritune_ds.config.corpus import Corpus, EmbeddedSource, HubSource, TrainedTokenizer
 from inheritune_ds.data.documents.holdout import is_held_out
 from inheritune_ds.data.tokens import prepare as tokenize
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer, train_tokenizer
 from inheritune_ds.data.tokens.writer import Build
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage import hub
 from tests.data.prepared import (
     END,
     TRAINED,
@@ -285,3 +286,24 @@ def test_prepare_reports_that_no_special_token_is_declared(tmp_path: Path) -> No
     folder = word_level(tmp_path / "words", {"cat": 0, "dog": 1}, eos=False)
     with pytest.raises(CorpusError, match="one of its special tokens: none is declared"):
         prepare(make_corpus(tmp_path, make_texts(4)), folder, tmp_path / "cache")
+
+
+def test_a_branch_that_moves_is_read_at_the_commit_that_was_identified(
+    tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {letter * 40: make_texts(40, seed) for seed, letter in enumerate("ab")}
+    for commit, documents in texts.items():
+        write_jsonl(tmp_path / commit / "a.jsonl", documents)
+    tips = iter(texts)
+
+    def resolve(name: str, revision: str, repo_type: hub.RepoType) -> hub.Repository:
+        return hub.Repository(name, repo_type, next(tips) if revision == "main" else revision, "")
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr(hub, "list_files", lambda _repository: ["a.jsonl"])
+    monkeypatch.setattr(hub, "snapshot", lambda repository, _patterns: tmp_path / repository.commit)
+    source = HubSource(kind="hub", dataset="org/corpus", data_files="a.jsonl", streaming=False)
+    found = prepared(corpus_of(source))
+    assert found.manifest["sources"][0]["identity"]["commit"] == "a" * 40
+    local = prepared(corpus_of(files_source(tmp_path / ("a" * 40))))
+    assert tokens_of(found) == tokens_of(local, source="a" * 40)

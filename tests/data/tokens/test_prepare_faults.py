@@ -1,5 +1,3 @@
-"""Bad data and a bad disk under `inheritune-ds prepare`: one message each, no partial result, no silent loss."""
-
 import json
 import re
 import resource

@@ -1,5 +1,3 @@
-"""`inheritune-ds prepare` killed by SIGKILL at any moment: the same command resumes with identical files."""
-
 import json
 import random
 import shutil

@@ -1,5 +1,3 @@
-"""Several processes: workers of one preparation, and two preparations of the same corpus."""
-
 import multiprocessing
 import os
 import re
