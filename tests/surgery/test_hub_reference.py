@@ -11,7 +11,7 @@ import pytest
 from inheritune_ds.storage.files import sha256_file
 from tests import hub_client
 from tests.hub_client import HubClient
-from tests.hub_server import TOKEN, HubServer
+from tests.hub_server import HubServer
 from tests.surgery import tiny
 
 PROVENANCE = {"inheritance.json", "manifest.json", "README.md"}
@@ -94,19 +94,6 @@ def test_pickle_files_are_downloaded_without_safetensors(
     _, *found = client.ask("locate", model="org/pickled")
     names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
     assert found == [commit, {name: sha256_file(folder / name) for name in names}]
-
-
-def test_a_gated_model_needs_a_token(hub_server: HubServer, client: HubClient, sharded: Callable[..., Path]) -> None:
-    hub_server.publish("models", "org/terms", sharded(15), access="gated")
-    answer = client.ask("locate", model="org/terms")
-    assert answer["exit_code"] == 7
-    assert answer["message"] == (
-        "the hub's model org/terms is gated: downloads require that its terms were accepted\n"
-        "  do: accept the terms on its page, then `hf auth login` (or set HF_TOKEN) on this machine, "
-        "or copy the folder here and give its path instead of the name"
-    )
-    assert client.ask("locate", model="org/terms", token=TOKEN)[2].keys() == set(SHARDS)
-    assert not any(request.cdn and request.authorized for request in hub_server.requests)
 
 
 def test_a_hub_model_must_have_the_recipe_s_shape(

@@ -32,19 +32,6 @@ def refused(folder: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def test_every_tensor_of_a_kept_block_gets_its_new_block_number(reference_folder: SaveReference, build: Build) -> None:
-    folder = reference_folder("gpt_neox")
-    built = build(folder, select="3,1,3")
-    origin, own = load_file(folder / "model.safetensors"), load_file(built.folder / "model.safetensors")
-    for name, tensor in own.items():
-        words = name.split(".")
-        if name.startswith("gpt_neox.layers."):
-            words[2] = str((3, 1, 3)[int(words[2])])
-        assert torch.equal(tensor, origin[".".join(words)]), name
-    blocks = [tensor["source"]["block"] for tensor in built.report["tensors"] if tensor["block"] is not None]
-    assert blocks == [(3, 1, 3)[place] for place in range(3) for _ in range(len(blocks) // 3)]
-
-
 MASKS = {f"transformer.h.{block}.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8) for block in range(4)}
 
 

@@ -32,15 +32,6 @@ def source_of(train: str, **settings: Any) -> TokensSource:
     return TokensSource(kind="nanogpt", name="gpt", train=train, **settings)
 
 
-def test_prepare_copies_both_files_unchanged(tmp_path: Path, prepared: Prepare) -> None:
-    train, validation = make_documents(80), make_documents(9, seed=2)
-    source = source_of(write_bin(tmp_path / "train.bin", train), validation=write_bin(tmp_path / "val.bin", validation))
-    tokens = prepared(corpus_of(source))
-    assert tokens_of(tokens, "train", "gpt") == np.concatenate(train).tolist()
-    assert tokens_of(tokens, "validation", "gpt") == np.concatenate(validation).tolist()
-    assert (tokens.manifest["train_documents"], tokens.manifest["validation_documents"]) == (80, 9)
-
-
 def test_without_a_validation_file_documents_are_held_out(tmp_path: Path, prepared: Prepare) -> None:
     documents = make_documents(100)
     tokens = prepared(corpus_of(source_of(write_bin(tmp_path / "train.bin", documents))))
