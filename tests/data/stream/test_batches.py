@@ -93,7 +93,6 @@ def test_one_source_has_the_order_of_the_seed(tmp_path: Path) -> None:
 
 
 @given(data=st.data(), sizes=SIZES, step=st.integers(0, 30))
-@settings(max_examples=80)
 def test_any_number_of_ranks_and_any_accumulation_read_the_same_sequence(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, sizes: list[int], step: int
 ) -> None:
@@ -107,7 +106,6 @@ def test_any_number_of_ranks_and_any_accumulation_read_the_same_sequence(
 
 
 @given(data=st.data(), sizes=SIZES, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=60)
 def test_seeking_equals_walking_for_any_batch(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, sizes: list[int], seed: int
 ) -> None:
@@ -149,7 +147,6 @@ def test_eight_epochs_with_twenty_stops_and_changed_worlds_read_every_window_onc
 
 
 @given(data=st.data(), sizes=SIZES, end=st.integers(0, 40))
-@settings(max_examples=80)
 def test_seen_counts_the_windows_drawn_without_skipped_batches(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, sizes: list[int], end: int
 ) -> None:

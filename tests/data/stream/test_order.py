@@ -112,32 +112,23 @@ def test_shuffled_order_looks_up_a_batch_quickly() -> None:
     assert min(times_s) < 2e-3
 
 
-@given(
-    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=5),
-    seed=SEEDS,
-    data=st.data(),
-)
-@settings(max_examples=60, deadline=None)
+def orders(sizes: list[int], seeds: list[int]) -> list[Order]:
+    """One of each kind."""
+    places = [size * 8 for size in sizes]
+    return [ShuffledOrder(sizes, seeds), SequentialOrder(sizes), RandomOrder(sizes, places, seeds)]
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=5), seed=SEEDS, data=st.data())
 def test_orders_of_several_sources_are_those_of_each(sizes: list[int], seed: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 30))
     sources = np.array(data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=count, max_size=count)))
     turns = np.array(data.draw(st.lists(st.integers(0, 500), min_size=count, max_size=count)))
     seeds = [(seed + source) % 2**64 for source in range(len(sizes))]
-    places = [size * 8 for size in sizes]
-    together: list[Order] = [
-        ShuffledOrder(sizes, seeds),
-        SequentialOrder(sizes),
-        RandomOrder(sizes, places, seeds),
-    ]
-    for number, order in enumerate(together):
+    for number, order in enumerate(orders(sizes, seeds)):
         epochs, found = order.at(sources, turns)
         for index, (source, turn) in enumerate(zip(sources.tolist(), turns.tolist(), strict=True)):
-            alone: list[Order] = [
-                ShuffledOrder([sizes[source]], [seeds[source]]),
-                SequentialOrder([sizes[source]]),
-                RandomOrder([sizes[source]], [places[source]], [seeds[source]]),
-            ]
-            epoch, place = at(alone[number], np.array([turn]))
+            alone = orders([sizes[source]], [seeds[source]])[number]
+            epoch, place = at(alone, np.array([turn]))
             assert (epoch[0], place[0]) == (epochs[index], found[index])
 
 
