@@ -1,7 +1,7 @@
 import json
-import resource
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,15 +86,13 @@ def test_a_target_that_does_not_fit_on_the_disk_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
 
 
-def test_a_write_that_fails_half_way_leaves_nothing(folder: Path, build: Build, tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_leaves_nothing(
+    folder: Path, build: Build, room: Callable[[int], None], tmp_path: Path
+) -> None:
     before = contents(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))  # bytes that a file may have; Python ignores the signal
-    try:
-        with pytest.raises(StorageError) as caught:
-            build(folder, select="first:3", words=None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    room(12_000)
+    with pytest.raises(StorageError) as caught:
+        build(folder, select="first:3", words=None)
     assert caught.value.problem.endswith("cannot be written: File too large")
     assert contents(tmp_path) == before
 

@@ -1,7 +1,7 @@
 import json
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,14 +138,6 @@ def test_prepare_never_keeps_text_read_after_a_file_changed(
     again = prepare(corpus, bpe, tmp_path / "cache", workers=1, shard_tokens=20_000)
     assert files_below(again.folder) == expected
     assert names_in(tmp_path / "cache" / "tokens") == [again.fingerprint]
-
-
-@pytest.fixture
-def room() -> Iterator[Callable[[int], None]]:
-    """Limits how long a file may grow: the system refuses in the middle of writing, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(
