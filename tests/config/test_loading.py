@@ -135,7 +135,7 @@ SOURCES: list[dict[str, Any]] = [
     {"kind": "files", "paths": ["on", "a: b.txt", "1e-3"], "document_separator": "\n\n"},
     {"kind": "hub", "dataset": "a/b", "data_files": "*.parquet", "download_gib": 0.5},
 ]
-CHANGES = {
+CHANGES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "": {"seed": st.integers(0, 2**32 - 1), "description": st.text(min_size=1, max_size=60)},
     "optimizer": {"lr": st.floats(1e-12, 10.0)},
     "schedule": {"min_lr_ratio": st.floats(0.0, 1.0)},
