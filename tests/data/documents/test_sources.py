@@ -134,6 +134,6 @@ def test_identify_a_local_dataset_by_its_files(dataset: Path) -> None:
         ({"dataset": "./gone"}, "is a path, but the folder does not exist"),
     ],
 )
-def test_documents_of_a_local_dataset_name_the_problem(dataset: Path, settings: dict[str, str], message: str) -> None:
+def test_documents_of_a_local_dataset_name_the_problem(dataset: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CorpusError, match=message):
         list(sources.documents(hub_source(**{"dataset": dataset, **settings})))

@@ -206,7 +206,7 @@ def test_limits_of_token_files_leave_their_validation_file_whole(
 ) -> None:
     train = write_tokens(tmp_path / "train.bin", 0, 50)
     validation = write_tokens(tmp_path / "val.bin", 50, 20)
-    files = {"train": f"{tmp_path}/train.bin", "validation": f"{tmp_path}/val.bin"}
+    files: dict[str, Any] = {"train": f"{tmp_path}/train.bin", "validation": f"{tmp_path}/val.bin"}
     found = prepared(Corpus(sources=[TokensSource(kind="nanogpt", name="corpus", **files, **own)], **whole))
     assert tokens_of(found) == train[:tokens]
     assert tokens_of(found, "validation") == validation
