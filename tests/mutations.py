@@ -87,7 +87,7 @@ MUTATIONS: dict[str, list[tuple[str, ...]]] = {
             "every block would have the number that it had",
             "words[self._number_at[name]] = str(place)",
             'words[self._number_at[name]] += ""',
-            "its_new_block_number",
+            "keeps_its_own_type",
         ),
         (
             "every preset would inherit everything",

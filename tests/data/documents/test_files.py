@@ -247,16 +247,3 @@ def test_expand_lists_the_supported_suffixes(tmp_path: Path, name: str) -> None:
             CorpusError, match=r"(?s)with this suffix are not supported\n  allowed: \.txt, \.jsonl.*\.bz2.*\.parquet"
         ):
             readers.expand([pattern], tmp_path)
-
-
-def test_documents_of_the_real_corpora_are_all_there(shared: Path) -> None:
-    books = read(shared / "corpora" / "books")
-    assert (len(books), sum(len(book.text.encode()) for book in books)) == (55, 34_820_774)
-    assert len(read(shared / "corpora" / "openwebtext_1000.jsonl.gz")) == 1000
-    stories = read(shared / "corpora" / "tinystories_sample.txt", document_separator="\n\n")
-    text = (shared / "corpora" / "tinystories_sample.txt").read_text(encoding="utf-8")
-    assert "\n\n".join(story.text for story in stories).split() == text.split()
-    asked = {"keep": {"meta.language": ["en"]}}
-    assert [paper.skipped for paper in read(shared / "corpora" / "redpajama_arxiv_sample.jsonl.gz", filters=asked)] == (
-        [""] * 20
-    )
