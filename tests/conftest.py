@@ -54,6 +54,9 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+Logged = Callable[[], list[str]]
+
+
 @pytest.fixture
 def room() -> Iterator[Callable[[int], None]]:
     """Limits how long a file may grow: the system refuses in the middle of writing, as on a full disk."""
@@ -63,7 +66,7 @@ def room() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def logged(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
+def logged(capsys: pytest.CaptureFixture[str]) -> Logged:
     """Gives the lines that the package has logged since the last call."""
     log_to_console()
 

@@ -29,8 +29,6 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
 
 
 class HubClient:
-    """Talks with the process."""
-
     def __init__(self, endpoint: str, home: Path, **more: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, __file__],

@@ -10,11 +10,12 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -63,8 +64,6 @@ class Repository:
 
 @dataclass
 class Request:
-    """A received request."""
-
     line: str
     range: str
     authorized: bool
@@ -85,7 +84,6 @@ class HubServer:
 
     @property
     def endpoint(self) -> str:
-        """For HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._ports[0]}"
 
     @property
@@ -126,7 +124,6 @@ class HubServer:
 
     @contextmanager
     def fault(self, pattern: str, **settings: Any) -> Iterator[Fault]:
-        """Apply a fault to requests in the block."""
         fault = Fault(pattern, **settings)
         self.faults.append(fault)
         try:
@@ -135,8 +132,15 @@ class HubServer:
             self.faults.remove(fault)
 
     def asked(self, pattern: str) -> list[Request]:
-        """Requests with a pattern in their line."""
         return [request for request in self.requests if re.search(pattern, request.line)]
+
+
+@dataclass
+class _RefusedError(Exception):
+    status: int
+    code: str
+    message: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Server(ThreadingHTTPServer):
@@ -156,15 +160,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Log nothing."""
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
     def _answer(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         line = f"{self.command} {unquote(self.path)}"
@@ -172,13 +167,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._authorized = authorization == f"Bearer {TOKEN}"
         self.hub.requests.append(Request(line, self.headers.get("Range", ""), bool(authorization), self.cdn))
         self._drop_after: int | None = None
+        try:
+            self._respond(line, sent)
+        except _RefusedError as refused:
+            reason = {"X-Error-Message": refused.message, **refused.headers}
+            reason |= {"X-Error-Code": refused.code} if refused.code else {}
+            self._json({"error": refused.message}, reason, refused.status)
+
+    do_HEAD = do_GET = do_POST = _answer  # noqa: N815 - as http.server names them
+
+    def _respond(self, line: str, sent: str) -> None:
         for fault in self.hub.faults:
             if fault.hits < fault.times and re.search(fault.pattern, line):
                 fault.hits += 1
                 time.sleep(fault.delay_s)
                 if fault.status:
-                    self._refuse(fault.status, "", "as the test requests", {"Retry-After": "0"})
-                    return
+                    raise _RefusedError(fault.status, "", "as the test requests", {"Retry-After": "0"})
                 self._drop_after = fault.drop_after
                 if fault.drop_after == -1:
                     self._hang_up()
@@ -187,45 +191,35 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if self.cdn and path.startswith("/lfs/"):
             self._body(self.hub.large[path.removeprefix("/lfs/")], {"ETag": '"of-the-cdn"'})
-            return
-        if api := _API.fullmatch(path):
+        elif api := _API.fullmatch(path):
             self._api(api, sent)
-            return
-        if resolve := _RESOLVE.fullmatch(path):
+        elif resolve := _RESOLVE.fullmatch(path):
             self._resolve(**resolve.groupdict())
-            return
-        # In some environments the client asks for a list of calling programs, which it does not need.
-        if path != "/api/agent-harnesses":
-            self.hub.unknown.append(line)
-        self._refuse(404, "", f"the fake hub does not know {line}")
-        return
+        else:
+            # In some environments the client asks for a list of calling programs, which it does not need.
+            if path != "/api/agent-harnesses":
+                self.hub.unknown.append(line)
+            raise _RefusedError(404, "", f"the fake hub does not know {line}")
 
-    def _find(self, kind: str, name: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
-        """(commit, its files); None after a refusal."""
+    def _find(self, kind: str, name: str, revision: str | None) -> tuple[str, dict[str, bytes]]:
+        """(commit, its files)."""
         repository = self.hub.repositories.get((kind, name))
         if repository is None or (repository.access == "private" and not self._authorized):
             # The hub hides private repositories from other users.
             if self._authorized:
-                self._refuse(404, "RepoNotFound", "Repository not found")
-            else:
-                self._refuse(401, "", "Invalid username or password.")
-            return None
+                raise _RefusedError(404, "RepoNotFound", "Repository not found")
+            raise _RefusedError(401, "", "Invalid username or password.")
         commit = repository.refs.get(revision or "main", revision or "")
         if commit not in repository.commits:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return None
+            raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit, repository.commits[commit]
 
     def _api(self, asked: re.Match[str], sent: str) -> None:
         kind, name, what, revision, path = asked.group("kind", "name", "what", "revision", "path")
-        found = self._find(kind, name, revision)
-        if found is None:
-            return
-        commit, files = found
+        commit, files = self._find(kind, name, revision)
         if what in {None, "revision"}:
             siblings = [{"rfilename": path} for path in sorted(files)]
-            info = {"_id": "0", "id": name, "sha": commit, "private": False, "gated": False, "siblings": siblings}
-            self._json(info)
+            self._json({"_id": "0", "id": name, "sha": commit, "private": False, "gated": False, "siblings": siblings})
             return
         entries = _tree(files)
         if what == "paths-info":
@@ -241,27 +235,20 @@ class _Handler(BaseHTTPRequestHandler):
             if entry["path"].startswith(folder) and (recursive or "/" not in entry["path"][len(folder) :])
         ]
         if folder and not inside:
-            self._refuse(404, "EntryNotFound", f"{path} does not exist on {revision}")
-            return
+            raise _RefusedError(404, "EntryNotFound", f"{path} does not exist on {revision}")
         begin = int(query.get("cursor", ["0"])[0])
         headers = {}
         if begin + PAGE_ENTRIES < len(inside):
             base = f"{self.hub.endpoint}{urlsplit(self.path).path}"
             headers["Link"] = f'<{base}?recursive={recursive}&cursor={begin + PAGE_ENTRIES}>; rel="next"'
         self._json(inside[begin : begin + PAGE_ENTRIES], headers)
-        return
 
     def _resolve(self, kind: str | None, name: str, revision: str, path: str) -> None:
-        found = self._find(kind or "models", name, revision)
-        if found is None:
-            return
-        commit, files = found
+        commit, files = self._find(kind or "models", name, revision)
         if self.hub.repositories[kind or "models", name].access == "gated" and not self._authorized:
-            self._refuse(401, "GatedRepo", f"Access to {name} is restricted.")
-            return
+            raise _RefusedError(401, "GatedRepo", f"Access to {name} is restricted.")
         if path not in files:
-            self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
-            return
+            raise _RefusedError(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         data = files[path]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_git_sha(data)}"'}
         if len(data) < LARGE_BYTES:
@@ -271,7 +258,6 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
         headers["Location"] = f"{self.hub.cdn}/lfs/{digest}?Signature={SIGNATURE}"
         self._send(302, headers, b"Found")
-        return
 
     def _body(self, data: bytes, headers: dict[str, str]) -> None:
         """Send a file, or the requested range of it."""
@@ -286,14 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
         self._send(206, headers, data[begin : end + 1])
-        return
 
-    def _json(self, value: object, headers: dict[str, str] | None = None) -> None:
-        self._send(200, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
-
-    def _refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
-        reason = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (headers or {})
-        self._send(status, {"Content-Type": "application/json", **reason}, json.dumps({"error": message}).encode())
+    def _json(self, value: object, headers: Mapping[str, str] = MappingProxyType({}), status: int = 200) -> None:
+        self._send(status, {"Content-Type": "application/json", **headers}, json.dumps(value).encode())
 
     def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.send_response(status)

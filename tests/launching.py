@@ -34,7 +34,6 @@ IMPORTS = (
 
 
 def warm_python() -> WarmPython:
-    """An interpreter with a rank's imports."""
     return WarmPython(IMPORTS, environment())
 
 
@@ -62,13 +61,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def torchrun_variables(rank: int, ranks: int, port: str) -> dict[str, str]:
-    """Variables that torchrun and deepspeed set."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **{key: str(value) for key, value in numbers.items()}}
 
 
 def srun_variables(rank: int, ranks: int, port: str) -> dict[str, str]:
-    """Variables that srun sets on one node."""
     step = {"NUM_TASKS": str(ranks), "TASKS_PER_NODE": str(ranks), "NODELIST": "localhost"}
     task = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -90,7 +87,6 @@ class WarmRanks:
         return failed[0] if failed else None if None in codes else 0
 
     def wait(self, timeout: float = LONGEST_S) -> int:
-        """Wait for the end of all; the exit code."""
         deadline_s = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > deadline_s:
@@ -101,12 +97,10 @@ class WarmRanks:
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to every rank."""
         for rank in self._ranks:
             rank.send_signal(number)
 
     def kill(self) -> None:
-        """Kill every rank."""
         for rank in self._ranks:
             rank.kill()
 
@@ -154,7 +148,6 @@ def launch(warm: WarmPython, folder: Path, script: str, *arguments: str, expect:
 
 
 def launcher_line(launcher: Launcher, ranks: int) -> list[str]:
-    """The command before the script for a launcher."""
     port = free_port()
     if launcher == "deepspeed":
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, "--num_gpus", str(ranks)]
@@ -166,7 +159,6 @@ def launcher_line(launcher: Launcher, ranks: int) -> list[str]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

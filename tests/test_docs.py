@@ -81,10 +81,17 @@ def test_docs_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_docs_make_targets_exist(path: Path) -> None:
+def test_docs_name_only_what_exists(path: Path) -> None:
+    lines = list(code_lines(path))
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    named = {line.split()[1] for line in code_lines(path) if re.match(r"make [a-z]", line)}
-    assert {target for target in named if not re.search(rf"^{target}:", makefile, re.MULTILINE)} == set()
+    targets = {line.split()[1] for line in lines if re.match(r"make [a-z]", line)}
+    assert {target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)} == set()
+    named = {name for line in lines for name in REPOSITORY_PATH.findall(line)}
+    assert {name for name in named if not (REPOSITORY / name).exists()} == set()
+    modules = {name for line in lines for name in MODULE_PATH.findall(line)}
+    roots = (REPOSITORY, REPOSITORY / "inheritune_ds")
+    assert {name for name in modules if not any((root / name).exists() for root in roots)} == set()
+    assert re.findall(r"@[A-Z_]+@", path.read_text(encoding="utf-8")) == []
 
 
 def anchors(path: Path) -> set[str]:
@@ -103,19 +110,6 @@ def test_docs_links_resolve(path: Path) -> None:
         if not file.exists() or (anchor and anchor not in anchors(file)):
             broken.append(link)
     assert broken == []
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_docs_name_only_files_that_exist(path: Path) -> None:
-    named = {name for line in code_lines(path) for name in REPOSITORY_PATH.findall(line)}
-    assert {name for name in named if not (REPOSITORY / name).exists()} == set()
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_docs_name_only_modules_that_exist(path: Path) -> None:
-    named = {name for line in code_lines(path) for name in MODULE_PATH.findall(line)}
-    roots = (REPOSITORY, REPOSITORY / "inheritune_ds")
-    assert {name for name in named if not any((root / name).exists() for root in roots)} == set()
 
 
 def test_docs_architecture_names_a_module_a_test_and_a_page_for_each_change() -> None:
@@ -175,8 +169,3 @@ def test_docs_recipe_keys_all_have_a_meaning() -> None:
 def test_readme_is_short() -> None:
     lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) <= 150
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_docs_hold_no_placeholder(path: Path) -> None:
-    assert re.findall(r"@[A-Z_]+@", path.read_text(encoding="utf-8")) == []

@@ -18,10 +18,12 @@ case "$2" in *venv*) exit 1;; esac
 NO_HEADERS = """#!/bin/sh
 case "$2" in *Python.h*) exit 1;; esac
 """
+WHOLE_PYTHON = f"""#!/bin/sh
+exec {sys.executable} "$@"
+"""
 
 
 def make(folder: Path, *, python: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run `make` for the virtual environment in a separate folder."""
     venv = folder / ".venv"
     command = ["make", "--no-print-directory", f"VENV={venv}", f"PYTHON={python}", f"{venv}/bin/python"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "CXX"))}
@@ -33,33 +35,19 @@ def make(folder: Path, *, python: str, **environ: str) -> subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("stand_in", "problem", "action"),
     [
-        (OLD_PYTHON, "Python 3.11 or newer is needed", "make quickstart PYTHON=/path/to/python3.11"),
+        (OLD_PYTHON, "Python 3.11 or newer is needed, and '{}' is not one: Python 3.9.2", "PYTHON=/path/to/python3.11"),
         (NO_VENV, "its venv module is missing", "apt-get install python3-venv"),
         (NO_HEADERS, "(Python.h) are missing", "apt-get install python3-dev"),
+        (WHOLE_PYTHON, "No C++ compiler: 'no-such-compiler' is not on the PATH", "apt-get install g++"),
     ],
-    ids=["old", "no venv", "no headers"],
+    ids=["old", "no venv", "no headers", "no compiler"],
 )
-def test_make_reports_missing_parts_of_python(tmp_path: Path, stand_in: str, problem: str, action: str) -> None:
+def test_make_reports_missing_parts(tmp_path: Path, stand_in: str, problem: str, action: str) -> None:
     python = tmp_path / "python"
     python.write_text(stand_in)
     python.chmod(0o755)
-    done = make(tmp_path, python=str(python))
+    done = make(tmp_path, python=str(python), CXX="no-such-compiler")
     assert done.returncode != 0
-    assert problem in done.stderr
+    assert problem.format(python) in done.stderr
     assert action in done.stderr
-    assert not (tmp_path / ".venv").exists()
-
-
-def test_make_reports_a_python_that_is_too_old(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(OLD_PYTHON)
-    python.chmod(0o755)
-    assert f"'{python}' is not one: Python 3.9.2" in make(tmp_path, python=str(python)).stderr
-
-
-def test_make_reports_a_missing_compiler(tmp_path: Path) -> None:
-    done = make(tmp_path, python=sys.executable, CXX="no-such-compiler")
-    assert done.returncode != 0
-    assert "No C++ compiler: 'no-such-compiler' is not on the PATH" in done.stderr
-    assert "apt-get install g++" in done.stderr
     assert not (tmp_path / ".venv").exists()

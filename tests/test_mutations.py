@@ -14,15 +14,12 @@ from typing import NamedTuple
 
 import pytest
 
-from tests import data_mutations, mutations
-from tests.mutations import Mutation
+from tests.mutations import MUTATIONS, OTHER_TESTS
 from tests.warm_python import WarmProcess, WarmPython
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parent.parent
-MUTATIONS = [*mutations.MUTATIONS, *data_mutations.MUTATIONS]
-TESTS = {**mutations.TESTS, **data_mutations.TESTS}
 WHOLE = "whole"
 CRASHES = {"aborts": "os.abort()", "leaves": "os._exit(1)", "passes": "pass", "fails": "assert False"}
 CHILDREN = 2
@@ -48,6 +45,16 @@ from pathlib import Path
 import inheritune_ds
 assert Path(inheritune_ds.__file__).is_relative_to(Path(__file__).parent), inheritune_ds.__file__
 """
+
+
+class Mutation(NamedTuple):
+    why: str
+    old: str
+    new: str
+    only: str = ""
+
+
+PLANTED = [(module, Mutation(*mutation)) for module, planted in MUTATIONS.items() for mutation in planted]
 
 
 class Outcome(NamedTuple):
@@ -76,10 +83,15 @@ def arguments(files: list[str], only: str = "") -> list[str]:
     return [*IMPORTED_ALREADY, *options, *files, *(["-k", only] if only else [])]
 
 
-def plant(mutation: Mutation, folder: Path) -> None:
-    path = copy_to(folder) / "inheritune_ds" / mutation.file
+def tests_of(module: str) -> list[str]:
+    folder, _, name = module.rpartition("/")
+    return OTHER_TESTS.get(module, [f"tests/{folder}/test_{name}"])
+
+
+def plant(module: str, mutation: Mutation, folder: Path) -> None:
+    path = copy_to(folder) / "inheritune_ds" / module
     source = path.read_text(encoding="utf-8")
-    assert source.count(mutation.old) == 1, f"{mutation.file} has {mutation.old!r} {source.count(mutation.old)} times"
+    assert source.count(mutation.old) == 1, f"{module} has {mutation.old!r} {source.count(mutation.old)} times"
     path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
 
 
@@ -89,10 +101,10 @@ def jobs(base: Path) -> Iterator[tuple[Path, list[str]]]:
         (base / name).mkdir()
         (base / name / "test_crash.py").write_text(f"import os\n\ndef test_crash():\n    {body}\n", encoding="utf-8")
         yield base / name, arguments(["test_crash.py"])
-    yield copy_to(base / WHOLE), arguments(sorted({file for group in TESTS.values() for file in group}))
-    for number, mutation in enumerate(MUTATIONS):
-        plant(mutation, base / str(number))
-        yield base / str(number), arguments(TESTS[mutation.file], mutation.only)
+    yield copy_to(base / WHOLE), arguments(sorted({file for module in MUTATIONS for file in tests_of(module)}))
+    for number, (module, mutation) in enumerate(PLANTED):
+        plant(module, mutation, base / str(number))
+        yield base / str(number), arguments(tests_of(module), mutation.only)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +153,7 @@ def test_unchanged_package_passes(outcomes: dict[str, Outcome]) -> None:
     assert outcomes[WHOLE].code == 0, outcomes[WHOLE].output
 
 
-@pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=[mutation.why for mutation in MUTATIONS])
+@pytest.mark.parametrize("number", range(len(PLANTED)), ids=[mutation.why for _, mutation in PLANTED])
 def test_planted_mistake_is_caught(number: int, outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes[str(number)]
-    assert is_caught(outcome), f"{MUTATIONS[number]} was not caught (code {outcome.code}):\n{outcome.output}"
+    assert is_caught(outcome), f"{PLANTED[number]} was not caught (code {outcome.code}):\n{outcome.output}"

@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import json
 import sys
 from fnmatch import fnmatch
 from importlib import metadata, resources
@@ -99,11 +98,6 @@ def test_constraints_pin_a_version_in_each_range() -> None:
     pinned = pins()
     outside = {name: pinned.get(name) for name, r in wanted.items() if not r.specifier.contains(pinned.get(name, ""))}
     assert outside == {}
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.name)
-def test_ds_config_is_a_json_object(path: Path) -> None:
-    assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
 
 
 def test_console_script_points_at_a_function() -> None:

@@ -41,7 +41,6 @@ if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >>requeued; fi
 
 @pytest.fixture
 def batch(tmp_path: Path) -> dict[str, str]:
-    """Environment of a batch script with fakes of srun and scontrol."""
     stand_ins = {
         "srun": SRUN.format(python=sys.executable),
         "scontrol": SCONTROL,
@@ -68,20 +67,24 @@ def batch(tmp_path: Path) -> dict[str, str]:
 
 
 def start(batch: dict[str, str], *arguments: str, **extra: str) -> subprocess.Popen[str]:
-    script = REPOSITORY / "slurm" / "train.sbatch"
-    return subprocess.Popen(
-        ["bash", script, *arguments],
-        env={**batch, **extra},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    line = ["bash", str(REPOSITORY / "slurm" / "train.sbatch"), *arguments]
+    return subprocess.Popen(line, env={**batch, **extra}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def wait_until_ready(folder: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not (folder / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def test_sbatch_starts_python_as_the_task_with_the_rendezvous_exported(batch: dict[str, str], tmp_path: Path) -> None:
-    process = start(batch, "seed=7", STATE="finished")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    code, output = end(start(batch, "seed=7", STATE="finished"))
+    assert code == 0, output
     seen = json.loads((tmp_path / "srun.json").read_text())
     assert seen["argv"] == [
         "--kill-on-bad-exit=1",
@@ -97,20 +100,21 @@ def test_sbatch_starts_python_as_the_task_with_the_rendezvous_exported(batch: di
 
 def test_sbatch_forwards_the_signal_to_the_ranks_and_requeues(batch: dict[str, str], tmp_path: Path) -> None:
     process = start(batch, STATE="until USR1")
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_ready(tmp_path)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    code, output = end(process)
+    assert code == 0, output
     assert (tmp_path / "requeued").read_text() == "requeue 70007\n"
 
 
-@pytest.mark.parametrize("state", ["failed", "finished", "running"])
+@pytest.mark.parametrize("state", ["failed", "finished", "running", ""])
 def test_sbatch_does_not_requeue_other_states(batch: dict[str, str], tmp_path: Path, state: str) -> None:
-    process = start(batch, STATE=state, CODE="11")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 11, output
+    old = tmp_path / "runs" / "quickstart" / "status.json"
+    old.parent.mkdir(parents=True)
+    old.write_text('{"state": "requeue"}')  # of an earlier start
+    code, output = end(start(batch, STATE=state, CODE="11"))
+    assert code == 11, output
+    assert f"status.json: {state or 'not written by this start'}, srun ended with 11" in output
     assert not (tmp_path / "requeued").exists()
 
 
@@ -118,40 +122,24 @@ def test_sbatch_does_not_requeue_after_a_stop_file(batch: dict[str, str], tmp_pa
     asked = Controls(tmp_path, StopSignal(), World(0, 1, 0, 1, "single"))
     (tmp_path / "STOP").touch()
     assert asked.requests().stop
-    process = start(batch, STATE="requeue", REASON=f"{asked.reason}: saved at step 3")
-    output, _ = process.communicate(timeout=60)
+    _, output = end(start(batch, STATE="requeue", REASON=f"{asked.reason}: saved at step 3"))
     assert "runs/quickstart/status.json: stopped by hand, srun ended with 0" in output
-    assert not (tmp_path / "requeued").exists()
-
-
-def test_sbatch_ignores_a_status_of_an_earlier_start(batch: dict[str, str], tmp_path: Path) -> None:
-    old = tmp_path / "runs" / "quickstart" / "status.json"
-    old.parent.mkdir(parents=True)
-    old.write_text('{"state": "requeue"}')
-    process = start(batch, STATE="", CODE="10")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 10, output
-    assert "not written by this start" in output
     assert not (tmp_path / "requeued").exists()
 
 
 def test_sbatch_does_not_requeue_after_scancel(batch: dict[str, str], tmp_path: Path) -> None:
     process = start(batch, STATE="until USR1")
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_ready(tmp_path)
     process.send_signal(signal.SIGTERM)  # scancel: to the batch shell and, here by USR1, to the ranks
     time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    assert "requeue, srun ended with 0" in output
+    assert "requeue, srun ended with 0" in end(process)[1]
     assert not (tmp_path / "requeued").exists()
 
 
 def test_sbatch_reports_a_wrong_recipe_before_it_starts(batch: dict[str, str], tmp_path: Path) -> None:
-    process = start(batch, RECIPE="quikstart", STATE="finished")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    code, output = end(start(batch, RECIPE="quikstart", STATE="finished"))
+    assert code == 1
     assert "quikstart" in output
     assert "did you mean quickstart?" in output
     assert not (tmp_path / "srun.json").exists()

@@ -40,7 +40,6 @@ def document(**sections: Any) -> dict[str, Any]:
 
 
 def recipe(**sections: Any) -> Recipe:
-    """`document`, validated."""
     return validate(Recipe, document(**sections), "tiny")
 
 

@@ -30,18 +30,14 @@ _LONGEST_JOB = 2**20
 
 
 class WarmProcess:
-    """A started process, with the interface of `subprocess.Popen`."""
-
     def __init__(self, server: "WarmPython", pid: int) -> None:
         self._server, self.pid = server, pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code if it has ended."""
         return self._ended(0.0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end, or raise `subprocess.TimeoutExpired`."""
         code = self._ended(timeout)
         if code is None:
             assert timeout is not None
@@ -49,13 +45,11 @@ class WarmProcess:
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal unless it has ended."""
         if self.poll() is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Send SIGKILL unless it has ended."""
         self.send_signal(signal.SIGKILL)
 
     def _ended(self, timeout_s: float | None) -> int | None:
@@ -182,7 +176,6 @@ def _settle(job: dict[str, Any], streams: list[int], control: socket.socket, oth
 
 
 def _run(words: list[str]) -> None:
-    """Run like `python WORDS`."""
     first, second = words[0], words[1] if len(words) > 1 else ""
     if first == "-m":
         runpy.run_module(second, run_name="__main__", alter_sys=True)

@@ -43,12 +43,15 @@ def _make_group(world: World, timeout: timedelta) -> None:
         os.environ["LOCAL_RANK"] = str(device)
         torch.cuda.set_device(device)
     import deepspeed
+    from deepspeed.utils import groups
 
     quiet()
     try:
         deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=timeout)
     except dist.DistNetworkError as error:
         raise cannot_meet(error) from None
+    # ZeRO communicates in a copy of this group, which DeepSpeed would make with torch's time limit (nccl: 10 minutes).
+    groups._WORLD_GROUP = dist.new_group(timeout=timeout)  # noqa: SLF001 - no public way
 
 
 _GONE = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting")

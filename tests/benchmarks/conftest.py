@@ -11,9 +11,11 @@ import pytest
 from inheritune_ds.storage.files import read_json
 from tests.launching import ROOT, environment
 
+Rehearse = Callable[..., tuple[dict[str, Any], str]]
+
 
 @pytest.fixture
-def rehearse(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], str]]:
+def rehearse(tmp_path: Path) -> Rehearse:
     """Runs `python -m benchmarks.NAME --rehearse` with an empty folder as scratch; returns its JSON and its output."""
 
     def run(name: str, *words: str) -> tuple[dict[str, Any], str]:

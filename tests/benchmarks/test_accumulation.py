@@ -1,14 +1,8 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from benchmarks.accumulation import error, exact, lines_of, mean_and_interval, tokens_of
-from inheritune_ds.storage.files import read_json
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from benchmarks.accumulation import error, exact, lines_of, mean_and_interval
+from tests.benchmarks.conftest import Rehearse
 
 
 def test_error_is_relative_to_the_whole_gradient() -> None:
@@ -24,11 +18,6 @@ def test_mean_and_interval_returns_the_interval_of_the_mean() -> None:
     assert 1.0 < low < 2.0 < high < 3.0
 
 
-def test_tokens_of_starts_alike_for_every_accumulation() -> None:
-    assert torch.equal(tokens_of(3, 2), tokens_of(3, 4)[:2])
-    assert not torch.equal(tokens_of(3, 2), tokens_of(4, 2))
-
-
 def test_exact_returns_the_mean_over_micro_batches() -> None:
     one, two = (exact(0, [count], "cpu")[count] for count in (1, 2))
     both = exact(0, [1, 2], "cpu")
@@ -36,6 +25,7 @@ def test_exact_returns_the_mean_over_micro_batches() -> None:
     assert torch.equal(both[1][name], one[name])
     assert torch.equal(both[2][name], two[name])
     assert one[name].dtype == torch.float64
+    assert not torch.equal(exact(1, [1], "cpu")[1][name], one[name]), "another seed, other tokens"
 
 
 def test_lines_of_has_a_row_per_setting_and_a_column_per_accumulation() -> None:
@@ -49,13 +39,9 @@ def test_lines_of_has_a_row_per_setting_and_a_column_per_accumulation() -> None:
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
-def test_rehearsal_shows_the_rounding_of_bf16_passes_and_sums(tmp_path: Path) -> None:
-    out = tmp_path / "accumulation.json"
-    command = [sys.executable, "-m", "benchmarks.accumulation", "--rehearse", "--out", str(out)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
-    result = read_json(out)
-    assert result is not None
-    found = {(row["dtype"], row["communication"], row["accumulation"]): row["mean"] for row in result["rows"]}
+def test_rehearsal_shows_the_rounding_of_bf16_passes_and_sums(rehearse: Rehearse) -> None:
+    rows = rehearse("accumulation")[0]["rows"]
+    found = {(row["dtype"], row["communication"], row["accumulation"]): row["mean"] for row in rows}
     assert 0.002 < found["fp32", "fp32", 1] < 0.01
     assert found["fp32", "bf16", 1] == found["bf16", "bf16", 1]  # nothing is added up
     assert found["fp32", "fp32", 4] < found["fp32", "bf16", 4] < found["bf16", "bf16", 4]

@@ -1,14 +1,10 @@
 """The measurement of saving, at toy size."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks import checkpoint
-
-Rehearse = Callable[..., tuple[dict[str, Any], str]]
+from tests.benchmarks.conftest import Rehearse
 
 
 @pytest.mark.rehearsal
@@ -27,8 +23,3 @@ def test_rehearsal_compares_three_writers_on_one_and_two_ranks(rehearse: Rehears
             assert 0.0 < seconds["blocked"] < seconds["async"]
     assert "2 ranks: sync over plain" in output
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.json"], "a measurement leaves no files"
-
-
-def test_comparisons_have_the_promised_bars() -> None:
-    bars = {comparison.name: comparison.bar for comparison in checkpoint.COMPARISONS if comparison.bar is not None}
-    assert bars == {"sync over plain": 1.25, "async, blocked, over plain": 0.15}

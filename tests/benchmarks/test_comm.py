@@ -1,13 +1,9 @@
 """The count of what the ranks send: DeepSpeed's calls and bytes against the planner's, on two real ranks."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from benchmarks.comm import ACCUMULATIONS, STAGES, verdicts
-
-Rehearse = Callable[..., tuple[dict[str, Any], str]]
+from tests.benchmarks.conftest import Rehearse
 
 
 @pytest.mark.rehearsal

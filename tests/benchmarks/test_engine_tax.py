@@ -1,12 +1,11 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from benchmarks.engine_tax import BENCHMARK, comparisons
+from benchmarks.engine_tax import comparisons
 from benchmarks.peers import comparisons as peers_comparisons
 from benchmarks.side_by_side import SHAPES, Setting
-from inheritune_ds.storage.files import read_json
+from tests.benchmarks.conftest import Rehearse
 
 SETTING = Setting((), ("llama", SHAPES["llama"]), 8, 4, "cpu", "keep", 3, 5, 2.0, 3, 0.1, {}, None, None)
 
@@ -32,12 +31,9 @@ def test_peers_have_the_promised_bars() -> None:
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
-def test_rehearsal_measures_base_project_and_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "engine_tax.json"
+def test_rehearsal_measures_base_project_and_deepspeed(rehearse: Rehearse) -> None:
     chosen = "plain_master,project,deepspeed"
-    assert BENCHMARK.main(["--rehearse", "--subjects", chosen, "--out", str(out)]) == 0
-    result = read_json(out)
-    assert result is not None
+    result, output = rehearse("engine_tax", "--subjects", chosen)
     (found,) = result["settings"]
     (rounds,) = found["rounds"]
     assert [list(blocks) for blocks in rounds] == [chosen.split(","), chosen.split(",")[::-1]]
@@ -49,4 +45,4 @@ def test_rehearsal_measures_base_project_and_deepspeed(tmp_path: Path, capsys: p
         # untrained, on random tokens: ln 512 = 6.24
         assert found["subjects"][name]["loss"] == pytest.approx(6.24, abs=0.1)
     assert "kernels.compile: off (named)" in " ".join(found["subjects"]["project"]["notes"])
-    assert "tax of project" in capsys.readouterr().out
+    assert "tax of project" in output

@@ -37,32 +37,23 @@ def test_watchdog_reports_the_end_of_a_process(tmp_path: Path) -> None:
     assert badly.words == "its process ended with code 3"
 
 
-def test_watchdog_ends_children_in_other_sessions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("hangs", "limit_s"), [(True, 5.0), (False, 60.0)])
+def test_watchdog_ends_children_in_other_sessions(tmp_path: Path, *, hangs: bool, limit_s: float) -> None:
     child = tmp_path / "child"
     code = f"""
         import pathlib, subprocess, sys, time
         sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
         started = subprocess.Popen(sleeper, start_new_session=True)
         pathlib.Path({str(child)!r}).write_text(str(started.pid))
-        time.sleep(600)
+        time.sleep(600 * {hangs})
     """
-    (ending,) = watch([python(code, tmp_path, limit_s=5.0)])
-    assert ending.code is None
-    assert 5.0 <= ending.seconds < 60.0
-    assert ending.words == f"ended after {ending.seconds:.0f} s: its time was over"
-    assert not is_running(int(child.read_text(encoding="utf-8")))
-
-
-def test_watchdog_ends_remaining_children(tmp_path: Path) -> None:
-    child = tmp_path / "child"
-    code = f"""
-        import pathlib, subprocess, sys
-        sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
-        started = subprocess.Popen(sleeper, start_new_session=True)
-        pathlib.Path({str(child)!r}).write_text(str(started.pid))
-    """
-    (ending,) = watch([python(code, tmp_path)])
-    assert ending.code == 0
+    (ending,) = watch([python(code, tmp_path, limit_s=limit_s)])
+    if hangs:
+        assert ending.code is None
+        assert 5.0 <= ending.seconds < 60.0
+        assert ending.words == f"ended after {ending.seconds:.0f} s: its time was over"
+    else:
+        assert ending.code == 0
     assert not is_running(int(child.read_text(encoding="utf-8")))
 
 
@@ -119,8 +110,6 @@ for name in {group!r}:
 
 
 def run_fake(monkeypatch: pytest.MonkeyPatch, out: Path, does: dict[str, str]) -> tuple[int, dict[str, dict[str, Any]]]:
-    """The command on a machine with a GPU, whose parts behave as given by `does`."""
-
     def start(args: argparse.Namespace, group: list[str], scratch: Path) -> Start:
         code = FAKE.format(folder=str(scratch), group=group, does=does)
         return Start([sys.executable, "-c", code], {}, scratch / "log", 60.0 * args.minutes)
@@ -145,25 +134,25 @@ def test_main_exits_with_0_if_parts_pass_or_are_skipped(
     assert [line.split()[:2] for line in table] == [["parity", "ok"], ["peers", "skipped"]]
 
 
-def test_main_exits_with_1_after_a_missed_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_fake(monkeypatch, tmp_path, {"loss": "missed"})[0] == 1
-
-
-def test_main_keeps_other_parts_and_findings_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, found = run_fake(monkeypatch, tmp_path, {"parity": "crash", "loss": "ok"})
+@pytest.mark.parametrize(
+    ("does", "status", "reason"),
+    [
+        ("missed", "missed", ""),
+        ("crash", "failed", "its process ended with code 7"),
+        ("hang", "failed", "its time was over"),
+    ],
+)
+def test_main_exits_with_1_and_keeps_all_findings(
+    does: str, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, found = run_fake(monkeypatch, tmp_path, {"parity": does, "loss": "ok"})
     assert code == 1
     assert found["loss"]["status"] == "ok"
-    crashed = found["parity"]
-    assert (crashed["status"], crashed["reason"]) == ("failed", "its process ended with code 7")
-    assert crashed["figures"] == {"found": 1}
-    assert crashed["log_end"] == "the last words\n"
-
-
-def test_main_ends_a_hanging_part_and_keeps_its_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, found = run_fake(monkeypatch, tmp_path, {"parity": "hang"})
-    assert code == 1
-    assert (found["parity"]["status"], found["parity"]["lines"]) == ("failed", ["so far"])
-    assert found["parity"]["reason"].endswith("its time was over")
+    bad = found["parity"]
+    assert (bad["status"], bad["reason"].endswith(reason)) == (status, True)
+    assert (bad["figures"], bad["lines"]) == ({"found": 1}, ["so far"])
+    if does == "crash":
+        assert bad["log_end"] == "the last words\n"
 
 
 def test_table_shows_the_reason(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu_parts import capped, predictions, ratios, resume, startup, throughput, training
 from benchmarks.gpu_parts.case import Case, Cases, Trained
 from benchmarks.gpu_parts.part import Part
-from benchmarks.gpu_parts.report import Report, bar_words
+from benchmarks.gpu_parts.report import Report
 from benchmarks.side_by_side import Measured, Setting
 from benchmarks.subjects.process import Block
 from inheritune_ds.errors import MachineError, TrainingError
@@ -80,12 +80,6 @@ def test_end_keeps_failure_and_skipping(tmp_path: Path) -> None:
         assert (findings(tmp_path)["status"], findings(tmp_path)["reason"]) == (status, "why")
 
 
-def test_bar_words_shows_value_limit_and_verdict() -> None:
-    assert bar_words("MFU", {"value": 0.5712, "at_least": 0.55, "verdict": "met"}) == "MFU 0.5712 (at least 0.55: met)"
-    found = bar_words("tax", {"value": None, "at_most": 1.03, "verdict": "not judged"})
-    assert found == "tax unknown (at most 1.03: not judged)"
-
-
 # Results of the parts
 
 
@@ -130,8 +124,7 @@ def test_sweep_halves_the_planners_micro_batch_and_judges_the_best(
 
 def test_sweep_continues_after_a_case_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = throughput.TARGET
-    found = {f"{name}-x{size}": trained(name, size, 10.0) for size in (8, 4)}
-    answers(monkeypatch, {name: None, **found})
+    answers(monkeypatch, {name: None, **{f"{name}-x{size}": trained(name, size, 10.0) for size in (8, 4)}})
     throughput.mfu_target(part_in(tmp_path, rehearse=False))
     report = findings(tmp_path)
     assert report["figures"] == {f"best micro-batch of {name}": 8}
@@ -267,19 +260,20 @@ def test_sets_of_processes_end_with_the_time(tmp_path: Path, monkeypatch: pytest
     assert findings(tmp_path)["bars"]["tax of project_compiled"]["verdict"] == "met"
 
 
-def test_nanogpt_is_skipped_without_a_checkout(tmp_path: Path) -> None:
-    ratios.nanogpt(part_in(tmp_path, rehearse=False))
-    assert findings(tmp_path)["status"] == "skipped"
-    assert findings(tmp_path)["reason"] == "no nanoGPT checkout was given (--nanogpt FOLDER)"
-
-
-def test_nanogpt_is_judged_with_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_nanogpt_is_judged_if_a_checkout_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, given: bool
+) -> None:
     asked: list[Setting] = []
     monkeypatch.setattr(ratios, "measure", measured_by({"project_shipped": 106.0, "nanogpt": 100.0}, asked))
-    part = Part(False, tmp_path, tmp_path, time.monotonic() + 1000.0, Report(tmp_path / "report.json", rehearsal=False))
-    ratios.nanogpt(part)
-    assert [setting.nanogpt for setting in asked] == [str(tmp_path)] * 3
-    assert findings(tmp_path)["bars"]["project_shipped over nanogpt"]["verdict"] == "met"
+    ratios.nanogpt(replace(part_in(tmp_path, rehearse=False), nanogpt=tmp_path if given else None))
+    found = findings(tmp_path)
+    if given:
+        assert [setting.nanogpt for setting in asked] == [str(tmp_path)] * 3
+        assert found["bars"]["project_shipped over nanogpt"]["verdict"] == "met"
+    else:
+        assert (found["status"], asked) == ("skipped", [])
+        assert found["reason"] == "no nanoGPT checkout was given (--nanogpt FOLDER)"
 
 
 # The clock of a case, as it works on a GPU

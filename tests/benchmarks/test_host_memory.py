@@ -1,15 +1,10 @@
 """The host memory benchmark: its sampler, and a rehearsal."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from benchmarks.host_memory import peak_growth
-from tests.launching import ROOT, environment
+from tests.benchmarks.conftest import Rehearse
 
 
 def test_growth_is_that_of_anonymous_memory_at_its_peak() -> None:
@@ -22,10 +17,7 @@ def test_growth_is_that_of_anonymous_memory_at_its_peak() -> None:
 
 @pytest.mark.rehearsal
 @pytest.mark.timeout(600)
-def test_rehearsal_measures_every_file_type_and_precision(tmp_path: Path) -> None:
-    out = tmp_path / "host_memory.json"
-    words = [sys.executable, "-m", "benchmarks.host_memory", "--rehearse", "--out", str(out)]
-    subprocess.run(words, cwd=ROOT, env=environment(), check=True)
-    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+def test_rehearsal_measures_every_file_type_and_precision(rehearse: Rehearse) -> None:
+    cases = rehearse("host_memory")[0]["cases"]
     assert len(cases) == 4
     assert all(figures["export_bytes_per_parameter"] >= 0.0 for figures in cases.values())

@@ -1,15 +1,11 @@
 """The memory benchmark: real engines against the planner, and the counter that it rests on."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
 from benchmarks.live_bytes import LiveBytes, live_tensors, storages
 from benchmarks.memory import RANKS, cases
-
-Rehearse = Callable[..., tuple[dict[str, Any], str]]
+from tests.benchmarks.conftest import Rehearse
 
 MIB = 2**20
 

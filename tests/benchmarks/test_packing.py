@@ -1,23 +1,15 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import packing
 from benchmarks.packing import EOS, Setting
+from tests import tiny
 
-SHAPE: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 48,
-}
+SHAPE = {**tiny.LLAMA, "vocab_size": 61, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 48}
 TINY = Setting(SHAPE, 2, "cpu", torch.float32, "sdpa")
 
 

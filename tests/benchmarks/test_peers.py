@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers import BENCHMARK
-from inheritune_ds.storage.files import read_json
+from tests.benchmarks.conftest import Rehearse
 
 MODEL = '''\
 """As much of nanoGPT's model.py as its loop touches."""
@@ -37,13 +36,9 @@ class GPT(nn.Module):
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a first start builds DeepSpeed's operators
-def test_rehearsal_measures_the_available_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rehearsal_measures_the_available_peers(rehearse: Rehearse, tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(MODEL, encoding="utf-8")
-    out = tmp_path / "peers.json"
-    given = ["--rehearse", "--shape", "gpt2", "--nanogpt", str(tmp_path), "--out", str(out)]
-    assert BENCHMARK.main(given) == 0
-    result = read_json(out)
-    assert result is not None
+    result, output = rehearse("peers", "--shape", "gpt2", "--nanogpt", str(tmp_path))
     (found,) = result["settings"]
     assert list(found["subjects"]) == ["plain", "project_shipped", "hf_trainer", "nanogpt"]
     peers = ("plain", "hf_trainer", "nanogpt")
@@ -53,4 +48,4 @@ def test_rehearsal_measures_the_available_peers(tmp_path: Path, capsys: pytest.C
     notes = " ".join(found["subjects"]["project_shipped"]["notes"])
     assert "kernels.compile: " in notes
     assert "allocator: " in notes
-    assert "litgpt: skipped (--litgpt-python L/bin/python includes it)" in capsys.readouterr().out
+    assert "litgpt: skipped (--litgpt-python L/bin/python includes it)" in output

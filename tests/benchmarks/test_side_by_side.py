@@ -1,5 +1,4 @@
 import argparse
-import io
 import json
 import subprocess
 import sys
@@ -11,12 +10,13 @@ import pytest
 
 from benchmarks import side_by_side, side_by_side_cli
 from benchmarks.comparison import Comparison, in_turns, summary, verdict
-from benchmarks.side_by_side import SHAPES, Measured, Setting, report, write_tokens
+from benchmarks.side_by_side import Measured, report, write_tokens
 from benchmarks.side_by_side_cli import batches, check_subjects, names, positive
 from benchmarks.subjects import process
 from benchmarks.subjects.process import Block, Subject
-from benchmarks.subjects.turns import Finished, Order, Turns
+from benchmarks.subjects.turns import Order
 from inheritune_ds.errors import MachineError
+from tests.benchmarks import test_engine_tax
 
 ORDER = Order(
     subject="plain",
@@ -31,22 +31,7 @@ ORDER = Order(
     total_steps=100,
     started_s=0.0,
 )
-SETTING = Setting(
-    subjects=("a", "b"),
-    shape=("llama", SHAPES["llama"]),
-    micro_batch=8,
-    accumulation=4,
-    device="cpu",
-    allocator="keep",
-    processes=2,
-    blocks=2,
-    block_s=1.0,
-    warmup_steps=3,
-    max_other_cores=0.1,
-    environ={},
-    litgpt_python=None,
-    nanogpt=None,
-)
+SETTING = replace(test_engine_tax.SETTING, subjects=("a", "b"), processes=2, blocks=2, block_s=1.0)
 STAND_IN = """\
 #!{python}
 import json, sys
@@ -143,24 +128,6 @@ def test_write_tokens_is_random_and_repeatable(tmp_path: Path) -> None:
     assert len(set(found[::2])) == 100
 
 
-def test_turns_answer_after_warm_up_and_every_block() -> None:
-    answers = io.StringIO()
-    turns = Turns(ORDER, io.StringIO('{"steps": 3}\n{"end": true}\n'), answers)
-    turns.packages, turns.notes = ("pytest",), ("chosen",)
-    for _ in range(4):
-        turns.windows += 6
-        turns.step_done()
-    turns.windows += 6
-    with pytest.raises(Finished):
-        turns.step_done(lambda: 8.0)
-    warm, later = (json.loads(line) for line in answers.getvalue().splitlines())
-    assert (warm["steps"], warm["windows"], warm["loss"]) == (2, 12, None)
-    assert (warm["versions"], warm["notes"]) == ({"pytest": pytest.__version__}, ["chosen"])
-    assert 0.0 <= warm["step_s"] <= warm["seconds"] <= warm["first_step_s"]
-    assert (later["steps"], later["windows"], later["loss"]) == (3, 18, 8.0)
-    assert "first_step_s" not in later
-
-
 def test_subject_makes_whole_steps_of_about_the_requested_time(tmp_path: Path) -> None:
     subject = stand_in(tmp_path)
     try:
@@ -189,12 +156,6 @@ def test_subject_refuses_a_missing_answer(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(process, "START_TIMEOUT_S", 0.0)
     with pytest.raises(MachineError, match="the subject plain did not answer within 0 s"):
         stand_in(tmp_path)
-
-
-def test_subject_reports_the_end_of_the_output(tmp_path: Path) -> None:
-    order = replace(ORDER, subject="none")
-    with pytest.raises(MachineError, match=r"^the subject none ended by itself(?s:.)*KeyError: 'none'"):
-        Subject(order, python=sys.executable, environ={}, log=tmp_path / "log")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

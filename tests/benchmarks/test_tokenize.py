@@ -1,14 +1,12 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.tokenize import MEGABYTE, lines_of, missed, write_corpus
-from inheritune_ds.storage.files import read_json
+from tests.benchmarks.conftest import Rehearse
+from tests.launching import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-DATA = REPOSITORY.parent / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 
 
 def test_write_corpus_repeats_a_file_under_further_names(tmp_path: Path) -> None:
@@ -38,12 +36,8 @@ def test_missed_names_the_missed_bars() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real corpora (../shared/data) are not beside this checkout")
-def test_rehearsal_measures_throughput_and_memory(tmp_path: Path) -> None:
-    out = tmp_path / "tokenize.json"
-    command = [sys.executable, "-m", "benchmarks.tokenize", "--data", str(DATA), "--rehearse", "--out", str(out)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
-    result = read_json(out)
-    assert result is not None
+def test_rehearsal_measures_throughput_and_memory(rehearse: Rehearse) -> None:
+    result, _ = rehearse("tokenize", "--data", str(DATA))
     assert set(result["mb_per_s"]) == {"project", "encode_batch", "encode_batch_fast"}
     (held,) = result["memory"]
     assert held["corpus_bytes"] > 8 * MEGABYTE

@@ -6,7 +6,7 @@ engine over masters, moments and weights as whole tensors, by name, after the lo
 losses of these.
 
 A layout is a ZeRO stage, a precision and letters: `2bf16o` offloads the optimizer, `3fp32s` cuts into small groups,
-`1bf16a` accumulates in bf16, `2fp16x` is saved just after an overflow.
+`1bf16a` accumulates in bf16, `2fp16x` is saved just after an overflow, `2fp16xx` after two and no update.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.ranks import join_ranks
+from inheritune_ds.checkpoints.fragments import MASTER, MOMENTS
 from inheritune_ds.distributed.world import World
 from tests import tiny
 
@@ -33,7 +34,6 @@ WINDOWS = 8
 
 
 def build(layout: str, world: World, seed: int) -> Any:
-    """An engine of a layout."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     recipe = tiny.recipe(
@@ -69,44 +69,41 @@ def update(engine: Any, world: World, number: int) -> float:
 
 
 def digest(engine: Any) -> dict[str, str]:
-    """sha256 of every parameter's master, moments and rounded weight, as whole tensors."""
+    """sha256 of every parameter's rounded weight, master and moments, as whole tensors; no moments before an update."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    found = {}
+    values = {}
     optimizer = engine._engine.optimizer
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+    kinds = MOMENTS if any(optimizer.optimizer.state.values()) else ()
+    if kinds and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         # DeepSpeed links the moments of all groups after the first update of the first group, before others have any.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
-            values = [parameter.detach().clone()]
-        values.append(safe_get_full_fp32_param(parameter))
-        values += [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
-        joined = b"".join(value.float().cpu().numpy().tobytes() for value in values)
-        found[name] = hashlib.sha256(joined).hexdigest()
-    return found
+            values[f"{name}/weight"] = parameter.detach().clone()
+        values[f"{name}/{MASTER}"] = safe_get_full_fp32_param(parameter)
+        for kind in kinds:
+            values[f"{name}/{kind}"] = safe_get_full_optimizer_state(parameter, kind)
+    return {key: hashlib.sha256(value.float().cpu().numpy().tobytes()).hexdigest() for key, value in values.items()}
 
 
 def update_to_overflow(engine: Any, world: World, number: int) -> None:
     """One update that is skipped, as its scaled gradients are not finite; then a scale that steps can use again."""
     scaler = engine._engine.optimizer.loss_scaler
-    used, scaler.cur_scale = scaler.cur_scale, 2.0**40
+    skipped, used, scaler.cur_scale = engine._engine.skipped_steps, scaler.cur_scale, 2.0**40
     update(engine, world, number)
-    assert engine._engine.skipped_steps == 1
-    assert (scaler.last_overflow_iter, scaler.cur_hysteresis) == (1, 1)
+    assert engine._engine.skipped_steps == skipped + 1
     scaler.cur_scale = used
 
 
 def scaler_of(engine: Any) -> dict[str, Any]:
-    """All fields of the loss scaler, if there is one."""
     found = getattr(engine._engine.optimizer, "loss_scaler", None)
     return {} if found is None else {key: str(value) for key, value in vars(found).items()}
 
 
 def save(engine: Any, world: World, layout: str, folder: Path) -> None:
-    """Publish a checkpoint as a run does."""
     from inheritune_ds.checkpoints.saver import Saver
     from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
@@ -124,7 +121,6 @@ def save(engine: Any, world: World, layout: str, folder: Path) -> None:
 
 
 def failure_of_copy(engine: Any) -> str:
-    """The error of a snapshot that host memory does not hold."""
     from inheritune_ds.checkpoints.snapshot import PinnedBuffers
 
     with patch.object(PinnedBuffers, "copy", side_effect=RuntimeError("CUDA error: out of memory")):
@@ -139,7 +135,6 @@ def continued(engine: Any, world: World) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Save and load what the command line names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("saved")
@@ -153,8 +148,8 @@ def main() -> None:
     report: dict[str, Any] = {}
     for layout in filter(None, args.saved.split(",")):
         engine = build(layout, world, seed=1)
-        update(engine, world, 0)
-        (update_to_overflow if "x" in layout else update)(engine, world, 1)
+        for number in range(2):
+            (update_to_overflow if number >= 2 - layout.count("x") else update)(engine, world, number)
         name = f"{layout}-{world.size}"
         save(engine, world, layout, args.folder / name)
         report[name] = {"failure": failure_of_copy(engine), **continued(engine, world)}

@@ -71,8 +71,6 @@ class State:
 
 
 class Ranks:
-    """Two ranks of one run."""
-
     def __init__(self, folder: Path, **reliability: Any) -> None:
         self.folder = folder
         self.barrier = Barrier(RANKS)

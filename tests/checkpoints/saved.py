@@ -22,7 +22,7 @@ def written(temporary: Path, text: str) -> dict[str, Any]:
 
 
 def fields_of(step: int) -> dict[str, Any]:
-    return {"state": TrainState(step, train_seconds=0.1 + step).as_dict(), "layout": asdict(LAYOUT)}
+    return {"state": TrainState(step, step * 512, train_seconds=0.1 + step).as_dict(), "layout": asdict(LAYOUT)}
 
 
 def save(store: CheckpointStore, *steps: int, text: str = "state") -> Path:
@@ -33,7 +33,6 @@ def save(store: CheckpointStore, *steps: int, text: str = "state") -> Path:
 
 
 def newest(store: CheckpointStore) -> Path | None:
-    """Folder of the newest intact checkpoint."""
     found = store.newest_intact()
     return None if found is None else found.path
 

@@ -12,6 +12,7 @@ from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, find_fault
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import CheckpointError
 from tests.checkpoints.saved import newest, save
+from tests.conftest import Logged
 
 
 def test_files_of_another_user_are_not_loaded(
@@ -59,9 +60,7 @@ def test_saved_files_are_not_world_writable_under_any_umask(store: CheckpointSto
     assert not any(path.stat().st_mode & stat.S_IWOTH for path in [folder, saved, *saved.rglob("*")])
 
 
-def test_error_lists_every_damaged_checkpoint(
-    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
-) -> None:
+def test_error_lists_every_damaged_checkpoint(store: CheckpointStore, folder: Path, logged: Logged) -> None:
     save(store, 1, 2)
     (folder / "step-00000001" / "rank-00000.safetensors").unlink()
     (folder / "step-00000002" / MANIFEST).unlink()
@@ -99,7 +98,7 @@ def test_run_with_missing_checkpoints_does_not_start_over(
 
 @pytest.mark.parametrize("status", [None, '{"step": 0, "saved_step": 0}', "[]", "{"])
 def test_run_that_never_saved_starts_at_step_0(
-    status: str | None, store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
+    status: str | None, store: CheckpointStore, folder: Path, logged: Logged
 ) -> None:
     store.claim_generation()
     (folder.parent / "metrics.jsonl").touch()
@@ -129,9 +128,7 @@ POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", POINTERS)
-def test_invalid_pointer_is_logged_and_ignored(
-    name: str, store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
-) -> None:
+def test_invalid_pointer_is_logged_and_ignored(name: str, store: CheckpointStore, folder: Path, logged: Logged) -> None:
     saved = save(store, 1, 2)
     harm, fault = POINTERS[name]
     harm(folder / POINTER)

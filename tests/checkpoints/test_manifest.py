@@ -22,6 +22,7 @@ from inheritune_ds.checkpoints.retention import expired
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import CheckpointError
 from tests.checkpoints.saved import MODEL, flip, newest, save
+from tests.conftest import Logged
 
 
 def test_published_lists_the_newest_first(store: CheckpointStore, folder: Path) -> None:
@@ -73,7 +74,7 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("name", HARMS)
 def test_damaged_checkpoint_is_skipped_with_a_warning(
-    name: str, store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
+    name: str, store: CheckpointStore, folder: Path, logged: Logged
 ) -> None:
     save(store, 1, 2)
     harm, fault = HARMS[name]
@@ -154,7 +155,7 @@ def test_unreadable_file_is_a_fault(store: CheckpointStore, monkeypatch: pytest.
 
 
 def test_earlier_format_is_refused_with_the_commit_that_reads_it(
-    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
+    store: CheckpointStore, folder: Path, logged: Logged
 ) -> None:
     saved = save(store, 2, 4)
     manifest = read_manifest(saved)

@@ -15,10 +15,11 @@ from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, published, rea
 from inheritune_ds.checkpoints.store import GENERATION, CheckpointStore
 from inheritune_ds.errors import CheckpointError, StorageError
 from tests.checkpoints.saved import MODEL, fields_of, names, newest, save, written
+from tests.conftest import Logged
 
 
 def test_published_checkpoint_is_intact_and_named_by_the_pointer(
-    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
+    store: CheckpointStore, folder: Path, logged: Logged
 ) -> None:
     assert newest(store) is None
     assert store.claim_generation() == 1
@@ -80,27 +81,29 @@ def test_step_saved_again_replaces_the_first(store: CheckpointStore, folder: Pat
     assert names(folder) == ["generation", "latest", "step-00000005"]
 
 
-def test_refused_rename_keeps_the_earlier_save_of_the_step(
-    store: CheckpointStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [4, 8], ids=["replacing", "new"])
+@pytest.mark.parametrize("call", ["rename", "fsync"])
+def test_refused_call_keeps_the_older_checkpoint(
+    call: str, step: int, store: CheckpointStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = save(store, 5, text="older")
-    begun = store.begin(5)
+    older = save(store, 4, text="older")
+    begun = store.begin(step)
     files = written(begun, "newer")
-    rename = Path.rename
+    real = getattr(os, call)
 
-    def refuse(path: Path, target: Path) -> Path:
-        if path == begun:
-            raise OSError(5, "Input/output error")
-        return rename(path, target)
+    def refuse(first: Any, *more: Any, **named: Any) -> Any:
+        if call == "fsync" or Path(first) == begun:
+            raise OSError(28, "No space left on device")
+        return real(first, *more, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", refuse)
-        with pytest.raises(StorageError, match="Input/output error"):
-            store.publish(begun, 5, {}, files)
+        patch.setattr(os, call, refuse)
+        with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+            store.publish(begun, step, {}, files)
     shutil.rmtree(begun)
     assert newest(store) == older
-    assert (older / "rank-00000.safetensors").read_text() == "older of 5"
-    assert names(folder) == ["generation", "latest", "step-00000005"]
+    assert (older / "rank-00000.safetensors").read_text() == "older of 4"
+    assert names(folder) == ["generation", "latest", "step-00000004"]
 
 
 class KilledError(BaseException):
@@ -130,7 +133,7 @@ def die_after(limit: int, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("step", [5, 8], ids=["replacing", "new"])
 def test_kill_between_any_two_calls_leaves_the_old_or_the_new(
-    step: int, store: CheckpointStore, folder: Path, logged: Callable[[], list[str]], tmp_path: Path
+    step: int, store: CheckpointStore, folder: Path, logged: Logged, tmp_path: Path
 ) -> None:
     save(store, 5, text="old state")
     kept = tmp_path / "kept"
@@ -164,27 +167,8 @@ def test_kill_between_any_two_calls_leaves_the_old_or_the_new(
     assert logged() == []
 
 
-def test_full_disk_keeps_the_older_checkpoint(
-    store: CheckpointStore, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    older = save(store, 4)
-    begun = store.begin(8)
-    files = written(begun, "state of 8")
-
-    def full(_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match="cannot be written: No space left on device"):
-            store.publish(begun, 8, {}, files)
-    shutil.rmtree(begun)
-    assert newest(store) == older
-    assert names(folder) == ["generation", "latest", "step-00000004"]
-
-
 def test_unwritable_pointer_is_logged_and_the_checkpoint_is_used(
-    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    store: CheckpointStore, folder: Path, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, 4)
     begun = store.begin(8)

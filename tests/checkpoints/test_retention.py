@@ -1,9 +1,6 @@
 """Deletion of checkpoints by the rule, and the return to an earlier step."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,10 @@ from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.config.training import Checkpointing
 from inheritune_ds.errors import CheckpointError
 from tests.checkpoints.saved import flip, names, newest, save
+from tests.conftest import Logged
 
 
-def test_prune_keeps_the_newest_and_every_n_th(folder: Path, logged: Callable[[], list[str]]) -> None:
+def test_prune_keeps_the_newest_and_every_n_th(folder: Path, logged: Logged) -> None:
     store = CheckpointStore.of(folder, Checkpointing(interval_steps=10, keep=2, keep_every=3))
     for step in range(10, 101, 10):
         save(store, step)
@@ -27,7 +25,7 @@ def test_prune_keeps_the_newest_and_every_n_th(folder: Path, logged: Callable[[]
     assert logged() == []
 
 
-def test_prune_keeps_what_an_earlier_rule_kept(folder: Path, logged: Callable[[], list[str]]) -> None:
+def test_prune_keeps_what_an_earlier_rule_kept(folder: Path, logged: Logged) -> None:
     save(CheckpointStore(folder, keep=1, keep_every=4), 2, 4, 6, 8, 9)
     store = CheckpointStore(folder, keep=1, keep_every=3)
     assert {step_of(path): why for path, why in kept(store).items()} == {
@@ -40,7 +38,7 @@ def test_prune_keeps_what_an_earlier_rule_kept(folder: Path, logged: Callable[[]
     assert logged() == []
 
 
-def test_prune_deletes_nothing_while_the_newest_is_damaged(folder: Path, logged: Callable[[], list[str]]) -> None:
+def test_prune_deletes_nothing_while_the_newest_is_damaged(folder: Path, logged: Logged) -> None:
     store = CheckpointStore(folder, keep=1)
     save(store, 1, 2, 3)
     flip(folder / "step-00000003" / "rank-00001.safetensors")
@@ -54,7 +52,7 @@ def test_prune_deletes_nothing_while_the_newest_is_damaged(folder: Path, logged:
 
 
 def test_prune_logs_an_unreadable_folder(
-    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    store: CheckpointStore, folder: Path, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, 1, 2, 3, 4)
 
@@ -72,7 +70,7 @@ def test_prune_logs_an_unreadable_folder(
 
 @pytest.mark.parametrize("call", ["rename", "rmdir"])
 def test_checkpoint_that_cannot_be_deleted_is_logged_and_left_to_the_next_launch(
-    call: str, folder: Path, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    call: str, folder: Path, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(folder, keep=1)
     save(store, 1, 2)
@@ -92,9 +90,7 @@ def test_checkpoint_that_cannot_be_deleted_is_logged_and_left_to_the_next_launch
     assert names(folder) == ["generation", "latest", "step-00000002"]
 
 
-def test_go_back_deletes_the_later_checkpoints(
-    store: CheckpointStore, folder: Path, logged: Callable[[], list[str]]
-) -> None:
+def test_go_back_deletes_the_later_checkpoints(store: CheckpointStore, folder: Path, logged: Logged) -> None:
     save(store, 1, 2, 3, 4)
     assert [path.name for path in go_back(store, 2)] == ["step-00000004", "step-00000003"]
     assert (folder / POINTER).read_text() == "step-00000002\n"
@@ -112,8 +108,3 @@ def test_go_back_needs_an_intact_checkpoint(store: CheckpointStore, folder: Path
         go_back(store, 2)
     assert caught.value.problem.startswith("the run cannot return to step 2: step-00000002: rank-00001.")
     assert len(list(published(folder))) == 2
-
-
-def test_store_imports_no_torch() -> None:
-    code = "import sys, inheritune_ds.checkpoints.store; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

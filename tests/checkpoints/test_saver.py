@@ -25,6 +25,7 @@ from inheritune_ds.config.reliability import Reliability
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import CheckpointError, StorageError, TrainingError
 from tests.checkpoints.ranks import FILES, RANKS, WEIGHTS, Ranks, State, all_weights, state_at
+from tests.conftest import Logged
 
 UNSAVED = "WARNING: step {} is NOT saved, training continues and older checkpoints are kept: "
 
@@ -99,7 +100,7 @@ def test_refusal_of_any_file_is_logged_and_training_continues(  # noqa: PLR0917 
     background: bool,  # noqa: FBT001
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    logged: Callable[[], list[str]],
+    logged: Logged,
 ) -> None:
     ranks = Ranks(tmp_path, async_save=background)
     ranks.save(1)
@@ -118,7 +119,7 @@ def test_refusal_of_any_file_is_logged_and_training_continues(  # noqa: PLR0917 
 
 
 def test_refusal_stops_all_ranks_if_the_config_says_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     ranks = Ranks(tmp_path, on_save_error="stop")
     ranks.save(1)
@@ -229,9 +230,7 @@ def test_save_without_a_rank_publishes_nothing(
     assert ranks.names() == ["generation", "latest", "step-00000001"]
 
 
-def test_nothing_is_written_without_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
-) -> None:
+def test_nothing_is_written_without_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 6400, 2399))
     monkeypatch.setattr(module, "write", None)
     ranks = Ranks(tmp_path)
@@ -267,7 +266,7 @@ def checkpoint_in(folder: Path) -> Checkpoint:
     return found
 
 
-def test_all_ranks_load_a_checkpoint(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
+def test_all_ranks_load_a_checkpoint(tmp_path: Path, logged: Logged) -> None:
     ranks = Ranks(tmp_path)
     ranks.save(7)
     checkpoint = checkpoint_in(tmp_path / "step-00000007")

@@ -7,7 +7,6 @@ from tests.surgery import tiny
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
-    """A model of four blocks with its tokenizer."""
     folder = tmp_path / "models" / "tiny-llama"
     tiny.make_model("llama").save_pretrained(folder)
     tiny.make_tokenizer(40).save_pretrained(folder)

@@ -6,5 +6,4 @@ from inheritune_ds.cli import main
 
 
 def inherit(reference: Path | str, output: Path | str, *more: str, select: str = "first:2") -> int:
-    """Cut a reference; the exit code."""
     return main(["inherit", "--reference", str(reference), "--select", select, "--output", str(output), *more])

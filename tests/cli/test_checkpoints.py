@@ -6,15 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
-from blake3 import blake3
 
 from inheritune_ds.checkpoints.manifest import MANIFEST, manifest_text, published, read_manifest
 from inheritune_ds.checkpoints.store import CheckpointStore
-from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.cli import main
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.run.folder import RunFolder
 from inheritune_ds.run.status import read_status, write_status
+from tests.checkpoints.saved import flip, save
+
+MODEL_FILE = "rank-00001.safetensors"
 
 
 @pytest.fixture
@@ -25,14 +26,7 @@ def run(tmp_path: Path) -> Path:
     folder.claim(load_recipe("quickstart", rule))
     store = CheckpointStore(folder.checkpoints, keep=9)
     for step in (4, 8, 12, 16):
-        temporary = store.begin(step)
-        content = bytes([step]) * 1_500_000
-        (temporary / "model.pt").write_bytes(content)
-        files = {"model.pt": {"bytes": len(content), "blake3": blake3(content).hexdigest()}}
-        layout = {"world_size": 2, "zero_stage": 1, "precision": "bf16"}
-        fields = {"state": TrainState(step, step * 512).as_dict(), "layout": layout}
-        saved = store.publish(temporary, step, fields, files)
-        os.utime(saved, (time.time() - 1800 * step,) * 2)
+        os.utime(save(store, step, text="s" * 1_500_000), (time.time() - 1800 * step,) * 2)
     write_status(folder.path, "finished", step=16)
     folder.release()
     return folder.path
@@ -73,18 +67,16 @@ def test_list_prints_a_damaged_manifest_and_a_missing_pointer(run: Path, capsys:
 def test_verify_names_damaged_files_and_ends_with_4(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines, error = call(capsys, run, "verify")
     assert (code, error) == (0, "")
-    assert lines == [f"step-000000{step:02}  intact (1 file, 1.5 MB)" for step in (16, 12, 8, 4)]
-    path = run / "checkpoints" / "step-00000012" / "model.pt"
-    content = bytearray(path.read_bytes())
-    content[700_000] ^= 4
-    path.write_bytes(content)
-    (run / "checkpoints" / "step-00000004" / "model.pt").unlink()
+    assert lines == [f"step-000000{step:02}  intact (2 files, 1.5 MB)" for step in (16, 12, 8, 4)]
+    flip(run / "checkpoints" / "step-00000012" / MODEL_FILE)
+    (run / "checkpoints" / "step-00000004" / MODEL_FILE).unlink()
     code, lines, error = call(capsys, run, "verify")
     assert code == 4
     assert re.fullmatch(
-        r"step-00000012  DAMAGED: model\.pt has blake3 [0-9a-f]{12}\.\.\. instead of [0-9a-f]{12}\.\.\.", lines[1]
+        r"step-00000012  DAMAGED: rank-00001\.safetensors has blake3 [0-9a-f]{12}\.\.\. instead of [0-9a-f]{12}\.\.\.",
+        lines[1],
     )
-    assert lines[3] == "step-00000004  DAMAGED: model.pt is missing"
+    assert lines[3] == "step-00000004  DAMAGED: rank-00001.safetensors is missing"
     assert f"2 of 4 checkpoints in {run / 'checkpoints'} are damaged" in error
 
 
@@ -215,10 +207,10 @@ def test_checkpoints_imports_no_torch(run: Path) -> None:
 def test_prune_deletes_nothing_while_the_newest_is_damaged(
     words: list[str], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run / "checkpoints" / "step-00000016" / "model.pt").write_bytes(b"")
+    (run / "checkpoints" / "step-00000016" / MODEL_FILE).write_bytes(b"")
     code, lines, error = call(capsys, run, "prune", *words)
     assert (code, lines) == (4, [])
-    assert "step-00000016 is damaged: model.pt has 0 bytes instead of 1500000" in error
+    assert "step-00000016 is damaged: rank-00001.safetensors has 0 bytes instead of 256" in error
     assert "until then nothing is deleted" in error
     assert steps(run) == [16, 12, 8, 4]
 

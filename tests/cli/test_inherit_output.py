@@ -26,8 +26,6 @@ pytestmark = pytest.mark.usefixtures("own_environment")
 
 @pytest.fixture
 def unhashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if a weight is read before the refusal."""
-
     def refuse(*_: object) -> str:
         raise AssertionError
 
@@ -35,7 +33,6 @@ def unhashed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def while_proving(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> None:
-    """Let something happen while the target is built."""
     prove: Callable[..., object] = vars(surgery)["prove"]
 
     def proven(*args: object, **named: object) -> object:
@@ -45,11 +42,25 @@ def while_proving(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object])
     monkeypatch.setattr(surgery, "prove", proven)
 
 
+@pytest.fixture
+def refused(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Cut into a folder, which is refused with a code and words, and leaves all files as they were."""
+
+    def check(code: int, words: str, output: Path | str, *more: str, select: str = "first:2") -> None:
+        before = contents(tmp_path)
+        capsys.readouterr()
+        assert inherit(reference, output, *more, select=select) == code
+        error = capsys.readouterr().err
+        assert error.startswith("inheritune-ds: error: ")
+        assert words in error
+        assert contents(tmp_path) == before
+
+    return check
+
+
 @pytest.mark.parametrize("kind", ["file", "other files", "foreign manifest", "no manifest", "dangling loop"])
 @pytest.mark.usefixtures("unhashed")
-def test_output_in_use_is_refused(
-    kind: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_in_use_is_refused(kind: str, refused: Callable[..., None], tmp_path: Path) -> None:
     output = tmp_path / "target"
     if kind == "file":
         output.write_text("mine", encoding="utf-8")
@@ -61,33 +72,16 @@ def test_output_in_use_is_refused(
         if kind != "other files":
             (output / "manifest.json").write_text("[]" if kind == "no manifest" else '{"files": {}}', encoding="utf-8")
     what = BUILT if kind == "foreign manifest" else "exists and is not empty"
-    before = contents(tmp_path)
-    capsys.readouterr()
-    assert inherit(reference, output) == 8
-    assert capsys.readouterr().err == (
-        f"inheritune-ds: error: --output {output} {what}\n  do: name a new folder, or remove this one\n"
-    )
-    assert contents(tmp_path) == before
+    refused(8, f"error: --output {output} {what}\n  do: name a new folder, or remove this one\n", output)
 
 
 @pytest.mark.parametrize("change", ["selection", "weights"])
-def test_another_target_is_refused(
-    change: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_target_is_refused(change: str, refused: Callable[..., None], reference: Path, tmp_path: Path) -> None:
     output = tmp_path / "target"
     assert inherit(reference, output) == 0
     if change == "weights":
         tiny.make_model("llama", seed=6).save_pretrained(reference)
-    before = contents(tmp_path)
-    assert inherit(reference, output, select="last:2" if change == "selection" else "first:2") == 8
-    assert BUILT in capsys.readouterr().err
-    assert contents(tmp_path) == before
-
-
-def test_empty_output_folder_is_filled(reference: Path, tmp_path: Path) -> None:
-    (tmp_path / "target").mkdir()
-    assert inherit(reference, tmp_path / "target") == 0
-    assert (tmp_path / "target" / WEIGHTS).is_file()
+    refused(8, BUILT, output, select="last:2" if change == "selection" else "first:2")
 
 
 def test_files_that_appear_during_the_build_are_kept(
@@ -120,16 +114,9 @@ def test_target_of_a_faster_command_is_kept(
 
 
 def flip_weights(output: Path) -> None:
-    """Change one byte; the file keeps its size."""
     content = bytearray((output / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (output / WEIGHTS).write_bytes(content)
-
-
-def forget_files(output: Path) -> None:
-    document = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
-    del document["files"]
-    (output / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +146,7 @@ def test_damaged_target_is_rebuilt(
 
 @pytest.mark.parametrize("harm", ["other file", "no list"])
 def test_damaged_target_beside_other_files_is_refused(
-    harm: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    harm: str, refused: Callable[..., None], reference: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "target"
     assert inherit(reference, output) == 0
@@ -167,70 +154,61 @@ def test_damaged_target_beside_other_files_is_refused(
         (output / "notes.txt").write_text("mine", encoding="utf-8")
         flip_weights(output)
     else:
-        forget_files(output)
-    before = contents(tmp_path)
-    assert inherit(reference, output) == 8
-    assert "holds other files beside this target, and it is damaged (" in capsys.readouterr().err
-    assert contents(tmp_path) == before
+        document = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+        del document["files"]
+        (output / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+    refused(8, "holds other files beside this target, and it is damaged (", output)
 
 
-@pytest.mark.parametrize("kind", ["empty folder", "dangling"])
+@pytest.mark.parametrize("kind", ["empty folder", "dangling", "no link"])
 def test_output_link_is_followed(kind: str, reference: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if kind == "empty folder":
+    if kind != "dangling":
         (disk / "target").mkdir()
-    (tmp_path / "link").symlink_to(disk / "target")
-    assert inherit(reference, tmp_path / "link") == 0
-    assert (tmp_path / "link").is_symlink()
+    link = tmp_path / "link"
+    link.symlink_to(disk / "target")
+    assert inherit(reference, disk / "target" if kind == "no link" else link) == 0
+    assert link.is_symlink()
     assert (disk / "target" / WEIGHTS).is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"models", "disk", "link"}
     assert [path.name for path in disk.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize(
-    ("output", "words"),
+    ("output", "code", "words"),
     [
-        ("", "--output is empty"),
-        (".", "--output . is the current folder"),
-        ("new/..", "--output new/.. is the current folder"),
+        ("", 3, "--output is empty"),
+        (".", 8, "--output . is the current folder"),
+        ("new/..", 8, "--output new/.. is the current folder"),
     ],
 )
 @pytest.mark.usefixtures("unhashed")
-def test_current_folder_is_refused(
-    output: str, words: str, reference: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_current_folder_is_refused(  # noqa: PLR0917 - fixtures are parameters
+    output: str, code: int, words: str, refused: Callable[..., None], reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(reference)
-    before = contents(reference)
-    assert inherit(reference, output) == (8 if output else 3)
-    assert words in capsys.readouterr().err
-    assert contents(reference) == before
+    refused(code, words, output)
 
 
 @pytest.mark.parametrize("role", ["reference", "previous"])
 @pytest.mark.parametrize("place", ["", "target", "deep/target"])
 @pytest.mark.usefixtures("unhashed")
 def test_output_inside_a_source_is_refused(
-    role: str, place: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    role: str, place: str, refused: Callable[..., None], reference: Path, tmp_path: Path
 ) -> None:
-    source, more = reference, []
-    if role == "previous":
-        source = tmp_path / "small"
-        more = ["--previous", str(source)]
-    before = contents(tmp_path)
+    source = reference if role == "reference" else tmp_path / "small"
+    more = [] if role == "reference" else ["--previous", str(source)]
     (tmp_path / "link").symlink_to(source)
-    assert inherit(reference, tmp_path / "link" / place, *more) == 8
-    assert f"is inside the folder of --{role}, {source}" in capsys.readouterr().err
-    assert {name for name in contents(tmp_path) if not name.startswith("link")} == set(before)
+    refused(8, f"is inside the folder of --{role}, {source}", tmp_path / "link" / place, *more)
 
 
-@pytest.mark.parametrize("select", ["first:9", "by:rank:2"])
+@pytest.mark.parametrize(("select", "code"), [("first:9", 9), ("by:rank:2", 9)])
 @pytest.mark.usefixtures("unhashed")
 def test_selection_is_checked_before_the_reference_is_read(
-    select: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    select: str, code: int, refused: Callable[..., None], tmp_path: Path
 ) -> None:
-    assert inherit(reference, tmp_path / "target", select=select) in (3, 9)
-    assert f"select {select}: " in capsys.readouterr().err
+    refused(code, f"select {select}: ", tmp_path / "target", select=select)
 
 
 HELD = """

@@ -103,6 +103,8 @@ def parsed(*words: str) -> tuple[argparse.Namespace, list[str]]:
 @pytest.mark.parametrize(
     "words",
     [
+        [],
+        ["--deepspeed"],
         ["--deepspeed_config", CPU],
         ["--deepspeed-config", CPU],
         [f"--deepspeed_config={CPU}"],
@@ -110,35 +112,21 @@ def parsed(*words: str) -> tuple[argparse.Namespace, list[str]]:
         [f"--deepspeed={CPU}"],
         ["--deepspeed", "--deepspeed_config", CPU],
         ["--deepspeed_config", CPU, "--deepspeed"],
-    ],
-    ids=lambda words: " ".join(Path(word).name for word in words),
-)
-def test_every_spelling_of_the_deepspeed_config_is_accepted(words: list[str]) -> None:
-    recipe, document, origin = read_experiment(*parsed(*words))
-    assert recipe.name == "quickstart"
-    assert document == json.loads(Path(CPU).read_text(encoding="utf-8"))
-    assert origin == CPU
-
-
-@pytest.mark.parametrize("words", [[], ["--deepspeed"]])
-def test_default_deepspeed_config_is_empty(words: list[str]) -> None:
-    assert read_experiment(*parsed(*words))[1:] == ({}, "DeepSpeed config")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
         ["--deepspeed", "seed=7"],
         ["--deepspeed", "seed=7", "--deepspeed_config", CPU],
         ["--deepspeed_config", CPU, "seed=7"],
         ["seed=8", "--deepspeed", "seed=7"],
         ["seed=8", "--deepspeed", CPU, "seed=7"],
     ],
+    ids=lambda words: " ".join(Path(word).name for word in words),
 )
-def test_override_may_follow_deepspeed(words: list[str]) -> None:
-    recipe, document, _ = read_experiment(*parsed(*words))
-    assert recipe.seed == 7
-    assert bool(document) == (CPU in words)
+def test_every_spelling_of_the_deepspeed_config_is_accepted(words: list[str]) -> None:
+    recipe, document, origin = read_experiment(*parsed(*words))
+    assert (recipe.name, recipe.seed) == ("quickstart", 7 if "seed=7" in words else 1337)
+    if any(CPU in word for word in words):
+        assert (document, origin) == (json.loads(Path(CPU).read_text(encoding="utf-8")), CPU)
+    else:
+        assert (document, origin) == ({}, "DeepSpeed config")
 
 
 def test_one_error_lists_the_problems_of_both_documents(tmp_path: Path) -> None:
@@ -233,7 +221,6 @@ def test_user_error_is_one_message_with_its_exit_code(
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let the verb `recipes` end with an exception."""
     from inheritune_ds.cli import recipes
 
     def fail_with(error: BaseException) -> None:

@@ -15,13 +15,11 @@ from tests.warm_python import WarmPython
 
 @pytest.fixture
 def start(warm: WarmPython, tmp_path: Path) -> Callable[..., Process]:
-    """`launching.start` in the test's folder."""
     return partial(launching.start, warm, tmp_path)
 
 
 @pytest.fixture
 def launch(warm: WarmPython, tmp_path: Path) -> Callable[..., str]:
-    """`launching.launch` in the test's folder."""
     return partial(launching.launch, warm, tmp_path)
 
 

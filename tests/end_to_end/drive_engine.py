@@ -25,7 +25,6 @@ EOS = 7
 
 
 def build(size: int, accumulation: int, *, compiled: bool = False, precision: str = "fp32", documents: bool) -> Any:
-    """An engine for micro-batches of a size."""
     from inheritune_ds.training.packing import DocumentPacking
 
     recipe = tiny.recipe(
@@ -129,7 +128,6 @@ def counts(*, compiled: bool, documents: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--compiled", action="store_true")

@@ -38,8 +38,6 @@ RECIPE = tiny.document(
 
 
 class Collector(Recorder):
-    """A recorder in memory."""
-
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
@@ -48,7 +46,6 @@ class Collector(Recorder):
 
 
 def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: Path) -> dict[str, Any]:
-    """Train a freshly built model under one ZeRO stage."""
     import torch
 
     from benchmarks.program import loop_parts
@@ -97,7 +94,6 @@ def run_stage(world: World, recipe: Recipe, named: str, precision: str, folder: 
 
 
 def main() -> None:
-    """Run the stages asked for and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("stages")

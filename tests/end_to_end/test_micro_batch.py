@@ -1,15 +1,11 @@
 """`--auto-micro-batch` through the whole flow: tried with real steps, taken, written down, kept."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT
-
-Launch = Callable[..., str]
-Recipe = Callable[..., Path]
+from tests.end_to_end.test_runs import Launch, Recipe, arguments
 
 
 @pytest.mark.timeout(300)
@@ -19,9 +15,7 @@ def test_largest_micro_batch_is_tried_taken_and_written_down(
     recipe = tiny_recipe("tried")
     document = json.loads(recipe.read_text())["training"]
     windows = document["global_batch_tokens"] // document["seq_len"]
-    folders = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
-    config = ["--deepspeed_config", str(ROOT / "ds_configs" / "cpu.json"), "--recipe", str(recipe)]
-    output = launch("train.py", *config, *folders, "--auto-micro-batch")
+    output = launch("train.py", *arguments(recipe, tmp_path, "runs", "--auto-micro-batch"))
     run = tmp_path / "runs" / "tried"
     assert "micro-batch 1: peak" in output
     assert f"train_micro_batch_size_per_gpu: {windows} (the largest below" in output

@@ -15,7 +15,6 @@ Launch = Callable[..., str]
 
 
 def drive(launch: Launch, folder: Path, stages: str, ranks: int, *, precision: str = "fp32") -> list[dict[str, Any]]:
-    """Run the driver; one result a rank."""
     out = folder / f"out-{ranks}-{precision}.json"
     scratch = str(folder / f"scratch-{ranks}-{precision}")
     launch(DRIVER, str(out), stages, "50", precision, ranks=ranks, DRIVE_SCRATCH=scratch)
@@ -33,7 +32,6 @@ def steps_of(ranks: list[dict[str, Any]], label: str, validation_calls: int) -> 
 
 
 def relative_gap(left: list[float], right: list[float]) -> float:
-    """Largest relative difference of two equally long lists."""
     assert len(left) == len(right) == 50
     return max(abs(a - b) / abs(a) for a, b in zip(left, right, strict=True))
 

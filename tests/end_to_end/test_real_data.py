@@ -9,12 +9,20 @@ import pytest
 import torch
 
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer
+from tests import tiny
 from tests.end_to_end.llama2c import convert_model, convert_tokenizer
 from tests.launching import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
 CPU = str(ROOT / "ds_configs" / "cpu.json")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared data folder {SHARED} is not here")
+
+
+def write_recipe(folder: Path, name: str, **sections: Any) -> None:
+    """Write a recipe that validates at its start and end."""
+    ends = {"validation": {"interval_steps": 1000, "max_tokens": 4096}, "checkpoint": {"interval_steps": 1000}}
+    document = tiny.document(name=name, **ends, **sections)
+    (folder / f"{name}.yaml").write_text(json.dumps(document))
 
 
 @needs_shared
@@ -37,22 +45,17 @@ def test_stories_model_of_three_blocks_ends_below_random_init(
         "Once upon a time, there was a little girl named Lily."
     ), "the conversion is right: the README of the data has this story"
     text = str(SHARED / "corpora" / "tinystories_sample.txt")
-    recipe = {
-        "name": "stories-3l",
-        "description": "first 3 of 5 blocks of stories260K on TinyStories",
-        "reference": {"model": str(reference)},
-        "target": {"select": "first:3"},
-        "corpus": {
-            "sources": [{"kind": "files", "paths": [text], "document_separator": "\n\n"}],
-            "validation_ratio": 0.15,
-        },
-        "training": {"seq_len": 128, "global_batch_tokens": 2048, "duration": "30 steps"},
-        "optimizer": {"lr": 1e-3},
-        "schedule": {"kind": "cosine", "warmup_steps": 5},
-        "validation": {"interval_steps": 30, "max_tokens": 4096},
-        "checkpoint": {"interval_steps": 30},
-    }
-    (tmp_path / "stories-3l.yaml").write_text(json.dumps(recipe))
+    stories = {"kind": "files", "paths": [text], "document_separator": "\n\n"}
+    write_recipe(
+        tmp_path,
+        name="stories-3l",
+        reference={"model": str(reference)},
+        target={"select": "first:3"},
+        corpus={"sources": [stories], "validation_ratio": 0.15},
+        training={"seq_len": 128, "global_batch_tokens": 2048, "duration": "30 steps"},
+        optimizer={"lr": 1e-3},
+        schedule={"kind": "cosine", "warmup_steps": 5},
+    )
     study: dict[str, Any] = {
         "name": "stories",
         "description": "three blocks of a real model against random values",
@@ -92,22 +95,15 @@ def test_books_with_the_gpt2_tokenizer_train_and_count_their_tokens(launch: Call
     (tokenizer / "tokenizer.json").write_bytes((SHARED / "tokenizers/gpt2/tokenizer.json").read_bytes())
     sizes = {"vocab_size": 50257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = {"model_type": "gpt2", **sizes, "max_position_embeddings": 256, "tie_word_embeddings": True}
-    recipe = {
-        "name": "books",
-        "description": "a tiny GPT-2 on classic books",
-        "target": {"shape": shape},
-        "corpus": {
-            "sources": [{"kind": "files", "paths": [str(SHARED / "corpora/books/books-0[23]*.jsonl.gz")]}],
-            "tokenizer": str(tokenizer),
-            "validation_ratio": 0.2,
-        },
-        "training": {"seq_len": 256, "global_batch_tokens": 2048, "duration": "10 steps"},
-        "optimizer": {"lr": 3e-3},
-        "schedule": {"kind": "constant", "warmup_steps": 2},
-        "validation": {"interval_steps": 10, "max_tokens": 4096},
-        "checkpoint": {"interval_steps": 10},
-    }
-    (tmp_path / "books.yaml").write_text(json.dumps(recipe))
+    books = {"kind": "files", "paths": [str(SHARED / "corpora/books/books-0[23]*.jsonl.gz")]}
+    write_recipe(
+        tmp_path,
+        name="books",
+        target={"shape": shape},
+        corpus={"sources": [books], "tokenizer": str(tokenizer), "validation_ratio": 0.2},
+        training={"seq_len": 256, "global_batch_tokens": 2048, "duration": "10 steps"},
+        schedule={"kind": "constant", "warmup_steps": 2},
+    )
     launch("train.py", "--deepspeed_config", CPU, "--recipe", "books.yaml")
     result = json.loads((tmp_path / "runs/books/run.json").read_text())
     manifest = json.loads(next((tmp_path / "cache/tokens").glob("*/manifest.json")).read_text())

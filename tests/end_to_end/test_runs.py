@@ -1,6 +1,7 @@
 """Whole runs through the launchers: the flow, stopping, every launcher, the exported folder."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -39,13 +40,11 @@ print(json.dumps({"equal": torch.equal(logits, expected), "dtype": str(model.dty
 
 
 def arguments(recipe: Path, tmp_path: Path, runs: str = "runs", *more: str) -> list[str]:
-    """Arguments of train.py for a recipe on the CPU."""
     folders = ["--runs-dir", str(tmp_path / runs), "--cache-dir", str(tmp_path / "cache")]
     return ["--deepspeed_config", CPU, "--recipe", str(recipe), *folders, *more]
 
 
 def wait_for(condition: Callable[[], bool], process: Process, log: Path) -> None:
-    """Poll until a condition holds during a run."""
     deadline = time.monotonic() + 90
     while not condition():
         assert process.poll() is None, log.read_text()[-4000:]
@@ -62,7 +61,6 @@ def last_step(run: Path) -> int:
 
 
 def status(run: Path) -> dict[str, Any]:
-    """The run's status.json."""
     return dict(json.loads((run / "status.json").read_text()))
 
 
@@ -112,15 +110,18 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     }
 
     before = {path: path.stat().st_mtime_ns for path in child.rglob("*") if path.is_file() and path.name != ".lock"}
-    again = launch("train.py", *arguments(recipe, tmp_path))
-    assert "child: finished before" in again
-    assert {path: path.stat().st_mtime_ns for path in before} == before
 
     other = launch("train.py", *arguments(recipe, tmp_path, "runs", "optimizer.lr=0.001"), expect=8)
     assert "belongs to another recipe" in other
     assert "optimizer.lr: 0.003 -> 0.001" in other
     assert "Traceback" not in other
     assert {path: path.stat().st_mtime_ns for path in before} == before, "it belongs to another recipe"
+
+    (tmp_path / "corpus.jsonl").unlink()
+    page = os.path.relpath(child / "report/report.md", tmp_path)
+    again = launch("train.py", *arguments(recipe, tmp_path))
+    assert again.endswith(f"child: finished before; see {tmp_path / page}\n")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 @pytest.mark.timeout(300)

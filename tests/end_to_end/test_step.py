@@ -11,8 +11,6 @@ import pytest
 
 @pytest.fixture
 def drive(launch: Callable[..., str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """The driver's result."""
-
     def run(*words: str) -> dict[str, Any]:
         launch("tests/end_to_end/drive_engine.py", str(tmp_path / "engine.json"), *words)
         found: dict[str, Any] = json.loads((tmp_path / "engine.json").read_text())

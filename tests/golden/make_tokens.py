@@ -10,7 +10,6 @@ COUNT = 512 * 32 + 1
 
 
 def main() -> None:
-    """Write the file beside this one."""
     state, token = 12345, 2
     tokens = []
     for _ in range(COUNT):

@@ -14,7 +14,6 @@ DRIVER = HERE.parent / "end_to_end" / "drive_steps.py"
 
 
 def main() -> None:
-    """Run the driver on one rank and one thread and keep its figures with the kind of machine."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.json"
         line = [sys.executable, str(DRIVER), str(out), "1,2,3", "50"]

@@ -20,6 +20,7 @@ from inheritune_ds.surgery.compare import weights_sha256
 from inheritune_ds.surgery.inherit import Cut, build_target
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.training.kernels import Kernels
+from tests import tiny
 
 PROBE = torch.arange(12).view(1, 12) % 20
 EAGER = Kernels("sdpa", "torch_fused", liger=False, loss="chunked", compile=False, activation_checkpointing="none")
@@ -29,54 +30,40 @@ CARD = "---\nlibrary_name: transformers\n---\n# a card\n"
 
 
 @pytest.fixture
-def target_folder(tmp_path: Path) -> Callable[[str], Path]:
-    """Build a tiny target from scratch, with its tokenizer."""
-
-    def make(family: str) -> Path:
-        gpt2 = family == "gpt2"
-        shape = Shape(
-            model_type="gpt2" if gpt2 else "llama",
-            vocab_size=20,
-            hidden_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            intermediate_size=12,
-            tie_word_embeddings=gpt2,
-        )
-        words = {word: number for number, word in enumerate(["<s>", "</s>", *(f"w{n}" for n in range(18))])}
-        model = Tokenizer(WordLevel(words, unk_token="<s>"))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
-        cut = Cut(
-            target=Target(shape=shape),
-            seed=1,
-            identity={},
-            command="make it",
-            reference=None,
-            reference_config=None,
-            tokenizer=tokenizer,
-        )
-        return build_target(cut, tmp_path / f"target-{family}").folder
-
-    return make
-
-
-def trained(folder: Path) -> PreTrainedModel:
-    """The target with other values in every parameter, as training leaves it."""
-    model = load_model(folder)
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
-    model.eval()
-    return model
+def family() -> str:
+    """Tests may parametrize it."""
+    return "llama"
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., str]:
-    """Export a trained model."""
+def target(family: str, tmp_path: Path) -> Path:
+    shape = Shape.model_validate(
+        {**tiny.LLAMA, "model_type": family, "vocab_size": 20, "tie_word_embeddings": family == "gpt2"}
+    )
+    words = {word: number for number, word in enumerate(["<s>", "</s>", *(f"w{n}" for n in range(18))])}
+    model = Tokenizer(WordLevel(words, unk_token="<s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+    parts: dict[str, Any] = {"identity": {}, "command": "make it", "reference": None, "reference_config": None}
+    return build_target(
+        Cut(target=Target(shape=shape), seed=1, tokenizer=tokenizer, **parts), tmp_path / "target"
+    ).folder
 
-    def make(target: Path, model: PreTrainedModel, *, dtype: str = "float32", **parameters: torch.Tensor) -> str:
+
+@pytest.fixture
+def model(target: Path) -> PreTrainedModel:
+    """The target with other values in every parameter, as training leaves it."""
+    found = load_model(target)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    found.eval()
+    return found
+
+
+@pytest.fixture
+def write(target: Path, model: PreTrainedModel, tmp_path: Path) -> Callable[..., str]:
+    def make(*, dtype: str = "float32", **parameters: torch.Tensor) -> str:
         values = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return export_model(
             tmp_path / "export",
@@ -93,11 +80,9 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_export_loads_anywhere_as_the_trained_model(
-    family: str, target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+    model: PreTrainedModel, write: Callable[..., str], tmp_path: Path
 ) -> None:
-    target = target_folder(family)
-    model = trained(target)
-    digest = write(target, model)
+    digest = write()
     folder = tmp_path / "export"
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
     assert digest == weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
@@ -105,20 +90,25 @@ def test_export_loads_anywhere_as_the_trained_model(
         logits = model(input_ids=PROBE).logits
         assert torch.equal(loaded(input_ids=PROBE).logits, logits)
     check_logits(folder, PROBE, logits, EAGER, CPU)
+    bent = logits.clone()
+    bent[0, 3, 5] += 0.25
+    with pytest.raises(ExportError, match=r"export differ from the trained state's by up to 0\.25\n"):
+        check_logits(folder, PROBE, bent, EAGER, CPU)
     assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
     assert (folder / "README.md").read_text(encoding="utf-8") == CARD
     names = {"README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors"}
     assert names <= {path.name for path in folder.iterdir()}
     assert not (folder / "inheritance.json").exists()
     assert loaded.dtype == torch.float32
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["weights_sha256"], manifest["recipe_fingerprint"]) == (digest, "abc")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= manifest["files"].keys()
 
 
 def test_export_in_bfloat16_rounds_every_value(
-    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+    model: PreTrainedModel, write: Callable[..., str], tmp_path: Path
 ) -> None:
-    target = target_folder("llama")
-    model = trained(target)
-    write(target, model, dtype="bfloat16")
+    write(dtype="bfloat16")
     stored = load_file(tmp_path / "export" / "model.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(stored[name], parameter.detach().to(torch.bfloat16)), name
@@ -126,27 +116,12 @@ def test_export_in_bfloat16_rounds_every_value(
     assert manifest["dtype"] == "bfloat16"
 
 
-def test_export_manifest_holds_fingerprint_and_files(
-    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
-) -> None:
-    target = target_folder("llama")
-    digest = write(target, trained(target))
-    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["weights_sha256"] == digest
-    assert manifest["recipe_fingerprint"] == "abc"
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= manifest["files"].keys()
-
-
-def test_full_disk_is_a_storage_error(
-    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
-) -> None:
-    target = target_folder("llama")
-    model = trained(target)
+def test_full_disk_is_a_storage_error(write: Callable[..., str], tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, limits[1]))
     try:
         with pytest.raises(StorageError, match="export cannot be written: File too large"):
-            write(target, model)
+            write()
         with pytest.raises(StorageError, match=r"probe.safetensors cannot be written: File too large"):
             write_probe(tmp_path / "probe.safetensors", torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, 4096))
     finally:
@@ -154,24 +129,17 @@ def test_full_disk_is_a_storage_error(
     assert not (tmp_path / "export").exists()
 
 
-def test_export_refuses_parameters_that_are_not_the_target_s(
-    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
-) -> None:
-    target = target_folder("llama")
-    with pytest.raises(
-        ExportError, match=r"the trained parameters are not the target's: \['module\.extra'\]"
-    ) as caught:
-        write(target, trained(target), **{"module.extra": torch.zeros(1)})
+def test_export_refuses_parameters_that_are_not_the_target_s(write: Callable[..., str], tmp_path: Path) -> None:
+    problem = r"the trained parameters are not the target's: \['module\.extra'\]"
+    with pytest.raises(ExportError, match=problem) as caught:
+        write(**{"module.extra": torch.zeros(1)})
     assert caught.value.exit_code == 12
     assert not (tmp_path / "export").exists()
 
 
 def test_export_that_differs_when_loaded_is_not_published(
-    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Path, write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = target_folder("llama")
-    model = trained(target)
-
     def bent(folder: Path, **options: Any) -> PreTrainedModel:
         loaded = load_model(folder, **options)
         if folder != target:
@@ -181,31 +149,15 @@ def test_export_that_differs_when_loaded_is_not_published(
 
     monkeypatch.setattr(export, "load_model", bent)
     with pytest.raises(ExportError, match="does not load as the trained model") as caught:
-        write(target, model)
+        write()
     assert caught.value.action.startswith("check the disk")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["target-llama"]
-
-
-def test_check_logits_reports_the_largest_difference(
-    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
-) -> None:
-    target = target_folder("llama")
-    model = trained(target)
-    write(target, model)
-    with torch.no_grad():
-        logits = model(input_ids=PROBE).logits
-    bent = logits.clone()
-    bent[0, 3, 5] += 0.25
-    with pytest.raises(ExportError, match=r"export differ from the trained state's by up to 0\.25\n"):
-        check_logits(tmp_path / "export", PROBE, bent, EAGER, CPU)
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_check_logits_allows_another_rounding_only_where_kernels_round_differently(
-    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+    model: PreTrainedModel, write: Callable[..., str], tmp_path: Path
 ) -> None:
-    target = target_folder("llama")
-    model = trained(target)
-    write(target, model)
+    write()
     compiled = torch.compile(model, backend="inductor")
     with torch.no_grad():
         eager, logits = model(input_ids=PROBE).logits, compiled(input_ids=PROBE).logits
@@ -220,11 +172,9 @@ def test_check_logits_allows_another_rounding_only_where_kernels_round_different
 
 
 def test_check_logits_computes_with_the_attention_of_the_training(
-    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+    model: PreTrainedModel, write: Callable[..., str], tmp_path: Path
 ) -> None:
-    target = target_folder("llama")
-    model = trained(target)
-    write(target, model)
+    write()
     model.set_attn_implementation("eager")
     with torch.no_grad():
         logits = model(input_ids=PROBE).logits

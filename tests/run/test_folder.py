@@ -2,10 +2,7 @@ import fcntl
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,17 +12,6 @@ from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.errors import RunFolderError, StorageError
 from inheritune_ds.run.folder import FolderBusyError, RunFolder
 from inheritune_ds.run.status import write_status
-
-HOLDER = """
-import sys
-from pathlib import Path
-from inheritune_ds.config.loading import load_recipe
-from inheritune_ds.run.folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]))
-folder.claim(load_recipe("quickstart"))
-print("claimed", flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -125,28 +111,22 @@ def test_damaged_resolved_recipe_is_reported(folder: RunFolder, recipe: Recipe) 
         assert not folder.is_claimed
 
 
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Another process has locked the folder; it is killed at the end."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "claimed\n"
-        yield
-    finally:
-        holder.kill()  # which unlocks the folder
-        holder.communicate()
+@pytest.fixture
+def holder(folder: RunFolder) -> Iterator[RunFolder]:
+    """Another lock of the folder, as another process holds it."""
+    made = RunFolder(folder.path)
+    made.lock()
+    yield made
+    made.release()
 
 
-def test_claim_refuses_a_locked_folder(folder: RunFolder, recipe: Recipe) -> None:
-    with held(folder.path):
-        with pytest.raises(FolderBusyError) as caught:
-            folder.claim(recipe)
-        assert not folder.is_claimed
-        assert caught.value.problem == f"another process is writing to {folder.path}"
-        assert "name=OTHER" in caught.value.action
+def test_claim_refuses_a_locked_folder(folder: RunFolder, holder: RunFolder, recipe: Recipe) -> None:
+    with pytest.raises(FolderBusyError) as caught:
+        folder.claim(recipe)
+    assert not folder.is_claimed
+    assert caught.value.problem == f"another process is writing to {folder.path}"
+    assert "name=OTHER" in caught.value.action
+    holder.release()
     folder.claim(recipe)
 
 
@@ -216,11 +196,10 @@ def test_set_aside_keeps_all_runs_of_one_second(folder: RunFolder, recipe: Recip
     assert len(kept) == 3
 
 
+@pytest.mark.usefixtures("holder")
 def test_set_aside_refuses_a_locked_folder(folder: RunFolder) -> None:
-    with held(folder.path):
-        with pytest.raises(FolderBusyError, match="another process is writing to"):
-            folder.set_aside()
-        assert folder.path.is_dir()
+    with pytest.raises(FolderBusyError, match="another process is writing to"):
+        folder.set_aside()
     assert [path.name for path in folder.path.parent.iterdir()] == ["quickstart"]
 
 

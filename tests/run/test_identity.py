@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from inheritune_ds.data.tokens.tokenizer import train_tokenizer
 from inheritune_ds.errors import RunFolderError
 from inheritune_ds.run import identity
 from inheritune_ds.training.kernels import Kernels
+from tests.conftest import Logged
 from tests.data.prepared import files_source, make_texts, recipe_file, write_jsonl
 
 TAKEN = Kernels("sdpa", "torch_fused", liger=False, loss="chunked", compile=True, activation_checkpointing="none")
@@ -25,14 +25,11 @@ ACTION = "\n  do: restore the old data and settings, or give this run another na
 
 
 class Run:
-    """A run folder with its recipe and tokens."""
-
     def __init__(self, folder: Path, tokenizer: str) -> None:
         self.folder, self._tokenizer = folder, tokenizer
         self.folder.joinpath("run").mkdir()
 
     def prepare(self, first: list[str], second: list[str], *overrides: str) -> tuple[Recipe, TokenSet]:
-        """Recipe and tokens of two sources with weights."""
         sources: list[Any] = [
             files_source(write_jsonl(self.folder / f"{name}.jsonl", texts), name=name, weight=weight)
             for name, texts, weight in (("books", first, 0.75), ("web", second, 0.25))
@@ -59,7 +56,6 @@ def run(tmp_path: Path) -> Run:
 
 
 def refusal(run: Run, recipe: Recipe, tokens: TokenSet) -> list[str]:
-    """The lines of the refusal, one per difference."""
     with pytest.raises(RunFolderError) as caught:
         run.launch(recipe, tokens, has_checkpoints=True)
     head, *lines = caught.value.problem.splitlines()
@@ -161,7 +157,7 @@ def test_checkpoints_fix_auto_to_the_kernels_of_the_first_launch(tmp_path: Path)
     assert identity.kept_kernels(begun(tmp_path), KernelRequest()) == KernelRequest(**TAKEN.as_dict())
 
 
-def test_named_kernel_replaces_a_kept_one(tmp_path: Path, logged: Callable[[], list[str]]) -> None:
+def test_named_kernel_replaces_a_kept_one(tmp_path: Path, logged: Logged) -> None:
     kept = identity.kept_kernels(begun(tmp_path), KernelRequest(attention="eager", compile=False, loss="chunked"))
     assert (kept.attention, kept.compile, kept.loss) == ("eager", False, "chunked")
     rounds = "later steps round differently from an uninterrupted run"

@@ -1,7 +1,5 @@
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from inheritune_ds.config.loading import load_recipe
@@ -10,6 +8,8 @@ from inheritune_ds.errors import CorpusError
 from inheritune_ds.run import prepare
 from inheritune_ds.run.data import RunData
 from inheritune_ds.run.folder import RunFolder
+from tests.conftest import Logged
+from tests.run.tokens import token_set
 
 
 @pytest.fixture
@@ -27,22 +27,11 @@ def test_ids_beyond_the_model_s_vocabulary_are_refused(tmp_path: Path) -> None:
     assert "allowed: a tokenizer whose ids are all below 1000\n  do: use the reference's own" in str(caught.value)
 
 
-def token_set(folder: Path, **held_out: int) -> TokenSet:
-    """Sources by name with so many held-out tokens; the first has tokens to train on, the others none."""
-    entries = []
-    for number, (name, tokens) in enumerate(held_out.items()):
-        (folder / name).mkdir()
-        np.zeros(tokens, "<u2").tofile(folder / name / "validation-00000.bin")
-        validation = [{"file": "validation-00000.bin", "tokens": tokens}] if tokens else []
-        train = [] if number else [{"file": "train-00000.bin", "tokens": 1000}]
-        entries.append({"name": name, "train": train, "validation": validation})
-    return TokenSet(folder, {"token_dtype": "uint16", "sources": entries})
-
-
-def test_the_log_says_how_much_is_validated_on_and_of_what(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
+def test_the_log_says_how_much_is_validated_on_and_of_what(folder: RunFolder, logged: Logged) -> None:
     names = "corpus.sources=[{kind: embedded, name: a}, {kind: embedded, name: b}, {kind: embedded, name: c}]"
     recipe = load_recipe("quickstart", [names, "training.seq_len=128", "validation.max_tokens=512"])
-    RunData(recipe, token_set(folder.path, a=0, b=2 * 128 + 1, c=2 * 128 + 1)).log()
+    held_out = {"a": 0, "b": 2 * 128 + 1, "c": 2 * 128 + 1}
+    RunData(recipe, token_set(folder.path, {"a": 1000, "b": 0, "c": 0}, held_out)).log()
     assert logged() == [
         "validation: 4 windows of 128 tokens (a 0, b 2, c 2)",
         "WARNING: no token of b, c is trained on: empty, held out, or after max_tokens",
@@ -50,21 +39,17 @@ def test_the_log_says_how_much_is_validated_on_and_of_what(folder: RunFolder, lo
     ]
 
 
-def test_the_log_has_one_line_where_nothing_is_amiss(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
+def test_the_log_has_one_line_where_nothing_is_amiss(folder: RunFolder, logged: Logged) -> None:
     recipe = load_recipe("quickstart", ["training.seq_len=128", "validation.max_tokens=512"])
-    RunData(recipe, token_set(folder.path, embedded=3 * 128 + 1)).log()
+    RunData(recipe, token_set(folder.path, {"embedded": 1000}, {"embedded": 3 * 128 + 1})).log()
     assert logged() == ["validation: 3 windows of 128 tokens"]
 
 
-def test_the_log_warns_of_weights_that_never_come(folder: RunFolder, logged: Callable[[], list[str]]) -> None:
+def test_the_log_warns_of_weights_that_never_come(folder: RunFolder, logged: Logged) -> None:
     sources = "corpus.sources=[{kind: embedded, name: a, weight: 1}, {kind: embedded, name: b, weight: 1}]"
     changes = "corpus.weight_changes=[{at: 1K tokens, weights: {a: 2, b: 1}}, {at: 10M tokens, weights: {a: 1, b: 0}}]"
     recipe = load_recipe("quickstart", [sources, changes, "training.seq_len=128", "training.duration=30 steps"])
-    tokens = token_set(folder.path, a=300, b=300)
-    for entry in tokens.manifest["sources"]:
-        np.zeros(1000, "<u2").tofile(folder.path / entry["name"] / "train-00000.bin")
-        entry["train"] = [{"file": "train-00000.bin", "tokens": 1000}]
-    RunData(recipe, tokens).log()
+    RunData(recipe, token_set(folder.path, {"a": 1000, "b": 1000}, {"a": 300, "b": 300})).log()
     assert logged() == [
         "validation: 4 windows of 128 tokens (a 2, b 2)",
         "WARNING: weight_changes at 10M tokens are never reached: the run ends at 61,440 tokens",

@@ -1,37 +1,28 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from blake3 import blake3
 
 from inheritune_ds.checkpoints.manifest import read_manifest
 from inheritune_ds.checkpoints.store import CheckpointStore
-from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.errors import CheckpointError
 from inheritune_ds.run.folder import RunFolder
 from inheritune_ds.run.resume import Resumption
-
-LAYOUT = SavedLayout(2, 1, "bf16")
+from tests.checkpoints.saved import LAYOUT, fields_of, written
 
 
 def saved(run: Path, *overrides: str, data: str | None = "d" * 64, precision: str = "bf16") -> Path:
     """A run folder with one checkpoint, that of step 4."""
     store = CheckpointStore(run / "checkpoints", keep=3)
     temporary = store.begin(4)
-    (temporary / "rank-00000.safetensors").write_bytes(b"state")
-    files = {"rank-00000.safetensors": {"bytes": 5, "blake3": blake3(b"state").hexdigest()}}
-    fields: dict[str, Any] = {
-        "state": TrainState(4).as_dict(),
-        "layout": {"world_size": 4, "zero_stage": 3, "precision": precision},
-        "fingerprints": {"recipe": load_recipe("quickstart", list(overrides)).fingerprint, "data": data, "code": {}},
-    }
-    return store.publish(temporary, 4, fields, files)
+    layout = {"world_size": 4, "zero_stage": 3, "precision": precision}
+    recipe = load_recipe("quickstart", list(overrides)).fingerprint
+    fields = {**fields_of(4), "layout": layout, "fingerprints": {"recipe": recipe, "data": data, "code": {}}}
+    return store.publish(temporary, 4, fields, written(temporary, "state"))
 
 
 def resumption(run: Path, *overrides: str) -> Resumption:
-    """The resumption of quickstart in a folder."""
     return Resumption(RunFolder(run), load_recipe("quickstart", list(overrides)), LAYOUT)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 
 from inheritune_ds.cli import main
@@ -16,6 +15,7 @@ from inheritune_ds.errors import StorageError
 from inheritune_ds.run import prepare
 from inheritune_ds.run.data import RunData
 from inheritune_ds.surgery.inherit import TargetModel
+from tests.run.tokens import token_set
 
 CPU = str(Path(__file__).parents[2] / "ds_configs" / "cpu.json")
 
@@ -29,12 +29,9 @@ def asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, 
         raise StorageError("no room")
 
     def prepare_tokens(*_: Any) -> tuple[TokenSet, str]:
-        entry = {"name": "embedded", "train": [{"file": "train.bin", "tokens": 100_000}], "validation": []}
-        (tmp_path / "embedded").mkdir()
-        np.zeros(100_000, "<u2").tofile(tmp_path / "embedded" / "train.bin")
         for step in range(1, there + 1):
             (tmp_path / "runs" / "quickstart-reference" / "checkpoints" / f"step-{step:08d}").mkdir()
-        return TokenSet(tmp_path, {"token_dtype": "uint16", "sources": [entry]}), "f"
+        return token_set(tmp_path, {"embedded": 100_000}, {}), "f"
 
     monkeypatch.setattr(prepare, "require_space", refuse)
     monkeypatch.setattr(prepare, "_prepare_tokens", prepare_tokens)
