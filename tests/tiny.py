@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -75,9 +75,11 @@ def engine(
     micro_batch: int = 2,
     packing: Any = None,
     fp16: Mapping[str, Any] = MappingProxyType({}),
+    target: Path | None = None,
+    load: Callable[[Path, Mapping[str, Any]], Any] | None = None,
     **keys: Any,
 ) -> Any:
-    """An engine for `model` on the CPU, in an existing process group.
+    """An engine on the CPU, in an existing process group: for `model`, or for the one in `target`, which `load` reads.
 
     Precision is fp32, bf16, or fp16, which the project refuses on a CPU. `fp16` and `keys` are blocks and keys of the
     DeepSpeed config.
@@ -99,7 +101,7 @@ def engine(
     resolved = resolve(
         document, recipe, origin="test", shape=target_shape(recipe), world_size=world.size, machine=machine
     )
-    built = model(recipe)
+    built = model(recipe) if load is None or target is None else load(target, resolved.config)
     kernels, _ = choose_kernels(
         resolved.kernels,
         config=built.config,
@@ -112,4 +114,4 @@ def engine(
     config = resolved.config
     if precision == "fp16":
         config = {**config, "fp16": {**config["fp16"], "enabled": True, **fp16}}
-    return Engine(built, config, world, kernels, packing)
+    return Engine(built, config, world, kernels, packing, target=target)
