@@ -5,7 +5,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,21 +66,28 @@ class Case:
         return " ".join(words + ["immediate"] * self.immediate)
 
 
-def build_engine(case: Case, world: "World", target: Path | None = None) -> "tuple[Engine, ZeroSettings]":
+def build_engine(
+    case: Case,
+    world: "World",
+    target: Path | None = None,
+    loading: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> "tuple[Engine, ZeroSettings]":
     """The project's engine for a case, and how its config lays the model out.
 
     Args:
         case: What to build.
         world: This rank among all.
         target: Folder of the model; None: one with random weights.
+        loading: Around the load of the target, before the engine takes it.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from inheritune_ds.config.deepspeed import Machine, resolve
-    from inheritune_ds.surgery.load import build_config, load_model
+    from inheritune_ds.surgery.load import build_config
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import Kernels
+    from inheritune_ds.training.load import load_target
 
     recipe = _recipe(case, world.size)
     document = {
@@ -105,7 +113,8 @@ def build_engine(case: Case, world: "World", target: Path | None = None) -> "tup
         if hasattr(config, key):
             setattr(config, key, 0.0)
     kernels = Kernels("sdpa", "torch_fused", False, case.loss, False, case.recomputation)
-    model = AutoModelForCausalLM.from_config(config) if target is None else load_model(target, dtype="float32")
+    with loading():
+        model = AutoModelForCausalLM.from_config(config) if target is None else load_target(target, resolved.config)
     engine = Engine(model, resolved.config, world, kernels, target=target)
     return engine, read_layout(resolved.config, seq_len=case.seq_len, world_size=world.size)
 

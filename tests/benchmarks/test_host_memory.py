@@ -27,5 +27,6 @@ def test_rehearsal_measures_every_file_type_and_precision(tmp_path: Path) -> Non
     words = [sys.executable, "-m", "benchmarks.host_memory", "--rehearse", "--out", str(out)]
     subprocess.run(words, cwd=ROOT, env=environment(), check=True)
     cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
-    assert len(cases) == 4
-    assert all(figures["export_bytes_per_parameter"] >= 0.0 for figures in cases.values())
+    assert len(cases) == 12
+    assert all(figures["build_bytes_per_parameter"] >= figures["load_bytes_per_parameter"] for figures in cases.values())
+    assert all(("export_bytes_per_parameter" in figures) == ("ZeRO-1" in name) for name, figures in cases.items())
