@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 CASES = [(family, precision, "") for family in SHAPES for precision in ("fp32", "bf16")]
 CASES += [("llama", "bf16", "offload"), ("gpt2", "fp32", "offload"), ("llama", "bf16", "bf16 files")]
-OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+OFFLOAD = {name: {"device": "cpu", "pin_memory": True} for name in ("offload_optimizer", "offload_param")}
 STEPS = 5
 
 
@@ -54,6 +54,7 @@ def train(world: World, recipe: Any, target: Path, precision: str, how: str, *, 
     for number in range(STEPS):
         windows = torch.randint(0, 257, (16, 33), generator=torch.Generator().manual_seed(number))
         own = windows.view(-1, world.size, 2, 33)[:, world.rank]
+        torch.manual_seed(number)  # GPT-2's dropout
         result = engine.train_step(list(own), lr=3e-3)
         steps.append((result.loss, result.grad_norm))
     [losses] = engine.window_losses([windows[:2].numpy()])
@@ -67,6 +68,27 @@ def train(world: World, recipe: Any, target: Path, precision: str, how: str, *, 
     }
     engine.close()
     return found
+
+
+def refused(world: World, recipe: Any, target: Path) -> str:
+    """The error for a target whose file lacks a tensor."""
+    import torch.distributed as dist
+    from safetensors.torch import load_file, save_file
+
+    from inheritune_ds.errors import SurgeryError
+    from inheritune_ds.training.load import load_target
+
+    path = target / "model.safetensors"
+    if world.is_main:
+        tensors = load_file(path)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, path, metadata={"format": "pt"})
+    dist.barrier()
+    try:
+        tiny.engine(recipe, world, stage=3, target=target, load=load_target)
+    except SurgeryError as error:
+        return error.problem
+    return ""
 
 
 def digest(named: Any) -> dict[str, str]:
@@ -97,6 +119,7 @@ def main() -> None:
             name: train(world, recipe, target, precision, how, whole=name == "whole")
             for name in ("whole", "partitioned")
         }
+    found["refused"] = refused(world, tiny.recipe(target={"shape": SHAPES["llama"]}), folder / "llama float32")
     (folder / f"rank{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     leave_process_group()
 
