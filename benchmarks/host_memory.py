@@ -5,7 +5,7 @@ under ZeRO-1 on one rank, which then exports it, and under ZeRO-3 on two and fou
 A thread samples the anonymous memory of the process: pages mapped from a file do not count, since the kernel drops them
 when memory is short. The figures are bytes per parameter of the model above what the process held before, those of the
 rank with most: `load` while the target is loaded, before the engine takes it, `build` until the engine is ready. It
-writes docs/results/host_memory.json; `--before FILE` adds the figures of another commit.
+writes docs/results/host_memory.json; `--before FILE ...` adds the figures of other commits.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def main() -> None:
     """Measure every file type and precision."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=RESULTS / "host_memory.json")
-    parser.add_argument("--before", type=Path, help="result of another commit, to be kept beside these")
+    parser.add_argument("--before", type=Path, nargs="*", default=[], help="results of other commits, kept beside these")
     parser.add_argument("--rehearse", action="store_true", help="a toy model, to see that all works")
     parser.add_argument("--part", nargs=4, metavar=("FOLDER", "DTYPE", "PRECISION", "STAGE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -136,9 +136,9 @@ def main() -> None:
                 found[name] = largest(Path(scratch) / "out", ranks)
     for name, figures in found.items():
         print(f"{name}: {figures}")
-    before = json.loads(args.before.read_text(encoding="utf-8")) if args.before else None
-    kept = {} if before is None else {"before": {"commit": before["environment"]["commit"], "cases": before["cases"]}}
-    write_result(args.out, {"cases": found, **kept})
+    others = [json.loads(path.read_text(encoding="utf-8")) for path in args.before]
+    before = [{"commit": other["environment"]["commit"], "cases": other["cases"]} for other in others]
+    write_result(args.out, {"cases": found, "before": before})
 
 
 if __name__ == "__main__":
