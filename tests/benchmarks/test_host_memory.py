@@ -28,5 +28,7 @@ def test_rehearsal_measures_every_file_type_and_precision(tmp_path: Path) -> Non
     subprocess.run(words, cwd=ROOT, env=environment(), check=True)
     cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
     assert len(cases) == 12
-    assert all(figures["build_bytes_per_parameter"] >= figures["load_bytes_per_parameter"] for figures in cases.values())
+    assert all(
+        figures["build_bytes_per_parameter"] >= figures["load_bytes_per_parameter"] for figures in cases.values()
+    )
     assert all(("export_bytes_per_parameter" in figures) == ("ZeRO-1" in name) for name, figures in cases.items())

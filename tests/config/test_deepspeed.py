@@ -63,6 +63,8 @@ def test_every_auto_is_resolved_and_the_user_s_document_is_unchanged(resolved: R
         "data_types.grad_accum_dtype",
         "zero_optimization.stage",
         "zero_optimization.reduce_bucket_size",
+        "bf16.immediate_grad_update",
+        "communication_data_type",
         "fp16.loss_scale",
         "zero_optimization.sub_group_size",
         "train_micro_batch_size_per_gpu",
@@ -87,9 +89,52 @@ def test_auto_precision_depends_on_the_machine(
 ) -> None:
     found = resolved({**FLAT, **document}, machine=machine)
     assert found.precision == precision
-    assert [line for line in found.notes if line.startswith("bf16")] == ([note] if note else [])
+    assert [line for line in found.notes if line.startswith("bf16:")] == ([note] if note else [])
     assert isinstance(found.config["bf16"]["enabled"], bool)
     assert isinstance(found.config["fp16"]["enabled"], bool)
+
+
+ON = {"enabled": True}
+BF16: dict[str, Any] = {**FLAT, "bf16": ON}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "immediate", "sent"),
+    [
+        ({}, 1, True, "fp32"),
+        ({}, 2, True, None),
+        (
+            {"bf16": {"enabled": True, "immediate_grad_update": False}, "communication_data_type": "bf16"},
+            1,
+            False,
+            "bf16",
+        ),
+        ({"zero_optimization": {"stage": 2}}, 1, None, None),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, 1, None, None),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 1, None, None),
+        ({"bf16": {"enabled": False}}, 1, None, None),
+    ],
+)
+def test_bf16_gradients_are_freed_early_and_not_rounded_where_that_is_free(
+    changes: dict[str, Any],
+    ranks: int,
+    immediate: bool | None,  # noqa: FBT001
+    sent: str | None,
+    resolved: Resolve,
+) -> None:
+    config = resolved({**BF16, **changes}, world_size=ranks).config
+    assert config["bf16"].get("immediate_grad_update") is immediate
+    assert config.get("communication_data_type") == sent
+
+
+@pytest.mark.parametrize(("stage", "hidden", "bucket"), [(1, 64, 50_000_000), (2, 8192, 67_108_864), (3, 64, 4096)])
+def test_zero_1_and_2_reduce_at_least_50_million_elements_at_once(
+    stage: int, hidden: int, bucket: int, resolved: Resolve, wide: Shape
+) -> None:
+    zero = {"stage": stage, "reduce_bucket_size": "auto"}
+    shape = (wide.model_copy(update={"hidden_size": hidden}), 1)
+    config = resolved({**FLAT, "zero_optimization": zero}, shape=shape, machine=Machine("cuda", 1e4, bf16=True)).config
+    assert config["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
 def test_fp16_disables_automatic_bf16_and_keeps_its_scaler(resolved: Resolve) -> None:

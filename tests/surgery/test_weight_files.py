@@ -87,7 +87,8 @@ def test_span_is_the_place_of_the_bytes(folder: Path) -> None:
     for name in files:
         span = files.span(name)
         assert span is not None
-        content = span.path.read_bytes()[span.offset : span.offset + span.size]
+        path, offset, size = span
+        content = path.read_bytes()[offset : offset + size]
         assert content == files.tensor(name).numpy().tobytes()
     tiny.shard(folder, 2, pickled=True)
     assert WeightFiles(folder, "it").span("model.norm.weight") is None

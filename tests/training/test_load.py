@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.host_memory import LARGE, SMALL, largest, write_target
-from benchmarks.ranks import Case, run_ranks
+from benchmarks.host_memory import LARGE, SMALL, write_target
+from benchmarks.ranks import Case, on_ranks
 from tests.launching import launch
 from tests.training.drive_load import CASES
 from tests.warm_python import WarmPython
@@ -34,10 +34,10 @@ def test_a_partitioned_target_trains_bitwise_like_a_whole_one(ranks: int, warm: 
 def test_a_load_holds_the_share_of_the_rank_and_one_parameter(tmp_path: Path) -> None:
     """In bytes per parameter, in bf16; a rank that loads the whole model takes 4 for the load, and 7.5 in all."""
     ranks, case = 4, Case(**LARGE)
-    write_target(tmp_path / "bfloat16-small", Case(**SMALL), "bfloat16")
-    write_target(tmp_path / "bfloat16", case, "bfloat16")
-    run_ranks("benchmarks.host_memory", ["--part", str(tmp_path), "bfloat16", "bf16", "3"], ranks)
-    found = largest(tmp_path / "out", ranks)
+    write_target(tmp_path, case, "bfloat16")
+    write_target(tmp_path / "small", Case(**SMALL), "bfloat16")
+    arguments = {"folder": str(tmp_path), "case": {"stage": 3, **LARGE}}
+    found = on_ranks("benchmarks.host_memory:measure", arguments, ranks)
     embedding = 2 * case.vocab_size * case.hidden_size / found["parameters"]
     assert found["load_bytes_per_parameter"] <= 2 / ranks + embedding + 0.1
     # DeepSpeed's weights, masters, gradients and a copy, and a parameter with the buffers to gather it.

@@ -15,7 +15,6 @@ import pytest
 import zstandard
 
 from inheritune_ds.config.corpus import FilesSource, HubSource
-from inheritune_ds.data.documents import files as readers
 from inheritune_ds.data.documents import sources
 from inheritune_ds.data.documents.records import Cursor
 from inheritune_ds.storage import hub
@@ -78,7 +77,7 @@ def test_streamed_downloaded_and_local_documents_are_the_same(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     local = FilesSource(kind="files", paths=[str(tmp_path / "data")])
-    assert [list(document) for document in readers.documents(local)] == [
+    assert [list(document) for document in sources.documents(local)] == [
         [words, skipped, Cursor(*cursor), note] for words, skipped, cursor, note in streamed
     ]
     folder = HubSource.model_validate(source(str(tmp_path)))

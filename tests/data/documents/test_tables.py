@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from inheritune_ds.config.corpus import FilesSource
-from inheritune_ds.data.documents import files, tables, text
+from inheritune_ds.data.documents import sources, tables, text
 from inheritune_ds.data.documents.records import Cursor, Document
 from inheritune_ds.errors import CorpusError
 
@@ -29,7 +29,7 @@ def write(folder: Path, kind: str, columns: dict[str, Any], rows_a_batch: int = 
 
 
 def read(path: Path, start: Cursor = START, **settings: Any) -> list[Document]:
-    return list(files.documents(FilesSource(kind="files", paths=[str(path)], **settings), start))
+    return list(sources.documents(FilesSource(kind="files", paths=[str(path)], **settings), start))
 
 
 def texts(documents: Sequence[Document]) -> list[str]:
@@ -198,7 +198,7 @@ def test_documents_of_arrow_detect_a_file_that_shrinks_meanwhile(
 ) -> None:
     monkeypatch.setattr(tables, "_BATCH_ROWS", 10)
     path = write(tmp_path, "stream", {"text": [f"{number} " * 1000 for number in range(100)]}, rows_a_batch=100)
-    found = files.documents(FilesSource(kind="files", paths=[str(path)]))
+    found = sources.documents(FilesSource(kind="files", paths=[str(path)]))
     assert next(found).text
     with path.open("r+b") as file:
         file.truncate(5000)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inheritune_ds.data.stream.validation_windows import HeldOut
 from inheritune_ds.data.stream.windows import SourceTokens, TokenShards, Windows
 from inheritune_ds.errors import CorpusError
 
@@ -133,7 +134,7 @@ def test_windows_equal_an_independent_reader(tmp_path: Path, dtype: str) -> None
 
     assert len(windows) == 10
     ids = np.array([9, 0, 3, 3], dtype=np.int64)
-    rows = windows.read(ids)
+    rows = HeldOut({"t": windows}).read(ids)
     assert rows.dtype == np.int64
     assert rows.shape == (4, seq_len + 1)
     for row, window in zip(rows, ids.tolist(), strict=True):
@@ -145,15 +146,8 @@ def test_windows_equal_an_independent_reader(tmp_path: Path, dtype: str) -> None
 def test_windows_make_every_token_but_the_first_a_target_once(tmp_path: Path) -> None:
     shards, tokens = shards_of(tmp_path, [20, 1, 20])
     windows = Windows(shards, 8)
-    targets = windows.read(np.arange(len(windows)))[:, 1:].ravel()
+    targets = HeldOut({"t": windows}).read(np.arange(len(windows)))[:, 1:].ravel()
     assert targets.tolist() == tokens[1:]
-
-
-@pytest.mark.parametrize(("num_tokens", "bad"), [(101, -1), (101, 10), (0, 0)])
-def test_windows_refuse_an_id_out_of_range(tmp_path: Path, num_tokens: int, bad: int) -> None:
-    windows = Windows.of_file(token_file(tmp_path / "t.bin", num_tokens), "uint16", 10, num_tokens)
-    with pytest.raises(ValueError, match=rf"outside \[0, {num_tokens // 10}\)"):
-        windows.read(np.array([0, bad]))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -176,11 +170,3 @@ def test_source_tokens_are_read_together(tmp_path: Path) -> None:
     rows = tokens.read(np.array([1, 0, 1, 0]), np.array([0, 6, 4, 4]))
     expected = [second_tokens[0:5], first_tokens[6:11], second_tokens[4:9], first_tokens[4:9]]
     assert rows.tolist() == expected
-
-
-def test_source_tokens_need_windows_of_one_length(tmp_path: Path) -> None:
-    shards, _ = shards_of(tmp_path, [20])
-    with pytest.raises(ValueError, match=r"windows must have one length, not \[4, 5\]"):
-        SourceTokens({"a": Windows(shards, 4), "b": Windows(shards, 5)})
-    with pytest.raises(ValueError, match=r"windows must have one length, not \[\]"):
-        SourceTokens({})
