@@ -115,7 +115,7 @@ def main() -> None:
         if world.is_main:
             write(recipe, target, dtype)
         dist.barrier()
-        found[" ".join((family, precision, how)).strip()] = {
+        found[f"{family} {precision} {how}".strip()] = {
             name: train(world, recipe, target, precision, how, whole=name == "whole")
             for name in ("whole", "partitioned")
         }
