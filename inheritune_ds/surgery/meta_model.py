@@ -183,7 +183,7 @@ def mapped_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for _, names in groupby(in_order, lambda name: model.blocks.index_of(modules[name])):
         model.load({name: files.tensor(name) for name in names})
         state = model.model.state_dict()
-        model.model.to("meta")
+        nn.Module.to(model.model, "meta")
         for name in list(state):
             tensor = state.pop(name)  # the model's tensor lives as long as the caller uses it
             if name in model.required and not tensor.is_meta:

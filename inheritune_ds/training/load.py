@@ -59,7 +59,7 @@ def _partition(model: "PreTrainedModel", folder: Path, ds_config: Mapping[str, A
         if not isinstance(empty, nn.Parameter):
             setattr(module, leaf, values.to(device, empty.dtype))
             continue
-        parameter = nn.Parameter(torch.empty(values.shape, dtype=init.dtype, device=device))
+        parameter: Any = nn.Parameter(torch.empty(values.shape, dtype=init.dtype, device=device))
         for piece in stage_3_pieces({name: values.shape}, init.rank, init.dp_world_size):
             own = slice(piece.start, piece.start + piece.numel)
             parameter.data.view(-1)[own].copy_(values.reshape(-1)[own])

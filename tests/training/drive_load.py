@@ -107,7 +107,7 @@ def main() -> None:
 
     from inheritune_ds.distributed.process_group import leave_process_group
 
-    found = {}
+    found: dict[str, Any] = {}
     for family, precision, how in CASES:
         recipe = tiny.recipe(target={"shape": SHAPES[family]})
         dtype = "bfloat16" if how == "bf16 files" else "float32"
