@@ -41,4 +41,4 @@ def test_a_load_holds_the_share_of_the_rank_and_one_parameter(tmp_path: Path) ->
     embedding = 2 * case.vocab_size * case.hidden_size / found["parameters"]
     assert found["load_bytes_per_parameter"] <= 2 / ranks + embedding + 0.1
     # DeepSpeed's weights, masters, gradients and a copy, and a parameter with the buffers to gather it.
-    assert found["build_bytes_per_parameter"] <= (2 + 4 + 4 + 4) / ranks + 4 * embedding + 0.8
+    assert found["build_bytes_per_parameter"] <= (2 + 4 + 4 + 4) / ranks + 4 * embedding + 1.3
