@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,17 +73,23 @@ class Case:
         return " ".join(words + ["immediate"] * self.immediate)
 
 
-def build_engine(case: Case, world: "World", target: Path | None = None) -> "tuple[Engine, ZeroSettings]":
+def build_engine(
+    case: Case,
+    world: "World",
+    target: Path | None = None,
+    loading: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> "tuple[Engine, ZeroSettings]":
     """The project's engine for a case, and how its config lays the model out.
 
     Args:
         case: What to build.
         world: This rank among all.
         target: Folder of the model; None: one with random weights.
+        loading: Around the load of the target, before the engine takes it.
     """
-    from inheritune_ds.surgery.load import load_model
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import Kernels
+    from inheritune_ds.training.load import load_target
 
     resolved = tiny.resolve(
         _recipe(case, world.size),
@@ -100,7 +107,8 @@ def build_engine(case: Case, world: "World", target: Path | None = None) -> "tup
         kernels={"loss": case.loss, "activation_checkpointing": case.recomputation, "compile": False},
     )
     kernels = Kernels("sdpa", "torch_fused", False, case.loss, False, case.recomputation)
-    model = random_model(case.shape) if target is None else load_model(target, dtype="float32")
+    with loading():
+        model = random_model(case.shape) if target is None else load_target(target, resolved.config)
     engine = Engine(model, resolved.config, world, kernels, target=target)
     return engine, read_layout(resolved.config, seq_len=case.seq_len, world_size=world.size)
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -97,9 +97,11 @@ def engine(
     device: str = "cpu",
     packing: Any = None,
     fp16: Mapping[str, Any] = MappingProxyType({}),
+    target: Path | None = None,
+    load: Callable[[Path, Mapping[str, Any]], Any] | None = None,
     **keys: Any,
 ) -> Any:
-    """An engine for `model`, in an existing process group.
+    """An engine in an existing process group: for `model`, or for the one in `target`, which `load` reads.
 
     Precision is fp32, bf16, or fp16, which the project refuses on a CPU. `fp16` and `keys` are blocks and keys of the
     DeepSpeed config; `stage` and `micro_batch` stand for theirs.
@@ -110,7 +112,7 @@ def engine(
     from inheritune_ds.training.kernels import choose_kernels
 
     resolved = resolve(recipe, world, precision=precision, device=device, **keys)
-    built = model(recipe)
+    built = model(recipe) if load is None or target is None else load(target, resolved.config)
     kernels, _ = choose_kernels(
         resolved.kernels,
         config=built.config,
@@ -123,4 +125,4 @@ def engine(
     config = resolved.config
     if precision == "fp16":
         config = {**config, "fp16": {**config["fp16"], "enabled": True, **fp16}}
-    return Engine(built, config, world, kernels, packing)
+    return Engine(built, config, world, kernels, packing, target=target)

@@ -4,7 +4,7 @@ Only the refresh of half-precision weights after a load communicates, so a refus
 a collective.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,13 +192,14 @@ def _restore_scaler(optimizer: Any, record: Mapping[str, Any]) -> None:
     optimizer.dynamic_loss_scale = scaler.dynamic
 
 
-def fill_masters(engine: Any, values: Mapping[str, torch.Tensor]) -> None:
+def fill_masters(engine: Any, values: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Fill this rank's fp32 masters with exact values, since a new engine derives them from rounded weights.
 
-    `values` are whole parameters by name, of any dtype; of mapped files only this rank's pieces are read.
+    `values` are names and whole parameters, of any dtype; of mapped files only this rank's pieces are read.
     """
-    for partition in partitions(engine):
-        flat = partition.master.detach()
-        for piece in partition.pieces:
-            source = values[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
-            flat[piece.at : piece.at + piece.numel].copy_(source)
+    own = {piece.name: (partition.master, piece) for partition in partitions(engine) for piece in partition.pieces}
+    for name, whole in values:
+        if name in own:
+            master, piece = own[name]
+            source = whole.reshape(-1)[piece.start : piece.start + piece.numel]
+            master.detach()[piece.at : piece.at + piece.numel].copy_(source)

@@ -3,7 +3,7 @@
 The keys are those of DeepSpeed 0.19; a test compares them with the installed package.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
@@ -262,6 +262,12 @@ class Document(PassedOn):
 
 OURS = ("kernels", "reliability")
 """Blocks of this program, which DeepSpeed's tools ignore."""
+
+
+def without_ours(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config as DeepSpeed gets it."""
+    return {key: value for key, value in ds_config.items() if key not in OURS}
+
 
 REFUSED = {
     "amp": "it needs NVIDIA's apex and excludes ZeRO; use bf16",

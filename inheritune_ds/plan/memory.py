@@ -1,8 +1,9 @@
 """Peak memory of one GPU in GiB (2**30 bytes), and the largest micro-batch that fits.
 
-The peak is at the worse of two moments. In the backward pass there are all activations and the gradients of earlier
+The peak is at the worst of three moments. In the backward pass there are all activations and the gradients of earlier
 micro-steps when it starts, and all gradients when it ends; the worst of it counts. In the update nothing of the passes
-remains, but DeepSpeed reduces and copies gradients (see `zero_memory`).
+remains, but DeepSpeed reduces and copies gradients. While ZeRO-3 is built, there are no moments yet, but copies of the
+masters (see `zero_memory`).
 """
 
 from collections.abc import Callable, Mapping
@@ -31,21 +32,23 @@ class Memory:
     Attributes:
         backward: Parts in the backward pass.
         update: Parts while gradients are reduced and weights updated.
+        load: Parts while ZeRO-3 builds its engine; only the margin in other stages.
         host_gib: Offloaded to the host, per GPU.
     """
 
     backward: Mapping[str, float]
     update: Mapping[str, float]
+    load: Mapping[str, float]
     host_gib: float
 
     @property
     def parts(self) -> Mapping[str, float]:
-        """The parts of the worse moment."""
-        return max(self.backward, self.update, key=lambda parts: sum(parts.values()))
+        """The parts of the worst moment."""
+        return max(self.backward, self.update, self.load, key=lambda parts: sum(parts.values()))
 
     @property
     def total_gib(self) -> float:
-        """The peak: sum of the parts of the worse moment."""
+        """The peak: sum of the parts of the worst moment."""
         return sum(self.parts.values())
 
     @property
@@ -62,7 +65,7 @@ def memory(
     moments = _passes(shape, num_blocks, micro_batch_size * layout["seq_len"], layout, found)
     backward = max(moments, key=lambda parts: sum(parts.values()))
     update = _joined(found.resident, found.update)
-    return Memory(_with_margin(backward), _with_margin(update), found.host / GIB)
+    return Memory(_with_margin(backward), _with_margin(update), _with_margin(found.load), found.host / GIB)
 
 
 def _passes(shape: Shape, num_blocks: int, tokens: int, layout: ZeroSettings, found: States) -> list[dict[str, float]]:

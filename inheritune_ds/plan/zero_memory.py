@@ -12,7 +12,7 @@ in fp32 and copies nothing. A model in fp32 also has masters.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from inheritune_ds.config.zero import (
     REDUCE_BUCKET,
@@ -27,6 +27,8 @@ WHOLE_REDUCTION = 5 * 10**8
 """Elements that BF16_Optimizer reduces in one call (DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE)."""
 _SUB_GROUP = 10**9
 """Parameters that ZeRO-3 updates at once (DeepSpeed's sub_group_size)."""
+_ON_DEVICE = ("weights", "communication buffers", "gathered weights")
+"""Parts that are on the device while an offloaded engine is built."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class States:
         last: Additional ones when it ends.
         update: Additional ones at the worst moment of reduction and update, without the passes.
         host: On the host, per GPU.
+        load: While ZeRO-3 builds the engine of a target that is read by partition, instead of all others.
     """
 
     resident: dict[str, float]
@@ -82,6 +85,7 @@ class States:
     last: dict[str, float]
     update: dict[str, float]
     host: float
+    load: dict[str, float] = field(default_factory=dict)
 
 
 def states(tensors: Tensors, layout: ZeroSettings, *, accumulation: int) -> States:
@@ -174,10 +178,16 @@ def _stage_3(tensors: Tensors, layout: ZeroSettings) -> States:
     # A bucket is sorted by ranks before it is reduced; a larger gradient is a bucket by itself.
     copies = 2.0 * element * tensors.largest + min(bucket, element * count)
     update = {"copies": kept * group + (4 * group if kept != 4 else 0.0)}
+    # DeepSpeed makes the masters of each group twice, and gathers every parameter once, to hook its gradient. The load
+    # itself takes less: the weights, and one parameter.
+    load = {part: size for part, size in resident.items() if part != "Adam moments"} | {"copies": 4 * group}
+    if gathered:
+        load["gathered weights"] = float(element * tensors.largest)
     host = 0.0
     if layout["offload_parameters"]:
         host = resident.pop("weights")
-    return States(resident, gathered, gathered, {**gathered, "copies": copies}, update, host)
+        del load["weights"]
+    return States(resident, gathered, gathered, {**gathered, "copies": copies}, update, host, load)
 
 
 def kept_gathered(layout: ZeroSettings) -> int:
@@ -193,7 +203,8 @@ def _offloaded(tensors: Tensors, layout: ZeroSettings, found: States) -> States:
     host += 4 * share  # the gradients of the masters
     if layout["zero_stage"] == 3:
         host += resident.pop("gradients")
-        return States(resident, found.first, found.going, found.last, {}, host)
+        load = {part: size for part, size in found.load.items() if part in _ON_DEVICE}
+        return replace(found, resident=resident, update={}, host=host, load=load)
     host += element * share
     resident["copies"] = float(element * tensors.largest)
     update = {part: size for part, size in found.update.items() if part != "copies"}

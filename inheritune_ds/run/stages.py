@@ -27,11 +27,12 @@ from inheritune_ds.run.finish import write_results
 from inheritune_ds.run.prepare import DS_CONFIG, RunSetup
 from inheritune_ds.run.status import write_status
 from inheritune_ds.storage.files import write_json
-from inheritune_ds.surgery.load import load_config, load_model
+from inheritune_ds.surgery.load import load_config
 from inheritune_ds.tracking.recorder import Recorder, RunRecorder
 from inheritune_ds.training import loop, micro_batch
 from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.kernels import Kernels, choose_kernels
+from inheritune_ds.training.load import load_target
 from inheritune_ds.training.optimizer import parameter_groups
 from inheritune_ds.training.requests import Controls
 
@@ -152,7 +153,7 @@ def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
     # DeepSpeed collects garbage several times while it builds an engine, which would search all imported modules.
     gc.collect()
     gc.freeze()
-    model = load_model(setup.target.folder, dtype="float32")
+    model = load_target(setup.target.folder, resolved.config)
     groups = parameter_groups(model, setup.recipe.optimizer.weight_decay)
     engine = Engine(model, resolved.config, world, kernels, setup.data.packing, target=setup.target.folder)
     for note in engine.notes:

@@ -10,7 +10,8 @@ names are renamed), its reverse, and the loader behind `from_pretrained`.
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from inheritune_ds.errors import SurgeryError
 from inheritune_ds.storage.hub import first_line
 from inheritune_ds.surgery.blocks import find_blocks
 from inheritune_ds.surgery.config_cut import num_blocks
-from inheritune_ds.surgery.load import quiet_transformers
+from inheritune_ds.surgery.load import load_config, quiet_transformers
 from inheritune_ds.surgery.weight_files import WeightFiles
 
 if TYPE_CHECKING:
@@ -165,18 +166,28 @@ def as_in_files(model: "PreTrainedModel", tensors: Mapping[str, torch.Tensor]) -
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
-def mapped_parameters(model: "PreTrainedModel", folder: Path) -> dict[str, torch.Tensor]:
-    """Parameters of a model that was loaded from a folder in fp32, by name.
+def mapped_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and saved buffers of the model in a folder, by name, in the model's order.
 
-    Each is the file's tensor where it has the same values, mapped instead of held in memory, otherwise the model's own.
+    A tensor that a file holds as it is is mapped from there, in the file's type. Fused parameters, and all parameters
+    of a model whose files have several types (converted to fp32), are in memory, one block at a time.
+
+    Raises:
+        SurgeryError: If the files hold a tensor that the model has no place for.
     """
-    files, found = WeightFiles(folder, str(folder)), {}
-    for name, parameter in model.named_parameters():
-        own = parameter.detach()
-        held = [files.tensor(file) for file in as_in_files(model, {name: own.to("meta")}) if file in files.file_of]
-        same = len(held) == 1 and held[0].dtype != own.dtype and torch.equal(held[0].to(own.dtype), own)
-        found[name] = held[0] if same else own
-    return found
+    files = WeightFiles(folder, str(folder))
+    dtypes = {files.meta(name).dtype for name in files}
+    model = MetaModel(load_config(folder), dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    modules, places = model.module_names(files), {name: place for place, name in enumerate(model.shapes)}
+    in_order = sorted(files, key=lambda name: places.get(modules[name], 0))
+    for _, names in groupby(in_order, lambda name: model.blocks.index_of(modules[name])):
+        model.load({name: files.tensor(name) for name in names})
+        state = model.model.state_dict()
+        nn.Module.to(model.model, "meta")
+        for name in list(state):
+            tensor = state.pop(name)  # the model's tensor lives as long as the caller uses it
+            if name in model.required and not tensor.is_meta:
+                yield name, tensor
 
 
 def contradiction(problems: list[str]) -> SurgeryError:

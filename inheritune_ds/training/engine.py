@@ -7,7 +7,7 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,10 +19,10 @@ import torch
 from inheritune_ds.checkpoints import snapshot
 from inheritune_ds.checkpoints.manifest import Checkpoint
 from inheritune_ds.checkpoints.train_state import Requests
-from inheritune_ds.config.deepspeed_keys import OURS
+from inheritune_ds.config.deepspeed_keys import without_ours
 from inheritune_ds.distributed.process_group import quiet
 from inheritune_ds.distributed.world import World
-from inheritune_ds.surgery.meta_model import mapped_parameters
+from inheritune_ds.surgery.meta_model import mapped_tensors
 from inheritune_ds.training.block_wrapping import wrap_blocks
 from inheritune_ds.training.document_masks import skip_packing_check
 from inheritune_ds.training.faults import not_finite
@@ -67,7 +67,7 @@ class Engine:
     """A target under DeepSpeed.
 
     Args:
-        model: The target in fp32, with its initial values.
+        model: The target in fp32, with its initial values; under ZeRO-3 also as `load_target` partitions it.
         ds_config: Resolved.
         world: This rank among all.
         kernels: As `choose_kernels` returns them.
@@ -95,12 +95,12 @@ class Engine:
         low_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
         # DeepSpeed rounds the model to half precision before it makes fp32 masters of it, in new memory. These keep the
         # exact values.
-        exact: Mapping[str, torch.Tensor] = {}
+        exact: Iterable[tuple[str, torch.Tensor]] = ()
         if low_precision:
             exact = (
-                {name: parameter.detach() for name, parameter in model.named_parameters()}
+                [(name, parameter.detach()) for name, parameter in model.named_parameters()]
                 if target is None
-                else mapped_parameters(model, target)
+                else mapped_tensors(target)
             )
         self.kernels, self.notes = _fit(model, kernels)
         self._windows = WindowInputs(packing, self.kernels.attention)
@@ -109,7 +109,7 @@ class Engine:
         with contextlib.redirect_stdout(sys.stdout if ds_config.get("memory_breakdown") else io.StringIO()):
             engine, *_ = deepspeed.initialize(
                 model=model,
-                config={key: value for key, value in ds_config.items() if key not in OURS},
+                config=without_ours(ds_config),
                 **_optimizer(model, ds_config, kernels),
             )
         quiet()
@@ -238,7 +238,6 @@ class Engine:
 def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str, ...]]:
     """Apply the kernels to a model; returns those it took, and a log line on each that it could not take."""
     skip_packing_check()
-    # First: it runs the model, which is still on the CPU in fp32, where neither Liger nor flash attention works.
     taken, reason = attach_loss(model, kernels.loss, compiled=kernels.compile)
     model.set_attn_implementation(kernels.attention)
     if kernels.liger:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from inheritune_ds.plan.memory import LOSS_CHUNK_TOKENS
+from inheritune_ds.surgery.config_cut import cut_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,7 +171,8 @@ def attach_loss(model: "PreTrainedModel", kind: LossKind, *, compiled: bool) -> 
     """Put the loss into a model's forward pass, before `deepspeed.initialize`.
 
     Liger and the chunked loss need logits that are exactly the head's output. Families that scale or cap their logits
-    are detected by comparing the two on a few tokens; they take the plain loss.
+    are detected by comparing the two on a few tokens, in a model of the same config with one block and random weights;
+    they take the plain loss.
 
     Returns:
         The kind taken, and the reason if it differs from the requested one.
@@ -185,20 +187,22 @@ def attach_loss(model: "PreTrainedModel", kind: LossKind, *, compiled: bool) -> 
 @torch.no_grad()
 def _not_just_the_head(model: "PreTrainedModel") -> str:
     """Why the logits are not the head applied to the last hidden state; empty if they are."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(model.get_output_embeddings()) is not nn.Linear:
         return f"the head of a {model.config.model_type} model is not a plain linear layer"
+    probe = _one_block(model)
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda _, given, made: seen.extend((given[0], made)))
-    was_training = model.training
-    model.eval()
-    try:
-        tokens = torch.arange(_PROBE_TOKENS, device=model.device).unsqueeze(0)
-        logits = model(input_ids=tokens, use_cache=False).logits
-        hidden = model.base_model(input_ids=tokens, use_cache=False)[0]
-    finally:
-        hook.remove()
-        model.train(was_training)
+    probe.get_output_embeddings().register_forward_hook(lambda _, given, made: seen.extend((given[0], made)))
+    tokens = torch.arange(_PROBE_TOKENS).unsqueeze(0)
+    logits = probe(input_ids=tokens, use_cache=False).logits
+    hidden = probe.base_model(input_ids=tokens, use_cache=False)[0]
     if len(seen) != 2 or not torch.equal(seen[0], hidden) or not torch.equal(seen[1].float(), logits.float()):
         return f"the logits of a {model.config.model_type} model are more than its head's output"
     return ""
+
+
+def _one_block(model: "PreTrainedModel") -> Any:
+    """A model of the same class with one block, a few tokens, and random weights; the model itself may have none."""
+    config = cut_config(model.config, [0])
+    config.vocab_size, config.pad_token_id = _PROBE_TOKENS, None
+    with torch.random.fork_rng(devices=[]):
+        return type(model)(config).eval()

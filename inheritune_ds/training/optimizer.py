@@ -26,7 +26,9 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     groups: list[dict[str, Any]] = [{"params": [], "names": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = groups[0 if parameter.ndim >= 2 and id(parameter) not in embedded else 1]
+            # A parameter that ZeRO-3 has partitioned has no elements itself.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            group = groups[0 if len(shape) >= 2 and id(parameter) not in embedded else 1]
             group["params"].append(parameter)
             group["names"].append(name)
     return groups

@@ -9,6 +9,7 @@ from inheritune_ds.plan.zero_memory import States, Tensors, kept_gathered, state
 from tests.plan.test_memory import OPENLLAMA_3B, layout
 
 COUNT = 1_815_638_400
+OFFLOAD = {"offload_optimizer": True, "offload_parameters": True}
 STUDENT = tensors(OPENLLAMA_3B, 13)
 HIDDEN_SQUARED = 3200 * 3200
 DECAYED = STUDENT.largest_group / COUNT
@@ -70,6 +71,23 @@ def test_zero_3_keeps_parameters_within_the_reuse_distance() -> None:
     at = found(zero_stage=3, world_size=2)
     assert at.first["gathered weights"] == 2 * (500_000_000 + STUDENT.largest)
     assert "gathered weights" not in found(zero_stage=3).first, "one rank has everything already"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 512])
+@pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, OFFLOAD, {"max_reuse_distance": 0}], ids=str)
+def test_zero_3_takes_less_to_load_than_to_train(changes: dict[str, Any], ranks: int) -> None:
+    at = found(zero_stage=3, world_size=ranks, **changes)
+    assert sum(at.load.values()) <= sum(at.resident.values()) + sum(at.first.values())
+    small = Tensors([80, 300, 100], [False, True, True])
+    load = states(small, layout(zero_stage=3, world_size=ranks, **changes), accumulation=1).load
+    del load["communication buffers"]
+    element, gathered = (4, 4 * 300) if changes.get("precision") == "fp32" else (2, 2 * 300)
+    expected = {"weights": element * 480 / ranks, "gathered weights": gathered * (ranks > 1)}
+    if changes is OFFLOAD:
+        expected = {"gathered weights": gathered}
+    else:
+        expected |= {"fp32 master weights": 4 * 480 / ranks, "gradients": 4 * 480 / ranks, "copies": 4 * 400 / ranks}
+    assert {part: size for part, size in load.items() if size} == {p: size for p, size in expected.items() if size}
 
 
 def test_the_bucket_has_deepspeeds_default_size() -> None:

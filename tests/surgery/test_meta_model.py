@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.config_cut import num_blocks
 from inheritune_ds.surgery.load import load_model
-from inheritune_ds.surgery.meta_model import MetaModel, check_same_blocks, contradiction, mapped_parameters
+from inheritune_ds.surgery.meta_model import MetaModel, check_same_blocks, contradiction, mapped_tensors
 from tests.surgery import tiny
 from tests.surgery.families import tiny_config
 
@@ -167,18 +167,39 @@ def test_different_attention_windows_are_detected() -> None:
     assert "full_attention" in difference or "sliding_window" in difference
 
 
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is that of a file."""
+    ranges = (line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line)
+    bounds = [[int(end, 16) for end in words[0].split("-")] for words in ranges]
+    return any(start <= tensor.data_ptr() < end for start, end in bounds)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-def test_parameters_of_a_half_precision_file_are_mapped_from_it(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_are_mapped_from_the_files_in_the_order_of_the_model(
+    dtype: torch.dtype, family: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config(family, 2), dtype=torch.bfloat16).save_pretrained(tmp_path)
-    model = load_model(tmp_path, dtype="float32")
-    mapped = mapped_parameters(model, tmp_path)
-    own = dict(model.named_parameters())
-    assert mapped.keys() == own.keys()
-    assert all(torch.equal(mapped[name].float(), own[name]) for name in own)
-    fused = {name for name in own if "experts" in name}  # several tensors of the file
-    assert {name for name, value in mapped.items() if value.dtype == torch.float32} == fused
+    AutoModelForCausalLM.from_config(tiny_config(family, 2), dtype=dtype).save_pretrained(tmp_path)
+    own = dict(load_model(tmp_path, dtype="float32").named_parameters())
+    names = []
+    for name, tensor in mapped_tensors(tmp_path):
+        names.append(name)
+        assert torch.equal(tensor.float(), own[name])
+        assert tensor.dtype == dtype
+        assert is_mapped(tensor) == ("experts" not in name), "fused ones are several tensors of the file"
+    assert names == list(own)
+
+
+def test_tensors_of_files_with_several_types_are_exact_in_fp32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", 2), dtype=torch.bfloat16)
+    model.model.norm.to(torch.float32)
     with torch.no_grad():
-        own["lm_head.weight" if family != "gpt2" else "transformer.wte.weight"][0, 0] += 1.0
-    changed = [name for name, value in mapped_parameters(model, tmp_path).items() if value.dtype == torch.float32]
-    assert len(changed) == len(fused) + 1, "values that are not the file's are the model's own"
+        model.model.norm.weight.add_(1e-5)  # lost in bf16
+    model.save_pretrained(tmp_path)
+    own = model.state_dict()
+    found = dict(mapped_tensors(tmp_path))
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert all(torch.equal(tensor, own[name].float()) for name, tensor in found.items())
+    assert not torch.equal(found["model.norm.weight"], torch.ones_like(found["model.norm.weight"]))
