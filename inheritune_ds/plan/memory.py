@@ -31,7 +31,7 @@ class Memory:
     Attributes:
         backward: Parts in the backward pass.
         update: Parts while gradients are reduced and weights updated.
-        host_gib: Offloaded to the host, per GPU.
+        host_gib: On the host, per GPU: what is offloaded, and the copy that an async save writes.
     """
 
     backward: Mapping[str, float]
