@@ -72,7 +72,8 @@ class Trained:
         left_eager: Pieces of code that the compiler gave up; every block that should run one runs without compilation.
         recompiles: Graphs compiled after the warm-up.
         syncs: Host synchronizations of a step by place in the source, counted separately; on a CPU None.
-        syncs_per_micro_step: Those of every micro-step; on a CPU None.
+        syncs_per_micro_step: Those of every micro-step; None on a CPU, and with one micro-step a step, where those of
+            the step are as frequent.
         notes: The chosen kernels, with reasons.
     """
 
@@ -117,7 +118,7 @@ class Cases:
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        self._found: list[dict[str, Any]] = []
+        self._found: list[Trained] = []
         self._longest_s = 0.0
 
     def measure(self, case: Case, *, apart: bool = False) -> Trained | None:
@@ -133,8 +134,11 @@ class Cases:
             return None
         start_s = time.monotonic()
         if part.rehearse and not apart:
+            from torch import _dynamo
+
             from benchmarks.gpu_parts.training import run_case
 
+            _dynamo.reset()  # as in a process of its own, no graph is there yet
             found = run_case(case, part.folder)
         else:
             try:
@@ -144,9 +148,13 @@ class Cases:
                 part.report.line(error.problem.partition(";")[0])
                 return None
         self._longest_s = max(self._longest_s, time.monotonic() - start_s)
-        self._found.append(asdict(found))
-        part.report.figure("cases", self._found)
+        self._found.append(found)
+        part.report.figure("cases", [asdict(one) for one in self._found])
+        left_eager, again = (sum(getattr(one, key) for one in self._found) for key in ("left_eager", "recompiles"))
+        part.report.bar("code that the compiler left eager", left_eager, at_most=0, of_gpu=False)
+        part.report.bar("graphs made after the warm-up", again, at_most=0, of_gpu=False)
         part.report.line(found.words())
+        part.report.done(case.name)
         return found
 
 

@@ -70,7 +70,9 @@ def _measure_sets(part: Part, setting: Setting, comparisons: Sequence[Comparison
     if part.rehearse:
         comparisons = [replace(comparison, bar=None) for comparison in comparisons]
     gathered, longest_s, lines = Measured(setting), 0.0, list[str]()
-    for number in range(1, part.sized(MAX_SETS, 1) + 1):
+    sets = part.sized(MAX_SETS, 1)
+    part.report.expect(*(f"set {number}" for number in range(1, sets + 1)))
+    for number in range(1, sets + 1):
         if part.left_s < 1.1 * longest_s:
             part.report.line(f"{number - 1} of {MAX_SETS} sets of processes: the part's time lasts for no more")
             break
@@ -85,5 +87,6 @@ def _measure_sets(part: Part, setting: Setting, comparisons: Sequence[Comparison
         for name, found in figures["ratios"].items():
             if found["bar"] is not None:
                 part.report.bar(name, found["median"], **{"at_most" if found["at_most"] else "at_least": found["bar"]})
+        part.report.done(f"set {number}")
     for line in lines:
         part.report.line(line)
