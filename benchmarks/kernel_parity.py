@@ -9,11 +9,11 @@ plain eager pass itself is off by 1 to 2%, because sums over tokens cancel. So t
 norm of the whole gradient, at most 5e-3, and every tensor's own error against that of the eager pass in bf16.
 
 fp32 on a GPU: `sdpa` takes the memory-efficient kernel, since flash attention has none for fp32. From Ampere on that
-kernel multiplies on tensor cores as 3xTF32, whatever `allow_tf32` says (ATen/native/transformers/cuda/mem_eff_attention,
-gemm_kernel_utils.h: OpMultiplyAddFastF32): each factor is split into two TF32 numbers of 11 bits, the product of the two
-small ones is left out, and tensor cores truncate their sums. Computed so on a CPU, the largest error is 1.3e-6 instead of
-5e-7; with plain TF32 it is 4e-4. The limit is 1e-5 there. Matrix products outside attention are cuBLAS's, in fp32 unless
-`allow_tf32` is set.
+kernel multiplies on tensor cores as 3xTF32, whatever `allow_tf32` says (OpMultiplyAddFastF32 in gemm_kernel_utils.h of
+ATen/native/transformers/cuda/mem_eff_attention): each factor is split into two TF32 numbers of 11 bits, the product of
+the two small ones is left out, and tensor cores truncate their sums. Computed so on a CPU, the largest error is 1.3e-6
+instead of 5e-7; with plain TF32 it is 4e-4. The limit is 1e-5 there. Matrix products outside attention are cuBLAS's, in
+fp32 unless `allow_tf32` is set.
 """
 
 from dataclasses import dataclass

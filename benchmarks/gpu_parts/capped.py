@@ -36,8 +36,8 @@ def fit(part: Part) -> None:
         fitting[sums] = {}
         for size, name in named.items():
             document = {"data_types": {"grad_accum_dtype": sums}}
-            case = _case(part, document=document, micro_batch=size, step_windows=2 * size, warmup_steps=1, blocks=1)
-            found = cases.measure(replace(case, name=name))
+            case = _case(part, document=document, micro_batch=size, step_windows=2 * size)
+            found = cases.measure(replace(case, name=name, warmup_steps=1, blocks=part.sized(1, 2)))
             if found is None:
                 break
             fitting[sums][str(size)] = not found.out_of_memory

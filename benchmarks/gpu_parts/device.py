@@ -31,6 +31,8 @@ def facts(part: Part) -> None:
         off = one.memory_gib / (other.total_memory / GIB) - 1.0
         part.report.bar(f"GPU {number}: memory error", abs(off), at_most=MEMORY_ERROR, of_gpu=False)
         known = identify(other.name)
-        rates = "no known GPU" if known is None else f"{known.label}, {known.peak_bf16_flops / 1e12:.0f} TFLOP/s in bf16"
+        rates = (
+            "no known GPU" if known is None else f"{known.label}, {known.peak_bf16_flops / 1e12:.0f} TFLOP/s in bf16"
+        )
         part.report.line(f"GPU {number}: {other.name}, {other.total_memory / GIB:.1f} GiB of torch; {rates}")
     part.report.done("facts")

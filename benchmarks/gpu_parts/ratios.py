@@ -15,14 +15,18 @@ MICRO_BATCH, ACCUMULATION = 16, 4
 MAX_SETS, BLOCKS, BLOCK_S = 3, 5, 2.0
 BUSY_CORES = 2.0
 """Cores that other processes may keep busy: a GPU's step does not wait for them on a machine with sixteen."""
-TAX_SUBJECTS = ("plain_master_compiled", "project_compiled", "project_shipped", "hf_trainer")
 
 
 def tax(part: Part) -> None:
-    """The engine tax with the same compiled kernels, and the program as shipped over Trainer with DeepSpeed."""
-    setting = _setting(part, TAX_SUBJECTS)
-    over_trainer = [c for c in peers.comparisons(setting) if c.below == "hf_trainer"]
-    _measure_sets(part, setting, [*engine_tax.comparisons(setting), *over_trainer])
+    """The engine tax with the same compiled kernels."""
+    setting = _setting(part, ("plain_master_compiled", "project_compiled"))
+    _measure_sets(part, setting, engine_tax.comparisons(setting))
+
+
+def trainer(part: Part) -> None:
+    """The program as shipped over Trainer with DeepSpeed."""
+    setting = _setting(part, (peers.SHIPPED, "hf_trainer"))
+    _measure_sets(part, setting, peers.comparisons(setting))
 
 
 def nanogpt(part: Part) -> None:

@@ -166,11 +166,11 @@ def _train(  # noqa: PLR0913, PLR0917 - parts of the resolved case
 
 
 def _warning(synchronize: Callable[..., None]) -> Callable[..., None]:
-    """torch's debug mode does not warn of an explicit synchronization."""
+    """Torch's debug mode does not warn of an explicit synchronization."""
 
-    def warn_and_synchronize(device: Any = None) -> None:
+    def warn_and_synchronize(*device: Any) -> None:
         warnings.warn(f"called {_SYNC_WARNING} explicitly", stacklevel=_CALLER)
-        synchronize(device)
+        synchronize(*device)
 
     return warn_and_synchronize
 

@@ -7,6 +7,7 @@ GPU must run.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -109,13 +110,15 @@ class _Product(torch.autograd.Function):
 def test_the_limit_of_fp32_attention_on_a_gpu_allows_3xtf32_and_no_tf32(
     family: str, monkeypatch: pytest.MonkeyPatch, *, split: bool
 ) -> None:
+    product: Callable[..., torch.Tensor] = _Product.apply
+
     def attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, **_: Any
     ) -> torch.Tensor:
         key, value = (given.repeat_interleave(query.shape[1] // given.shape[1], 1) for given in (key, value))
-        scores = _Product.apply(query, key.mT, split) * scale
+        scores = product(query, key.mT, split) * scale
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        return _Product.apply(scores.masked_fill(future, -torch.inf).softmax(-1), value, split)
+        return product(scores.masked_fill(future, -torch.inf).softmax(-1), value, split)
 
     fp32 = torch.float32
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
