@@ -19,6 +19,12 @@ from inheritune_ds.errors import MachineError
 from inheritune_ds.storage.files import read_json, write_json
 
 _LOG_END = 3000
+_COMPILER_FAULTS = {
+    "code that the compiler left eager": "left_eager",
+    "breaks of graphs": "breaks",
+    "graphs made after the warm-up": "recompiles",
+}
+"""Bars of all cases together, and the numbers of a case."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Trained:
         data_wait_ratio: Median share of waiting for data.
         graphs: Compiled in the warm-up; blocks of the same kind share one.
         left_eager: Pieces of code that the compiler gave up; every block that should run one runs without compilation.
+        breaks: Places where a graph ends and the interpreter continues.
         recompiles: Graphs compiled after the warm-up.
         syncs: Host synchronizations of a step by place in the source, counted separately; on a CPU None.
         syncs_per_micro_step: Those of every micro-step; None on a CPU, and with one micro-step a step, where those of
@@ -96,6 +103,7 @@ class Trained:
     data_wait_ratio: float = 0.0
     graphs: int = 0
     left_eager: int = 0
+    breaks: int = 0
     recompiles: int = 0
     syncs: dict[str, float] | None = None
     syncs_per_micro_step: int | None = None
@@ -150,9 +158,9 @@ class Cases:
         self._longest_s = max(self._longest_s, time.monotonic() - start_s)
         self._found.append(found)
         part.report.figure("cases", [asdict(one) for one in self._found])
-        left_eager, again = (sum(getattr(one, key) for one in self._found) for key in ("left_eager", "recompiles"))
-        part.report.bar("code that the compiler left eager", left_eager, at_most=0, of_gpu=False)
-        part.report.bar("graphs made after the warm-up", again, at_most=0, of_gpu=False)
+        for words, key in _COMPILER_FAULTS.items():
+            count = sum(getattr(one, key) for one in self._found)
+            part.report.bar(words, count, at_most=0, of_gpu=False)
         part.report.line(found.words())
         part.report.done(case.name)
         return found

@@ -261,6 +261,7 @@ class _Meter(Recorder):
             data_wait_ratio=self._median("perf/data_wait_ratio"),
             graphs=self._graphs[1] - self._graphs[0],
             left_eager=counters["frames"]["total"] - counters["frames"]["ok"],
+            breaks=sum(counters["graph_break"].values()),
             recompiles=self._graphs[2] - self._graphs[1],
             syncs={place: count / SYNC_STEPS for place, count in places.items()} if self._cuda else None,
             # A step has some of its own: only those at least as frequent as micro-steps are theirs.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,11 +14,13 @@ from unittest.mock import patch
 import pytest
 
 from benchmarks import gpu
+from benchmarks.gpu_parts import throughput
 from benchmarks.gpu_parts.case import Trained
 from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.watchdog import Start, watch
 from inheritune_ds.errors import MachineError
 from inheritune_ds.storage.files import read_json
+from tests.benchmarks.test_gpu_parts import part_in
 from tests.launching import ROOT, environment
 
 # The watchdog
@@ -284,6 +286,35 @@ def test_command_that_is_killed_leaves_the_finished_cases(tmp_path: Path) -> Non
 # All of it
 
 
+BROKEN = """
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+own = LlamaMLP.forward
+
+def broken(self, hidden):
+    torch._dynamo.graph_break()
+    return own(self, hidden)
+
+LlamaMLP.forward = broken
+
+from benchmarks.gpu_parts.case import main
+
+main()
+"""
+
+
+@pytest.mark.rehearsal
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_rehearsal_finds_a_break_of_a_graph(tmp_path: Path) -> None:
+    case = throughput.case_of(part_in(tmp_path, rehearse=True), throughput.TARGET, micro_batch=2)
+    words = [json.dumps(asdict(case)), str(tmp_path / "case.json")]
+    environ = {**environment(), **gpu.ENVIRON, **gpu.REHEARSAL_ENVIRON}
+    subprocess.run([sys.executable, "-c", BROKEN, *words], cwd=ROOT, env=environ, check=True)
+    assert read_json(tmp_path / "case.json")["breaks"] > 0
+
+
 @pytest.mark.rehearsal
 @pytest.mark.launch
 @pytest.mark.slow
@@ -308,7 +339,7 @@ def test_rehearsal_runs_every_part(tmp_path: Path, capsys: pytest.CaptureFixture
         for case in cases:
             assert (case.steps, case.step_tokens, case.micro_batch * case.accumulation) == (2, 64, 4)
             assert (case.graphs >= 2) == ("eager" not in case.name), "blocks and loss are captured"
-            assert case.left_eager == case.recompiles == 0
+            assert case.left_eager == case.breaks == case.recompiles == 0
             assert case.loss == pytest.approx(6.24, abs=0.1)  # untrained, on random tokens: ln 512
             assert case.tokens_per_s["min"] <= case.tokens_per_s["median"] <= case.tokens_per_s["max"]
             assert 0.0 < case.outside_ratio < 1.0
