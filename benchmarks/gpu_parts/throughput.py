@@ -81,8 +81,9 @@ def _sweep(part: Part, name: str, divisors: tuple[int, ...]) -> None:
         if rest:
             part.report.done(case_name)
             continue
-        given = {"micro_batch": size} if divisor > 1 else {}
-        found = cases.measure(replace(case_of(part, name, block_steps=BLOCK_STEPS[name], **given), name=case_name))
+        given: dict[str, Any] = {"micro_batch": size} if divisor > 1 else {}
+        case = case_of(part, name, block_steps=part.sized(BLOCK_STEPS[name], 1), **given)
+        found = cases.measure(replace(case, name=case_name))
         if found is not None:
             largest = found.micro_batch if divisor == 1 else largest
             tried.append(found)
