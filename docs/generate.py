@@ -83,7 +83,8 @@ AUTO_KERNELS = {
 """The selection of `auto` in inheritune_ds/training/kernels.py, one line each."""
 RELIABILITY = {
     "async_save": "training waits only until its state is copied to host memory; a thread writes, coordinates with "
-    "the other ranks and publishes. Needs as much host memory as this rank's share of a checkpoint",
+    "the other ranks and publishes. Needs as much host memory as this rank's share of a checkpoint, which `plan` "
+    "counts",
     "on_save_error": "when the disk refuses a checkpoint (full, read-only, broken): continue training with a warning, "
     "or exit with code 5. The older checkpoints remain either way",
     "watchdog": "whether a phase that exceeds its limit ends the run",

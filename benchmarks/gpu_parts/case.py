@@ -19,6 +19,12 @@ from inheritune_ds.errors import MachineError
 from inheritune_ds.storage.files import read_json, write_json
 
 _LOG_END = 3000
+_COMPILER_FAULTS = {
+    "code that the compiler left eager": "left_eager",
+    "breaks of graphs": "breaks",
+    "graphs made after the warm-up": "recompiles",
+}
+"""Bars of all cases together, and the numbers of a case."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,11 @@ class Trained:
         data_wait_ratio: Median share of waiting for data.
         graphs: Compiled in the warm-up; blocks of the same kind share one.
         left_eager: Pieces of code that the compiler gave up; every block that should run one runs without compilation.
+        breaks: Places where a graph ends and the interpreter continues.
         recompiles: Graphs compiled after the warm-up.
         syncs: Host synchronizations of a step by place in the source, counted separately; on a CPU None.
-        syncs_per_micro_step: Those of every micro-step; on a CPU None.
+        syncs_per_micro_step: Those of every micro-step; None on a CPU, and with one micro-step a step, where those of
+            the step are as frequent.
         notes: The chosen kernels, with reasons.
     """
 
@@ -95,6 +103,7 @@ class Trained:
     data_wait_ratio: float = 0.0
     graphs: int = 0
     left_eager: int = 0
+    breaks: int = 0
     recompiles: int = 0
     syncs: dict[str, float] | None = None
     syncs_per_micro_step: int | None = None
@@ -117,7 +126,7 @@ class Cases:
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        self._found: list[dict[str, Any]] = []
+        self._found: list[Trained] = []
         self._longest_s = 0.0
 
     def measure(self, case: Case, *, apart: bool = False) -> Trained | None:
@@ -133,8 +142,11 @@ class Cases:
             return None
         start_s = time.monotonic()
         if part.rehearse and not apart:
+            from torch import _dynamo
+
             from benchmarks.gpu_parts.training import run_case
 
+            _dynamo.reset()  # as in a process of its own, no graph is there yet
             found = run_case(case, part.folder)
         else:
             try:
@@ -144,9 +156,13 @@ class Cases:
                 part.report.line(error.problem.partition(";")[0])
                 return None
         self._longest_s = max(self._longest_s, time.monotonic() - start_s)
-        self._found.append(asdict(found))
-        part.report.figure("cases", self._found)
+        self._found.append(found)
+        part.report.figure("cases", [asdict(one) for one in self._found])
+        for words, key in _COMPILER_FAULTS.items():
+            count = sum(getattr(one, key) for one in self._found)
+            part.report.bar(words, count, at_most=0, of_gpu=False)
         part.report.line(found.words())
+        part.report.done(case.name)
         return found
 
 

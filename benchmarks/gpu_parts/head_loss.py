@@ -51,16 +51,19 @@ def head_loss(part: Part) -> None:
     sizes, device = part.sized(SIZES, TOY), torch.device(part.device)
     part.report.figure("sizes", sizes)
     found: dict[str, Any] = {}
+    part.report.expect(*(name for name, _, _ in KINDS))
     for name, kind, compiled in KINDS:
         obstacle = liger_loss_obstacle(device) if kind == "liger" else compile_obstacle(device) if compiled else None
         if obstacle is not None:
             part.report.line(f"{name}: {obstacle.reason}")
+            part.report.done(name)
             continue
         found[name] = _one(kind, sizes, device, compiled=compiled)
         part.report.figure("losses", found)
         peak = found[name]["peak_gib"]
         memory = "" if peak is None else f", {peak:.2f} GiB above hidden states and head"
         part.report.line(f"{name}: {1000.0 * found[name]['seconds']['median']:.2f} ms{memory}")
+        part.report.done(name)
 
 
 def _one(kind: LossKind, sizes: dict[str, int], device: torch.device, *, compiled: bool) -> dict[str, Any]:

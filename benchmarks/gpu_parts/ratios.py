@@ -15,14 +15,18 @@ MICRO_BATCH, ACCUMULATION = 16, 4
 MAX_SETS, BLOCKS, BLOCK_S = 3, 5, 2.0
 BUSY_CORES = 2.0
 """Cores that other processes may keep busy: a GPU's step does not wait for them on a machine with sixteen."""
-TAX_SUBJECTS = ("plain_master_compiled", "project_compiled", "project_shipped", "hf_trainer")
 
 
 def tax(part: Part) -> None:
-    """The engine tax with the same compiled kernels, and the program as shipped over Trainer with DeepSpeed."""
-    setting = _setting(part, TAX_SUBJECTS)
-    over_trainer = [c for c in peers.comparisons(setting) if c.below == "hf_trainer"]
-    _measure_sets(part, setting, [*engine_tax.comparisons(setting), *over_trainer])
+    """The engine tax with the same compiled kernels."""
+    setting = _setting(part, ("plain_master_compiled", "project_compiled"))
+    _measure_sets(part, setting, engine_tax.comparisons(setting))
+
+
+def trainer(part: Part) -> None:
+    """The program as shipped over Trainer with DeepSpeed."""
+    setting = _setting(part, (peers.SHIPPED, "hf_trainer"))
+    _measure_sets(part, setting, peers.comparisons(setting))
 
 
 def nanogpt(part: Part) -> None:
@@ -70,7 +74,9 @@ def _measure_sets(part: Part, setting: Setting, comparisons: Sequence[Comparison
     if part.rehearse:
         comparisons = [replace(comparison, bar=None) for comparison in comparisons]
     gathered, longest_s, lines = Measured(setting), 0.0, list[str]()
-    for number in range(1, part.sized(MAX_SETS, 1) + 1):
+    sets = part.sized(MAX_SETS, 1)
+    part.report.expect(*(f"set {number}" for number in range(1, sets + 1)))
+    for number in range(1, sets + 1):
         if part.left_s < 1.1 * longest_s:
             part.report.line(f"{number - 1} of {MAX_SETS} sets of processes: the part's time lasts for no more")
             break
@@ -85,5 +91,6 @@ def _measure_sets(part: Part, setting: Setting, comparisons: Sequence[Comparison
         for name, found in figures["ratios"].items():
             if found["bar"] is not None:
                 part.report.bar(name, found["median"], **{"at_most" if found["at_most"] else "at_least": found["bar"]})
+        part.report.done(f"set {number}")
     for line in lines:
         part.report.line(line)

@@ -3,24 +3,37 @@
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.storage.files import write_json
+from inheritune_ds.storage.files import read_json, write_json
 
 RUNNING, OK, MISSED, FAILED, SKIPPED = "running", "ok", "missed", "failed", "skipped"
 """States of a part. A bar was missed, or the part could not be made, or there was nothing to make it with."""
 
 
 class Report:
-    """Findings of a part, written to a JSON file at every change: they survive the death of its process.
+    """Findings of a part, written to a JSON file at every change: they survive a kill of its process.
 
-    In a rehearsal, bars on speed and memory are shown but not judged.
+    The keys that the file has already are kept. `missing` lists the cases that are not done. In a rehearsal, bars on
+    speed and memory are shown but not judged.
     """
 
     def __init__(self, path: Path, *, rehearsal: bool) -> None:
         self._path, self._rehearsal = path, rehearsal
+        self._head: dict[str, Any] = read_json(path) or {}
+        self._missing: list[str] = []
         self._figures: dict[str, Any] = {}
         self._bars: dict[str, dict[str, Any]] = {}
         self._lines: list[str] = []
         self._status, self._reason = RUNNING, ""
+        self._write()
+
+    def expect(self, *cases: str) -> None:
+        """Announce cases, in their order."""
+        self._missing += cases
+        self._write()
+
+    def done(self, *cases: str) -> None:
+        """Count announced cases as done."""
+        self._missing = [case for case in self._missing if case not in cases]
         self._write()
 
     def figure(self, name: str, value: Any) -> None:
@@ -75,8 +88,8 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        found = {"status": self._status, "reason": self._reason, "bars": self._bars}
-        write_json(self._path, {**found, "lines": self._lines, "figures": self._figures})
+        found = {"status": self._status, "reason": self._reason, "missing": self._missing, "bars": self._bars}
+        write_json(self._path, {**self._head, **found, "lines": self._lines, "figures": self._figures})
 
 
 def bar_words(name: str, bar: dict[str, Any]) -> str:

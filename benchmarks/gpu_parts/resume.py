@@ -66,6 +66,13 @@ class Runs:
         folders = ("--runs-dir", str(self.part.folder / "runs"), "--cache-dir", str(self.part.folder / "cache"))
         return train_command("--deepspeed_config", self.ds_config, "--recipe", str(recipe), *folders)
 
+    def finish(self, name: str, steps: int) -> None:
+        """Run to the end."""
+        with launched(self.command(name, steps), self.log) as process:
+            wait_for(lambda: False, process, self.part.left_s)
+            if process.poll() != 0:
+                raise self.broken(f"the run {name} did not end well")
+
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """The training rows logged so far."""
         if not (self.folder(name) / "metrics.jsonl").exists():
@@ -81,22 +88,19 @@ class Runs:
 def resume(part: Part) -> None:
     """Train, kill, resume, compare."""
     runs = Runs(part, part.sized("ds_configs/zero1.json", "ds_configs/cpu.json"))
-    _finish(runs, "straight")
+    part.report.expect("straight", "killed", "resumed")
+    runs.finish("straight", STEPS)
+    part.report.done("straight")
     with launched(runs.command("killed", STEPS), runs.log) as process:
         published = runs.folder("killed") / "checkpoints" / f"step-{CHECKPOINT_STEP:08d}"
         reached = wait_for(published.exists, process, part.left_s)
         if not reached or process.poll() is not None:
             raise runs.broken(f"the run to be killed had ended before, or not published step {CHECKPOINT_STEP}")
         kill(process)
-    _finish(runs, "killed")
+    part.report.done("killed")
+    runs.finish("killed", STEPS)
     _compare(part, runs)
-
-
-def _finish(runs: Runs, name: str) -> None:
-    with launched(runs.command(name, STEPS), runs.log) as process:
-        wait_for(lambda: False, process, runs.part.left_s)
-        if process.poll() != 0:
-            raise runs.broken(f"the run {name} did not end well")
+    part.report.done("resumed")
 
 
 def _compare(part: Part, runs: Runs) -> None:

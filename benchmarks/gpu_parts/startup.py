@@ -16,10 +16,13 @@ STARTS = (("tokens made", False), ("eager", False), ("compiled, no cache", True)
 def startup(part: Part) -> None:
     """Seconds of each kind of start."""
     found: dict[str, Any] = {}
-    for number, (words, compiled) in enumerate(part.sized(STARTS, STARTS[:1])):
+    starts = part.sized(STARTS, STARTS[:1])
+    part.report.expect(*(words for words, _ in starts))
+    for number, (words, compiled) in enumerate(starts):
         found[words] = _first_step_s(part, f"start-{number}", compiled=compiled)
         part.report.figure("seconds from launch to the first step", found)
         part.report.line(f"{words}: {found[words]:.1f} s from launch to the end of the first step")
+        part.report.done(words)
 
 
 def _first_step_s(part: Part, name: str, *, compiled: bool) -> float:

@@ -17,6 +17,8 @@ BARS = {TARGET: 0.55, MEDIUM: 0.50, LARGE: 0.54}
 """MFU at least, of the best micro-batch."""
 STEP_WINDOWS = {TARGET: 64, MEDIUM: 384, LARGE: 384}
 """The recipes' own: 131,072 and 393,216 tokens."""
+BLOCK_STEPS = {TARGET: 2, MEDIUM: 4, LARGE: 4}
+"""Steps of a timed block: a second and more on the fastest cards."""
 SURE_TO_FIT = {TARGET: 16, MEDIUM: 48, LARGE: 48}
 """Start of a sweep without a result for the planner's micro-batch; for a GPU of 80 GiB and more."""
 _LARGE_SIZES = {"hidden_size": 1280, "num_attention_heads": 20, "num_hidden_layers": 18}
@@ -41,6 +43,8 @@ def case_of(part: Part, name: str, **settings: Any) -> Case:
     given["memory_gib"] = usable_gib(part)
     given |= settings
     if part.rehearse:
+        document = given.get("document", {})
+        given["document"] = {**document, "kernels": {"compile": True, **document.get("kernels", {})}}
         given["step_windows"] = 4
         if isinstance(given["micro_batch"], int):
             given["micro_batch"] = 2
@@ -54,33 +58,38 @@ def usable_gib(part: Part) -> float | None:
 
 def mfu_target(part: Part) -> None:
     """The 13-block target of OpenLLaMA-3B at 2048 tokens."""
-    _sweep(part, (TARGET,), divisors=(2, 4))
+    _sweep(part, TARGET, divisors=(1, 2, 4))
 
 
-def mfu_gpt2(part: Part) -> None:
-    """GPT-2 medium's first 16 blocks and large's first 18 at 1024 tokens."""
-    _sweep(part, (MEDIUM, LARGE), divisors=(2,))
+def mfu_medium(part: Part) -> None:
+    """GPT-2 medium's first 16 blocks at 1024 tokens."""
+    _sweep(part, MEDIUM, divisors=(1, 2))
 
 
-def _sweep(part: Part, names: tuple[str, ...], divisors: tuple[int, ...]) -> None:
-    """The planner's largest micro-batch of each target, then smaller ones; the best is judged after each."""
-    cases, tried, largest = Cases(part), {name: list[Trained]() for name in names}, dict[str, int]()
-    for divisor in (1, *part.sized(divisors, divisors[:1])):
-        for name, before in tried.items():
-            case = case_of(part, name)
-            if divisor > 1:
-                size, rest = divmod(largest[name], divisor)
-                if rest:
-                    continue
-                case = replace(case, micro_batch=size, name=f"{name}-x{size}")
-            found = cases.measure(case)
-            if divisor == 1:
-                largest[name] = SURE_TO_FIT[name] if found is None else found.micro_batch
-            if found is not None:
-                before.append(found)
-                _judge(part, name, before)
-    if nothing := [name for name, before in tried.items() if all(one.out_of_memory for one in before)]:
-        part.report.fail(f"no micro-batch that was tried has a rate: {', '.join(nothing)}")
+def mfu_large(part: Part) -> None:
+    """GPT-2 large's first 18 blocks at 1024 tokens."""
+    _sweep(part, LARGE, divisors=(1, 2))
+
+
+def _sweep(part: Part, name: str, divisors: tuple[int, ...]) -> None:
+    """The planner's largest micro-batch of a target, then smaller ones; the best is judged after each."""
+    cases, tried, largest = Cases(part), list[Trained](), SURE_TO_FIT[name]
+    numbered = {divisor: f"{name}-over-{divisor}" for divisor in part.sized(divisors, divisors[:2])}
+    part.report.expect(*numbered.values())
+    for divisor, case_name in numbered.items():
+        size, rest = divmod(largest, divisor)
+        if rest:
+            part.report.done(case_name)
+            continue
+        given: dict[str, Any] = {"micro_batch": size} if divisor > 1 else {}
+        case = case_of(part, name, block_steps=part.sized(BLOCK_STEPS[name], 1), **given)
+        found = cases.measure(replace(case, name=case_name))
+        if found is not None:
+            largest = found.micro_batch if divisor == 1 else largest
+            tried.append(found)
+            _judge(part, name, tried)
+    if all(one.out_of_memory for one in tried):
+        part.report.fail(f"no micro-batch that was tried has a rate: {name}")
 
 
 def _judge(part: Part, name: str, cases: list[Trained]) -> None:
@@ -88,10 +97,10 @@ def _judge(part: Part, name: str, cases: list[Trained]) -> None:
     if not fitting:
         return
     best = max(fitting, key=lambda one: one.tokens_per_s["median"])
+    syncs = [one.syncs_per_micro_step for one in fitting if one.syncs_per_micro_step is not None]
     part.report.figure(f"best micro-batch of {name}", best.micro_batch)
     part.report.bar(f"{name} MFU", best.mfu, at_least=BARS[name])
-    part.report.bar(f"{name} recompiles after warm-up", best.recompiles, at_most=0)
-    part.report.bar(f"{name} code that the compiler left eager", best.left_eager, at_most=0)
-    part.report.bar(f"{name} host syncs a micro-step", best.syncs_per_micro_step, at_most=0)
+    part.report.bar(f"{name} graphs", best.graphs, at_least=2, of_gpu=False)  # block and loss
+    part.report.bar(f"{name} host syncs a micro-step", max(syncs, default=None), at_most=0)
     if best.mfu is None and not part.rehearse:
         part.report.line(f"{name}: no MFU, the peak of this GPU is not known (inheritune_ds/plan/gpus.py)")

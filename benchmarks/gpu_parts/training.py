@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +45,8 @@ SYNC_STEPS = 2
 """Steps of the pass that counts host synchronizations, after the timed ones."""
 _TOY_MEMORY_GIB = 2.0
 _SYNC_WARNING = "synchronizing CUDA operation"
+_CALLER = 3
+"""DeepSpeed synchronizes by a method of its accelerator: the place that matters calls that."""
 
 
 class _DoneError(BaseException):
@@ -163,6 +165,16 @@ def _train(  # noqa: PLR0913, PLR0917 - parts of the resolved case
     return meter.result(replace(found, parameters=parameters, notes=(*notes, *engine.notes)))
 
 
+def _warning(synchronize: Callable[..., None]) -> Callable[..., None]:
+    """Torch's debug mode does not warn of an explicit synchronization."""
+
+    def warn_and_synchronize(*device: Any) -> None:
+        warnings.warn(f"called {_SYNC_WARNING} explicitly", stacklevel=_CALLER)
+        synchronize(*device)
+
+    return warn_and_synchronize
+
+
 class _Meter(Recorder):
     """The loop's recorder: takes the time at the ends of blocks, and ends the loop."""
 
@@ -218,6 +230,8 @@ class _Meter(Recorder):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         self._opened.callback(torch.cuda.set_sync_debug_mode, "default")
+        self._opened.callback(setattr, torch.cuda, "synchronize", torch.cuda.synchronize)
+        torch.cuda.synchronize = _warning(torch.cuda.synchronize)
 
     def result(self, found: Trained) -> Trained:
         """The case with everything that was measured."""
@@ -233,6 +247,7 @@ class _Meter(Recorder):
             if _SYNC_WARNING in str(caught.message)
         )
         often = SYNC_STEPS * found.accumulation
+        can_tell = self._cuda and found.accumulation > 1
         return replace(
             found,
             steps=case.blocks * case.block_steps,
@@ -246,10 +261,11 @@ class _Meter(Recorder):
             data_wait_ratio=self._median("perf/data_wait_ratio"),
             graphs=self._graphs[1] - self._graphs[0],
             left_eager=counters["frames"]["total"] - counters["frames"]["ok"],
+            breaks=sum(counters["graph_break"].values()),
             recompiles=self._graphs[2] - self._graphs[1],
             syncs={place: count / SYNC_STEPS for place, count in places.items()} if self._cuda else None,
             # A step has some of its own: only those at least as frequent as micro-steps are theirs.
-            syncs_per_micro_step=sum(count // often for count in places.values()) if self._cuda else None,
+            syncs_per_micro_step=sum(count // often for count in places.values()) if can_tell else None,
             loss=self._loss,
         )
 

@@ -16,6 +16,7 @@ from inheritune_ds.checkpoints.manifest import Checkpoint
 from inheritune_ds.checkpoints.reshard import Partition, changes, check_model, partitions, rounding_of, shapes_of
 from inheritune_ds.checkpoints.train_state import SavedLayout
 from inheritune_ds.errors import CheckpointError
+from inheritune_ds.plan.page_locked import chunk_layout
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -31,7 +32,7 @@ class Snapshot:
     engine: dict[str, Any] = field(default_factory=dict)
     """For the manifest: counters, loss scaler, dtypes, optimizer, rounding."""
     failure: Exception | None = None
-    """Why the fragments, then incomplete, could not be copied to host memory."""
+    """Why the fragments could not be copied to host memory."""
 
     @property
     def bytes(self) -> int:
@@ -45,12 +46,21 @@ class PinnedBuffers:
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
-    def copy(self, key: str, values: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor into the buffer of a key; a copy from a GPU is complete once the device is synchronized."""
-        if key not in self._held:
-            pinned = values.device.type == "cuda"
-            self._held[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
-        return self._held[key].copy_(values, non_blocking=True)
+    def copy(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy flat tensors into the buffers of their keys; from a GPU complete once the device is synchronized."""
+        self._held |= _buffers({key: value for key, value in values.items() if key not in self._held})
+        return {key: self._held[key].copy_(value, non_blocking=True) for key, value in values.items()}
+
+
+def _buffers(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """New buffers of the sizes and types of flat tensors; parts of a few chunks, see `plan.page_locked`."""
+    pinned = any(value.device.type == "cuda" for value in like.values())
+    layout = chunk_layout({key: value.nbytes for key, value in like.items()})
+    chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in layout.sizes]
+    return {
+        key: chunks[number][first : first + like[key].nbytes].view(like[key].dtype)
+        for key, (number, first) in layout.places.items()
+    }
 
 
 def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
@@ -63,20 +73,21 @@ def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
     found.parameters = {name: {"shape": shape, "step": None} for name, shape in shapes_of(engine).items()}
     found.engine = _record(engine)
     try:
-        for number, partition in enumerate(partitions(engine)):
+        for partition in partitions(engine):
             state = inner.state.get(partition.master, {})
             flats = {MASTER: partition.master, **{kind: state[kind] for kind in MOMENTS if kind in state}}
             for kind, flat in flats.items():
                 values = flat.detach().view(-1)
-                held = values if buffers is None else buffers.copy(f"{number}/{kind}", values)
                 for piece in partition.pieces:
-                    found.fragments[key_of(piece.name, kind, piece.start)] = held[piece.at : piece.at + piece.numel]
+                    found.fragments[key_of(piece.name, kind, piece.start)] = values[piece.at : piece.at + piece.numel]
             if state:  # apex keeps the count of updates in the group, and all groups step together
                 step = int(state["step"] if "step" in state else inner.param_groups[0]["step"])
                 for piece in partition.pieces:
                     found.parameters[piece.name]["step"] = step
-        if buffers is not None and torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        if buffers is not None:
+            found.fragments = buffers.copy(found.fragments)
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
     except (MemoryError, RuntimeError) as error:  # no host memory: raised on all ranks together
         found.failure = error
     return found

@@ -41,6 +41,8 @@ class ZeroSettings(TypedDict):
     """ZeRO-3 does not shard parameters with at most this many elements (default: DeepSpeed's)."""
     reduce_fp32: NotRequired[bool]
     """communication_data_type fp32 in a half-precision run (default: no, gradients are sent in half precision)."""
+    async_save: NotRequired[bool]
+    """Whether checkpoints are written from a copy of the state in host memory (default: no)."""
 
 
 def read_layout(ds_config: Mapping[str, Any], *, seq_len: int, world_size: int) -> ZeroSettings:
@@ -67,6 +69,7 @@ def read_layout(ds_config: Mapping[str, Any], *, seq_len: int, world_size: int) 
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)),
         persistence_threshold=int(zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)),
         reduce_fp32=ds_config.get("communication_data_type") == "fp32",
+        async_save=bool(_given(ds_config.get("reliability", {})).get("async_save", False)),
     )
 
 

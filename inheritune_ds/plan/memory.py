@@ -33,7 +33,7 @@ class Memory:
         backward: Parts in the backward pass.
         update: Parts while gradients are reduced and weights updated.
         load: Parts while ZeRO-3 builds its engine; only the margin in other stages.
-        host_gib: Offloaded to the host, per GPU.
+        host_gib: On the host, per GPU: what is offloaded, and the copy that an async save writes.
     """
 
     backward: Mapping[str, float]

@@ -22,6 +22,7 @@ from inheritune_ds.config.zero import (
     element_bytes,
     uses_bf16_optimizer,
 )
+from inheritune_ds.plan.page_locked import chunk_layout
 
 WHOLE_REDUCTION = 5 * 10**8
 """Elements that BF16_Optimizer reduces in one call (DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE)."""
@@ -75,7 +76,7 @@ class States:
         going: Additional ones when it reaches the last block.
         last: Additional ones when it ends.
         update: Additional ones at the worst moment of reduction and update, without the passes.
-        host: On the host, per GPU.
+        host: On the host, per GPU: what is offloaded, and the copy that an async save writes.
         load: While ZeRO-3 builds the engine of a target that is read by partition, instead of all others.
     """
 
@@ -96,7 +97,15 @@ def states(tensors: Tensors, layout: ZeroSettings, *, accumulation: int) -> Stat
         found = _bf16_optimizer(tensors, layout, accumulation)
     else:
         found = _stage_1_and_2(tensors, layout, accumulation)
-    return _offloaded(tensors, layout, found) if layout["offload_optimizer"] else found
+    if layout["offload_optimizer"]:
+        found = _offloaded(tensors, layout, found)
+    return replace(found, host=found.host + _async_copy(tensors, layout)) if layout.get("async_save") else found
+
+
+def _async_copy(tensors: Tensors, layout: ZeroSettings) -> int:
+    """Bytes of the chunks that hold a rank's masters and moments, each parameter's cut into equal shares."""
+    shares = [4 * -(-size // layout["world_size"]) for size in tensors.sizes] * 3
+    return chunk_layout({str(number): share for number, share in enumerate(shares)}).bytes
 
 
 def _optimizer(count: float, ranks: int) -> dict[str, float]:

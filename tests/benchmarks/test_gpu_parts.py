@@ -1,21 +1,23 @@
+import importlib
 import sys
 import time
-import warnings
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu_parts import capped, predictions, ratios, resume, startup, throughput, training
+from benchmarks import gpu
+from benchmarks.gpu_parts import capped, device, packing, predictions, ratios, resume, startup, throughput
 from benchmarks.gpu_parts.case import Case, Cases, Trained
 from benchmarks.gpu_parts.part import Part
 from benchmarks.gpu_parts.report import Report
+from benchmarks.packing import Setting as PackingSetting
 from benchmarks.side_by_side import Measured, Setting
 from benchmarks.subjects.process import Block
-from inheritune_ds.errors import MachineError, TrainingError
+from inheritune_ds.errors import MachineError
 from inheritune_ds.storage.files import read_json
 
 
@@ -39,11 +41,21 @@ def test_report_is_written_before_the_part_ends(tmp_path: Path) -> None:
     report.figure("tokens_per_s", 3)
     report.bar("MFU", 0.56, at_least=0.55)
     report.line("a line")
+    report.expect("one", "two", "three")
+    report.done("one", "three")
     found = findings(tmp_path)
     assert (found["figures"], found["lines"]) == ({"tokens_per_s": 3}, ["a line"])
+    assert found["missing"] == ["two"]
     assert found["bars"] == {"MFU": {"value": 0.56, "at_least": 0.55, "verdict": "met"}}
     report.end()
     assert findings(tmp_path)["status"] == "ok"
+
+
+def test_report_keeps_the_keys_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"part": "loss", "status": "running", "missing": ["all"]}')
+    Report(tmp_path / "report.json", rehearsal=False).end()
+    found = findings(tmp_path)
+    assert (found["part"], found["status"], found["missing"]) == ("loss", "ok", [])
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,63 @@ def test_end_keeps_failure_and_skipping(tmp_path: Path) -> None:
 # Results of the parts
 
 
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_a_part_announces_the_cases_that_its_length_is_estimated_from(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AnnouncedError(Exception):
+        pass
+
+    def expect(_: Report, *cases: str) -> None:
+        raise AnnouncedError(len(cases))
+
+    monkeypatch.setattr(Report, "expect", expect)
+    monkeypatch.setattr(throughput, "usable_gib", lambda _: 133.0)
+    module, _, function = gpu.PARTS[name].where.partition(":")
+    part = replace(part_in(tmp_path, rehearse=False), nanogpt=tmp_path)
+    with pytest.raises(AnnouncedError) as raised:
+        getattr(importlib.import_module(f"benchmarks.gpu_parts.{module}"), function)(part)
+    assert raised.value.args == (gpu.PARTS[name].cases,)
+    assert gpu.PARTS[name].compiled <= gpu.PARTS[name].cases
+
+
+SMALL = SimpleNamespace(name="NVIDIA T400", memory_gib=4.0, compute_capability=(7, 5))
+
+
+@pytest.mark.parametrize(
+    ("reported", "verdicts"),
+    [
+        ([device._TOY], {"met"}),
+        (
+            [SimpleNamespace(name="NVIDIA T400", memory_gib=4.0, compute_capability=(7, 5)), device._TOY],
+            {"met", "missed"},
+        ),
+    ],
+)
+def test_the_drivers_facts_are_compared_with_torchs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reported: list[Any], verdicts: set[str]
+) -> None:
+    monkeypatch.setattr(device, "detect_gpus", lambda: reported)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device._TOY_OF_TORCH)
+    device.facts(part_in(tmp_path, rehearse=False))
+    assert {bar["verdict"] for bar in findings(tmp_path)["bars"].values()} == verdicts
+    assert findings(tmp_path)["missing"] == []
+
+
+def test_documents_with_a_head_size_of_100_are_judged_by_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def times(setting: PackingSetting) -> dict[str, Any]:
+        assert setting.shape["hidden_size"] // setting.shape["num_attention_heads"] == 100
+        return {"ratio": {"median": 1.2}, "peak_gib": {"windows": 4.0, "documents": 9.0}}
+
+    monkeypatch.setattr(packing, "times", times)
+    packing.head_100(part_in(tmp_path, rehearse=False))
+    (bar,) = findings(tmp_path)["bars"].values()
+    assert bar == {"value": 2.25, "at_most": 1.25, "verdict": "missed"}
+
+
 def trained(name: str, micro_batch: int, rate: float, **more: Any) -> Trained:
     rates = {"median": rate, "min": rate, "max": rate}
     return Trained(name, micro_batch, 64 // micro_batch, 1, tokens_per_s=rates, steps=20, step_tokens=1, **more)
@@ -108,9 +177,9 @@ def test_sweep_halves_the_planners_micro_batch_and_judges_the_best(
     asked = answers(
         monkeypatch,
         {
-            name: trained(name, 32, 0.0, out_of_memory="CUDA out of memory"),
-            f"{name}-x16": trained(f"{name}-x16", 16, 50.0, mfu=0.57, syncs_per_micro_step=0),
-            f"{name}-x8": trained(f"{name}-x8", 8, 40.0, mfu=0.45, syncs_per_micro_step=0),
+            f"{name}-over-1": trained(name, 32, 0.0, out_of_memory="CUDA out of memory"),
+            f"{name}-over-2": trained(name, 16, 50.0, mfu=0.57, graphs=2),
+            f"{name}-over-4": trained(name, 8, 40.0, mfu=0.45, graphs=2, syncs_per_micro_step=3),
         },
     )
     part = part_in(tmp_path, rehearse=False)
@@ -119,13 +188,17 @@ def test_sweep_halves_the_planners_micro_batch_and_judges_the_best(
     assert {case.step_windows * case.shape["max_position_embeddings"] for case in asked} == {131_072}
     bars = findings(tmp_path)["bars"]
     assert bars[f"{name} MFU"] == {"value": 0.57, "at_least": 0.55, "verdict": "met"}
+    assert bars[f"{name} graphs"]["verdict"] == "met"
+    assert bars[f"{name} host syncs a micro-step"]["value"] == 3, "the case with accumulation tells"
     assert findings(tmp_path)["figures"] == {f"best micro-batch of {name}": 16}
 
 
 def test_sweep_continues_after_a_case_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = throughput.TARGET
-    answers(monkeypatch, {name: None, **{f"{name}-x{size}": trained(name, size, 10.0) for size in (8, 4)}})
+    found = {f"{name}-over-{divisor}": trained(name, 16 // divisor, 10.0) for divisor in (2, 4)}
+    asked = answers(monkeypatch, {f"{name}-over-1": None, **found})
     throughput.mfu_target(part_in(tmp_path, rehearse=False))
+    assert [case.micro_batch for case in asked] == ["auto", 8, 4]
     report = findings(tmp_path)
     assert report["figures"] == {f"best micro-batch of {name}": 8}
     assert report["bars"][f"{name} MFU"]["verdict"] == "not judged"
@@ -134,7 +207,7 @@ def test_sweep_continues_after_a_case_without_a_result(tmp_path: Path, monkeypat
 
 def test_sweep_without_any_rate_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = throughput.TARGET
-    full = {case: trained(case, 16, 0.0, out_of_memory="full") for case in (name, f"{name}-x8", f"{name}-x4")}
+    full = {f"{name}-over-{divisor}": trained(name, 16, 0.0, out_of_memory="full") for divisor in (1, 2, 4)}
     answers(monkeypatch, dict(full))
     throughput.mfu_target(part_in(tmp_path, rehearse=False))
     assert findings(tmp_path)["status"] == "failed"
@@ -165,21 +238,25 @@ def test_predictions_are_compared_with_measurements(tmp_path: Path, monkeypatch:
     asked: dict[str, Case] = {}
     monkeypatch.setattr(Cases, "measure", measure)
     monkeypatch.setattr(throughput, "usable_gib", lambda _: 133.0)
-    predictions.predictions(part_in(tmp_path, rehearse=False))
+    predictions.llama(part_in(tmp_path, rehearse=False))
     report = findings(tmp_path)
     bars = report["bars"]
     assert report["reason"] == "llama-1.8b-13l x8 bf16 sums: out of memory, though 57.5 GiB were predicted"
+    assert "llama-1.8b-13l x16 selective recomputation: memory error" in bars
     memory, speed = (bars[f"llama-1.8b-13l x8 shipped: {what} error"] for what in ("memory", "speed"))
     assert (memory["value"], memory["verdict"]) == (pytest.approx(0.04), "met")
     assert (speed["value"], speed["verdict"]) == (pytest.approx(0.2), "missed")
-    assert "gpt2-medium-16l x16 eager: speed error" not in bars  # a plan speaks of what is shipped
+    predictions.gpt2(part_in(tmp_path, rehearse=False))
+    report = findings(tmp_path)
+    assert "gpt2-medium-16l x16 eager: memory error" in report["bars"]
+    assert "gpt2-medium-16l x16 eager: speed error" not in report["bars"]  # a plan speaks of what is shipped
     assert asked["gpt2-medium-16l-x16-eager"].document == {"kernels": {"compile": False}}
     assert report["figures"]["relative errors"]["gpt2-large-18l x16 shipped"]["memory"] == pytest.approx(-0.04)
 
 
 def test_capped_reports_the_micro_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(_: Cases, case: Case, *, apart: bool = False) -> Trained:
-        assert case.cap_gib == 46.0
+        assert (case.cap_gib, case.ds_config) == (46.0, "a6000.json")
         full = {"fp32": 4, "bf16": 16}[case.document["data_types"]["grad_accum_dtype"]] if case.document else 100
         size = case.micro_batch if isinstance(case.micro_batch, int) else 2
         tried.append((case.name, apart))
@@ -188,14 +265,23 @@ def test_capped_reports_the_micro_batches_that_fit(tmp_path: Path, monkeypatch: 
     tried: list[tuple[str, bool]] = []
     monkeypatch.setattr(Cases, "measure", measure)
     monkeypatch.setattr(throughput, "usable_gib", lambda _: 133.0)
-    capped.capped(part_in(tmp_path, rehearse=False))
-    names = ["llama-1.8b-13l", "fp32-sums-x4", "bf16-sums-x4", "bf16-sums-x8", "bf16-sums-x16"]
+    capped.shipped(part_in(tmp_path, rehearse=False))
+    assert {bar["verdict"] for bar in findings(tmp_path)["bars"].values()} == {"met"}
+    capped.fit(part_in(tmp_path, rehearse=False))
+    names = [
+        "llama-1.8b-13l",
+        *(
+            f"{kind}-sums-x{size}"
+            for kind, most in (("fp32", 4), ("bf16", 16))
+            for size in (2, 4, 8, 16)
+            if size <= most
+        ),
+    ]
     assert tried == [(name, name == names[0]) for name in names]
     assert findings(tmp_path)["figures"]["micro-batches that fit, by type of the gradient sums"] == {
         "fp32": {"2": True, "4": False},
-        "bf16": {"4": True, "8": True, "16": False},
+        "bf16": {"2": True, "4": True, "8": True, "16": False},
     }
-    assert {bar["verdict"] for bar in findings(tmp_path)["bars"].values()} == {"met"}
 
 
 def test_failed_run_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,9 +308,10 @@ def test_case_without_enough_time_is_skipped(tmp_path: Path, monkeypatch: pytest
     part = part_in(tmp_path, rehearse=False, left_s=0.5)
     cases = Cases(part)
     monkeypatch.setattr(cases, "_longest_s", 1.0)
+    part.report.expect("tiny")
     assert cases.measure(Case(name="tiny", shape={}, step_windows=1, micro_batch=1, device="cpu")) is None
     assert findings(tmp_path)["lines"] == ["tiny: skipped, 0 s remain of the part's time"]
-    assert findings(tmp_path)["status"] == "running"
+    assert (findings(tmp_path)["status"], findings(tmp_path)["missing"]) == ("running", ["tiny"])
 
 
 def measured_by(rates: dict[str, float], asked: list[Setting], *, takes_s: float = 0.0) -> Any:
@@ -246,16 +333,25 @@ def test_engine_tax_is_judged_over_three_sets_of_processes(tmp_path: Path, monke
     assert [setting.device for setting in asked] == ["cuda"] * 3
     bars = findings(tmp_path)["bars"]
     assert bars["tax of project_compiled"] == {"value": pytest.approx(1.04), "at_most": 1.03, "verdict": "missed"}
-    assert bars["project_shipped over hf_trainer"] == {"value": pytest.approx(1.4), "at_least": 1.3, "verdict": "met"}
+    assert findings(tmp_path)["missing"] == []
     assert findings(tmp_path)["figures"]["side by side"]["processes"] == 3
+
+
+def test_the_shipped_program_is_judged_over_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Setting] = []
+    monkeypatch.setattr(ratios, "measure", measured_by({"project_shipped": 140.0, "hf_trainer": 100.0}, asked))
+    ratios.trainer(part_in(tmp_path, rehearse=False))
+    bars = findings(tmp_path)["bars"]
+    assert bars["project_shipped over hf_trainer"] == {"value": pytest.approx(1.4), "at_least": 1.3, "verdict": "met"}
 
 
 def test_sets_of_processes_end_with_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Setting] = []
-    rates = dict.fromkeys(ratios.TAX_SUBJECTS, 100.0)
+    rates = dict.fromkeys(("plain_master_compiled", "project_compiled"), 100.0)
     monkeypatch.setattr(ratios, "measure", measured_by(rates, asked, takes_s=0.5))
     ratios.tax(part_in(tmp_path, rehearse=False, left_s=0.8))
     assert len(asked) == 1
+    assert findings(tmp_path)["missing"] == ["set 2", "set 3"]
     assert findings(tmp_path)["lines"][0] == "1 of 3 sets of processes: the part's time lasts for no more"
     assert findings(tmp_path)["bars"]["tax of project_compiled"]["verdict"] == "met"
 
@@ -274,85 +370,3 @@ def test_nanogpt_is_judged_if_a_checkout_is_given(
     else:
         assert (found["status"], asked) == ("skipped", [])
         assert found["reason"] == "no nanoGPT checkout was given (--nanogpt FOLDER)"
-
-
-# The clock of a case, as it works on a GPU
-
-
-def metered(monkeypatch: pytest.MonkeyPatch, gpu: str, *, syncs: int) -> Trained:
-    """A meter on a GPU that does nothing, through all steps of a case; `syncs` in each of its two micro-steps."""
-    case = Case(
-        name="target",
-        shape=throughput.shape_of(throughput.TARGET),
-        step_windows=2,
-        micro_batch=1,
-        device="cuda",
-        warmup_steps=2,
-        blocks=3,
-        block_steps=2,
-    )
-    modes: list[str] = []
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 4 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    now = iter(range(100))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
-    meter = training._Meter(case, 2, 0.0)
-    with suppress(training._DoneError):
-        for step in range(1, 100):
-            for _ in range(2 * syncs if modes == ["warn"] else 0):
-                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-            if modes == ["warn"]:
-                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-                warnings.warn("something else", stacklevel=1)
-            meter.update(step, 10.0 - step, 0.0)
-            meter.log(step, 0, {"perf/outside_ratio": step / 100, "perf/data_wait_ratio": 0.0})
-    assert step == 10
-    meter.close()
-    assert modes == ["warn", "default"]
-    return meter.result(Trained("target", 1, 2, 1, step_tokens=4096))
-
-
-def test_meter_times_whole_blocks_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = metered(monkeypatch, "NVIDIA RTX A6000", syncs=0)
-    assert found.tokens_per_s == {"median": 8192.0, "min": 8192.0, "max": 8192.0}  # two steps of 4096 in a "second"
-    assert (found.steps, found.loss) == (6, 0.0)  # two steps more count the synchronizations
-    assert (found.peak_gib, found.reserved_gib) == (3.0, 4.0)
-    assert found.outside_ratio == pytest.approx(0.055)  # median of steps 3 to 8
-    assert found.mfu == pytest.approx(8192 * 11.30e9 / 154.8e12, rel=1e-3)
-
-
-def test_meter_separates_syncs_of_micro_steps_from_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = metered(monkeypatch, "NVIDIA RTX A6000", syncs=0)
-    assert once.syncs is not None
-    assert (list(once.syncs.values()), once.syncs_per_micro_step) == ([1.0], 0)
-    often = metered(monkeypatch, "NVIDIA RTX A6000", syncs=3)
-    assert often.syncs is not None
-    assert (sorted(often.syncs.values()), often.syncs_per_micro_step) == ([1.0, 6.0], 3)
-
-
-def test_meter_has_no_mfu_for_an_unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert metered(monkeypatch, "NVIDIA GeForce GT 710", syncs=0).mfu is None
-
-
-def test_meter_refuses_a_rate_above_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "flops_per_token", lambda *_: 1e12)
-    with pytest.raises(TrainingError, match="the measurement is wrong"):
-        metered(monkeypatch, "NVIDIA RTX A6000", syncs=0)
-
-
-def test_out_of_memory_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> Trained:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore than there is")
-
-    monkeypatch.setattr(training, "_train", full)
-    shape = throughput.shape_of(throughput.TARGET)
-    case = Case(name="x", shape=shape, step_windows=4, micro_batch=2, device="cpu", ds_config="a6000.json")
-    found = training.run_case(case, tmp_path)
-    assert found.out_of_memory == "CUDA out of memory. Tried to allocate"
-    assert (found.micro_batch, found.accumulation) == (2, 2)
-    assert found.words() == "x: micro-batch 2 x 2: out of memory"
-    assert found.predicted_gib == pytest.approx(42.1, abs=0.5)

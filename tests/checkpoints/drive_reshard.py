@@ -127,6 +127,21 @@ def failure_of_copy(engine: Any) -> str:
         return str(engine.capture(PinnedBuffers()).failure)
 
 
+def check_copies(engine: Any) -> None:
+    """An async save writes bitwise what a synchronous one does, in the same order."""
+    import torch
+
+    from inheritune_ds.checkpoints.snapshot import PinnedBuffers
+
+    own = engine.capture(None).fragments
+    copied = engine.capture(PinnedBuffers()).fragments
+    assert list(copied) == list(own)
+    for key, value in own.items():
+        assert copied[key].dtype == value.dtype, key
+        assert torch.equal(copied[key].view(torch.uint8), value.cpu().view(torch.uint8)), key
+        assert copied[key].data_ptr() != value.data_ptr(), key
+
+
 def continued(engine: Any, world: World) -> dict[str, Any]:
     """What the engine holds now, and after two more updates."""
     now = {"digest": digest(engine), "scaler": scaler_of(engine), "step": engine._engine.global_steps}
@@ -152,6 +167,7 @@ def main() -> None:
             (update_to_overflow if number >= 2 - layout.count("x") else update)(engine, world, number)
         name = f"{layout}-{world.size}"
         save(engine, world, layout, args.folder / name)
+        check_copies(engine)
         report[name] = {"failure": failure_of_copy(engine), **continued(engine, world)}
         engine.close()
     start_process_group(world)  # all files are there

@@ -61,8 +61,9 @@ class State:
         self.loaded: Path | None = None
 
     def capture(self, buffers: PinnedBuffers | None) -> Snapshot:
-        held = self.weights if buffers is None else buffers.copy("weights", self.weights)
-        fragments = {key_of("w", MASTER, self.rank * WEIGHTS): held}
+        fragments = {key_of("w", MASTER, self.rank * WEIGHTS): self.weights}
+        if buffers is not None:
+            fragments = buffers.copy(fragments)
         return Snapshot(fragments, {"w": {"shape": [self.ranks * WEIGHTS], "step": None}}, {"counters": {}})
 
     def load(self, checkpoint: Checkpoint) -> Sequence[str]:
