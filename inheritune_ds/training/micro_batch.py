@@ -184,6 +184,9 @@ def measure_peak(
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     engine.close()
     del engine
+    # Every trial compiles graphs of its own shape. Beyond dynamo's limit the next ones, and the run itself, would be
+    # computed uncompiled.
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
