@@ -23,6 +23,7 @@ from inheritune_ds.errors import CorpusError
 from inheritune_ds.training import block_wrapping
 from inheritune_ds.training.engine import Engine
 from inheritune_ds.training.micro_batch import measure_peak
+from inheritune_ds.training.packing import DocumentPacking
 from inheritune_ds.training.update_gate import agreed, count_targets, totals
 from tests import tiny
 
@@ -271,3 +272,22 @@ def test_every_trial_of_a_micro_batch_is_compiled(group: None, monkeypatch: pyte
         measure_peak(build, size, accumulation=WINDOWS // size, seq_len=SEQ_LEN, vocab_size=VOCABULARY)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [2] * 3, "a block and the loss"
+
+
+@pytest.mark.parametrize("packing", [None, DocumentPacking(5)])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
+def test_the_deterministic_mode_refuses_no_operator_of_a_step(
+    stage: int, precision: str, packing: DocumentPacking | None, make: Make
+) -> None:
+    usual = make(stage, precision, packing=packing)
+    step(usual)
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        engine = make(stage, precision, packing=packing, kernels={"deterministic": True})
+        step(engine)
+        losses = engine.window_losses([windows().numpy()])
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert engine.kernels.deterministic
+    assert state(engine) == state(usual), "a CPU is deterministic by itself"
+    assert np.array_equal(losses, usual.window_losses([windows().numpy()]))
