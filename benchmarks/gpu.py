@@ -57,6 +57,7 @@ PARTS = {
     "peers": Entry("ratios:nanogpt", "nanoGPT from a checkout (--nanogpt)"),
     "loss": Entry("head_loss:head_loss", "time and memory of the chunked, Liger's and the plain loss"),
     "resume": Entry("resume:resume", "train, kill, resume, compare", lane=1),
+    "bit-equal": Entry("deterministic:deterministic", "the same with deterministic kernels, bit for bit", lane=1),
     "startup": Entry("startup:startup", "launch to first step: eager, compiled cold, compiled again", lane=1),
     "optimizers": Entry("optimizers:optimizers", "the step of every AdamW that works here, apex among them"),
 }

@@ -10,7 +10,6 @@ from benchmarks.packing import PACKING, Setting, build, errors, times
 from inheritune_ds.config.kernels import Attention
 from inheritune_ds.errors import InherituneError
 from inheritune_ds.training.packing import WindowInputs, prove_apart
-from inheritune_ds.training.padded_attention import pad_head
 
 ATTENTIONS: tuple[Attention, ...] = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 LOSS_LIMIT, GRADIENT_LIMIT = {"fp32": 1e-5, "bf16": 5e-3}, {"fp32": 1e-4, "bf16": 2e-2}
@@ -47,22 +46,6 @@ def packing(part: Part) -> None:
             except InherituneError as error:
                 part.report.line(f"{family}, {attention}: {error.problem.partition(chr(10))[0]}")
             part.report.figure("packing", found)
-    _odd_heads(part)
-
-
-def _odd_heads(part: Part) -> None:
-    """Heads of 100 under SDPA, as OpenLLaMA-3B has them: the errors, and that torch's efficient kernel takes them."""
-    shape = {**part.sized(*SHAPES["llama"]), "hidden_size": 800, "num_attention_heads": 8}
-    setting = Setting(shape, 2, part.device, torch.bfloat16, "sdpa")
-    error = errors(setting, document_tokens=setting.seq_len // 8)
-    for what, limit in (("loss", LOSS_LIMIT["bf16"]), ("gradient", GRADIENT_LIMIT["bf16"])):
-        part.report.bar(f"{what}, llama, sdpa, heads of 100, bf16", error[what], at_most=limit, of_gpu=False)
-    heads, length = 8, setting.seq_len
-    tensor = pad_head(torch.randn(2, heads, length, 100, device=part.device, dtype=torch.bfloat16))
-    mask = torch.zeros(2, 1, length, length, device=part.device, dtype=torch.bfloat16).expand(-1, heads, -1, -1)
-    given = torch.backends.cuda.SDPAParams(tensor, tensor, tensor, mask, 0.0, False, False)
-    taken = torch.backends.cuda.can_use_efficient_attention(given, debug=False)
-    part.report.bar("masked heads of 100 fit the efficient kernel", int(taken), at_least=1)
 
 
 def _one(part: Part, name: str, setting: Setting) -> dict[str, Any]:

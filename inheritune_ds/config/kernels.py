@@ -15,9 +15,9 @@ ATTENTION_ORDER: dict[int, tuple[Attention, ...]] = {
 }
 """Fastest first, by the major number of a GPU's compute capability: Ampere and Ada, Hopper, Blackwell and later.
 
-On Hopper flash-attn 2 reaches 35 % of the peak and version 3 up to 75 % (hf.co/papers/2407.08608); torch's SDPA uses
-cuDNN there, and flash-attn 2's own kernel on Ampere and Ada. Version 3 is made for Hopper, version 4 for Blackwell
-first. Not measured here yet."""
+On Hopper flash-attn 2 reaches 35 % of the peak, and version 3, made for Hopper, 75 % (hf.co/papers/2407.08608). torch's
+SDPA uses cuDNN there and on Blackwell (sdp_utils.cpp, `check_prefer_cudnn_attention`), and a copy of flash-attn 2
+elsewhere. Version 4 is made for Blackwell. Nothing of it has been measured here."""
 Optimizer = Literal["apex", "deepspeed", "torch_fused", "torch"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 """AdamW with the state on the device, fastest first."""
