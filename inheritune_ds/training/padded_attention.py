@@ -40,8 +40,9 @@ def padded_sdpa(  # noqa: PLR0913, PLR0917 - transformers' signature
     width = value.shape[-1]
     if scaling is None and query.shape[-1] % HEAD_MULTIPLE:
         scaling = query.shape[-1] ** -0.5  # of the true size
-    padded = (pad_head(tensor) for tensor in (query, key, value))
-    output, _ = sdpa_attention_forward(module, *padded, attention_mask, dropout=dropout, scaling=scaling, **options)
+    query, key, value = pad_head(query), pad_head(key), pad_head(value)
+    given = {"dropout": dropout, "scaling": scaling, **options}
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     return output[..., :width].contiguous(), None
 
 

@@ -70,12 +70,12 @@ def test_full_recomputation_keeps_little() -> None:
 @pytest.fixture
 def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Counter[str]]]:
     """Registers an operator by the name that flash-attn gives it, as `flash_attention_2`; counts its calls."""
-    libraries = []
+    libraries: list[Any] = []
 
     def register(name: str) -> Counter[str]:
         calls: Counter[str] = Counter()
         namespace, operator_name = name.split("::")
-        library = torch.library.Library(namespace, "FRAGMENT")
+        library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
         libraries.append(library)
         library.define(f"{operator_name}(Tensor q, Tensor k, Tensor v) -> Tensor")
 
@@ -110,7 +110,7 @@ def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
 
     yield register
     for library in libraries:
-        library._destroy()  # type: ignore[no-untyped-call]
+        library._destroy()
 
 
 @pytest.mark.parametrize("kept", ["none", "selective", "full"])

@@ -15,13 +15,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from inheritune_ds.training.padded_attention import pad_head, pad_heads, padded_sdpa
 
 B, H, T = 2, 4, 12
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def given(head: int, keys: int = H, value_head: int | None = None) -> list[torch.Tensor]:
+def given(head: int, keys: int = H, value_head: int | None = None) -> Tensors:
     """Query, key and value that take gradients."""
     torch.manual_seed(0)
-    shapes = [(B, H, T, head), (B, keys, T, head), (B, keys, T, value_head or head)]
-    return [torch.randn(shape).requires_grad_() for shape in shapes]
+    query, key = torch.randn(B, H, T, head), torch.randn(B, keys, T, head)
+    return query.requires_grad_(), key.requires_grad_(), torch.randn(B, keys, T, value_head or head).requires_grad_()
 
 
 def attention_module(keys: int) -> nn.Module:
@@ -78,11 +79,11 @@ def test_heads_of_a_multiple_of_8_are_left_alone(mask: torch.Tensor | None) -> N
 def test_fused_kernels_get_heads_of_a_multiple_of_8(head: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conditions of torch's sdp_utils.cpp on the last dimension, which only a GPU can ask for."""
     seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    real = torch.nn.functional.scaled_dot_product_attention
+    real: Any = torch.nn.functional.scaled_dot_product_attention
 
     def watched(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
         seen.extend((tuple(tensor.shape), tensor.stride()) for tensor in tensors)
-        return real(*tensors, **options)
+        return real(*tensors, **options)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa_attention_forward)
