@@ -19,7 +19,7 @@ from benchmarks.ranks import fit, random_model
 from benchmarks.record import command_line, record
 from inheritune_ds.config.kernels import Attention, KernelRequest
 from inheritune_ds.config.model import Shape
-from inheritune_ds.training.packing import DocumentPacking, WindowInputs, document_starts
+from inheritune_ds.training.packing import DocumentPacking, WindowInputs, counted_targets, document_starts
 from tests import tiny
 
 EOS = 0
@@ -70,10 +70,12 @@ def tokens(setting: Setting, number: int, *, document_tokens: int = DOCUMENT_TOK
     return found.masked_fill(torch.rand(size, generator=generator) < 1.0 / document_tokens, EOS)
 
 
-def one_pass(model: PreTrainedModel, windows: WindowInputs, batch: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Forward and backward; the sum of the losses, on the device."""
+def one_pass(
+    model: PreTrainedModel, windows: WindowInputs, batch: torch.Tensor, device: torch.device, *, factor: float = 1.0
+) -> torch.Tensor:
+    """Forward and backward of `factor` times the sum of the losses; that sum, on the device."""
     with windows.apart():
-        loss, total = model(**windows.with_targets(batch, device))
+        loss, total = model(**windows.with_targets(batch, device), factor=factor)
         loss.backward()
     return total  # type: ignore[no-any-return]
 
@@ -148,7 +150,7 @@ def _timed(
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     start = time.perf_counter()
-    one_pass(model, windows, batch, device)
+    one_pass(model, windows, batch, device, factor=1.0 / int(counted_targets(batch, windows.packing).sum()))
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

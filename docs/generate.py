@@ -27,7 +27,13 @@ from tables import campaign, families, table
 
 from inheritune_ds import cli, errors
 from inheritune_ds.config import deepspeed_keys, fields, recipe
-from inheritune_ds.config.kernels import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU, KernelRequest
+from inheritune_ds.config.kernels import (
+    ATTENTION_ORDER,
+    COMPILE_FLOPS_CPU,
+    COMPILE_MFU,
+    COMPILE_SECONDS_GPU,
+    KernelRequest,
+)
 from inheritune_ds.config.messages import words
 from inheritune_ds.config.reliability import WATCHDOG_S, Reliability
 from inheritune_ds.tracking.metrics import METRICS
@@ -68,7 +74,8 @@ MEANINGS = {
 }
 """Meaning of keys without a docstring in their model."""
 AUTO_KERNELS = {
-    "attention": "the first of these that works; flash attention needs a GPU, bf16 or fp16, and a supported family",
+    "attention": "the first that works of the list for the GPU (below); flash attention needs a GPU, bf16 or fp16, and "
+    "a supported family",
     "optimizer": "the first of these that works; on a CPU `torch_fused`. `offload_optimizer` always uses DeepSpeed's "
     "CPU Adam, and a name is refused",
     "liger": "on for a GPU if liger-kernel has RMSNorm, RoPE or SwiGLU for the family (it has none for GPT-2) and "
@@ -79,8 +86,15 @@ AUTO_KERNELS = {
     f"on a GPU from {COMPILE_SECONDS_GPU / 60:.0f} minutes at {COMPILE_MFU} of its peak",
     "activation_checkpointing": "`none`; the others trade a second forward pass (`selective`: without its matrix "
     "products and attention) for memory",
+    "deterministic": "`false` without it; `true` gives the same bits in every run on the same GPUs, at less speed",
 }
 """The selection of `auto` in inheritune_ds/training/kernels.py, one line each."""
+GENERATIONS = {
+    8: "Ampere, Ada (A6000, A100, 4090)",
+    9: "Hopper (H100, H200)",
+    10: "Blackwell and later (B200, 5090)",
+}
+"""GPUs by the major number of their compute capability."""
 RELIABILITY = {
     "async_save": "training waits only until its state is copied to host memory; a thread writes, coordinates with "
     "the other ranks and publishes. Needs as much host memory as this rank's share of a checkpoint, which `plan` "
@@ -244,10 +258,16 @@ def _values(field: FieldInfo) -> str:
 def ds_kernels() -> str:
     """Keys of the `kernels` block: values, and the selection of `auto`."""
     rows = [
-        (f"`{key}`", f"{_values(field)}, or `auto`", AUTO_KERNELS[key])
+        (f"`{key}`", words(field.annotation).replace('"auto"', "`auto`"), AUTO_KERNELS[key])
         for key, field in KernelRequest.model_fields.items()
     ]
     return table(("key", "value", "`auto` selects"), rows)
+
+
+def ds_attentions() -> str:
+    """The order of attentions on each generation of GPUs."""
+    rows = [(GENERATIONS[major], ", ".join(f"`{name}`" for name in order)) for major, order in ATTENTION_ORDER.items()]
+    return table(("GPU", "`auto` tries, in this order"), rows)
 
 
 def ds_reliability() -> str:
@@ -276,7 +296,7 @@ def metrics() -> str:
 
 
 TABLES: list[Callable[[], str]] = [recipe_keys, exit_codes, options, metrics, families, campaign, layers.overview]
-TABLES += [ds_owned, ds_passed_on, ds_kernels, ds_reliability, ds_refused]
+TABLES += [ds_owned, ds_passed_on, ds_kernels, ds_attentions, ds_reliability, ds_refused]
 SECTIONS = {make.__name__: make for make in TABLES}
 
 

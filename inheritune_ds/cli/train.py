@@ -132,10 +132,13 @@ def _train(
     from inheritune_ds.distributed.process_group import leave_process_group
     from inheritune_ds.run.execute import execute
     from inheritune_ds.run.launch import Launch
+    from inheritune_ds.training.determinism import compute_deterministically
     from inheritune_ds.training.toolchain import check_device
 
     gc.freeze()
     gc.enable()
+    if resolved.kernels.deterministic:
+        compute_deterministically(os.environ)
     check_device(machine.kind, world, offload=resolved.offloads)
     launch = Launch(
         **settings,

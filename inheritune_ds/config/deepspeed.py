@@ -192,6 +192,8 @@ class _Resolver:
         if self.request["activation_checkpointing"] == AUTO:
             self.request["activation_checkpointing"] = "none"
             self.notes.append("kernels.activation_checkpointing: none (auto: it costs a second forward pass)")
+        if self.request["deterministic"]:
+            self.notes.append("kernels.deterministic: on (the same bits in every run on the same GPUs, at less speed)")
         so_far = Resolved(self.config, ())
         attention, on_cpu = str(self.request["attention"]), machine.kind == "cpu"
         if attention.startswith("flash_attention") and (on_cpu or so_far.precision == "fp32"):

@@ -7,7 +7,17 @@ from inheritune_ds.config.zero import Recomputation
 
 Attention = Literal["flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"]
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
-"""Fastest first; the names are those of transformers' `attn_implementation`."""
+"""The newest first; the names are those of transformers' `attn_implementation`."""
+ATTENTION_ORDER: dict[int, tuple[Attention, ...]] = {
+    8: ("flash_attention_2", "sdpa", "eager"),
+    9: ("flash_attention_3", "sdpa", "flash_attention_2", "eager"),
+    10: ("flash_attention_4", "sdpa", "flash_attention_2", "eager"),
+}
+"""Fastest first, by the major number of a GPU's compute capability: Ampere and Ada, Hopper, Blackwell and later.
+
+On Hopper flash-attn 2 reaches 35 % of the peak, and version 3, made for Hopper, 75 % (hf.co/papers/2407.08608). torch's
+SDPA uses cuDNN there and on Blackwell (sdp_utils.cpp, `check_prefer_cudnn_attention`), and a copy of flash-attn 2
+elsewhere. Version 4 is made for Blackwell. Nothing of it has been measured here."""
 Optimizer = Literal["apex", "deepspeed", "torch_fused", "torch"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 """AdamW with the state on the device, fastest first."""
@@ -35,3 +45,5 @@ class KernelRequest(ConfigModel):
     """Whether torch.compile is applied to each block."""
     activation_checkpointing: Auto[Recomputation] = "none"
     """Activations that the backward pass recomputes; `auto` is none."""
+    deterministic: bool = False
+    """Whether every kernel gives the same bits in every run on the same GPUs."""

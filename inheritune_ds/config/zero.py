@@ -29,6 +29,8 @@ class ZeroSettings(TypedDict):
     """Activations that the backward pass recomputes (default: none)."""
     loss: NotRequired[Loss]
     """Whether the logits of all tokens exist at once (plain) or those of a chunk (the default)."""
+    masked_attention: NotRequired[bool]
+    """Whether attention takes a mask: documents are kept apart without flash attention (default: no)."""
     immediate_grad_update: NotRequired[bool]
     """bf16.immediate_grad_update: half-precision gradients are freed once accumulated (default: no)."""
     overlap_comm: NotRequired[bool]
@@ -45,11 +47,13 @@ class ZeroSettings(TypedDict):
     """Whether checkpoints are written from a copy of the state in host memory (default: no)."""
 
 
-def read_layout(ds_config: Mapping[str, Any], *, seq_len: int, world_size: int) -> ZeroSettings:
+def read_layout(
+    ds_config: Mapping[str, Any], *, seq_len: int, world_size: int, documents: bool = False
+) -> ZeroSettings:
     """Read the layout from a DeepSpeed config, which must have stage, precision and accumulation type.
 
     Other keys that are `auto` or missing have DeepSpeed's own values. Chunks are the default of `kernels.loss`, and
-    `liger` uses them, too.
+    `liger` uses them, too. With `documents` kept apart an `auto` attention counts as one with a mask, which needs more.
     """
     zero, kernels = _given(ds_config["zero_optimization"]), _given(ds_config.get("kernels", {}))
     stage = int(zero["stage"])
@@ -63,6 +67,7 @@ def read_layout(ds_config: Mapping[str, Any], *, seq_len: int, world_size: int) 
         offload_parameters=offload_device(zero, "offload_param") != "none",
         activation_checkpointing=kernels.get("activation_checkpointing", "none"),
         loss="plain" if kernels.get("loss") == "plain" else "chunked",
+        masked_attention=documents and not str(kernels.get("attention")).startswith("flash_attention"),
         immediate_grad_update=bool(_given(ds_config.get("bf16", {})).get("immediate_grad_update", False)),
         overlap_comm=bool(zero.get("overlap_comm", stage == 3)),  # DeepSpeed's own default
         reduce_bucket_size=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),

@@ -1,8 +1,9 @@
 """Bytes that the forward pass saves for the backward pass, and bytes of the logits and the loss.
 
 Counted on the modules of transformers 5.23 (sdpa or flash attention, dropout 0, not compiled, no Liger kernels; those
-save less) with `torch.autograd.graph.saved_tensors_hooks`; tests/plan/test_activations.py repeats the count. Eager
-attention also saves all scores. `element` is the bytes of one number of the passes: 2 for half precision, 4 for fp32.
+save less) with `torch.autograd.graph.saved_tensors_hooks`; tests/plan/test_activations.py repeats the count. Heads are
+padded to a multiple of 8 (`training.padded_attention`; flash attention does so itself). Eager attention also saves all
+scores. `element` is the bytes of one number of the passes: 2 for half precision, 4 for fp32.
 """
 
 from dataclasses import dataclass
@@ -13,13 +14,18 @@ from inheritune_ds.config.zero import Loss, Recomputation
 
 @dataclass(frozen=True)
 class Passes:
-    """A rank's forward and backward pass of one micro-batch; `tokens` is its size."""
+    """A rank's forward and backward pass of one micro-batch; `tokens` is its size.
+
+    `masked`: attention takes a mask of all pairs of a window's tokens, and with it a key and a value for every query
+    head.
+    """
 
     tokens: int
     seq_len: int
     element: int
     recomputation: Recomputation
     loss: Loss
+    masked: bool = False
 
 
 def mlp_size(shape: Shape) -> int:
@@ -38,9 +44,10 @@ def activation_bytes(shape: Shape, num_blocks: int, passes: Passes) -> int:
     element = passes.element
     # A rotary model also saves one table of sines and one of cosines for all blocks.
     rotary = 2 * element * shape.hidden_size // shape.num_attention_heads if shape.model_type == "llama" else 0
-    kept = _block(shape, element) if passes.recomputation == "none" else element * shape.hidden_size
+    kept = _block(shape, passes) if passes.recomputation == "none" else element * shape.hidden_size
     kept += _matmul_outputs(shape, element) if passes.recomputation == "selective" else 0
-    return passes.tokens * (num_blocks * kept + _edges(shape, element, passes.loss)) + rotary * passes.seq_len
+    mask = passes.seq_len * element if passes.masked else 0
+    return passes.tokens * (num_blocks * kept + _edges(shape, element, passes.loss) + mask) + rotary * passes.seq_len
 
 
 def working_bytes(shape: Shape, passes: Passes) -> int:
@@ -54,10 +61,10 @@ def working_bytes(shape: Shape, passes: Passes) -> int:
     if passes.recomputation == "none":
         return passes.tokens * intermediate
     kept = _matmul_outputs(shape, passes.element) if passes.recomputation == "selective" else 0
-    return passes.tokens * (max(_block(shape, passes.element) - kept, 0) + intermediate)
+    return passes.tokens * (max(_block(shape, passes) - kept, 0) + intermediate)
 
 
-def _block(shape: Shape, element: int) -> int:
+def _block(shape: Shape, passes: Passes) -> int:
     """Bytes per token that one block saves.
 
     llama, each RMSNorm: its input upcast to fp32 (the input itself when it is fp32), 1/rms (fp32), the normalized
@@ -65,14 +72,26 @@ def _block(shape: Shape, element: int) -> int:
     silu(gate), up, their product.
     gpt2, each LayerNorm: its input, mean and 1/std, its output. Attention: q, k, v in one tensor, the output, the
     log-sum-exp. MLP: five tensors of the MLP's width, as `gelu_new` consists of elementary operations.
-    GPU kernels pad copies if the head size is not a multiple of 8.
+    If heads are padded, q, k, v and the output are, and the output without padding is saved, too.
     """
-    hidden, mlp, log_sum_exp = shape.hidden_size, mlp_size(shape), 4 * shape.num_attention_heads
+    element, hidden, mlp, log_sum_exp = (
+        passes.element,
+        shape.hidden_size,
+        mlp_size(shape),
+        4 * shape.num_attention_heads,
+    )
+    queries = _padded(shape, hidden)
+    keys = queries if passes.masked else _padded(shape, key_value_size(shape))
+    attention = element * (2 * queries + 2 * keys + (hidden if queries > hidden else 0)) + log_sum_exp
     if shape.model_type == "gpt2":
-        norms = 2 * (2 * element * hidden + 8)
-        return norms + element * (3 * hidden + hidden) + log_sum_exp + 5 * element * mlp
-    norms = 2 * (4 * hidden + 4 + 2 * element * hidden)
-    return norms + element * (2 * hidden + 2 * key_value_size(shape)) + log_sum_exp + 4 * element * mlp
+        return 2 * (2 * element * hidden + 8) + attention + 5 * element * mlp
+    return 2 * (4 * hidden + 4 + 2 * element * hidden) + attention + 4 * element * mlp
+
+
+def _padded(shape: Shape, width: int) -> int:
+    """Width of heads of `width` units together when each is padded to a multiple of 8."""
+    head = shape.hidden_size // shape.num_attention_heads
+    return width // head * -(-head // 8) * 8
 
 
 def _matmul_outputs(shape: Shape, element: int) -> int:
@@ -80,7 +99,7 @@ def _matmul_outputs(shape: Shape, element: int) -> int:
     hidden, mlp = shape.hidden_size, mlp_size(shape)
     inner = mlp if shape.model_type == "gpt2" else 2 * mlp
     projections = hidden + 2 * key_value_size(shape) + hidden + inner + hidden
-    return element * (projections + hidden) + 4 * shape.num_attention_heads
+    return element * (projections + _padded(shape, hidden)) + 4 * shape.num_attention_heads
 
 
 def _edges(shape: Shape, element: int, loss: Loss) -> int:

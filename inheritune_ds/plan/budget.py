@@ -136,7 +136,8 @@ def build_budget(
     Raises:
         RecipeError: When the duration is shorter than one step.
     """
-    layout = read_layout(ds_config, seq_len=recipe.training.seq_len, world_size=world_size)
+    documents = recipe.training.packing == "documents"
+    layout = read_layout(ds_config, seq_len=recipe.training.seq_len, world_size=world_size, documents=documents)
     sizes = int(ds_config["train_micro_batch_size_per_gpu"]), int(ds_config["gradient_accumulation_steps"])
     job = Job(*shape, layout, *sizes, recipe.training.batch_windows) if shape else None
     return Budget(recipe, layout, *sizes, job, unique, steps_in(recipe.training, epoch_windows(recipe, unique)))

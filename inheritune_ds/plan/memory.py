@@ -76,6 +76,7 @@ def _passes(shape: Shape, num_blocks: int, tokens: int, layout: ZeroSettings, fo
         element_bytes(layout["precision"]),
         layout.get("activation_checkpointing", "none"),
         layout.get("loss", "chunked"),
+        layout.get("masked_attention", False),
     )
     kept, working = activation_bytes(shape, num_blocks, passes), working_bytes(shape, passes)
     logits = loss_bytes(shape, passes, chunk_tokens=LOSS_CHUNK_TOKENS)

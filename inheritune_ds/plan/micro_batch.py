@@ -53,12 +53,13 @@ def fit(resolved: Resolved, recipe: Recipe, *, origin: str, world_size: int, mac
             allowed="reference.shape in the recipe (families gpt2 and llama), or a number in the DeepSpeed config",
             action=f'write "{MICRO_BATCH}": 8, or another number of sequences that fits',
         )
-    windows = recipe.training.batch_windows
+    training = recipe.training
+    windows, documents = training.batch_windows, training.packing == "documents"
     size = largest_micro_batch(
         *resolved.shape,
         memory_gib=machine.memory_gib,
         batch_windows=windows,
-        **read_layout(resolved.config, seq_len=recipe.training.seq_len, world_size=world_size),
+        **read_layout(resolved.config, seq_len=training.seq_len, world_size=world_size, documents=documents),
     )
     note = f"{MICRO_BATCH}: {size} (auto: the largest that {machine.memory_gib:.0f} GiB hold)"
     config = {**resolved.config, **batch_of(size, windows // world_size)}

@@ -55,6 +55,7 @@ def take_kernels(setup: RunSetup) -> Kernels:
             zero_stage=resolved.zero_stage,
             offload=resolved.offloads_optimizer,
             run_flops=6.0 * setup.target.report["parameters"] * tokens / launch.world.size,
+            documents=setup.data.packing is not None,
         )
         for note in notes:
             logger.info(note)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch._dynamo import config as dynamo
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from inheritune_ds.surgery.blocks import find_blocks
 from inheritune_ds.surgery.config_cut import num_blocks
@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
 _ATTENTIONS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-_KEPT = [
-    getattr(torch.ops.aten, name).default
-    for name in ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{attention}" for attention in _ATTENTIONS))
-]
+_KEPT = {
+    *(f"aten::{name}" for name in ("mm", "addmm", "bmm")),
+    *(f"aten::_scaled_dot_product_{attention}" for attention in _ATTENTIONS),
+    # As flash-attn 2 (flash_attn/flash_attn_interface.py) and 3 (hopper/flash_attn_interface.py) register them, commit
+    # 0251105a of Dao-AILab/flash-attention. Version 4 registers no operator, so it is computed again.
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",
+}
 """Operators whose outputs `selective` keeps: the most expensive ones to recompute."""
 _SPARE_GRAPHS = 8
 """For a smaller last batch of validation windows, and other callers of a block."""
@@ -56,4 +61,9 @@ def wrap_blocks(model: "PreTrainedModel", *, compiled: bool, activation_checkpoi
 
 
 def _selective_contexts() -> Any:
-    return create_selective_checkpoint_contexts(_KEPT)  # type: ignore[no-untyped-call]
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+
+def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    """By name: flash-attn's operators exist only where it is installed."""
+    return CheckpointPolicy.MUST_SAVE if operator.name() in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

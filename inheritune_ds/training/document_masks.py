@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from inheritune_ds.training.padded_attention import pad_heads
+
 _APART = ContextVar("documents are kept apart", default=False)
 
 
@@ -22,6 +24,7 @@ def documents_apart() -> Iterator[None]:
     Masks are additive, in the model's type: SDPA would convert a boolean mask again in every block.
     """
     skip_packing_check()
+    pad_heads()
     before = _APART.set(True)
     try:
         yield

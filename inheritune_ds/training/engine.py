@@ -30,6 +30,7 @@ from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
 from inheritune_ds.training.optimizer import build_optimizer, import_muon, parameter_groups, without_names
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses, prove_apart
+from inheritune_ds.training.padded_attention import pad_heads
 from inheritune_ds.training.step_clock import PassClock
 from inheritune_ds.training.update_gate import Judge, UpdateGate, agreed, count_targets, totals
 
@@ -238,6 +239,7 @@ class Engine:
 def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str, ...]]:
     """Apply the kernels to a model; returns those it took, and a log line on each that it could not take."""
     skip_packing_check()
+    pad_heads()
     taken, reason = attach_loss(model, kernels.loss, compiled=kernels.compile)
     model.set_attn_implementation(kernels.attention)
     if kernels.liger:

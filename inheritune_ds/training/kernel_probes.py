@@ -30,7 +30,7 @@ _TOLERANCE = 0.05
 _PROBE_TOKENS = 32
 LIGER_PARTS = ("rms_norm", "rope", "swiglu", "geglu")
 INSTALL = {
-    "flash_attention_4": "pip install flash-attn-4",
+    "flash_attention_4": "pip install --pre flash-attn-4",
     "flash_attention_3": "git clone https://github.com/Dao-AILab/flash-attention && "
     "pip install --no-build-isolation ./flash-attention/hopper",
     "flash_attention_2": "pip install flash-attn --no-build-isolation",
@@ -109,7 +109,9 @@ def _attention_error(name: str, config: "PreTrainedConfig", device: torch.device
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if name != "sdpa":
-        lazy_import_flash_attention(name)
+        (_, by_documents, *_), _ = lazy_import_flash_attention(name)
+        if torch.are_deterministic_algorithms_enabled():
+            assert_deterministic(by_documents)
     groups, width = _head_shape(config)
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 2 * groups, _PROBE_TOKENS, width), *[(1, 2, _PROBE_TOKENS, width)] * 2]
@@ -128,6 +130,12 @@ def _attention_error(name: str, config: "PreTrainedConfig", device: torch.device
     expected = (scores.masked_fill(future, -torch.inf).softmax(-1) @ values).transpose(1, 2)
     wanted = [expected, *torch.autograd.grad((expected * direction).sum(), exact)]
     return max(_relative(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def assert_deterministic(attention: Callable[..., Any]) -> None:
+    """Raise RuntimeError if a function of flash-attn has no deterministic backward pass (before its version 2.4.1)."""
+    if "deterministic" not in inspect.signature(attention).parameters:
+        raise RuntimeError("it has no deterministic backward pass")
 
 
 def _head_shape(config: "PreTrainedConfig") -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Select the kernels of a run: `auto` is the best that works on this machine, a named one must work.
 
-Source of the order: fastest first as published (flash-attention's tables, torchtitan#355 and DeepSpeed#8512 for fused
-AdamW), corrected by the measurements of `benchmarks/gpu.py`.
+Source of the order: fastest first as published (ATTENTION_ORDER; torchtitan#355 and DeepSpeed#8512 for fused AdamW),
+corrected by the measurements of `benchmarks/gpu.py`.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from inheritune_ds.config.kernels import (
+    ATTENTION_ORDER,
     ATTENTIONS,
     COMPILE_FLOPS_CPU,
     COMPILE_MFU,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 OnOff = bool | str
 """JSON's true and false, or `auto`."""
+_UNCOMPILED = "flash_attention_4"
+"""It registers no operator, so that it would break the graph of a compiled block."""
 _UNKNOWN_PEAK_FLOPS = 150e12
 """An A6000's, for a GPU whose peak is unknown."""
 
@@ -56,6 +59,7 @@ class Kernels:
     loss: Literal["liger", "chunked", "plain"]
     compile: bool
     activation_checkpointing: Literal["none", "selective", "full"]
+    deterministic: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON document."""
@@ -71,11 +75,12 @@ def choose_kernels(  # noqa: PLR0913 - one argument for each fact that decides
     zero_stage: int,
     offload: bool,
     run_flops: float | None,
+    documents: bool = False,
 ) -> tuple[Kernels, tuple[str, ...]]:
     """Select for each part the best kernel that works, or the one that the config names.
 
     `dtype` is the type of the forward and backward pass. `run_flops` are the model FLOPs of the whole run on this rank,
-    None if unknown.
+    None if unknown. `documents` inside a window are kept apart.
 
     Returns:
         The kernels, and a log line on each with its reason.
@@ -84,12 +89,17 @@ def choose_kernels(  # noqa: PLR0913 - one argument for each fact that decides
         MachineError: If a named kernel is missing or does not work; the message has the command that installs it.
         RecipeError: If a named kernel is not made for this model, device or precision.
     """
-    attention, attention_note = _first_that_works(
-        "attention", request.attention, ATTENTIONS, lambda name: attention_obstacle(name, config, device, dtype)
-    )
-    optimizer, optimizer_note = _optimizer(request.optimizer, device, offload=offload)
-    against = _why_not_compile(device, dtype, zero_stage, run_flops) if request.compile == "auto" else ""
+    against = _why_not_compile(request, device, dtype, zero_stage, run_flops) if request.compile == "auto" else ""
     compiled, why = _switch("compile", "torch.compile", request.compile, against, lambda: compile_obstacle(device))
+
+    def obstacle(name: str) -> Obstacle | None:
+        if name == _UNCOMPILED and compiled and request.attention == "auto":
+            return Obstacle("not measured in compiled blocks")
+        return attention_obstacle(name, config, device, dtype)
+
+    order = attention_order(device, documents=documents)
+    attention, attention_note = _first_that_works("attention", request.attention, order, obstacle)
+    optimizer, optimizer_note = _optimizer(request.optimizer, device, offload=offload)
     length = ": it pays in a run of this length" if compiled and request.compile == "auto" else ""
     liger, liger_why = _liger(request.liger, config, device, compiled=compiled)
     loss, loss_note = _loss(request.loss, device)
@@ -101,8 +111,18 @@ def choose_kernels(  # noqa: PLR0913 - one argument for each fact that decides
         loss_note,
         f"kernels.compile: {'on' if compiled else 'off'} ({why}{length})",
         f"kernels.activation_checkpointing: {recompute}",
+        f"kernels.deterministic: {'on' if request.deterministic else 'off'}",
     )
-    return Kernels(attention, optimizer, liger, cast("Any", loss), compiled, recompute), notes
+    return Kernels(attention, optimizer, liger, cast("Any", loss), compiled, recompute, request.deterministic), notes
+
+
+def attention_order(device: torch.device, *, documents: bool) -> tuple[str, ...]:
+    """The attentions that `auto` tries on a device, best first."""
+    if device.type != "cuda":
+        return ATTENTIONS
+    order = ATTENTION_ORDER.get(min(torch.cuda.get_device_capability(device)[0], max(ATTENTION_ORDER)), ATTENTIONS)
+    # SDPA's mask of documents costs all pairs of a window's tokens; flash attention computes those of each document.
+    return tuple(sorted(order, key=lambda name: not name.startswith("flash_attention"))) if documents else order
 
 
 def _optimizer(wanted: str, device: torch.device, *, offload: bool) -> tuple[str, str]:
@@ -178,8 +198,12 @@ def _loss(wanted: str, device: torch.device) -> tuple[str, str]:
     return wanted, f"kernels.loss: {wanted} (named)"
 
 
-def _why_not_compile(device: torch.device, dtype: torch.dtype, zero_stage: int, run_flops: float | None) -> str:
+def _why_not_compile(
+    request: KernelRequest, device: torch.device, dtype: torch.dtype, zero_stage: int, run_flops: float | None
+) -> str:
     """Why compiling does not pay; empty if it does."""
+    if request.attention == _UNCOMPILED:
+        return f"{_UNCOMPILED} is not measured in compiled blocks"
     if zero_stage == 3:
         return "hooks of stage 3 inside the block break the graph"
     if run_flops is None:

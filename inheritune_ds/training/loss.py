@@ -42,8 +42,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The factor's binary mantissa is applied before the gradient is rounded, its exponent (exact in every type,
         # and too small for fp16 before the loss scale) in the backward pass.
-        mantissa, exponent = math.frexp(factor)
+        number, exponent = math.frexp(factor)
         ctx.scale = math.ldexp(1.0, exponent)
+        # As a number it would be a constant of the compiled code, which would be made again for every other count.
+        mantissa = torch.full((), number, dtype=torch.float32, device=hidden_ND.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
@@ -76,9 +78,9 @@ def _chunk_gradients(
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
     targets_N: torch.Tensor,
-    factor: float,
+    factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token losses (N,) in fp32 and `factor` times the gradient of their sum by the logits (N, V), model's type."""
+    """Token losses (N,) in fp32 and `factor` () times the gradient of their sum by the logits (N, V), model's type."""
     logits_NV = functional.linear(hidden_ND, weight_VD, bias_V)
     log_probs_NV = functional.log_softmax(logits_NV, dim=-1, dtype=torch.float32)
     counted_N1 = (targets_N != IGNORED).unsqueeze(1)

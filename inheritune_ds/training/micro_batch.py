@@ -65,15 +65,15 @@ def find_largest(  # noqa: PLR0913 - three of them by position
         vocabulary = int((read_json(target / "config.json") or {})["vocab_size"])
         return measure_peak(build, size, accumulation=windows // size, seq_len=seq_len, vocab_size=vocabulary)
 
-    sequence_gib = _sequence_gib(resolved, seq_len, world.size)
+    sequence_gib = _sequence_gib(resolved, seq_len, world.size, documents=packing is not None)
     return largest_that_fits(divisors(windows), limit_gib, measure, sequence_gib=sequence_gib)
 
 
-def _sequence_gib(resolved: Resolved, seq_len: int, world_size: int) -> float:
+def _sequence_gib(resolved: Resolved, seq_len: int, world_size: int, *, documents: bool) -> float:
     """What one more sequence adds to the backward pass by the plan; 0 for a family that the plan does not know."""
     if resolved.shape is None:
         return 0.0
-    layout = read_layout(resolved.config, seq_len=seq_len, world_size=world_size)
+    layout = read_layout(resolved.config, seq_len=seq_len, world_size=world_size, documents=documents)
     one, two = (
         sum(memory(*resolved.shape, micro_batch_size=n, accumulation=2, **layout).backward.values()) for n in (1, 2)
     )
@@ -184,6 +184,9 @@ def measure_peak(
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     engine.close()
     del engine
+    # Every trial compiles graphs of its own shape. Beyond dynamo's limit the next ones, and the run itself, would be
+    # computed uncompiled.
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,5 +1,7 @@
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,13 @@ def test_main_writes_times_and_errors(
     assert found["windows"]["median"] > 0.0
     assert (found["peak_gib"], found["compiled_again"]) == ({}, 0)
     assert capsys.readouterr().out.startswith("tiny                 documents / windows ")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's guards
+def test_documents_of_other_lengths_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs without code
+    draw = partial(packing.tokens, document_tokens=8)
+    monkeypatch.setattr(packing, "tokens", draw)
+    counts = {int((draw(TINY, turn)[:, :-1] == EOS).sum()) for turn in range(packing.WARM_UP, packing.TURNS)}
+    assert len(counts) > 3
+    assert packing.times(replace(TINY, compiled=True))["compiled_again"] == 0

@@ -1,4 +1,4 @@
-"""`train --fresh`, without the run itself."""
+"""`train --fresh` and the deterministic mode, without the run itself."""
 
 import os
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from inheritune_ds.distributed.signals import StopSignal
 from inheritune_ds.plan import micro_batch
 from inheritune_ds.run import execute
 from inheritune_ds.run.folder import RunFolder
+from inheritune_ds.training import determinism
 
 CPU = str(Path(__file__).parents[2] / "ds_configs" / "cpu.json")
 
@@ -32,9 +33,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         yield seen
 
 
-def train(tmp_path: Path, *words: str) -> int:
+def train(tmp_path: Path, *words: str, config: str = CPU) -> int:
     folders: list[Any] = ["--runs-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache"]
-    return main(["train", "--recipe", "quickstart", "--deepspeed_config", CPU, *map(str, folders), *words])
+    return main(["train", "--recipe", "quickstart", "--deepspeed_config", config, *map(str, folders), *words])
 
 
 def test_fresh_starts_over_where_a_run_has_finished(tmp_path: Path, launched: list[bool]) -> None:
@@ -54,6 +55,23 @@ def test_launch_resolves_its_config_and_its_target_once(tmp_path: Path, launched
         assert train(tmp_path, "--fresh") == 0
     assert launched == [True]
     assert [function.call_count for function in watched] == [1, 1, 1]
+
+
+def test_deterministic_mode_is_entered_before_the_run(
+    tmp_path: Path, launched: list[bool], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entered: list[list[bool]] = []
+    monkeypatch.setattr(determinism, "compute_deterministically", lambda _: entered.append([*launched]))
+    config = tmp_path / "ds.json"
+    config.write_text('{"kernels": {"deterministic": true}}')
+    assert train(tmp_path, "--dry-run", config=str(config)) == 0
+    printed = capsys.readouterr().out
+    assert '"deterministic": true' in printed
+    assert "kernels.deterministic: on (the same bits in every run on the same GPUs, at less speed)" in printed
+    assert train(tmp_path, "--fresh") == 0
+    assert (entered, launched) == ([], [True])
+    assert train(tmp_path, "--fresh", config=str(config)) == 0
+    assert (entered, launched) == ([[True]], [True, True])
 
 
 @pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])

@@ -15,9 +15,9 @@ def test_plan_takes_an_mfu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_refuses_what_does_not_fit_after_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*STUDENT, "--gpu", "4090"]) == 3
     captured = capsys.readouterr()
-    assert "45.2 of 24 GiB: does not fit" in captured.out
+    assert "42.1 of 24 GiB: does not fit" in captured.out
     assert (
-        "2 sequences of 2048 tokens need 45.2 GiB, 13.5 GiB of it Adam moments, but a rank has 24.0 GiB" in captured.err
+        "2 sequences of 2048 tokens need 42.1 GiB, 13.5 GiB of it Adam moments, but a rank has 24.0 GiB" in captured.err
     )
     assert "do: use ds_configs/zero3_offload.json" in captured.err
 

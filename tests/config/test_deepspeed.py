@@ -311,8 +311,8 @@ def test_a_model_that_does_not_fit_is_refused(resolved: Resolve) -> None:
     assert "0.2" in error.problem
 
 
-AUTO_KERNELS = dict.fromkeys(("attention", "optimizer", "liger", "loss", "compile"), "auto")
-AUTO_KERNELS |= {"activation_checkpointing": "none"}
+AUTO_KERNELS: dict[str, Any] = dict.fromkeys(("attention", "optimizer", "liger", "loss", "compile"), "auto")
+AUTO_KERNELS |= {"activation_checkpointing": "none", "deterministic": False}
 
 
 @pytest.mark.parametrize("given", [{}, {"kernels": None}, {"kernels": {}}, {"kernels": {"liger": "auto"}}])
@@ -331,10 +331,13 @@ def test_named_kernels_reach_the_request(resolved: Resolve) -> None:
         "loss": "liger",
         "compile": True,
         "activation_checkpointing": "selective",
+        "deterministic": True,
     }
     found = resolved({**FLAT, "kernels": named})
     assert found.config["kernels"] == named
     assert found.kernels.model_dump() == named
+    note = "kernels.deterministic: on (the same bits in every run on the same GPUs, at less speed)"
+    assert [line for line in found.notes if line.startswith("kernels")] == [note]
     with pytest.raises(ValidationError, match="frozen"):
         found.kernels.compile = False
 

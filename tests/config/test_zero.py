@@ -4,15 +4,16 @@ import pytest
 
 from inheritune_ds.config.zero import ZeroSettings, communication_bytes, read_layout, uses_bf16_optimizer
 
+CONFIG: dict[str, Any] = {
+    "bf16": {"enabled": True},
+    "fp16": {"enabled": False},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {"stage": 1},
+}
+
 
 def read(**changes: Any) -> ZeroSettings:
-    config = {
-        "bf16": {"enabled": True},
-        "fp16": {"enabled": False},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 1},
-    }
-    return read_layout({**config, **changes}, seq_len=8, world_size=2)
+    return read_layout({**CONFIG, **changes}, seq_len=8, world_size=2)
 
 
 def test_layout_of_a_minimal_config_has_deepspeeds_defaults() -> None:
@@ -26,6 +27,7 @@ def test_layout_of_a_minimal_config_has_deepspeeds_defaults() -> None:
         "offload_parameters": False,
         "activation_checkpointing": "none",
         "loss": "chunked",
+        "masked_attention": False,
         "immediate_grad_update": False,
         "overlap_comm": False,
         "reduce_bucket_size": 500_000_000,
@@ -63,6 +65,15 @@ def test_layout_reads_auto_as_deepspeeds_default() -> None:
 )
 def test_layout_reads(changes: dict[str, Any], key: str, value: object) -> None:
     assert read(**changes)[key] == value  # type: ignore[literal-required]
+
+
+@pytest.mark.parametrize(
+    ("attention", "masked"), [("auto", True), ("sdpa", True), ("eager", True), ("flash_attention_2", False)]
+)
+def test_documents_kept_apart_need_a_mask_without_flash_attention(attention: str, masked: object) -> None:
+    config = {**CONFIG, "kernels": {"attention": attention}}
+    assert read_layout(config, seq_len=8, world_size=2, documents=True)["masked_attention"] is masked
+    assert read_layout(config, seq_len=8, world_size=2)["masked_attention"] is False
 
 
 @pytest.mark.parametrize(

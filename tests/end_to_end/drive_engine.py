@@ -103,14 +103,19 @@ def counts(*, compiled: bool, documents: bool) -> dict[str, Any]:
     watch = counter_of(seen)
     engine = build(4, 4, compiled=compiled, precision="bf16", documents=documents)
     inner = engine._engine
-    batches = list(windows("documents").split(4))
-    for _ in range(WARM_UP_STEPS):
-        engine.train_step(batches, lr=1e-3)
+
+    def batches(step: int) -> list[Any]:
+        tokens = windows("documents")
+        tokens[0, :step] = EOS  # another number of targets in every step, if documents are kept apart
+        return list(tokens.split(4))
+
+    for step in range(WARM_UP_STEPS):
+        engine.train_step(batches(step), lr=1e-3)
     graphs = counters["stats"]["unique_graphs"]
     counted = Counted(inner, watch)
     engine._engine = inner if compiled else counted
-    for _ in range(STEPS):
-        engine.train_step(batches, lr=1e-3)
+    for step in range(WARM_UP_STEPS, WARM_UP_STEPS + STEPS):
+        engine.train_step(batches(step), lr=1e-3)
     engine._engine = inner
     engine.close()
     syncs = sum(seen[name] for name in SYNCS)

@@ -10,19 +10,26 @@ from inheritune_ds.config.zero import Loss, Recomputation
 from inheritune_ds.plan.activations import Passes, activation_bytes, loss_bytes, working_bytes
 from inheritune_ds.training.block_wrapping import wrap_blocks
 from inheritune_ds.training.loss import attach_loss
+from inheritune_ds.training.packing import DocumentPacking, WindowInputs
+from inheritune_ds.training.padded_attention import pad_heads
 from tests.plan.test_memory import build, gpt2, llama
 
 BATCH, SEQ_LEN, BLOCKS = 3, 48, 4
 TOKENS = BATCH * SEQ_LEN
 
 
-def passes(element: int, recomputation: Recomputation = "none", loss: Loss = "chunked") -> Passes:
-    return Passes(TOKENS, SEQ_LEN, element, recomputation, loss)
+def passes(
+    element: int, recomputation: Recomputation = "none", loss: Loss = "chunked", *, masked: bool = False
+) -> Passes:
+    return Passes(TOKENS, SEQ_LEN, element, recomputation, loss, masked)
 
 
-def kept_bytes(shape: Shape, dtype: torch.dtype, recomputation: Recomputation, loss: Loss) -> int:
-    """Bytes that autograd saves for the backward pass, each storage once, without parameters."""
+def kept_bytes(
+    shape: Shape, dtype: torch.dtype, recomputation: Recomputation, loss: Loss, *, masked: bool = False
+) -> int:
+    """Bytes that autograd saves for the backward pass, each storage once, without parameters and token ids."""
     model = build(shape, BLOCKS, dtype)
+    inputs = WindowInputs(DocumentPacking(0) if masked else None, "sdpa")
     attach_loss(model, loss, compiled=False)  # type: ignore[arg-type]
     wrap_blocks(model, compiled=False, activation_checkpointing=recomputation)  # type: ignore[arg-type]
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -34,9 +41,10 @@ def kept_bytes(shape: Shape, dtype: torch.dtype, recomputation: Recomputation, l
             kept[pointer] = tensor
         return tensor
 
-    tokens = torch.randint(0, shape.vocab_size, (BATCH, SEQ_LEN))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        scaled, _ = model(input_ids=tokens, targets=tokens, use_cache=False)
+    tokens = torch.randint(0, shape.vocab_size, (BATCH, SEQ_LEN + 1))
+    given = inputs.with_targets(tokens, torch.device("cpu"))
+    with inputs.apart(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        scaled, _ = model(**given)
     assert scaled.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -52,6 +60,21 @@ def test_activations_are_the_bytes_that_transformers_keeps(shape: Shape, loss: L
     else:  # gradients of head and hidden states
         kept -= 4 * shape.vocab_size * shape.hidden_size + element * TOKENS * shape.hidden_size
     assert activation_bytes(shape, BLOCKS, passes(element, loss=loss)) == pytest.approx(kept, rel=6e-3)
+
+
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "shape", [llama(hidden_size=80), llama(hidden_size=80, num_key_value_heads=2), gpt2(hidden_size=80)]
+)
+def test_activations_of_padded_heads_and_masks_are_the_bytes_that_autograd_keeps(
+    shape: Shape, element: int, *, masked: bool
+) -> None:
+    pad_heads()
+    dtype = torch.float32 if element == 4 else torch.bfloat16
+    kept = kept_bytes(shape, dtype, "none", "chunked", masked=masked)
+    kept -= 4 * shape.vocab_size * shape.hidden_size + element * TOKENS * shape.hidden_size
+    assert activation_bytes(shape, BLOCKS, passes(element, masked=masked)) == pytest.approx(kept, rel=6e-3)
 
 
 @pytest.mark.parametrize("shape", [llama(), gpt2()])

@@ -158,12 +158,14 @@ def test_checkpoints_fix_auto_to_the_kernels_of_the_first_launch(tmp_path: Path)
 
 
 def test_named_kernel_replaces_a_kept_one(tmp_path: Path, logged: Logged) -> None:
-    kept = identity.kept_kernels(begun(tmp_path), KernelRequest(attention="eager", compile=False, loss="chunked"))
+    named = KernelRequest(attention="eager", compile=False, loss="chunked", deterministic=True)
+    kept = identity.kept_kernels(begun(tmp_path), named)
     assert (kept.attention, kept.compile, kept.loss) == ("eager", False, "chunked")
     rounds = "later steps round differently from an uninterrupted run"
     assert logged() == [
         f"WARNING: kernels.attention is eager, and was sdpa before: {rounds}",
         f"WARNING: kernels.compile is False, and was True before: {rounds}",
+        f"WARNING: kernels.deterministic is True, and was False before: {rounds}",
     ]
 
 

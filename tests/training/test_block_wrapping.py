@@ -1,11 +1,15 @@
 """Recomputed and compiled blocks give the gradients of plain ones."""
 
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from inheritune_ds.training.block_wrapping import ActivationCheckpointing, wrap_blocks
 from inheritune_ds.training.document_masks import skip_packing_check
@@ -61,6 +65,66 @@ def saved_bytes(kept: ActivationCheckpointing) -> int:
 
 def test_full_recomputation_keeps_little() -> None:
     assert saved_bytes("full") < 0.5 * saved_bytes("none")
+
+
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Counter[str]]]:
+    """Registers an operator by the name that flash-attn gives it, as `flash_attention_2`; counts its calls."""
+    libraries: list[Any] = []
+
+    def register(name: str) -> Counter[str]:
+        calls: Counter[str] = Counter()
+        namespace, operator_name = name.split("::")
+        library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+        libraries.append(library)
+        library.define(f"{operator_name}(Tensor q, Tensor k, Tensor v) -> Tensor")
+
+        def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            calls[name] += 1
+            return (q @ k.mT).tril().softmax(-1) @ v
+
+        library.impl(operator_name, forward, "CPU")
+        operator = getattr(getattr(torch.ops, namespace), operator_name)
+
+        class Flash(torch.autograd.Function):
+            """As flash-attn: the operator inside an autograd function."""
+
+            @staticmethod
+            def forward(ctx: Any, *given: torch.Tensor) -> torch.Tensor:
+                ctx.save_for_backward(*given)
+                return operator(*given)  # type: ignore[no-any-return]
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+                with torch.enable_grad():
+                    given = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+                    output = (given[0] @ given[1].mT).tril().softmax(-1) @ given[2]
+                return torch.autograd.grad(output, given, gradients[0])
+
+        def attention(_: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *__: Any, **___: Any) -> Any:
+            output: torch.Tensor = Flash.apply(q, k, v)  # type: ignore[no-untyped-call]
+            return output.transpose(1, 2).contiguous(), None
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attention)
+        return calls
+
+    yield register
+    for library in libraries:
+        library._destroy()
+
+
+@pytest.mark.parametrize("kept", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "name",
+    ["flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward"],
+)
+def test_selective_recomputation_keeps_the_output_of_flash_attention(
+    name: str, kept: ActivationCheckpointing, flash_attention: Callable[[str], Counter[str]]
+) -> None:
+    calls = flash_attention(name)
+    gradients("llama", compiled=False, kept=kept)
+    blocks = CONFIGS["llama"].num_hidden_layers
+    assert calls[name] == blocks * (2 if kept == "full" else 1)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's guards

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo import config as dynamo
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from inheritune_ds.checkpoints.train_state import Requests
 from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
 from inheritune_ds.distributed.world import World, export
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.training import block_wrapping
 from inheritune_ds.training.engine import Engine
+from inheritune_ds.training.micro_batch import measure_peak
+from inheritune_ds.training.packing import DocumentPacking
 from inheritune_ds.training.update_gate import agreed, count_targets, totals
 from tests import tiny
 
@@ -248,3 +254,40 @@ def test_deepspeed_s_memory_lines_are_printed_on_request_only(make: Make, capsys
     assert "Max_MA" not in capsys.readouterr().out
     make(1, "bf16", memory_breakdown=True)
     assert "Max_MA" in capsys.readouterr().out
+
+
+def test_every_trial_of_a_micro_batch_is_compiled(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs without code
+    monkeypatch.setattr(block_wrapping, "_SPARE_GRAPHS", 0)
+    monkeypatch.setattr(dynamo, "recompile_limit", 2)
+    torch._dynamo.reset()
+
+    def build(size: int, _micro_steps: int) -> Engine:
+        engine: Engine = tiny.engine(RECIPE, MAIN, micro_batch=size, kernels={"compile": True})
+        counters.clear()  # of the probe
+        return engine
+
+    graphs = []
+    for size in (1, 2, 4):
+        measure_peak(build, size, accumulation=WINDOWS // size, seq_len=SEQ_LEN, vocab_size=VOCABULARY)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2] * 3, "a block and the loss"
+
+
+@pytest.mark.parametrize("packing", [None, DocumentPacking(5)])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
+def test_the_deterministic_mode_refuses_no_operator_of_a_step(
+    stage: int, precision: str, packing: DocumentPacking | None, make: Make
+) -> None:
+    usual = make(stage, precision, packing=packing)
+    step(usual)
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        engine = make(stage, precision, packing=packing, kernels={"deterministic": True})
+        step(engine)
+        losses = engine.window_losses([windows().numpy()])
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert engine.kernels.deterministic
+    assert state(engine) == state(usual), "a CPU is deterministic by itself"
+    assert np.array_equal(losses, usual.window_losses([windows().numpy()]))

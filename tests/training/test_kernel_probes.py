@@ -78,6 +78,25 @@ def test_flash_attention_is_for_some_models_types_and_gpus(
     assert attention_obstacle(name, config(family), GPU, dtype) == obstacle
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention_without_a_deterministic_backward_pass_is_an_obstacle_to_that_mode(
+    monkeypatch: pytest.MonkeyPatch, *, deterministic: bool
+) -> None:
+    from transformers import modeling_flash_attention_utils as utils
+
+    def old(*_: object, causal: bool) -> torch.Tensor:
+        raise RuntimeError(f"called with causal={causal}")
+
+    known = {**utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2], "general_availability_check": lambda: True}
+    monkeypatch.setitem(utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX, 2, known)
+    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda _: ((old, old, None, None, None), (None, None)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    found = attention_obstacle("flash_attention_2", config(), GPU, torch.bfloat16)
+    assert found is not None
+    assert ("it has no deterministic backward pass" in found.reason) is deterministic
+
+
 @pytest.mark.parametrize("kind", ["torch_fused", "torch"])
 def test_torch_s_optimizers_pass_their_probe(kind: str) -> None:
     assert optimizer_obstacle(kind, CPU) is None

@@ -16,7 +16,7 @@ from inheritune_ds.errors import MachineError, RecipeError
 from inheritune_ds.plan.gpus import GPUS
 from inheritune_ds.training import kernels
 from inheritune_ds.training.kernel_probes import Obstacle
-from inheritune_ds.training.kernels import Kernels, choose_kernels
+from inheritune_ds.training.kernels import Kernels, attention_order, choose_kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 Choice = tuple[Kernels, list[str]]
@@ -28,7 +28,13 @@ def config(family: str = "llama", **values: Any) -> PreTrainedConfig:
 
 
 def choose(device: torch.device = CPU, family: str = "llama", **given: Any) -> Choice:
-    facts: dict[str, Any] = {"dtype": torch.bfloat16, "zero_stage": 1, "offload": False, "run_flops": 1e9}
+    facts: dict[str, Any] = {
+        "dtype": torch.bfloat16,
+        "zero_stage": 1,
+        "offload": False,
+        "run_flops": 1e9,
+        "documents": False,
+    }
     facts |= {key: given.pop(key) for key in facts if key in given}
     taken, notes = choose_kernels(KernelRequest(**given), config=config(family), device=device, **facts)
     return taken, [note.removeprefix("kernels.") for note in notes]
@@ -48,6 +54,7 @@ def works(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(kernels, "liger_parts", lambda _: ["rms_norm", "rope"])
         monkeypatch.setattr(kernels, "liger_loss_obstacle", lambda *_: found("liger loss"))
         monkeypatch.setattr(kernels, "compile_obstacle", lambda *_: found("compile"))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
     return set_to
 
@@ -64,6 +71,7 @@ def test_a_cpu_takes_what_torch_has() -> None:
         "loss": "chunked",
         "compile": False,
         "activation_checkpointing": "none",
+        "deterministic": False,
     }
     assert notes == [
         "attention: sdpa (auto: flash_attention_4, flash_attention_3, flash_attention_2: no GPU in use)",
@@ -72,7 +80,14 @@ def test_a_cpu_takes_what_torch_has() -> None:
         "loss: chunked (auto: full logits never exist)",
         f"compile: off (auto: the run is 1.0e+09 FLOPs, compiling pays from {COMPILE_FLOPS_CPU:.1e} on)",
         "activation_checkpointing: none",
+        "deterministic: off",
     ]
+
+
+def test_deterministic_kernels_are_reported_and_kept() -> None:
+    taken, notes = choose(deterministic=True)
+    assert taken.deterministic
+    assert notes[-1] == "deterministic: on"
 
 
 def test_auto_takes_the_first_that_works(works: Callable[..., None]) -> None:
@@ -80,7 +95,7 @@ def test_auto_takes_the_first_that_works(works: Callable[..., None]) -> None:
     taken, notes = choose(GPU, run_flops=None)
     assert (taken.attention, taken.optimizer, taken.liger) == ("flash_attention_3", "apex", True)
     assert notes[:3] == [
-        "attention: flash_attention_3 (auto: flash_attention_4: not installed)",
+        "attention: flash_attention_3 (auto: the fastest)",
         "optimizer: apex (auto: the fastest)",
         "liger: on (auto: rms_norm, rope of llama)",
     ]
@@ -88,6 +103,48 @@ def test_auto_takes_the_first_that_works(works: Callable[..., None]) -> None:
     taken, notes = choose(GPU, run_flops=None)
     assert (taken.attention, taken.optimizer, taken.liger) == ("eager", "torch", False)
     assert notes[1] == "optimizer: torch (auto: apex, deepspeed, torch_fused: not installed)"
+
+
+FA2, FA3, FA4 = "flash_attention_2", "flash_attention_3", "flash_attention_4"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "order", "with_documents"),
+    [
+        ([(8, 0), (8, 6), (8, 9)], (FA2, "sdpa", "eager"), (FA2, "sdpa", "eager")),  # A100, A6000, 4090
+        ([(9, 0)], (FA3, "sdpa", FA2, "eager"), (FA3, FA2, "sdpa", "eager")),  # H100, H200
+        ([(10, 0), (12, 0)], (FA4, "sdpa", FA2, "eager"), (FA4, FA2, "sdpa", "eager")),  # B200, 5090
+    ],
+)
+def test_each_gpu_has_its_order_of_attentions(
+    capabilities: list[tuple[int, int]], order: tuple[str, ...], with_documents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for capability in capabilities:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert attention_order(GPU, documents=False) == order
+        assert attention_order(GPU, documents=True) == with_documents, "SDPA's mask costs all pairs of tokens"
+
+
+def test_documents_kept_apart_prefer_any_flash_attention(works: Callable[..., None]) -> None:
+    works(FA2, "sdpa", "torch")
+    assert [choose(GPU, run_flops=None, documents=apart)[0].attention for apart in (False, True)] == ["sdpa", FA2]
+
+
+def test_flash_attention_4_and_compiled_blocks_are_taken_together_only_by_name(
+    works: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works("flash_attention_4", "sdpa", "torch", "compile")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B200")
+    taken, notes = choose(GPU, run_flops=LONG)
+    assert (taken.attention, taken.compile) == ("sdpa", True)
+    assert "attention: sdpa (auto: flash_attention_4: not measured in compiled blocks)" in notes
+    taken, notes = choose(GPU, run_flops=LONG, attention="flash_attention_4")
+    assert (taken.attention, taken.compile) == ("flash_attention_4", False)
+    assert "compile: off (auto: flash_attention_4 is not measured in compiled blocks)" in notes
+    assert choose(GPU, run_flops=LONG, compile=False)[0].attention == "flash_attention_4"
+    taken, _ = choose(GPU, run_flops=LONG, attention="flash_attention_4", compile=True)
+    assert (taken.attention, taken.compile) == ("flash_attention_4", True)
 
 
 NAMED: list[tuple[str, Any, str]] = [

@@ -1,10 +1,12 @@
 """The chunked loss against the plain one and fp64: values, gradients, ignored targets, families without it."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -152,6 +154,26 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         model(input_ids=inputs, targets=targets, use_cache=False)
     assert sum(rows) == 2 * targets.numel()
     assert max(rows) == 7
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's guards
+def test_other_numbers_of_targets_do_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs without code
+    torch._dynamo.reset()
+    counters.clear()
+    model, plain = build("llama"), build("llama")
+    attach_loss(model, "chunked", compiled=True)
+    attach_loss(plain, "chunked", compiled=False)
+    for count in range(40, 28, -1):  # beyond dynamo's limit of 8 graphs
+        inputs, targets = windows()
+        targets.view(-1)[count:] = IGNORED
+        for given in (model, plain):
+            given(input_ids=inputs, targets=targets, factor=1.0 / count, use_cache=False)[0].backward()
+        assert counters["stats"]["unique_graphs"] == 2, "whole chunks, and the shorter last one"
+    for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        assert found.grad is not None
+        assert wanted.grad is not None
+        assert torch.equal(found.grad, wanted.grad)
 
 
 def test_frozen_head_takes_no_gradient() -> None:

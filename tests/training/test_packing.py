@@ -116,6 +116,13 @@ def test_losses_and_gradients_are_those_of_every_document_alone(family: str, att
     assert_equal(packed(model, attention), wanted)
 
 
+def test_padded_heads_keep_documents_apart() -> None:
+    model = build("llama", hidden_size=40)  # 10 a head
+    wanted = unpacked(model)
+    attach_loss(model, "chunked", compiled=False)
+    assert_equal(packed(model), wanted)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["chunked", "plain"])
 @pytest.mark.parametrize("kept", ["selective", "full"])
