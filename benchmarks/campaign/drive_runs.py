@@ -75,10 +75,8 @@ def main() -> None:
 
     def launched(ds_config: Path) -> Launch:
         document = deepspeed_checks.read(ds_config)
-        launch = Launch(document, str(ds_config), machine, world, stop, runs, args.folder / "cache")
-        # A launch makes its own once; two of one process would take each other's notes for theirs.
-        vars(launch)["meeting"] = meeting
-        return launch
+        # One coordinator for all launches: two of one process would take each other's notes for theirs.
+        return Launch(document, str(ds_config), machine, world, stop, meeting, runs, args.folder / "cache")
 
     recipe = load_recipe(str(args.recipe))
     seen: dict[int, Seen] = {}

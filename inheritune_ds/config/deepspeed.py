@@ -23,13 +23,15 @@ class Machine:
     """The device of a rank, for the config's `auto` values.
 
     Attributes:
-        memory_gib: Memory that one rank may use.
+        memory_gib: Memory that one rank may use: what other programs leave of it.
         bf16: Whether the device computes in bfloat16 at full speed.
+        name: The GPU's name by the driver; empty for a CPU, or if the ranks have different GPUs.
     """
 
     kind: Literal["cuda", "cpu"]
     memory_gib: float
     bf16: bool
+    name: str = ""
 
 
 @dataclass(frozen=True)
