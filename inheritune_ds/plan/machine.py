@@ -112,11 +112,10 @@ def _named(visible: str, cards: Sequence[_Card]) -> list[DetectedGpu]:
     CUDA ignores the list from the first invalid entry on, and all of a list that repeats an entry.
     """
     chosen: list[tuple[str, DetectedGpu]] = []
+    slices = [device for card in cards for device in card.devices if device[0].startswith("MIG-")]
     for word in (part.strip() for part in visible.split(",")):
         found = [card.devices[0] for card in cards if card.index == word or (word and card.uuid.startswith(word))]
-        found += [
-            device for card in cards for device in card.devices if word[:4] == "MIG-" and device[0].startswith(word)
-        ]
+        found += [device for device in slices if word and device[0].startswith(word)]
         if len(found) != 1:
             break
         if found[0] in chosen:

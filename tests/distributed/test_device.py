@@ -103,22 +103,22 @@ def test_a_card_that_torch_cannot_use_is_not_replaced_by_the_cpu(cards: Cards, m
 
 
 @pytest.mark.parametrize(
-    ("cuda", "seen", "visible", "reason"),
+    ("facts_of_torch", "visible", "reason"),
     [
-        ("13.0", False, None, f"torch {torch.__version__} sees no GPU"),
-        ("13.0", False, "-1", "CUDA_VISIBLE_DEVICES='-1' leaves no GPU"),
-        ("13.0", True, None, "DS_ACCELERATOR is cpu"),
-        (None, False, None, f"torch {torch.__version__} is built without CUDA"),
+        (("13.0", False), None, f"torch {torch.__version__} sees no GPU"),
+        (("13.0", False), "-1", "CUDA_VISIBLE_DEVICES='-1' leaves no GPU"),
+        (("13.0", True), None, "DS_ACCELERATOR is cpu"),
+        ((None, False), None, f"torch {torch.__version__} is built without CUDA"),
     ],
 )
 def test_the_log_says_why_a_run_with_a_driver_is_on_the_cpu(
-    cuda: str | None,
-    seen: bool,  # noqa: FBT001
+    facts_of_torch: tuple[str | None, bool],
     visible: str | None,
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    cuda, seen = facts_of_torch
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
     monkeypatch.setattr(device, "has_driver", lambda: True)

@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_a_rank_takes_its_own_card_before_the_group_starts(monkeypatch: pytest.M
 def test_free_memory_is_asked_from_torch_whatever_cuda_visible_devices_has(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.accelerator import cuda_accelerator
 
-    monkeypatch.setattr(cuda_accelerator, "pynvml", object())
+    monkeypatch.setattr(cuda_accelerator, "pynvml", Mock())
     accelerator = cuda_accelerator.CUDA_Accelerator()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5d5ba0d6")
     with pytest.raises(ValueError, match="GPU-5d5ba0d6"):  # DeepSpeed's own
