@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from inheritune_ds.errors import MachineError
@@ -157,7 +158,7 @@ def free_port() -> int:
     """
     ports = _ports()
     first = os.getpid() % len(ports)
-    for port in (*ports[first:], *ports[:first]):
+    for port in chain(ports[first:], ports[:first]):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))
             return port

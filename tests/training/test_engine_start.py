@@ -66,7 +66,11 @@ def test_group_and_zero_s_clone_of_it_wait_longer_than_the_watchdog(monkeypatch:
     assert reliability.group_timeout_s > max(reliability.watchdog_s.values())
     start_process_group(MAIN, timeout_s=reliability.group_timeout_s)
     try:
-        for group in (dist.group.WORLD, groups._get_data_parallel_group(), groups._get_sequence_data_parallel_group()):
+        for group in (
+            dist.distributed_c10d._get_default_group(),
+            groups._get_data_parallel_group(),
+            groups._get_sequence_data_parallel_group(),
+        ):
             options = group._get_backend(torch.device("cpu")).options
             assert options._timeout == timedelta(seconds=7320.0)
     finally:
