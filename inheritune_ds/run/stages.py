@@ -85,7 +85,7 @@ def with_micro_batch(setup: RunSetup, kernels: Kernels) -> RunSetup:
     if size:
         logger.info("%s: %d (found at this run's first launch)", MICRO_BATCH, size)
     else:
-        limit_gib = micro_batch.smallest(micro_batch.USABLE_RATIO * launch.machine.memory_gib)
+        limit_gib = micro_batch.USABLE_RATIO * launch.machine.memory_gib  # the same on all ranks
         logger.info("trying micro-batches with real steps (--auto-micro-batch)")
         size = micro_batch.find_largest(
             resolved,

@@ -197,10 +197,3 @@ def measure_peak(
 def divisors(number: int) -> list[int]:
     """All divisors in ascending order: the micro-batches that leave the global batch unchanged."""
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def smallest(limit_gib: float) -> float:
-    """The smallest of all ranks' limits: all must try the same sizes."""
-    found = torch.tensor(limit_gib, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return float(found)
