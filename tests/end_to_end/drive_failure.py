@@ -2,24 +2,30 @@
 
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from inheritune_ds.cli import main
-from inheritune_ds.distributed import process_group
 from inheritune_ds.training.engine import Engine
 
-train_step = Engine.train_step
+train_step, destroy_group = Engine.train_step, dist.destroy_process_group
 steps: list[int] = []
+
+
+def destroy(group: Any = None) -> None:
+    """Hang as NCCL does while other ranks are in a collective; gloo's groups do not."""
+    if group is None:
+        time.sleep(600)
+    destroy_group(group)
 
 
 def failing(engine: Engine, *arguments: object, **options: object) -> object:
     """Train a step as the package does, but on rank 1 only two."""
     steps.append(1)
     if engine.world.rank == 1 and len(steps) == 3:
-        process_group.__dict__["leave_process_group"] = lambda: time.sleep(600)
-        dist.__dict__["destroy_process_group"] = lambda *_: None
+        dist.__dict__["destroy_process_group"] = destroy
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full. Including")
     return train_step(engine, *arguments, **options)  # type: ignore[arg-type]
 
