@@ -10,29 +10,22 @@ a bf16 accumulator adds rounding, and so does a sum in bf16 for communication, w
 
 import argparse
 import itertools
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.comparison import RESAMPLES, SEED
-from benchmarks.record import RESULTS, write_result
-from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, resolve
+from benchmarks.ranks import join_ranks
+from benchmarks.record import command_line, record
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.world import World, detect, export
-from inheritune_ds.plan.shapes import target_shape
+from inheritune_ds.distributed.world import World
+from tests import tiny
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
-
-    from inheritune_ds.training.engine import Engine
 
 SHAPE: dict[str, Any] = {"model_type": "llama", "vocab_size": 512, "max_position_embeddings": 128}
 SHAPE |= {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -53,39 +46,16 @@ class Case:
     accumulation: int
 
 
-def recipe_of(accumulation: int) -> Recipe:
-    """A step of `accumulation` micro-batches without clipping."""
-    return Recipe.model_validate(
-        {
-            "name": "accumulation",
-            "description": "one step of a small model",
-            "target": {"shape": SHAPE},
-            "corpus": {"sources": [{"kind": "embedded"}], "tokenizer": {"vocab_size": SHAPE["vocab_size"]}},
-            "training": {
-                "seq_len": SEQ_LEN,
-                "global_batch_tokens": accumulation * MICRO_BATCH_SIZE * SEQ_LEN,
-                "duration": "1 steps",
-            },
-            "optimizer": {"lr": 1e-3, "betas": [BETA_1, 0.95], "max_grad_norm": 0.0},
-            "schedule": {"kind": "constant"},
-            "validation": {"interval_steps": 1},
-            "checkpoint": {"interval_steps": 1},
-        }
+def recipe_of(accumulation: int, seed: int) -> Recipe:
+    """A step of `accumulation` micro-batches without clipping, of the weights of a seed."""
+    step_tokens = accumulation * MICRO_BATCH_SIZE * SEQ_LEN
+    return tiny.recipe(
+        seed=seed,
+        target={"shape": SHAPE},
+        corpus={"sources": [{"kind": "embedded"}], "tokenizer": {"vocab_size": SHAPE["vocab_size"]}},
+        training={"seq_len": SEQ_LEN, "global_batch_tokens": step_tokens, "duration": "1 steps"},
+        optimizer={"lr": 1e-3, "betas": [BETA_1, 0.95], "max_grad_norm": 0.0},
     )
-
-
-def build_model(seed: int) -> "PreTrainedModel":
-    """The target with the weights of a seed."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from inheritune_ds.surgery.load import build_config
-
-    torch.manual_seed(seed)
-    shape = recipe_of(1).target.shape
-    assert shape is not None
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(build_config(shape))
-    return model
 
 
 def tokens_of(seed: int, count: int) -> "torch.Tensor":
@@ -102,7 +72,7 @@ def exact(seed: int, accumulations: Sequence[int], device: str) -> dict[int, Gra
     import torch
     from torch.nn import functional
 
-    model = build_model(seed)
+    model = tiny.model(recipe_of(1, seed))
     torch.nn.Module.to(model, device, torch.bfloat16).double()
     found = {}
     for number, batch in enumerate(tokens_of(seed, max(accumulations)).to(device), 1):
@@ -115,36 +85,19 @@ def exact(seed: int, accumulations: Sequence[int], device: str) -> dict[int, Gra
 
 def accumulated(case: Case, seed: int, world: World, device: str) -> Gradients:
     """The gradient for the optimizer, in fp32."""
-    import torch
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    from inheritune_ds.training.engine import Engine
-    from inheritune_ds.training.kernels import choose_kernels
-
-    recipe = recipe_of(case.accumulation)
-    document = {
-        MICRO_BATCH: MICRO_BATCH_SIZE,
-        "bf16": {"enabled": True},
-        "data_types": {"grad_accum_dtype": case.dtype},
-        "communication_data_type": case.communication,
-        "zero_optimization": {"stage": case.stage},
-        "kernels": {"attention": "sdpa", "optimizer": "torch_fused", "liger": False, "compile": False},
-    }
-    machine = Machine("cpu" if device == "cpu" else "cuda", 8.0, bf16=True)
-    resolved = resolve(
-        document, recipe, origin="benchmark", shape=target_shape(recipe), world_size=world.size, machine=machine
+    engine = tiny.engine(
+        recipe_of(case.accumulation, seed),
+        world,
+        stage=case.stage,
+        precision="bf16",
+        micro_batch=MICRO_BATCH_SIZE,
+        device=device,
+        data_types={"grad_accum_dtype": case.dtype},
+        communication_data_type=case.communication,
+        kernels={"attention": "sdpa", "optimizer": "torch_fused", "liger": False, "compile": False},
     )
-    model = build_model(seed)
-    kernels, _ = choose_kernels(
-        resolved.kernels,
-        config=model.config,
-        device=torch.device(device),
-        dtype=torch.bfloat16,
-        zero_stage=case.stage,
-        offload=False,
-        run_flops=None,
-    )
-    engine = Engine(model, resolved.config, world, kernels)
     engine.train_step(list(tokens_of(seed, case.accumulation)), lr=0.0)
     _link_moments(engine)
     found = {
@@ -155,7 +108,7 @@ def accumulated(case: Case, seed: int, world: World, device: str) -> Gradients:
     return found
 
 
-def _link_moments(engine: "Engine") -> None:
+def _link_moments(engine: Any) -> None:
     """Link parameters to their moments: DeepSpeed 0.19 does it after the first group's step, when others have none."""
     optimizer = engine._engine.optimizer  # noqa: SLF001 - there is no public way
     if getattr(optimizer, "_hp_optimizer_states_linked", False):
@@ -194,10 +147,8 @@ def measure(args: argparse.Namespace, world: World) -> list[dict[str, Any]]:
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The figures as a Markdown table: a row per stage and type, a column per accumulation, in percent."""
     counts = sorted({row["accumulation"] for row in rows})
-    lines = [
-        "| ZeRO | grad_accum_dtype | communicated in | " + " | ".join(f"{count} micro-batches" for count in counts)
-    ]
-    lines = [f"{lines[0]} |", "|---|---|---|" + "---|" * len(counts)]
+    head = ["ZeRO", "grad_accum_dtype", "communicated in", *(f"{count} micro-batches" for count in counts)]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---|" * len(counts)]
     cells: dict[tuple[Any, ...], dict[int, str]] = {}
     for row in rows:
         low, high = row["interval_95"]
@@ -210,30 +161,23 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    text = "one seed, two accumulations, stage 1: tests this script"
+    parser = command_line("accumulation", __doc__, rehearse=text)
     add = parser.add_argument
     add("--seeds", type=int, default=6, help="weights and tokens to measure with (default: 6)")
     add("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3], help="ZeRO stages (default: all)")
     add("--accumulations", type=int, nargs="+", default=[1, 4, 16, 64], help="micro-batches a step")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
-    add("--rehearse", action="store_true", help="one seed, two accumulations, stage 1: tests this script")
-    add("--out", type=Path, help="JSON file (default: docs/results/accumulation.json; of a rehearsal: temporary)")
     args = parser.parse_args(arguments)
     if args.rehearse:
         args.seeds, args.stages, args.accumulations = 1, [1], [1, 4]
-    world = detect(os.environ)
-    export(world, os.environ)
-    prepare_environment(os.environ, kind=args.device)
-    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
+    world = join_ranks(args.device)
+    from inheritune_ds.distributed.process_group import leave_process_group
 
-    start_process_group(world)
-    try:
-        rows = measure(args, world)
-    finally:
-        leave_process_group()
+    rows = measure(args, world)
+    leave_process_group()
     print(*lines_of(rows), sep="\n", flush=True)
-    out = args.out or (Path(tempfile.mkdtemp()) if args.rehearse else RESULTS) / "accumulation.json"
-    write_result(out, {"rehearsal": args.rehearse, "shape": SHAPE, "seq_len": SEQ_LEN, "rows": rows})
+    record(args, {"rehearsal": args.rehearse, "shape": SHAPE, "seq_len": SEQ_LEN, "rows": rows})
     return 0
 
 

@@ -15,28 +15,26 @@ one thread is measured as well, for BLAKE3, the hash of checkpoints, and sha256.
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from benchmarks.comparison import Comparison, in_turns, summary, verdict
-from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
-from benchmarks.record import RESULTS, write_result
+from benchmarks.comparison import Comparison, in_turns, judged, summary, table
+from benchmarks.ranks import Case, build_engine, build_saver, micro_batches, on_ranks
+from benchmarks.record import command_line, record
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import published, read_manifest
 from inheritune_ds.checkpoints.store import CheckpointStore
-from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
+from inheritune_ds.checkpoints.train_state import TrainState
 
 if TYPE_CHECKING:
-    from inheritune_ds.checkpoints.saver import Saver
     from inheritune_ds.distributed.world import World
     from inheritune_ds.training.engine import Engine
 
@@ -55,49 +53,39 @@ class Writers:
     """The three ways for one rank; each returns seconds, all ranks call each together."""
 
     def __init__(self, engine: "Engine", world: "World", folder: Path) -> None:
-        from inheritune_ds.checkpoints.saver import Saver
-        from inheritune_ds.config.reliability import Reliability
-
         self._engine, self._folder, self._step = engine, folder, 0
         self._world = world
 
-        def make(name: str, *, background: bool) -> Saver:
-            return Saver(
-                CheckpointStore(folder / name, keep=1),
-                layout=SavedLayout(world.size, 1, "bf16"),
-                world=world,
-                reliability=Reliability(async_save=background, on_save_error="stop"),
-                fingerprints={},
+        self._checkpoints = {
+            name: build_saver(
+                world, CheckpointStore(folder / name, keep=1), async_save=name == "async", on_save_error="stop"
             )
-
-        self._checkpoints = {"sync": make("sync", background=False), "async": make("async", background=True)}
-        self._shards: dict[str, bytes] = {}
+            for name in ("sync", "async")
+        }
+        self._content = b""
 
     def prepare(self) -> int:
         """Save once each way, unmeasured; keep this rank's files in memory for the plain writer; bytes of all ranks."""
         for name in self._checkpoints:
             self.ours(name)
         newest = next(published(self._folder / "sync"))
-        name = file_name(self._world.rank)
-        self._shards = {name: (newest / name).read_bytes()}
+        self._content = (newest / file_name(self._world.rank)).read_bytes()
         manifest = read_manifest(newest)
         assert manifest is not None
         return int(sum(entry["bytes"] for entry in manifest["files"].values()))
 
     def plain(self) -> dict[str, float]:
-        """Write and fsync the same bytes to the same number of files."""
+        """Write and fsync the same bytes."""
         import torch.distributed as dist
 
-        folder = self._folder / f"plain-{self._world.rank}"
+        folder, view = self._folder / f"plain-{self._world.rank}", memoryview(self._content)
         dist.barrier()
         start_s = time.perf_counter()
         folder.mkdir()
-        for name, content in self._shards.items():
-            view = memoryview(content)
-            with (folder / Path(name).name).open("wb", buffering=0) as file:
-                while view:
-                    view = view[file.write(view[:PIECE_BYTES]) :]
-                os.fsync(file.fileno())
+        with (folder / "content").open("wb", buffering=0) as file:
+            while view:
+                view = view[file.write(view[:PIECE_BYTES]) :]
+            os.fsync(file.fileno())
         dist.barrier()
         seconds = time.perf_counter() - start_s
         shutil.rmtree(folder)
@@ -107,7 +95,7 @@ class Writers:
         """Save a checkpoint."""
         import torch.distributed as dist
 
-        checkpoints: Saver = self._checkpoints[name]
+        checkpoints = self._checkpoints[name]
         self._step += 1
         dist.barrier()
         start_s = time.perf_counter()
@@ -118,58 +106,43 @@ class Writers:
 
     def measure(self, rounds: int) -> list[dict[str, float]]:
         """Seconds of every way, round by round."""
-        ways: dict[str, Callable[[], dict[str, float]]] = {
-            "plain": self.plain,
-            "sync": lambda: self.ours("sync"),
-            "async": lambda: self.ours("async"),
-        }
         found = []
         for turn in in_turns(WRITERS, rounds):
             seconds: dict[str, float] = {}
             for name in turn:
                 os.sync()  # unwritten data of an earlier turn is not part of this one
-                seconds |= ways[name]()
+                seconds |= self.plain() if name == "plain" else self.ours(name)
             found.append(seconds)
             line = "".join(f"{name} {seconds[name]:7.3f} s  " for name in (*WRITERS, "blocked"))
             print(f">   {line}", flush=True)
         return found
 
 
-def rank_main(args: argparse.Namespace) -> None:
-    """Measure on one rank; rank 0 writes the result."""
-    world = join_ranks()
+def measure_rank(world: "World", folder: str, mib: int, rounds: int) -> dict[str, Any]:
+    """Bytes of a checkpoint of about `mib` MiB, and the seconds of every way, round by round; all ranks call it."""
     from inheritune_ds.distributed.environment import keep_freed_memory
 
     keep_freed_memory()  # as a run does
-    case = case_of(args)
+    hidden = max(64, round((mib * 2**20 / 14 / 50) ** 0.5) // 64 * 64)  # 14 bytes a parameter
+    case = Case(hidden_size=hidden, seq_len=16)
     engine, _ = build_engine(case, world)
     engine.train_step(micro_batches(case, world.rank), lr=1e-3)  # the moments are made by the first step
-    writers = Writers(engine, world, args.folder)
+    writers = Writers(engine, world, Path(folder))
     size = writers.prepare()
     if world.is_main:
         print(f"> {world.size} ranks, {size / 2**20:,.0f} MiB a checkpoint", flush=True)
-    found = {"bytes": size, "rounds": writers.measure(args.rounds)}
-    if world.is_main:
-        (args.folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
-
-
-def case_of(args: argparse.Namespace) -> Case:
-    """A model of about `args.mib` MiB of checkpoint: 14 bytes a parameter."""
-    hidden = max(64, round((args.mib * 2**20 / 14 / 50) ** 0.5) // 64 * 64)
-    return Case(precision="bf16", hidden_size=hidden, blocks=4, vocab_size=1024, seq_len=16)
+    return {"bytes": size, "rounds": writers.measure(rounds)}
 
 
 def measure(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
     """Figures of a number of ranks, in a process group of its own."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-        words = ["--rank-folder", folder, "--mib", str(args.mib), "--rounds", str(args.rounds)]
-        run_ranks("benchmarks.checkpoint", words, ranks, timeout_s=1800.0)
-        found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
-    ratios = {}
-    for comparison in COMPARISONS:
-        rounds = [seconds[comparison.above] / seconds[comparison.below] for seconds in found["rounds"]]
-        ratio = summary([rounds])
-        ratios[comparison.name] = {**ratio, "bar": comparison.bar, "verdict": verdict(ratio, comparison)}
+        arguments = {"folder": folder, "mib": args.mib, "rounds": args.rounds}
+        found = on_ranks("benchmarks.checkpoint:measure_rank", arguments, ranks, timeout_s=1800.0)
+    ratios = {
+        each.name: judged(each, [[seconds[each.above] / seconds[each.below] for seconds in found["rounds"]]])
+        for each in COMPARISONS
+    }
     plain = [found["bytes"] / 2**20 / seconds["plain"] for seconds in found["rounds"]]
     return {"bytes": found["bytes"], "plain_mib_per_s": summary([plain]), "ratios": ratios, "seconds": found["rounds"]}
 
@@ -188,38 +161,24 @@ def hash_rates(rounds: int) -> dict[str, Any]:
 
 def lines_of(figures: dict[str, Any]) -> list[str]:
     """The figures as a table."""
-    row = "{:<44}{:>8}  {:>18}  {:>18}  {}"
-    lines = [row.format("", "median", "95 % interval", "range", "").rstrip()]
-    for ranks, found in figures["ranks"].items():
-        for name, ratio in found["ratios"].items():
-            interval = "{:.2f} to {:.2f}".format(*ratio["interval_95"])
-            span = f"{ratio['min']:.2f} to {ratio['max']:.2f}"
-            bar = f"at most {ratio['bar']}: {ratio['verdict']}" if ratio["bar"] is not None else ""
-            lines.append(row.format(f"{ranks} ranks: {name}", f"{ratio['median']:.3f}", interval, span, bar).rstrip())
-    for name, rate in figures["hash_gib_per_s"].items():
-        interval = "{:.2f} to {:.2f}".format(*rate["interval_95"])
-        span = f"{rate['min']:.2f} to {rate['max']:.2f}"
-        lines.append(row.format(f"{name}, GiB/s of one thread", f"{rate['median']:.2f}", interval, span, "").rstrip())
-    return lines
+    ratios = [
+        (f"{ranks} ranks: {name}", ratio, ".3f")
+        for ranks, found in figures["ranks"].items()
+        for name, ratio in found["ratios"].items()
+    ]
+    rates = [(f"{name}, GiB/s of one thread", rate, ".2f") for name, rate in figures["hash_gib_per_s"].items()]
+    return table("", [*ratios, *rates])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write the JSON file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = command_line("checkpoint", __doc__, rehearse="a toy: it tests this command, and measures nothing")
     add = parser.add_argument
     add("--mib", type=int, default=512, help="size of a checkpoint, about (default: 512 MiB)")
     add("--rounds", type=int, default=24, help="saves of each kind (default: 24)")
     add("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)")
     add("--scratch", type=Path, help="where to write (default: the folder for temporary files)")
-    add("--rehearse", action="store_true", help="a toy: it tests this command, and measures nothing")
-    add("--out", type=Path, help="JSON file (default: docs/results/checkpoint.json; of a rehearsal: a temporary file)")
-    add("--rank-folder", dest="folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.folder is not None:
-        rank_main(args)
-        return 0
     if args.rehearse:
         args.mib, args.rounds = 4, 4
     figures = {
@@ -229,8 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "hash_gib_per_s": hash_rates(args.rounds),
     }
     print(*lines_of(figures), sep="\n", flush=True)
-    out = args.out or (Path(tempfile.mkdtemp()) if args.rehearse else RESULTS) / "checkpoint.json"
-    write_result(out, {"rehearsal": args.rehearse, **figures})
+    record(args, {"rehearsal": args.rehearse, **figures})
     return 0
 
 

@@ -7,16 +7,14 @@ ZeRO-1 is the same for every accumulation, and payloads are within 2 % of the pl
 missed.
 """
 
-import argparse
 import json
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
-from benchmarks.record import RESULTS, write_result
+from benchmarks.ranks import Case, build_engine, micro_batches, on_ranks
+from benchmarks.record import command_line, record
 from inheritune_ds.config.zero import Precision
 from inheritune_ds.plan.communication import transfers
 from inheritune_ds.plan.model_size import tensors
@@ -98,23 +96,18 @@ def _loopback_bytes() -> int:
     return next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("lo:"))
 
 
-def payload(kinds: dict[str, list[float]]) -> float:
-    """Bytes of all collectives."""
-    return sum(size for _, size in kinds.values())
-
-
-def calls(kinds: dict[str, list[float]]) -> float:
-    """Calls of all collectives."""
-    return sum(number for number, _ in kinds.values())
+def total(kinds: dict[str, list[float]], place: int) -> float:
+    """Calls (place 0) or bytes (1) of all collectives."""
+    return sum(kind[place] for kind in kinds.values())
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     """The violations of the bar."""
     bad = [
-        f"{row['case']}: {what} counted {of(row['counted']):.0f}, planned {of(row['planned']):.0f}"
+        f"{row['case']}: {what} counted {total(row['counted'], place):.0f}, planned {total(row['planned'], place):.0f}"
         for row in rows
-        for what, of in (("bytes", payload), ("calls", calls))
-        if abs(of(row["planned"]) / of(row["counted"]) - 1.0) > TOLERANCE
+        for what, place in (("bytes", 1), ("calls", 0))
+        if abs(total(row["planned"], place) / total(row["counted"], place) - 1.0) > TOLERANCE
     ]
     first = [json.dumps(row["counted"], sort_keys=True) for row in rows if row["stage"] == 1]
     return bad + ["ZeRO-1 depends on the accumulation"] * (len(set(first)) > 1)
@@ -124,49 +117,35 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Print one line per case."""
     print(f"{'case':<34}{'calls':>8}{'planned':>9}{'KiB payload':>13}{'planned':>9}{'KiB on lo':>11}{'planned':>9}")
     for row in rows:
-        sizes = (payload(row["counted"]), payload(row["planned"]), row["loopback_bytes"], row["planned_gloo_bytes"])
+        sizes = (total(row["counted"], 1), total(row["planned"], 1), row["loopback_bytes"], row["planned_gloo_bytes"])
         kib = [f"{size / 1024:.0f}" for size in sizes]
         print(
-            f"{row['case']:<34}{calls(row['counted']):>8.0f}{calls(row['planned']):>9.0f}{kib[0]:>13}{kib[1]:>9}"
+            f"{row['case']:<34}{total(row['counted'], 0):>8.0f}{total(row['planned'], 0):>9.0f}{kib[0]:>13}{kib[1]:>9}"
             f"{kib[2]:>11}{kib[3]:>9}"
         )
 
 
-def work(out: Path, wanted: list[Case]) -> None:
-    """Run one rank; rank 0 writes the rows."""
-    world = join_ranks()
+def count_all(world: Any, precision: Precision, blocks: int) -> list[dict[str, Any]]:
+    """A row per case; all ranks call it."""
     rows = []
-    for case in wanted:
+    for case in cases(precision, blocks):
         rows.append(count(case, world))
         if world.is_main:
             print(f"> {case.name}", flush=True)
-    if world.is_main:
-        out.write_text(json.dumps(rows), encoding="utf-8")
-    from inheritune_ds.distributed.process_group import leave_process_group
-
-    leave_process_group()
+    return rows
 
 
 def main() -> None:
     """Count, compare, write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line("comm", __doc__, rehearse="a model of one block instead of four")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="(default: bf16)")
-    parser.add_argument("--rehearse", action="store_true", help="a model of one block instead of four")
-    parser.add_argument("--out", type=Path, default=RESULTS / "comm.json")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a rank, started by this program
     args = parser.parse_args()
-    if args.worker:
-        work(args.worker, cases(args.precision, 1 if args.rehearse else 4))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        words = ["--worker", str(out), "--precision", args.precision, *(["--rehearse"] if args.rehearse else [])]
-        run_ranks("benchmarks.comm", words, RANKS)
-        rows = json.loads(out.read_text(encoding="utf-8"))
+    arguments = {"precision": args.precision, "blocks": 1 if args.rehearse else 4}
+    rows = on_ranks("benchmarks.comm:count_all", arguments, RANKS)
     print_table(rows)
     missed = verdicts(rows)
     print("\n".join(missed) or f"all within {TOLERANCE:.0%} of the planner; ZeRO-1 is the same for every accumulation")
-    write_result(args.out, {"ranks": RANKS, "steps": STEPS, "cases": rows, "missed": missed})
+    record(args, {"ranks": RANKS, "steps": STEPS, "cases": rows, "missed": missed})
     sys.exit(1 if missed else 0)
 
 

@@ -1,6 +1,6 @@
-"""Statistics of subjects that are measured in turns: order, medians, intervals, verdicts."""
+"""Statistics of subjects that are measured in turns: order, medians, intervals, verdicts, their table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,3 +61,29 @@ def verdict(found: Mapping[str, Any], comparison: Comparison) -> str:
         return "missed"
     worst = high if comparison.at_most else low
     return "met" if sign * worst >= sign * comparison.bar else "met by the median alone"
+
+
+def ratios(values: Mapping[str, Sequence[float]], above: str, below: str) -> list[float]:
+    """Values of one subject over those of another, round by round."""
+    return [one / other for one, other in zip(values[above], values[below], strict=True)]
+
+
+def judged(comparison: Comparison, groups: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Summary of a comparison's ratios, in groups as `summary` takes them, with its bar and verdict."""
+    found = summary(groups)
+    bar = {"bar": comparison.bar, "at_most": comparison.at_most, "verdict": verdict(found, comparison)}
+    return {**found, **bar}
+
+
+def table(title: str, rows: Iterable[tuple[str, Mapping[str, Any], str]]) -> list[str]:
+    """Lines of a table of summaries and ratios, each with its label and the format of its numbers."""
+    row = "{:<46}{:>14}  {:>26}  {:>26}  {}".format
+    lines = [row(title, "median", "95 % interval", "range", "bar")]
+    for label, found, form in rows:
+        median, low, high = (format(value, form) for value in (found["median"], *found["interval_95"]))
+        span = f"{found['min']:{form}} to {found['max']:{form}}" if "min" in found else ""
+        bar = found.get("verdict", "")
+        if found.get("bar") is not None:
+            bar = f"{'at most' if found['at_most'] else 'at least'} {found['bar']:g}: {bar}"
+        lines.append(row(label, median, f"{low} to {high}", span, bar).rstrip())
+    return lines

@@ -7,7 +7,6 @@ above what the process held before. It writes docs/results/host_memory.json; `--
 commit.
 """
 
-import argparse
 import json
 import tempfile
 import threading
@@ -16,13 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ranks import Case, build_engine, join_ranks, run_ranks
-from benchmarks.record import RESULTS, write_result
+from benchmarks.ranks import Case, build_engine, on_ranks, random_model
+from benchmarks.record import command_line, record
+from inheritune_ds.config.zero import Precision
+from inheritune_ds.distributed.world import World
 
 SAMPLE_S = 0.002
 LARGE: dict[str, Any] = {"hidden_size": 512, "blocks": 8, "vocab_size": 16000}
 SMALL: dict[str, Any] = {"hidden_size": 64, "blocks": 2, "vocab_size": 1024}
-FILES, PRECISIONS = ("float32", "bfloat16"), ("fp32", "bf16")
+FILES = ("float32", "bfloat16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def anonymous_bytes() -> int:
@@ -57,29 +59,26 @@ def write_target(folder: Path, case: Case, dtype: str) -> None:
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    from inheritune_ds.surgery.load import build_config
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(build_config(case.shape), dtype=getattr(torch, dtype))
+    model = random_model(case.shape).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<s>": 0}, "<s>")))
     tokenizer.save_pretrained(folder)
 
 
-def measure(out: Path, target: Path, case: Case) -> None:
-    """Build and export in this process; write the figures."""
-    world = join_ranks()
+def measure(world: World, folder: str, precision: Precision, size: dict[str, Any]) -> dict[str, float]:
+    """Build an engine of the target in a folder and export it, both in this process."""
+    target, case = Path(folder), Case(precision=precision, **size)
     from inheritune_ds.run.export import export_model
 
-    build_engine(Case(precision=case.precision, **SMALL), world)[0].close()  # what every first engine imports
+    build_engine(Case(precision=precision, **SMALL), world)[0].close()  # what every first engine imports
     found: dict[str, float] = {}
     with peak_growth(found, "load"):
         engine, _ = build_engine(case, world, target)
     with peak_growth(found, "export"):
         export_model(
-            out.with_suffix(".export"),
+            target.with_name(f"export-{target.name}-{precision}"),
             target_folder=target,
             tokenizer_folder=target,
             parameters=engine.full_parameters(),
@@ -89,36 +88,28 @@ def measure(out: Path, target: Path, case: Case) -> None:
         )
     parameters = sum(parameter.numel() for parameter in engine.module.parameters())
     figures = {f"{name}_bytes_per_parameter": round(value / parameters, 2) for name, value in found.items()}
-    out.write_text(json.dumps({"parameters": parameters, **figures}), encoding="utf-8")
+    return {"parameters": parameters, **figures}
 
 
 def main() -> None:
     """Measure every file type and precision."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=RESULTS / "host_memory.json")
+    parser = command_line("host_memory", __doc__, rehearse="a toy model, to see that all works")
     parser.add_argument("--before", type=Path, help="result of another commit, to be kept beside these")
-    parser.add_argument("--rehearse", action="store_true", help="a toy model, to see that all works")
-    parser.add_argument("--part", nargs=3, metavar=("OUT", "TARGET", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     size = SMALL if args.rehearse else LARGE
-    if args.part:
-        measure(Path(args.part[0]), Path(args.part[1]), Case(precision=args.part[2], **size))
-        return
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for dtype in FILES:
             target = Path(scratch) / dtype
             write_target(target, Case(**size), dtype)
             for precision in PRECISIONS:
-                out = Path(scratch) / f"{dtype}-{precision}.json"
-                words = ["--part", str(out), str(target), precision, *["--rehearse"] * args.rehearse]
-                run_ranks("benchmarks.host_memory", words, 1)
-                found[f"{dtype} files, {precision}"] = json.loads(out.read_text(encoding="utf-8"))
+                arguments = {"folder": str(target), "precision": precision, "size": size}
+                found[f"{dtype} files, {precision}"] = on_ranks("benchmarks.host_memory:measure", arguments, 1)
     for name, figures in found.items():
         print(f"{name}: {figures}")
     before = json.loads(args.before.read_text(encoding="utf-8")) if args.before else None
     kept = {} if before is None else {"before": {"commit": before["environment"]["commit"], "cases": before["cases"]}}
-    write_result(args.out, {"cases": found, **kept})
+    record(args, {"cases": found, **kept})
 
 
 if __name__ == "__main__":

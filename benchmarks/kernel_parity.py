@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from benchmarks.ranks import fit, random_model
 from inheritune_ds.config.kernels import ATTENTIONS, KernelRequest
-from inheritune_ds.training import engine
-from inheritune_ds.training.kernels import choose_kernels
+from inheritune_ds.config.model import Shape
 from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,16 +52,9 @@ MAY_BE_MISSING = {name for name in PATHS if name.startswith(("flash", "liger"))}
 
 def tiny(family: str) -> PreTrainedModel:
     """A model of two blocks, always the same, in fp32 on the CPU."""
-    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    sizes: dict[str, dict[str, Any]] = {
-        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": _TOKENS, **no_dropout},
-        "llama": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-    }
-    sizes["llama"] |= {"intermediate_size": 96, "max_position_embeddings": _TOKENS}
-    torch.manual_seed(0)
-    ids = {"vocab_size": 257, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(family, **ids, **sizes[family])
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    own = {"num_key_value_heads": 2, "intermediate_size": 96} if family == "llama" else {"tie_word_embeddings": True}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": _TOKENS}
+    model = random_model(Shape.model_validate({"model_type": family, "vocab_size": 257, **sizes, **own}))
     model.train()
     return model
 
@@ -93,13 +86,7 @@ def _exact(family: str, dtype: torch.dtype) -> Gradients:
 def _computed(request: KernelRequest, family: str, dtype: torch.dtype) -> Gradients:
     """The same gradients by the engine's own path to a model with these kernels."""
     model = tiny(family)
-    nn.Module.to(model, DEVICE)
-    kernels, _ = choose_kernels(
-        request, config=model.config, device=DEVICE, dtype=dtype, zero_stage=1, offload=False, run_flops=None
-    )
-    taken, _ = engine._fit(model, kernels)  # noqa: SLF001 - the engine's change of a model is tested
-    assert taken == kernels
-    nn.Module.to(model, dtype)
+    assert fit(model, request, DEVICE, dtype)
     tokens = _windows()
     targets = tokens[:, 1:]
     loss, total = model(

@@ -12,6 +12,7 @@ stream after a look-up in every part of its plan.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -23,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison import SEED, in_turns, summary
-from benchmarks.record import RESULTS, write_result
+from benchmarks.comparison import SEED, in_turns, ratios, summary, table
+from benchmarks.record import command_line, record
 from inheritune_ds.data.stream.batches import BatchStream
 from inheritune_ds.data.stream.mixture import Weights, round_table
 from inheritune_ds.data.stream.windows import TokenShards, Windows
@@ -44,23 +45,20 @@ PLANS = ("one_source", "seven_sources")
 
 def write_shards(tokens: np.ndarray[Any, Any], folder: Path) -> list[tuple[Path, int]]:
     """Write tokens as shards; returns their files and counts."""
-    found = []
-    for number, part in enumerate(np.array_split(tokens, SHARDS)):
-        path = folder / f"train-{number:05}.bin"
+    parts = np.array_split(tokens, SHARDS)
+    paths = [folder / f"train-{number:05}.bin" for number in range(SHARDS)]
+    for path, part in zip(paths, parts, strict=True):
         part.tofile(path)
-        found.append((path, len(part)))
-    return found
+    return [(path, len(part)) for path, part in zip(paths, parts, strict=True)]
 
 
 def sparse_shards(folder: Path) -> list[tuple[Path, int]]:
     """Sparse files with the size of the plan's shards."""
-    found = []
-    for number in range(SHARDS):
-        path = folder / f"plan-{number:05}.bin"
-        with path.open("wb") as file:
-            file.truncate(2 * PLAN_TOKENS // SHARDS)
-        found.append((path, PLAN_TOKENS // SHARDS))
-    return found
+    paths = [folder / f"plan-{number:05}.bin" for number in range(SHARDS)]
+    for path in paths:
+        path.touch()
+        os.truncate(path, 2 * PLAN_TOKENS // SHARDS)
+    return [(path, PLAN_TOKENS // SHARDS) for path in paths]
 
 
 def one_source(shards: Iterable[tuple[Path, int]], seq_len: int) -> dict[str, Windows]:
@@ -172,22 +170,19 @@ def held_bytes(open_stream: Callable[[], BatchStream]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write the JSON file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=(__doc__ or "").splitlines()[0])
+    parser = command_line("loader", __doc__, rehearse="a toy: it tests this command, and measures nothing")
     add = parser.add_argument
     add("--tokens", type=int, default=100_000_000, help="tokens of the file (default: 100 million, 200 MB)")
     add("--seq-len", type=int, default=1024)
     add("--micro-batch", type=int, default=16)
     add("--rounds", type=int, default=15, help="blocks of each loader (default: 15)")
     add("--seconds", type=float, default=1.0, help="length of a block, about (default: 1)")
-    add("--rehearse", action="store_true", help="a toy: it tests this command, and measures nothing")
-    add("--out", type=Path, help="JSON file (default: docs/results/loader.json; of a rehearsal: a temporary file)")
     args = parser.parse_args(arguments)
     if args.rehearse:
         args.tokens, args.rounds, args.seconds = 1_000_000, 4, 0.01
     figures = measure(args)
     print(*lines_of(figures), sep="\n", flush=True)
-    out = args.out or (Path(tempfile.mkdtemp()) if args.rehearse else RESULTS) / "loader.json"
-    write_result(out, {"rehearsal": args.rehearse, **figures})
+    record(args, {"rehearsal": args.rehearse, **figures})
     return 0
 
 
@@ -216,35 +211,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "file_tokens": args.tokens,
         "shards": SHARDS,
         "tokens_per_s_per_core": {name: summary([rates]) for name, rates in found.items()},
-        "over_nanogpt": {name: summary([_ratios(found, name)]) for name in LOADERS if name != "nanogpt"},
+        "over_nanogpt": {name: summary([ratios(found, name, "nanogpt")]) for name in LOADERS if name != "nanogpt"},
         "plan_tokens": PLAN_TOKENS,
         "seek_s": seeks,
         "order_bytes": memory,
     }
 
 
-def _ratios(found: dict[str, list[float]], name: str) -> list[float]:
-    return [own / other for own, other in zip(found[name], found["nanogpt"], strict=True)]
-
-
 def lines_of(figures: dict[str, Any]) -> list[str]:
     """The figures as a table."""
-    row = "{:<46}{:>16}  {:>26}  {:>28}"
-    lines = [row.format("", "median", "95 % interval", "range")]
-    for name, found in figures["tokens_per_s_per_core"].items():
-        interval = "{:,.0f} to {:,.0f}".format(*found["interval_95"])
-        span = f"{found['min']:,.0f} to {found['max']:,.0f}"
-        lines.append(row.format(f"{name}: tokens/s of one core", f"{found['median']:,.0f}", interval, span))
-    compared = [(f"{name} over nanogpt", found, 1.0) for name, found in figures["over_nanogpt"].items()]
-    sought = [(f"{name}: seek into 10 billion tokens, ms", found, 1e3) for name, found in figures["seek_s"].items()]
-    for label, found, scale in (*compared, *sought):
-        low, high = found["interval_95"]
-        interval = f"{scale * low:.3f} to {scale * high:.3f}"
-        span = f"{scale * found['min']:.3f} to {scale * found['max']:.3f}"
-        lines.append(row.format(label, f"{scale * found['median']:.3f}", interval, span))
+    speeds = figures["tokens_per_s_per_core"].items()
+    rates = [(f"{name}: tokens/s of one core", found, ",.0f") for name, found in speeds]
+    compared = [(f"{name} over nanogpt", found, ".3f") for name, found in figures["over_nanogpt"].items()]
+    sought = [
+        (f"{name}: seek into 10 billion tokens, ms", _in_ms(found), ".3f") for name, found in figures["seek_s"].items()
+    ]
+    lines = table("", [*rates, *compared, *sought])
     for name, held in figures["order_bytes"].items():
-        lines.append(row.format(f"{name}: memory of the order, bytes", f"{held:,}", "", "").rstrip())
+        lines.append(f"{f'{name}: memory of the order, bytes':<46}{held:>14,}")
     return lines
+
+
+def _in_ms(found: dict[str, Any]) -> dict[str, Any]:
+    scaled = {key: 1e3 * found[key] for key in ("median", "min", "max")}
+    return {**scaled, "interval_95": [1e3 * bound for bound in found["interval_95"]]}
 
 
 if __name__ == "__main__":

@@ -6,18 +6,14 @@ also counted by torch's MemTracker, which supports no more. The bar is 15 %; the
 cannot show the margin: the context of the device, and fragmentation.
 """
 
-import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
-from benchmarks.record import RESULTS, write_result
+from benchmarks.ranks import Case, build_engine, micro_batches, on_ranks
+from benchmarks.record import command_line, record
 from inheritune_ds.plan.memory import memory
 from inheritune_ds.plan.model_size import GIB, parameters
 
@@ -117,43 +113,26 @@ def line(row: dict[str, Any]) -> str:
 HEAD = f"{'bytes per parameter':<48}{'counted':>9}{'MemTracker':>12}{'planned':>9}{'ratio':>8}  worst moment"
 
 
-def work(out: Path, ranks: int, *, rehearse: bool) -> None:
-    """Run one rank; rank 0 writes the rows."""
-    world = join_ranks()
+def measure_all(world: "World", *, rehearse: bool) -> list[dict[str, Any]]:
+    """A row per case; all ranks call it."""
     rows = []
-    for case in cases(ranks, rehearse=rehearse):
+    for case in cases(world.size, rehearse=rehearse):
         rows.append(measure(case, world))
         if world.is_main:
             print(f"> {line(rows[-1])}", flush=True)
-    if world.is_main:
-        out.write_text(json.dumps(rows), encoding="utf-8")
-    from inheritune_ds.distributed.process_group import leave_process_group
-
-    leave_process_group()
+    return rows
 
 
 def main() -> None:
     """Measure, compare, write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rehearse", action="store_true", help="a few small cases on one rank, for a test")
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a rank, started by this program
-    parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(args.worker, args.ranks, rehearse=args.rehearse)
-        return
+    args = command_line("memory", __doc__, rehearse="a few small cases on one rank, for a test").parse_args()
     rows: list[dict[str, Any]] = []
     print(HEAD)
-    with tempfile.TemporaryDirectory() as folder:
-        for ranks in RANKS[:1] if args.rehearse else RANKS:
-            out = Path(folder) / f"{ranks}.json"
-            words = ["--worker", str(out), "--ranks", str(ranks), *(["--rehearse"] if args.rehearse else [])]
-            run_ranks("benchmarks.memory", words, ranks)
-            rows += json.loads(out.read_text(encoding="utf-8"))
+    for ranks in RANKS[:1] if args.rehearse else RANKS:
+        rows += on_ranks("benchmarks.memory:measure_all", {"rehearse": args.rehearse}, ranks)
     worst = max(rows, key=lambda row: abs(row["ratio"] - 1.0))
     print(f"largest error of {len(rows)} cases: {abs(worst['ratio'] - 1.0):.1%} ({worst['ranks']} x {worst['case']})")
-    write_result(args.out, {"tolerance": TOLERANCE, "largest_error": abs(worst["ratio"] - 1.0), "cases": rows})
+    record(args, {"tolerance": TOLERANCE, "largest_error": abs(worst["ratio"] - 1.0), "cases": rows})
     sys.exit(1 if abs(worst["ratio"] - 1.0) > TOLERANCE else 0)
 
 

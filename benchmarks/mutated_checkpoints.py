@@ -5,7 +5,6 @@ determine its checkpoint (family, kind of files), mutation and selection. `bench
 with plain transformers, without this package.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from benchmarks.mutation_judge import hashes, judge_refusal, judge_target
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import command_line, record
 from inheritune_ds.cli import main as inheritune_ds
 
 DEPTH = 4
@@ -347,10 +346,9 @@ def run_cases(numbers: range, seed: int, folder: Path) -> tuple[list[str], list[
 
 def main() -> int:
     """Run the cases, print errors, write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line("mutated_checkpoints", __doc__)
     parser.add_argument("--cases", type=int, default=200, help="default: 200")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
-    parser.add_argument("--out", type=Path, default=RESULTS / "mutated_checkpoints.json")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -361,7 +359,7 @@ def main() -> int:
         print(f"{count:5d} {ending}")
     print(*wrong, sep="\n")
     figures = {"seed": args.seed, "cases": len(lines), "endings": dict(endings.most_common()), "wrong": wrong}
-    write_result(args.out, {**figures, "each": lines})
+    record(args, {**figures, "each": lines})
     return 1 if wrong else 0
 
 

@@ -5,27 +5,22 @@
 same model and tokens.
 """
 
-import argparse
-import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.gpu_parts.timing import spread
+from benchmarks.ranks import fit, random_model
+from benchmarks.record import command_line, record
 from inheritune_ds.config.kernels import Attention, KernelRequest
 from inheritune_ds.config.model import Shape
-from inheritune_ds.surgery.load import build_config
-from inheritune_ds.training import engine
-from inheritune_ds.training.kernels import choose_kernels
 from inheritune_ds.training.packing import DocumentPacking, WindowInputs, document_starts
+from tests import tiny
 
 EOS = 0
 PACKING = DocumentPacking(EOS)
@@ -60,27 +55,9 @@ def build(setting: Setting) -> PreTrainedModel:
     Raises:
         InherituneError: If a kernel cannot be used here.
     """
-    from transformers import AutoModelForCausalLM
-
-    config: Any = build_config(Shape.model_validate(setting.shape))
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    device = torch.device(setting.device)
-    nn.Module.to(model, device)
-    kernels, _ = choose_kernels(
-        KernelRequest(attention=setting.attention, loss="chunked", compile=setting.compiled, liger=False),
-        config=model.config,
-        device=device,
-        dtype=setting.dtype,
-        zero_stage=1,
-        offload=False,
-        run_flops=None,
-    )
-    engine._fit(model, kernels)  # noqa: SLF001 - the engine's change of a model is measured
-    nn.Module.to(model, setting.dtype)
+    model = random_model(Shape.model_validate(setting.shape))
+    request = KernelRequest(attention=setting.attention, loss="chunked", compile=setting.compiled, liger=False)
+    fit(model, request, torch.device(setting.device), setting.dtype)
     model.train()
     return model
 
@@ -156,8 +133,8 @@ def times(setting: Setting) -> dict[str, Any]:
                     peaks[kind] = max(peak, peaks.get(kind, 0.0))
     ratios = [documents / windows for windows, documents in zip(*seconds.values(), strict=True)]
     return {
-        **{kind: _spread(values) for kind, values in seconds.items()},
-        "ratio": _spread(ratios),
+        **{kind: spread(values) for kind, values in seconds.items()},
+        "ratio": spread(ratios),
         "peak_gib": peaks,
         "compiled_again": counters["stats"]["unique_graphs"] - graphs,
     }
@@ -179,33 +156,20 @@ def _timed(
     return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else None
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def cpu_settings() -> dict[str, Setting]:
     """Settings for a CPU: the model of the quickstart's size, long and short windows."""
-    settings = {}
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for seq_len, windows in ((256, 4), (1024, 1)):
-            shape = {
-                "model_type": "llama",
-                "vocab_size": 4096,
-                "hidden_size": 256,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "intermediate_size": 704,
-                "max_position_embeddings": seq_len,
-            }
-            settings[f"{name}, {seq_len} tokens"] = Setting(shape, windows, "cpu", dtype, "sdpa")
-    return settings
+    shape = {**tiny.LLAMA, "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 704}
+    shapes = {seq_len: {**shape, "max_position_embeddings": seq_len} for seq_len in (256, 1024)}
+    return {
+        f"{name}, {seq_len} tokens": Setting(shapes[seq_len], windows, "cpu", dtype, "sdpa")
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        for seq_len, windows in ((256, 4), (1024, 1))
+    }
 
 
 def main() -> None:
     """Measure, print a table, write the JSON file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "packing.json")
-    args = parser.parse_args()
+    args = command_line("packing", __doc__).parse_args()
     found: dict[str, Any] = {}
     for name, setting in cpu_settings().items():
         found[name] = {**times(setting), "errors": errors(setting, document_tokens=setting.seq_len // 8)}
@@ -214,7 +178,7 @@ def main() -> None:
             f"{name:<20} documents / windows {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}), "
             f"loss off by {found[name]['errors']['loss']:.1e}, gradient by {found[name]['errors']['gradient']:.1e}"
         )
-    write_result(args.out, {"document_tokens": DOCUMENT_TOKENS, "turns": TURNS, "settings": found})
+    record(args, {"document_tokens": DOCUMENT_TOKENS, "turns": TURNS, "settings": found})
 
 
 if __name__ == "__main__":

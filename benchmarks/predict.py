@@ -10,29 +10,22 @@ repeats, the one with the least disturbance; the file includes the load before a
 is 1 if it is missed.
 """
 
-import argparse
-import json
 import os
 import sys
-import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.ranks import Case, build_engine, join_ranks, micro_batches, run_ranks
-from benchmarks.record import RESULTS, write_result
+from benchmarks.ranks import Case, build_engine, micro_batches, on_ranks, random_model
+from benchmarks.record import command_line, record
 from inheritune_ds.config.zero import ZeroSettings
+from inheritune_ds.distributed.world import World
 from inheritune_ds.plan.communication import Link, Transfer, transfers
 from inheritune_ds.plan.model_size import flops_per_token, parameters, tensors
 
-if TYPE_CHECKING:
-    from inheritune_ds.distributed.world import World
-
 RANKS = (1, 2, 4)
 TOLERANCE = 0.15
-WARM_UP_STEPS = 2
 SMALL_BYTES, LARGE_BYTES = 4 * 2**10, 8 * 2**20
 
 
@@ -63,25 +56,19 @@ FULL, REHEARSAL = Size(32, 10, 256, 4), Size(8, 3, 64, 2)
 def fastest_s(action: Callable[[], object], repeats: int) -> float:
     """Least seconds of an action, after an uncounted one."""
     action()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        found.append(time.perf_counter() - start)
-    return min(found)
+    return min(timeit.repeat(action, number=1, repeat=repeats))
 
 
-def calibrate(size: Size, world: "World") -> dict[str, float]:
+def calibrate(size: Size, world: World) -> dict[str, float]:
     """Rates of this rank, measured on all ranks at once."""
     import torch
     import torch.distributed as dist
-    from transformers import AutoModelForCausalLM
 
-    from inheritune_ds.surgery.load import build_config
     from inheritune_ds.training.loss import attach_loss
 
     case = size.case(world.size)
-    model = AutoModelForCausalLM.from_config(build_config(case.shape), attn_implementation="sdpa")
+    model = random_model(case.shape)
+    model.set_attn_implementation("sdpa")
     attach_loss(model, "chunked", compiled=False)
     tokens = micro_batches(case)[0]
 
@@ -108,13 +95,12 @@ def calibrate(size: Size, world: "World") -> dict[str, float]:
     return found
 
 
-def measure(size: Size, world: "World") -> dict[str, Any]:
+def measure(size: Size, world: World) -> dict[str, Any]:
     """Seconds of this program's step."""
     case = size.case(world.size)
     engine, layout = build_engine(case, world)
     batches = micro_batches(case, world.rank)
-    for _ in range(WARM_UP_STEPS - 1):
-        engine.train_step(batches, lr=1e-3)
+    engine.train_step(batches, lr=1e-3)
     found = fastest_s(lambda: engine.train_step(batches, lr=1e-3), size.repeats)
     engine.close()
     return {"step_s": found, "layout": layout}
@@ -151,45 +137,26 @@ def predict(
     return {"step_s": step_s, "passes_s": flops / rate, "communication_s": communication_s, "optimizer_s": optimizer_s}
 
 
-def work(out: Path, part: str, size: Size) -> None:
-    """Run one rank; rank 0 writes its figures."""
+def work(world: World, part: str, *, rehearse: bool) -> dict[str, Any]:
+    """Figures of one part; all ranks call it."""
     from inheritune_ds.distributed.environment import keep_freed_memory
 
     keep_freed_memory()
-    world = join_ranks()
-    found = calibrate(size, world) if part == "calibrate" else measure(size, world)
-    if world.is_main:
-        out.write_text(json.dumps(found), encoding="utf-8")
-    from inheritune_ds.distributed.process_group import leave_process_group
-
-    leave_process_group()
+    size = REHEARSAL if rehearse else FULL
+    return calibrate(size, world) if part == "calibrate" else measure(size, world)
 
 
 def launched(part: str, ranks: int, *, rehearse: bool) -> dict[str, Any]:
     """Run one part on a number of ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        run_ranks(
-            "benchmarks.predict",
-            ["--worker", str(out), "--part", part, *(["--rehearse"] if rehearse else [])],
-            ranks,
-        )
-        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return found
+    found: dict[str, Any] = on_ranks("benchmarks.predict:work", {"part": part, "rehearse": rehearse}, ranks)
+    return found
 
 
 def main() -> None:
     """Calibrate, predict, measure, write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rehearse", action="store_true", help="a small model and few steps, for a test: no bar")
-    parser.add_argument("--out", type=Path, default=RESULTS / "predict.json")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a rank, started by this program
-    parser.add_argument("--part", choices=["calibrate", "measure"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    text = "a small model and few steps, for a test: no bar"
+    args = command_line("predict", __doc__, rehearse=text).parse_args()
     size = REHEARSAL if args.rehearse else FULL
-    if args.worker:
-        work(args.worker, args.part, size)
-        return
     cores, load = os.cpu_count() or 1, [os.getloadavg()[0]]
     print(f"calibrating one rank, then {cores} at once", flush=True)
     alone = launched("calibrate", 1, rehearse=args.rehearse)
@@ -210,7 +177,7 @@ def main() -> None:
     worst = max(abs(row["ratio"] - 1.0) for row in rows)
     print(f"largest error: {worst:.1%}")
     calibration = {"alone": alone, "full": full}
-    write_result(args.out, {"tolerance": TOLERANCE, "load": load, "calibration": calibration, "cases": rows})
+    record(args, {"tolerance": TOLERANCE, "load": load, "calibration": calibration, "cases": rows})
     sys.exit(1 if worst > TOLERANCE and not args.rehearse else 0)
 
 

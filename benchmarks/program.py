@@ -1,9 +1,10 @@
 """The program's kernels and training loop outside a run folder, for benchmarks and for drivers of tests."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from inheritune_ds.checkpoints.saver import Saver
 from inheritune_ds.checkpoints.store import CheckpointStore
@@ -23,12 +24,9 @@ from inheritune_ds.training.loop import LoopParts
 from inheritune_ds.training.requests import Controls
 from inheritune_ds.training.validation import Validator
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 def kernels_of(
-    resolved: Resolved, model: "PreTrainedModel", device: str, run_tokens: int
+    resolved: Resolved, model: PreTrainedModel, device: str, run_tokens: int
 ) -> tuple[Kernels, tuple[str, ...]]:
     """Kernels of a bf16 run on one rank, and a line on each."""
     return choose_kernels(

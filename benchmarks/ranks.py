@@ -1,25 +1,32 @@
 """Several ranks on this machine that run one benchmark module together, and the small engines that they build."""
 
+import importlib
+import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.launch import POLL_S, kill
+from benchmarks.launch import POLL_S, kill, start
 from benchmarks.record import REPOSITORY
+from inheritune_ds.checkpoints.store import CheckpointStore
+from inheritune_ds.config.kernels import KernelRequest
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.zero import Loss, Precision, Recomputation, ZeroSettings, read_layout
+from inheritune_ds.storage.files import read_json, write_json
+from tests import tiny
 from tests.launching import environment, free_port, torchrun_variables
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
+    from inheritune_ds.checkpoints.saver import Saver
     from inheritune_ds.distributed.world import World
     from inheritune_ds.training.engine import Engine
 
@@ -73,61 +80,90 @@ def build_engine(case: Case, world: "World", target: Path | None = None) -> "tup
         world: This rank among all.
         target: Folder of the model; None: one with random weights.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from inheritune_ds.config.deepspeed import Machine, resolve
-    from inheritune_ds.surgery.load import build_config, load_model
+    from inheritune_ds.surgery.load import load_model
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import Kernels
 
-    recipe = _recipe(case, world.size)
-    document = {
-        "train_micro_batch_size_per_gpu": case.micro_batch_size,
-        "bf16": {"enabled": case.precision == "bf16", "immediate_grad_update": case.immediate},
-        "data_types": {"grad_accum_dtype": case.accumulate},
-        "zero_optimization": {
-            "stage": case.stage,
+    resolved = tiny.resolve(
+        _recipe(case, world.size),
+        world,
+        stage=case.stage,
+        micro_batch=case.micro_batch_size,
+        bf16={"enabled": case.precision == "bf16", "immediate_grad_update": case.immediate},
+        data_types={"grad_accum_dtype": case.accumulate},
+        zero_optimization={
             "overlap_comm": False,
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
             "stage3_param_persistence_threshold": "auto",
         },
-        "kernels": {"loss": case.loss, "activation_checkpointing": case.recomputation, "compile": False},
-    }
-    machine = Machine("cpu", 64.0, bf16=True)
-    resolved = resolve(
-        document, recipe, origin="case", shape=(case.shape, case.blocks), world_size=world.size, machine=machine
+        kernels={"loss": case.loss, "activation_checkpointing": case.recomputation, "compile": False},
     )
-    torch.manual_seed(0)
-    config = build_config(case.shape)
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
     kernels = Kernels("sdpa", "torch_fused", False, case.loss, False, case.recomputation)
-    model = AutoModelForCausalLM.from_config(config) if target is None else load_model(target, dtype="float32")
+    model = random_model(case.shape) if target is None else load_model(target, dtype="float32")
     engine = Engine(model, resolved.config, world, kernels, target=target)
     return engine, read_layout(resolved.config, seq_len=case.seq_len, world_size=world.size)
 
 
+def random_model(shape: Shape, seed: int = 0) -> "PreTrainedModel":
+    """A model with random values in fp32, without dropout."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from inheritune_ds.surgery.load import build_config
+
+    config: Any = build_config(shape)
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def fit(model: "PreTrainedModel", request: KernelRequest, device: "torch.device", dtype: "torch.dtype") -> bool:
+    """Move a model to a device and give it the kernels and the type, as the engine does; whether it took all kernels.
+
+    Raises:
+        InherituneError: If a kernel cannot be used here.
+    """
+    from torch import nn
+
+    from inheritune_ds.training import engine
+    from inheritune_ds.training.kernels import choose_kernels
+
+    nn.Module.to(model, device)
+    kernels, _ = choose_kernels(
+        request, config=model.config, device=device, dtype=dtype, zero_stage=1, offload=False, run_flops=None
+    )
+    taken, _ = engine._fit(model, kernels)  # noqa: SLF001 - the engine's change of a model is measured
+    nn.Module.to(model, dtype)
+    return taken == kernels
+
+
+def build_saver(
+    world: "World", store: CheckpointStore, *, stage: int = 1, precision: Precision = "bf16", **policy: Any
+) -> "Saver":
+    """A saver of checkpoints of an engine; `policy` are keys of a Reliability."""
+    from inheritune_ds.checkpoints.saver import Saver
+    from inheritune_ds.checkpoints.train_state import SavedLayout
+    from inheritune_ds.config.reliability import Reliability
+
+    return Saver(
+        store,
+        layout=SavedLayout(world.size, stage, precision),
+        world=world,
+        reliability=Reliability(**policy),
+        fingerprints={},
+    )
+
+
 def _recipe(case: Case, ranks: int) -> Recipe:
-    never: dict[str, Any] = {"interval_steps": 10**9}
-    return Recipe.model_validate(
-        {
-            "name": "case",
-            "description": "an engine to be measured",
-            "target": {"shape": case.shape.model_dump()},
-            "corpus": {"sources": [{"kind": "embedded"}], "tokenizer": {"vocab_size": case.vocab_size}},
-            "training": {
-                "seq_len": case.seq_len,
-                "global_batch_tokens": case.micro_batch_size * case.accumulation * ranks * case.seq_len,
-                "duration": "100 steps",
-            },
-            "optimizer": {"lr": 1e-3},
-            "schedule": {"kind": "constant"},
-            "validation": never,
-            "checkpoint": never,
-        }
+    step_tokens = case.micro_batch_size * case.accumulation * ranks * case.seq_len
+    return tiny.recipe(
+        target={"shape": case.shape.model_dump()},
+        corpus={"sources": [{"kind": "embedded"}], "tokenizer": {"vocab_size": case.vocab_size}},
+        training={"seq_len": case.seq_len, "global_batch_tokens": step_tokens, "duration": "100 steps"},
     )
 
 
@@ -140,29 +176,57 @@ def micro_batches(case: Case, rank: int = 0) -> "list[torch.Tensor]":
     return [torch.randint(0, case.vocab_size, size, generator=generator) for _ in range(case.accumulation)]
 
 
-def join_ranks() -> "World":
-    """Become the rank that the environment says, in a process group with the others."""
+def join_ranks(kind: Literal["cuda", "cpu"] = "cpu") -> "World":
+    """Become the rank that the environment says, in a process group with the others, on a kind of device."""
     from inheritune_ds.distributed.environment import prepare_environment
     from inheritune_ds.distributed.world import detect, export
 
     world = detect(os.environ)
     export(world, os.environ)
-    prepare_environment(os.environ, kind="cpu")
+    prepare_environment(os.environ, kind=kind)
     from inheritune_ds.distributed.process_group import start_process_group
 
     start_process_group(world)
     return world
 
 
-def run_ranks(module: str, arguments: Sequence[str], ranks: int, *, threads: int = 1, timeout_s: float = 600.0) -> None:
-    """Run `python -m module arguments` once a rank on the CPU; a failing rank ends all, and this program.
+def gathered(world: "World", value: Any) -> list[Any]:
+    """A value of every rank."""
+    import torch.distributed as dist
 
-    Lines of rank 0 that start with `>` are shown at once. `threads` are those of each rank.
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def drive(function: Callable[..., Any], arguments: str, out: str) -> None:
+    """Call `function(world, **arguments)` as one rank of several; rank 0 writes the result.
+
+    Args:
+        function: Of this rank's World and the arguments.
+        arguments: A JSON object.
+        out: JSON file.
+    """
+    world = join_ranks()
+    result = function(world, **json.loads(arguments))
+    if world.is_main:
+        write_json(Path(out), result)
+    from inheritune_ds.distributed.process_group import leave_process_group
+
+    leave_process_group()
+
+
+def on_ranks(function: str, arguments: Mapping[str, Any], ranks: int, *, timeout_s: float = 600.0) -> Any:
+    """Call `MODULE:FUNCTION` on ranks of this CPU, one thread each, as `drive` does; returns the result of rank 0.
+
+    A failing rank ends all, and this program. Lines of rank 0 that start with `>` are shown at once.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / f"rank{rank}.log" for rank in range(ranks)]
-        processes = [_start(module, arguments, rank, ranks, port, threads, logs[rank]) for rank in range(ranks)]
+        out, logs = Path(folder) / "result.json", [Path(folder) / f"rank{rank}.log" for rank in range(ranks)]
+        command = [sys.executable, "-u", "-m", "benchmarks.ranks", function, json.dumps(arguments), str(out)]
+        environments = [environment(**torchrun_variables(rank, ranks, port)) for rank in range(ranks)]
+        processes = [start(command, log, cwd=REPOSITORY, env=env) for log, env in zip(logs, environments, strict=True)]
         shown, deadline = 0, time.monotonic() + timeout_s
         try:
             while any(process.poll() is None for process in processes):
@@ -177,21 +241,7 @@ def run_ranks(module: str, arguments: Sequence[str], ranks: int, *, threads: int
         finally:
             for process in processes:
                 kill(process)
-
-
-def _start(  # noqa: PLR0913, PLR0917 - parts of the environment of a rank
-    module: str, arguments: Sequence[str], rank: int, ranks: int, port: str, threads: int, log: Path
-) -> "subprocess.Popen[bytes]":
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-u", "-m", module, *arguments],
-            cwd=REPOSITORY,
-            env=environment(OMP_NUM_THREADS=str(threads), **torchrun_variables(rank, ranks, port)),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return read_json(out)
 
 
 def _show(log: Path, seen: int) -> int:
@@ -202,3 +252,13 @@ def _show(log: Path, seen: int) -> int:
         if line.startswith("> "):
             print(line[2:], flush=True)
     return len(whole)
+
+
+def main() -> None:
+    """One rank of `on_ranks`."""
+    module, _, name = sys.argv[1].partition(":")
+    drive(getattr(importlib.import_module(module), name), *sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,20 +1,23 @@
-"""Context of every benchmark's figures: command, date, versions, machine."""
+"""The command line that benchmarks share, and the context of their figures: command, date, versions, machine."""
 
+import argparse
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from inheritune_ds import __version__
 from inheritune_ds.plan.machine import detect_gpus, host_memory_gib
 from inheritune_ds.storage.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
-PACKAGES = ("inheritune_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -22,15 +25,33 @@ def environment() -> dict[str, Any]:
     return {
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": git("describe", "--always", "--dirty"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"inheritune_ds": __version__, **{name: metadata.version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(host_memory_gib(), 1),
         "gpus": [f"{gpu.name}, {gpu.memory_gib:.0f} GiB" for gpu in detect_gpus()],
     }
+
+
+def command_line(name: str, doc: str | None, *, rehearse: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.NAME`, with --out, and with --rehearse if that is described."""
+    about = doc.splitlines()[0] if doc else None
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser.set_defaults(name=name, rehearse=False)
+    if rehearse:
+        parser.add_argument("--rehearse", action="store_true", help=rehearse)
+    usual = f"docs/results/{name}.json" + ("; of a rehearsal: a temporary file" if rehearse else "")
+    parser.add_argument("--out", type=Path, help=f"JSON file (default: {usual})")
+    return parser
+
+
+def record(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Write the figures of a command that `command_line` has parsed."""
+    folder = Path(tempfile.mkdtemp()) if args.rehearse and not args.out else RESULTS
+    write_result(args.out or folder / f"{args.name}.json", figures)
 
 
 def write_result(path: Path, figures: dict[str, Any]) -> None:
@@ -40,21 +61,10 @@ def write_result(path: Path, figures: dict[str, Any]) -> None:
     print(f"written: {os.path.relpath(path)}")
 
 
-def _version(name: str) -> str | None:
+def git(*words: str) -> str | None:
+    """Output of a git command in this repository; None outside a checkout."""
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:  # run from a checkout that is on PYTHONPATH only
-        return None
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison import Comparison, in_turns, summary, verdict
+from benchmarks.comparison import Comparison, in_turns, judged, ratios, summary, table
 from benchmarks.subjects.process import Block, Subject, wait_until_quiet
 from benchmarks.subjects.turns import Order
 
@@ -66,19 +66,13 @@ CALL_THE_ALLOCATOR = ("project", "project_compiled", "project_shipped", "plain_m
 
 @dataclass(frozen=True)
 class Setting:
-    """Conditions of a measurement.
+    """Conditions of a measurement, as `side_by_side_cli` describes them and `Order` passes them on.
 
     Attributes:
         subjects: Names, in the order of the first turns.
-        micro_batch: Windows a micro-step.
-        accumulation: Micro-steps a step.
-        allocator: `keep` for all subjects alike, or `default`: the program's own choice.
         processes: Starts of every subject.
         blocks: Rounds of every set of processes.
-        block_s: Approximate length of a block.
         environ: Set for all subjects.
-        litgpt_python: Interpreter of litgpt's environment.
-        nanogpt: Folder of a nanoGPT checkout.
     """
 
     subjects: tuple[str, ...]
@@ -117,8 +111,9 @@ class Measured:
 
     def ratios(self, comparison: Comparison) -> list[list[float]]:
         """Of two subjects, round by round, for every set."""
-        pairs = zip(self.tokens_per_s(comparison.above), self.tokens_per_s(comparison.below), strict=True)
-        return [[a / b for a, b in zip(above, below, strict=True)] for above, below in pairs]
+        above, below = comparison.above, comparison.below
+        groups = zip(self.tokens_per_s(above), self.tokens_per_s(below), strict=True)
+        return [ratios({above: one, below: other}, above, below) for one, other in groups]
 
 
 def measure(setting: Setting) -> Measured:
@@ -135,7 +130,7 @@ def measure(setting: Setting) -> Measured:
             with ExitStack() as running:
                 subjects: dict[str, Subject] = {}
                 for name in setting.subjects:
-                    _say(f"set {number + 1} of {setting.processes}: starting {name}")
+                    print(f"set {number + 1} of {setting.processes}: starting {name}", flush=True)
                     subjects[name] = _start(name, setting, tokens, Path(scratch) / f"{number}-{name}")
                     running.callback(subjects[name].end)
                 measured.first.append({name: subject.first for name, subject in subjects.items()})
@@ -191,37 +186,38 @@ def _quiet_block(subject: Subject, setting: Setting) -> Block:
         blocks.append(subject.block(setting.block_s))
     best = min(blocks, key=lambda block: block.other_cores or 0.0)
     rate = setting.step_tokens * best.steps / best.seconds
-    _say(f"  {subject.order.subject:<22}{rate:12,.0f} tokens/s{'' if len(blocks) == 1 else f'  (turn {len(blocks)})'}")
+    turn = "" if len(blocks) == 1 else f"  (turn {len(blocks)})"
+    print(f"  {subject.order.subject:<22}{rate:12,.0f} tokens/s{turn}", flush=True)
     return replace(best, repeats=len(blocks) - 1)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def report(measured: Measured, comparisons: Sequence[Comparison]) -> tuple[dict[str, Any], list[str]]:
     """The figures of a setting as JSON, and as lines of two tables."""
     setting = measured.setting
     subjects = {name: _of_subject(measured, name) for name in setting.subjects}
-    present = [c for c in comparisons if {c.above, c.below} <= set(setting.subjects)]
-    ratios: dict[str, Any] = {}
-    for comparison in present:
-        found = summary(measured.ratios(comparison))
-        bar = {"bar": comparison.bar, "at_most": comparison.at_most, "verdict": verdict(found, comparison)}
-        ratios[comparison.name] = {"above": comparison.above, "below": comparison.below, **found, **bar}
+    compared = {
+        comparison.name: {
+            "above": comparison.above,
+            "below": comparison.below,
+            **judged(comparison, measured.ratios(comparison)),
+        }
+        for comparison in comparisons
+        if {comparison.above, comparison.below} <= set(setting.subjects)
+    }
     figures = {
         **{key: getattr(setting, key) for key in ("micro_batch", "accumulation", "device", "allocator", "block_s")},
         "shape": {"name": setting.shape[0], **setting.shape[1]},
         "step_tokens": setting.step_tokens,
         "processes": setting.processes,
         "subjects": subjects,
-        "ratios": ratios,
+        "ratios": compared,
         "rounds": [
             [{name: [b.steps, b.seconds, b.other_cores] for name, b in blocks.items()} for blocks in rounds]
             for rounds in measured.sets
         ],
     }
-    return figures, [*_subject_lines(setting, subjects), "", *_ratio_lines(ratios)]
+    rows = [(name, found, ".3f") for name, found in compared.items()]
+    return figures, [*_subject_lines(setting, subjects), "", *table("ratio of tokens/s, same round", rows)]
 
 
 def _of_subject(measured: Measured, name: str) -> dict[str, Any]:
@@ -254,15 +250,4 @@ def _subject_lines(setting: Setting, subjects: Mapping[str, Any]) -> list[str]:
             f"{name:<22}{rate['median']:>10,.0f}  {interval:>19}  {max(found['first_step_s']):>12.1f}"
             f"{found['peak_memory_gib']:>10.2f}{'?' if other is None else f'{other:.2f}':>13}"
         )
-    return lines
-
-
-def _ratio_lines(ratios: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'ratio of tokens/s, same round':<44}{'median':>8}  {'95 % interval':>16}  {'range':>16}  bar"]
-    for name, found in ratios.items():
-        (low, high), bar = found["interval_95"], ""
-        if found["bar"] is not None:
-            bar = f"{'at most' if found['at_most'] else 'at least'} {found['bar']:g}: {found['verdict']}"
-        interval, span = f"{low:.3f} to {high:.3f}", f"{found['min']:.3f} to {found['max']:.3f}"
-        lines.append(f"{name:<44}{found['median']:>8.3f}  {interval:>16}  {span:>16}  {bar}".rstrip())
     return lines

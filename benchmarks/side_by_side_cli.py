@@ -3,13 +3,12 @@
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.comparison import Comparison
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import command_line, record
 from benchmarks.side_by_side import MAX_OTHER_CORES, SHAPES, TOY, Setting, measure, report
 from benchmarks.subjects.worker import SUBJECTS
 from inheritune_ds.errors import InherituneError, MachineError
@@ -73,7 +72,7 @@ class Benchmark:
             return error.exit_code
 
     def _parser(self) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{self.name}", description=self.about)
+        parser = command_line(self.name, self.about, rehearse="a toy: it tests this command, and measures nothing")
         add = parser.add_argument
         add("--shape", choices=SHAPES, default="llama", help="the model (default: llama)")
         add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -87,8 +86,6 @@ class Benchmark:
         add("--warmup", type=positive, default=3, help="steps before the first block (default: 3)")
         add("--litgpt-python", help="interpreter of an environment that has litgpt 0.5.13")
         add("--nanogpt", help="folder of a nanoGPT checkout (--shape gpt2)")
-        add("--rehearse", action="store_true", help="a toy: it tests this command, and measures nothing")
-        add("--out", type=Path, help="JSON file (default: below docs/results/; of a rehearsal: a temporary file)")
         return parser
 
     def _run(self, args: argparse.Namespace) -> int:
@@ -104,44 +101,31 @@ class Benchmark:
             print("", *lines, "", sep="\n", flush=True)
             figures.append(found)
             missed |= any(ratio["verdict"] == "missed" for ratio in found["ratios"].values())
-        write_result(args.out or self._out(args), {"rehearsal": args.rehearse, "settings": figures})
+        if (args.shape, args.device) != ("llama", "cpu"):
+            args.name += f"-{args.shape}-{args.device}"
+        record(args, {"rehearsal": args.rehearse, "settings": figures})
         return int(missed)
 
     def _setting(self, args: argparse.Namespace, chosen: tuple[str, ...], batch: tuple[int, int]) -> Setting:
-        shape = SHAPES[args.shape]
-        setting = Setting(
+        shape, toy = SHAPES[args.shape], args.rehearse
+        if toy:
+            shape = {**shape, **TOY, **({"intermediate_size": 48} if "intermediate_size" in shape else {})}
+        return Setting(
             subjects=chosen,
-            shape=(args.shape, shape),
+            shape=("toy" if toy else args.shape, shape),
             micro_batch=batch[0],
             accumulation=batch[1],
             device=args.device,
             allocator=args.allocator,
-            processes=args.processes,
-            blocks=args.blocks,
-            block_s=args.seconds,
-            warmup_steps=args.warmup,
-            max_other_cores=MAX_OTHER_CORES,
-            environ=self.environ,
+            processes=1 if toy else args.processes,
+            blocks=2 if toy else args.blocks,
+            block_s=0.0 if toy else args.seconds,
+            warmup_steps=1 if toy else args.warmup,
+            max_other_cores=float("inf") if toy else MAX_OTHER_CORES,
+            environ={**self.environ, **(REHEARSAL_ENVIRON if toy else {})},
             litgpt_python=args.litgpt_python,
             nanogpt=args.nanogpt,
         )
-        if not args.rehearse:
-            return setting
-        return replace(
-            setting,
-            shape=("toy", {**shape, **TOY, **({"intermediate_size": 48} if "intermediate_size" in shape else {})}),
-            processes=1,
-            blocks=2,
-            block_s=0.0,
-            warmup_steps=1,
-            max_other_cores=float("inf"),
-            environ={**self.environ, **REHEARSAL_ENVIRON},
-        )
-
-    def _out(self, args: argparse.Namespace) -> Path:
-        usual = args.shape == "llama" and args.device == "cpu"
-        name = f"{self.name}.json" if usual else f"{self.name}-{args.shape}-{args.device}.json"
-        return Path(tempfile.mkdtemp()) / name if args.rehearse else RESULTS / name
 
 
 def check_subjects(chosen: Sequence[str], args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@
 ops are warm: one start of each kind is made before the measured ones. Run it on an idle machine.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -13,12 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import launched, train_command, wait_for
-from benchmarks.record import REPOSITORY, RESULTS, write_result
-from inheritune_ds.storage.files import read_json
+from benchmarks.launch import RECIPE, training_on_cpu
+from benchmarks.record import REPOSITORY, command_line, record
 from inheritune_ds.tracking.metrics import read_metrics
 
-RECIPE = "quickstart-reference"  # needs no other run first
 LAUNCH_TIMEOUT_S = 300.0
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
@@ -37,23 +34,12 @@ def time_command(command: list[str]) -> float:
 
 def time_first_step(folder: Path, repeat: int) -> float:
     """Seconds from launch until the metrics of step 1 are on the disk; validation of step 0 is in it."""
-    runs = folder / f"runs-{repeat}"
-    command = train_command(
-        *("--deepspeed_config", "ds_configs/cpu.json", "--recipe", RECIPE),
-        *("--runs-dir", str(runs), "--cache-dir", str(folder / "cache")),
-        *("training.duration=2 steps", "schedule.warmup_steps=0", "logging.interval_steps=1"),
-    )
-    log = folder / "log"
     start = time.perf_counter()
-    with launched(command, log, {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline"}) as process:
-        if not wait_for(lambda: _step_done(runs / RECIPE), process, LAUNCH_TIMEOUT_S):
-            sys.exit(f"no step was made; the log's end:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    with training_on_cpu(folder, repeat, _step_done, "training.duration=2 steps", timeout_s=LAUNCH_TIMEOUT_S):
         return time.perf_counter() - start
 
 
 def _step_done(run: Path) -> bool:
-    if read_json(run / "status.json") is None or not (run / "metrics.jsonl").exists():
-        return False
     return any(row["step"] >= 1 and "train/loss" in row for row in read_metrics(run))
 
 
@@ -69,9 +55,8 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all, print a table, write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line("startup", __doc__)
     parser.add_argument("--repeats", type=int, default=5, help="measured starts of each kind (default: 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "startup.json")
     args = parser.parse_args()
     figures: dict[str, dict[str, Any]] = {}
     for name, command in COMMANDS.items():
@@ -82,7 +67,7 @@ def main() -> None:
     figures["launch_to_first_step"] = summary(times[1:])
     for name, figure in figures.items():
         print(f"{name:<22}{figure['median_s']:8.3f} s  ({figure['min_s']:.3f} to {figure['max_s']:.3f})")
-    write_result(args.out, {"seconds": figures, "recipe": RECIPE})
+    record(args, {"seconds": figures, "recipe": RECIPE})
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.host_memory import anonymous_bytes, peak_growth
+from benchmarks.record import command_line, record
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32000,
@@ -45,29 +45,13 @@ MEMORY_BAR = (1.15, 400e6)
 
 
 def make_reference(folder: Path) -> None:
-    """Write a random reference, shard by shard."""
+    """Write a random reference in shards."""
     import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from inheritune_ds.surgery.meta_model import MetaModel
-
-    folder.mkdir(parents=True)
-    config = LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"], dtype="float16")
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    weight_map: dict[str, str] = {}
-    names = list(MetaModel(config).shapes.items())
-    per_shard = 60
-    shards = [names[start : start + per_shard] for start in range(0, len(names), per_shard)]
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: (torch.randn(shape, generator=generator) * 0.02).half() for name, shape in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        print(f"reference: shard {number} of {len(shards)}", flush=True)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float16)
+    model.save_pretrained(folder, max_shard_size="2GB")
 
 
 def cut(reference: Path, folder: Path) -> float:
@@ -123,12 +107,6 @@ def in_turns(reference: Path, folder: Path, blocks: int) -> dict[str, list[float
     return times
 
 
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-
-
 def time_calls(module: Any, name: str, seconds: dict[str, float]) -> None:
     """Add up the seconds of the calls of a module's function under its name."""
     function = getattr(module, name)
@@ -155,23 +133,15 @@ def build_once(reference: Path, output: Path) -> dict[str, Any]:
 
     seconds = {"imports": time.perf_counter() - start}
     idle = anonymous_bytes()
-    peak, done = idle, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.01):
-            peak = max(peak, anonymous_bytes())
-
     phases: dict[str, float] = {}
     for name in ("plan_target", "write_shards", "describe_tensors", "prove", "describe_files"):
         time_calls(inherit, name, phases)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    words = ["inherit", "--reference", str(reference), "--select", SELECT, "--output", str(output)]
+    growth: dict[str, float] = {}
     start = time.perf_counter()
-    code = cli.main(["inherit", "--reference", str(reference), "--select", SELECT, "--output", str(output)])
+    with peak_growth(growth, "command"):
+        code = cli.main(words)
     whole = time.perf_counter() - start
-    done.set()
-    watcher.join()
     if code:
         sys.exit(code)
     seconds |= phases
@@ -181,7 +151,7 @@ def build_once(reference: Path, output: Path) -> dict[str, Any]:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "whole_s": round(whole, 2),
         "idle_anonymous_bytes": idle,
-        "peak_anonymous_bytes": peak,
+        "peak_anonymous_bytes": idle + round(growth["command"]),
         "parameters": report["parameters"],
         "target_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
         "proof": report["proof"],
@@ -190,10 +160,9 @@ def build_once(reference: Path, output: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all, print a table, write the JSON file; exit with 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line("surgery", __doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for 15 GB of files")
     parser.add_argument("--blocks", type=int, default=5, help="measured turns of each kind (default: 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "surgery.json")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -225,7 +194,7 @@ def main() -> None:
         for name, values in times.items()
     }
     figures = {"turns": spread, "cut_over_copy": round(ratio, 3), "anonymous_bytes_above_idle": above}
-    write_result(args.out, {**figures, "anonymous_bytes_allowed": round(allowed), "whole": whole, "checks": checks})
+    record(args, {**figures, "anonymous_bytes_allowed": round(allowed), "whole": whole, "checks": checks})
     sys.exit(0 if all(checks.values()) else 1)
 
 

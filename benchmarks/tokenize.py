@@ -17,14 +17,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import Comparison, in_turns, summary, verdict
-from benchmarks.record import REPOSITORY, RESULTS, write_result
+import psutil  # type: ignore[import-untyped]
+
+from benchmarks.comparison import Comparison, in_turns, judged, ratios, summary, table
+from benchmarks.record import REPOSITORY, command_line, record
 from inheritune_ds.config.corpus import Corpus, FilesSource
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.storage.files import write_json
+from tests import tiny
 
 SUBJECTS = ("project", "encode_batch", "encode_batch_fast")
 MEGABYTE = 10**6
@@ -81,13 +86,11 @@ def subjects(texts: list[str], paths: list[str], tokenizer: str, scratch: Path) 
             tokens = prepare(corpus_of(paths), tokenizer, Path(cache))
         return tokens.train_tokens + tokens.validation_tokens
 
-    def encode_batch() -> int:
-        return sum(len(encoding.ids) + 1 for encoding in bare.encode_batch(texts))
+    def bare_tokens(encode: Callable[[list[str]], Any]) -> int:
+        return sum(len(encoding.ids) + 1 for encoding in encode(texts))
 
-    def encode_batch_fast() -> int:
-        return sum(len(encoding.ids) + 1 for encoding in bare.encode_batch_fast(texts))
-
-    return {"project": project, "encode_batch": encode_batch, "encode_batch_fast": encode_batch_fast}
+    names = ("encode_batch", "encode_batch_fast")
+    return {"project": project, **{name: partial(bare_tokens, getattr(bare, name)) for name in names}}
 
 
 def throughput(doing: dict[str, Callable[[], int]], size: int, rounds: int) -> dict[str, list[float]]:
@@ -113,7 +116,9 @@ def memory(paths: list[str], tokenizer: str, workers: int, scratch: Path) -> dic
     """Run the command on files and measure its memory."""
     with tempfile.TemporaryDirectory(dir=scratch) as cache:
         recipe = Path(cache) / "recipe.yaml"
-        write_json(recipe, _recipe(paths, tokenizer))
+        corpus = {**corpus_of(paths).model_dump(mode="json"), "tokenizer": tokenizer}
+        # Only the corpus is used.
+        write_json(recipe, tiny.document(target={"shape": {**tiny.LLAMA, "vocab_size": 50_257}}, corpus=corpus))
         command = [sys.executable, "-m", "inheritune_ds", "prepare", "--recipe", str(recipe)]
         command += ["--cache-dir", f"{cache}/cache", "--workers", str(workers)]
         watched = watch(command)
@@ -128,88 +133,48 @@ def watch(command: Sequence[str]) -> dict[str, Any]:
         SystemExit: The command fails.
     """
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
-    peaks = {"rss": 0, "pss": 0}
-    processes = 0
+    process = psutil.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
+    processes = rss = pss = 0
     while process.poll() is None:
-        members = _members(process.pid)
-        processes = max(processes, len(members))
-        for kind, held in _held(members).items():
-            peaks[kind] = max(peaks[kind], held)
+        held = _held(process)
+        processes = max(processes, len(held))
+        rss = max(rss, sum(info.rss for info in held))
+        pss = max(pss, sum(info.pss for info in held))
         time.sleep(SAMPLE_S)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
     return {
         "processes": processes,
         "seconds": time.perf_counter() - start,
-        "peak_rss_bytes": peaks["rss"],
-        "peak_pss_bytes": peaks["pss"],
+        "peak_rss_bytes": rss,
+        "peak_pss_bytes": pss,
     }
 
 
-def _recipe(paths: list[str], tokenizer: str) -> dict[str, Any]:
-    """A recipe with the files as its corpus; its other keys are not used."""
-    shape = {"model_type": "gpt2", "vocab_size": 50_257, "hidden_size": 8, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 1, "max_position_embeddings": 16, "tie_word_embeddings": True}
-    return {
-        "name": "books",
-        "description": "memory of prepare",
-        "target": {"shape": shape},
-        "corpus": {**corpus_of(paths).model_dump(mode="json"), "tokenizer": tokenizer},
-        "training": {"seq_len": 16, "global_batch_tokens": 16, "duration": "1 steps"},
-        "optimizer": {"lr": 1e-3},
-        "schedule": {"kind": "constant"},
-        "validation": {"interval_steps": 1},
-        "checkpoint": {"interval_steps": 1},
-    }
-
-
-def _members(session: int) -> list[int]:
-    """Processes of a session."""
+def _held(process: psutil.Process) -> list[Any]:
+    """Memory of a process and of all that it has started; what has just ended is left out."""
     found = []
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                fields = (path / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-            except OSError:  # it has ended
-                continue
-            if int(fields[3]) == session:
-                found.append(int(path.name))
+    with suppress(psutil.Error):
+        for member in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                found.append(member.memory_full_info())
     return found
-
-
-def _held(processes: Sequence[int]) -> dict[str, int]:
-    """Resident bytes of processes, RSS and PSS."""
-    held = {"rss": 0, "pss": 0}
-    for process in processes:
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            kind = line.partition(":")[0].lower()
-            if kind in held:
-                held[kind] += 1024 * int(line.split()[1])
-    return held
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write the JSON file; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenize", description=(__doc__ or "").splitlines()[0])
+    parser = command_line("tokenize", __doc__, rehearse="a toy: it tests this command, and measures nothing")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with corpora/books/*.jsonl.gz and tokenizers/gpt2")
     add("--rounds", type=int, default=6, help="turns of each subject (default: 6)")
     add("--sizes", type=int, nargs="*", default=[35, 250, 2000], help="MB of the corpora of the memory runs")
     add("--workers", type=int, default=2, help="workers of the memory runs (default: 2)")
-    add("--rehearse", action="store_true", help="a toy: it tests this command, and measures nothing")
-    add("--out", type=Path, help="JSON file (default: docs/results/tokenize.json; of a rehearsal: a temporary file)")
     args = parser.parse_args(arguments)
     if args.rehearse:
         args.rounds, args.sizes = 2, [8]
     figures = measure(args)
     print(*lines_of(figures), sep="\n", flush=True)
-    out = args.out or (Path(tempfile.mkdtemp()) if args.rehearse else RESULTS) / "tokenize.json"
-    write_result(out, {"rehearsal": args.rehearse, **figures})
+    record(args, {"rehearsal": args.rehearse, **figures})
     return 0 if args.rehearse or not missed(figures) else 1
 
 
@@ -227,19 +192,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for megabytes in args.sizes:
             held.append(memory(write_corpus(scratch, texts, megabytes * MEGABYTE), tokenizer, args.workers, scratch))
             print(f"  {megabytes:>5} MB: {held[-1]['peak_rss_bytes'] / MEGABYTE:,.0f} MB", flush=True)
-    ratios = {
-        comparison.name: [
-            own / other for own, other in zip(found[comparison.above], found[comparison.below], strict=True)
-        ]
-        for comparison in COMPARISONS
-    }
     return {
         "text_bytes": size,
         "documents": len(texts),
         "mb_per_s": {name: summary([rates]) for name, rates in found.items()},
         "ratios": {
-            comparison.name: {**(ratio := summary([ratios[comparison.name]])), "verdict": verdict(ratio, comparison)}
-            for comparison in COMPARISONS
+            compared.name: judged(compared, [ratios(found, compared.above, compared.below)]) for compared in COMPARISONS
         },
         "memory_bar_bytes": MEMORY_BAR_BYTES,
         "memory": held,
@@ -248,28 +206,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def missed(figures: dict[str, Any]) -> list[str]:
     """Names of the missed bars."""
-    ratios = [name for name, found in figures["ratios"].items() if found["verdict"] == "missed"]
+    missed_ratios = [name for name, found in figures["ratios"].items() if found["verdict"] == "missed"]
     sizes = [
         f"memory at {held['corpus_bytes'] / MEGABYTE:,.0f} MB"
         for held in figures["memory"]
         if held["peak_rss_bytes"] >= figures["memory_bar_bytes"]
     ]
-    return ratios + sizes
+    return missed_ratios + sizes
 
 
 def lines_of(figures: dict[str, Any]) -> list[str]:
     """The figures as tables."""
-    row = "{:<34}{:>10}  {:>18}  {}".format
-    lines = [row("", "median", "95 % interval", "")]
-    for name, found in (*figures["mb_per_s"].items(), *figures["ratios"].items()):
-        unit = "" if name in figures["ratios"] else " MB/s"
-        interval = "{:.2f} to {:.2f}".format(*found["interval_95"])
-        lines.append(row(name + unit, f"{found['median']:.2f}", interval, found.get("verdict", "")).rstrip())
+    speeds = [(f"{name} MB/s", found, ".2f") for name, found in figures["mb_per_s"].items()]
+    lines = table("", [*speeds, *((name, found, ".2f") for name, found in figures["ratios"].items())])
     row = "{:>12}{:>10}{:>12}{:>14}{:>14}".format
     lines.append(row("corpus, MB", "workers", "seconds", "peak RSS, MB", "peak PSS, MB"))
     for held in figures["memory"]:
-        sizes = (f"{held[key] / MEGABYTE:,.0f}" for key in ("corpus_bytes", "peak_rss_bytes", "peak_pss_bytes"))
-        size, rss, pss = sizes
+        keys = ("corpus_bytes", "peak_rss_bytes", "peak_pss_bytes")
+        size, rss, pss = (f"{held[key] / MEGABYTE:,.0f}" for key in keys)
         lines.append(row(size, held["workers"], f"{held['seconds']:,.0f}", rss, pss))
     return lines
 

@@ -23,10 +23,10 @@ MUTATIONS = [
         "return num_tokens // seq_len",
     ),
     Mutation(
-        "targets at the seams of windows would be skipped",
-        SHARDS,
-        "self.shards.read(ids * self.seq_len, ",
-        "self.shards.read(np.minimum(ids * (self.seq_len + 1), len(self.shards) - self.seq_len - 1), ",
+        "windows would overlap",
+        HELD_OUT,
+        "self._ids[numbers] * self.seq_len",
+        "self._ids[numbers] * (self.seq_len - 1)",
     ),
     Mutation(
         "a window over the end of a shard would lose a token",
@@ -38,8 +38,8 @@ MUTATIONS = [
     Mutation(
         "every epoch would have the same order",
         ORDER,
-        "self._states[sources] + epochs * _GOLDEN",
-        "self._states[sources] + np.zeros_like(epochs)",
+        "epochs.astype(np.uint64) * _GOLDEN",
+        "np.zeros_like(epochs, np.uint64)",
     ),
     Mutation(
         "a source that is added would reorder the others",

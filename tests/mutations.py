@@ -144,7 +144,7 @@ MUTATIONS = [
         GRAFTS,
         "words[self._number_at[name]] = str(place)",
         'words[self._number_at[name]] += ""',
-        "its_new_block_number",
+        "keeps_its_own_type",
     ),
     Mutation(
         "every preset would inherit everything",

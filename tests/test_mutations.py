@@ -63,7 +63,7 @@ def copy_to(folder: Path) -> Path:
     shutil.copytree(ROOT / "inheritune_ds", folder / "inheritune_ds", ignore=hidden)
     for tests in ("config", "data", "plan", "surgery", "training"):
         shutil.copytree(ROOT / "tests" / tests, folder / "tests" / tests, ignore=hidden)
-    for name in ("conftest", "hub_client", "hub_server", "launching", "warm_python"):
+    for name in ("conftest", "hub_client", "hub_server", "launching", "tiny", "warm_python"):
         shutil.copyfile(ROOT / f"tests/{name}.py", folder / f"tests/{name}.py")
     shutil.copyfile(ROOT / "setup.cfg", folder / "setup.cfg")
     (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")

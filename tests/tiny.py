@@ -66,46 +66,58 @@ def model(recipe: Recipe) -> Any:
     return AutoModelForCausalLM.from_config(build_config(recipe.target.shape))
 
 
-def engine(
+def resolve(
     recipe: Recipe,
     world: World,
     *,
     stage: int = 1,
     precision: str = "fp32",
     micro_batch: int = 2,
+    device: str = "cpu",
+    **keys: Any,
+) -> Any:
+    """The DeepSpeed config of `engine`, resolved."""
+    from inheritune_ds.config.deepspeed import Machine, resolve
+    from inheritune_ds.plan.shapes import target_shape
+
+    document = {
+        "zero_optimization": {"stage": stage, **keys.pop("zero_optimization", {})},
+        "bf16": {"enabled": precision == "bf16", **keys.pop("bf16", {})},
+        "train_micro_batch_size_per_gpu": micro_batch,
+        **keys,
+    }
+    machine = Machine("cpu" if device == "cpu" else "cuda", 8.0, bf16=True)
+    return resolve(document, recipe, origin="test", shape=target_shape(recipe), world_size=world.size, machine=machine)
+
+
+def engine(
+    recipe: Recipe,
+    world: World,
+    *,
+    precision: str = "fp32",
+    device: str = "cpu",
     packing: Any = None,
     fp16: Mapping[str, Any] = MappingProxyType({}),
     **keys: Any,
 ) -> Any:
-    """An engine for `model` on the CPU, in an existing process group.
+    """An engine for `model`, in an existing process group.
 
     Precision is fp32, bf16, or fp16, which the project refuses on a CPU. `fp16` and `keys` are blocks and keys of the
-    DeepSpeed config.
+    DeepSpeed config; `stage` and `micro_batch` stand for theirs.
     """
     import torch
 
-    from inheritune_ds.config.deepspeed import Machine, resolve
-    from inheritune_ds.plan.shapes import target_shape
     from inheritune_ds.training.engine import Engine
     from inheritune_ds.training.kernels import choose_kernels
 
-    document = {
-        "zero_optimization": {"stage": stage, **keys.pop("zero_optimization", {})},
-        "bf16": {"enabled": precision == "bf16"},
-        "train_micro_batch_size_per_gpu": micro_batch,
-        **keys,
-    }
-    machine = Machine("cpu", 8.0, bf16=True)
-    resolved = resolve(
-        document, recipe, origin="test", shape=target_shape(recipe), world_size=world.size, machine=machine
-    )
+    resolved = resolve(recipe, world, precision=precision, device=device, **keys)
     built = model(recipe)
     kernels, _ = choose_kernels(
         resolved.kernels,
         config=built.config,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
-        zero_stage=stage,
+        zero_stage=resolved.zero_stage,
         offload=resolved.offloads_optimizer,
         run_flops=None,
     )

@@ -1,21 +1,20 @@
 """Started by the part `faults`: skipped updates, in one process group.
 
-`python drive_faults.py OUT.json CASE[,CASE...]` under torchrun, a case being zero<stage>-<precision>-<accumulation>
-with `-offload` behind it where DeepSpeed's CPU Adam is to take the step. For each case one engine trains on good
-batches only, another one has a faulty step before each of them. Rank 0 writes {case: figures}; a broken promise is in
-`broken`, in words.
+`python drive_faults.py '{"cases": [CASE, ...]}' OUT.json` under torchrun, a case being
+zero<stage>-<precision>-<accumulation> with `-offload` behind it where DeepSpeed's CPU Adam is to take the step. For
+each case one engine trains on good batches only, another one has a faulty step before each of them. Rank 0 writes
+{case: figures}; a broken promise is in `broken`, in words.
 """
 
-import argparse
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
-from benchmarks.ranks import join_ranks
+from benchmarks.ranks import drive, gathered
+from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import CorpusError
 from tests import tiny
 
@@ -85,20 +84,12 @@ def state_sha256(engine: Any) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def spoiled_loss(engine: Any, value: float, *, here: bool) -> Iterator[None]:
+def spoiled_loss(engine: Any, value: float) -> Any:
     """The loss of a rank is a value, and so are its gradients."""
-    handle = engine.module.register_forward_hook(
-        lambda _module, _given, output: tuple(part * value for part in output) if here else None
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+    return engine.module.register_forward_hook(lambda _module, _given, output: tuple(part * value for part in output))
 
 
-@contextmanager
-def spoiled_gradient(engine: Any, value: float, *, here: bool) -> Iterator[None]:
+def spoiled_gradient(engine: Any, value: float) -> Any:
     """One element of one tensor's gradient is a value, on a rank."""
 
     def spoil(gradient: Any) -> Any:
@@ -106,31 +97,21 @@ def spoiled_gradient(engine: Any, value: float, *, here: bool) -> Iterator[None]
         changed.view(-1)[7] = value
         return changed
 
-    parameter = dict(engine.module.named_parameters())["model.layers.1.mlp.up_proj.weight"]
-    handle = parameter.register_hook(spoil) if here else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
+    return dict(engine.module.named_parameters())["model.layers.1.mlp.up_proj.weight"].register_hook(spoil)
 
 
-@contextmanager
-def spoiled_row(engine: Any, value: float, *, here: bool) -> Iterator[None]:  # noqa: ARG001 - the batch decides
-    """The embedding of MARKED has a value in it: whichever batch holds the token is spoiled."""
+def spoiled_row(engine: Any, value: float) -> Any:
+    """The embedding of MARKED has a value in it: a batch that holds the token is spoiled."""
     import torch
 
     def spoil(_module: Any, given: Any, output: Any) -> Any:
         return torch.where((given[0] == MARKED).unsqueeze(-1), value, output)
 
-    handle = engine.module.get_input_embeddings().register_forward_hook(spoil)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return engine.module.get_input_embeddings().register_forward_hook(spoil)
 
 
-Spoil = Callable[..., Any]
+Spoil = Callable[[Any, float], Any]
+"""Adds a hook to an engine; gives its handle, which removes it as a context manager."""
 FAULTS: list[tuple[str, Spoil | None, float, int]] = [
     ("NaN in the loss of rank 1", spoiled_loss, math.nan, 1),
     ("NaN in one gradient element of rank 1", spoiled_gradient, math.nan, 1),
@@ -161,7 +142,7 @@ def faulty_step(engine: Any, fault: tuple[str, Spoil | None, float, int], given:
         return None if result.applied else result.fault
     if spoil is spoiled_row and here:
         given[0][0, 3] = MARKED
-    with spoil(engine, value, here=here):
+    with spoil(engine, value) if here or spoil is spoiled_row else nullcontext():
         result = engine.train_step(given, lr=1e-3)
     return None if result.applied else result.fault
 
@@ -195,29 +176,17 @@ def run_case(case: str, world: Any) -> dict[str, Any]:
     return {"faults": len(FAULTS), "reasons": reasons, "broken": broken}
 
 
-def main() -> None:
-    """Run the cases asked for and write the result."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("cases")
-    args = parser.parse_args()
-    world = join_ranks()
-    import torch.distributed as dist
-
-    from inheritune_ds.distributed.process_group import leave_process_group
-
+def run(world: World, cases: list[str]) -> dict[str, Any]:
+    """Figures of the cases; all ranks call it."""
     results = {}
-    for case in args.cases.split(","):
-        ranks: list[Any] = [None] * world.size
-        dist.all_gather_object(ranks, run_case(case, world))
+    for case in cases:
+        ranks = gathered(world, run_case(case, world))
         broken = [f"rank {rank}: {line}" for rank, found in enumerate(ranks) for line in found["broken"]]
         if any(found["reasons"] != ranks[0]["reasons"] for found in ranks):
             broken.append("the ranks give different reasons")
         results[case] = {**ranks[0], "broken": broken}
-    if world.is_main:
-        args.out.write_text(json.dumps(results), encoding="utf-8")
-    leave_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    drive(run, *sys.argv[1:])

@@ -1,15 +1,15 @@
 """Launched by the campaign: real runs, one after the other, in one process group.
 
-`drive_runs.py RECIPE DS_CONFIG FOLDER OUT STEP [STEP ...] [--from NAME] [--then DS_CONFIG]`, under torchrun. For each
-step it makes the run folder FOLDER/runs/OUT-STEP as FOLDER/runs/NAME was after that step (0: none),
-resumes it to the end, under the other config if given, and each rank writes its observations to
-FOLDER/OUT.rankN.json.
+`drive_runs.py FOLDER ARGUMENTS`, under torchrun, with the arguments of `resumes.launch` as JSON. For each of `steps` it
+makes the run folder FOLDER/runs/OUT-STEP as FOLDER/runs/FIRST was after that step (0: none), resumes it to the end
+under the config `then`, and each rank writes its observations to FOLDER/OUT.rankN.json.
 """
 
-import argparse
 import gc
 import hashlib
+import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,15 +49,8 @@ def recorded_windows() -> Iterator[Windows]:
         yield read
 
 
-def main() -> None:
-    """Train the runs of the command line."""
-    parser = argparse.ArgumentParser()
-    for word in ("recipe", "ds_config", "folder", "out"):
-        parser.add_argument(word, type=Path)
-    parser.add_argument("steps", nargs="+", type=int)
-    parser.add_argument("--from", dest="first")
-    parser.add_argument("--then", type=Path)
-    args = parser.parse_args()
+def main(folder: Path, recipe: str, ds_config: str, out: str, steps: list[int], first: str, then: str) -> None:  # noqa: PLR0913, PLR0917
+    """Train the runs: the arguments are those of `resumes.launch`."""
     world = detect(os.environ)
     log_to_console(is_main=world.is_main)
     export(world, os.environ)
@@ -69,32 +62,31 @@ def main() -> None:
     from inheritune_ds.run.execute import execute
     from inheritune_ds.run.launch import Launch
 
-    runs = args.folder / "runs"
+    runs = folder / "runs"
     machine, stop = machine_for(None, world.local_size), StopSignal()
     meeting = Coordinator(world, stop)
 
-    def launched(ds_config: Path) -> Launch:
-        document = deepspeed_checks.read(ds_config)
+    def launched(config: str) -> Launch:
+        document = deepspeed_checks.read(Path(config))
         # One coordinator for all launches: two of one process would take each other's notes for theirs.
-        return Launch(document, str(ds_config), machine, world, stop, meeting, runs, args.folder / "cache")
+        return Launch(document, config, machine, world, stop, meeting, runs, folder / "cache")
 
-    recipe = load_recipe(str(args.recipe))
+    loaded = load_recipe(recipe)
     seen: dict[int, Seen] = {}
-    for step in args.steps:
-        name = f"{args.out}-{step}"
+    for step in steps:
+        name = f"{out}-{step}"
         if step:
-            meeting.run_on_rank0(partial(stopped_after, runs / args.first, runs / name, step))
+            meeting.run_on_rank0(partial(stopped_after, runs / first, runs / name, step))
         # DeepSpeed collects garbage a few times while it builds an engine, most of which was imported.
         gc.freeze()
         # The figures take longer than the training, and are drawn of the rows that are compared.
         with recorded_windows() as windows, patch("inheritune_ds.run.finish.write_run_report", lambda run: run):
-            ds_config = args.then if step and args.then else args.ds_config
-            named, launch = recipe.model_copy(update={"name": name}), launched(ds_config)
+            named, launch = loaded.model_copy(update={"name": name}), launched(then if step else ds_config)
             assert execute(named, launch.resolve(named), launch)
         seen[step] = {"rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), "windows": windows}
-    write_json(args.folder / f"{args.out}.rank{world.rank}.json", seen)
+    write_json(folder / f"{out}.rank{world.rank}.json", seen)
     leave_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from benchmarks.ranks import Case, build_engine, join_ranks
+from benchmarks.ranks import Case, build_engine, build_saver, join_ranks
 from inheritune_ds.checkpoints import store as checkpoint_store
 from inheritune_ds.checkpoints.store import CheckpointStore
-from inheritune_ds.checkpoints.train_state import SavedLayout, TrainState
+from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.console import log_to_console
 from inheritune_ds.errors import InherituneError
 from inheritune_ds.storage.files import write_exact
@@ -63,7 +63,8 @@ class Writers:
         self._append = SafetensorsWriter.append
         patch.object(saver, "write", self._fragments).start()
         patch.object(checkpoint_store, "write_exact", self._text).start()
-        patch.object(SafetensorsWriter, "append", self._half_way()).start()
+        half_way = self._half_way
+        patch.object(SafetensorsWriter, "append", lambda file, view: half_way(file, view)).start()  # noqa: PLW0108 - binds
 
     def arm(self, fault: Fault | None) -> None:
         """Name the fault of the next save."""
@@ -77,18 +78,15 @@ class Writers:
         self._half = self._hit(path)
         return self._write(tensors, path, needed_bytes=needed_bytes)
 
-    def _half_way(self) -> Callable[..., None]:
-        def append(file: SafetensorsWriter, view: memoryview) -> None:
-            fault = None
-            if file._stream.tell():  # noqa: SLF001 - a fault comes behind the header, in the middle of a tensor
-                fault, self._half = self._half, None
-            if fault is not None:
-                self._append(file, view[: len(view) // 2])
-                view = view[len(view) // 2 :]
-                fault.happen()
-            self._append(file, view)
-
-        return append
+    def _half_way(self, file: SafetensorsWriter, view: memoryview) -> None:
+        fault = None
+        if file._stream.tell():  # noqa: SLF001 - a fault comes behind the header, in the middle of a tensor
+            fault, self._half = self._half, None
+        if fault is not None:
+            self._append(file, view[: len(view) // 2])
+            view = view[len(view) // 2 :]
+            fault.happen()
+        self._append(file, view)
 
     def _text(self, path: Path, text: str) -> None:
         fault = self._hit(path)
@@ -120,17 +118,9 @@ def main(folder: Path, plan: dict[str, Any]) -> int:
     """Save as planned; the exit code."""
     world = join_ranks()
     log_to_console()
-    from inheritune_ds.checkpoints.saver import Saver
-    from inheritune_ds.config.reliability import Reliability
-
     engine, _ = build_engine(Case(stage=plan["stage"], hidden_size=32, blocks=2, vocab_size=300, seq_len=16), world)
-    checkpoints = Saver(
-        CheckpointStore(folder / "checkpoints", keep=1000),
-        layout=SavedLayout(world.size, plan["stage"], "bf16"),
-        world=world,
-        reliability=Reliability(async_save=plan["async"]),
-        fingerprints={},
-    )
+    store = CheckpointStore(folder / "checkpoints", keep=1000)
+    checkpoints = build_saver(world, store, stage=plan["stage"], async_save=plan["async"])
     writers = Writers(world.rank)
     answers = []
     try:

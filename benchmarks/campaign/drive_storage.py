@@ -1,14 +1,12 @@
 """Started by the part `storage`: saves of two ranks, each refused by the disk at another operation.
 
-`python drive_storage.py OUT.json FOLDER KIND[,KIND...] RANK STRIDE [--async]` under torchrun. A save of one rank is a
-row of operations: folders and files that are made, writes, flushes, renames. In trial N the disk refuses from the N-th
-of RANK on, or only there (EIO); every STRIDE-th is tried, the first and the last always. Trials take turns between the
-policies `continue` and `stop`. Rank 0 writes figures; a broken promise is in `broken`, in words.
+`python drive_storage.py ARGUMENTS OUT.json` under torchrun, with the arguments of `run` as JSON. A save of one rank is
+a row of operations: folders and files that are made, writes, flushes, renames. In trial N the disk refuses from the
+N-th of rank `where` on, or only there (EIO); every `stride`-th is tried, the first and the last always. Trials take
+turns between the policies `continue` and `stop`. Rank 0 writes figures; a broken promise is in `broken`, in words.
 """
 
-import argparse
 import errno
-import json
 import os
 import resource
 import subprocess
@@ -20,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign.drive_faults import batches, build, state_sha256
-from benchmarks.campaign.launching import attach_log
-from benchmarks.ranks import join_ranks
+from benchmarks.campaign.launching import logged
+from benchmarks.ranks import build_saver, drive, gathered
 from inheritune_ds.checkpoints.manifest import Checkpoint, examine, find_fault, published, step_of
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.distributed.world import World
@@ -130,24 +128,14 @@ def fill(path: Path) -> None:
 class Trials:
     """Saves of one engine, refused one after the other."""
 
-    def __init__(self, world: World, folder: Path, where: int, *, async_save: bool) -> None:
-        from inheritune_ds.checkpoints.saver import Saver
-        from inheritune_ds.checkpoints.train_state import SavedLayout
-        from inheritune_ds.config.reliability import Reliability
-
+    def __init__(self, world: World, folder: Path, said: list[str], *, where: int, async_save: bool) -> None:
         self._world, self._where, self._kind = world, where, ""
         self._store = CheckpointStore(folder / "checkpoints", keep=1)
         self._store.folder.mkdir(parents=True, exist_ok=True)
-        self._said = attach_log()
+        self._said = said
+        how: dict[str, Any] = {"precision": "fp32", "async_save": async_save}
         self._by_policy = {
-            policy: Saver(
-                self._store,
-                layout=SavedLayout(world.size, 1, "fp32"),
-                world=world,
-                reliability=Reliability(async_save=async_save, on_save_error=policy),
-                fingerprints={},
-            )
-            for policy in ("continue", "stop")
+            policy: build_saver(world, self._store, on_save_error=policy, **how) for policy in ("continue", "stop")
         }
         self._engine = build(CASE, world)
         self._disk = Disk(folder)
@@ -161,7 +149,7 @@ class Trials:
         """Every `stride`-th operation of a save, refused in every way."""
         self._save("continue", 0)  # the first save creates folders
         _, operations = self._save("continue", 0)
-        operations = self._gathered(operations)[self._where]
+        operations = gathered(self._world, operations)[self._where]
         self.figures["operations"] = operations
         for self._kind in kinds:
             before = self.figures["trials"]
@@ -175,12 +163,9 @@ class Trials:
             self._look_for_leftovers("the next launch")
         self._engine.close()
 
-    def _gathered(self, value: Any) -> list[Any]:
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self._world.size
-        dist.all_gather_object(values, value)
-        return values
+    def _check(self, number: int, *, kept: bool, problem: str) -> None:
+        if not kept:
+            self.broken.append(f"{self._kind} at operation {number}: {problem}")
 
     def _save(self, policy: str, refused: int) -> tuple[bool, int]:
         """Train a step and save it: whether it was published, and this rank's operations."""
@@ -197,14 +182,11 @@ class Trials:
             except StorageError as error:
                 self._said.append(error.problem)
                 saved = False
-                if policy == "continue":
-                    self.broken.append(
-                        f"{self._kind} at operation {refused}: the policy was continue, and the run ended"
-                    )
+                self._check(refused, kept=policy == "stop", problem="the policy was continue, and the run ended")
             else:
-                if not saved and policy == "stop":
-                    self.broken.append(f"{self._kind} at operation {refused}: the policy was stop, and the run went on")
-            self._gathered(saved)  # the disk is mended when every rank has met the refusal
+                kept = saved or policy == "continue"
+                self._check(refused, kept=kept, problem="the policy was stop, and the run went on")
+            gathered(self._world, saved)  # the disk is mended when every rank has met the refusal
         return saved, self._disk.count
 
     def _trial(self, number: int) -> None:
@@ -212,23 +194,19 @@ class Trials:
         self._said.clear()
         policy = "stop" if number % 2 else "continue"
         saved, _ = self._save(policy, number)
-        answers = self._gathered(saved)
+        answers = gathered(self._world, saved)
         self.figures["trials"] += 1
-        self.figures["busy"] += any(self._gathered(self._disk.busy))
+        self.figures["busy"] += any(gathered(self._world, self._disk.busy))
         self.figures["published" if saved else "refused"] += 1
-        if len(set(answers)) != 1:
-            self.broken.append(
-                f"{self._kind} at operation {number}: the ranks disagree whether it was saved: {answers}"
-            )
-        newest = self._gathered(self._look(number, before, saved=saved))[0]
+        alike = len(set(answers)) == 1
+        self._check(number, kept=alike, problem=f"the ranks disagree whether it was saved: {answers}")
+        newest = gathered(self._world, self._look(number, before, saved=saved))[0]
         self._load(number, newest)
         again, _ = self._save("continue", 0)
-        if not again:
-            self.broken.append(f"{self._kind} at operation {number}: the next save has failed: {self._said}")
-        if self._world.is_main and [step_of(path) for path in published(self._store.folder)] != [self._step]:
-            self.broken.append(
-                f"{self._kind} at operation {number}: the next save did not take the place of the older ones"
-            )
+        self._check(number, kept=again, problem=f"the next save has failed: {self._said}")
+        if self._world.is_main:
+            alone = [step_of(path) for path in published(self._store.folder)] == [self._step]
+            self._check(number, kept=alone, problem="the next save did not take the place of the older ones")
 
     def _look(self, number: int, before: int, *, saved: bool) -> int:
         """Check the folder after a refusal, on rank 0; returns the step of the newest verified checkpoint."""
@@ -239,19 +217,16 @@ class Trials:
         assert newest is not None
         # A renamed checkpoint counts, even if the pointer could not be written.
         steps = {self._step} if saved else {before, self._step}
-        if newest.state.step not in steps:
-            self.broken.append(
-                f"{self._kind} at operation {number}: {newest.path.name} is the newest, not one of {sorted(steps)}"
-            )
-        if faults := [fault for path in published(self._store.folder) if (fault := find_fault(path)) is not None]:
-            self.broken.append(f"{self._kind} at operation {number}: damaged ones are published: {faults}")
+        among = newest.state.step in steps
+        self._check(number, kept=among, problem=f"{newest.path.name} is the newest, not one of {sorted(steps)}")
+        faults = [fault for path in published(self._store.folder) if (fault := find_fault(path)) is not None]
+        self._check(number, kept=not faults, problem=f"damaged ones are published: {faults}")
         if self._kind != "EROFS":  # from a read-only disk nothing can be removed before the next launch
             self._look_for_leftovers(f"{self._kind} at operation {number}")
         if not saved:
-            if str(self._store.folder) not in line:
-                self.broken.append(f"{self._kind} at operation {number}: no path in {line!r}")
-            if self._kind in ("ENOSPC", "EFBIG") and " bytes" not in line:
-                self.broken.append(f"{self._kind} at operation {number}: the bytes needed are not in {line!r}")
+            self._check(number, kept=str(self._store.folder) in line, problem=f"no path in {line!r}")
+            needed = self._kind not in ("ENOSPC", "EFBIG") or " bytes" in line
+            self._check(number, kept=needed, problem=f"the bytes needed are not in {line!r}")
         return newest.state.step
 
     def _look_for_leftovers(self, when: str) -> None:
@@ -262,34 +237,18 @@ class Trials:
         checkpoint = examine(self._store.folder / f"step-{step:08d}")
         assert isinstance(checkpoint, Checkpoint), checkpoint
         self._by_policy["continue"].load(self._engine, checkpoint)
-        if state_sha256(self._engine) != self._states[step]:
-            self.broken.append(f"{self._kind} at operation {number}: step {step} does not load as it was saved")
+        same = state_sha256(self._engine) == self._states[step]
+        self._check(number, kept=same, problem=f"step {step} does not load as it was saved")
 
 
-def main() -> None:
-    """Run the trials and write the result."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("kinds", help="of ENOSPC, EFBIG, EIO and EROFS")
-    parser.add_argument("rank", type=int)
-    parser.add_argument("stride", type=int)
-    parser.add_argument("--async", action="store_true", dest="async_save")
-    args = parser.parse_args()
-    world = join_ranks()
-    import torch.distributed as dist
-
-    from inheritune_ds.distributed.process_group import leave_process_group
-
-    trials = Trials(world, args.folder, args.rank, async_save=args.async_save)
-    trials.run(args.kinds.split(","), args.stride)
-    broken: list[Any] = [None] * world.size
-    dist.all_gather_object(broken, trials.broken)
-    if world.is_main:
-        named = [f"rank {rank}: {line}" for rank, lines in enumerate(broken) for line in lines]
-        args.out.write_text(json.dumps({**trials.figures, "broken": named}), encoding="utf-8")
-    leave_process_group()
+def run(world: World, folder: str, kinds: list[str], stride: int, **options: Any) -> dict[str, Any]:
+    """Figures of the trials, whose options are those of Trials; all ranks call it."""
+    with logged() as said:
+        trials = Trials(world, Path(folder), said, **options)
+        trials.run(kinds, stride)
+    broken = gathered(world, trials.broken)
+    return {**trials.figures, "broken": [f"rank {rank}: {line}" for rank, lines in enumerate(broken) for line in lines]}
 
 
 if __name__ == "__main__":
-    main()
+    drive(run, *sys.argv[1:])

@@ -11,9 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign.launching import SHAPE, rows, write_ds_config, write_recipe
+from benchmarks.campaign.launching import SHAPE, write_ds_config, write_recipe
 from benchmarks.campaign.part import Cases, Figures, Part
 from benchmarks.campaign.resumes import KEEPS_ALL, NAME, STEPS, Precision, Seen, differences, launch, windows_of
+from inheritune_ds.tracking.metrics import read_metrics
 
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-6, "bf16": 5e-4}
 """Relative to the loss of the straight run."""
@@ -32,23 +33,26 @@ def _sizes(folder: Path, *, precision: Precision, sizes: Sequence[int], stage: i
         names.append(f"part{number}-{stop}")
         _same_windows(straight, seen, stop)
         worst = max(worst, _loss_error(folder, names[-1], stop))
-    assert worst <= TOLERANCE[precision], f"losses differ by {worst:.1e}, more than {TOLERANCE[precision]:.0e}"
-    return {"precision": precision, "sizes": list(sizes), "loss_error": worst}
+    return {"sizes": list(sizes), **_judged(precision, worst)}
 
 
 def _stages(folder: Path, *, precision: Precision, keys: Sequence[Mapping[str, Any]]) -> Figures:
     """Train under one block of ZeRO settings without a stop, and from its middle on under another."""
     recipe = _recipe(folder)
     configs = [
-        write_ds_config(_made(folder / str(number)), precision=precision, zero_optimization=dict(block))
+        write_ds_config(folder, f"ds-{number}", precision=precision, zero_optimization=dict(block))
         for number, block in enumerate(keys)
     ]
     stop = STEPS // 2
     seen = launch(folder, recipe, configs[0], ranks=2, out="run", first="run-0", steps=(0, stop), then=configs[1])
     _same_windows(seen, seen, stop)
     worst = _loss_error(folder, f"run-{stop}", stop)
+    return {"stages": [block["stage"] for block in keys], **_judged(precision, worst)}
+
+
+def _judged(precision: Precision, worst: float) -> Figures:
     assert worst <= TOLERANCE[precision], f"losses differ by {worst:.1e}, more than {TOLERANCE[precision]:.0e}"
-    return {"precision": precision, "stages": [block["stage"] for block in keys], "loss_error": worst}
+    return {"precision": precision, "loss_error": worst}
 
 
 def _same_size(folder: Path, *, stage: int) -> Figures:
@@ -63,11 +67,6 @@ def _same_size(folder: Path, *, stage: int) -> Figures:
 
 def _recipe(folder: Path) -> Path:
     return write_recipe(folder, NAME, checkpoint=KEEPS_ALL, target={"shape": SHAPE})
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 def _same_windows(straight: list[dict[str, Seen]], seen: list[dict[str, Seen]], stop: int) -> None:
@@ -86,7 +85,8 @@ def _loss_error(folder: Path, name: str, stop: int) -> float:
 
 
 def _losses(run: Path) -> dict[tuple[int, str], float]:
-    return {(row["step"], key): row[key] for row in rows(run) for key in ("train/loss", "val/loss") if key in row}
+    rows = read_metrics(run)
+    return {(row["step"], key): row[key] for row in rows for key in ("train/loss", "val/loss") if key in row}
 
 
 def _cases() -> Cases:

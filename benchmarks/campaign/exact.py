@@ -1,13 +1,13 @@
 """Point 1: resuming after any step is bitwise identical to the uninterrupted run."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from benchmarks.campaign.launching import numerics, write_ds_config, write_recipe
-from benchmarks.campaign.part import Cases, Figures, Part
+from benchmarks.campaign.launching import write_ds_config, write_recipe
+from benchmarks.campaign.part import Cases, Figures, Part, totals
 from benchmarks.campaign.resumes import KEEPS_ALL, NAME, STEPS, Precision, Seen, differences, launch
+from tests.launching import numerics
 
 RANKS = 2
 _MICRO_BATCH = {1: 8, 4: 2}
@@ -57,15 +57,11 @@ _CASES: Cases = {
 }
 
 
-def _summary(figures: list[Figures]) -> Mapping[str, Any]:
-    return {key: sum(case[key] for case in figures) for key in ("stop_points", "logged_values")}
-
-
 PART = Part(
     name="exact",
     point=1,
     promise="Resuming after any step is bitwise identical to the uninterrupted run",
     cases={**_CASES, "zero1-bf16-accumulation4-after-7": _compare_one},
     short=("zero1-bf16-accumulation4-after-7",),
-    summary=_summary,
+    summary=totals("stop_points", "logged_values"),
 )

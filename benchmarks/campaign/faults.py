@@ -1,7 +1,7 @@
 """Point 8: invalid numbers: the update is skipped, several roll the run back, spikes are separated from noise.
 
 In process groups of two ranks (drive_faults.py): for each ZeRO stage, precision, accumulation and offload, seven
-faults, each in between two good steps. Through the whole program (drive_rollback.py): rollback, and its end. And the
+faults, each in between two good steps. Through the whole program (drive_train.py): rollback, and its end. And the
 spike rule on simulated runs (spikes.py), 10,000 steps each.
 """
 
@@ -12,44 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign import spikes
-from benchmarks.campaign.launching import (
-    arguments,
-    numerics,
-    run_to_end,
-    status,
-    weights_sha256,
-    write_ds_config,
-    write_recipe,
-)
+from benchmarks.campaign.launching import TROUBLED, TinyRun, run_to_end, status, weights_sha256
 from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.errors import TrainingError
+from inheritune_ds.storage.files import read_json
+from tests.launching import numerics
 
-RANKS, SEEDS = 2, 10
+SEEDS = 10
 STAGES = ("zero1", "zero2", "zero3")
 LEAST_CAUGHT, MOST_FALSE = 0.99, 0.001
-DRIVE, ROLLBACK = "benchmarks/campaign/drive_faults.py", "benchmarks/campaign/drive_rollback.py"
-LAUNCH: dict[str, Any] = {
-    "launcher": "torchrun",
-    "ranks": RANKS,
-}
+DRIVE = "benchmarks/campaign/drive_faults.py"
 POLICY = {"rollback_after": 3, "max_rollbacks": 2}
 
 
 def _left_out(folder: Path, settings: tuple[str, ...]) -> Figures:
     """All faults under several settings, in one launch."""
     out = folder / "found.json"
-    run_to_end(folder, str(out), ",".join(settings), script=DRIVE, **LAUNCH)
-    found = json.loads(out.read_text(encoding="utf-8"))
+    run_to_end(folder, json.dumps({"cases": settings}), str(out), script=DRIVE, launcher="torchrun")
+    found = read_json(out)
     broken = [f"{setting}: {line}" for setting in settings for line in found[setting]["broken"]]
     assert not broken, "\n".join(broken[:20])
     return {"left_out": sum(found[setting]["faults"] for setting in settings), "settings": len(settings)}
 
 
-def _run(folder: Path, name: str, bad: str, removed: str, *, expect: int = 0) -> tuple[Path, str]:
-    recipe = write_recipe(folder, name, faults=POLICY)
-    words = arguments(recipe, write_ds_config(folder), folder)
-    output = run_to_end(folder, bad, removed, *words, script=ROLLBACK, expect=expect, **LAUNCH)
-    return folder / "runs" / name, output
+def _run(folder: Path, name: str, bad: str, removed: str = "0:0", *, expect: int = 0) -> tuple[Path, str]:
+    tiny = TinyRun(folder, "torchrun", name=name, faults=POLICY)
+    return tiny.path, tiny.to_end(expect=expect, script=TROUBLED, TROUBLE=f"spoil:{bad}:{removed}")
 
 
 def _trained(run: Path) -> list[dict[str, Any]]:
@@ -60,7 +48,7 @@ def _trained(run: Path) -> list[dict[str, Any]]:
 
 def _one_update(folder: Path) -> Figures:
     """A batch that spoils the loss of one rank: one line, one count, and the run continues."""
-    run, output = _run(folder, "one", "5", "none")
+    run, output = _run(folder, "one", "5")
     lines = [line for line in output.splitlines() if "update skipped" in line]
     assert len(lines) == 1, output[-4000:]
     assert lines[0].endswith("step 6: update skipped: the loss is nan"), lines
@@ -72,7 +60,7 @@ def _one_update(folder: Path) -> Figures:
 
 def _rollback(folder: Path) -> Figures:
     """Three bad batches: the run then equals one without them in its data."""
-    run, output = _run(folder, "bad", "5,6,7", "none")
+    run, output = _run(folder, "bad", "5,6,7")
     without, _ = _run(folder, "without", "none", "5:8")
     assert sum("rollback 1 of 2" in line for line in output.splitlines()) == 1, output[-4000:]
     assert output.count("update skipped") == 3, output[-4000:]
@@ -83,7 +71,7 @@ def _rollback(folder: Path) -> Figures:
 
 def _rollbacks_used_up(folder: Path) -> Figures:
     """Bad batches without end: two rollbacks, then the run fails with its exit code."""
-    run, output = _run(folder, "endless", "5+", "none", expect=1)  # torchrun's own; each rank left with 11
+    run, output = _run(folder, "endless", "5+", expect=1)  # torchrun's own; each rank left with 11
     rollbacks = [number for number in (1, 2, 3) if f"rollback {number} of 2" in output]
     assert rollbacks == [1, 2], output[-4000:]
     assert output.count("update skipped") == 9, output[-4000:]

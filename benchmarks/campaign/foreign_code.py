@@ -8,21 +8,22 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.campaign.launching import SHAPE, arguments, run_to_end, write_ds_config, write_recipe
+from benchmarks.campaign.launching import SHAPE, TinyRun, arguments, write_ds_config, write_recipe
 from benchmarks.campaign.part import Cases, Figures
+from benchmarks.ranks import random_model
 from inheritune_ds.checkpoints.manifest import MANIFEST, manifest_text, published, read_manifest
+from inheritune_ds.config.model import Shape
 from inheritune_ds.storage.files import blake3_file
 
 SHORT = ("pickle-model", "pickle-tokenizer", "code-of-a-repository", "switches")
 SWITCHES = ("TRUST_REMOTE_CODE", "HF_TRUST_REMOTE_CODE", "HF_HUB_TRUST_REMOTE_CODE", "HF_DATASETS_TRUST_REMOTE_CODE")
 """Variables that some libraries read, or once read."""
-_MODULE = "import os\nos.mkdir({canary!r})\n"
 
 
 class Evil:
@@ -63,20 +64,21 @@ def command(*words: str) -> tuple[int, str]:
 
 def write_model(folder: Path) -> Path:
     """A tiny model as `save_pretrained` writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    values = {key: value for key, value in SHAPE.items() if key != "model_type"}
-    LlamaForCausalLM(LlamaConfig(**values)).save_pretrained(folder)
+    random_model(Shape.model_validate(SHAPE)).save_pretrained(folder)
     return folder
 
 
-@contextmanager
-def _trial(canary: Path, code: int, words: list[str]) -> Iterator[None]:
-    """Run a command after the body; it must exit with `code` and leave no canary."""
-    yield
+def check_harmless(canary: Path, code: int, words: list[str]) -> None:
+    """Run a command, which must exit with `code` and leave no canary."""
     ended, output = command(*words)
     assert not canary.exists(), f"code was run by {words}\n{output}"
     assert ended == code, f"exit code {ended}, not {code}\n{output}"
+
+
+def _inherit(model: Path) -> list[str]:
+    """Arguments that cut a model."""
+    output = str(model.with_name(f"out-of-{model.name}"))
+    return ["inherit", "--reference", str(model), "--select", "first:1", "--output", output]
 
 
 def pickled_models(folder: Path) -> Figures:
@@ -94,13 +96,12 @@ def pickled_models(folder: Path) -> Figures:
     ]
     for number, (name, code, write) in enumerate(trials):
         trial = Path(shutil.copytree(model, folder / f"model-{number}"))
-        words = ["inherit", "--reference", str(trial), "--select", "first:1", "--output", str(folder / f"out-{number}")]
-        with _trial(canary, code, words):
-            if code:
-                (trial / "model.safetensors").unlink()
-            if "-of-" in name:
-                (trial / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
-            write(trial / name, canary)
+        if code:
+            (trial / "model.safetensors").unlink()
+        if "-of-" in name:
+            (trial / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
+        write(trial / name, canary)
+        check_harmless(canary, code, _inherit(trial))
     return {"foreign_files": len(trials), "canaries_made": 0}
 
 
@@ -109,13 +110,11 @@ def pickled_tokenizers(folder: Path) -> Figures:
     canary = folder / "canary"
     trials = (["tokenizer.json"], ["tokenizer.model"], ["vocab.json", "merges.txt"], ["vocab.pkl", "vocab.bin"])
     for number, names in enumerate(trials):
-        tokenizer = folder / f"tokenizer-{number}"
-        tokenizer.mkdir()
-        place = folder / f"trial-{number}"
-        place.mkdir()
-        with _trial(canary, 6, _prepare(place, tokenizer)):
-            for name in names:
-                evil_pickle(tokenizer / name, canary)
+        tokenizer = folder / f"trial-{number}" / "tokenizer"
+        tokenizer.mkdir(parents=True)
+        for name in names:
+            evil_pickle(tokenizer / name, canary)
+        check_harmless(canary, 6, _prepare(tokenizer.parent, tokenizer))
     return {"foreign_files": sum(map(len, trials)), "canaries_made": 0}
 
 
@@ -129,23 +128,22 @@ def _prepare(folder: Path, tokenizer: Path) -> list[str]:
 def repository_code(folder: Path) -> Figures:
     """Models and tokenizers that bring code of their own: known kinds are loaded by the library's, others refused."""
     canary, model = folder / "canary", write_model(folder / "model")
-    module = _MODULE.format(canary=str(canary))
+    module = f"import os\nos.mkdir({str(canary)!r})\n"
     auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     for number, (kind, code) in enumerate([("llama", 0), ("own", 9)]):
         trial = Path(shutil.copytree(model, folder / f"model-{number}"))
-        words = ["inherit", "--reference", str(trial), "--select", "first:1", "--output", str(folder / f"out-{number}")]
-        with _trial(canary, code, words):
-            described = json.loads((trial / "config.json").read_text(encoding="utf-8"))
-            changed = {**described, "model_type": kind, "auto_map": auto}
-            (trial / "config.json").write_text(json.dumps(changed), encoding="utf-8")
-            (trial / "own.py").write_text(module, encoding="utf-8")
+        described = json.loads((trial / "config.json").read_text(encoding="utf-8"))
+        changed = {**described, "model_type": kind, "auto_map": auto}
+        (trial / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+        (trial / "own.py").write_text(module, encoding="utf-8")
+        check_harmless(canary, code, _inherit(trial))
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
-    with _trial(canary, 6, _prepare(folder, tokenizer)):
-        named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
-        for name, content in (("tokenizer_config.json", json.dumps(named)), ("own.py", module), ("vocab.json", "{}")):
-            (tokenizer / name).write_text(content, encoding="utf-8")
-        (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    for name, content in (("tokenizer_config.json", json.dumps(named)), ("own.py", module), ("vocab.json", "{}")):
+        (tokenizer / name).write_text(content, encoding="utf-8")
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    check_harmless(canary, 6, _prepare(folder, tokenizer))
     return {"foreign_files": 3, "canaries_made": 0}
 
 
@@ -176,7 +174,7 @@ def pickled_token_shard(folder: Path) -> Figures:
     shards = sorted((folder / "cache").rglob("*.bin"))
     for shard in shards:
         evil_pickle(shard, canary)
-    output = run_to_end(folder, *arguments(recipe, write_ds_config(folder), folder))
+    output = TinyRun(folder).to_end()
     assert not canary.exists(), output[-3000:]
     assert "are damaged; they are remade" in output, output[-3000:]
     return {"foreign_files": len(shards), "canaries_made": 0}
@@ -184,20 +182,19 @@ def pickled_token_shard(folder: Path) -> Figures:
 
 def pickled_checkpoint(folder: Path) -> Figures:
     """Pickle with code in it in place of fragments, under their manifest and under a forged one, at two stages."""
-    canary = folder / "canary"
-    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
-    run_to_end(folder, *words)
-    run = folder / "runs" / "tiny"
-    shutil.rmtree(run / "export")  # so that the run is not finished
-    shards = [path for checkpoint in published(run / "checkpoints") for path in checkpoint.glob("rank-*.safetensors")]
+    canary, tiny = folder / "canary", TinyRun(folder)
+    tiny.to_end()
+    shutil.rmtree(tiny.path / "export")  # so that the run is not finished
+    checkpoints = list(published(tiny.path / "checkpoints"))
+    shards = [path for checkpoint in checkpoints for path in checkpoint.glob("rank-*.safetensors")]
     for shard in shards:
         evil_zip(shard, canary)
-    outputs = [run_to_end(folder, *words, expect=4)]
-    for checkpoint in published(run / "checkpoints"):
+    outputs = [tiny.to_end(expect=4)]
+    for checkpoint in checkpoints:
         _forge(checkpoint)
-    outputs.append(run_to_end(folder, *words, expect=4))
+    outputs.append(tiny.to_end(expect=4))
     write_ds_config(folder, stage=2)
-    outputs.append(run_to_end(folder, *words, expect=4))
+    outputs.append(tiny.to_end(expect=4))
     assert not canary.exists(), "\n".join(outputs)[-6000:]
     return {"foreign_files": len(shards) * len(outputs), "canaries_made": 0}
 

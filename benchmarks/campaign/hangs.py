@@ -4,24 +4,14 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.campaign.launching import (
-    Launcher,
-    arguments,
-    rows,
-    run_to_end,
-    started,
-    status,
-    write_ds_config,
-    write_recipe,
-)
+from benchmarks.campaign.launching import RANKS, TROUBLED, Launcher, TinyRun, status
 from benchmarks.campaign.part import Figures, Part
 from inheritune_ds.errors import HangError
+from inheritune_ds.tracking.metrics import read_metrics
 
 LIMIT_S = 6.0
 MARGIN_S = 10.0
-DRIVER = "benchmarks/campaign/drive_hangs.py"
 STEPS, INTERVAL = 12, 4
 """Of the tiny recipe: steps, and those from one checkpoint to the next."""
 EXPECTED = {
@@ -49,14 +39,9 @@ class Hang:
     rank: int = 0
 
     @property
-    def ranks(self) -> int:
-        """One under python alone, else two."""
-        return 1 if self.launcher == "python" else 2
-
-    @property
     def name(self) -> str:
         """Name of the case."""
-        return f"{self.place}_{self.launcher}" + (f"_rank{self.rank}" if self.ranks > 1 else "")
+        return f"{self.place}_{self.launcher}" + (f"_rank{self.rank}" if RANKS[self.launcher] > 1 else "")
 
 
 HANGS = (
@@ -85,22 +70,18 @@ HANGS = (
 def run(hang: Hang, folder: Path) -> Figures:
     """Launch, wait for the sleep and the end, check the end; then rerun the same command."""
     _, limit, step = EXPECTED[hang.place]
-    recipe = write_recipe(folder)
-    ds_config = write_ds_config(folder, reliability={"watchdog_s": {limit: LIMIT_S}})
-    words = arguments(recipe, ds_config, folder)
-    how: dict[str, Any] = {"launcher": hang.launcher, "ranks": hang.ranks}
-    if hang.place.startswith("wandb"):
-        how["WANDB_MODE"] = "offline"
-    with started(folder, *words, script=DRIVER, HANG=f"{hang.place}:{hang.rank}", **how) as launched:
+    tiny = TinyRun(folder, hang.launcher, config={"reliability": {"watchdog_s": {limit: LIMIT_S}}})
+    tracker = {"WANDB_MODE": "offline"} if hang.place.startswith("wandb") else {}
+    with tiny.started(script=TROUBLED, TROUBLE=f"hang:{hang.place}:{hang.rank}", **tracker) as launched:
         launched.wait_for((folder / "hung").exists)
         code = launched.wait(LIMIT_S + 60.0)
         seconds = time.time() - float((folder / "hung").read_text(encoding="utf-8"))
         assert (left := launched.orphans()) == [], f"processes stay: {left}"
-        _check_end(hang, launched.output()[-6000:], folder / "runs/tiny", code)
+        _check_end(hang, launched.output()[-6000:], tiny.path, code)
     assert seconds < LIMIT_S + MARGIN_S, f"it took {seconds:.1f} s to end"
-    resumed = run_to_end(folder, *words, **how)
-    assert status(folder / "runs/tiny")["state"] == "finished"
-    steps = [row["step"] for row in rows(folder / "runs/tiny") if "train/loss" in row]
+    resumed = tiny.to_end(**tracker)
+    assert status(tiny.path)["state"] == "finished"
+    steps = [row["step"] for row in read_metrics(tiny.path) if "train/loss" in row]
     assert steps == list(range(1, STEPS + 1)), f"steps of metrics.jsonl: {steps}"
     saved = STEPS if limit == "finish" else max(step - 1, 0) // INTERVAL * INTERVAL
     as_expected = f"(step {saved}," in resumed if saved else "resumed from" not in resumed
@@ -121,7 +102,7 @@ def _check_end(hang: Hang, output: str, run_folder: Path, code: int) -> None:
     assert (left["state"], left["exit_code"]) == ("failed", HangError.exit_code), f"{left}\n{output}"
     # A rank that waits for the sleeping one exceeds its limit at the same time, and may report first.
     assert left["reason"].startswith("hang in "), left
-    for rank in range(hang.ranks):
+    for rank in range(RANKS[hang.launcher]):
         (path,) = (run_folder / "logs").glob(f"hang-*-rank-{rank:05d}.txt")
         stacks = path.read_text(encoding="utf-8")
         assert "most recent call first" in stacks, stacks

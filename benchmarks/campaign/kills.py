@@ -14,25 +14,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.campaign.launching import (
-    Launched,
-    arguments,
-    last_step,
-    numerics,
-    run_to_end,
-    started,
-    status,
-    weights_sha256,
-    write_ds_config,
-    write_recipe,
-)
+from benchmarks.campaign.launching import Launched, TinyRun, last_step, status, weights_sha256
 from benchmarks.campaign.part import Cases, Figures, Part
+from benchmarks.launch import kill as kill_group
 from inheritune_ds.checkpoints.manifest import find_fault, published, step_of
+from tests.launching import numerics
 
 INTERVAL = 4
 """Steps between checkpoints."""
@@ -86,62 +77,41 @@ def draw_kills(seed: int, kinds: Sequence[Kind]) -> list[Kill]:
     return kills
 
 
-def words_of(folder: Path, steps: int, *, asynchronous: bool) -> list[str]:
-    """The command of a chain, the same at every launch."""
-    recipe = write_recipe(
+def tiny_run(folder: Path, steps: int, *, asynchronous: bool) -> TinyRun:
+    """The run of a chain: the same command at every launch."""
+    return TinyRun(
         folder,
+        "deepspeed",
+        config={"reliability": {"async_save": asynchronous}},
         training={"seq_len": 32, "global_batch_tokens": 512, "duration": f"{steps} steps"},
         validation={"interval_steps": steps // 2, "max_tokens": 512},
         checkpoint={"interval_steps": INTERVAL},
     )
-    config = write_ds_config(folder, reliability={"async_save": asynchronous})
-    return arguments(recipe, config, folder)
 
 
 @cache
 def undisturbed(steps: int) -> tuple[str, list[dict[str, Any]]]:
     """sha256 of the weights and numbers of the run that was left in peace; both ways of saving give the same."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run_to_end(folder, *words_of(folder, steps, asynchronous=False), launcher="deepspeed", ranks=2)
-        run = folder / "runs" / "tiny"
-        return weights_sha256(run), numerics(run)
+        tiny = tiny_run(Path(name), steps, asynchronous=False)
+        tiny.to_end()
+        return weights_sha256(tiny.path), numerics(tiny.path)
 
 
-@dataclass
-class Blow:
-    """Observations after a kill.
+def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous: bool) -> Figures | None:
+    """Wait for the instant and kill; None if the run ended before. `kept` is the checkpoint that it went on from.
 
-    Attributes:
-        in_save: Whether the temporary folder of a save was there.
-        saving: Step of that save.
-        logged: Last step in metrics.jsonl.
-        kept: Step of the newest verified checkpoint; 0 for none.
-        leave_s: Seconds until the launcher had ended.
+    Returns:
+        `saving`: Step of the save whose temporary folder was there. `logged`: Last step in metrics.jsonl. `kept`: Step
+        of the newest verified checkpoint; 0 for none. `lost`: Steps that the next launch repeats. `leave_s`: Seconds
+        until the launcher had ended.
     """
-
-    kind: Kind
-    rank: int | None
-    in_save: bool
-    saving: int | None
-    logged: int
-    kept: int
-    leave_s: float
-
-    @property
-    def lost(self) -> int:
-        """Steps that the next launch repeats."""
-        return max(self.logged, 0) - self.kept
-
-
-def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous: bool) -> Blow | None:
-    """Wait for the instant and kill; None if the run ended before. `kept` is the checkpoint that it went on from."""
     if not _wait(launched, run, kill, kept):
         return None
     victim = None if kill.rank is None else launched.ranks().get(kill.rank)
     begun_s = time.monotonic()
     if victim is None:
-        launched.kill_group()
+        kill_group(launched.process)
     else:
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
@@ -152,11 +122,19 @@ def strike(launched: Launched, run: Path, kill: Kill, kept: int, *, asynchronous
         return None  # the rank had ended by itself
     assert (left := launched.orphans()) == [], f"after {kill}: processes stay: {left}"
     kept = next((step_of(folder) for folder in published(run / "checkpoints") if find_fault(folder) is None), 0)
-    rank = kill.rank if victim is not None else None
-    blow = Blow(kill.kind, rank, saving is not None, saving, last_step(run), kept, round(leave_s, 2))
+    logged = last_step(run)
+    blow = {
+        "kind": kill.kind,
+        "rank": kill.rank if victim is not None else None,
+        "in_save": saving is not None,
+        "saving": saving,
+        "logged": logged,
+        "kept": kept,
+        "leave_s": round(leave_s, 2),
+        "lost": max(logged, 0) - kept,
+    }
     # An async save runs beside the next steps and begins a moment after its own, which counts.
-    logged = blow.logged - blow.logged % INTERVAL if asynchronous else blow.logged
-    reached = logged if saving is None else saving
+    reached = saving if saving is not None else logged - logged % INTERVAL if asynchronous else logged
     assert reached - kept <= INTERVAL, f"after {kill}: {blow} has lost more than {INTERVAL} steps"
     return blow
 
@@ -195,22 +173,22 @@ def _wait(launched: Launched, run: Path, kill: Kill, kept: int) -> bool:
 
 def chain(folder: Path, *, seed: int, kinds: Sequence[Kind], steps: int, asynchronous: bool) -> Figures:
     """Kill one run again and again, then let it end."""
-    words, run = words_of(folder, steps, asynchronous=asynchronous), folder / "runs" / "tiny"
-    blows: list[Blow] = []
+    tiny = tiny_run(folder, steps, asynchronous=asynchronous)
+    blows: list[Figures] = []
     kept = 0
     for kill in draw_kills(seed, kinds):
-        with started(folder, *words, launcher="deepspeed", ranks=2) as launched:
-            blow = strike(launched, run, kill, kept, asynchronous=asynchronous)
+        with tiny.started() as launched:
+            blow = strike(launched, tiny.path, kill, kept, asynchronous=asynchronous)
             output = launched.output()
         assert blow is not None, f"{kill} came too late: the run ended before\n{output[-3000:]}"
         check_start(output, kept)
-        kept = blow.kept
+        kept = blow["kept"]
         blows.append(blow)
-    check_start(run_to_end(folder, *words, launcher="deepspeed", ranks=2), kept)
-    check_end(folder, run, steps)
-    in_save = sum(blow.in_save for blow in blows)
+    check_start(tiny.to_end(), kept)
+    check_end(folder, tiny.path, steps)
+    in_save = sum(blow["in_save"] for blow in blows)
     assert in_save >= min(IN_SAVE_AT_LEAST, kinds.count("save")), f"only {in_save} kills have hit a save: {blows}"
-    return {"kills": [asdict(blow) | {"lost": blow.lost} for blow in blows], "seed": seed, "async": asynchronous}
+    return {"kills": blows, "seed": seed, "async": asynchronous}
 
 
 def check_start(output: str, kept: int) -> None:

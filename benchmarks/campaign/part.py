@@ -1,6 +1,6 @@
 """A part of the campaign: all trials of one promise."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,3 +27,13 @@ class Part:
     cases: Cases
     short: tuple[str, ...]
     summary: Callable[[list[Figures]], Mapping[str, Any]]
+
+
+def totals(*sums: str, most: Sequence[str] = ()) -> Callable[[list[Figures]], Figures]:
+    """A summary: the sum of each of some figures, the largest of each of others, over the cases that have them."""
+
+    def summary(cases: list[Figures]) -> Figures:
+        summed = {key: sum(case.get(key, 0) for case in cases) for key in sums}
+        return summed | {key: max((case[key] for case in cases if key in case), default=None) for key in most}
+
+    return summary

@@ -2,25 +2,12 @@
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.campaign.launching import (
-    Launcher,
-    arguments,
-    logged,
-    numerics,
-    publish_made,
-    run_to_end,
-    status,
-    weights_sha256,
-    write_ds_config,
-    write_recipe,
-)
-from benchmarks.campaign.part import Cases, Figures, Part
+from benchmarks.campaign.launching import Launcher, TinyRun, check_same, choose, publish_made, status
+from benchmarks.campaign.part import Cases, Figures, Part, totals
 from benchmarks.campaign.resumes import stopped_after
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import MANIFEST, POINTER, published
@@ -46,15 +33,9 @@ POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (partial(os.truncate, length=0), "is empty"),
     "garbage": (lambda path: path.write_bytes(bytes(range(256))), "is not text"),
     "zeros": (lambda path: path.write_bytes(bytes(14)), "which is not the name of a checkpoint"),
-    "other_name": (
-        lambda path: path.write_text("global_step8", encoding="utf-8"),
-        "which is not the name of a checkpoint",
-    ),
-    "outside": (
-        lambda path: path.write_text("../../step-00000012", encoding="utf-8"),
-        "which is not the name of a checkpoint",
-    ),
-    "absent_tag": (lambda path: path.write_text("step-00000099", encoding="utf-8"), "which is not there"),
+    "other_name": (lambda path: path.write_bytes(b"global_step8"), "which is not the name of a checkpoint"),
+    "outside": (lambda path: path.write_bytes(b"../../step-00000012"), "which is not the name of a checkpoint"),
+    "absent_tag": (lambda path: path.write_bytes(b"step-00000099"), "which is not there"),
     "unreadable": (_to_folder, "cannot be read"),
     "loop": (_to_loop, "cannot be read"),
 }
@@ -76,46 +57,36 @@ def _pointer(folder: Path, *, harm: str) -> Figures:
     newest, before, *_ = published(store.folder)
     slowest_s = 0.0
     for expected in (newest, before):
-        start_s = time.monotonic()
-        with logged() as lines:
-            chosen = store.newest_intact()
-        slowest_s = max(slowest_s, time.monotonic() - start_s)
-        assert chosen is not None, "None was chosen"
-        assert chosen.path == expected, f"{chosen.path} was chosen, not {expected}"
+        chosen, lines, took_s = choose(store)
+        slowest_s = max(slowest_s, took_s)
+        assert chosen == expected, f"{chosen} was chosen, not {expected}"
         assert expected_text in lines[0], f"not reported: {expected_text!r}: {lines}"
         (newest / file_name(1)).write_bytes(b"")
     assert slowest_s < FALLBACK_S, f"it took {slowest_s:.1f} s"
-    return {"pointers": 2, "refusals": 0, "slowest_s": round(slowest_s, 3)}
+    return {"right_checkpoint_used": 2, "slowest_fallback_s": round(slowest_s, 3)}
 
 
-def _short_of_a_file(checkpoints: Path) -> None:
-    for checkpoint in published(checkpoints):
-        (checkpoint / file_name(0)).unlink()
+def _without_manifest(checkpoint: Path) -> None:
+    manifest = checkpoint / MANIFEST
+    manifest.unlink()  # it may be a link: the other run's file must stay as it is
+    manifest.write_text("{}", encoding="utf-8")
 
 
-def _without_manifests(checkpoints: Path) -> None:
-    for checkpoint in published(checkpoints):
-        manifest = checkpoint / MANIFEST
-        manifest.unlink()  # it may be a link: the other run's file must stay as it is
-        manifest.write_text("{}", encoding="utf-8")
-
-
-def _emptied(checkpoints: Path) -> None:
-    for checkpoint in published(checkpoints):
-        shutil.rmtree(checkpoint)
-
-
-def _gone(checkpoints: Path) -> None:
-    shutil.rmtree(checkpoints)
-
-
-LOSSES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "all_short_of_a_file": (_short_of_a_file, "can be used: "),
-    "all_without_manifest": (_without_manifests, "can be used: "),
-    "emptied": (_emptied, "holds no checkpoint, but"),
-    "gone": (_gone, "holds no checkpoint, but"),
+LOSSES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "all_short_of_a_file": (lambda checkpoint: (checkpoint / file_name(0)).unlink(), "can be used: "),
+    "all_without_manifest": (_without_manifest, "can be used: "),
+    "emptied": (shutil.rmtree, "holds no checkpoint, but"),
+    "gone": (lambda checkpoint: shutil.rmtree(checkpoint.parent, ignore_errors=True), "holds no checkpoint, but"),
 }
-"""The change of all checkpoints, and the text of the refusal."""
+"""The change of every checkpoint, and the text of the refusal."""
+
+
+def _lose(checkpoints: Path, harm: str) -> str:
+    """Change all checkpoints; the expected text of the refusal."""
+    do, expected = LOSSES[harm]
+    for checkpoint in list(published(checkpoints)):
+        do(checkpoint)
+    return expected
 
 
 def _loss(folder: Path, *, harm: str) -> Figures:
@@ -123,8 +94,7 @@ def _loss(folder: Path, *, harm: str) -> Figures:
     store = _made(folder)
     assert CheckpointStore(folder / "other" / "checkpoints", keep=9).newest_intact() is None
     (folder / "run" / "status.json").write_text('{"state": "running", "step": 12}', encoding="utf-8")
-    do, expected = LOSSES[harm]
-    do(store.folder)
+    expected = _lose(store.folder, harm)
     refusal: CheckpointError | None = None
     try:
         chosen = store.newest_intact()
@@ -133,97 +103,76 @@ def _loss(folder: Path, *, harm: str) -> Figures:
     assert refusal is not None, f"not refused: {chosen} was chosen"
     assert expected in refusal.problem, refusal.problem
     assert "--fresh" in refusal.action, refusal.action
-    return {"pointers": 0, "refusals": 1, "slowest_s": 0.0}
+    return {"refused": 1}
 
 
-class Trial:
+class Trial(TinyRun):
     """One uninterrupted run, and the same command after its second checkpoint."""
 
-    def __init__(self, folder: Path, launcher: Launcher, ranks: int) -> None:
-        self._folder, self._how = folder, {"launcher": launcher, "ranks": ranks}
-        self._words = arguments(write_recipe(folder), write_ds_config(folder), folder)
-        self.run = folder / "runs" / "tiny"
-        self._launch()
-        self._straight = folder / "straight"
-        self.run.rename(self._straight)
-
-    def _launch(self, *more: str, expect: int = 0) -> str:
-        return run_to_end(self._folder, *self._words, *more, expect=expect, **self._how)
+    def __init__(self, folder: Path, launcher: Launcher) -> None:
+        super().__init__(folder, launcher)
+        self.to_end()
+        self._straight = self.set_aside()
 
     def _stop(self) -> Path:
         """Restore the run folder as it was after step 8; returns its checkpoints."""
-        shutil.rmtree(self.run, ignore_errors=True)
-        stopped_after(self._straight, self.run, 8)
-        (self.run / "status.json").write_text('{"state": "running", "step": 8, "saved_step": 8}', encoding="utf-8")
-        return self.run / "checkpoints"
+        shutil.rmtree(self.path, ignore_errors=True)
+        stopped_after(self._straight, self.path, 8)
+        (self.path / "status.json").write_text('{"state": "running", "step": 8, "saved_step": 8}', encoding="utf-8")
+        return self.path / "checkpoints"
 
     def resumes(self, harm: str) -> None:
         """The same command resumes from the newest checkpoint and ends like the uninterrupted run."""
         checkpoints = self._stop()
         do, expected = POINTERS[harm]
         do(checkpoints / POINTER)
-        output = self._launch()
+        output = self.to_end()
         assert expected in output, f"{harm}: not reported: {expected!r}\n{output[-6000:]}"
         assert f"resumed from {checkpoints / 'step-00000008'} " in output, f"{harm}\n{output[-6000:]}"
-        self._ended_the_same(harm)
+        check_same(self.path, self._straight, harm)
         assert (checkpoints / POINTER).read_text(encoding="utf-8") == "step-00000012\n", harm
 
     def is_refused(self, harm: str) -> None:
         """The same command ends with the code of lost checkpoints, at every try; --fresh starts over."""
-        do, expected = LOSSES[harm]
-        do(self._stop())
+        expected = _lose(self._stop(), harm)
         for number in (1, 2):  # the files of the first refusal must not let the second pass
-            output = self._launch(expect=CheckpointError.exit_code)
+            output = self.to_end(expect=CheckpointError.exit_code)
             assert expected in output, f"{harm}, try {number}: not reported: {expected!r}\n{output[-6000:]}"
-            left = status(self.run)
+            left = status(self.path)
             assert (left["state"], left["exit_code"]) == ("failed", CheckpointError.exit_code), f"{harm}: {left}"
-            assert not (self.run / "export").exists(), f"{harm}: trained again"
+            assert not (self.path / "export").exists(), f"{harm}: trained again"
 
     def starts_over(self) -> None:
         """--fresh sets the lost run aside, whole, and ends as the straight run did."""
-        before = sorted(path.name for path in self.run.iterdir())
-        self._launch("--fresh")
-        (aside,) = self.run.parent.glob("tiny.before-*")
+        before = sorted(path.name for path in self.path.iterdir())
+        self.to_end("--fresh")
+        (aside,) = self.path.parent.glob("tiny.before-*")
         assert sorted(path.name for path in aside.iterdir()) == before, "something of the old run is lost"
-        self._ended_the_same("--fresh")
-
-    def _ended_the_same(self, what: str) -> None:
-        assert weights_sha256(self.run) == weights_sha256(self._straight), f"{what}: other weights"
-        assert numerics(self.run) == numerics(self._straight), f"{what}: other values were logged"
+        check_same(self.path, self._straight, "--fresh")
 
 
-def _launched_pointers(folder: Path, *, launcher: Launcher, ranks: int, harms: tuple[str, ...]) -> Figures:
-    trial = Trial(folder, launcher, ranks)
+def _launched_pointers(folder: Path, *, launcher: Launcher, harms: tuple[str, ...]) -> Figures:
+    trial = Trial(folder, launcher)
     for harm in harms:
         trial.resumes(harm)
-    return {"pointers": len(harms), "refusals": 0, "slowest_s": 0.0}
+    return {"right_checkpoint_used": len(harms)}
 
 
 def _launched_losses(folder: Path) -> Figures:
-    trial = Trial(folder, "python", 1)
+    trial = Trial(folder, "python")
     for harm in LOSSES:
         trial.is_refused(harm)
     trial.starts_over()
-    return {"pointers": 0, "refusals": 2 * len(LOSSES), "slowest_s": 0.0}
+    return {"refused": 2 * len(LOSSES)}
 
 
 _CASES: Cases = {
     **{f"pointer_{name}": partial(_pointer, harm=name) for name in POINTERS},
     **{name: partial(_loss, harm=name) for name in LOSSES},
-    "launched_python": partial(
-        _launched_pointers, launcher="python", ranks=1, harms=("missing", "empty", "garbage", "loop")
-    ),
-    "launched_torchrun": partial(_launched_pointers, launcher="torchrun", ranks=2, harms=("absent_tag",)),
+    "launched_python": partial(_launched_pointers, launcher="python", harms=("missing", "empty", "garbage", "loop")),
+    "launched_torchrun": partial(_launched_pointers, launcher="torchrun", harms=("absent_tag",)),
     "launched_losses": _launched_losses,
 }
-
-
-def _summary(figures: list[Figures]) -> Mapping[str, Any]:
-    return {
-        "right_checkpoint_used": sum(case["pointers"] for case in figures),
-        "refused": sum(case["refusals"] for case in figures),
-        "slowest_fallback_s": max(case["slowest_s"] for case in figures),
-    }
 
 
 PART = Part(
@@ -232,5 +181,5 @@ PART = Part(
     promise="Whatever the pointer says, the newest intact checkpoint is used; with none left, the run is refused",
     cases=_CASES,
     short=(*(f"pointer_{name}" for name in POINTERS), *LOSSES),
-    summary=_summary,
+    summary=totals("right_checkpoint_used", "refused", most=("slowest_fallback_s",)),
 )

@@ -4,13 +4,14 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.campaign.launching import Launched, started
-from benchmarks.campaign.part import Cases, Figures, Part
+from benchmarks.campaign.part import Cases, Figures, Part, totals
 from inheritune_ds.checkpoints.fragments import file_name
 from inheritune_ds.checkpoints.manifest import POINTER, find_fault
 from inheritune_ds.checkpoints.store import CheckpointStore
@@ -18,8 +19,10 @@ from inheritune_ds.errors import TrainingError
 from tests.launching import free_port, torchrun_variables
 
 RANKS = 2
+DRIVER = "benchmarks/campaign/drive_saves.py"
 POLL_S = 0.01
 _TEXTS = [(0, "manifest.json"), (0, POINTER)]
+_COUNTED = ("faults", "looks", "incomplete", "deepspeed_looks", "deepspeed_incomplete")
 Listing = dict[str, int]
 
 
@@ -28,58 +31,42 @@ _FILES = [(rank, file_name(rank)) for rank in range(RANKS)] + _TEXTS
 
 
 class Poller:
-    """Reads the pointer and lists its checkpoint every 10 ms."""
+    """Reads the pointer and lists its checkpoint every 10 ms: `seen`, and the longest time between two readings."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: list[tuple[str, Listing]] = []
-        self._ended = threading.Event()
-        self._error: Exception | None = None
+        self.seen: list[tuple[str, Listing]] = []
+        self._ended, self._threads = threading.Event(), ThreadPoolExecutor(1)
         self.longest_gap_s = 0.0
-        self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._polling = self._threads.submit(self._poll)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._threads.shutdown()
+        self._polling.result()  # raises an error of the watch
 
     def _poll(self) -> None:
         last_s = time.monotonic()
-        try:
-            while not self._ended.wait(POLL_S):
-                self._look()
-                now_s = time.monotonic()
-                self.longest_gap_s, last_s = max(self.longest_gap_s, now_s - last_s), now_s
+        while not self._ended.wait(POLL_S):
             self._look()
-        except Exception as error:  # noqa: BLE001 - raised by `incomplete`
-            self._error = error
+            now_s = time.monotonic()
+            self.longest_gap_s, last_s = max(self.longest_gap_s, now_s - last_s), now_s
+        self._look()
 
     def _look(self) -> None:
         try:
             name = (self._folder / POINTER).read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return
-        self._seen.append((name, _listing(self._folder / name)))
-
-    @property
-    def looks(self) -> int:
-        """Number of readings that found a pointer."""
-        return len(self._seen)
-
-    @property
-    def names(self) -> set[str]:
-        """All checkpoints that it named."""
-        return {name for name, _ in self._seen}
+        self.seen.append((name, _listing(self._folder / name)))
 
     def incomplete(self) -> list[str]:
         """Looks at which a file was missing, or shorter than it is now that all writers have ended."""
-        if self._error is not None:
-            raise AssertionError(f"the watch has ended early: {self._error!r}") from self._error
         found = []
-        for number, (name, listing) in enumerate(self._seen):
+        for number, (name, listing) in enumerate(self.seen):
             whole = _listing(self._folder / name)
             wrong = [file for file, size in whole.items() if listing.get(file) != size]
             if wrong or not whole:
@@ -104,13 +91,7 @@ def _launch(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Launched], list
         for rank in range(RANKS):
             # without a launcher, which would end the other rank before it can report
             variables: dict[str, Any] = torchrun_variables(rank, RANKS, port)
-            run = started(
-                folder,
-                str(folder),
-                str(path),
-                script="benchmarks/campaign/drive_saves.py",
-                **variables,
-            )
+            run = started(folder, str(folder), str(path), script=DRIVER, **variables)
             ranks.append(stack.enter_context(run))
         codes = [launched.wait() for launched in ranks]
     return ranks, codes, watch, native
@@ -118,9 +99,9 @@ def _launch(folder: Path, plan: Mapping[str, Any]) -> tuple[list[Launched], list
 
 def _check(folder: Path, watch: Poller) -> None:
     incomplete = watch.incomplete()
-    assert not incomplete, f"{len(incomplete)} of {watch.looks} looks\n" + "\n".join(incomplete[:20])
-    assert watch.looks, "there was nothing to look at"
-    faults = {name: find_fault(folder / "checkpoints" / name) for name in watch.names}
+    assert not incomplete, f"{len(incomplete)} of {len(watch.seen)} looks\n" + "\n".join(incomplete[:20])
+    assert len(watch.seen), "there was nothing to look at"
+    faults = {name: find_fault(folder / "checkpoints" / name) for name in {name for name, _ in watch.seen}}
     assert not any(faults.values()), faults
 
 
@@ -141,12 +122,12 @@ def _slow_and_refused(folder: Path, *, stage: int, background: bool) -> Figures:
     assert not list((folder / "checkpoints").glob(".step-*")), "unpublished folders remain"
     missed = native.incomplete()
     # In stage 3 it gathers parameters behind its files, so all ranks meet before the pointer moves.
-    assert missed or stage == 3, f"DeepSpeed's own save was never seen incomplete in {native.looks} looks"
+    assert missed or stage == 3, f"DeepSpeed's own save was never seen incomplete in {len(native.seen)} looks"
     return {
         "faults": len(faults),
-        "looks": watch.looks,
+        "looks": len(watch.seen),
         "incomplete": 0,
-        "deepspeed_looks": native.looks,
+        "deepspeed_looks": len(native.seen),
         "deepspeed_incomplete": len(missed),
         "longest_gap_s": watch.longest_gap_s,
     }
@@ -171,7 +152,7 @@ def _killed(folder: Path, *, stage: int, background: bool, rank: int, file: str)
     assert newest.path.name == ("step-00000002" if file == POINTER else "step-00000001")
     left = [path.name for path in (folder / "checkpoints").glob(".*")]
     assert not left, f"the next launch leaves {left}"
-    return {"faults": 1, "looks": watch.looks, "incomplete": 0, "longest_gap_s": watch.longest_gap_s}
+    return {"faults": 1, "looks": len(watch.seen), "incomplete": 0, "longest_gap_s": watch.longest_gap_s}
 
 
 def _cases() -> Cases:
@@ -186,14 +167,6 @@ def _cases() -> Cases:
     return cases
 
 
-def _summary(figures: list[Figures]) -> Mapping[str, Any]:
-    totals = ("faults", "looks", "incomplete", "deepspeed_looks", "deepspeed_incomplete")
-    return {
-        **{key: sum(found.get(key, 0) for found in figures) for key in totals},
-        "longest_gap_s": max((found["longest_gap_s"] for found in figures), default=None),
-    }
-
-
 PART = Part(
     name="publish",
     point=3,
@@ -201,5 +174,5 @@ PART = Part(
     "killed at whichever file; the same check catches DeepSpeed's own save.",
     cases=_cases(),
     short=("zero1-sync-slow-and-refused",),
-    summary=_summary,
+    summary=totals(*_COUNTED, most=("longest_gap_s",)),
 )

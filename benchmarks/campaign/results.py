@@ -1,7 +1,6 @@
 """Outcomes of the campaign's cases: kept in pytest's cache, written to a JSON file once a part is complete."""
 
 import hashlib
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.campaign.part import Part
-from benchmarks.record import REPOSITORY, environment
+from benchmarks.record import REPOSITORY, environment, git
 from inheritune_ds.storage.files import read_json, write_json
 
 CODE = (
@@ -70,6 +69,7 @@ class Results:
 
     def _write(self, part: Part, outcomes: dict[str, dict[str, Any]]) -> None:
         passed = [outcome for outcome in outcomes.values() if outcome["passed"]]
+        changes = git("status", "--porcelain", "--", *CODE)
         result = {
             "point": part.point,
             "promise": part.promise,
@@ -79,18 +79,9 @@ class Results:
             "figures": dict(part.summary([outcome["figures"] for outcome in passed])) if passed else {},
             "seconds": round(sum(outcome["seconds"] for outcome in passed), 1),
             "code": self._code,
-            "changed": _changed(),
+            "changed": None if changes is None else bool(changes),
             **environment(),
             "command": f"make campaign ARGS='-k {part.name}'",
         }
         self._out.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._out, {**(read_json(self._out) or {}), part.name: result})
-
-
-def _changed() -> bool | None:
-    """Whether a file of CODE differs from the commit; None outside a checkout."""
-    command = ["git", "-C", str(REPOSITORY), "status", "--porcelain", "--", *CODE]
-    try:
-        return bool(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-    except (OSError, subprocess.SubprocessError):
-        return None

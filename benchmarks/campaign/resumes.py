@@ -10,9 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.campaign.launching import numerics, rows, run_to_end
+from benchmarks.campaign.launching import run_to_end
 from inheritune_ds.checkpoints.manifest import POINTER, published, read_manifest, step_of
 from inheritune_ds.storage.files import blake3_file, read_json
+from tests.launching import numerics, rows
 
 STEPS = 12
 NAME = "tiny"
@@ -56,29 +57,12 @@ def launch(  # noqa: PLR0913 - each is one word of the driver
 ) -> list[dict[str, Seen]]:
     """Run to the end from several stop points, one after the other, in one launched process group.
 
-    Args:
-        folder: Scratch folder; runs are below `runs`.
-        recipe: Named NAME.
-        ds_config: Its DeepSpeed config.
-        ranks: Number of processes.
-        out: Run folders are called `out`-`step`.
-        first: The run folder that the stop points are taken from.
-        steps: Stop points; 0 starts a new run, without `first`.
-        then: DeepSpeed config of the resumed runs; None: the same.
-
-    Returns:
-        Observations of every rank, by stop point.
+    The arguments are those of the driver; the recipe is named NAME. Returns the observations of every rank, by stop
+    point.
     """
-    words = [str(recipe), str(ds_config), str(folder), out, *map(str, steps)]
-    words += ["--from", first] if first else []
-    words += ["--then", str(then)] if then else []
-    run_to_end(
-        folder,
-        *words,
-        launcher="torchrun",
-        ranks=ranks,
-        script=DRIVER,
-    )
+    paths = {"recipe": str(recipe), "ds_config": str(ds_config), "then": str(then or ds_config)}
+    words = json.dumps({**paths, "out": out, "steps": steps, "first": first})
+    run_to_end(folder, str(folder), words, launcher="torchrun", ranks=ranks, script=DRIVER)
     return [read_json(folder / f"{out}.rank{rank}.json") for rank in range(ranks)]
 
 

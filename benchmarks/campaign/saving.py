@@ -1,33 +1,21 @@
 """Point 12: a verified checkpoint costs little more than its bytes; an asynchronous one hardly holds training up."""
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from benchmarks import checkpoint
 from benchmarks.campaign.part import Figures, Part
-from benchmarks.record import REPOSITORY
 from inheritune_ds.storage.files import read_json
-from tests.launching import environment
 
 
 def _measure(folder: Path, *, ranks: int) -> Figures:
-    """Run `benchmarks/checkpoint.py` for a number of ranks; its bars must be met."""
+    """Run `benchmarks.checkpoint` for a number of ranks; its bars must be met."""
     out = folder / "checkpoint.json"
-    words = ["--ranks", str(ranks), "--scratch", str(folder), "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.checkpoint", *words],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    checkpoint.main(["--ranks", str(ranks), "--scratch", str(folder), "--out", str(out)])
     found = read_json(out)["ranks"][str(ranks)]
     missed = [name for name, ratio in found["ratios"].items() if ratio["verdict"] == "missed"]
-    assert not missed, f"missed: {', '.join(missed)}\n{done.stdout[-6000:]}"
+    assert not missed, f"missed: {', '.join(missed)}"
     return {"ranks": ranks, "bytes": found["bytes"], "ratios": found["ratios"], "plain": found["plain_mib_per_s"]}
 
 

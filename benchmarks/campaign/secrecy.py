@@ -14,15 +14,17 @@ from typing import Any
 
 from benchmarks.campaign import foreign_code
 from benchmarks.campaign.launching import (
+    RANKS,
+    TROUBLED,
     Launcher,
+    TinyRun,
     arguments,
     run_to_end,
-    started,
     status,
     write_ds_config,
     write_recipe,
 )
-from benchmarks.campaign.part import Cases, Figures, Part
+from benchmarks.campaign.part import Cases, Figures, Part, totals
 from inheritune_ds.storage.files import read_json
 
 MARKER = "c4n4ry"
@@ -36,18 +38,6 @@ SECRETS = {
     "HTTPS_PROXY": f"http://somebody:{MARKER}-of-the-proxy@127.0.0.1:9",
     "WANDB_BASE_URL": f"http://somebody:{MARKER}-of-the-tracker@127.0.0.1:9",
 }
-BROKEN = """
-import os, sys
-from inheritune_ds.run import execute
-
-def broken(*_args, **_more):
-    raise RuntimeError("cannot log in with " + os.environ["HF_TOKEN"] + " at " + os.environ["HTTPS_PROXY"])
-
-execute.train = broken
-from inheritune_ds.cli import main
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
-"""train.py with a defect that shows secrets in its traceback."""
 
 
 def holders(folder: Path, inputs: Iterable[Path] = ()) -> list[str]:
@@ -94,26 +84,22 @@ def secret_environment(folder: Path) -> dict[str, Any]:
     }
 
 
-def a_finished_run(folder: Path, *, launcher: Launcher, ranks: int) -> Figures:
+def a_finished_run(folder: Path, *, launcher: Launcher) -> Figures:
     """A run from corpus to export, with W&B."""
-    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
-    run_to_end(folder, *words, launcher=launcher, ranks=ranks, **secret_environment(folder))
-    run = folder / "runs" / "tiny"
-    assert status(run)["state"] == "finished", status(run)
-    assert list(run.glob("wandb/offline-run-*/*.wandb")), "W&B has written nothing, so nothing was proven of it"
+    tiny = TinyRun(folder, launcher)
+    tiny.to_end(**secret_environment(folder))
+    assert status(tiny.path)["state"] == "finished", status(tiny.path)
+    assert list(tiny.path.glob("wandb/offline-run-*/*.wandb")), "W&B has written nothing, so nothing was proven of it"
     return _clean(folder)
 
 
-def a_traceback(folder: Path, *, launcher: Launcher, ranks: int) -> Figures:
+def a_traceback(folder: Path, *, launcher: Launcher) -> Figures:
     """A defect whose message holds secrets: in the log and in status.json they are masked."""
-    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
-    script = folder / "broken.py"
-    script.write_text(BROKEN, encoding="utf-8")
-    how = {"launcher": launcher, "ranks": ranks, "script": str(script)}
-    output = run_to_end(folder, *words, expect=1, **how, **secret_environment(folder))
+    tiny = TinyRun(folder, launcher)
+    output = tiny.to_end(expect=1, script=TROUBLED, TROUBLE="secret:", **secret_environment(folder))
     masked = "cannot log in with *** at http://***@127.0.0.1:9"
     assert f"RuntimeError: {masked}" in output, output[-3000:]
-    assert masked in status(folder / "runs" / "tiny")["reason"], status(folder / "runs" / "tiny")
+    assert masked in status(tiny.path)["reason"], status(tiny.path)
     return _clean(folder)
 
 
@@ -135,9 +121,7 @@ def refused_documents(folder: Path) -> Figures:
         (3, "cannot be read", arguments(Path(secret), config, folder)),
     ]
     for code, message, words in trials:
-        with started(folder, *words, **environment) as launched:
-            ended, output = launched.wait(), launched.output()
-        assert ended == code, f"{message!r}: exit code {ended}, not {code}\n{output}"
+        output = run_to_end(folder, *words, expect=code, **environment)
         assert message in output, output
     assert not (folder / "runs").exists(), "a refused document has made a run folder"
     return _clean(folder, (recipe, document))
@@ -147,15 +131,14 @@ def _clean(folder: Path, inputs: Iterable[Path] = ()) -> Figures:
     found = holders(folder, inputs)
     assert found == [], f"secrets in {found}"
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "hits": 0}
+    return {"files_searched": len(files), "bytes_searched": sum(path.stat().st_size for path in files), "hits": 0}
 
 
-_LAUNCHES: tuple[tuple[Launcher, int], ...] = (("python", 1), ("deepspeed", 2), ("torchrun", 2))
 _CASES: Cases = {
     **{
-        f"{name}-{launcher}": partial(run, launcher=launcher, ranks=ranks)
+        f"{name}-{launcher}": partial(run, launcher=launcher)
         for name, run in (("finished", a_finished_run), ("traceback", a_traceback))
-        for launcher, ranks in _LAUNCHES
+        for launcher in RANKS
     },
     "refused": refused_documents,
     **foreign_code.CASES,
@@ -163,15 +146,8 @@ _CASES: Cases = {
 
 
 def _summary(figures: list[Figures]) -> Figures:
-    searched = [found for found in figures if "hits" in found]
-    return {
-        "secrets": sorted(SECRETS),
-        "files_searched": sum(found["files"] for found in searched),
-        "bytes_searched": sum(found["bytes"] for found in searched),
-        "hits": sum(found["hits"] for found in searched),
-        "foreign_files": sum(found.get("foreign_files", 0) for found in figures),
-        "canaries_made": sum(found.get("canaries_made", 0) for found in figures),
-    }
+    counted = totals("files_searched", "bytes_searched", "hits", "foreign_files", "canaries_made")
+    return {"secrets": sorted(SECRETS), **counted(figures)}
 
 
 PART = Part(

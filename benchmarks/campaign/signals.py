@@ -1,27 +1,15 @@
 """Point 10: SIGTERM, SIGUSR1 or SIGINT to one rank, to all, twice, in any phase: it saves, and all ranks exit."""
 
 import os
-import shutil
 import signal
 import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from benchmarks.campaign.launching import (
-    Launched,
-    Launcher,
-    arguments,
-    numerics,
-    run_to_end,
-    started,
-    status,
-    weights_sha256,
-    write_ds_config,
-    write_recipe,
-)
+from benchmarks.campaign.launching import RANKS, TROUBLED, Launched, Launcher, TinyRun, check_same, status
 from benchmarks.campaign.part import Figures, Part
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.distributed.signals import EXIT_INTERRUPTED
@@ -33,7 +21,6 @@ PAUSE_S = 3.0
 LONG_PAUSE_S = 60.0
 """A preparation is not awaited."""
 AGAIN_S = 1.0
-DRIVER = "benchmarks/campaign/drive_signals.py"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WHERE: dict[str, tuple[str, int, int | None]] = {
     "preparing": ("preparing", 0, None),
@@ -57,29 +44,18 @@ class Trial:
     resumed: bool = False
 
     @property
-    def ranks(self) -> int:
-        """One under python alone, else two."""
-        return 1 if self.launcher == "python" else 2
-
-    @property
     def name(self) -> str:
         """Name of the case."""
         return f"{self.where}_{self.number.name}_{self.who}" + ("_resumed" if self.resumed else "")
-
-    @property
-    def leaves_at_once(self) -> bool:
-        """A second Ctrl-C."""
-        return self.number == signal.SIGINT and self.who == "twice"
 
 
 def run(trial: Trial, folder: Path) -> Figures:
     """Launch, signal, wait; check the end."""
     phase, at, saved = WHERE[trial.where]
     seconds = LONG_PAUSE_S if trial.where == "preparing" else PAUSE_S
-    words = arguments(write_recipe(folder), write_ds_config(folder), folder)
-    how: dict[str, Any] = {"launcher": trial.launcher, "ranks": trial.ranks}
-    with started(folder, *words, script=DRIVER, PAUSE=f"{phase}:{at}:{seconds}", **how) as launched:
-        marks = [folder / f"paused-{rank}" for rank in range(trial.ranks)]
+    tiny = TinyRun(folder, trial.launcher)
+    with tiny.started(script=TROUBLED, TROUBLE=f"pause:{phase}:{at}:{seconds}") as launched:
+        marks = [folder / f"paused-{rank}" for rank in range(RANKS[trial.launcher])]
         launched.wait_for(lambda: all(mark.exists() for mark in marks))
         begun = time.monotonic()
         _send(trial, launched, [int(mark.read_text(encoding="utf-8")) for mark in marks])
@@ -90,9 +66,12 @@ def run(trial: Trial, folder: Path) -> Figures:
         assert orphans == [], f"processes stay: {orphans}"
         output = launched.output()
     assert left_s < ALLOWED_S, f"it took {left_s:.1f} s to leave\n{output[-6000:]}"
-    _check_end(trial, code, output[-6000:], folder / "runs/tiny", saved)
+    _check_end(trial, code, output[-6000:], tiny.path, saved)
     if trial.resumed:
-        _check_resumed(folder, words, how)
+        tiny.to_end()
+        stopped = tiny.set_aside()
+        tiny.to_end()
+        check_same(stopped, tiny.path, "a run that was never stopped has")
     return {"seconds_to_leave": round(left_s, 2), "exit_code": code}
 
 
@@ -117,7 +96,7 @@ def _check_end(trial: Trial, code: int, output: str, run_folder: Path, saved: in
     """Exit code, status and checkpoints."""
     left = status(run_folder)
     changes = trial.launcher == "torchrun"  # which makes every code but 0 a 1
-    if trial.leaves_at_once:
+    if (trial.number, trial.who) == (signal.SIGINT, "twice"):  # a second Ctrl-C ends it at once
         assert code == (1 if changes else EXIT_INTERRUPTED), f"exit code {code}\n{output}"
         return
     assert left["state"] == "requeue", f"{left}\n{output}"
@@ -137,17 +116,6 @@ def _check_end(trial: Trial, code: int, output: str, run_folder: Path, saved: in
         assert newest is not None, output
         assert newest.path.name == f"step-{saved:08d}", f"{newest}\n{output}"
         assert left["step"] == saved, left
-
-
-def _check_resumed(folder: Path, words: list[str], how: dict[str, Any]) -> None:
-    """Bring the run to its end; compare with one that was never stopped."""
-    run_to_end(folder, *words, **how)
-    stopped = folder / "stopped"
-    shutil.move(folder / "runs/tiny", stopped)
-    run_to_end(folder, *words, **how)
-    straight = folder / "runs/tiny"
-    assert numerics(stopped) == numerics(straight), "metrics differ from those of a run that was never stopped"
-    assert weights_sha256(stopped) == weights_sha256(straight), "weights differ from those of a run never stopped"
 
 
 def trials(launcher: Launcher) -> list[Trial]:

@@ -6,6 +6,7 @@ needs root. Without root, those and the errors ENOSPC and EROFS are skipped, and
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,28 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.campaign.drive_storage import fill
-from benchmarks.campaign.launching import (
-    Launched,
-    arguments,
-    logged,
-    publish_made,
-    rows,
-    run_to_end,
-    started,
-    status,
-    weights_sha256,
-    write_ds_config,
-    write_recipe,
-)
+from benchmarks.campaign.launching import Launched, TinyRun, logged, publish_made, run_to_end, status, weights_sha256
 from benchmarks.campaign.part import Cases, Figures, Part
 from inheritune_ds.checkpoints.manifest import POINTER, find_fault, published, read_manifest
 from inheritune_ds.checkpoints.retention import prune
 from inheritune_ds.checkpoints.store import CheckpointStore
 from inheritune_ds.errors import StorageError
+from inheritune_ds.storage.files import read_json
+from inheritune_ds.tracking.metrics import read_metrics
 
 EXIT_STORAGE = StorageError.exit_code
 STEPS, INTERVAL = 100, 10
-LAUNCH: dict[str, Any] = {"launcher": "deepspeed", "ranks": 2}
 
 
 @cache
@@ -67,17 +57,11 @@ def disk(folder: Path, size: int = 1 << 25) -> Iterator[Path]:
             subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def free_bytes(place: Path) -> int:
-    """Bytes that an ordinary user could still write."""
-    found = os.statvfs(place)
-    return found.f_bavail * found.f_frsize
-
-
 def leave(place: Path, free: int) -> Path:
     """Fill a file system up to `free` bytes; returns the file that fills it."""
     ballast = place / "ballast"
     with ballast.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, free_bytes(place) - free)
+        os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(place).free - free)
     return ballast
 
 
@@ -85,47 +69,39 @@ def operations(scratch: Path, *, rank: int, stride: int, kinds: Sequence[str], a
     """Refuse the operations of a rank's saves, one trial each."""
     with disk(scratch) as place:
         (place / "run").mkdir()
-        out = scratch / "out.json"
-        words = [str(out), str(place / "run"), ",".join(kinds), str(rank), str(stride)]
-        how: dict[str, Any] = {
-            "launcher": "torchrun",
-            "ranks": 2,
-            "script": "benchmarks/campaign/drive_storage.py",
-        }
-        run_to_end(scratch, *words, *(["--async"] if async_save else []), **how)
-        figures: Figures = json.loads(out.read_text(encoding="utf-8"))
+        out, given = scratch / "out.json", {"kinds": kinds, "where": rank, "stride": stride, "async_save": async_save}
+        words = json.dumps({"folder": str(place / "run"), **given})
+        run_to_end(scratch, words, str(out), script="benchmarks/campaign/drive_storage.py", launcher="torchrun")
+        figures: Figures = read_json(out)
     broken = figures.pop("broken")
     assert not broken, "\n".join(broken)
     return figures
 
 
-class Trial:
-    """A recipe that saves often, its straight run on another disk, and how a launch on the small disk begins."""
+class Trial(TinyRun):
+    """A run that saves often, its straight run on another disk, and how a launch on the small disk begins."""
 
     def __init__(self, scratch: Path, place: Path, policy: str) -> None:
-        self.scratch, self.place = scratch, place
-        sections: dict[str, Any] = {
+        config: Any = {"reliability": {"on_save_error": policy}}
+        sections: Any = {
             "training": {"seq_len": 32, "global_batch_tokens": 512, "duration": f"{STEPS} steps"},
             "checkpoint": {"interval_steps": INTERVAL, "keep": 1},
             "validation": {"interval_steps": STEPS, "max_tokens": 1024},
         }
-        recipe = write_recipe(scratch, **sections)
-        ds_config = write_ds_config(scratch, reliability={"on_save_error": policy})
-        self.words = arguments(recipe, ds_config, scratch, runs=f"{place.name}/runs")
-        self.run = place / "runs" / "tiny"
-        self.store = CheckpointStore(self.run / "checkpoints", keep=1)
-        run_to_end(scratch, *arguments(recipe, ds_config, scratch), **LAUNCH)
-        self.straight = weights_sha256(scratch / "runs" / "tiny")
-        newest = next(published(scratch / "runs" / "tiny" / "checkpoints"))
-        manifest = read_manifest(newest)
+        super().__init__(scratch, "deepspeed", runs=f"{place.name}/runs", config=config, **sections)
+        self.store = CheckpointStore(self.path / "checkpoints", keep=1)
+        straight = TinyRun(scratch, "deepspeed", config=config, **sections)
+        straight.to_end()
+        self.straight = weights_sha256(straight.path)
+        manifest = read_manifest(next(published(straight.path / "checkpoints")))
         assert manifest is not None
         self.bytes = sum(entry["bytes"] for entry in manifest["files"].values())
 
     @contextmanager
     def launched(self) -> Iterator[Launched]:
         """A launch on the small disk that has saved its first checkpoint."""
-        with started(self.scratch, *self.words, **LAUNCH) as launch:
-            launch.wait_for((self.run / "checkpoints" / POINTER).is_file)
+        with self.started() as launch:
+            launch.wait_for((self.path / "checkpoints" / POINTER).is_file)
             yield launch
 
     def newest_step(self) -> int:
@@ -136,14 +112,21 @@ class Trial:
         assert left == [], f"left behind: {left}"
         return newest.state.step
 
+    def is_refused(self, launch: Launched) -> str:
+        """A launch ends with the code of a refusing disk, without leaving a process; its output."""
+        code, output = launch.wait(), launch.output()
+        assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
+        assert (left := launch.orphans()) == [], left
+        return output
+
     def resume(self) -> None:
         """Rerun the same command with space again: the result is bitwise identical."""
-        run_to_end(self.scratch, *self.words, **LAUNCH)
-        assert weights_sha256(self.run) == self.straight, "the weights differ from those of the straight run"
+        self.to_end()
+        assert weights_sha256(self.path) == self.straight, "the weights differ from those of the straight run"
 
     def reported(self, output: str) -> str:
         """The line of a launch that reports the refusal, with the folder and the bytes."""
-        line = next((line for line in output.splitlines() if str(self.run) in line and " bytes" in line), "")
+        line = next((line for line in output.splitlines() if str(self.path) in line and " bytes" in line), "")
         assert line, f"no line names the path and the bytes\n{output[-4000:]}"
         return line
 
@@ -162,7 +145,7 @@ def full_and_continue(scratch: Path) -> Figures:
         line = trial.reported(output)
         assert "WARNING" in line, line
         assert trial.newest_step() == STEPS
-        assert weights_sha256(trial.run) == trial.straight
+        assert weights_sha256(trial.path) == trial.straight
         return {"refused_saves": output.count("NOT saved"), "held_step": held}
 
 
@@ -172,11 +155,9 @@ def full_and_stop(scratch: Path) -> Figures:
         trial = Trial(scratch, place, "stop")
         with trial.launched() as launch:
             ballast = leave(place, trial.bytes // 2)
-            code, output = launch.wait(), launch.output()
-            assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
-            assert (left := launch.orphans()) == [], left
+            output = trial.is_refused(launch)
         trial.reported(output)
-        found = status(trial.run)
+        found = status(trial.path)
         assert (found["state"], found["exit_code"]) == ("failed", EXIT_STORAGE), found
         step = trial.newest_step()
         assert found["saved_step"] == step, found
@@ -191,12 +172,10 @@ def not_a_byte_left(scratch: Path) -> Figures:
         trial = Trial(scratch, place, "continue")
         with trial.launched() as launch:
             fill(place / "ballast")
-            code, output = launch.wait(), launch.output()
-            assert code == EXIT_STORAGE, f"exit code {code}\n{output[-4000:]}"
-            assert (left := launch.orphans()) == [], left
+            output = trial.is_refused(launch)
         assert "No space left on device" in output, output[-4000:]
         step = trial.newest_step()
-        state = status(trial.run)
+        state = status(trial.path)
         (place / "ballast").unlink()
         trial.resume()
         return {"newest_step": step, "status": state["state"]}
@@ -207,14 +186,14 @@ def reported_before_training(scratch: Path) -> Figures:
     with disk(scratch) as place:
         trial = Trial(scratch, place, "continue")
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, **LAUNCH)
+        output = trial.to_end(expect=EXIT_STORAGE)
         assert "Read-only file system" in output, output[-4000:]
         assert str(place) in output, output[-4000:]
         subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
         ballast = leave(place, int(1.5 * trial.bytes))
-        output = run_to_end(scratch, *trial.words, expect=EXIT_STORAGE, **LAUNCH)
+        output = trial.to_end(expect=EXIT_STORAGE)
         trial.reported(output)
-        assert rows(trial.run) == []
+        assert read_metrics(trial.path) == []
         assert list(published(trial.store.folder)) == []
         ballast.unlink()
         trial.resume()

@@ -1,10 +1,10 @@
 """litgpt's own pretraining, `litgpt.pretrain.setup`, in litgpt's own environment."""
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from litgpt.args import EvalArgs, TrainArgs  # type: ignore[import-not-found]
 from litgpt.config import Config  # type: ignore[import-not-found]
@@ -13,6 +13,7 @@ from litgpt.pretrain import setup  # type: ignore[import-not-found]
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.subjects.turns import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Order, Turns
+from benchmarks.subjects.windows import Windows
 
 SANITY_BATCHES = 2
 """Batches that litgpt scores before it trains."""
@@ -22,18 +23,14 @@ class _Endless(IterableDataset[torch.Tensor]):
     """The windows over and over. One that opens a step ends the step before it: nothing is read ahead."""
 
     def __init__(self, order: Order, turns: Turns) -> None:
-        self._tokens = np.memmap(order.tokens, dtype="<u2", mode="r")
+        self._windows = Windows(order, turns)
         self._order, self._turns = order, turns
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        length, served = self._order.seq_len, 0
-        while True:
-            for start in range(0, len(self._tokens) - length, length):
-                if served and served % self._order.step_windows == 0:
-                    self._turns.step_done()
-                served += 1
-                self._turns.windows += 1
-                yield torch.from_numpy(self._tokens[start : start + length + 1].astype(np.int64))
+        for served in count():
+            if served and served % self._order.step_windows == 0:
+                self._turns.step_done()
+            yield self._windows[served % len(self._windows)]
 
 
 class _Data(DataModule):  # type: ignore[misc]  # litgpt is not in this environment

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Subject:
         path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", "")])
         with log.open("ab") as stream:
             self._process = subprocess.Popen(
-                [python, "-m", "benchmarks.subjects.worker", order.as_json()],
+                [python, "-m", "benchmarks.subjects.worker", json.dumps(asdict(order))],
                 cwd=REPOSITORY,
                 env={**os.environ, "PATH": path, **environ},
                 stdin=subprocess.PIPE,
@@ -79,7 +79,10 @@ class Subject:
         steps = max(1, round(seconds / self.first["step_s"]))
         before = _cpu_seconds(self._process.pid)
         start = time.perf_counter()
-        self._tell({"steps": steps})
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended: the missing answer is reported
+            self._process.stdin.write(json.dumps({"steps": steps}).encode() + b"\n")
+            self._process.stdin.flush()
         answer = self._answer(BLOCK_TIMEOUT_S)
         other = _other_cores(before, _cpu_seconds(self._process.pid), time.perf_counter() - start)
         expected = steps * self.order.step_windows
@@ -94,12 +97,6 @@ class Subject:
             with suppress(OSError):
                 if stream is not None:
                     stream.close()
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended: the missing answer is reported
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None

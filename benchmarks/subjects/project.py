@@ -1,17 +1,16 @@
 """This program: its training loop as `inheritune_ds.run` builds it, with its recorder and ds_configs/cpu.json."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ranks import join_ranks
 from benchmarks.subjects.turns import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Order, Turns
 from inheritune_ds.config import deepspeed_checks
 from inheritune_ds.config.deepspeed import MICRO_BATCH, Machine, Resolved, resolve
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.distributed.environment import prepare_environment
-from inheritune_ds.distributed.world import detect, export
 from inheritune_ds.plan.shapes import target_shape
+from tests import tiny
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 SAME_KERNELS = {"attention": "sdpa", "optimizer": "torch_fused", "liger": False, "loss": "chunked"}
@@ -23,22 +22,17 @@ NEVER = 10**9
 def recipe_of(order: Order) -> Recipe:
     """The experiment that an order asks for."""
     never = {"interval_steps": NEVER}
-    return Recipe.model_validate(
-        {
-            "name": "benchmark",
-            "description": "a subject of a side-by-side measurement",
-            "target": {"shape": order.shape},
-            "corpus": {"sources": [{"kind": "embedded"}], "tokenizer": {"vocab_size": order.shape["vocab_size"]}},
-            "training": {
-                "seq_len": order.seq_len,
-                "global_batch_tokens": order.step_windows * order.seq_len,
-                "duration": f"{order.total_steps} steps",
-            },
-            "optimizer": {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM},
-            "schedule": {"kind": "constant"},
-            "validation": {**never, "max_tokens": 2 * order.seq_len},
-            "checkpoint": never,
-        }
+    return tiny.recipe(
+        target={"shape": order.shape},
+        corpus={"sources": [{"kind": "embedded"}], "tokenizer": {"vocab_size": order.shape["vocab_size"]}},
+        training={
+            "seq_len": order.seq_len,
+            "global_batch_tokens": order.step_windows * order.seq_len,
+            "duration": f"{order.total_steps} steps",
+        },
+        optimizer={"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM},
+        validation={**never, "max_tokens": 2 * order.seq_len},
+        checkpoint=never,
     )
 
 
@@ -59,10 +53,8 @@ def resolve_for(order: Order, recipe: Recipe) -> Resolved:
 def run(order: Order, turns: Turns) -> None:
     """Train with this program's own loop."""
     turns.packages = ("torch", "transformers", "deepspeed")
-    world = detect(os.environ)
-    export(world, os.environ)
-    prepare_environment(os.environ, kind="cpu" if order.device == "cpu" else "cuda")
-    recipe = recipe_of(order)
+    kind: Any = order.device
+    world, recipe = join_ranks(kind), recipe_of(order)
     resolved = resolve_for(order, recipe)
 
     import torch
@@ -71,12 +63,10 @@ def run(order: Order, turns: Turns) -> None:
     from benchmarks.subjects.windows import build_model
     from inheritune_ds.checkpoints.train_state import SavedLayout
     from inheritune_ds.distributed.environment import keep_freed_memory
-    from inheritune_ds.distributed.process_group import start_process_group
     from inheritune_ds.tracking.recorder import RunRecorder
     from inheritune_ds.training.engine import Engine, StepResult
     from inheritune_ds.training.loop import train
 
-    start_process_group(world)
     model = build_model(order)
     tokens = order.total_steps * recipe.training.global_batch_tokens
     kernels, notes = kernels_of(resolved, model, order.device, tokens)

@@ -11,7 +11,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, TextIO
 
 
@@ -55,10 +56,6 @@ class Order:
     def step_windows(self) -> int:
         """Windows an optimizer step."""
         return self.micro_batch * self.accumulation
-
-    def as_json(self) -> str:
-        """The order as the subject's argument."""
-        return json.dumps(asdict(self))
 
 
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.01, 1.0
@@ -117,7 +114,7 @@ class Turns:
         if not self._warm:
             self._warm = True
             answer |= {"first_step_s": self._first_step_s, "step_s": self._last_step_s}
-            answer |= {"versions": self._versions(), "notes": self.notes}
+            answer |= {"versions": {name: metadata.version(name) for name in self.packages}, "notes": self.notes}
         self._answers.write(json.dumps(answer) + "\n")
         self._answers.flush()
 
@@ -134,11 +131,6 @@ class Turns:
         if self._order.device == "cuda":
             return float(sys.modules["torch"].cuda.max_memory_allocated() / 2**30)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-    def _versions(self) -> dict[str, str]:
-        from importlib import metadata
-
-        return {name: metadata.version(name) for name in self.packages}
 
 
 def own_channel() -> tuple[TextIO, TextIO]:

@@ -1,7 +1,7 @@
 """Input of the subjects: windows of one file of random tokens, and Hugging Face models of one shape."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,14 +46,7 @@ def held_micro_batches(order: Order, turns: Turns) -> Iterator[torch.Tensor]:
 
 def build_model(order: Order) -> "PreTrainedModel":
     """The shape with random values, in fp32."""
-    from transformers import AutoModelForCausalLM
-
+    from benchmarks.ranks import random_model
     from inheritune_ds.config.model import Shape
-    from inheritune_ds.surgery.load import build_config
 
-    config: Any = build_config(Shape.model_validate(order.shape))
-    if order.shape["model_type"] == "gpt2":
-        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    torch.manual_seed(SEED)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model
+    return random_model(Shape.model_validate(order.shape), SEED)

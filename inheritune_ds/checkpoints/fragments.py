@@ -6,9 +6,8 @@ the fp32 master and both of Adam's moments. Another rank's file holds the elemen
 
 import errno
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,39 +39,22 @@ def key_of(name: str, kind: str, start: int) -> str:
 
 
 def write(fragments: Mapping[str, torch.Tensor], path: Path, *, needed_bytes: int) -> dict[str, Any]:
-    """Write one rank's file, flush it to the disk and hash it; tensors on a device are copied one at a time.
+    """Write one rank's new file, flush it to the disk and hash it; tensors on a device are copied one at a time.
 
-    Args:
-        fragments: Flat tensors by their `key_of`.
-        path: Must not exist; its folder must.
-        needed_bytes: Of the whole checkpoint, for the message.
-
-    Returns:
-        `bytes` and `blake3` (hex), as a manifest lists them.
+    The flat `fragments` are named by their `key_of`. Returns `bytes` and `blake3` (hex), as a manifest lists them.
 
     Raises:
-        StorageError: With the path and the bytes needed.
+        StorageError: With the path and `needed_bytes`, those of the whole checkpoint.
     """
     tensors = {key: (_DTYPES[value.dtype], tuple(value.shape), value.nbytes) for key, value in fragments.items()}
-    with _refusals(path, needed_bytes), SafetensorsWriter(path, tensors, mode=_MODE) as writer:
-        for value in fragments.values():
-            writer.append(value.detach().cpu().view(torch.uint8).numpy().data)
-        with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hasher:
-            digest = hasher.submit(_hash, path)
-            writer.sync()
-            return {"bytes": path.stat().st_size, "blake3": digest.result()}
-
-
-def _hash(path: Path) -> str:
-    digest = blake3(max_threads=blake3.AUTO)
-    digest.update_mmap(path)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _refusals(path: Path, needed_bytes: int) -> Iterator[None]:
     try:
-        yield
+        with SafetensorsWriter(path, tensors, mode=_MODE) as writer:
+            for value in fragments.values():
+                writer.append(value.detach().cpu().view(torch.uint8).numpy().data)
+            with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hasher:
+                digest = hasher.submit(blake3(max_threads=blake3.AUTO).update_mmap, path)
+                writer.sync()
+                return {"bytes": path.stat().st_size, "blake3": digest.result().hexdigest()}
     except OSError as error:
         action = "free some space" if error.errno in _FULL else "check the disk, or choose another folder"
         raise StorageError(
@@ -84,10 +66,7 @@ def _refusals(path: Path, needed_bytes: int) -> Iterator[None]:
 def check_coverage(folder: Path, world_size: int, parameters: Mapping[str, Mapping[str, Any]]) -> None:
     """Check by the files' headers that the fragments of every parameter and kind hold each element exactly once.
 
-    Args:
-        folder: Holds the files of all ranks.
-        world_size: Number of ranks.
-        parameters: `shape` and `step` of every parameter of the model; one without a step has no moments.
+    `parameters` has `shape` and `step` of every parameter of the model; one without a step has no moments.
 
     Raises:
         TrainingError: If elements are missing or duplicate, or fragments belong to no parameter.
@@ -129,11 +108,7 @@ def _find(folder: Path, world_size: int) -> dict[tuple[str, str], list[tuple[int
 
 
 class Fragments:
-    """The fragments of all ranks of a verified checkpoint, in mapped files.
-
-    Raises:
-        CheckpointError: If a file is missing or holds anything but fragments.
-    """
+    """The fragments of all ranks of a verified checkpoint, in mapped files; raise a CheckpointError for damage."""
 
     def __init__(self, folder: Path, world_size: int) -> None:
         from safetensors import SafetensorError, safe_open
@@ -148,11 +123,7 @@ class Fragments:
             ) from None
 
     def copy(self, name: str, kind: str, start: int, out: torch.Tensor) -> None:
-        """Copy the elements of a parameter from `start` on into a flat tensor and fill it.
-
-        Raises:
-            CheckpointError: If the files do not hold all of them.
-        """
+        """Fill a flat tensor with a parameter's elements from `start` on; raise a CheckpointError if any is missing."""
         end, copied = start + out.numel(), 0
         for first, numel, rank in self._found.get((name, kind), []):
             begin, stop = max(start, first), min(end, first + numel)

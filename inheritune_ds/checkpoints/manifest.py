@@ -77,9 +77,8 @@ def pointer_fault(folder: Path) -> str | None:
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None if it is missing or any byte of it has changed.
 
-    Returns:
-        `format`, `step`, `generation`, `for_good` (retention never deletes it), `files` ({path: {bytes, blake3}}),
-        `state`, `layout`, `fingerprints`, and `parameters` and `engine` of a snapshot.
+    It has `format`, `step`, `generation`, `for_good` (retention never deletes it), `files` ({path: {bytes, blake3}}),
+    `state`, `layout`, `fingerprints`, and `parameters` and `engine` of a snapshot.
     """
     path = checkpoint / MANIFEST
     try:
@@ -103,14 +102,9 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
 
 
 def examine(checkpoint: Path, advance: Callable[[int], None] = lambda _: None) -> Checkpoint | str:
-    """Verify a published checkpoint.
+    """Return a published checkpoint if no byte of it has changed and it is safe to load; otherwise its first fault.
 
-    Args:
-        checkpoint: Its folder.
-        advance: Called with the bytes of every hashed chunk, from several threads.
-
-    Returns:
-        The checkpoint if no byte has changed and it is safe to load; otherwise its first fault.
+    `advance` is called with the bytes of every hashed chunk, from several threads.
     """
     try:
         if checkpoint.is_symlink():

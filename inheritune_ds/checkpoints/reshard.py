@@ -20,7 +20,6 @@ Shapes = Mapping[str, Sequence[int]]
 _ROUNDING = (
     ("train_micro_batch_size_per_gpu",),
     ("data_types", "grad_accum_dtype"),
-    ("bf16", "immediate_grad_update"),
     ("communication_data_type",),
     ("prescale_gradients",),
     ("gradient_predivide_factor",),
@@ -103,11 +102,7 @@ def rounding_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_convertible(saved: SavedLayout, now: SavedLayout) -> None:
-    """Refuse a state that cannot resume as the same experiment.
-
-    Raises:
-        CheckpointError: If the precision differs; number of ranks and ZeRO stage may.
-    """
+    """Raise a CheckpointError if the precision of a state differs; its number of ranks and ZeRO stage may."""
     if saved.precision != now.precision:
         raise CheckpointError(
             f"the checkpoint was saved in {saved.precision}, and this launch computes in {now.precision}",
@@ -118,11 +113,7 @@ def check_convertible(saved: SavedLayout, now: SavedLayout) -> None:
 
 
 def check_model(checkpoint: Path, saved: Mapping[str, Mapping[str, Any]], now: Shapes) -> None:
-    """Refuse a state of another model.
-
-    Raises:
-        CheckpointError: With the first parameter that differs in name or shape.
-    """
+    """Raise a CheckpointError for a state of another model, with the first parameter that differs in name or shape."""
     other = sorted(name for name in saved.keys() | now.keys() if saved.get(name, {}).get("shape") != now.get(name))
     if other:
         raise CheckpointError(

@@ -26,8 +26,7 @@ def kept(store: CheckpointStore) -> dict[Path, str]:
 def expired(store: CheckpointStore) -> list[Path]:
     """Verify the newest checkpoint and find those that the rule does not keep, the newest first.
 
-    Raises:
-        CheckpointError: The newest is damaged, so nothing may be deleted; or the folder cannot be read.
+    Raises a CheckpointError if it is damaged, so nothing may be deleted, or if the folder cannot be read.
     """
     with reading(store.folder):
         found, reasons = list(published(store.folder)), kept(store)  # one that appears meanwhile is not `found`
@@ -50,11 +49,7 @@ def prune(store: CheckpointStore) -> list[Path]:
 
 
 def later_than(store: CheckpointStore, step: int) -> list[Path]:
-    """The checkpoints that `go_back` would delete.
-
-    Raises:
-        CheckpointError: No intact one would remain.
-    """
+    """The checkpoints that `go_back` would delete; raise a CheckpointError if no intact one would remain."""
     later = [checkpoint for checkpoint in published(store.folder) if step_of(checkpoint) > step]
     newest = next((checkpoint for checkpoint in published(store.folder) if checkpoint not in later), None)
     fault = "no checkpoint is that early" if newest is None else find_fault(newest)
@@ -70,9 +65,7 @@ def later_than(store: CheckpointStore, step: int) -> list[Path]:
 def go_back(store: CheckpointStore, step: int) -> list[Path]:
     """Delete and return the checkpoints later than a step, so that the run resumes from the newest of the others.
 
-    Raises:
-        CheckpointError: No intact one would remain.
-        StorageError: The pointer cannot be written.
+    Errors as in `later_than`, and a StorageError if the pointer cannot be written.
     """
     later = later_than(store, step)
     store.point_at(next(checkpoint for checkpoint in published(store.folder) if checkpoint not in later))

@@ -6,13 +6,15 @@ thread may write and publish while training continues.
 """
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from inheritune_ds.checkpoints import retention
 from inheritune_ds.checkpoints.fragments import check_coverage, file_name, write
@@ -53,13 +55,8 @@ class _Report:
 class Saver:
     """Saves and loads the checkpoints of one run; all ranks make one and call its methods together.
 
-    Args:
-        store: Where they are published; used on rank 0 only.
-        layout: Of this launch.
-        world: This rank among all.
-        reliability: Whether saves run in the background, and whether a refusal of the disk ends the run.
-        fingerprints: Of recipe, data and code versions, for the manifest.
-        group: Instead of a process group of its own.
+    `store` is used on rank 0 only. `fingerprints` of recipe, data and code versions go into the manifests. `group`
+    replaces a process group of its own.
     """
 
     def __init__(  # noqa: PLR0913 - each is a part of its own
@@ -77,8 +74,8 @@ class Saver:
         self._buffers = PinnedBuffers() if reliability.async_save else None
         self._group = group or ObjectGroup(world, reliability.group_timeout_s)
         self._temporary: Path | None = None
-        self._writing: _Background[Path | InherituneError] | None = None
-        self._pruning: _Background[list[Path]] | None = None
+        self._writing: Future[Path | InherituneError] | None = None
+        self._pruning: Future[list[Path]] | None = None
         self.published_step: int | None = None
         """Step of the newest checkpoint that this launch has published; an asynchronous `save` returns before."""
         self.refusal = ""
@@ -89,8 +86,7 @@ class Saver:
     def save(self, engine: Stateful, state: TrainState) -> bool:
         """Save a checkpoint, after the save under way; an asynchronous save returns as soon as the state is copied.
 
-        Returns:
-            Whether it is published or under way; False if the disk refuses and the run may continue without it.
+        False if the disk refuses and the run may continue without it; True if it is published or under way.
 
         Raises:
             StorageError: On all ranks, if the disk refuses this save, or the one before, and the config says stop.
@@ -102,7 +98,7 @@ class Saver:
         snapshot = engine.capture(self._buffers)
         if self._buffers is None:
             return self._accept(self._finish(state, snapshot, start_s))
-        self._writing = _Background(lambda: self._finish(state, snapshot, start_s), f"save-{state.step}")
+        self._writing = _in_background(lambda: self._finish(state, snapshot, start_s), f"save-{state.step}")
         return True
 
     def _finish(self, state: TrainState, snapshot: Snapshot, start_s: float) -> Path | InherituneError:
@@ -124,11 +120,11 @@ class Saver:
                 logger.warning(text, state.step, outcome.problem)
             # Not after a CheckpointError: another launch may write there by now.
             if temporary is not None and not isinstance(outcome, CheckpointError):
-                self._store.discard(temporary)
+                shutil.rmtree(temporary, ignore_errors=True)
             return outcome
         self.last_save_s, self.published_step = time.perf_counter() - start_s, state.step
         if self._world.is_main:
-            self._pruning = _Background(lambda: retention.prune(self._store), f"prune-{state.step}")
+            self._pruning = _in_background(lambda: retention.prune(self._store), f"prune-{state.step}")
         return outcome
 
     def _write_and_publish(self, state: TrainState, snapshot: Snapshot) -> Path | InherituneError:
@@ -213,39 +209,29 @@ class Saver:
     @property
     def wants_save(self) -> bool:
         """Whether a failed async save forces a save, so that all ranks raise together."""
-        ended = self._writing.error or self._writing.result if self._writing is not None else None
+        if self._writing is None or not self._writing.done():
+            return False
+        ended = self._writing.exception() or self._writing.result()
         return isinstance(ended, BaseException) and (self._stops or not isinstance(ended, StorageError))
 
     def wait(self) -> bool:
-        """Wait for the save under way; False if the disk has refused it and the run may continue without it.
-
-        Raises:
-            InherituneError: As `save` does.
-        """
+        """Wait for the save under way; False if the disk refused it and the run may continue. Errors as in `save`."""
         writing, self._writing = self._writing, None
-        outcome = writing.wait() if writing is not None else None
+        outcome = writing.result() if writing is not None else None
         pruning, self._pruning = self._pruning, None
         if pruning is not None:
-            pruning.wait()
+            pruning.result()
         return outcome is None or self._accept(outcome)
 
     def close(self) -> None:
-        """Wait for the save under way, then leave the process group.
-
-        Raises:
-            InherituneError: As `save` does.
-        """
+        """Wait for the save under way, then leave the process group; errors as in `save`."""
         try:
             self.wait()
         finally:
             self._group.close()
 
     def load(self, engine: Stateful, checkpoint: Checkpoint) -> TrainState:
-        """Restore a checkpoint that rank 0 has verified.
-
-        Raises:
-            CheckpointError: On all ranks, if one of them does not see the files that rank 0 sees.
-        """
+        """Restore a checkpoint that rank 0 has verified; raise a CheckpointError on all ranks if one sees another."""
         path = checkpoint.path / MANIFEST
         seen = self._group.gather(sha256_file(path) if path.is_file() else None)
         others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0] or digest is None]
@@ -260,27 +246,18 @@ class Saver:
         return checkpoint.state
 
 
-class _Background(Generic[Value]):
-    """One call in a daemon thread, which does not keep an ending process alive."""
+def _in_background(call: Callable[[], Value], name: str) -> "Future[Value]":
+    """Start a call in a daemon thread, which does not keep an ending process alive."""
+    future: Future[Value] = Future()
 
-    def __init__(self, call: Callable[[], Value], name: str) -> None:
-        self.result: Value | None = None
-        self.error: BaseException | None = None
-        self._call = call
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self.result = self._call()
-        except BaseException as error:  # noqa: BLE001 - raised by `wait`
-            self.error = error
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised by `result`
+            future.set_exception(error)
 
-    def wait(self) -> Value | None:
-        self._thread.join()
-        if self.error is not None:
-            raise self.error
-        return self.result
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 @contextmanager

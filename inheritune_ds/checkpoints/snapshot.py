@@ -46,26 +46,18 @@ class PinnedBuffers:
         self._held: dict[str, torch.Tensor] = {}
 
     def copy(self, key: str, values: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor into the buffer of a key; call `wait` before the copy is read."""
+        """Copy a tensor into the buffer of a key; a copy from a GPU is complete once the device is synchronized."""
         if key not in self._held:
             pinned = values.device.type == "cuda"
             self._held[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
         return self._held[key].copy_(values, non_blocking=True)
 
-    @staticmethod
-    def wait() -> None:
-        """Wait until the device has finished all copies."""
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-
 
 def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
-    """Take this rank's share from a DeepSpeed engine.
+    """Take this rank's share from a DeepSpeed engine between two steps.
 
-    Args:
-        engine: DeepSpeed's, between two steps.
-        buffers: For copies of the tensors, so that training may continue. None: the fragments are the engine's own
-            tensors and must be written before the next step.
+    The tensors are copied to `buffers`, so that training may continue. Without (None), the fragments are the engine's
+    own tensors and must be written before the next step.
     """
     inner, found = engine.optimizer.optimizer, Snapshot()
     found.parameters = {name: {"shape": shape, "step": None} for name, shape in shapes_of(engine).items()}
@@ -79,28 +71,27 @@ def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
                 held = values if buffers is None else buffers.copy(f"{number}/{kind}", values)
                 for piece in partition.pieces:
                     found.fragments[key_of(piece.name, kind, piece.start)] = held[piece.at : piece.at + piece.numel]
-            if state:
+            if state:  # apex keeps the count of updates in the group, and all groups step together
+                step = int(state["step"] if "step" in state else inner.param_groups[0]["step"])
                 for piece in partition.pieces:
-                    found.parameters[piece.name]["step"] = _step(inner, state)
-        if buffers is not None:
-            buffers.wait()
+                    found.parameters[piece.name]["step"] = step
+        if buffers is not None and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
     except (MemoryError, RuntimeError) as error:  # no host memory: raised on all ranks together
         found.failure = error
     return found
 
 
-def _step(inner: Any, state: Mapping[str, Any]) -> int:
-    """Adam's count of updates; apex keeps it in the group, and all groups step together."""
-    return int(state["step"] if "step" in state else inner.param_groups[0]["step"])
-
-
 def _record(engine: Any) -> dict[str, Any]:
     optimizer = engine.optimizer
     moments = next((state[MOMENTS[0]] for state in optimizer.optimizer.state.values() if state), None)
-    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler, scaling = getattr(optimizer, "loss_scaler", None), None
+    if scaler is not None:  # the dtype is that of the weights
+        fields = {key: value for key, value in vars(scaler).items() if key != "dtype"}
+        scaling = {"fields": fields, "overflow": bool(optimizer.overflow)}
     return {
         "counters": {name: getattr(engine, name) for name in (*COUNTERS, "micro_steps")},
-        "loss_scaler": None if scaler is None else _scaler_record(optimizer, scaler),
+        "loss_scaler": scaling,
         "dtypes": {
             "weights": _dtype(next(engine.module.parameters())),
             "masters": _dtype(partitions(engine)[0].master),
@@ -115,17 +106,8 @@ def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _scaler_record(optimizer: Any, scaler: Any) -> dict[str, Any]:
-    """All fields of DeepSpeed's loss scaler but its dtype, that of the weights, and the overflow of the last step."""
-    fields = {key: value for key, value in vars(scaler).items() if key != "dtype"}
-    return {"fields": fields, "overflow": bool(optimizer.overflow)}
-
-
 def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Restore a verified state into DeepSpeed's engine, new or in use; all ranks must call it.
-
-    Returns:
-        Log lines: see `changes`.
+    """Restore a verified state into DeepSpeed's engine, new or in use, on all ranks; return the log lines of `changes`.
 
     Raises:
         CheckpointError: If it is not a state of this model.
@@ -213,9 +195,7 @@ def _restore_scaler(optimizer: Any, record: Mapping[str, Any]) -> None:
 def fill_masters(engine: Any, values: Mapping[str, torch.Tensor]) -> None:
     """Fill this rank's fp32 masters with exact values, since a new engine derives them from rounded weights.
 
-    Args:
-        engine: DeepSpeed's.
-        values: Whole parameters by name, of any dtype; of mapped files only this rank's pieces are read.
+    `values` are whole parameters by name, of any dtype; of mapped files only this rank's pieces are read.
     """
     for partition in partitions(engine):
         flat = partition.master.detach()

@@ -52,12 +52,9 @@ def earlier_format(path: Path) -> CheckpointError:
 
 
 class CheckpointStore:
-    """The folder of a run's checkpoints; only rank 0 of the launch that has locked the run folder changes it.
+    """`checkpoints/` of a run folder; only rank 0 of the launch that has locked the run folder changes it.
 
-    Args:
-        folder: `checkpoints/` of the run folder.
-        keep: How many of the newest are kept.
-        keep_every: Checkpoints at multiples of this many steps are kept, too; None: only the newest.
+    The `keep` newest are kept, and those at multiples of `keep_every` steps, if that is not None.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None) -> None:
@@ -121,11 +118,7 @@ class CheckpointStore:
         return None
 
     def newest(self) -> Path | None:
-        """The newest published checkpoint, intact or not; None if there is none.
-
-        Raises:
-            CheckpointError: The folder cannot be read.
-        """
+        """The newest published checkpoint, intact or not, or None. Raises a CheckpointError if that cannot be read."""
         with reading(self.folder):
             return next(published(self.folder), None)
 
@@ -153,11 +146,7 @@ class CheckpointStore:
         return "export is there, so this run has finished before" if ended else None
 
     def refuse_untrusted(self) -> None:
-        """Refuse a folder that another user may have written to.
-
-        Raises:
-            CheckpointError: It belongs to another user, or any user can write to it.
-        """
+        """Raise a CheckpointError if the folder belongs to another user, or any user can write to it."""
         if self.folder.exists() and (reason := distrust(self.folder.stat())) is not None:
             raise CheckpointError(
                 f"{self.folder} {reason}; a checkpoint is loaded only if no other user can have written it",
@@ -181,22 +170,14 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
         return temporary
 
-    def discard(self, temporary: Path) -> None:
-        """Remove a checkpoint that will not be published."""
-        shutil.rmtree(temporary, ignore_errors=True)
-
     def publish(
         self, temporary: Path, step: int, fields: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
     ) -> Path:
         """Flush a written checkpoint to the disk and rename it to its name; then move the pointer.
 
         A kill at any moment leaves either this checkpoint or the one before. A pointer that cannot be moved is logged.
-
-        Args:
-            temporary: From `begin`, filled by all ranks.
-            step: Of the run.
-            fields: Further fields of the manifest; JSON.
-            files: {path inside the folder: {"bytes": size, "blake3": hex}} of all files.
+        `temporary` is from `begin`, `fields` are further ones of the manifest, and `files` has every file by its
+        path inside the folder: {"bytes": size, "blake3": hex}.
 
         Raises:
             CheckpointError: Another launch has taken over, or the folder differs from `files`.
@@ -298,15 +279,9 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, checkpoint_bytes: int, *, count: int) -> None:
-    """Refuse a disk without space for a number of checkpoints.
+    """Raise a StorageError if a disk lacks space for `count` checkpoints of so many bytes, all ranks together.
 
-    Args:
-        folder: Where checkpoints go; it need not exist.
-        checkpoint_bytes: Of one checkpoint, all ranks together.
-        count: Number of checkpoints that must fit.
-
-    Raises:
-        StorageError: With the folder, the bytes needed and the bytes free.
+    `folder`, where they go, need not exist.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_bytes, needed_bytes = shutil.disk_usage(there).free, int(count * checkpoint_bytes)

@@ -8,6 +8,8 @@ import time
 import traceback
 from collections.abc import Sequence
 
+from inheritune_ds.errors import InherituneError
+
 VERBS = {
     "train": "train a recipe: prepare, inherit, train, export, report (also: train.py)",
     "prepare": "make the token files of a recipe: read, tokenize, split, count",
@@ -70,8 +72,6 @@ def _parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> int:
-    from inheritune_ds.errors import InherituneError
-
     module = importlib.import_module(f"inheritune_ds.cli.{args.verb}")
     try:
         return int(module.run(args, overrides))

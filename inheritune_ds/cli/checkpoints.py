@@ -7,10 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inheritune_ds.checkpoints import retention
+from inheritune_ds.checkpoints.manifest import (
+    EARLIER,
+    POINTER,
+    find_fault,
+    newest_step,
+    pointer_fault,
+    published,
+    read_manifest,
+)
+from inheritune_ds.checkpoints.store import CheckpointStore, earlier_format
 from inheritune_ds.cli.options import add_runs_dir
+from inheritune_ds.console import Meter, log_to_console
+from inheritune_ds.errors import CheckpointError, RecipeError, RunFolderError
 
 if TYPE_CHECKING:
-    from inheritune_ds.checkpoints.store import CheckpointStore
     from inheritune_ds.run.folder import RunFolder
 
 _TITLES = ("checkpoint", "tokens", "size", "age", "saved under", "kept")
@@ -36,10 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """List, verify or prune the checkpoints of a run."""
-    from inheritune_ds.checkpoints.store import CheckpointStore
-    from inheritune_ds.console import log_to_console
-    from inheritune_ds.errors import RecipeError
-
     if overrides:
         action = "set the number to keep by --keep N, or checkpoint.keep in the recipe of a run"
         raise RecipeError(f"checkpoints takes no overrides: {' '.join(overrides)}", action=action)
@@ -66,7 +74,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_folder(named: str, runs_dir: Path) -> "RunFolder":
-    from inheritune_ds.errors import RunFolderError
     from inheritune_ds.run.folder import RunFolder
 
     for path in (Path(named).expanduser(), runs_dir / named):
@@ -80,11 +87,8 @@ def _run_folder(named: str, runs_dir: Path) -> "RunFolder":
     )
 
 
-def _list(store: "CheckpointStore") -> None:
-    from inheritune_ds.checkpoints.manifest import POINTER, pointer_fault, published
-    from inheritune_ds.checkpoints.retention import kept
-
-    reasons, found = kept(store), list(published(store.folder))
+def _list(store: CheckpointStore) -> None:
+    reasons, found = retention.kept(store), list(published(store.folder))
     if not found:
         print(f"no checkpoint in {store.folder}")
         return
@@ -99,8 +103,6 @@ def _list(store: "CheckpointStore") -> None:
 
 def _describe(checkpoint: Path) -> tuple[str, str, str, str]:
     """Tokens, size, age and layout of a checkpoint, by its manifest."""
-    from inheritune_ds.checkpoints.manifest import read_manifest
-
     try:
         age = _age(time.time() - checkpoint.lstat().st_mtime)
     except FileNotFoundError:  # by a running run
@@ -129,12 +131,7 @@ def _age(seconds: float) -> str:
     return f"{seconds / units[unit]:.0f} {unit}"
 
 
-def _verify(store: "CheckpointStore") -> None:
-    from inheritune_ds.checkpoints.manifest import EARLIER, find_fault, published, read_manifest
-    from inheritune_ds.checkpoints.store import earlier_format
-    from inheritune_ds.console import Meter
-    from inheritune_ds.errors import CheckpointError
-
+def _verify(store: CheckpointStore) -> None:
     store.refuse_untrusted()
     found, bad, lock = list(published(store.folder)), 0, threading.Lock()  # several threads hash files
     for checkpoint in found:
@@ -161,9 +158,7 @@ def _verify(store: "CheckpointStore") -> None:
         )
 
 
-def _prune(folder: "RunFolder", store: "CheckpointStore", args: argparse.Namespace) -> None:
-    from inheritune_ds.checkpoints import retention
-    from inheritune_ds.checkpoints.manifest import newest_step
+def _prune(folder: "RunFolder", store: CheckpointStore, args: argparse.Namespace) -> None:
     from inheritune_ds.run.status import write_status
 
     folder.lock()

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inheritune_ds.cli.options import add_runs_dir
+from inheritune_ds.console import log_to_console
+from inheritune_ds.errors import RecipeError, RunFolderError
+from inheritune_ds.storage.files import read_json, storage_errors
+from inheritune_ds.storage.folders import damaged_files
 
 if TYPE_CHECKING:
     from inheritune_ds.config.model import Reference, Target
@@ -37,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Build the target, or verify it if it is built already."""
-    from inheritune_ds.console import log_to_console
     from inheritune_ds.distributed.environment import prepare_environment
-    from inheritune_ds.errors import RecipeError
 
     if not 0 <= args.seed < 2**32:
         raise RecipeError(f"--seed {args.seed} is not a seed", allowed=f"0 to {2**32 - 1}")
@@ -125,8 +127,6 @@ def _stoppable() -> Iterator[None]:
 
 def _output(text: str) -> Path:
     """Resolve the target's folder; refuse the current one, which the shell would lose."""
-    from inheritune_ds.errors import RecipeError, RunFolderError
-
     if not text:
         raise RecipeError("--output is empty", allowed="a folder that is new or empty")
     output = Path(os.path.realpath(Path(text).expanduser()))
@@ -138,7 +138,6 @@ def _output(text: str) -> Path:
 def _local_folder(reference: "Reference", runs_dir: Path) -> Path | None:
     """Find the folder of a local reference; None for a model of the hub."""
     from inheritune_ds.config.fields import is_local_path
-    from inheritune_ds.errors import RecipeError
 
     if (name := reference.recipe_name) is not None:
         if not name or "/" in name or name.startswith("."):
@@ -165,8 +164,6 @@ def _local_folder(reference: "Reference", runs_dir: Path) -> Path | None:
 
 
 def _check_outside(args: argparse.Namespace, output: Path, role: str, folder: Path) -> None:
-    from inheritune_ds.errors import RunFolderError
-
     whole = Path(os.path.realpath(folder))
     if whole == output or whole in output.parents:
         text = f"--output {args.output} is inside the folder of --{role}, {folder}"
@@ -175,7 +172,6 @@ def _check_outside(args: argparse.Namespace, output: Path, role: str, folder: Pa
 
 def _check_output(name: str, output: Path, known: Mapping[str, Any]) -> None:
     """Refuse a folder with other content early, by what is known before the reference is hashed."""
-    from inheritune_ds.storage.files import read_json, storage_errors
     from inheritune_ds.surgery.inherit import MANIFEST
 
     with storage_errors(output):
@@ -194,8 +190,6 @@ def _check_output(name: str, output: Path, known: Mapping[str, Any]) -> None:
 
 def _find(name: str, output: Path, identity: Mapping[str, Any]) -> "TargetModel | None":
     """Find the built target; None if it is to be built, which may replace a damaged one."""
-    from inheritune_ds.storage.files import read_json
-    from inheritune_ds.storage.folders import damaged_files
     from inheritune_ds.surgery.inherit import MANIFEST, find_target, may_replace
 
     found = find_target(output, identity, verify=True)
@@ -211,9 +205,7 @@ def _find(name: str, output: Path, identity: Mapping[str, Any]) -> "TargetModel 
     return None
 
 
-def _in_use(name: str, what: str) -> Exception:
-    from inheritune_ds.errors import RunFolderError
-
+def _in_use(name: str, what: str) -> RunFolderError:
     return RunFolderError(f"--output {name} {what}", action="name a new folder, or remove this one")
 
 
@@ -223,7 +215,6 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
 
     from inheritune_ds.config.inheritance import PRESETS
     from inheritune_ds.config.model import Reference, Target
-    from inheritune_ds.errors import RecipeError
 
     if not args.inherit:
         raise RecipeError("--inherit is empty", allowed=f"{', '.join(PRESETS)}, or a list of parts: attention,mlp,head")
@@ -245,7 +236,6 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
 
 
 def _previous(args: argparse.Namespace) -> "ReferenceModel | None":
-    from inheritune_ds.errors import RecipeError
     from inheritune_ds.surgery.inherit import locate_previous
 
     if args.previous is None:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inheritune_ds.errors import InherituneError, RecipeError
+
 if TYPE_CHECKING:
     from inheritune_ds.config.deepspeed import Machine
     from inheritune_ds.config.recipe import Recipe
@@ -45,21 +47,14 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
 
 def refuse_below_one(option: str, value: int | None) -> None:
     """Refuse a count below 1; None is an option that is not set."""
-    from inheritune_ds.errors import RecipeError
-
     if value is not None and value < 1:
         raise RecipeError(f"{option} {value} is not accepted", allowed="1, 2, 3, ...", action=f"change {option}")
 
 
 def read_experiment(args: argparse.Namespace, overrides: list[str]) -> "tuple[Recipe, dict[str, Any], str]":
-    """Load recipe and DeepSpeed JSON; one error lists the problems of both.
-
-    Returns:
-        The recipe, the JSON document, and its name in messages.
-    """
+    """Load recipe and DeepSpeed JSON, which also gets its name in messages; one error lists the problems of both."""
     from inheritune_ds.config import deepspeed_checks
     from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe
-    from inheritune_ds.errors import InherituneError, RecipeError
 
     overrides = list(overrides)
     switch = args.deepspeed if isinstance(args.deepspeed, str) else None

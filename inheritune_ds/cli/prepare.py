@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inheritune_ds.cli.options import add_folders, refuse_below_one
+from inheritune_ds.console import log_to_console
 
 if TYPE_CHECKING:
     from inheritune_ds.config.recipe import Recipe
@@ -23,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Make the token files of a recipe and print their counts."""
     from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe
-    from inheritune_ds.console import log_to_console
 
     refuse_below_one("--workers", args.workers)
     recipe = load_recipe(DEFAULT_RECIPE if args.recipe is None else args.recipe, overrides)

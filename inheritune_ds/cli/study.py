@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from inheritune_ds.cli.options import add_folders, refuse_below_one
+from inheritune_ds.console import log_to_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Run the study."""
-    from inheritune_ds.console import log_to_console
     from inheritune_ds.study.runner import run_study
 
     log_to_console()

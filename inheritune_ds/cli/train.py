@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from inheritune_ds.cli import report
 from inheritune_ds.cli.options import add_experiment, expected_machine, machine_for, planned_gpu, read_experiment
+from inheritune_ds.console import log_to_console
 
 if TYPE_CHECKING:
     from inheritune_ds.config.deepspeed import Machine, Resolved
@@ -78,7 +79,6 @@ def _without_micro_batch(args: argparse.Namespace, document: dict[str, Any]) -> 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
-    from inheritune_ds.console import log_to_console
     from inheritune_ds.data.size import count_tokens
     from inheritune_ds.distributed.world import detect
     from inheritune_ds.plan.micro_batch import resolve_for

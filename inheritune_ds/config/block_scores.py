@@ -1,9 +1,10 @@
 """Measured scores of blocks, for selections `by:NAME:n`."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
+
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from inheritune_ds.errors import RecipeError
 
@@ -11,11 +12,7 @@ FORMAT = '{"NAME": [one number for each block of the reference, block 0 first; h
 
 
 def read_scores(path: str | None) -> dict[str, list[float]]:
-    """Read a JSON object of lists of numbers; no scores without a file.
-
-    Raises:
-        RecipeError: If the file cannot be read, or has another content.
-    """
+    """Read a JSON object of lists of numbers; no scores without a file. Raises a RecipeError for any other content."""
     if path is None:
         return {}
 
@@ -32,17 +29,7 @@ def read_scores(path: str | None) -> dict[str, list[float]]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise RecipeError(f"block_scores: {path} cannot be read: {reason}", allowed=FORMAT) from None
-    if not isinstance(document, dict) or not all(_is_scores(values) for values in document.values()):
-        raise RecipeError(f"block_scores: {path} does not hold scores", allowed=FORMAT)
-    return {name: [float(value) for value in values] for name, values in document.items()}
-
-
-def _is_scores(values: object) -> bool:
-    if not isinstance(values, list):
-        return False
     try:
-        return all(
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-        )
-    except OverflowError:  # a whole number beyond the range of floats
-        return False
+        return TypeAdapter(dict[str, list[FiniteFloat]]).validate_python(document, strict=True)
+    except ValidationError:
+        raise RecipeError(f"block_scores: {path} does not hold scores", allowed=FORMAT) from None

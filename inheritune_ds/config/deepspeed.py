@@ -12,41 +12,37 @@ from inheritune_ds.config.kernels import OPTIMIZERS, KernelRequest
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.reliability import Reliability
-from inheritune_ds.config.zero import Precision, offload_device, precision_of
+from inheritune_ds.config.zero import Precision, offload_device, precision_of, read_layout, uses_bf16_optimizer
 from inheritune_ds.errors import RecipeError
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
+LEAST_BUCKET = 5 * 10**7
+"""Elements that ZeRO-1 and 2 reduce at once at least: smaller messages do not fill the link between GPUs."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device of a rank, for the config's `auto` values.
-
-    Attributes:
-        memory_gib: Memory that one rank may use: what other programs leave of it.
-        bf16: Whether the device computes in bfloat16 at full speed.
-        name: The GPU's name by the driver; empty for a CPU, or if the ranks have different GPUs.
-    """
+    """The device of a rank, for the config's `auto` values."""
 
     kind: Literal["cuda", "cpu"]
     memory_gib: float
+    """Memory that one rank may use: what other programs leave of it."""
     bf16: bool
+    """Whether it computes in bfloat16 at full speed."""
     name: str = ""
+    """The GPU's name by the driver; empty for a CPU, or if the ranks have different GPUs."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A DeepSpeed config with every number written out.
-
-    Attributes:
-        config: DeepSpeed's keys, and the blocks `kernels` and `reliability`.
-        notes: A line on each choice.
-        shape: The target's shape and number of blocks; None if unknown.
-    """
+    """A DeepSpeed config with every number written out."""
 
     config: Mapping[str, Any]
+    """DeepSpeed's keys, and the blocks `kernels` and `reliability`."""
     notes: tuple[str, ...]
+    """A line on each choice."""
     shape: tuple[Shape, int] | None = None
+    """The target's shape and number of blocks; None if unknown."""
 
     @property
     def zero_stage(self) -> int:
@@ -159,7 +155,7 @@ class _Resolver:
         zero["stage"] = stage if stage in (1, 2, 3) else DEFAULT_STAGE
         # The formulas are Hugging Face's (transformers.integrations.deepspeed, `auto` values).
         formulas: dict[str, Callable[[int], int]] = {
-            "reduce_bucket_size": lambda hidden: hidden * hidden,
+            "reduce_bucket_size": lambda hidden: max(hidden * hidden, LEAST_BUCKET if zero["stage"] < 3 else 0),
             "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
             "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
         }
@@ -173,6 +169,23 @@ class _Resolver:
             self.notes.append("zero_optimization.round_robin_gradients: off; DeepSpeed mixes up master weights with it")
         zero.setdefault("overlap_comm", zero["stage"] == 3)
         self.config["zero_optimization"] = zero
+
+    def gradients(self, world_size: int) -> None:
+        """Fill in two settings that cost nothing with DeepSpeed's BF16_Optimizer."""
+        zero = self.config["zero_optimization"]
+        relevant = {"stage": zero["stage"], "offload_optimizer": zero.get("offload_optimizer")}
+        layout = read_layout(
+            {**self.config, "zero_optimization": relevant}, seq_len=self.recipe.training.seq_len, world_size=world_size
+        )
+        if not uses_bf16_optimizer(layout):
+            return
+        bf16 = self.config["bf16"]
+        if bf16.get("immediate_grad_update", AUTO) == AUTO:
+            bf16["immediate_grad_update"] = True
+            self.notes.append("bf16.immediate_grad_update: on (auto: frees each bf16 gradient, same numbers)")
+        if world_size == 1 and self.config.get("communication_data_type") is None:
+            self.config["communication_data_type"] = "fp32"
+            self.notes.append("communication_data_type: fp32 (auto: one rank sends nothing, so nothing is rounded)")
 
     def kernels(self, machine: Machine) -> None:
         """Write all keys of the block, and refuse what the machine or another key excludes."""
@@ -279,13 +292,8 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
 ) -> Resolved:
     """Check a DeepSpeed config and fill in every `auto` but that of the micro-batch, which `fit` fills in.
 
-    Args:
-        document: The user's JSON, from `deepspeed_checks.read`.
-        recipe: Owner of batch, clip, optimizer numbers and schedule.
-        origin: Name of the document in messages.
-        shape: The reference's or target's shape and the target's number of blocks; None if unknown.
-        world_size: Number of ranks.
-        machine: The device of a rank.
+    `document` is from `deepspeed_checks.read`, and called `origin` in messages. `shape` is that of the reference or
+    target, with the target's number of blocks; None if unknown.
 
     Raises:
         RecipeError: With every problem found.
@@ -296,8 +304,11 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     resolver.precision(machine)
     resolver.data_types()
     resolver.zero(shape[0].hidden_size if shape else None)
+    resolver.gradients(world_size)
     resolver.kernels(machine)
     resolver.config.setdefault("steps_per_print", 2**31 - 1)  # the trainer prints its own progress
+    # DeepSpeed's timer waits for the device twice in each micro-step; the trainer measures a step by itself.
+    resolver.config.setdefault("timers", {"throughput": {"enabled": False}})
     resolver.batch(world_size)
     if resolver.problems:
         raise RecipeError.of(resolver.problems)

@@ -45,17 +45,14 @@ class ConfigModel(BaseModel):
 
 @dataclass(frozen=True)
 class Allowed:
-    """Annotation of a type for messages and the docs.
-
-    Attributes:
-        words: The allowed values; empty if the type and its bounds say them.
-        refused: A value that DeepSpeed accepts and this program refuses.
-        reason: Why it is refused.
-    """
+    """Annotation of a type for messages and the docs."""
 
     words: str = ""
+    """The allowed values; empty if the type and its bounds say them."""
     refused: Any = None
+    """A value that DeepSpeed accepts and this program refuses."""
     reason: str = ""
+    """Why it is refused."""
 
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]

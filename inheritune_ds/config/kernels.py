@@ -24,17 +24,14 @@ COMPILE_SECONDS_GPU, COMPILE_MFU = 300.0, 0.4
 
 
 class KernelRequest(ConfigModel):
-    """The requested implementations; `training.kernels` resolves `auto`.
-
-    Attributes:
-        liger: Whether Liger's RMSNorm, RoPE and SwiGLU replace the model's.
-        compile: Whether torch.compile is applied to each block.
-        activation_checkpointing: Activations that the backward pass recomputes; `auto` is none.
-    """
+    """The requested implementations; `training.kernels` resolves `auto`."""
 
     attention: Auto[Attention] = AUTO
     optimizer: Auto[Optimizer] = AUTO
     liger: Auto[bool] = AUTO
+    """Whether Liger's RMSNorm, RoPE and SwiGLU replace the model's."""
     loss: Auto[Loss] = AUTO
     compile: Auto[bool] = AUTO
+    """Whether torch.compile is applied to each block."""
     activation_checkpointing: Auto[Recomputation] = "none"
+    """Activations that the backward pass recomputes; `auto` is none."""

@@ -25,12 +25,7 @@ def shipped_names(folder: str = "recipes") -> list[str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), *, beside: Path | None = None) -> Recipe:
-    """Load a recipe by shipped name or path and apply overrides.
-
-    Args:
-        name: A shipped name, or the path of a YAML file.
-        overrides: Items such as `training.duration=200 steps`; a later one wins.
-        beside: Start of a relative path; default: the current folder.
+    """Load a recipe by shipped name or path (relative to `beside`) and apply overrides, of which a later one wins.
 
     Raises:
         RecipeError: With every problem found; only with secrets if there are any, since other messages show values.

@@ -15,11 +15,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], document: dict[str, Any], origin: str) -> Model:
-    """Build a model of a parsed document; `origin` is its name in messages.
-
-    Raises:
-        RecipeError: With every problem found.
-    """
+    """Build a model of a parsed document, `origin` in messages; raise one RecipeError with every problem found."""
     built, problems = check(model, document, origin)
     if built is None:
         raise RecipeError.of(problems)

@@ -19,19 +19,16 @@ other step with its data and its logging, a whole validation, a save, the export
 
 @dataclass(frozen=True)
 class Reliability:
-    """The resolved block.
-
-    Attributes:
-        async_save: Whether training waits only for the copy of its state to host memory.
-        on_save_error: Whether a run continues when a checkpoint cannot be written.
-        watchdog: Whether a hung phase ends the run.
-        watchdog_s: Time limit of every phase.
-    """
+    """The resolved block."""
 
     async_save: bool = False
+    """Whether training waits only for the copy of its state to host memory."""
     on_save_error: SaveErrorPolicy = "continue"
+    """Whether a run continues when a checkpoint cannot be written."""
     watchdog: bool = True
+    """Whether a hung phase ends the run."""
     watchdog_s: Mapping[str, float] = field(default_factory=lambda: dict(WATCHDOG_S))
+    """Time limit of every phase."""
 
     @property
     def group_timeout_s(self) -> float:

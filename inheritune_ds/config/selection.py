@@ -39,27 +39,22 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Selection:
-    """A parsed selection.
-
-    Attributes:
-        kind: A key of `_FORMS`, or list.
-        ranges: Pairs (a, b) of a range, drop or list, both ends included.
-        count: The n or k of the other kinds.
-        score: Name of the scores (`by`).
-    """
+    """A parsed selection."""
 
     text: str
     kind: str
+    """A key of `_FORMS`, or list."""
     ranges: tuple[tuple[int, int], ...] = ()
+    """Pairs (a, b) of a range, drop or list, both ends included."""
     count: int = 0
+    """The n or k of the other kinds."""
     score: str = ""
+    """Name of the scores (`by`)."""
 
     def blocks(self, depth: int, scores: Mapping[str, Sequence[float]] | None = None) -> tuple[int, ...]:
-        """Indices of the kept blocks in the reference, in the target's order.
+        """Indices of the kept blocks in a reference of so many blocks (`depth`), in the target's order.
 
-        Args:
-            depth: Number of blocks of the reference.
-            scores: Measured scores by name, one per block, for `by:`; of equal scores the earlier block is kept.
+        `scores` for `by:` have a name, and a number per block; of equal scores the earlier block is kept.
 
         Raises:
             SurgeryError: If the selection does not fit that depth, or its scores are missing.
@@ -134,11 +129,7 @@ class Selection:
 
 
 def parse(text: str) -> Selection:
-    """Parse a selection.
-
-    Raises:
-        RecipeError: With a caret at the first invalid character.
-    """
+    """Parse a selection; raise a RecipeError with a caret at the first invalid character."""
     form, colon, _ = text.partition(":")
     if not colon and (not text or text[0].isdigit()):
         return Selection(text, "list", ranges=_list(text))

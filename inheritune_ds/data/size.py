@@ -30,8 +30,7 @@ _EXPANSION = {".gz": 3.0, ".bz2": 3.5, ".zst": 3.0, ".parquet": 1.7}
 def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:
     """Training tokens of a corpus; None if its token files, its limits and its size are all unknown.
 
-    Raises:
-        CorpusError: A corpus file is missing.
+    Raises a CorpusError if a corpus file is missing.
     """
     for path in sorted((cache_dir / "tokens").glob("*/manifest.json")):
         try:
@@ -81,10 +80,7 @@ def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any])
 def estimate_tokens(corpus: Corpus) -> Tokens | None:
     """Estimate the training tokens of a corpus without token files: bytes / 4, at most its limits.
 
-    A limit replaces a size that is not known.
-
-    Raises:
-        CorpusError: A corpus file is missing.
+    A limit replaces a size that is not known. Errors as in `count_tokens`.
     """
     sizes = [_text_bytes(source) for source in corpus.sources]
     a_byte = (1.0 - corpus.validation_ratio) / _BYTES_A_TOKEN

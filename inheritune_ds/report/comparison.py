@@ -31,8 +31,7 @@ class Difference:
 def paired_difference(of: str, a: Evaluation, to: str, b: Evaluation) -> Difference:
     """Compare model `of` with losses `a` and model `to` with losses `b`, window by window.
 
-    Raises:
-        RunFolderError: When the windows differ, or are fewer than two.
+    Raises the error of `check_same_windows`, and a RunFolderError for fewer than two windows.
     """
     check_same_windows(of, a, to, b)
     if len(a.windows) < 2:
@@ -48,11 +47,7 @@ def paired_difference(of: str, a: Evaluation, to: str, b: Evaluation) -> Differe
 
 
 def check_same_windows(of: str, a: Evaluation, to: str, b: Evaluation) -> None:
-    """Refuse two evaluations of different windows or tokens.
-
-    Raises:
-        RunFolderError: Naming the difference.
-    """
+    """Raise a RunFolderError that names the first difference of two evaluations in windows or tokens."""
     found = [
         (
             f"{len(one.windows)} windows",

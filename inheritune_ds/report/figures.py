@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inheritune_ds.errors import RunFolderError
 from inheritune_ds.report.results import RunResult
@@ -59,14 +59,8 @@ class Level:
 def draw_study(path: Path, title: str, lines: Sequence[tuple[str, Path]], level: Level | None) -> None:
     """Draw the validation curves of several runs over tokens seen, as a PNG.
 
-    Args:
-        path: Of the PNG.
-        title: Of the figure.
-        lines: Label and run folder of each curve; the first is drawn on top.
-        level: The reference's final loss, if there is a reference.
-
-    Raises:
-        RunFolderError: When the metrics of a run are damaged or hold no validation.
+    `lines` has label and run folder of each curve, the first one drawn on top; `level` is the reference's final loss.
+    Raises a RunFolderError if the metrics of a run are damaged or hold no validation.
     """
     from matplotlib import rc_context
 
@@ -88,8 +82,7 @@ def draw_study(path: Path, title: str, lines: Sequence[tuple[str, Path]], level:
 def draw_run(path: Path, result: RunResult) -> None:
     """Draw training loss, validation loss with one standard error, and learning rate of a run, as a PNG.
 
-    Raises:
-        RunFolderError: When its metrics are damaged or hold no validation.
+    Errors as in `draw_study`.
     """
     from matplotlib import rc_context
 
@@ -101,7 +94,7 @@ def draw_run(path: Path, result: RunResult) -> None:
         ends = [_draw_validation(loss_axes, validation, "validation", COLORS[0], 2)]
         if training.tokens:
             loss_axes.plot(training.tokens, training.values, color=_TRAINING, linewidth=1.2, zorder=2, clip_on=False)
-            ends.append(_End("training", training.tokens[-1], training.values[-1], _TRAINING))
+            ends.append(_End("training", training.values[-1], _TRAINING))
         _head(loss_axes, result.summary.name, "band: ± 1 standard error of the validation loss")
         loss_axes.set_ylabel("loss (nats per token)")
         lr_axes.plot(lr.tokens, lr.values, color=_QUIET, linewidth=1.4)
@@ -135,12 +128,10 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-@dataclass(frozen=True)
-class _End:
-    """The last point of a line, and its label."""
+class _End(NamedTuple):
+    """The label of a line, and the last value."""
 
     label: str
-    tokens: float
     value: float
     color: str
 
@@ -151,7 +142,7 @@ def _draw_validation(axes: "Axes", curve: Curve, label: str, color: str, order: 
     points = list(zip(curve.values, curve.stderr, strict=True))
     low, high = [value - error for value, error in points], [value + error for value, error in points]
     axes.fill_between(curve.tokens, low, high, color=color, alpha=0.18, linewidth=0, zorder=2)
-    return _End(label, curve.tokens[-1], curve.values[-1], color)
+    return _End(label, curve.values[-1], color)
 
 
 def _head(axes: "Axes", title: str, subtitle: str) -> None:
@@ -184,7 +175,7 @@ def _finish(figure: "Figure", axes: "Axes", ends: Sequence[_End], level: Level |
     if level is not None:
         axes.axhline(level.value, color=level.color, linewidth=1.0, linestyle=(0, (5, 3)), zorder=1.5)
         if level.label:
-            ends.append(_End(level.label, axes.get_xlim()[1], level.value, level.color))
+            ends.append(_End(level.label, level.value, level.color))
     figure.canvas.draw()
     _label_ends(axes, ends)
     with storage_errors(path.parent):

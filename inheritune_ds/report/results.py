@@ -42,6 +42,8 @@ class ReferenceEvaluation(Evaluation):
 
     model: str
     parameters: int
+    precision: str = "fp32"
+    """Of the forward pass: that of the run; earlier versions computed in fp32 always."""
 
 
 class RunSummary(BaseModel):
@@ -98,11 +100,7 @@ class RunResult:
 
 
 def run_result(run_dir: Path) -> RunResult:
-    """Read the results of a finished run.
-
-    Raises:
-        RunFolderError: When run.json or the last validation is missing or damaged.
-    """
+    """Read the results of a finished run; raise a RunFolderError if one of its files is missing or damaged."""
     summary = _read(run_dir / "run.json", RunSummary)
     first, last = (run_dir / "eval" / f"validation-step-{step:08d}.json" for step in (0, summary.steps))
     reference = run_dir / "eval" / "reference.json"

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from inheritune_ds.report.comparison import Difference, paired_difference
+from inheritune_ds.report.comparison import paired_difference
 from inheritune_ds.report.figures import draw_run
 from inheritune_ds.report.results import Evaluation, RunResult, run_result
 from inheritune_ds.report.tables import (
@@ -28,7 +28,10 @@ def write_run_report(run_dir: Path) -> Path:
     result = run_result(run_dir)
     folder = make_folder(run_dir)
     draw_run(folder / "curves.png", result)
-    differences = _run_differences(result)
+    others: list[tuple[str, Evaluation]] = [(AT_START, result.initial)] if result.initial else []
+    if result.reference is not None:
+        others.append((reference_name(result.reference.model), result.reference))
+    differences = [paired_difference(AT_END, result.final, name, other) for name, other in others]
     document = {
         **result.document(),
         "reference": result.reference.document() if result.reference else None,
@@ -49,19 +52,12 @@ def write_run_report(run_dir: Path) -> Path:
     return folder / "report.md"
 
 
-def _run_differences(result: RunResult) -> list[Difference]:
-    others: list[tuple[str, Evaluation]] = [(AT_START, result.initial)] if result.initial else []
-    if result.reference is not None:
-        others.append((reference_name(result.reference.model), result.reference))
-    return [paired_difference(AT_END, result.final, name, other) for name, other in others]
-
-
 def _validation_table(result: RunResult) -> list[str]:
     body = [[AT_START, str(result.initial)]] if result.initial else []
     body.append([AT_END, str(result.final)])
     if result.reference is not None:
         body.append([f"reference: {reference_name(result.reference.model)}", str(result.reference)])
-    return table(["validation", "val loss"], body)
+    return table(["validation", f"val loss ({result.summary.precision})"], body)
 
 
 def _facts_table(result: RunResult) -> list[str]:

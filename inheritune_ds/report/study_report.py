@@ -30,11 +30,8 @@ class StudyRow:
 def write_study_report(out_dir: Path, title: str, rows: Sequence[StudyRow]) -> Path:
     """Write report.md, report.json and curves.png into `out_dir`/report; return the path of report.md.
 
-    Args:
-        out_dir: Folder of the study.
-        title: Heading.
-        rows: The runs, at least one target. Without a run of role reference, the reference's loss comes from
-            the target's `eval/reference.json`, if it exists.
+    At least one of the `rows` is a target. Without a run of role reference, the reference's loss comes from the
+    target's `eval/reference.json`, if it exists.
 
     Raises:
         RunFolderError: When two runs were validated on different windows, or the metrics of one are damaged.

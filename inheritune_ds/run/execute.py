@@ -18,7 +18,15 @@ from inheritune_ds.plan.memory import ways_to_save
 from inheritune_ds.run.folder import FolderBusyError, RunFolder
 from inheritune_ds.run.launch import Launch
 from inheritune_ds.run.prepare import RunSetup, prepare
-from inheritune_ds.run.stages import build_engine, finish, resume, take_kernels, train, with_micro_batch
+from inheritune_ds.run.stages import (
+    build_engine,
+    finish,
+    resume,
+    score_reference,
+    take_kernels,
+    train,
+    with_micro_batch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +69,9 @@ def _run(setup: RunSetup, watch: Watchdog) -> bool:
         logger.info("starting DeepSpeed (it builds its CPU operator on first use: about half a minute)")
     with watch.phase("start", setup.folder.newest_step()):
         start_process_group(setup.launch.world, timeout_s=setup.resolved.reliability.group_timeout_s)
+    with watch.phase("validation", setup.folder.newest_step()):
+        score_reference(setup)
+    with watch.phase("start", setup.folder.newest_step()):
         kernels = take_kernels(setup)
         setup = with_micro_batch(setup, kernels)
     try:

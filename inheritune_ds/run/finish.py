@@ -52,7 +52,7 @@ def write_results(  # noqa: PLR0913, PLR0917 - the parts of the last state
     )
     if setup.resolved.precision == "fp32" and recipe.export.dtype == "float32":
         # In half precision the engine computes with rounded weights, so only the weights are compared.
-        check_logits(folder.export, probe, logits)
+        check_logits(folder.export, probe, logits, engine.kernels, engine.device)
     write_probe(folder.eval / "probe.safetensors", probe, logits)
     write_json(folder.path / "run.json", figures)
     places: dict[str, Path] = {

@@ -1,4 +1,4 @@
-"""Everything before the first step: checkpoint, tokens, reference, target. Rank 0 builds, the other ranks open it."""
+"""Everything before the process group: checkpoint, tokens, target. Rank 0 builds, the other ranks open it."""
 
 import logging
 import time
@@ -19,7 +19,6 @@ from inheritune_ds.data.tokens.prepare import prepare as prepare_tokens
 from inheritune_ds.data.tokens.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer, tokenizer_of
 from inheritune_ds.errors import CorpusError, RunFolderError
-from inheritune_ds.evaluation.reference_loss import BATCH_SIZE, write_reference_loss
 from inheritune_ds.plan.budget import CHECKPOINTS_IN_HAND, checkpoints_staying
 from inheritune_ds.plan.model_size import checkpoint_bytes
 from inheritune_ds.run import identity
@@ -60,6 +59,8 @@ class RunSetup:
     total_steps: int
     target: TargetModel
     """The model to start from."""
+    reference: ReferenceModel | None
+    """The model that it was cut from; None from scratch."""
     resumption: Resumption
     checkpoint: Mapping[str, Any] | None
     """From `Resumption.choose`; None at the start of the run."""
@@ -90,6 +91,7 @@ def prepare(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launc
         data=data,
         total_steps=data.total_steps,
         target=target,
+        reference=ReferenceModel.of(note["reference"]) if note["reference"] is not None else None,
         resumption=resumption,
         checkpoint=note["checkpoint"],
         fingerprints=note["fingerprints"],
@@ -99,7 +101,7 @@ def prepare(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launc
 def _build(
     recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launch, resumption: Resumption
 ) -> tuple[dict[str, Any], RunData, TargetModel]:
-    """Choose the checkpoint, then prepare tokens, target and the reference's loss; on rank 0.
+    """Choose the checkpoint, then prepare tokens and target; on rank 0.
 
     Returns:
         What the other ranks need to open the same, as JSON; the data; the target.
@@ -117,8 +119,6 @@ def _build(
     data = RunData(recipe, tokens)
     data.log()
     target = _prepare_target(recipe, reference, tokens, folder)
-    if reference is not None:
-        _score_reference(recipe, reference, data, folder)
     there = sum(1 for _ in published(folder.checkpoints))
     missing = max(0, checkpoints_staying(recipe.checkpoint, data.total_steps) - there)
     size = checkpoint_bytes(target.report["parameters"])
@@ -128,6 +128,7 @@ def _build(
         "recipe": recipe.model_dump(mode="json"),
         "tokens": str(tokens.folder.resolve()),
         "tokens_fingerprint": tokens.fingerprint,
+        "reference": reference.document() if reference is not None else None,
         "checkpoint": checkpoint,
         "fingerprints": {"recipe": recipe.fingerprint, "data": data_fingerprint, "code": code},
     }
@@ -235,20 +236,3 @@ def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreT
         inner = load_recipe(recipe.reference.recipe_name)
         return make_config(inner.target, _reference_config(inner, None))[0]
     return load_config(locate(recipe.reference, Path).folder)
-
-
-def _score_reference(recipe: Recipe, reference: ReferenceModel, data: RunData, folder: RunFolder) -> None:
-    """Write eval/reference.json: the reference's loss on the target's validation windows."""
-    write_reference_loss(
-        folder.eval / "reference.json",
-        reference,
-        data.validator(batch_size=BATCH_SIZE),
-        packing=data.packing,
-        settings={
-            "tokens": data.tokens.fingerprint,
-            "seq_len": recipe.training.seq_len,
-            "max_tokens": recipe.validation.max_tokens,
-            "packing": recipe.training.packing,
-            "source_weights": recipe.corpus.weights,
-        },
-    )

@@ -13,9 +13,11 @@ from inheritune_ds.checkpoints.saver import Saver
 from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.config.deepspeed import MICRO_BATCH
 from inheritune_ds.config.kernels import KernelRequest
+from inheritune_ds.distributed.coordination import agree
 from inheritune_ds.distributed.environment import keep_freed_memory
 from inheritune_ds.distributed.watchdog import Watchdog
 from inheritune_ds.errors import InherituneError, RecipeError, TrainingError
+from inheritune_ds.evaluation.reference_loss import BATCH_SIZE, ReferenceLoss
 from inheritune_ds.plan.gpus import identify, mfu
 from inheritune_ds.plan.model_size import flops_per_token
 from inheritune_ds.run import identity
@@ -99,6 +101,48 @@ def with_micro_batch(setup: RunSetup, kernels: Kernels) -> RunSetup:
         logger.info("%s: %d (the largest below %.1f GiB per rank)", MICRO_BATCH, size, limit_gib)
         launch.meeting.run_on_rank0(lambda: identity.keep_micro_batch(run_dir, size, limit_gib))
     return replace(setup, resolved=micro_batch.with_size(resolved, size, windows // size))
+
+
+def score_reference(setup: RunSetup) -> None:
+    """Write the reference's loss on the validation windows, unless it is there; all ranks call it together.
+
+    The ranks share the windows, if all of them see the reference's folder.
+
+    Raises:
+        KeyboardInterrupt: On all ranks, if one was asked to stop.
+    """
+    if setup.reference is None:
+        return
+    launch, recipe, data = setup.launch, setup.recipe, setup.data
+    scoring = ReferenceLoss(
+        setup.folder.eval / "reference.json",
+        setup.reference,
+        setup.resolved.precision,
+        settings={
+            "tokens": data.tokens.fingerprint,
+            "seq_len": recipe.training.seq_len,
+            "max_tokens": recipe.validation.max_tokens,
+            "packing": recipe.training.packing,
+            "source_weights": recipe.corpus.weights,
+        },
+    )
+    if launch.meeting.run_on_rank0(scoring.is_known):
+        return
+    device, world = torch.device(launch.machine.kind), launch.world
+
+    def evaluate(rank: int, size: int, stop: Callable[[], bool]) -> bool:
+        validator = data.validator(batch_size=BATCH_SIZE, rank=rank, size=size)
+        return scoring.evaluate(validator, data.packing, device, write=rank == 0, stop=stop)
+
+    def asked() -> bool:
+        return launch.stop.requested is not None
+
+    if agree(not setup.reference.folder.is_dir(), device):
+        done = launch.meeting.run_on_rank0(lambda: evaluate(0, 1, asked))
+    else:
+        done = evaluate(world.rank, world.size, lambda: agree(asked(), device))
+    if not done:
+        raise KeyboardInterrupt
 
 
 def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:

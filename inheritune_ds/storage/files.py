@@ -64,11 +64,7 @@ def _refusal(path: Path | str, number: int | None, reason: str) -> StorageError:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by text, atomically and durably, with secrets masked.
-
-    Raises:
-        StorageError: If the folder cannot be written.
-    """
+    """Replace a file by text, atomically and durably, with secrets masked; raise a StorageError if that is refused."""
     write_exact(path, redact(text))
 
 

@@ -26,12 +26,9 @@ def staged(
 ) -> Iterator[Path]:
     """Yield a hidden folder to fill; publish it as `final` at the end, or remove it after an error.
 
-    Two processes may do this at once: the first to finish wins, the other uses its result.
-
-    Args:
-        final: Published folder.
-        usable: Whether to keep the folder that exists at `final` at the end, and discard the filled one.
-        replaceable: Whether to replace it if it is not usable. An empty folder is always replaced.
+    Two processes may do this at once: the first to finish wins, the other uses its result. `usable` says whether to
+    keep the folder that exists at `final` at the end, and discard the filled one; `replaceable`, whether to replace it
+    if it is not usable. An empty folder is always replaced.
 
     Raises:
         StorageError: The folder beside `final` cannot be made, synced or renamed.
@@ -55,10 +52,8 @@ def staged(
 def exclusive(folder: Path) -> Iterator[None]:
     """Create a folder and lock it while this process fills it; other processes wait for the lock.
 
-    Unlike `staged`, the files stay after an error or a kill, so that the work can resume.
-
-    Raises:
-        StorageError: The folder or its lock cannot be made.
+    Unlike `staged`, the files stay after an error or a kill, so that the work can resume. Raises a StorageError if the
+    folder or its lock cannot be made.
     """
     lock = folder.with_name(f"{folder.name}.lock")
     with storage_errors(folder):

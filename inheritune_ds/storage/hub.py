@@ -86,11 +86,7 @@ def _with_retries(action: Callable[[], Answer]) -> Answer:
 
 
 def list_files(repository: Repository) -> list[str]:
-    """Paths of all files of a repository at its commit, sorted; offline from the local cache.
-
-    Raises:
-        HubError: The hub refuses, or neither network nor cache.
-    """
+    """Sorted paths of all files of a repository at its commit; offline from the local cache. Raises as `resolve`."""
     from huggingface_hub import HfApi, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
     from huggingface_hub.hf_api import RepoFile

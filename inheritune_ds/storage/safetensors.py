@@ -31,10 +31,8 @@ class Entry:
 class SafetensorsWriter:
     """Writes one new safetensors file, one tensor after the other. All methods may raise an OSError.
 
-    Args:
-        path: A file that does not exist yet.
-        tensors: dtype (its name in safetensors), shape and bytes of each tensor by name, in the order of the file.
-        mode: Permissions of the file, before the umask.
+    `tensors` has dtype (its name in safetensors), shape and bytes of each tensor by name, in the order of the file;
+    `mode` has the permissions of the file, before the umask.
     """
 
     def __init__(

@@ -36,16 +36,10 @@ def choose_port() -> int:
 
 
 def run_ranks(words: Sequence[str], num_ranks: int, port: int) -> tuple[int, int]:
-    """Run a script on every rank and wait until all have ended.
+    """Run a script with its arguments on every rank and wait until all have ended; `port` is of rank 0's rendezvous.
 
-    Args:
-        words: The script and its arguments.
-        num_ranks: Number of processes.
-        port: Of rank 0's rendezvous.
-
-    Returns:
-        The exit code of the first rank that failed (128 + n after signal n), 0 if none did; the number of signals
-        received.
+    Returns the exit code of the first rank that failed (128 + n after signal n), 0 if none did, and the number of
+    signals received.
     """
     ranks: list[subprocess.Popen[bytes]] = []
     with _Signals() as signals:

@@ -38,18 +38,10 @@ def run_study(  # noqa: PLR0913 (the options of the command line, by keyword)
     cache_dir: Path,
     overrides: Sequence[str] = (),
 ) -> Path | None:
-    """Train every run of a study and write its report.
+    """Train every run of a study (a shipped name, or the path of a file) and write its report.
 
-    Args:
-        name: A shipped study, or the path of a study file.
-        deepspeed_config: For all runs.
-        num_ranks: Processes of each run.
-        runs_dir: Of run folders; the report goes to `runs_dir`/study-NAME/report.
-        cache_dir: Of token files.
-        overrides: `key.path=value` items for every run.
-
-    Returns:
-        Path of report.md; None if a signal stopped the study.
+    `overrides` are `key.path=value` items for every run. Returns the path of report.md, in
+    `runs_dir`/study-NAME/report; None if a signal stopped the study.
 
     Raises:
         RecipeError: If the study or one of its recipes is wrong; nothing has been started then.
@@ -82,10 +74,7 @@ def run_study(  # noqa: PLR0913 (the options of the command line, by keyword)
 def _has_finished(name: str, folder: Path, ended: tuple[int, int]) -> bool:
     """Check how a run ended: False after one signal, KeyboardInterrupt after a second one, StudyRunError if it failed.
 
-    Args:
-        name: The run.
-        folder: Its run folder.
-        ended: Exit code and number of signals.
+    `ended` has its exit code and the number of signals.
     """
     code, signals = ended
     state = read_status(folder).get("state", "unknown")

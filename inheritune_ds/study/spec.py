@@ -68,10 +68,8 @@ def load_study(name: str, overrides: Sequence[str], runs_dir: Path) -> tuple[Stu
     """Read a study and the recipe of every run.
 
     If the reference of a run is an earlier run of this study with overrides, its recipe is written to
-    `study-NAME/recipes`, and the run's `reference.model` names that file.
-
-    Raises:
-        RecipeError: With all problems of the study and its recipes.
+    `study-NAME/recipes`, and the run's `reference.model` names that file. Raises a RecipeError with all problems of the
+    study and its recipes.
     """
     text, origin = read_document(name, "studies")
     study = validate(StudyFile, parse_yaml(text, origin), origin)

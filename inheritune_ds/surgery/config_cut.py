@@ -30,11 +30,7 @@ Rule = Callable[[Values, int, Sequence[int]], Values]
 
 
 def num_blocks(config: "PreTrainedConfig") -> int:
-    """Number of blocks in a config.
-
-    Raises:
-        SurgeryError: If it has no such number.
-    """
+    """Number of blocks in a config; raise a SurgeryError if it has none."""
     depth = getattr(config, "num_hidden_layers", None)
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
         raise SurgeryError(
@@ -45,10 +41,9 @@ def num_blocks(config: "PreTrainedConfig") -> int:
 
 
 def cut_config(config: "PreTrainedConfig", blocks: Sequence[int]) -> "PreTrainedConfig":
-    """Copy the reference's config for the kept blocks, given in the target's order.
+    """Copy the reference's config for the kept blocks, in the target's order.
 
-    Raises:
-        SurgeryError: If a block's computation depends on its index in a way that the config cannot express.
+    Raises a SurgeryError if a block's computation depends on its index in a way that the config cannot express.
     """
     depth = num_blocks(config)
     values = config.to_dict()

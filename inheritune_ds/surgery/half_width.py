@@ -59,10 +59,9 @@ def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
 
 
 def leading_half(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
-    """Take the leading part of a reference's tensor, of the target's `shape`; `name` is that inside the model.
+    """The leading part of a reference's tensor, of the target's `shape`; `name` is that inside the model.
 
-    Raises:
-        SurgeryError: If a size is neither the tensor's nor half of it.
+    Raises a SurgeryError if a size is neither the tensor's nor half of it.
     """
     if tensor.dim() != len(shape) or any(
         size not in (whole, whole / 2) for size, whole in zip(shape, tensor.shape, strict=True)

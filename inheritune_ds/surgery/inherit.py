@@ -246,11 +246,7 @@ def plan_target(cut: Cut, config: "PreTrainedConfig", selection: tuple[int, ...]
 def _earlier(
     previous: ReferenceModel, origin: SourceModel, reference: ReferenceModel, selection: tuple[int, ...]
 ) -> SourceModel:
-    """Open the target of the previous round and check that it is a prefix of this selection of the same reference.
-
-    Raises:
-        SurgeryError: If it has at least as many blocks as the selection, is another model, or has no report.
-    """
+    """Open the target of the previous round; raise a SurgeryError unless it is a prefix of this cut."""
     source = SourceModel("previous", previous.folder, load_config(previous.folder))
     depth = source.skeleton.blocks.depth
     if depth >= len(selection):

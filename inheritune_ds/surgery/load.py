@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_config(folder: Path) -> "PreTrainedConfig":
-    """Load a model's config through transformers, without remote code.
-
-    Raises:
-        SurgeryError: If transformers does not know the family or refuses the values.
-    """
+    """Load a model's config without remote code; raise a SurgeryError if transformers cannot."""
     from transformers import AutoConfig
 
     try:
@@ -31,11 +27,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
 
 
 def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
-    """Load a causal language model.
-
-    Args:
-        folder: Hugging Face folder.
-        dtype: `auto` keeps the checkpoint's own; otherwise a torch dtype's name.
+    """Load a causal language model; `dtype` is a torch dtype's name, or `auto` for the checkpoint's own.
 
     Raises:
         SurgeryError: If it is no causal language model, or if its weights are not those that its config asks for.
@@ -86,11 +78,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer in a model folder; None if there is none.
-
-    Raises:
-        CorpusError: If it cannot be read.
-    """
+    """Load the tokenizer in a model folder; None without one. Raises a CorpusError if it cannot be read."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     return load_tokenizer(str(folder.resolve()))

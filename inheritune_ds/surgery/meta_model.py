@@ -166,14 +166,9 @@ def as_in_files(model: "PreTrainedModel", tensors: Mapping[str, torch.Tensor]) -
 
 
 def mapped_parameters(model: "PreTrainedModel", folder: Path) -> dict[str, torch.Tensor]:
-    """A model's parameters, mapped from its files instead of held in memory in fp32.
+    """Parameters of a model that was loaded from a folder in fp32, by name.
 
-    Args:
-        model: Loaded from the folder in fp32.
-        folder: Holds its files.
-
-    Returns:
-        Every parameter by name: the file's tensor where it has the same values, otherwise the model's own.
+    Each is the file's tensor where it has the same values, mapped instead of held in memory, otherwise the model's own.
     """
     files, found = WeightFiles(folder, str(folder)), {}
     for name, parameter in model.named_parameters():

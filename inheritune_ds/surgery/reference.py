@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ValidationError
 
@@ -41,6 +41,15 @@ class ReferenceModel:
     """By file name."""
     settings_sha256: dict[str, str] = field(default_factory=dict)
     """Of config, generation config and tokenizer, by file name."""
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, for the other ranks."""
+        return {**asdict(self), "folder": str(self.folder.resolve())}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Self:
+        """The one of `document`."""
+        return cls(**{**document, "folder": Path(document["folder"])})
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,11 +130,7 @@ def _download(reference: Reference) -> tuple[Path, str]:
 
 
 def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
-    """Compare a recipe's `reference.shape` with the model's own config.
-
-    Raises:
-        RecipeError: Naming every field that differs.
-    """
+    """Raise a RecipeError with every field in which a recipe's `reference.shape` differs from the model's config."""
     actual = read_shape(config, name)
     given = shape.model_dump(exclude_none=True)
     found = actual.model_dump() if actual else {"model_type": config.get("model_type")}
@@ -139,11 +144,7 @@ def check_shape(shape: Shape, config: dict[str, Any], name: str) -> None:
 
 
 def read_shape(config: dict[str, Any], name: str) -> Shape | None:
-    """Shape in a config; None for a family that `Shape` does not cover.
-
-    Raises:
-        SurgeryError: If a size is missing or invalid.
-    """
+    """The shape in a config, None for another family. Raises a SurgeryError if a size is missing or invalid."""
     try:
         return shape_from_config(config)
     except ValidationError as error:

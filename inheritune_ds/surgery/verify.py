@@ -33,11 +33,7 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 
 def prove(folder: Path, values: TargetValues) -> dict[str, Any]:
-    """Verify the written target; return the `proof` entry of the report.
-
-    Raises:
-        SurgeryError: If the target does not load, or its parameter count or hidden state differs from the expected.
-    """
+    """Verify the written target; return the `proof` entry of the report, or raise a SurgeryError at any difference."""
     plan, skeleton = values.plan, values.skeleton
     tokens = probe_tokens(skeleton.config)
     start, hidden, rest = target_hidden_states(folder, skeleton, tokens)
@@ -98,11 +94,9 @@ def probe_tokens(config: "PreTrainedConfig") -> torch.Tensor:
 def target_hidden_states(
     folder: Path, skeleton: MetaModel, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Load the target, run it on ids of shape (B, T), and record input and output of its blocks.
+    """Load the target, run it on ids of shape (B, T), and return the input of the first block, the output of the last.
 
-    Returns:
-        The input of the first and the output of the last block, of shape (B, T, width), and the other outputs of a
-        block (None: a tensor alone).
+    Both have the shape (B, T, width). The third result has the other outputs of a block; None: it has a tensor alone.
 
     Raises:
         SurgeryError: If the target does not load without missing or unexpected tensors.
@@ -138,16 +132,10 @@ def reference_hidden_state(
     given: torch.Tensor | None,
     rest: tuple[Any, ...] | None,
 ) -> torch.Tensor:
-    """Compute the hidden state after the kept blocks of the sources, of shape (B, T, width).
+    """Compute the hidden state after the kept blocks of the sources, of shape (B, T, width), from ids of shape (B, T).
 
-    One block is in memory at a time.
-
-    Args:
-        steps: Source and block number, in the target's order.
-        tokens: Ids of shape (B, T).
-        dtype: Of the computation.
-        given: Hidden state to start from; None to start from the embeddings of the first block's source.
-        rest: Other outputs of a block; None if it returns a tensor alone.
+    One block is in memory at a time. The state to start from is `given`, or None for the embeddings of the first
+    block's source. `rest` has the other outputs of a block; None if it returns a tensor alone.
     """
     hidden = given
     runners: dict[str, _Runner] = {}

@@ -3,7 +3,6 @@
 import json
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,8 @@ DTYPES = {
 """Names of dtypes in safetensors. A model with other dtypes is quantized, and is refused."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """The bytes of one tensor in a file."""
-
-    path: Path
-    offset: int
-    size: int
+Span = tuple[Path, int, int]
+"""A tensor's bytes in a file: its path, their offset and number."""
 
 
 class WeightFiles:
@@ -116,18 +110,14 @@ class WeightFiles:
         if path not in self._headers:
             self._headers[path] = read_header(path)
         entry = self._headers[path][name]
-        return Span(path, entry.start, entry.nbytes)
+        return path, entry.start, entry.nbytes
 
     def meta(self, name: str) -> torch.Tensor:
         """A tensor on the meta device."""
         return self.tensor(name).to("meta")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, mapped from its file; do not write to it.
-
-        Raises:
-            SurgeryError: If the file has changed since it was opened.
-        """
+        """A tensor, mapped from its file; do not write to it. Raises a SurgeryError if the file has changed since."""
         handle = self._open[self.file_of[name]]
         try:
             tensor: torch.Tensor = handle[name] if self.is_pickle else handle.get_tensor(name)

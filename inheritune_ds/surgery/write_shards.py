@@ -21,53 +21,49 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2 * 10**9
 
 
-def write_shards(folder: Path, grafts: Sequence["TensorCopy"], values: "TargetValues") -> dict[str, str]:
-    """Write tensors in shards of at most `SHARD_BYTES` (a larger tensor has one to itself), with an index if many.
+def write_shards(folder: Path, grafts: Sequence["TensorCopy"], values: "TargetValues") -> None:
+    """Write tensors, in this order, in shards of at most `SHARD_BYTES` (a larger tensor has one to itself).
 
     The bytes go from file to file; nothing but fresh or converted tensors is held in memory.
-
-    Args:
-        folder: Where the files go.
-        grafts: What to write, in this order.
-        values: Of these grafts.
-
-    Returns:
-        Name of the file that holds each tensor.
 
     Raises:
         StorageError: If they do not fit on the disk, or cannot be written.
     """
-    named, sizes = {graft.name: graft for graft in grafts}, {graft.name: values.sizes[graft.name] for graft in grafts}
-    check_space(folder, sum(sizes.values()))
-    shards = shard_files(sizes)
+    named = {graft.name: graft for graft in grafts}
+    sizes = {name: values.sizes[name] for name in named}
     with Meter("writing the target", "MB", sum(sizes.values()) // 10**6) as meter:
-        for file, names in shards.items():
-            _write(folder / file, [named[name] for name in names], values)
+        for path, names in _shards(folder, sizes):
+            _write(path, [named[name] for name in names], values)
             meter.advance(sum(sizes[name] for name in names) // 10**6)
-    return _write_index(folder, shards, sum(sizes.values()))
 
 
 def write_stream(folder: Path, metas: Mapping[str, torch.Tensor], tensors: Iterator[torch.Tensor]) -> None:
-    """Write tensors one after the other as they come, in the same shards as `write_shards`.
+    """Write tensors as they come, in the same shards as `write_shards`; one at a time is held in memory.
 
-    Args:
-        folder: Where the files go.
-        metas: Their types and shapes by name, in order, on the meta device.
-        tensors: The tensors, in that order; one at a time is held in memory.
+    `metas` has their types and shapes by name, in order, on the meta device.
 
     Raises:
         StorageError: If they do not fit on the disk.
         OSError: If they cannot be written.
     """
     sizes = {name: meta.nbytes for name, meta in metas.items()}
+    for path, names in _shards(folder, sizes):
+        header = {name: (DTYPES[metas[name].dtype], tuple(metas[name].shape), sizes[name]) for name in names}
+        with SafetensorsWriter(path, header) as writer:
+            for _ in names:
+                writer.append(as_bytes(next(tensors)).data)
+
+
+def _shards(folder: Path, sizes: Mapping[str, int]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each file and the names of its tensors; check the space before, write the index of several files after."""
     check_space(folder, sum(sizes.values()))
     shards = shard_files(sizes)
     for file, names in shards.items():
-        header = {name: (DTYPES[metas[name].dtype], tuple(metas[name].shape), sizes[name]) for name in names}
-        with SafetensorsWriter(folder / file, header) as writer:
-            for _ in names:
-                writer.append(as_bytes(next(tensors)).data)
-    _write_index(folder, shards, sum(sizes.values()))
+        yield folder / file, names
+    if len(shards) > 1:
+        files = {name: file for file, names in shards.items() for name in names}
+        metadata = {"total_size": sum(sizes.values())}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(files.items()))})
 
 
 def shard_files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
@@ -85,20 +81,8 @@ def shard_files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     return dict(numbered) if count > 1 else {SINGLE: shards[0]}
 
 
-def _write_index(folder: Path, shards: Mapping[str, Sequence[str]], total: int) -> dict[str, str]:
-    """Write the index if there are several files; the name of the file that holds each tensor."""
-    files = {name: file for file, names in shards.items() for name in names}
-    if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
-    return files
-
-
 def check_space(folder: Path, size: int) -> None:
-    """Refuse a target that does not fit on the disk.
-
-    Raises:
-        StorageError: Naming both sizes.
-    """
+    """Raise a StorageError if a target of `size` bytes does not fit on the disk."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise StorageError(
@@ -126,5 +110,5 @@ def _write(path: Path, shard: Sequence["TensorCopy"], values: "TargetValues") ->
             span = values.span(graft)
             if span is None:
                 writer.append(as_bytes(values.of(graft)).data)
-            elif not writer.copy(span.path, span.offset, span.size):
-                raise SurgeryError(f"{span.path} is cut short", action="copy or download the file again")
+            elif not writer.copy(*span):
+                raise SurgeryError(f"{span[0]} is cut short", action="copy or download the file again")

@@ -103,6 +103,11 @@ class Validator:
             found += counted_targets(torch.from_numpy(batch), packing).sum(dim=1).tolist()
         return tuple(found)
 
+    @property
+    def batches(self) -> int:
+        """Forward passes of each rank."""
+        return math.ceil(math.ceil(self.count / self._size) / self._batch_size)
+
     def validate(self, scorer: WindowScorer) -> ValidationResult:
         """Score the windows; all ranks must call it together."""
         result = self.validate_unless(lambda: False, scorer)

@@ -40,9 +40,9 @@ def results(pytestconfig: pytest.Config) -> Results:
 def forked(warm: WarmPython, monkeypatch: pytest.MonkeyPatch) -> None:
     """`run_to_end` of the parts that drive ranks of their own."""
 
-    def run_to_end(folder: Path, *words: str, script: str, launcher: str, **how: Any) -> str:
+    def run_to_end(folder: Path, *words: str, script: str, launcher: str, ranks: int = 2, **how: Any) -> str:
         assert launcher == "torchrun"
-        return launch(warm, folder, script, *words, **how)
+        return launch(warm, folder, script, *words, ranks=ranks, **how)
 
     for module in (faults, resumes):
         monkeypatch.setattr(module, "run_to_end", run_to_end)

@@ -97,7 +97,7 @@ def test_refused_rename_keeps_the_earlier_save_of_the_step(
         patch.setattr(Path, "rename", refuse)
         with pytest.raises(StorageError, match="Input/output error"):
             store.publish(begun, 5, {}, files)
-    store.discard(begun)
+    shutil.rmtree(begun)
     assert newest(store) == older
     assert (older / "rank-00000.safetensors").read_text() == "older of 5"
     assert names(folder) == ["generation", "latest", "step-00000005"]
@@ -178,7 +178,7 @@ def test_full_disk_keeps_the_older_checkpoint(
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError, match="cannot be written: No space left on device"):
             store.publish(begun, 8, {}, files)
-    store.discard(begun)
+    shutil.rmtree(begun)
     assert newest(store) == older
     assert names(folder) == ["generation", "latest", "step-00000004"]
 

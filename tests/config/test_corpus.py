@@ -1,5 +1,3 @@
-"""Sources, weights and limits of a corpus, and the errors of invalid ones."""
-
 from typing import Any
 
 import pytest
@@ -19,61 +17,52 @@ def change(at: str, **weights: float) -> dict[str, Any]:
 WEIGHTED = [source("a", weight=1.0), source("b", weight=3.0)]
 
 
+def changed(*changes: dict[str, Any]) -> dict[str, Any]:
+    return {"sources": WEIGHTED, "weight_changes": [*changes]}
+
+
+def overlap(*sets: dict[str, Any]) -> dict[str, Any]:
+    return {"sources": [source("a")], "overlap_with": [*sets]}
+
+
+def sources(*found: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"sources": [*found], **more}
+
+
+FILTERS = {"min_characters": 10, "max_characters": 5}
+ALL_0 = "all weights are 0: at least one must be above 0"
+FIRST, SECOND = change("2M tokens", a=1.0, b=1.0), change("1M tokens", a=1, b=1)
 CASES: list[tuple[dict[str, Any], str]] = [
     (
-        {"sources": [source("a", name="x"), source("b", name="x")]},
+        sources(source("a", name="x"), source("b", name="x")),
         "two sources have the name 'x': give each a name of its own",
     ),
+    (sources(source("a", filters=FILTERS)), "min_characters 10 is more than max_characters 5: no document would pass"),
     (
-        {"sources": [source("a", filters={"min_characters": 10, "max_characters": 5})]},
-        "min_characters 10 is more than max_characters 5: no document would pass",
-    ),
-    (
-        {"sources": [source("a", weight=1.0), source("b")]},
+        sources(source("a", weight=1.0), source("b")),
         "source 'b' has no weight and others have: give all of them one, or none",
     ),
+    (sources(source("a", weight=0.0), source("b", weight=0.0)), ALL_0),
     (
-        {"sources": [source("a", weight=0.0), source("b", weight=0.0)]},
-        "all weights are 0: at least one must be above 0",
-    ),
-    (
-        {"sources": [source("a", weight=0.12345), source("b", weight=1.0)]},
+        sources(source("a", weight=0.12345), source("b", weight=1.0)),
         "weights 0.12345, 1.0 repeat only after 22,469 windows, and at most 10,000 are allowed: write them",
     ),
+    (sources(source("a"), weight_changes=[change("1M tokens", a=1.0)]), "weight_changes needs sources with weights"),
+    (changed(FIRST, SECOND), "weight_changes must be sorted by `at`, each later than the one before"),
+    (changed(change("0 tokens", a=1.0, b=1.0)), "the amount must be at least 1"),
+    (changed(change("1M tokens", a=1.0)), "weight_changes at 1M tokens must name every source once: a, b"),
+    (changed(change("1M tokens", a=0.0, b=0.0)), ALL_0),
     (
-        {"sources": [source("a")], "weight_changes": [change("1M tokens", a=1.0)]},
-        "weight_changes needs sources with weights",
-    ),
-    (
-        {"sources": WEIGHTED, "weight_changes": [change("2M tokens", a=1.0, b=1.0), change("1M tokens", a=1, b=1)]},
-        "weight_changes must be sorted by `at`, each later than the one before",
-    ),
-    ({"sources": WEIGHTED, "weight_changes": [change("0 tokens", a=1.0, b=1.0)]}, "the amount must be at least 1"),
-    (
-        {"sources": WEIGHTED, "weight_changes": [change("1M tokens", a=1.0)]},
-        "weight_changes at 1M tokens must name every source once: a, b",
-    ),
-    (
-        {"sources": WEIGHTED, "weight_changes": [change("1M tokens", a=0.0, b=0.0)]},
-        "all weights are 0: at least one must be above 0",
-    ),
-    (
-        {"sources": [source("a", weight=1.0), source("b", weight=0.0)], "max_tokens": 1000},
+        sources(source("a", weight=1.0), source("b", weight=0.0), max_tokens=1000),
         "source 'b' with weight 0 at the start gets no tokens of max_tokens: give every source",
     ),
-    ({"sources": WEIGHTED, "max_tokens": 3}, "source 'a' with weight 1 at the start gets no tokens of max_tokens"),
+    (sources(*WEIGHTED, max_tokens=3), "source 'a' with weight 1 at the start gets no tokens of max_tokens"),
     (
-        {"sources": [source("a")], "overlap_with": [source("b", name="x"), source("c", name="x")]},
+        overlap(source("b", name="x"), source("c", name="x")),
         "two sets of overlap_with have the same name: give each a name of its own",
     ),
-    (
-        {"sources": [source("a")], "overlap_with": [source("b", weight=1.0)]},
-        "a set of overlap_with is not trained on: remove its weight",
-    ),
-    (
-        {"sources": [source("a")], "overlap_with": [source("b", max_tokens=5)]},
-        "a set of overlap_with is not tokenized: limit it with max_documents",
-    ),
+    (overlap(source("b", weight=1.0)), "a set of overlap_with is not trained on: remove its weight"),
+    (overlap(source("b", max_tokens=5)), "a set of overlap_with is not tokenized: limit it with max_documents"),
 ]
 
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from inheritune_ds.config.deepspeed import Machine, Resolved
+from inheritune_ds.config.kernels import KernelRequest
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.model import Shape
 from inheritune_ds.errors import RecipeError
@@ -63,6 +65,8 @@ def test_every_auto_is_resolved_and_the_user_s_document_is_unchanged(resolved: R
         "data_types.grad_accum_dtype",
         "zero_optimization.stage",
         "zero_optimization.reduce_bucket_size",
+        "bf16.immediate_grad_update",
+        "communication_data_type",
         "fp16.loss_scale",
         "zero_optimization.sub_group_size",
         "train_micro_batch_size_per_gpu",
@@ -87,9 +91,52 @@ def test_auto_precision_depends_on_the_machine(
 ) -> None:
     found = resolved({**FLAT, **document}, machine=machine)
     assert found.precision == precision
-    assert [line for line in found.notes if line.startswith("bf16")] == ([note] if note else [])
+    assert [line for line in found.notes if line.startswith("bf16:")] == ([note] if note else [])
     assert isinstance(found.config["bf16"]["enabled"], bool)
     assert isinstance(found.config["fp16"]["enabled"], bool)
+
+
+ON = {"enabled": True}
+BF16: dict[str, Any] = {**FLAT, "bf16": ON}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "immediate", "sent"),
+    [
+        ({}, 1, True, "fp32"),
+        ({}, 2, True, None),
+        (
+            {"bf16": {"enabled": True, "immediate_grad_update": False}, "communication_data_type": "bf16"},
+            1,
+            False,
+            "bf16",
+        ),
+        ({"zero_optimization": {"stage": 2}}, 1, None, None),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, 1, None, None),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 1, None, None),
+        ({"bf16": {"enabled": False}}, 1, None, None),
+    ],
+)
+def test_bf16_gradients_are_freed_early_and_not_rounded_where_that_is_free(
+    changes: dict[str, Any],
+    ranks: int,
+    immediate: bool | None,  # noqa: FBT001
+    sent: str | None,
+    resolved: Resolve,
+) -> None:
+    config = resolved({**BF16, **changes}, world_size=ranks).config
+    assert config["bf16"].get("immediate_grad_update") is immediate
+    assert config.get("communication_data_type") == sent
+
+
+@pytest.mark.parametrize(("stage", "hidden", "bucket"), [(1, 64, 50_000_000), (2, 8192, 67_108_864), (3, 64, 4096)])
+def test_zero_1_and_2_reduce_at_least_50_million_elements_at_once(
+    stage: int, hidden: int, bucket: int, resolved: Resolve, wide: Shape
+) -> None:
+    zero = {"stage": stage, "reduce_bucket_size": "auto"}
+    shape = (wide.model_copy(update={"hidden_size": hidden}), 1)
+    config = resolved({**FLAT, "zero_optimization": zero}, shape=shape, machine=Machine("cuda", 1e4, bf16=True)).config
+    assert config["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
 def test_fp16_disables_automatic_bf16_and_keeps_its_scaler(resolved: Resolve) -> None:
@@ -262,3 +309,74 @@ def test_a_model_that_does_not_fit_is_refused(resolved: Resolve) -> None:
     error = refusal(resolved, {"train_micro_batch_size_per_gpu": "auto"}, machine=Machine("cuda", 0.25, bf16=True))
     assert error.exit_code == 3
     assert "0.2" in error.problem
+
+
+AUTO_KERNELS = dict.fromkeys(("attention", "optimizer", "liger", "loss", "compile"), "auto")
+AUTO_KERNELS |= {"activation_checkpointing": "none"}
+
+
+@pytest.mark.parametrize("given", [{}, {"kernels": None}, {"kernels": {}}, {"kernels": {"liger": "auto"}}])
+def test_all_kernels_are_written_and_keep_auto(given: dict[str, Any], resolved: Resolve) -> None:
+    found = resolved({**FLAT, **given})
+    assert found.config["kernels"] == AUTO_KERNELS
+    assert found.kernels == KernelRequest()
+    assert not [note for note in found.notes if note.startswith("kernels")]
+
+
+def test_named_kernels_reach_the_request(resolved: Resolve) -> None:
+    named = {
+        "attention": "flash_attention_3",
+        "optimizer": "apex",
+        "liger": False,
+        "loss": "liger",
+        "compile": True,
+        "activation_checkpointing": "selective",
+    }
+    found = resolved({**FLAT, "kernels": named})
+    assert found.config["kernels"] == named
+    assert found.kernels.model_dump() == named
+    with pytest.raises(ValidationError, match="frozen"):
+        found.kernels.compile = False
+
+
+def test_automatic_checkpointing_of_activations_is_none(resolved: Resolve) -> None:
+    found = resolved({**FLAT, "kernels": {"activation_checkpointing": "auto"}})
+    assert found.kernels.activation_checkpointing == "none"
+    assert "kernels.activation_checkpointing: none (auto: it costs a second forward pass)" in found.notes
+
+
+def test_torch_adam_of_the_optimizer_block_names_torch_s(resolved: Resolve) -> None:
+    found = resolved({**FLAT, **TORCH_ADAM})
+    assert found.kernels.optimizer == "torch_fused"
+    assert "kernels.optimizer: torch_fused (optimizer.params.torch_adam selects torch's)" in found.notes
+    assert resolved({**FLAT, **TORCH_ADAM, "kernels": {"optimizer": "torch"}}).kernels.optimizer == "torch"
+    assert resolved({**FLAT, **TORCH_ADAM, **OFFLOADED}).kernels.optimizer == "auto"
+
+
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+BREAKS = "true does not work with stage 3: its hooks gather parameters inside the block and break the graph"
+CPU_ADAM = "torch does not work with offload_optimizer: only DeepSpeed's CPU Adam updates a state on the host"
+TWO_OWNERS = "apex contradicts optimizer.params.torch_adam, which selects torch's"
+AUTO = 'write "auto"'
+REMOVE_OFFLOAD = f"{AUTO}, or remove zero_optimization.offload_optimizer"
+REMOVE_TORCH_ADAM = "remove optimizer.params.torch_adam"
+NO_CPU_KERNEL = "flash_attention_2 has no kernel for a CPU"
+HALF = "computes in half precision, this run in fp32"
+TORCH_ADAM = {"optimizer": {"params": {"torch_adam": True}}}
+REFUSALS: list[tuple[Machine, dict[str, Any], str, str]] = [
+    (CPU, {"kernels": {"attention": "flash_attention_2"}}, f"attention: {NO_CPU_KERNEL}", AUTO),
+    (OLD_GPU, {"kernels": {"attention": "flash_attention_4"}}, f"attention: flash_attention_4 {HALF}", AUTO),
+    (CPU, {"kernels": {"compile": True}, "zero_optimization": {"stage": 3}}, f"compile: {BREAKS}", AUTO),
+    (CPU, {"kernels": {"optimizer": "torch"}, **OFFLOADED}, f"optimizer: {CPU_ADAM}", REMOVE_OFFLOAD),
+    (OLD_GPU, {"kernels": {"optimizer": "apex"}, **TORCH_ADAM}, f"optimizer: {TWO_OWNERS}", REMOVE_TORCH_ADAM),
+]
+
+
+@pytest.mark.parametrize(("machine", "document", "problem", "action"), REFUSALS)
+def test_kernels_that_contradict_another_key_are_refused(
+    machine: Machine, document: dict[str, Any], problem: str, action: str, resolved: Resolve
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolved({**FLAT, **document}, machine=machine)
+    assert (caught.value.problem, caught.value.action) == (f"ds.json: kernels.{problem}", action)
+    assert caught.value.allowed

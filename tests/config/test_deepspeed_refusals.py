@@ -20,18 +20,22 @@ def refusal(resolved: Resolve, document: dict[str, Any]) -> RecipeError:
 FORMULA = "training.global_batch_tokens / (micro-batch x seq_len x ranks)"
 NVME = "(DeepSpeed does not restore a state on NVMe exactly: a resumed run would differ)"
 STAGE_0 = "(stage 0 loses precision in bf16 and has no gradient norm)"
+STAGE_3 = "zero_optimization.offload_param.device: 'cpu' needs stage 3: DeepSpeed ignores it with stage"
+OWNED, SCHEDULE = "is set here, but the recipe owns it as", "is set here, but the recipe owns the schedule"
+WARMUP = {"warmup_num_steps": 10, "warmup_max_lr": "auto"}
+TO_CPU = {"device": "cpu"}
+
+
+def zero_3(**keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3, **keys}}
+
+
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimisation": {"stage": 3}}, "zero_optimisation: unknown key"),
     ({"amp": {"enabled": True}}, "amp: not usable here: it needs NVIDIA's apex and excludes ZeRO; use bf16"),
     ({"gradient_allreduce_op": "sum"}, f"gradient_allreduce_op: not usable here: {REFUSED['gradient_allreduce_op']}"),
-    (
-        {"gradient_clipping": 0.25},
-        "gradient_clipping: 0.25 is set here, but the recipe owns it as optimizer.max_grad_norm",
-    ),
-    (
-        {"optimizer": {"params": {"betas": [0.9, 0.99]}}},
-        "optimizer.params.betas: [0.9, 0.99] is set here, but the recipe owns it as optimizer.betas",
-    ),
+    ({"gradient_clipping": 0.25}, f"gradient_clipping: 0.25 {OWNED} optimizer.max_grad_norm"),
+    ({"optimizer": {"params": {"betas": [0.9, 0.99]}}}, f"optimizer.params.betas: [0.9, 0.99] {OWNED} optimizer.betas"),
     ({"gradient_accumulation_steps": 4}, f"gradient_accumulation_steps: 4 is set here, but it is derived: {FORMULA}"),
     ({"optimizer": {"type": "Lion"}}, "optimizer.type: 'Lion' is not accepted"),
     ({"optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad: unknown key"),
@@ -39,12 +43,9 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"params": {"torch_adam": 1}}}, "optimizer.params.torch_adam: 1 is not accepted"),
     ({"optimizer": {"params": [1]}}, "optimizer.params: [1] is not accepted"),
     ({"optimizer": "AdamW"}, "optimizer: 'AdamW' is not accepted"),
-    (
-        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": "auto"}}},
-        "scheduler: warmup_num_steps is set here, but the recipe owns the schedule",
-    ),
-    ({"scheduler": "WarmupLR"}, "scheduler: it is set here, but the recipe owns the schedule"),
-    ({"scheduler": {"params": [3]}}, "scheduler: it is set here, but the recipe owns the schedule"),
+    ({"scheduler": {"type": "WarmupLR", "params": WARMUP}}, f"scheduler: warmup_num_steps {SCHEDULE}"),
+    ({"scheduler": "WarmupLR"}, f"scheduler: it {SCHEDULE}"),
+    ({"scheduler": {"params": [3]}}, f"scheduler: it {SCHEDULE}"),
     ({"bf16": True}, "bf16: True is not accepted"),
     ({"bf16": {"enabled": "yes"}}, "bf16.enabled: 'yes' is not accepted"),
     ({"fp16": {"enabled": 1}}, "fp16.enabled: 1 is not accepted"),
@@ -58,10 +59,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": [2]}, "zero_optimization: [2] is not accepted"),
     ({"zero_optimization": {"stage": 0}}, f"zero_optimization.stage: 0 is not accepted {STAGE_0}"),
     ({"zero_optimization": {"overlap_comm": "yes"}}, "zero_optimization.overlap_comm: 'yes' is not accepted"),
-    (
-        {"zero_optimization": {"reduce_bucket_size": "5e8"}},
-        "zero_optimization.reduce_bucket_size: '5e8' is not accepted",
-    ),
+    (zero_3(reduce_bucket_size="5e8"), "zero_optimization.reduce_bucket_size: '5e8' is not accepted"),
     ({"zero_optimization": {"offload_optimizer": "cpu"}}, "zero_optimization.offload_optimizer: 'cpu' is not accepted"),
     ({"scheduler": {"kind": "WarmupLR"}}, "scheduler: kind is set here, but the recipe owns the schedule"),
     ({"steps_per_print": "often"}, "steps_per_print: 'often' is not accepted"),
@@ -76,28 +74,16 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"timers": {"throughput": {"on": True}}}, "timers.throughput.on: unknown key"),
     ({"timers": {"throughput": 1}}, "timers.throughput: 1 is not accepted"),
     ({"optimizer": {"parms": {}}}, "optimizer.parms: unknown key"),
+    (zero_3(offload_param={"devic": "cpu"}), "zero_optimization.offload_param.devic: unknown key"),
+    (zero_3(offload_param={"device": "gpu"}), "zero_optimization.offload_param.device: 'gpu' is not accepted"),
     (
-        {"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}},
-        "zero_optimization.offload_param.devic: unknown key",
-    ),
-    (
-        {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}},
-        "zero_optimization.offload_param.device: 'gpu' is not accepted",
-    ),
-    (
-        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+        zero_3(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}),
         f"zero_optimization.offload_optimizer.device: 'nvme' is not accepted {NVME}",
     ),
+    ({"zero_optimization": {"offload_param": TO_CPU}}, f"{STAGE_3} 1"),
+    ({"zero_optimization": {"stage": 2, "offload_param": TO_CPU}}, f"{STAGE_3} 2"),
     (
-        {"zero_optimization": {"offload_param": {"device": "cpu"}}},
-        "zero_optimization.offload_param.device: 'cpu' needs stage 3: DeepSpeed ignores it with stage 1",
-    ),
-    (
-        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-        "zero_optimization.offload_param.device: 'cpu' needs stage 3: DeepSpeed ignores it with stage 2",
-    ),
-    (
-        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        zero_3(offload_optimizer={**TO_CPU, "ratio": 0.5}),
         "zero_optimization.offload_optimizer.ratio: 0.5 is not accepted",
     ),
     ({"kernels": "fast"}, "kernels: 'fast' is not accepted"),
@@ -155,10 +141,7 @@ def test_a_bucket_size_is_a_count(value: Any, resolved: Resolve) -> None:
         ({"kernels": {"optimiser": "apex"}}, "did you mean kernels.optimizer?"),
         ({"kernels": {"attention": "flash"}}, 'write "auto", or remove kernels.attention'),
         ({"fp16": {"los_scale": 0}}, "did you mean fp16.loss_scale?"),
-        (
-            {"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}},
-            "did you mean zero_optimization.offload_param.device?",
-        ),
+        (zero_3(offload_param={"devic": "cpu"}), "did you mean zero_optimization.offload_param.device?"),
         (
             {"train_batch_size": 64},
             'write "auto" here and training.global_batch_tokens=8192 on the command line',  # windows x 128 tokens

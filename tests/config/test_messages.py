@@ -1,5 +1,3 @@
-"""Errors of invalid recipes: location, problem, allowed values, action."""
-
 import pytest
 
 from inheritune_ds.config.loading import load_recipe
@@ -50,42 +48,28 @@ def test_a_refused_value_is_reported_with_its_key_and_the_allowed_values(
     assert message(override).splitlines() == lines
 
 
-CASES = [
-    ("training.seqlen=3", "training.seqlen: unknown key", TRAINING, "did you mean training.seq_len?"),
-    ("training.hub=3", "training.hub: unknown key", TRAINING, "remove training.hub"),
-    (
-        "corpus.sources.0={kind: hub, dataset: a, data_files: b, data_file: c}",
-        "corpus.sources.0.data_file: unknown key",
-        HUB,
-        "did you mean corpus.sources.0.data_files?",
-    ),
-    (
-        "corpus.sources.0={kind: hub, dataset: a}",
-        "corpus.sources.0.data_files: required key is missing",
-        "text",
-        "add corpus.sources.0.data_files",
-    ),
-    ("corpus.sources.0.kind=web", "corpus.sources.0.kind: 'web' is unknown", KINDS, "set corpus.sources.0.kind"),
-    (
-        "corpus.sources.0={dataset: a}",
-        "corpus.sources.0.kind: required key is missing",
-        KINDS,
-        "set corpus.sources.0.kind",
-    ),
-    (
-        "corpus.tokenizer={vocab_size: 5}",
-        "corpus.tokenizer.vocab_size: 5 is not accepted",
-        "a whole number, 257 or more",
-        "change corpus.tokenizer.vocab_size",
-    ),
+HUB_SOURCE = "corpus.sources.0={kind: hub, dataset: a, data_files: b, data_file: c}"
+MISSING, LEAST = "required key is missing", "a whole number, 257 or more"
+KEYS = [
+    ("training.seqlen=3", "training.seqlen", "unknown key", TRAINING, "did you mean training.seq_len?"),
+    ("training.hub=3", "training.hub", "unknown key", TRAINING, "remove {}"),
+    (HUB_SOURCE, "corpus.sources.0.data_file", "unknown key", HUB, "did you mean corpus.sources.0.data_files?"),
+    ("corpus.sources.0={kind: hub, dataset: a}", "corpus.sources.0.data_files", MISSING, "text", "add {}"),
+    ("corpus.sources.0.kind=web", "corpus.sources.0.kind", "'web' is unknown", KINDS, "set {}"),
+    ("corpus.sources.0={dataset: a}", "corpus.sources.0.kind", MISSING, KINDS, "set {}"),
+    ("corpus.tokenizer={vocab_size: 5}", "corpus.tokenizer.vocab_size", "5 is not accepted", LEAST, "change {}"),
     (
         "corpus.tokenizer={vocab_size: 300, kind: bpe}",
-        "corpus.tokenizer.kind: unknown key",
+        "corpus.tokenizer.kind",
+        "unknown key",
         "vocab_size",
-        "remove corpus.tokenizer.kind",
+        "remove {}",
     ),
-    ("checkpoint={}", "checkpoint.interval_steps: required key is missing", POSITIVE, "add checkpoint.interval_steps"),
-    ("target.inherit=[5]", "target.inherit.0: 5 is not accepted", "text", "change target.inherit.0"),
+    ("checkpoint={}", "checkpoint.interval_steps", MISSING, POSITIVE, "add {}"),
+    ("target.inherit=[5]", "target.inherit.0", "5 is not accepted", "text", "change {}"),
+]
+CASES = [
+    *((override, f"{key}: {problem}", allowed, do.format(key)) for override, key, problem, allowed, do in KEYS),
     (
         "optimizer.betas.2=0.5",
         "override optimizer.betas.2: '2' is not a position in a list of 2",

@@ -1,5 +1,3 @@
-"""The recipe's models: their checks and derived values."""
-
 import re
 from typing import Any
 

@@ -1,5 +1,3 @@
-"""The grammar of selections: every form, every refusal with its caret, and properties."""
-
 from itertools import pairwise
 
 import pytest

@@ -1,5 +1,3 @@
-"""The shipped recipes and DeepSpeed configs, each loaded, counted and compared."""
-
 import json
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""The layout that a resolved DeepSpeed config gives."""
-
 from typing import Any
 
 import pytest

@@ -1,10 +1,8 @@
-"""Runs `inheritune-ds prepare` in forked processes that can be killed at any moment.
+"""Runs `inheritune-ds prepare` so that it can be killed at any moment.
 
-Each line of the input is a JSON object: `arguments` of the command line, `die_at` (the step at which the process kills
-itself with SIGKILL; null: never), `log` (file of its output), `marks` (file of two int64: steps taken, tokens written).
-The process leads its own session. A step is a change of a file (from Python's audit events), a document written, or
-a commit of the journal, counted before and after. For every line two lines are printed: `{"pid": ...}` when the
-process begins and `{"code": ...}` when it has ended (negative: a signal).
+The argument is a JSON object: `arguments` of the command line, `die_at` (the step at which the process kills itself
+with SIGKILL; null: never), `marks` (file of two int64: steps taken, tokens written). A step is a change of a file (from
+Python's audit events), a document written, or a commit of the journal, counted before and after.
 """
 
 import functools
@@ -14,7 +12,6 @@ import os
 import signal
 import struct
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +45,6 @@ def run(order: dict[str, Any]) -> int:
     from inheritune_ds.cli import main
     from inheritune_ds.data.tokens import journal, prepare, shards, workers, writer
 
-    os.setsid()
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     marks = Marks(order["marks"], order["die_at"])
     append, commit = shards.ShardWriter.append, journal.Journal.commit
 
@@ -73,26 +66,5 @@ def run(order: dict[str, Any]) -> int:
     return main(order["arguments"])
 
 
-def serve() -> None:
-    """Answer until the input ends."""
-    # What takes longest, once: the tokenizer classes, the models of a recipe.
-    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                code = run(json.loads(line))
-            except BaseException:  # noqa: BLE001  into the log; the test sees the code
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        print(json.dumps({"pid": child}), flush=True)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps({"code": code}), flush=True)
-
-
 if __name__ == "__main__":
-    serve()
+    sys.exit(run(json.loads(sys.argv[1])))

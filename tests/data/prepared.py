@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 from inheritune_ds.config.corpus import Corpus, FilesSource, TrainedTokenizer
 from inheritune_ds.data.tokens.token_set import TokenSet
 from inheritune_ds.storage.files import sha256_file
+from tests import tiny
 
+Prepare = Callable[..., TokenSet]
 TRAINED = TrainedTokenizer(vocab_size=300)
 END = 0
 """End-of-text id of every tokenizer in these tests."""
@@ -42,10 +44,14 @@ def files_source(path: Path, **settings: Any) -> FilesSource:
     return FilesSource(kind="files", paths=[str(path)], **settings)
 
 
+def corpus_of(*sources: Any, **settings: Any) -> Corpus:
+    """A corpus of sources, a fifth of it held out."""
+    return Corpus(**{"sources": [*sources], "validation_ratio": 0.2, **settings})
+
+
 def make_corpus(folder: Path, texts: Iterable[str], **settings: Any) -> Corpus:
     """A corpus of one file, `corpus.jsonl` in a folder."""
-    source = files_source(write_jsonl(folder / "corpus.jsonl", texts))
-    return Corpus(**{"sources": [source], "validation_ratio": 0.2, **settings})
+    return corpus_of(files_source(write_jsonl(folder / "corpus.jsonl", texts)), **settings)
 
 
 def tokens_of(tokens: TokenSet, part: str = "train", source: str = "corpus") -> list[int]:
@@ -84,26 +90,11 @@ def word_level(folder: Path, vocabulary: dict[str, int], *, eos: bool = True) ->
 def recipe_file(folder: Path, corpus: Corpus, tokenizer: str | TrainedTokenizer) -> Path:
     """A recipe with a corpus, for the command line (JSON is YAML)."""
     setting = tokenizer if isinstance(tokenizer, str) else tokenizer.model_dump()
-    shape = {
-        "model_type": "gpt2",
-        "vocab_size": 300,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "max_position_embeddings": 16,
-        "tie_word_embeddings": True,
-    }
-    document = {
-        "name": "prepared",
-        "description": "a corpus",
-        "target": {"shape": shape},
-        "corpus": {**corpus.model_dump(mode="json"), "tokenizer": setting},
-        "training": {"seq_len": 16, "global_batch_tokens": 16, "duration": "1 steps"},
-        "optimizer": {"lr": 1e-3},
-        "schedule": {"kind": "constant"},
-        "validation": {"interval_steps": 1},
-        "checkpoint": {"interval_steps": 1},
-    }
+    document = tiny.document(
+        target={"shape": {**tiny.LLAMA, "vocab_size": 300}},
+        corpus={**corpus.model_dump(mode="json"), "tokenizer": setting},
+        training={"seq_len": 16, "global_batch_tokens": 16, "duration": "1 steps"},
+    )
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(document), encoding="utf-8")
     return path

@@ -1,23 +1,29 @@
 """Processes of `inheritune-ds prepare` that can be killed, and their corpora."""
 
 import json
-import os
-import signal
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from inheritune_ds.config.corpus import Corpus, Filters, TokensSource, TrainedTokenizer
-from tests.data.prepared import END, files_below, files_source, make_texts, names_in, recipe_file, write_jsonl
+from inheritune_ds.config.corpus import Filters, TokensSource
+from tests.data.prepared import (
+    END,
+    TRAINED,
+    corpus_of,
+    files_below,
+    files_source,
+    make_texts,
+    names_in,
+    recipe_file,
+    write_jsonl,
+)
+from tests.launching import environment
+from tests.warm_python import WarmProcess, WarmPython
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("drive_prepare.py")
 
 
@@ -34,56 +40,33 @@ class Attempt(NamedTuple):
 class Preparer:
     """Runs the command, each time in a new process with its own workers."""
 
-    def __init__(self, folder: Path, recipe: Path) -> None:
-        self._folder, self._recipe = folder, recipe
+    def __init__(self, warm: WarmPython, folder: Path, recipe: Path) -> None:
+        self._warm, self._folder, self._recipe = warm, folder, recipe
 
-    def __enter__(self) -> Self:
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
-        self._driver = subprocess.Popen(
-            [sys.executable, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._driver.stdin is not None
-        assert self._driver.stdout is not None
-        self._driver.stdin.close()
-        self._driver.wait(timeout=30)
-        self._driver.stdout.close()
-
-    def start(
-        self, cache: Path, *, die_at: int | None = None, die_after_s: float | None = None, name: str = "run"
-    ) -> Attempt:
-        """Run once, to the end or until it is killed: at its step `die_at` or after `die_after_s` seconds.
-
-        `name` is that of its log, if several run at once.
-        """
-        log, marks = self._folder / f"{name}.log", self._folder / f"{name}.marks"
-        log.write_text("")
-        marks.write_bytes(bytes(16))
-        arguments = ["prepare", "--recipe", str(self._recipe), "--cache-dir", str(cache), "--workers", "2"]
-        self._send({"arguments": arguments, "die_at": die_at, "log": str(log), "marks": str(marks)})
-        session = self._hear()["pid"]
-        begin_s = time.monotonic()
+    def run(self, cache: Path, *, die_at: int | None = None, die_after_s: float | None = None) -> Attempt:
+        """Run once, to the end or until it is killed: at its step `die_at` or after `die_after_s` seconds."""
+        began_s, process = time.monotonic(), self.start(cache, die_at=die_at)
         if die_after_s is not None:
             time.sleep(die_after_s)
-            with suppress(ProcessLookupError):  # it may have ended by itself just now
-                os.kill(session, signal.SIGKILL)
-        code = self._hear()["code"]
-        seconds = time.monotonic() - begin_s
-        _wait_until_gone(session)
-        steps, tokens = struct.unpack("<qq", marks.read_bytes())
-        return Attempt(code, steps, tokens, seconds, log.read_text())
+            process.kill()
+        return self.end(process, began_s=began_s)
 
-    def _send(self, order: dict[str, Any]) -> None:
-        assert self._driver.stdin is not None
-        self._driver.stdin.write(json.dumps(order) + "\n")
-        self._driver.stdin.flush()
+    def start(self, cache: Path, name: str = "run", *, die_at: int | None = None) -> WarmProcess:
+        """Start it in a session of its own; `name` is that of its log, if several run at once."""
+        marks = self._folder / f"{name}.marks"
+        marks.write_bytes(bytes(16))
+        arguments = ["prepare", "--recipe", str(self._recipe), "--cache-dir", str(cache), "--workers", "2"]
+        words = [str(DRIVER), json.dumps({"arguments": arguments, "die_at": die_at, "marks": str(marks)})]
+        with (self._folder / f"{name}.log").open("w") as log:
+            return self._warm.start(words, cwd=self._folder, env=environment(), stdout=log, start_new_session=True)
 
-    def _hear(self) -> dict[str, int]:
-        assert self._driver.stdout is not None
-        heard: dict[str, int] = json.loads(self._driver.stdout.readline())
-        return heard
+    def end(self, process: WarmProcess, name: str = "run", *, began_s: float = 0.0) -> Attempt:
+        """Wait for its end, and for that of its workers."""
+        code = process.wait(timeout=250)
+        seconds = time.monotonic() - began_s
+        _wait_until_gone(process.pid)
+        steps, tokens = struct.unpack("<qq", (self._folder / f"{name}.marks").read_bytes())
+        return Attempt(code, steps, tokens, seconds, (self._folder / f"{name}.log").read_text())
 
 
 def _wait_until_gone(session: int) -> None:
@@ -124,8 +107,8 @@ def make_recipe(folder: Path, bpe: str, *, trained: bool) -> Path:
         np.concatenate([*documents, *documents[:10]]).tofile(folder / "third.bin")
         sources.append(TokensSource(kind="nanogpt", name="third", train=str(folder / "third.bin")))
     evaluation = files_source(write_jsonl(folder / "evaluation.jsonl", [text[:90] for text in texts[:50]]))
-    corpus = Corpus(sources=sources, validation_ratio=0.2, duplicates="drop", overlap_with=[evaluation])
-    return recipe_file(folder, corpus, TrainedTokenizer(vocab_size=300) if trained else bpe)
+    corpus = corpus_of(*sources, duplicates="drop", overlap_with=[evaluation])
+    return recipe_file(folder, corpus, TRAINED if trained else bpe)
 
 
 def check_result(cache: Path, expected: dict[str, str]) -> None:

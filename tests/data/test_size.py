@@ -101,15 +101,8 @@ def test_count_finds_the_token_files_that_prepare_wrote(tmp_path: Path) -> None:
 
 
 def test_count_compares_all_that_decides_the_tokens(tmp_path: Path) -> None:
-    hub = {"kind": "hub", "dataset": "a/b", "data_files": "*.parquet", "download_gib": 1.0}
-    identity: dict[str, Any] = {
-        "kind": "hub",
-        "dataset": "a/b",
-        "data_files": "*.parquet",
-        "split": None,
-        "text_field": "text",
-    }
-    identity |= {"max_documents": None, "bad_records": "refuse"}
+    hub = {**HUB, "download_gib": 1.0}
+    identity = {**HUB, "split": None, "text_field": "text", "max_documents": None, "bad_records": "refuse"}
     identity["filters"] = {"keep": {}, "drop": {}, "min_characters": 0, "max_characters": None}
     wanted = corpus(hub)
     write_manifest(tmp_path, wanted, identity)

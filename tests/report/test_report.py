@@ -57,7 +57,10 @@ def make_run(folder: Path, start: float, end: float, *, tilt: float = 0.01, refe
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if reference is not None:
         other = evaluation(losses(reference, tilt=0.03))
-        write_json(folder / "eval/reference.json", {"model": "models/big", "parameters": 9_876_543, **other})
+        write_json(
+            folder / "eval/reference.json",
+            {"model": "models/big", "parameters": 9_876_543, "precision": "fp32", **other},
+        )
     return folder
 
 

@@ -1,6 +1,7 @@
 import json
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from inheritune_ds.run.export import check_logits, export_model, model_card, wri
 from inheritune_ds.surgery.compare import weights_sha256
 from inheritune_ds.surgery.inherit import Cut, build_target
 from inheritune_ds.surgery.load import load_model
+from inheritune_ds.training.kernels import Kernels
 
 PROBE = torch.arange(12).view(1, 12) % 20
+EAGER = Kernels("sdpa", "torch_fused", liger=False, loss="chunked", compile=False, activation_checkpointing="none")
+COMPILED = replace(EAGER, compile=True)
+CPU = torch.device("cpu")
 CARD = "---\nlibrary_name: transformers\n---\n# a card\n"
 
 
@@ -99,7 +104,7 @@ def test_export_loads_anywhere_as_the_trained_model(
     with torch.no_grad():
         logits = model(input_ids=PROBE).logits
         assert torch.equal(loaded(input_ids=PROBE).logits, logits)
-    check_logits(folder, PROBE, logits)
+    check_logits(folder, PROBE, logits, EAGER, CPU)
     assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
     assert (folder / "README.md").read_text(encoding="utf-8") == CARD
     names = {"README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors"}
@@ -191,8 +196,41 @@ def test_check_logits_reports_the_largest_difference(
         logits = model(input_ids=PROBE).logits
     bent = logits.clone()
     bent[0, 3, 5] += 0.25
-    with pytest.raises(ExportError, match=r"export differ from the trained state's by up to 0\.25$"):
-        check_logits(tmp_path / "export", PROBE, bent)
+    with pytest.raises(ExportError, match=r"export differ from the trained state's by up to 0\.25\n"):
+        check_logits(tmp_path / "export", PROBE, bent, EAGER, CPU)
+
+
+def test_check_logits_allows_another_rounding_only_where_kernels_round_differently(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder("llama")
+    model = trained(target)
+    write(target, model)
+    compiled = torch.compile(model, backend="inductor")
+    with torch.no_grad():
+        eager, logits = model(input_ids=PROBE).logits, compiled(input_ids=PROBE).logits
+    assert not torch.equal(eager, logits)
+    check_logits(tmp_path / "export", PROBE, logits, COMPILED, CPU)
+    with pytest.raises(ExportError, match="allowed: the same bits"):
+        check_logits(tmp_path / "export", PROBE, logits, EAGER, CPU)
+    with torch.no_grad():  # weights rounded to bf16 are never within the tolerance
+        rounded = model.bfloat16().float()(input_ids=PROBE).logits
+    with pytest.raises(ExportError, match=r"allowed: at most [\d.e-]+, since the training's kernels round differently"):
+        check_logits(tmp_path / "export", PROBE, rounded, COMPILED, CPU)
+
+
+def test_check_logits_computes_with_the_attention_of_the_training(
+    target_folder: Callable[[str], Path], write: Callable[..., str], tmp_path: Path
+) -> None:
+    target = target_folder("llama")
+    model = trained(target)
+    write(target, model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = model(input_ids=PROBE).logits
+    check_logits(tmp_path / "export", PROBE, logits, replace(EAGER, attention="eager"), CPU)
+    with pytest.raises(ExportError):
+        check_logits(tmp_path / "export", PROBE, logits, EAGER, CPU)
 
 
 def test_write_probe_keeps_tokens_and_logits(tmp_path: Path) -> None:

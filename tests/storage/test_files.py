@@ -1,7 +1,7 @@
 import errno
 import hashlib
 import os
-import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +107,17 @@ def test_storage_errors_pass_other_errors_on(tmp_path: Path) -> None:
         raise CorpusError("its own words (os error 28)")
 
 
-def test_storage_errors_recognize_a_refusal_in_a_rust_library_s_error(tmp_path: Path) -> None:
+def test_storage_errors_recognize_a_refusal_in_a_rust_library_s_error(
+    tmp_path: Path, room: Callable[[int], None]
+) -> None:
     with pytest.raises(StorageError) as caught, storage_errors(tmp_path):
         raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert caught.value.problem == f"{tmp_path} cannot be written: No space left on device"
     assert caught.value.action == "free some space, then rerun the same command"
     path = tmp_path / "large.safetensors"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(StorageError) as caught, storage_errors(path):
-            save_file({"x": torch.zeros(1000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    room(1000)
+    with pytest.raises(StorageError) as caught, storage_errors(path):
+        save_file({"x": torch.zeros(1000)}, path)
     assert caught.value.problem == f"{path} cannot be written: File too large"
 
 

@@ -43,6 +43,7 @@ def test_resolve_fails_fast_without_a_network(cache: Path, kind: hub.RepoType, w
     with pytest.raises(HubError) as caught:
         hub.resolve("some/thing", "main", kind)
     assert time.monotonic() - started_s < 5
+    assert caught.value.exit_code == 7
     message = str(caught.value)
     assert message.startswith(f"{kind} 'some/thing': the hub cannot be reached (")
     assert "and the local cache does not hold it" in message

@@ -1,5 +1,3 @@
-"""Secrets are refused in documents, and masked in written files and printed text."""
-
 import io
 import json
 import logging

@@ -1,5 +1,3 @@
-"""Fixtures of the study's tests."""
-
 import json
 import socket
 import threading

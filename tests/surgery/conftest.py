@@ -5,16 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from inheritune_ds.surgery.inherit import TargetModel
 from tests.surgery import tiny
-
-
-@pytest.fixture
-def make_model() -> Callable[..., PreTrainedModel]:
-    """Make a tiny model in which no tensor has an initial value."""
-    return tiny.make_model
 
 
 @pytest.fixture
@@ -33,9 +26,9 @@ def reference_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def make_tokenizer() -> Callable[[int], PreTrainedTokenizerFast]:
-    """Make a tokenizer of a number of words."""
-    return tiny.make_tokenizer
+def folder(reference_folder: Callable[..., Path]) -> Path:
+    """A tiny LLaMA as a Hugging Face folder."""
+    return reference_folder("llama")
 
 
 @pytest.fixture

@@ -11,25 +11,6 @@ from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.blocks import BlockList, find_blocks, part_of
 from tests.surgery.families import ENCODERS, TINY, VARIANTS, random_model
 from tests.surgery.refusals import REFUSED
-from tests.surgery.tiny import PATHS
-
-
-@pytest.mark.parametrize("family", PATHS)
-def test_find_blocks_finds_the_list_of_every_family(family: str, make_model: Callable[..., PreTrainedModel]) -> None:
-    model = make_model(family)
-    blocks = find_blocks(model, 4)
-    assert blocks == BlockList(PATHS[family], 4)
-    indices = [blocks.index_of(name) for name in model.state_dict()]
-    assert {index for index in indices if index is not None} == {0, 1, 2, 3}
-    assert all(
-        (index is None) == (not name.startswith(PATHS[family] + "."))
-        for name, index in zip(model.state_dict(), indices, strict=True)
-    )
-
-
-def test_find_blocks_works_without_weights(make_model: Callable[..., PreTrainedModel]) -> None:
-    model: nn.Module = make_model("llama")
-    assert find_blocks(model.to(torch.device("meta")), 4).path == "model.layers"
 
 
 def test_find_blocks_prefers_the_outer_list() -> None:

@@ -1,5 +1,3 @@
-"""Every causal language model of the installed transformers: cut exactly in four ways, or refused with its reason."""
-
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery.blocks import find_blocks
 from tests.surgery.families import NOT_TINY, TINY, VARIANTS, own_memory, random_model
 from tests.surgery.refusals import IN_PLACE, REFUSED
-from tests.surgery.tiny import cut
+from tests.surgery.tiny import block_output, cut
 
 SELECTIONS = {"first:3": (0, 1, 2), "last:2": (4, 5), "0,2,5": (0, 2, 5), "even:3": (0, 3, 5)}
 NAMES = [*TINY, *VARIANTS]
@@ -20,20 +18,12 @@ QUICK = {"gpt2", "llama", *NAMES[::10]}
 """The others take minutes; `make test-all` runs them."""
 
 
-def state_after(folder: Path, block: int = 2) -> torch.Tensor:
-    """The output of a block of a model that plain transformers loads and runs."""
+def state_after(folder: Path) -> torch.Tensor:
+    """The output of the third block of a model that plain transformers loads and runs."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     own_memory(model)
-    caught: list[torch.Tensor] = []
-
-    def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple | list) else output)
-
     blocks = find_blocks(model, model.config.num_hidden_layers)
-    model.get_submodule(f"{blocks.path}.{block}").register_forward_hook(keep)
-    with torch.no_grad():
-        model(input_ids=torch.arange(5, 29).view(2, 12), use_cache=False)
-    return caught[0].clone()
+    return block_output(model, f"{blocks.path}.2")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-"""Growth: the trained blocks of a smaller target stay, the other blocks come from the reference."""
-
 import json
 import shutil
 from pathlib import Path
@@ -34,9 +32,8 @@ def trained(target: TargetModel, to: Path, dtype: torch.dtype | None = None) -> 
 
 @pytest.mark.parametrize(("small", "large"), [("first:2", "first:3"), ("3,1", "3,1,1,0"), ("even:2", "0,3,2")])
 def test_trained_blocks_stay_and_the_others_come_from_the_reference(
-    small: str, large: str, reference_folder: SaveReference, build: Build, tmp_path: Path
+    small: str, large: str, folder: Path, build: Build, tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
     previous = trained(build(folder, to="small", select=small), tmp_path / "trained")
     built = build(folder, select=large, previous=locate_previous(previous))
     reference, before = load_file(folder / "model.safetensors"), load_file(previous / "model.safetensors")
@@ -103,9 +100,8 @@ def test_growth_uses_a_dtype_that_holds_both_types(  # noqa: PLR0917 - fixtures 
     ],
 )
 def test_a_previous_target_that_does_not_fit_is_refused(  # noqa: PLR0917 - fixtures are parameters
-    select: str, changes: dict[str, Any], problem: str, reference_folder: SaveReference, build: Build, tmp_path: Path
+    select: str, changes: dict[str, Any], problem: str, folder: Path, build: Build, tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
     previous = trained(build(folder, to="small", select="first:2"), tmp_path / "trained")
     tiny.edit_config(previous, **changes)
     with pytest.raises(SurgeryError) as caught:
@@ -116,8 +112,7 @@ def test_a_previous_target_that_does_not_fit_is_refused(  # noqa: PLR0917 - fixt
     assert not (tmp_path / "target").exists()
 
 
-def test_growth_ignores_dropout_and_dtype(reference_folder: SaveReference, build: Build, tmp_path: Path) -> None:
-    folder = reference_folder("llama")
+def test_growth_ignores_dropout_and_dtype(folder: Path, build: Build, tmp_path: Path) -> None:
     previous = trained(build(folder, to="small", select="first:2", dropout=0.1), tmp_path / "trained")
     tiny.edit_config(previous, use_cache=False, transformers_version="5.0", architectures=["Other"])
     assert build(folder, select="first:3", previous=locate_previous(previous)).report["previous_blocks"] == 2

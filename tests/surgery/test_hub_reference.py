@@ -11,7 +11,7 @@ import pytest
 from inheritune_ds.storage.files import sha256_file
 from tests import hub_client
 from tests.hub_client import HubClient
-from tests.hub_server import TOKEN, HubServer
+from tests.hub_server import HubServer
 from tests.surgery import tiny
 
 PROVENANCE = {"inheritance.json", "manifest.json", "README.md"}
@@ -96,53 +96,12 @@ def test_pickle_files_are_downloaded_without_safetensors(
     assert found == [commit, {name: sha256_file(folder / name) for name in names}]
 
 
-def test_a_partial_download_is_no_model(
-    hub_server: HubServer, client: HubClient, offline_client: HubClient, sharded: Callable[..., Path]
-) -> None:
-    folder = sharded(14)
-    hub_server.publish("models", "org/half", folder)
-    second = sha256_file(folder / SHARDS[1])
-    with hub_server.fault(f"GET /lfs/{second}", status=403):
-        answer = client.ask("locate", model="org/half")
-    assert answer["exit_code"] == 7
-    assert answer["message"].startswith("the hub has no model 'org/half', or this machine may not see it (HTTP 403 ")
-    half = offline_client.ask("locate", model="org/half")
-    assert half["exit_code"] == 7
-    assert "the local cache does not hold it" in half["message"]
-    before = len(hub_server.asked("GET /lfs/"))
-    assert client.ask("locate", model="org/half")[2][SHARDS[1]] == second
-    assert [request.line.split("?")[0] for request in hub_server.asked("GET /lfs/")[before:]] == [f"GET /lfs/{second}"]
-
-
-def test_a_gated_model_needs_a_token(hub_server: HubServer, client: HubClient, sharded: Callable[..., Path]) -> None:
-    hub_server.publish("models", "org/terms", sharded(15), access="gated")
-    answer = client.ask("locate", model="org/terms")
-    assert answer["exit_code"] == 7
-    assert answer["message"] == (
-        "the hub's model org/terms is gated: downloads require that its terms were accepted\n"
-        "  do: accept the terms on its page, then `hf auth login` (or set HF_TOKEN) on this machine, "
-        "or copy the folder here and give its path instead of the name"
-    )
-    assert client.ask("locate", model="org/terms", token=TOKEN)[2].keys() == set(SHARDS)
-    assert not any(request.cdn and request.authorized for request in hub_server.requests)
-
-
 def test_a_hub_model_must_have_the_recipe_s_shape(
     hub_server: HubServer, client: HubClient, sharded: Callable[..., Path]
 ) -> None:
     hub_server.publish("models", "org/shaped", sharded(16))
-    shape = {
-        "model_type": "llama",
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 32,
-        "intermediate_size": 24,
-        "rope_theta": 5e5,
-    }
-    answer = client.ask("locate", model="org/shaped", shape=shape)
+    sizes = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "rope_theta": 5e5}
+    answer = client.ask("locate", model="org/shaped", shape={**tiny.FAMILIES["llama"], **sizes})
     assert answer["exit_code"] == 3
     assert answer["message"] == (
         "reference.shape does not describe org/shaped: hidden_size: recipe 32, model 16; "

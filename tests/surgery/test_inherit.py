@@ -14,12 +14,12 @@ from inheritune_ds.surgery import inherit, verify
 from inheritune_ds.surgery.compare import weights_sha256
 from inheritune_ds.surgery.load import load_config, load_model
 from inheritune_ds.surgery.write_shards import write_shards
-from tests.surgery.tiny import PATHS, TIED, Build, SaveReference, block_output, contents, plain
+from tests.surgery.tiny import PATHS, TIED, WIDE, Build, SaveReference, block_output, contents, plain
 
 
 @pytest.mark.parametrize("family", PATHS)
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_target_holds_the_reference_s_tensors_and_computes_its_hidden_state(
+def test_target_holds_the_reference_s_tensors_ties_and_block_numbers_and_computes_its_hidden_state(
     family: str, count: int, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder(family)
@@ -35,16 +35,11 @@ def test_target_holds_the_reference_s_tensors_and_computes_its_hidden_state(
     assert target.config.num_hidden_layers == count
     block = f"{path}.{count - 1}"
     assert torch.equal(block_output(target, block), block_output(reference, block))
-
-
-@pytest.mark.parametrize("family", PATHS)
-def test_target_numbers_its_blocks_and_keeps_ties(family: str, reference_folder: SaveReference, build: Build) -> None:
-    target = plain(build(reference_folder(family), select="first:3").folder)
     found = {name: m.layer_idx for name, m in target.named_modules() if isinstance(getattr(m, "layer_idx", None), int)}
     if family in ("gpt2", "llama", "qwen2", "smollm3"):
         assert found
     for name, index in found.items():
-        assert name.startswith(f"{PATHS[family]}.{index}"), name
+        assert name.startswith(f"{path}.{index}"), name
     head, embedding = target.get_output_embeddings(), target.get_input_embeddings()
     assert (head.weight is embedding.weight) == (family in TIED)
 
@@ -53,9 +48,8 @@ def test_target_numbers_its_blocks_and_keeps_ties(family: str, reference_folder:
     ("select", "order"), [("1,3", (1, 3)), ("3,0,2", (3, 0, 2)), ("0-1,0-1", (0, 1, 0, 1)), ("last:2", (2, 3))]
 )
 def test_target_has_the_blocks_of_any_selection(
-    select: str, order: tuple[int, ...], reference_folder: SaveReference, build: Build
+    select: str, order: tuple[int, ...], folder: Path, build: Build
 ) -> None:
-    folder = reference_folder("llama")
     built = build(folder, select=select)
     source, own = plain(folder).state_dict(), plain(built.folder).state_dict()
     sources = {tensor["name"]: tensor["source"]["tensor"] for tensor in built.report["tensors"]}
@@ -100,8 +94,7 @@ def test_target_keeps_the_reference_s_dtype(dtype: str, reference_folder: SaveRe
     assert all(torch.equal(tensor, source[name]) for name, tensor in target.state_dict().items())
 
 
-def test_inherit_none_uses_only_the_shape(reference_folder: SaveReference, build: Build) -> None:
-    folder = reference_folder("llama")
+def test_inherit_none_uses_only_the_shape(folder: Path, build: Build) -> None:
     inherited = build(folder, select="first:3")
     built = build(folder, to="fresh", select="first:3", inherit="none")
     source, fresh = plain(folder).state_dict(), plain(built.folder).state_dict()
@@ -114,9 +107,7 @@ def test_inherit_none_uses_only_the_shape(reference_folder: SaveReference, build
     assert [(tensor["inherited"], tensor["source"]) for tensor in report["tensors"]] == [(False, None)] * len(fresh)
 
 
-def test_fresh_values_depend_on_the_seed_alone(reference_folder: SaveReference, build: Build) -> None:
-    folder = reference_folder("llama")
-
+def test_fresh_values_depend_on_the_seed_alone(folder: Path, build: Build) -> None:
     def weights(seed: int, disturbance: int) -> str:
         torch.manual_seed(disturbance)
         torch.rand(disturbance)
@@ -127,22 +118,16 @@ def test_fresh_values_depend_on_the_seed_alone(reference_folder: SaveReference, 
     assert weights(1, 7) != weights(2, 7)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+SCRATCH: dict[str, Any] = {**WIDE, "vocab_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+OWN: dict[str, dict[str, Any]] = {
+    "gpt2": {"tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": True},
+    "llama": {"num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("family", OWN)
 def test_target_from_scratch_has_the_recipe_s_shape(family: str, build: Build) -> None:
-    shape = Shape(
-        model_type="gpt2" if family == "gpt2" else "llama",
-        vocab_size=64,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2 if family == "llama" else None,
-        max_position_embeddings=24,
-        intermediate_size=20,
-        tie_word_embeddings=family == "gpt2",
-        rms_norm_eps=1e-4,
-        rope_theta=500.0,
-        scale_attn_by_inverse_layer_idx=family == "gpt2",
-    )
+    shape = Shape(**{**SCRATCH, **OWN[family], "model_type": family, "rms_norm_eps": 1e-4, "rope_theta": 500.0})
     built = build(None, shape=shape, words=50)
     config = load_config(built.folder)
     found = shape_from_config(config.to_dict())
@@ -155,8 +140,7 @@ def test_target_from_scratch_has_the_recipe_s_shape(family: str, build: Build) -
     assert built.report["parameters"] == parameters(shape).total
 
 
-def test_build_target_replaces_an_older_one(reference_folder: SaveReference, build: Build) -> None:
-    folder = reference_folder("llama")
+def test_build_target_replaces_an_older_one(folder: Path, build: Build) -> None:
     first = build(folder, select="first:2")
     (first.folder / "left-over").touch()
     second = build(folder, select="first:3")
@@ -166,9 +150,8 @@ def test_build_target_replaces_an_older_one(reference_folder: SaveReference, bui
 
 
 def test_build_target_refuses_a_tokenizer_with_more_entries_than_embeddings(
-    reference_folder: SaveReference, build: Build, tmp_path: Path
+    folder: Path, build: Build, tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
     build(folder, to="just", select="first:2", words=40)
     with pytest.raises(CorpusError) as caught:
         build(folder, select="first:2", words=41)
@@ -179,16 +162,14 @@ def test_build_target_refuses_a_tokenizer_with_more_entries_than_embeddings(
 
 
 def test_build_target_publishes_nothing_that_does_not_read_back(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
 
-    def write_wrongly(where: Path, *arguments: Any) -> dict[str, str]:
-        files = write_shards(where, *arguments)
+    def write_wrongly(where: Path, *arguments: Any) -> None:
+        write_shards(where, *arguments)
         tensors = load_file(where / "model.safetensors")
         tensors["model.layers.1.mlp.up_proj.weight"][3, 2] += 2.0**-12
         save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
-        return files
 
     monkeypatch.setattr(inherit, "write_shards", write_wrongly)
     message = r"^model\.layers\.1\.mlp\.up_proj\.weight was not written as it was read"
@@ -199,9 +180,8 @@ def test_build_target_publishes_nothing_that_does_not_read_back(
 
 
 def test_build_target_publishes_nothing_that_computes_something_else(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
 
     def load_otherwise(where: Path, **options: Any) -> PreTrainedModel:
         model = load_model(where, **options)
@@ -217,10 +197,7 @@ def test_build_target_publishes_nothing_that_computes_something_else(
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
 
 
-def test_build_target_checks_the_budget_s_count(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = reference_folder("llama")
+def test_build_target_checks_the_budget_s_count(folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = build(folder, select="first:2").report
     monkeypatch.setattr(verify, "read_shape", lambda values, _: shape_from_config({**values, "vocab_size": 41}))
     with pytest.raises(SurgeryError) as caught:

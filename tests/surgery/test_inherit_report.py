@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from inheritune_ds.config.inheritance import PARTS
@@ -12,7 +13,7 @@ from inheritune_ds.errors import SurgeryError
 from inheritune_ds.plan.model_size import parameters
 from inheritune_ds.plan.shapes import shape_from_config
 from inheritune_ds.surgery import compare
-from inheritune_ds.surgery.compare import tensor_sha256
+from inheritune_ds.surgery.compare import tensor_sha256, weights_sha256
 from inheritune_ds.surgery.inherit import find_target
 from inheritune_ds.surgery.reference import locate
 from tests.surgery.tiny import IDENTITY, Build, SaveReference, edit_weights
@@ -29,6 +30,22 @@ def test_report_and_plan_count_the_same_parameters(
     assert shape is not None
     expected = parameters(shape, count)
     assert (report["parameters"], report["block_parameters"]) == (expected.total, expected.blocks)
+
+
+def test_weights_sha256_sees_names_dtypes_shapes_and_bits() -> None:
+    base = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    known = weights_sha256(base)
+    assert weights_sha256({"b": base["b"], "a": base["a"]}) == known
+    others: list[dict[str, torch.Tensor]] = [
+        {"a": base["a"], "c": base["b"]},
+        {"a": base["a"].view(2, 1), "b": base["b"]},
+        {"a": base["a"].view(torch.int32), "b": base["b"]},
+        {"a": torch.tensor([1.0, 2.0000002]), "b": base["b"]},
+        {"a": torch.tensor([2.0, 1.0]), "b": base["b"]},
+        {"a": base["a"]},
+    ]
+    assert len({known, *map(weights_sha256, others)}) == len(others) + 1
+    assert tensor_sha256(base["a"].to(torch.bfloat16)) == tensor_sha256(base["a"].to(torch.bfloat16).clone())
 
 
 def test_report_lists_every_tensor_with_its_source(reference_folder: SaveReference, build: Build) -> None:
@@ -96,9 +113,8 @@ def test_a_tensor_that_is_not_finite_is_refused(
 
 
 def test_large_tensors_are_compared_and_hashed_whole(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
+    folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = reference_folder("llama")
     whole = build(folder, select="first:2").report["tensors"]
     monkeypatch.setattr(compare, "_CHUNK_BYTES", 8)
     assert build(folder, to="again", select="first:2").report["tensors"] == whole

@@ -11,7 +11,6 @@ import torch
 from benchmarks.mutated_checkpoints import LAYOUTS, MUTATIONS, NEED_SHARDS, lay_out, make_bases, make_case, run_cases
 from benchmarks.mutation_judge import hashes, judge_refusal, judge_target
 from tests.surgery import tiny
-from tests.surgery.tiny import SaveReference
 
 SEED = 11
 CASES = range(2 * len(MUTATIONS))
@@ -102,9 +101,8 @@ def halve_precision(tensors: dict[str, torch.Tensor]) -> None:
     ids=["none", "bit", "order", "drop", "type", "config", "depth"],
 )
 def test_the_judge_detects_a_wrong_target(
-    harm: Callable[[Path], object], problem: str, reference_folder: SaveReference, tmp_path: Path
+    harm: Callable[[Path], object], problem: str, folder: Path, tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
     target = tiny.cut(folder, tmp_path / "target", select="1,3").folder
     assert judge_target(folder, target, (1, 3)) == ("tensors, hidden state", [])
     harm(target)
@@ -113,8 +111,7 @@ def test_the_judge_detects_a_wrong_target(
     assert problem in " ".join(wrong)
 
 
-def test_the_judge_detects_other_blocks_and_a_wrong_report(reference_folder: SaveReference, tmp_path: Path) -> None:
-    folder = reference_folder("llama")
+def test_the_judge_detects_other_blocks_and_a_wrong_report(folder: Path, tmp_path: Path) -> None:
     target = tiny.cut(folder, tmp_path / "target", select="1,3").folder
     assert "the hidden state is another" in judge_target(folder, target, (3, 1))[1]
     assert any("other tensors" in problem for problem in judge_target(folder, target, (1, 2, 3))[1])

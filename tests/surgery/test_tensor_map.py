@@ -1,5 +1,3 @@
-"""The tensors of the sources' files, and their places in the target."""
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,35 +32,22 @@ def refused(folder: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def test_every_tensor_of_a_kept_block_gets_its_new_block_number(reference_folder: SaveReference, build: Build) -> None:
-    folder = reference_folder("gpt_neox")
-    built = build(folder, select="3,1,3")
-    origin, own = load_file(folder / "model.safetensors"), load_file(built.folder / "model.safetensors")
-    for name, tensor in own.items():
-        words = name.split(".")
-        if name.startswith("gpt_neox.layers."):
-            words[2] = str((3, 1, 3)[int(words[2])])
-        assert torch.equal(tensor, origin[".".join(words)]), name
-    blocks = [tensor["source"]["block"] for tensor in built.report["tensors"] if tensor["block"] is not None]
-    assert blocks == [(3, 1, 3)[place] for place in range(3) for _ in range(len(blocks) // 3)]
+MASKS = {f"transformer.h.{block}.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8) for block in range(4)}
 
 
-def test_leftovers_of_older_versions_are_dropped_and_reported(reference_folder: SaveReference, build: Build) -> None:
-    folder = reference_folder("gpt2")
-    mask = torch.ones(1, 1, 32, 32, dtype=torch.uint8)
-    more = {f"transformer.h.{block}.attn.bias": mask.clone() for block in range(4)}
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("gpt2", MASKS), ("llama", {"v_head.weight": torch.ones(1, 16)})],
+    ids=["leftovers of older versions", "outside the blocks"],
+)
+def test_tensors_without_a_place_are_dropped_and_reported(
+    family: str, more: Tensors, reference_folder: SaveReference, build: Build
+) -> None:
+    folder = reference_folder(family)
     tiny.edit_weights(folder, lambda tensors: tensors.update(more))
     built = build(folder, select="first:2")
     assert built.report["left_out"] == sorted(more)
     assert not more.keys() & load_file(built.folder / "model.safetensors").keys()
-    plain(built.folder)
-
-
-def test_tensors_outside_the_blocks_without_a_place_are_reported(reference_folder: SaveReference, build: Build) -> None:
-    folder = reference_folder("llama")
-    tiny.edit_weights(folder, lambda tensors: tensors.update({"v_head.weight": torch.ones(1, 16)}))
-    built = build(folder, select="first:2")
-    assert built.report["left_out"] == ["v_head.weight"]
     plain(built.folder)
 
 
@@ -109,11 +94,10 @@ def test_a_tied_head_alone_is_the_embedding(
     family: str, embedding: str, inherit: str, reference_folder: SaveReference, build: Build
 ) -> None:
     folder = reference_folder(family, tie_word_embeddings=True)
-    (folder / "model.safetensors").unlink()
-    save_model(
-        make_model(family, tie_word_embeddings=True), str(folder / "model.safetensors"), metadata={"format": "pt"}
-    )
-    origin = load_file(folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    path.unlink()
+    save_model(make_model(family, tie_word_embeddings=True), str(path), metadata={"format": "pt"})
+    origin = load_file(path)
     assert f"{embedding}.weight" not in origin  # else this tests nothing
     built = build(folder, select="first:2", inherit=inherit)
     target = plain(built.folder)
@@ -165,38 +149,30 @@ def test_a_bias_that_the_config_does_not_have_is_refused(reference_folder: SaveR
     assert lines[-1] == "and 11 more"  # four biases in each of four blocks; five lines are shown
 
 
-def double(tensors: Tensors) -> None:
-    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
-
-
-def whole_numbers(tensors: Tensors) -> None:
-    tensors["model.norm.weight"] = torch.arange(16, dtype=torch.int32)
-
-
-def scalar(tensors: Tensors) -> None:
-    tensors["model.norm.weight"] = torch.tensor(1.0)
+NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("more", "expected"),
     [
-        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight is not in the files"),
-        (double, "model.norm.weight and norm.weight are both model.norm.weight of the model"),
-        (whole_numbers, "model.norm.weight holds numbers of type int32, the model's are floating point"),
-        (scalar, "model.norm.weight has shape [], the config asks for [16]"),
+        ({}, "is not in the files"),
+        ({"norm.weight": torch.zeros(16)}, f"and norm.weight are both {NORM} of the model"),
+        ({NORM: torch.arange(16, dtype=torch.int32)}, "holds numbers of type int32, the model's are floating point"),
+        ({NORM: torch.tensor(1.0)}, "has shape [], the config asks for [16]"),
     ],
     ids=["missing", "double", "whole numbers", "scalar"],
 )
-def test_tensors_that_are_not_the_model_s_are_refused(
-    change: Callable[[Tensors], object], expected: str, reference_folder: SaveReference
-) -> None:
-    folder = reference_folder("llama")
+def test_tensors_that_are_not_the_model_s_are_refused(more: Tensors, expected: str, folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors.update(more)
+        if not more:
+            del tensors[NORM]
+
     tiny.edit_weights(folder, change)
-    assert refused(folder) == [expected]
+    assert refused(folder) == [f"{NORM} {expected}"]
 
 
-def test_quantized_types_are_refused(reference_folder: SaveReference) -> None:
-    folder = reference_folder("llama")
+def test_quantized_types_are_refused(folder: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tiny.edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
     with pytest.raises(SurgeryError) as caught:
@@ -217,10 +193,7 @@ def test_every_tensor_keeps_its_own_type(reference_folder: SaveReference, build:
     assert built.report["proof"]["dtype"] == "bfloat16"
 
 
-def test_a_tensor_of_no_part_needs_inherit_all(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = reference_folder("llama")
+def test_a_tensor_of_no_part_needs_inherit_all(folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     known = part_of
     monkeypatch.setattr(tensor_map, "part_of", lambda *given: known(*given) if "up_proj" not in given[2] else "")
     with pytest.raises(SurgeryError) as caught:

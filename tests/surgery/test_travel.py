@@ -1,9 +1,4 @@
-"""The files beside the tensors: tokenizer, special ids, generation settings, license, dtype."""
-
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,14 +6,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from inheritune_ds import cli
 from tests.surgery import tiny
+from tests.surgery.families import tiny_config
 from tests.surgery.tiny import Build, SaveReference
 
 
-def test_another_tokenizer_sets_its_special_ids(
-    reference_folder: SaveReference, build: Build, make_tokenizer: Callable[[int], Any]
-) -> None:
-    folder = reference_folder("llama")
-    make_tokenizer(40).save_pretrained(folder)
+def test_another_tokenizer_sets_its_special_ids(folder: Path, build: Build) -> None:
+    tiny.make_tokenizer(40).save_pretrained(folder)
     same = build(folder, to="same", select="first:2", words=40).folder
     assert AutoConfig.from_pretrained(same).pad_token_id == 0
     assert GenerationConfig.from_pretrained(same).repetition_penalty == 1.25
@@ -32,11 +25,8 @@ def test_another_tokenizer_sets_its_special_ids(
     assert (kept.bos_token_id, kept.eos_token_id, kept.pad_token_id) == (7, 8, 9)
 
 
-def test_inherit_copies_the_reference_s_tokenizer_files(
-    reference_folder: SaveReference, make_tokenizer: Callable[[int], Any], tmp_path: Path
-) -> None:
-    folder, target = reference_folder("llama"), tmp_path / "out"
-    tokenizer = make_tokenizer(40)
+def test_inherit_copies_the_reference_s_tokenizer_files(folder: Path, tmp_path: Path) -> None:
+    target, tokenizer = tmp_path / "out", tiny.make_tokenizer(40)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
     (folder / "vocab.txt").write_text("[PAD]\n")
@@ -69,10 +59,7 @@ def test_generation_settings_of_an_old_config_are_kept(reference_folder: SaveRef
         ("license: [", "its card names none"),
     ],
 )
-def test_the_card_names_the_reference_s_license(
-    front: str, license_name: str, reference_folder: SaveReference, build: Build
-) -> None:
-    folder = reference_folder("llama")
+def test_the_card_names_the_reference_s_license(front: str, license_name: str, folder: Path, build: Build) -> None:
     (folder / "README.md").write_text(f"---\n{front}\n---\n# Model\n", encoding="utf-8")
     (folder / "LICENSE").write_text("terms", encoding="utf-8")
     target = build(folder, select="first:2").folder
@@ -93,24 +80,8 @@ def test_target_and_reference_load_in_the_same_dtype(
 
 
 def test_buffers_are_not_counted_as_inherited_parameters(build: Build, tmp_path: Path) -> None:
-    from tests.surgery.families import tiny_config
-
     folder = tmp_path / "reference"
     AutoModelForCausalLM.from_config(tiny_config("deepseek_v3")).save_pretrained(folder)
     report = build(folder, select="first:3").report
     assert report["inherited_parameters"] == report["parameters"]
     assert report["inherited_block_parameters"] == report["block_parameters"]
-
-
-def test_identity_depends_on_config_and_generation_config(reference_folder: SaveReference) -> None:
-    from inheritune_ds.config.model import Reference as Named
-    from inheritune_ds.surgery.reference import locate
-
-    folder = reference_folder("llama")
-    before = locate(Named(model=str(folder)), Path).identity
-    tiny.edit_config(folder, rms_norm_eps=1e-3)
-    after = locate(Named(model=str(folder)), Path).identity
-    assert before["weights_sha256"] == after["weights_sha256"]
-    assert before != after
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}), encoding="utf-8")
-    assert locate(Named(model=str(folder)), Path).identity not in (before, after)

@@ -1,5 +1,3 @@
-"""Verification against plain transformers with the other blocks of the reference bypassed."""
-
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,8 +44,7 @@ def test_target_computes_what_the_reference_does_with_its_other_blocks_bypassed(
     assert built.report["proof"]["hidden_state"] == "equal, bit for bit"
 
 
-def test_report_has_the_hash_of_the_hidden_state(reference_folder: SaveReference, build: Build) -> None:
-    folder = reference_folder("llama")
+def test_report_has_the_hash_of_the_hidden_state(folder: Path, build: Build) -> None:
     found = build(folder, select="first:2").report["proof"]
     reference = plain(folder)
     caught: list[torch.Tensor] = []
@@ -72,8 +69,7 @@ def test_probe_tokens_are_spread_over_the_vocabulary(positions: int | None, coun
     assert torch.equal(tokens, probe_tokens(config))
 
 
-def test_weights_that_overflow_are_refused(reference_folder: SaveReference, build: Build, tmp_path: Path) -> None:
-    folder = reference_folder("llama")
+def test_weights_that_overflow_are_refused(folder: Path, build: Build, tmp_path: Path) -> None:
 
     def grow(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.mlp.down_proj.weight"].fill_(3e38)
@@ -87,10 +83,7 @@ def test_weights_that_overflow_are_refused(reference_folder: SaveReference, buil
     build(folder, select="last:2")  # without the damaged block
 
 
-def test_a_failed_forward_pass_is_reported(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = reference_folder("llama")
+def test_a_failed_forward_pass_is_reported(folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("needs pixel_values\nand more")
@@ -112,9 +105,8 @@ def test_a_failed_forward_pass_is_reported(
 
 
 def test_a_model_that_does_not_call_its_blocks_cannot_be_proven(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
+    folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = reference_folder("llama")
     honest = verify._forward
 
     def forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:

@@ -1,5 +1,3 @@
-"""Reading a model's weight files, and everything that can be wrong with them."""
-
 import json
 import os
 import zipfile
@@ -14,14 +12,8 @@ from safetensors.torch import load_file, save_file
 from inheritune_ds.errors import RecipeError, SurgeryError
 from inheritune_ds.surgery.weight_files import WeightFiles, weight_files
 from tests.surgery import tiny
-from tests.surgery.tiny import SaveReference
 
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture
-def folder(reference_folder: SaveReference) -> Path:
-    return reference_folder("llama")
 
 
 def refused(folder: Path) -> SurgeryError:
@@ -31,10 +23,11 @@ def refused(folder: Path) -> SurgeryError:
     return caught.value
 
 
-def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    """Change the weight map."""
     path = folder / INDEX
     document = json.loads(path.read_text(encoding="utf-8"))
-    change(document)
+    change(document["weight_map"])
     path.write_text(json.dumps(document), encoding="utf-8")
 
 
@@ -87,7 +80,8 @@ def test_span_is_the_place_of_the_bytes(folder: Path) -> None:
     for name in files:
         span = files.span(name)
         assert span is not None
-        content = span.path.read_bytes()[span.offset : span.offset + span.size]
+        path, offset, size = span
+        content = path.read_bytes()[offset : offset + size]
         assert content == files.tensor(name).numpy().tobytes()
     tiny.shard(folder, 2, pickled=True)
     assert WeightFiles(folder, "it").span("model.norm.weight") is None
@@ -105,19 +99,11 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     ("change", "message"),
     [
         (
-            lambda index: index["weight_map"].update({"model.gone.weight": "model-00001-of-00002.safetensors"}),
+            lambda files: files.update({"model.gone.weight": "model-00001-of-00002.safetensors"}),
             "names model.gone.weight in model-00001-of-00002.safetensors, which does not hold it (1 tensors differ)",
         ),
-        (
-            lambda index: index["weight_map"].pop("model.norm.weight"),
-            "does not name model.norm.weight (1 tensors differ)",
-        ),
-        (
-            lambda index: index["weight_map"].update(
-                dict.fromkeys(index["weight_map"], "model-00002-of-00002.safetensors")
-            ),
-            "which does not hold it (",
-        ),
+        (lambda files: files.pop("model.norm.weight"), "does not name model.norm.weight (1 tensors differ)"),
+        (lambda files: files.update(dict.fromkeys(files, "model-00002-of-00002.safetensors")), "does not hold it ("),
     ],
     ids=["absent", "unlisted", "other shard"],
 )
@@ -134,7 +120,7 @@ def test_an_index_must_match_its_shards(folder: Path, change: Callable[[Any], ob
 def test_an_index_cannot_name_files_elsewhere(folder: Path, file: str) -> None:
     tiny.shard(folder)
     (folder / "sub").mkdir()
-    edit_index(folder, lambda index: index["weight_map"].update({"model.norm.weight": file}))
+    edit_index(folder, lambda files: files.update({"model.norm.weight": file}))
     error = refused(folder)
     assert error.problem == f"{folder / INDEX} names {file!r}"
     assert error.allowed == "names of files in the same folder"

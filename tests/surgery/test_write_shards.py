@@ -1,7 +1,7 @@
 import json
-import resource
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,9 +19,8 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.mark.parametrize("limit", [1, 3000, 10_000])
 def test_large_targets_are_written_in_shards_with_an_index(
-    limit: int, reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch
+    limit: int, folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = reference_folder("llama")
     whole = load_file(build(folder, to="whole", select="1,2").folder / "model.safetensors")
     monkeypatch.setattr(write_shards, "SHARD_BYTES", limit)
     built = build(folder, select="1,2")
@@ -48,10 +47,7 @@ def test_large_targets_are_written_in_shards_with_an_index(
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_targets_of_sharded_references_are_the_same(
-    reference_folder: SaveReference, build: Build, *, pickled: bool
-) -> None:
-    folder = reference_folder("llama")
+def test_targets_of_sharded_references_are_the_same(folder: Path, build: Build, *, pickled: bool) -> None:
     whole = build(folder, to="whole", select="1,2")
     tiny.shard(folder, 3, pickled=pickled)
     built = build(folder, select="1,2")
@@ -79,9 +75,8 @@ def test_tensors_begin_at_multiples_of_their_dtype_s_size(reference_folder: Save
 
 
 def test_a_target_that_does_not_fit_on_the_disk_is_refused(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
     usage = namedtuple("usage", "total used free")  # noqa: PYI024 - shutil's own is no public class
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * 10**7, 10**7, 20_000))
     with pytest.raises(StorageError) as caught:
@@ -92,32 +87,26 @@ def test_a_target_that_does_not_fit_on_the_disk_is_refused(
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(
-    reference_folder: SaveReference, build: Build, tmp_path: Path
+    folder: Path, build: Build, room: Callable[[int], None], tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
     before = contents(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))  # bytes that a file may have; Python ignores the signal
-    try:
-        with pytest.raises(StorageError) as caught:
-            build(folder, select="first:3", words=None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    room(12_000)
+    with pytest.raises(StorageError) as caught:
+        build(folder, select="first:3", words=None)
     assert caught.value.problem.endswith("cannot be written: File too large")
     assert contents(tmp_path) == before
 
 
 def test_a_truncated_source_is_refused(
-    reference_folder: SaveReference, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder = reference_folder("llama")
     path = folder / "model.safetensors"
     honest = weight_files.WeightFiles.span
 
     def beyond(self: weight_files.WeightFiles, name: str) -> weight_files.Span | None:
         span = honest(self, name)
         assert span is not None
-        return weight_files.Span(span.path, path.stat().st_size, span.size)
+        return span[0], path.stat().st_size, span[2]
 
     monkeypatch.setattr(weight_files.WeightFiles, "span", beyond)
     with pytest.raises(SurgeryError, match=r"model\.safetensors is cut short") as caught:

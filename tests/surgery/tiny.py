@@ -126,7 +126,7 @@ def block_output(model: PreTrainedModel, block: str) -> torch.Tensor:
     caught: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple) else output)
+        caught.append(output[0] if isinstance(output, tuple | list) else output)
 
     with torch.no_grad():
         handle = model.get_submodule(block).register_forward_hook(keep)

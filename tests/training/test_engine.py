@@ -101,6 +101,25 @@ def test_an_update_is_that_of_the_mean_over_all_tokens(stage: int, precision: st
     assert state(engine) != before
 
 
+def test_freeing_bf16_gradients_early_changes_no_bit(make: Make) -> None:
+    runs = [make(1, "bf16", bf16={"enabled": True, "immediate_grad_update": early}) for early in (True, False)]
+    for _ in range(14):
+        first, second = (step(engine) for engine in runs)
+        assert (first.loss, first.grad_norm) == (second.loss, second.grad_norm)
+    assert state(runs[0]) == state(runs[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_never_waits_for_the_whole_device(precision: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    engine, waits = make(1, precision), []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    for _ in range(5):
+        step(engine)
+    assert waits == []
+
+
 def spoil_loss(engine: Engine, value: float) -> Any:
     return engine.module.register_forward_hook(lambda _module, _given, out: tuple(part * value for part in out))
 

@@ -18,11 +18,7 @@ class FileMark:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Stat a file.
-
-        Raises:
-            CorpusError: The file cannot be read.
-        """
+        """Stat a file; raise a CorpusError if it cannot be read."""
         try:
             found = path.stat()
         except OSError as error:
@@ -30,11 +26,7 @@ class FileMark:
         return cls(path, found.st_size, found.st_mtime_ns)
 
     def check(self) -> None:
-        """Stat the file again.
-
-        Raises:
-            CorpusError: The file is gone or was changed.
-        """
+        """Stat the file again; raise a CorpusError if it is gone or was changed."""
         try:
             now = self.path.stat()
         except OSError as error:

@@ -16,11 +16,10 @@ from inheritune_ds.errors import CorpusError
 SUFFIXES = (".gz", ".bz2", ".zst")
 
 _CHUNK_BYTES = 2**20
-# The remainder of a part is copied after every call, so parts are small.
 _PART_BYTES = 2**17
 # zstandard cannot limit its output, and a block of 4 bytes may expand to 128 KiB: with this size a hostile file
 # allocates 128 MiB at most. Ordinary files decompress as fast as in larger pieces.
-_ZSTD_PIECE_BYTES = 2**12
+_PIECE_BYTES = 2**12
 # Corpora packed with `zstd --long=31` need a window of this size (RedPajama and the Pile are).
 _ZSTD_WINDOW_BYTES = 2**31
 
@@ -38,71 +37,29 @@ def open_unpacked(path: Path, on_bytes: Callable[[int], None], file: io.RawIOBas
     return io.BufferedReader(_Unpacked(path, file or path.open("rb", buffering=0), on_bytes), _CHUNK_BYTES)
 
 
-class _Frame:
-    """One gzip member, bzip2 stream or Zstandard frame; a file may hold several."""
-
-    padding = b""
-    """Bytes without meaning that may follow the frame."""
-    _stream: Any
-
-    @property
-    def ended(self) -> bool:
-        """Whether the end of the frame was read."""
-        return bool(self._stream.eof)
-
-    @property
-    def pending(self) -> bool:
-        """Whether it can return more output without more input."""
-        return False
-
-    def take(self, packed: bytes) -> tuple[bytes, bytes]:
-        """Decompress; returns (output, unused input)."""
-        raise NotImplementedError
+def _gzip() -> Any:
+    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
 
 
-class _Gzip(_Frame):
-    padding = b"\0"
+def _zstandard() -> Any:
+    import zstandard
 
-    def __init__(self) -> None:
-        self._stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-
-    def take(self, packed: bytes) -> tuple[bytes, bytes]:
-        ready = self._stream.decompress(packed, _CHUNK_BYTES)
-        return ready, self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
+    return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
 
 
-class _Bzip2(_Frame):
-    def __init__(self) -> None:
-        self._stream = bz2.BZ2Decompressor()
-
-    @property
-    def pending(self) -> bool:
-        return not self._stream.needs_input and not self._stream.eof
-
-    def take(self, packed: bytes) -> tuple[bytes, bytes]:
-        return self._stream.decompress(packed, _CHUNK_BYTES), self._stream.unused_data
-
-
-class _Zstandard(_Frame):
-    def __init__(self) -> None:
-        import zstandard
-
-        self._stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
-
-    def take(self, packed: bytes) -> tuple[bytes, bytes]:
-        ready = self._stream.decompress(packed[:_ZSTD_PIECE_BYTES])
-        return ready, self._stream.unused_data + packed[_ZSTD_PIECE_BYTES:]
-
-
-_FRAMES: dict[str, Callable[[], _Frame]] = {".gz": _Gzip, ".bz2": _Bzip2, ".zst": _Zstandard}
+_FORMATS: dict[str, tuple[Callable[[], Any], tuple[int, ...], bytes]] = {
+    ".gz": (_gzip, (_CHUNK_BYTES,), b"\0"),
+    ".bz2": (bz2.BZ2Decompressor, (_CHUNK_BYTES,), b""),
+    ".zst": (_zstandard, (), b""),
+}
+"""Decompressor of one frame (a file may hold several), limit of its output, and padding that may follow a frame."""
 
 
 class _Unpacked(io.RawIOBase):
     def __init__(self, path: Path, file: io.RawIOBase, on_bytes: Callable[[int], None]) -> None:
         self._file = file
         self._on_bytes = on_bytes
-        new_frame = _FRAMES.get(path.suffix)
-        self._parts = _unpacked(self._chunks(), new_frame, path) if new_frame else self._chunks()
+        self._parts = _unpacked(self._chunks(), path) if path.suffix in _FORMATS else self._chunks()
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -126,24 +83,26 @@ class _Unpacked(io.RawIOBase):
             yield chunk
 
 
-def _unpacked(chunks: Iterator[bytes], new_frame: Callable[[], _Frame], path: Path) -> Iterator[bytes]:
+def _unpacked(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
     """Yield the content of a file's frames, never an empty part."""
+    new_frame, limit, padding = _FORMATS[path.suffix]
     frame, ended_frames, inside = new_frame(), 0, False
-    for chunk in chunks:
-        left = chunk
-        while left or frame.pending:
+    for piece in (chunk[at : at + _PIECE_BYTES] for chunk in chunks for at in range(0, len(chunk), _PIECE_BYTES)):
+        left = piece
+        while left or not getattr(frame, "needs_input", True):  # bz2 keeps input that its limit has left over
             if ended_frames and not inside:
-                left = left.lstrip(frame.padding)
+                left = left.lstrip(padding)
                 if not left:
                     break
             inside = True
             try:
-                ready, left = frame.take(left)
+                ready = frame.decompress(left, *limit)
             except Exception as error:  # noqa: BLE001  zlib.error, zstandard.ZstdError, bz2's bare OSError
                 raise _damaged(path, str(error)) from None
             if ready:
                 yield ready
-            if frame.ended:
+            left = frame.unused_data if frame.eof else getattr(frame, "unconsumed_tail", b"")
+            if frame.eof:
                 frame, ended_frames, inside = new_frame(), ended_frames + 1, False
     if inside or not ended_frames:
         raise _damaged(path, "its end is missing")

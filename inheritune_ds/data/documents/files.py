@@ -6,10 +6,8 @@ Errors name the file and its line or row. Every record gives one document, with 
 import io
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from inheritune_ds.config.corpus import FilesSource
 from inheritune_ds.data.documents import compression, tables, text
 from inheritune_ds.data.documents.change_check import FileMark, cannot_read
 from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
@@ -38,11 +36,7 @@ def expand(patterns: Sequence[str], folder: Path | None = None) -> list[Path]:
 
 
 def skipped_files(patterns: Sequence[str]) -> list[Path]:
-    """List the files in folders among `patterns` that are not corpus files (a README, a license).
-
-    Raises:
-        CorpusError: A folder cannot be read.
-    """
+    """List the files in folders among `patterns` that are no corpus files (a README); errors as in `expand`."""
     folders = [Path(pattern).expanduser() for pattern in patterns]
     return [path for folder in folders if folder.is_dir() for path in _below(folder) if not format_of(path)]
 
@@ -103,12 +97,14 @@ def format_of(path: Path) -> str:
     return path.suffix if path.suffix in (*_TEXT_SUFFIXES, *_TABLE_SUFFIXES) else ""
 
 
-def documents(
-    source: FilesSource,
-    start: Cursor = Cursor(),  # noqa: B008 - an immutable tuple
-    on_bytes: Callable[[int], None] = lambda _: None,
+def read(
+    paths: Sequence[Path],
+    rules: RecordRules,
+    separator: str | None,
+    start: Cursor,
+    on_bytes: Callable[[int], None],
 ) -> Iterator[Document]:
-    """Yield every record of a source's files, skipped ones too.
+    """Yield every record of files in order, skipped ones too; `separator` splits a plain text.
 
     `start` is the cursor of a document that was read before from the same files; earlier files are not opened, earlier
     lines not parsed, earlier row groups not read. `on_bytes` receives numbers of bytes (on disk) as they are read,
@@ -117,27 +113,23 @@ def documents(
     Raises:
         CorpusError: A file is missing, damaged or changes during reading, or has a bad record and these are refused.
     """
-    yield from read(expand(source.paths), RecordRules.of(source), source.document_separator, start, on_bytes)
-
-
-def read(
-    paths: Sequence[Path],
-    rules: RecordRules,
-    separator: str | None,
-    start: Cursor,
-    on_bytes: Callable[[int], None],
-) -> Iterator[Document]:
-    """Yield every record of files in order; arguments and errors are those of `documents`."""
     refuse_fields_of_plain_text(paths, rules)
+    counted = 0
+
+    def count(amount: int) -> None:
+        nonlocal counted
+        counted += amount
+        on_bytes(amount)
+
     for number, path in enumerate(paths):
         mark = FileMark.of(path)
         if number < start.file:
             on_bytes(mark.size)
             continue
         begin = Cursor(number, start.record if number == start.file else 0)
-        counter = _ByteCounter(on_bytes)
+        counted = 0
         try:
-            found = yield from records(path, rules, separator, begin, counter)
+            found = yield from records(path, rules, separator, begin, count)
         except CorpusError:
             mark.check()  # if the file was changed, report that as the cause
             raise
@@ -150,15 +142,11 @@ def read(
                 f"corpus file {path}: it has {found:,} records, but {begin.record:,} were read from it before",
                 action="restore the file, or start over",
             )
-        on_bytes(mark.size - counter.total)
+        on_bytes(mark.size - counted)
 
 
 def refuse_fields_of_plain_text(paths: Sequence[Path], rules: RecordRules) -> None:
-    """Refuse filters on fields for plain text.
-
-    Raises:
-        CorpusError: Names the first such file.
-    """
+    """Raise a CorpusError for the first plain text if the filters use fields."""
     for path in paths:
         if format_of(path) == ".txt" and (rules.filters.keep or rules.filters.drop):
             raise CorpusError(
@@ -166,18 +154,6 @@ def refuse_fields_of_plain_text(paths: Sequence[Path], rules: RecordRules) -> No
                 allowed="filters.min_characters and filters.max_characters",
                 action="remove keep and drop, or put the .txt files into a separate source",
             )
-
-
-@dataclass
-class _ByteCounter:
-    """Forwards numbers of bytes and adds them up."""
-
-    on_bytes: Callable[[int], None]
-    total: int = 0
-
-    def __call__(self, amount: int) -> None:
-        self.total += amount
-        self.on_bytes(amount)
 
 
 def records(  # noqa: PLR0913, PLR0917 - the union of the arguments of all readers

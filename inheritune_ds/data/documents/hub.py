@@ -10,14 +10,13 @@ import glob
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from inheritune_ds.config.corpus import HubSource
 from inheritune_ds.config.fields import is_local_path
 from inheritune_ds.data.documents import files as readers
-from inheritune_ds.data.documents.hub_splits import files_of_split
 from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage import hub
@@ -26,6 +25,12 @@ LINE_END = "\n"
 """Separates the documents of a .txt file of the hub, as in `datasets`."""
 
 _FOLDERS = r"(?:(?!\.)[^/]+/)*"
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""datasets/data_files.py, KEYWORDS_IN_PATH_NAME_BASE: the word is between punctuation marks or at an end."""
 
 
 def is_folder(source: HubSource) -> bool:
@@ -34,11 +39,7 @@ def is_folder(source: HubSource) -> bool:
 
 
 def folder_files(source: HubSource) -> list[Path]:
-    """Files of a local dataset, sorted.
-
-    Raises:
-        CorpusError: The folder does not exist, or `data_files` matches nothing in it.
-    """
+    """List the files of a local dataset, sorted; raise a CorpusError if there are none, or no such folder."""
     folder = Path(source.dataset).expanduser()
     if not folder.is_dir():
         raise CorpusError(
@@ -51,30 +52,9 @@ def folder_files(source: HubSource) -> list[Path]:
     return [files[name] for name in chosen]
 
 
-def settings(source: HubSource) -> dict[str, Any]:
-    """The part of a source's identity that the recipe decides, wherever the files are."""
-    return {"kind": "hub", "split": source.split, "text_field": source.text_field}
-
-
-def pinned(source: HubSource) -> HubSource:
-    """The source with a full commit as its revision.
-
-    Raises:
-        HubError: The hub cannot be reached, or has no such dataset.
-    """
-    if re.fullmatch("[0-9a-f]{40}", source.revision):
-        return source
-    return source.model_copy(update={"revision": hub.resolve(source.dataset, source.revision, "dataset").commit})
-
-
-def identify(source: HubSource) -> dict[str, Any]:
-    """Identify the data of a hub dataset, with and without a network.
-
-    Raises:
-        HubError: The hub cannot be reached, or has no such dataset.
-    """
-    commit = hub.resolve(source.dataset, source.revision, "dataset").commit
-    return settings(source) | {"dataset": source.dataset, "commit": commit, "data_files": source.data_files}
+def repository_of(source: HubSource) -> hub.Repository:
+    """Find the dataset's repository and commit, with and without a network; errors as in `hub.resolve`."""
+    return hub.resolve(source.dataset, source.revision, "dataset")
 
 
 def documents(
@@ -97,22 +77,21 @@ def documents(
     if is_folder(source):
         yield from readers.read(folder_files(source), rules, LINE_END, start, on_bytes)
         return
-    repository = hub.resolve(source.dataset, source.revision, "dataset")
+    repository = repository_of(source)
     present = hub.list_files(repository)
     names = _matching(source, repository, present)
     if source.streaming and not repository.offline:
         yield from _streamed(repository, names, rules, start, on_bytes)
         return
-    folder = hub.snapshot(repository, _patterns(source.data_files, present, names))
+    # One pattern if the hub client matches the same files with it, otherwise every path.
+    taken = [name for name in present if fnmatch.fnmatch(name, source.data_files)]
+    patterns = [source.data_files] if taken == names else [glob.escape(name) for name in names]
+    folder = hub.snapshot(repository, patterns)
     yield from readers.read([folder / name for name in names], rules, LINE_END, start, on_bytes)
 
 
 def _matching(source: HubSource, repository: hub.Repository, present: list[str]) -> list[str]:
-    """Paths of the files that `data_files` matches, sorted.
-
-    Raises:
-        CorpusError: No file matches, or a file has an unsupported format.
-    """
+    """List the files that `data_files` matches, sorted; raise a CorpusError without any, or for an unknown format."""
     wanted = re.compile(_expression(source.data_files))
     names = [name for name in present if wanted.fullmatch(name)]
     where = f"dataset {source.dataset} at {repository.commit}"
@@ -134,6 +113,35 @@ def _matching(source: HubSource, repository: hub.Repository, present: list[str])
                 action="set streaming of this source to false" if kind else "narrow data_files in corpus.sources",
             )
     return names
+
+
+def files_of_split(names: Sequence[str], split: str, where: str) -> list[str]:
+    """Select a split's files by the words in the paths: `train`, `validation`, `test`, or another word of a path.
+
+    Raises a CorpusError if no path contains the split, and others contain another one.
+    """
+    splits_of = {name: _splits_in(name, split) for name in names}
+    chosen = [name for name, splits in splits_of.items() if split in splits]
+    if chosen:
+        return chosen
+    others = sorted(set().union(*splits_of.values()))
+    if split == "train" and not others:
+        return list(names)
+    raise CorpusError(
+        f"{where} has no file of the split {split!r} among the {len(names)} files that data_files matches",
+        allowed=f"the splits in their paths: {', '.join(others) or 'train, because no path names one'}",
+        action="correct split of this source, or remove it to read every file that data_files matches",
+    )
+
+
+def _splits_in(name: str, wanted: str) -> set[str]:
+    words = {**_SPLIT_WORDS, wanted: _SPLIT_WORDS.get(wanted, (wanted,))}
+    path = name.lower()
+    return {
+        split
+        for split, known in words.items()
+        if any(re.search(rf"(^|[^a-z0-9]){re.escape(word.lower())}($|[^a-z0-9]|[0-9])", path) for word in known)
+    }
 
 
 def _expression(pattern: str) -> str:
@@ -159,12 +167,6 @@ def _word(word: str) -> str:
     return re.escape(word)
 
 
-def _patterns(pattern: str, present: list[str], names: list[str]) -> list[str]:
-    """Patterns to download: `pattern` if the hub client matches the same files with it, otherwise every path."""
-    taken = [name for name in present if fnmatch.fnmatch(name, pattern)]
-    return [pattern] if taken == names else [glob.escape(name) for name in names]
-
-
 def _streamed(
     repository: hub.Repository, names: list[str], rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
 ) -> Iterator[Document]:
@@ -178,11 +180,7 @@ def _streamed(
 
 
 class _HubFile(io.RawIOBase):
-    """A file of the hub, read during its download.
-
-    Raises:
-        HubError: The hub refuses the file, or cannot be reached.
-    """
+    """A file of the hub, read during its download; raises the errors of `hub.failure`."""
 
     def __init__(self, repository: hub.Repository, name: str) -> None:
         super().__init__()

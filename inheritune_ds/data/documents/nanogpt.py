@@ -11,11 +11,7 @@ _PROBE_BYTES = 512
 
 
 def token_files(source: TokensSource) -> list[Path]:
-    """The training file, and the validation file if the source has one.
-
-    Raises:
-        CorpusError: A file is missing, empty or not made of 16-bit numbers.
-    """
+    """List the training file, and any validation file; raise a CorpusError if one is missing, empty or not 16-bit."""
     paths = [Path(name).expanduser() for name in (source.train, source.validation) if name is not None]
     for path in paths:
         if not path.is_file():
@@ -31,7 +27,9 @@ def token_files(source: TokensSource) -> list[Path]:
                 f"token file {path} has {path.stat().st_size} bytes, not a whole number of 16-bit tokens",
                 action="copy it again: it is truncated, or not a nanoGPT token file",
             )
-        if _has_wide_ids(path):
+        with path.open("rb") as stream:
+            head = stream.read(_PROBE_BYTES)
+        if len(head) == _PROBE_BYTES and not any(head[2::4]) and not any(head[3::4]):  # the upper halves of small ids
             raise CorpusError(
                 f"token file {path} seems to hold 32-bit ids: every second 16-bit number at its beginning is 0",
                 allowed="16-bit token ids, as nanoGPT's prepare.py writes them",
@@ -40,20 +38,10 @@ def token_files(source: TokensSource) -> list[Path]:
     return paths
 
 
-def _has_wide_ids(path: Path) -> bool:
-    """Whether a file seems to hold 32-bit ids: the upper halves of small ones are 0."""
-    with path.open("rb") as stream:
-        head = stream.read(_PROBE_BYTES)
-    return len(head) == _PROBE_BYTES and not any(head[2::4]) and not any(head[3::4])
-
-
 def check_ids(source: TokensSource, id_space: int) -> None:
-    """Refuse token files that the tokenizer cannot have made.
+    """Raise a CorpusError for token files that the tokenizer cannot have made: it has over 65,536 ids, or none yet.
 
     `id_space` is the tokenizer's largest id plus 1; 0 if the tokenizer is trained on the corpus.
-
-    Raises:
-        CorpusError: The tokenizer has more than 65,536 ids, or is not known yet.
     """
     if not 0 < id_space <= 2**16:
         known = f"has {id_space:,} ids" if id_space else "is trained on text, which token files do not hold"

@@ -33,11 +33,7 @@ class Documentation:
 
 
 def documents(start: Cursor = Cursor()) -> Iterator[Document]:  # noqa: B008 - an immutable tuple
-    """Yield the documents of the running Python, always in the same order.
-
-    Raises:
-        CorpusError: This Python comes without its documentation.
-    """
+    """Yield the documents of the running Python, always in the same order; errors as in `collect`."""
     for number, text in enumerate(running().documents[start.record :], start.record + 1):
         yield Document(text, "", Cursor(0, number))
 
@@ -61,11 +57,7 @@ def identity() -> dict[str, Any]:
 
 
 def collect(stdlib: Path | None = None, topics: Mapping[str, str] | None = None) -> Documentation:
-    """Read the documentation of a standard library, by default the running Python's.
-
-    Raises:
-        CorpusError: This Python has no topics or no source of its library.
-    """
+    """Read the documentation of a standard library (default: the running Python's); raise a CorpusError without any."""
     topics = _topics() if topics is None else topics
     root = stdlib or _stdlib()
     texts = [f"{name}\n\n{inspect.cleandoc(text)}" for name, text in sorted(topics.items())]

@@ -40,17 +40,14 @@ class RecordRules:
         return cls(source.text_field, source.filters, source.bad_records == "skip")
 
     def document(self, record: object, where: str, cursor: Cursor) -> Document:
-        """Extract the text of a parsed JSON object or a row; `where` is its name in messages, such as `books.jsonl:12`.
-
-        Raises:
-            CorpusError: The record has no text in its field, and bad records are refused.
-        """
+        """Extract the text of a parsed JSON object or a row, `where` in messages (`a.jsonl:12`); errors as in `bad`."""
         try:
             text = text_of(record, self.text_field, where)
         except CorpusError as error:
             return self.bad(error, cursor)
         assert isinstance(record, Mapping)  # text_of has checked
-        if not self._wanted(record):
+        kept = all(field_of(record, field) in values for field, values in self.filters.keep.items())
+        if not kept or any(field_of(record, field) in values for field, values in self.filters.drop.items()):
             return Document("", "filtered", cursor)
         return self.plain(text, cursor)
 
@@ -64,18 +61,10 @@ class RecordRules:
         return Document(encodable(text), "", cursor)
 
     def bad(self, error: CorpusError, cursor: Cursor) -> Document:
-        """Skip a record with the problem `error`, or raise it.
-
-        Raises:
-            CorpusError: Bad records are refused.
-        """
+        """Skip a record with the problem `error`, or raise it if bad records are refused."""
         if not self.skip_bad:
             raise error
         return Document("", "bad", cursor, error.problem)
-
-    def _wanted(self, record: Mapping[str, Any]) -> bool:
-        kept = all(field_of(record, field) in values for field, values in self.filters.keep.items())
-        return kept and not any(field_of(record, field) in values for field, values in self.filters.drop.items())
 
 
 def field_of(record: object, path: str) -> Any:
@@ -89,11 +78,7 @@ def field_of(record: object, path: str) -> Any:
 
 
 def text_of(record: object, field: str, where: str) -> str | None:
-    """The text of a record; None if it is null.
-
-    Raises:
-        CorpusError: The record is not an object, or its field is missing or not text.
-    """
+    """The text of a record, None if it is null. Raises a CorpusError without an object, its field, or text in it."""
     if not isinstance(record, Mapping):
         raise CorpusError(
             f"{where}: the record is {type(record).__name__}, not an object",

@@ -1,5 +1,6 @@
 """Reads and identifies the sources of a recipe's corpus."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,23 @@ from inheritune_ds.console import Meter
 from inheritune_ds.data.documents import files as readers
 from inheritune_ds.data.documents import hub, python_docs
 from inheritune_ds.data.documents.change_check import FileMark, cannot_read
-from inheritune_ds.data.documents.records import Cursor, Document
+from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage.files import sha256_file
 
 
 def pinned(source: Source) -> Source:
-    """The source with a commit instead of a hub branch or tag, which may move during reading.
-
-    Raises:
-        HubError: The hub cannot be reached, or has no such dataset.
-    """
-    if isinstance(source, HubSource) and not hub.is_folder(source):
-        return hub.pinned(source)
-    return source
+    """The source with a commit instead of a hub branch or tag, which may move meanwhile; errors as in `hub.resolve`."""
+    if not isinstance(source, HubSource) or hub.is_folder(source) or re.fullmatch("[0-9a-f]{40}", source.revision):
+        return source
+    return source.model_copy(update={"revision": hub.repository_of(source).commit})
 
 
 def identify(source: Source) -> dict[str, Any]:
     """Identify the data of a source, so that changed data is detected.
 
-    The result has the settings that decide which documents are read, and: for files, name, size (bytes) and sha256 of
-    each; for the hub, the full commit; for the embedded corpus, the Python version and a hash.
+    The result has the settings that decide which documents are read, wherever they are, and: for files, name, size
+    (bytes) and sha256 of each; for the hub, the full commit; for the embedded corpus, the Python version and a hash.
 
     Raises:
         CorpusError: A file is missing.
@@ -37,19 +34,15 @@ def identify(source: Source) -> dict[str, Any]:
     """
     if isinstance(source, EmbeddedSource):
         return python_docs.identity()
-    if isinstance(source, HubSource) and not hub.is_folder(source):
-        return hub.identify(source)
-    files = {"files": _file_identities(_local_files(source))}
+    settings: dict[str, Any] = {"kind": source.kind}
     if isinstance(source, HubSource):
-        return hub.settings(source) | files
-    if isinstance(source, TokensSource):
-        return {"kind": "nanogpt"} | files
-    return {
-        "kind": "files",
-        "text_field": source.text_field,
-        "document_separator": source.document_separator,
-        **files,
-    }
+        settings |= {"split": source.split, "text_field": source.text_field}
+        if not hub.is_folder(source):
+            commit = hub.repository_of(source).commit
+            return settings | {"dataset": source.dataset, "commit": commit, "data_files": source.data_files}
+    if isinstance(source, FilesSource):
+        settings |= {"text_field": source.text_field, "document_separator": source.document_separator}
+    return settings | {"files": _file_identities(_local_files(source))}
 
 
 def documents(
@@ -69,35 +62,24 @@ def documents(
     if isinstance(source, EmbeddedSource):
         return python_docs.documents(start)
     if isinstance(source, FilesSource):
-        return readers.documents(source, start, on_bytes)
+        paths, rules = readers.expand(source.paths), RecordRules.of(source)
+        return readers.read(paths, rules, source.document_separator, start, on_bytes)
     return hub.documents(source, start, on_bytes)
 
 
 def total_bytes(source: TextSource) -> int | None:
-    """Size on disk of the files that `documents` reads; None if it is not known beforehand.
-
-    Raises:
-        CorpusError: A file is missing.
-    """
+    """Size on disk of the files that `documents` reads; None if it is not known beforehand; errors as in `snapshot`."""
     marks = snapshot(source)
     return sum(mark.size for mark in marks) if marks else None
 
 
 def snapshot(source: Source) -> tuple[FileMark, ...]:
-    """Stat the local files of a source before they are identified and read.
-
-    Raises:
-        CorpusError: A file is missing.
-    """
+    """Stat the local files of a source before they are identified and read; raise a CorpusError if one is missing."""
     return tuple(FileMark.of(path) for path in _local_files(source))
 
 
 def check(source: Source, before: tuple[FileMark, ...]) -> None:
-    """Compare the local files of a source with an earlier `snapshot`.
-
-    Raises:
-        CorpusError: A file is gone, changed or new.
-    """
+    """Raise a CorpusError if a local file of a source is gone, changed or new since an earlier `snapshot`."""
     for mark in before:
         mark.check()
     known = {mark.path for mark in before}
@@ -110,11 +92,7 @@ def check(source: Source, before: tuple[FileMark, ...]) -> None:
 
 
 def skipped_files(source: Source) -> list[str]:
-    """Names of the files in a source's folders that are not corpus files, such as a README.
-
-    Raises:
-        CorpusError: A folder cannot be read.
-    """
+    """Names of the files in a source's folders that are not corpus files, such as a README; errors as in `snapshot`."""
     return [path.name for path in readers.skipped_files(source.paths)] if isinstance(source, FilesSource) else []
 
 

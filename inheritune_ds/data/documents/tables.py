@@ -56,8 +56,10 @@ def parquet(
             group = table.metadata.row_group(number)
             if first + group.num_rows > start.record:
                 row = first
+                columns = map(group.column, range(group.num_columns))
+                text_bytes = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == rules.text_field)
                 for batch in table.iter_batches(
-                    batch_size=_rows_at_once(_text_bytes(group, rules.text_field), group.num_rows),
+                    batch_size=_rows_at_once(text_bytes, group.num_rows),
                     row_groups=[number],
                     columns=rows.columns,
                     use_threads=False,
@@ -70,21 +72,10 @@ def parquet(
         return total
 
 
-def _text_bytes(group: Any, field: str) -> int:
-    """Uncompressed bytes of text in a row group."""
-    columns = (group.column(index) for index in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
-
-
 def arrow(
     path: Path, rules: RecordRules, start: Cursor, on_bytes: Callable[[int], None]
 ) -> Generator[Document, None, int]:
-    """Yield the rows of an Arrow file or stream as `parquet` does; skipped batches are mapped and not decoded.
-
-    Raises:
-        CorpusError: The file is damaged or changed, has no text in that field, or has a bad row and these are refused.
-        OSError: The file cannot be read.
-    """
+    """Yield the rows of an Arrow file or stream as `parquet` does; skipped batches are mapped and not decoded."""
     import pyarrow as pa
 
     mark = FileMark.of(path)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.stream.mixture import Even, InTurn, Mixture, Weighted, Weights, weights_of
-from inheritune_ds.data.stream.order import Order, RandomOrder, SequentialOrder, ShuffledOrder, order_seeds
+from inheritune_ds.data.stream.order import Order, order_seeds, random_order, sequential_order, shuffled_order
 from inheritune_ds.data.stream.validation_windows import HeldOut
 from inheritune_ds.data.stream.windows import SourceTokens, TokenShards, Windows
 from inheritune_ds.errors import CorpusError
@@ -56,7 +56,6 @@ class BatchStream:
 
     Raises:
         CorpusError: A source has no window.
-        ValueError: The batch is empty, or as for `SourceTokens`.
     """
 
     def __init__(
@@ -68,8 +67,6 @@ class BatchStream:
         sampling: Sampling = "shuffled",
         weights: Sequence[Weights] | None = None,
     ) -> None:
-        if batch_windows < 1:
-            raise ValueError(f"batch_windows must be at least 1, not {batch_windows}")
         self.batch_windows = batch_windows
         self._tokens = SourceTokens(sources)
         for name, size, count in zip(self._tokens.names, self._tokens.sizes, self._tokens.counts, strict=True):
@@ -90,11 +87,7 @@ class BatchStream:
         return sum(self._tokens.sizes)
 
     def draw(self, step: int) -> Draw:
-        """Return the windows of a step.
-
-        Raises:
-            ValueError: The step is negative.
-        """
+        """Return the windows of a step."""
         return self._draw(self._positions(step))
 
     def micro_batches(
@@ -104,17 +97,7 @@ class BatchStream:
 
         Yields:
             (micro_batch_size, T + 1) token ids, batch_windows / (world_size * micro_batch_size) times.
-
-        Raises:
-            ValueError: The batch does not divide, or the rank or step is out of range.
         """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} outside [0, {world_size})")
-        if micro_batch_size < 1 or self.batch_windows % (world_size * micro_batch_size):
-            raise ValueError(
-                f"batch_windows {self.batch_windows} does not divide into {world_size} ranks "
-                f"x {micro_batch_size} windows"
-            )
         positions_MRB = self._positions(step).reshape(-1, world_size, micro_batch_size)  # noqa: N806  (shape suffix)
         own = self._draw(positions_MRB[:, rank].ravel())
         starts = own.places if self._random else own.places * self._tokens.seq_len
@@ -142,21 +125,18 @@ class BatchStream:
         return Coverage(windows, min(windows, size) if countable else None, windows / size)
 
     def _positions(self, step: int) -> NDArray[np.int64]:
-        if step < 0:
-            raise ValueError(f"step must be at least 0, not {step}")
         first = step * self.batch_windows
         return np.arange(first, first + self.batch_windows, dtype=np.int64)
 
     def _draw(self, positions: NDArray[np.int64]) -> Draw:
         sources, turns = self._mixture.at(positions)
-        return Draw(sources, *self._order.at(sources, turns))
+        return Draw(sources, *self._order(sources, turns))
 
 
 def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStream:
     """The batches of a recipe from the training tokens of its sources; without weights, empty sources are skipped.
 
-    Raises:
-        CorpusError: A source has no window.
+    Errors as for `BatchStream`.
     """
     training, windows = recipe.training, _windows(recipe, shards)
     if recipe.corpus.weights is None:
@@ -190,7 +170,7 @@ def _mixture(tokens: SourceTokens, sampling: Sampling, weights: Sequence[Weights
 def _order(tokens: SourceTokens, sampling: Sampling, seed: int) -> Order:
     seeds = order_seeds(seed, tokens.names)
     if sampling == "shuffled":
-        return ShuffledOrder(tokens.sizes, seeds)
+        return shuffled_order(tokens.sizes, seeds)
     if sampling == "sequential":
-        return SequentialOrder(tokens.sizes)
-    return RandomOrder(tokens.sizes, [count - tokens.seq_len for count in tokens.counts], seeds)
+        return sequential_order(tokens.sizes)
+    return random_order(tokens.sizes, [count - tokens.seq_len for count in tokens.counts], seeds)

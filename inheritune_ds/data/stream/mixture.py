@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,6 @@ MAX_WINDOWS = 1 << 2 * _HALF
 """Most windows of all sources without weights: products must fit 64 bits."""
 
 Turns = tuple[NDArray[np.int64], NDArray[np.int64]]
-
-
-class Mixture(Protocol):
-    """Order of the sources."""
-
-    def at(self, positions: NDArray[np.int64]) -> Turns:
-        """Map positions (B,) to source numbers (B,) and earlier turns of that source (B,)."""
-
-    def turns_before(self, position: int) -> list[int]:
-        """Turns of every source before a position."""
 
 
 class Weights(NamedTuple):
@@ -77,7 +67,7 @@ class Weighted:
             self._bases.append([base + rounds * turn for base, turn in zip(self._bases[-1], turns, strict=True)])
 
     def at(self, positions: NDArray[np.int64]) -> Turns:
-        """See `Mixture.at`."""
+        """Map positions (B,) to source numbers (B,) and earlier turns of that source (B,)."""
         parts = np.searchsorted(self.starts, positions, side="right") - 1
         sources, turns = np.empty_like(positions), np.empty_like(positions)
         for part in np.unique(parts).tolist():
@@ -92,7 +82,7 @@ class Weighted:
         return sources, turns
 
     def turns_before(self, position: int) -> list[int]:
-        """See `Mixture.turns_before`."""
+        """Turns of every source before a position."""
         part = bisect.bisect_right(self.starts, position) - 1
         turns = self._shares[part]
         table, _ = round_table(turns)
@@ -106,10 +96,7 @@ class Even:
 
     Of o windows of an epoch, the first source has floor(o * n / N), with n its windows and N those of all sources; the
     next source has its part of the remainder by the same rule, and so on. A source is never more than one window behind
-    its part, or more than S - 1 ahead.
-
-    Raises:
-        ValueError: There are more than `MAX_WINDOWS` in all.
+    its part, or more than S - 1 ahead. More than `MAX_WINDOWS` in all raise a ValueError.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -118,7 +105,7 @@ class Even:
         self._sizes = list(sizes)
 
     def at(self, positions: NDArray[np.int64]) -> Turns:
-        """See `Mixture.at`."""
+        """See `Weighted.at`."""
         left = sum(self._sizes)
         epochs, offsets = np.divmod(positions, np.int64(left))
         sources = np.full_like(positions, len(self._sizes) - 1)
@@ -133,7 +120,7 @@ class Even:
         return sources, epochs * np.array(self._sizes)[sources] + offsets
 
     def turns_before(self, position: int) -> list[int]:
-        """See `Mixture.turns_before`."""
+        """See `Weighted.turns_before`."""
         left = sum(self._sizes)
         epochs, offset = divmod(position, left)
         found = []
@@ -152,16 +139,19 @@ class InTurn:
         self._begins = np.cumsum([0, *sizes], dtype=np.int64)[:-1]
 
     def at(self, positions: NDArray[np.int64]) -> Turns:
-        """See `Mixture.at`."""
+        """See `Weighted.at`."""
         epochs, offsets = np.divmod(positions, self._sizes.sum())
         sources = np.searchsorted(self._begins, offsets, side="right") - 1
         return sources, epochs * self._sizes[sources] + offsets - self._begins[sources]
 
     def turns_before(self, position: int) -> list[int]:
-        """See `Mixture.turns_before`."""
+        """See `Weighted.turns_before`."""
         epochs, offset = divmod(position, int(self._sizes.sum()))
         found: list[int] = (epochs * self._sizes + np.clip(offset - self._begins, 0, self._sizes)).tolist()
         return found
+
+
+Mixture = Weighted | Even | InTurn
 
 
 @cache

@@ -8,8 +8,7 @@ Shapes: B turns, S sources.
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +21,8 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 Found = tuple[NDArray[np.int64], NDArray[np.int64]]
-
-
-class Order(Protocol):
-    """Order of the windows of each source."""
-
-    def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
-        """Map source numbers (B,) and their turns (B,) to epochs (B,) and places (B,), all from 0."""
+Order = Callable[[NDArray[np.int64], NDArray[np.int64]], Found]
+"""Maps source numbers (B,) and their turns (B,) to epochs (B,) and places (B,), all from 0."""
 
 
 def order_seeds(seed: int, names: Sequence[str]) -> list[int]:
@@ -43,30 +37,24 @@ def order_seeds(seed: int, names: Sequence[str]) -> list[int]:
     return [int.from_bytes(digest, "little") for digest in digests]
 
 
-class ShuffledOrder:
+def shuffled_order(sizes: Sequence[int], seeds: Sequence[int]) -> Order:
     """A new permutation of all windows of the source in every epoch; a place is a window's number.
 
     Inside an epoch, the permutation is a Feistel network keyed by (seed, epoch) over the pairs (left, right), left < a,
     right < b, with a * b the smallest such product not below n; values outside [0, n) are permuted again along their
     cycle (Black, Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3). Seeds are in [0, 2**64).
-
-    Raises:
-        ValueError: A source has no window.
     """
+    lefts = [math.isqrt(size - 1) + 1 for size in sizes]
+    rights = [-(-size // left) for size, left in zip(sizes, lefts, strict=True)]
+    sizes_S, states_S = np.array(sizes, np.int64), _seed_states(seeds)  # noqa: N806 - shape suffix
+    lefts_S, rights_S = np.array(lefts, np.uint64), np.array(rights, np.uint64)  # noqa: N806
+    rounds_R1 = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]  # noqa: N806
 
-    def __init__(self, sizes: Sequence[int], seeds: Sequence[int]) -> None:
-        self._sizes = _sizes(sizes)
-        lefts = [math.isqrt(size - 1) + 1 for size in sizes]
-        self._left_sizes = np.array(lefts, dtype=np.uint64)
-        self._right_sizes = np.array([-(-size // left) for size, left in zip(sizes, lefts, strict=True)], np.uint64)
-        self._states = _seed_states(seeds)
-
-    def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
-        """See `Order.at`."""
-        sizes = self._sizes[sources]
+    def at(sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
+        sizes = sizes_S[sources]
         epochs, offsets = np.divmod(turns, sizes)
-        left_sizes, right_sizes = self._left_sizes[sources], self._right_sizes[sources]
-        keys = self._keys(sources, epochs.astype(np.uint64))
+        left_sizes, right_sizes = lefts_S[sources], rights_S[sources]
+        keys = _mix(_mix(states_S[sources] + epochs.astype(np.uint64) * _GOLDEN) + rounds_R1 * _GOLDEN)
         places = _permute(offsets.astype(np.uint64), keys, left_sizes, right_sizes)
         outside = np.flatnonzero(places >= sizes)
         while outside.size:
@@ -74,54 +62,30 @@ class ShuffledOrder:
             outside = outside[places[outside] >= sizes[outside]]
         return epochs, places.astype(np.int64)
 
-    def _keys(self, sources: NDArray[np.int64], epochs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Round keys (rounds, B)."""
-        states = _mix(self._states[sources] + epochs * _GOLDEN)
-        rounds = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]
-        return _mix(states + rounds * _GOLDEN)
+    return at
 
 
-class SequentialOrder:
-    """The windows of a source in their own order, the same in every epoch; a place is a window's number.
-
-    Raises:
-        ValueError: A source has no window.
-    """
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._sizes = _sizes(sizes)
-
-    def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
-        """See `Order.at`."""
-        return np.divmod(turns, self._sizes[sources])
+def sequential_order(sizes: Sequence[int]) -> Order:
+    """The windows of a source in their own order, the same in every epoch; a place is a window's number."""
+    sizes_S = np.array(sizes, np.int64)  # noqa: N806 - shape suffix
+    return lambda sources, turns: np.divmod(turns, sizes_S[sources])
 
 
-class RandomOrder:
+def random_order(sizes: Sequence[int], places: Sequence[int], seeds: Sequence[int]) -> Order:
     """Windows at random places, with replacement, as in nanoGPT's get_batch; a place is the number of a first token.
 
     Turn t takes the 64-bit word t of the source's splitmix64 stream modulo `places` = tokens - T, the range of nanoGPT
     (`torch.randint(len(data) - block_size, ...)`, train.py): the bias is below places / 2**64, so for ten billion
     places probabilities differ by less than one in a billion. An epoch has as many turns as the source has windows.
-
-    Raises:
-        ValueError: A source has no window.
     """
+    sizes_S, states_S = np.array(sizes, np.int64), _seed_states(seeds)  # noqa: N806 - shape suffix
+    places_S = np.array(places, np.uint64)  # noqa: N806
 
-    def __init__(self, sizes: Sequence[int], places: Sequence[int], seeds: Sequence[int]) -> None:
-        self._sizes = _sizes(sizes)
-        self._places = np.array(places, dtype=np.uint64)
-        self._states = _seed_states(seeds)
+    def at(sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
+        words = _mix(states_S[sources] + (turns.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+        return turns // sizes_S[sources], (words % places_S[sources]).astype(np.int64)
 
-    def at(self, sources: NDArray[np.int64], turns: NDArray[np.int64]) -> Found:
-        """See `Order.at`."""
-        words = _mix(self._states[sources] + (turns.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-        return turns // self._sizes[sources], (words % self._places[sources]).astype(np.int64)
-
-
-def _sizes(sizes: Sequence[int]) -> NDArray[np.int64]:
-    if min(sizes) < 1:
-        raise ValueError(f"every source must have a window, not {', '.join(map(str, sizes))}")
-    return np.array(sizes, dtype=np.int64)
+    return at
 
 
 def _seed_states(seeds: Sequence[int]) -> NDArray[np.uint64]:

@@ -16,9 +16,6 @@ class HeldOut:
     With weights (`shares`: turns per round), sources take turns as in training, each in the order of its text; when one
     has no more windows, the others continue, and a source of weight 0 is last. Without weights they are spread evenly,
     so that any first part has them in proportion to their held-out parts.
-
-    Raises:
-        ValueError: As for `SourceTokens`.
     """
 
     def __init__(self, sources: Mapping[str, Windows], shares: Sequence[int] | None = None) -> None:

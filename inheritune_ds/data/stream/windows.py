@@ -86,25 +86,11 @@ class Windows:
 
     @classmethod
     def of_file(cls, path: Path, dtype: str, seq_len: int, num_tokens: int) -> "Windows":
-        """The windows of a single file of `num_tokens` tokens.
-
-        Raises:
-            CorpusError: As for `TokenShards`.
-        """
+        """The windows of a single file of `num_tokens` tokens; errors as for `TokenShards`."""
         return cls(TokenShards([path], [num_tokens], dtype), seq_len)
 
     def __len__(self) -> int:
         return windows_in(len(self.shards), self.seq_len)
-
-    def read(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the token ids (B, T + 1) of windows (B,): columns [0, T) are inputs, columns [1, T + 1) their targets.
-
-        Raises:
-            ValueError: An id is out of range.
-        """
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise ValueError(f"window ids {ids.min()} to {ids.max()} outside [0, {len(self)})")
-        return self.shards.read(ids * self.seq_len, self.seq_len + 1)
 
     def hash_into(self, digest: "hashlib._Hash", count: int) -> None:
         """Add the token ids of the first `count` windows to a hash, as 32-bit numbers."""
@@ -115,18 +101,11 @@ class Windows:
 
 
 class SourceTokens:
-    """The tokens of several sources with windows of one length, read together.
-
-    Raises:
-        ValueError: There is no source, or their windows differ in length.
-    """
+    """The tokens of several sources with windows of one length, read together."""
 
     def __init__(self, sources: Mapping[str, Windows]) -> None:
-        lengths = {windows.seq_len for windows in sources.values()}
-        if len(lengths) != 1:
-            raise ValueError(f"windows must have one length, not {sorted(lengths)}")
         self.names = list(sources)
-        self.seq_len = lengths.pop()
+        self.seq_len = next(iter(sources.values())).seq_len
         self.sizes = [len(windows) for windows in sources.values()]
         """Windows of every source."""
         self.counts = [len(windows.shards) for windows in sources.values()]

@@ -41,10 +41,8 @@ class TextEncoder:
 
     The text of a special token inside a document is ordinary text, as in tiktoken's `encode_ordinary` and
     SentencePiece: the end-of-text id is at the ends of documents only. The tokenizer's template adds the ids `front`
-    before a document ([1] for LLaMA) and `back` behind it. `forced_cuts` counts the cuts not proven to keep the ids.
-
-    Raises:
-        CorpusError: The template adds tokens inside the text.
+    before a document ([1] for LLaMA) and `back` behind it; a CorpusError is raised if it adds tokens inside the text.
+    `forced_cuts` counts the cuts not proven to keep the ids.
     """
 
     def __init__(
@@ -68,8 +66,9 @@ class TextEncoder:
         self._max = max_piece_characters
         # Without a proven rule every cut may change ids: use few large pieces.
         self._wanted = piece_characters if self._rule else max_piece_characters // 2
+        normalizer = self._later.normalizer
         self._seams = safe_cuts.Seams(
-            normalize=self._normalize,
+            normalize=str if normalizer is None else normalizer.normalize_str,
             encode=lambda text: list(self._later.encode(text, add_special_tokens=False).ids),
             added=(token["content"] for token in spec["added_tokens"] if not token["special"]),
         )
@@ -115,10 +114,6 @@ class TextEncoder:
         if cut < len(text) and not (found and self._rule):
             self.forced_cuts += 1
         return cut
-
-    def _normalize(self, text: str) -> str:
-        normalizer = self._later.normalizer
-        return text if normalizer is None else str(normalizer.normalize_str(text))
 
 
 def _backend(spec: dict[str, object]) -> Tokenizer:

@@ -18,11 +18,7 @@ _CACHE_KIB = 65_536
 
 
 class Journal:
-    """The journal of a folder that is being filled.
-
-    Raises:
-        StorageError: The journal cannot be written.
-    """
+    """The journal of a folder that is being filled. All methods may raise a StorageError."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
@@ -77,11 +73,7 @@ class Journal:
 
 
 def remove_journal(folder: Path) -> None:
-    """Delete the closed journal of a folder.
-
-    Raises:
-        StorageError: The journal cannot be deleted.
-    """
+    """Delete the closed journal of a folder; raise a StorageError if that is refused."""
     with storage_errors(folder):
         for name in JOURNAL_FILES:
             (folder / name).unlink(missing_ok=True)

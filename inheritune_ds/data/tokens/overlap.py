@@ -76,11 +76,7 @@ class OverlapIndex:
 
     @classmethod
     def build(cls, sets: Mapping[str, Iterable[str]], ngram: int) -> Self:
-        """Index evaluation sets, name -> texts of the items.
-
-        Raises:
-            CorpusError: A set has no item that is long enough to compare.
-        """
+        """Index evaluation sets, name -> texts of the items; raise a CorpusError if a set has no item to compare."""
         read: list[_Set] = []
         found: dict[int, tuple[list[Hashes], list[int]]] = {}
         owner, fewest = 0, min(MIN_WORDS, ngram)

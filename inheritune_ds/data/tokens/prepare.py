@@ -38,7 +38,7 @@ from inheritune_ds.data.tokens.tokenizer import (
     tokenizer_sha256,
     train_tokenizer,
 )
-from inheritune_ds.data.tokens.writer import COUNTS, Build, TokenFormat
+from inheritune_ds.data.tokens.writer import COUNTS, Build
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage.files import remove_leftovers, storage_errors, write_json
 from inheritune_ds.storage.folders import describe_files, exclusive, publish, tidy
@@ -219,7 +219,9 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
         build = Build(
             plan.corpus,
             partial,
-            form=TokenFormat(dtype, id_space, plan.shard_tokens),
+            dtype=dtype,
+            id_space=id_space,
+            shard_tokens=plan.shard_tokens,
             encoder=encoder,
             definition=definition,
             journal=journal,

@@ -51,8 +51,7 @@ class Fidelity:
 def check_fidelity(encoder: TextEncoder, texts: Iterable[str], sentencepiece_model: bytes | None) -> Fidelity:
     """Check a tokenizer on the first `SAMPLE_CHARACTERS` of each document.
 
-    Raises:
-        CorpusError: Its ids are not those of its `sentencepiece_model`.
+    Raises a CorpusError if its ids are not those of its `sentencepiece_model`.
     """
     from sentencepiece import SentencePieceProcessor
 

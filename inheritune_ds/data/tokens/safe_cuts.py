@@ -105,7 +105,7 @@ def rule_of(spec: Mapping[str, Any]) -> Rule | None:
 def continued(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tokenizer (a parsed JSON) of later pieces, which does nothing special at the front of a text."""
     normalizers = [
-        {**step, "pattern": {"Regex": r" +\z"}} if _strips_front(step) else step
+        {**step, "pattern": {"Regex": r" +\z"}} if step.get("pattern") == {"Regex": r"\A +| +\z"} else step
         for step in _steps(spec["normalizer"], "normalizers")
         if step["type"] != "Prepend"
     ]
@@ -181,10 +181,6 @@ def _is_local(step: Mapping[str, Any]) -> bool:
         pattern = step["pattern"]
         return len(pattern.get("String", "")) == 1 or pattern.get("Regex") in _LOCAL_REPLACEMENTS
     return step["type"] in _LOCAL_NORMALIZERS
-
-
-def _strips_front(step: Mapping[str, Any]) -> bool:
-    return bool(step["type"] == "Replace" and step["pattern"].get("Regex") == r"\A +| +\z")
 
 
 def _without_prefix(step: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,14 @@ _PROBES = (
 
 def from_sentencepiece(folder: Path, name: str) -> Any:
     """Rebuild a SentencePiece BPE model; merges are ranked by the score of their result."""
+    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-    model = (folder / "tokenizer.model").read_bytes()
-    proto = parse_sentencepiece(model)
-    settings = read_settings(folder)
+    model, file = (folder / "tokenizer.model").read_bytes(), folder / "tokenizer_config.json"
+    messages: Any = sentencepiece_model_pb2
+    proto = messages.ModelProto()
+    proto.ParseFromString(model)
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     _check_kind(proto, name)
     pieces = [piece.piece for piece in proto.pieces]
     kinds = proto.SentencePiece.Type
@@ -59,22 +62,6 @@ def wrap(backend: Any, **settings: Any) -> Any:
 
     family: Any = PreTrainedTokenizerFast
     return family(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
-
-
-def parse_sentencepiece(model: bytes) -> Any:
-    """Parse the bytes of tokenizer.model into its protocol buffer."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    messages: Any = sentencepiece_model_pb2
-    proto = messages.ModelProto()
-    proto.ParseFromString(model)
-    return proto
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json; empty if there is none."""
-    file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _check_kind(proto: Any, name: str) -> None:

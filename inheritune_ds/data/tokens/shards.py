@@ -41,7 +41,9 @@ class ShardWriter:
                     path.unlink()
             self._refuse_truncated()
             if self._shards and self._shards[-1]["tokens"] < shard_tokens:
-                self._reopen()
+                self._file = self._path.open("r+b")
+                self._file.truncate(self._shards[-1]["tokens"] * self._dtype.itemsize)
+                self._file.seek(0, os.SEEK_END)
 
     @property
     def tokens(self) -> int:
@@ -54,11 +56,7 @@ class ShardWriter:
         return sum(shard["documents"] for shard in self._shards)
 
     def append(self, ids: npt.NDArray[Any]) -> bool:
-        """Write the ids of a document; returns whether this closed a shard.
-
-        Raises:
-            StorageError: The disk refuses.
-        """
+        """Write the ids of a document; returns whether this closed a shard. Raises a StorageError if it is refused."""
         if self._file is None:
             self._shards.append({"file": f"{self._part}-{len(self._shards):05d}.bin", "tokens": 0, "documents": 0})
         with storage_errors(self._path):
@@ -105,11 +103,6 @@ class ShardWriter:
                     f"{path} has {size:,} bytes, but {wanted:,} were written: it was truncated during preparation",
                     action=f"remove the folder {self._folder.parent} and rerun the same command",
                 )
-
-    def _reopen(self) -> None:
-        self._file = self._path.open("r+b")
-        self._file.truncate(self._shards[-1]["tokens"] * self._dtype.itemsize)
-        self._file.seek(0, os.SEEK_END)
 
     def _sync(self) -> None:
         if self._file is not None:

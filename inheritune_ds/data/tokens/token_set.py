@@ -97,11 +97,7 @@ def open_finished(folder: Path, fingerprint: str) -> TokenSet | None:
 
 
 def find_damage(tokens: TokenSet) -> str | None:
-    """Describe the first file with a wrong hash; None if all are intact.
-
-    Raises:
-        CorpusError: A file cannot be read.
-    """
+    """Describe the first file with a wrong hash; None if all are intact. Raises a CorpusError for an unreadable one."""
     files = tokens.manifest["files"]
     try:
         with Meter("checking token files", "bytes", sum(entry["bytes"] for entry in files.values())) as meter:

@@ -55,12 +55,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
 
 
 def sentencepiece_model(name: str, revision: str = "main") -> bytes | None:
-    """Return the SentencePiece model of a tokenizer; None if it has none. Arguments as for `load_tokenizer`.
-
-    Raises:
-        CorpusError: The folder is missing.
-        HubError: The hub cannot be reached.
-    """
+    """The SentencePiece model of a tokenizer; None if it has none. Arguments and errors as for `load_tokenizer`."""
     from sentencepiece import SentencePieceProcessor
 
     file = _find_folder(name, revision) / "tokenizer.model"

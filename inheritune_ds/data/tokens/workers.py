@@ -54,8 +54,7 @@ class EncoderPool:
     def encode(self, jobs: Iterable[list[str]]) -> Iterator[list[Ids]]:
         """Yield the ids of every job, a list of texts, in order; closing the iterator cancels pending jobs.
 
-        Raises:
-            MachineError: A worker has died.
+        Raises a MachineError if a worker has died.
         """
         waiting: deque[Future[list[Ids]]] = deque()
         try:

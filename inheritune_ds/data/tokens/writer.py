@@ -37,15 +37,6 @@ COUNTS = ("empty_documents", "filtered_documents", "bad_records", "duplicate_doc
 _SKIPPED = {"empty": "empty_documents", "filtered": "filtered_documents", "bad": "bad_records"}
 
 
-@dataclass(frozen=True)
-class TokenFormat:
-    """Format of token files; `id_space` is the tokenizer's largest id plus 1."""
-
-    dtype: str
-    id_space: int
-    shard_tokens: int
-
-
 class _Item(NamedTuple):
     """A document without its ids."""
 
@@ -60,16 +51,14 @@ class _Item(NamedTuple):
 class _SourceState:
     """Everything written of a source and the position of its next document, restored from its last `as_dict`."""
 
-    def __init__(
-        self, source: Source, folder: Path, form: TokenFormat, kept: Mapping[str, Any], limit: int | None
-    ) -> None:
+    def __init__(self, source: Source, build: "Build", kept: Mapping[str, Any], limit: int | None) -> None:
         self.name, self.limit, self._max_documents = source.name, limit, source.max_documents
         self.cursor = Cursor(*kept.get("cursor", ()))
         self.counts: dict[str, int] = kept.get("counts", dict.fromkeys(COUNTS, 0))
         self.first_bad: str = kept.get("first_bad_record", "")
-        own = folder / source.name
+        own = build.folder / source.name
         self.train, self.validation = (
-            ShardWriter(own, part, form.dtype, kept.get(part, ()), form.shard_tokens)
+            ShardWriter(own, part, build.dtype, kept.get(part, ()), build.shard_tokens)
             for part in ("train", "validation")
         )
 
@@ -125,7 +114,9 @@ class Build:
 
     corpus: Corpus
     folder: Path
-    form: TokenFormat
+    dtype: str
+    id_space: int
+    shard_tokens: int
     encoder: TextEncoder
     definition: tuple[str, int]
     journal: Journal
@@ -160,7 +151,7 @@ class Build:
         return self._finished
 
     def _write(self, source: Source, number: int) -> dict[str, Any]:
-        self._now = _SourceState(source, self.folder, self.form, self._kept, self._limit(number))
+        self._now = _SourceState(source, self, self._kept, self._limit(number))
         try:
             if isinstance(source, TokensSource):
                 self._copy(source)
@@ -191,7 +182,7 @@ class Build:
             source,
             state.cursor,
             eos_id=self.encoder.eos_id,
-            id_space=self.form.id_space,
+            id_space=self.id_space,
             ratio=self.corpus.validation_ratio,
             wants_more=lambda: state.wants_more,
         ):

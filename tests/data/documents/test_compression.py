@@ -36,23 +36,21 @@ def test_open_unpacked_returns_the_content_and_reports_the_size(tmp_path: Path, 
     assert len(reported) > 1
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_open_unpacked_reads_all_frames_of_a_file(tmp_path: Path, suffix: str) -> None:
+SEEK = struct.pack("<II", 0x184D2A50, 4) + b"seek"  # a skippable frame, as the seekable format has it last
+
+
+@pytest.mark.parametrize(
+    ("suffix", "packed"),
+    [
+        *((suffix, PACK[suffix](CONTENT) + PACK[suffix](b"") + PACK[suffix](b"end")) for suffix in SUFFIXES),
+        (".zst", SEEK + zstandard.compress(CONTENT + b"end") + SEEK),
+        (".gz", gzip.compress(CONTENT) + bytes(2_000_000) + gzip.compress(b"end") + bytes(10)),
+    ],
+    ids=[*SUFFIXES, "frames without content", "padding"],
+)
+def test_open_unpacked_reads_all_frames_of_a_file(tmp_path: Path, suffix: str, packed: bytes) -> None:
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(PACK[suffix](CONTENT) + PACK[suffix](b"") + PACK[suffix](b"end"))
-    assert unpack(path) == CONTENT + b"end"
-
-
-def test_open_unpacked_skips_frames_without_content(tmp_path: Path) -> None:
-    path = tmp_path / "a.zst"
-    table = struct.pack("<II", 0x184D2A50, 4) + b"seek"  # a skippable frame, as the seekable format has it last
-    path.write_bytes(table + zstandard.compress(CONTENT) + table)
-    assert unpack(path) == CONTENT
-
-
-def test_open_unpacked_skips_padding_of_a_gzip_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress(CONTENT) + bytes(2_000_000) + gzip.compress(b"end") + bytes(10))
+    path.write_bytes(packed)
     assert unpack(path) == CONTENT + b"end"
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inheritune_ds.config.corpus import FilesSource
-from inheritune_ds.data.documents import compression
+from inheritune_ds.data.documents import compression, sources
 from inheritune_ds.data.documents import files as readers
 from inheritune_ds.data.documents.records import Cursor, Document
 from inheritune_ds.errors import CorpusError
@@ -34,7 +34,7 @@ def source(*paths: Path | str, **more: Any) -> FilesSource:
 
 
 def read(*paths: Path | str, **more: Any) -> list[Document]:
-    return list(readers.documents(source(*paths, **more)))
+    return list(sources.documents(source(*paths, **more)))
 
 
 def write(folder: Path, name: str, texts: Sequence[str | None]) -> Path:
@@ -61,7 +61,7 @@ def test_documents_of_every_format(tmp_path: Path, ending: str) -> None:
     texts = ["one\ntwo", "", None, "caf\u00e9 \U0001f600 \0 end", "last"]
     path = write(tmp_path, f"a{ending}", texts)
     reported: list[int] = []
-    found = list(readers.documents(source(path, document_separator="<|>"), on_bytes=reported.append))
+    found = list(sources.documents(source(path, document_separator="<|>"), on_bytes=reported.append))
     assert [document.text for document in found] == [text or "" for text in texts]
     assert [document.skipped for document in found] == ["", "empty", "empty", "", ""]
     assert [document.cursor for document in found] == [Cursor(0, number) for number in range(1, 6)]
@@ -78,11 +78,11 @@ def test_documents_from_any_cursor_are_the_rest(files: list[tuple[str, list[str 
     with tempfile.TemporaryDirectory() as folder:
         paths = [write(Path(folder), f"{n}{ending}", texts) for n, (ending, texts) in enumerate(files)]
         wanted = source(*paths, document_separator="<|>", filters={"min_characters": 2})
-        whole = list(readers.documents(wanted))
+        whole = list(sources.documents(wanted))
         place = data.draw(st.integers(0, len(whole)))
         start = whole[place - 1].cursor if place else Cursor()
         reported: list[int] = []
-        assert list(readers.documents(wanted, start, reported.append)) == whole[place:]
+        assert list(sources.documents(wanted, start, reported.append)) == whole[place:]
         assert sum(reported) == sum(path.stat().st_size for path in paths)
         # Every document is there, in its order; only plain text may have other ones, where a text holds a separator.
         if not any(".txt" in ending for ending, _ in files):
@@ -97,11 +97,11 @@ def test_documents_from_any_cursor_are_the_rest_with_bad_records_too(tmp_path: P
     )
     (tmp_path / "b.jsonl").write_bytes(b'[]\n{"text": "three"}\n')
     wanted = source(tmp_path, bad_records="skip")
-    whole = list(readers.documents(wanted))
+    whole = list(sources.documents(wanted))
     assert [document.text for document in whole] == ["", "one", "", "", "two", "", "three"]
     assert [document.skipped for document in whole] == ["bad", "", "bad", "bad", "", "bad", ""]
     for place, document in enumerate(whole, 1):
-        assert list(readers.documents(wanted, document.cursor)) == whole[place:]
+        assert list(sources.documents(wanted, document.cursor)) == whole[place:]
 
 
 def test_documents_open_no_file_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_documents_open_no_file_before_the_start(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(compression, "open_unpacked", note)
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         write(tmp_path, name, ["one", "two"])
-    assert len(list(readers.documents(source(tmp_path), Cursor(1, 1)))) == 3
+    assert len(list(sources.documents(source(tmp_path), Cursor(1, 1)))) == 3
     assert opened == ["b.jsonl", "c.jsonl"]
 
 
@@ -123,13 +123,13 @@ def test_documents_open_no_file_before_the_start(tmp_path: Path, monkeypatch: py
 def test_documents_refuse_a_start_behind_the_end_of_a_file(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path, f"a{ending}", ["one", "two"])
     with pytest.raises(CorpusError, match=r"(?s)it has 2 records, but 3 were read from it before.*or start over"):
-        list(readers.documents(source(path, document_separator="<|>"), Cursor(0, 3)))
+        list(sources.documents(source(path, document_separator="<|>"), Cursor(0, 3)))
 
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_documents_detect_a_file_that_changes_meanwhile(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path, f"a{ending}", ["one", "two"])
-    found = readers.documents(source(path, document_separator="<|>"))
+    found = sources.documents(source(path, document_separator="<|>"))
     assert next(found).text == "one"
     with path.open("ab") as file:
         file.write(b"more")
@@ -141,7 +141,7 @@ def test_documents_detect_a_file_that_changes_meanwhile(tmp_path: Path, ending: 
 def test_documents_detect_a_file_that_vanishes_meanwhile(tmp_path: Path, ending: str) -> None:
     for name in ("a", "b"):
         write(tmp_path, f"{name}{ending}", ["one", "two"])
-    found = readers.documents(source(tmp_path, document_separator="<|>"))
+    found = sources.documents(source(tmp_path, document_separator="<|>"))
     assert next(found).text == "one"
     (tmp_path / f"b{ending}").unlink()
     with pytest.raises(CorpusError, match=rf"/b{ending}: it cannot be read \(no such file or directory\)"):
@@ -247,16 +247,3 @@ def test_expand_lists_the_supported_suffixes(tmp_path: Path, name: str) -> None:
             CorpusError, match=r"(?s)with this suffix are not supported\n  allowed: \.txt, \.jsonl.*\.bz2.*\.parquet"
         ):
             readers.expand([pattern], tmp_path)
-
-
-def test_documents_of_the_real_corpora_are_all_there(shared: Path) -> None:
-    books = read(shared / "corpora" / "books")
-    assert (len(books), sum(len(book.text.encode()) for book in books)) == (55, 34_820_774)
-    assert len(read(shared / "corpora" / "openwebtext_1000.jsonl.gz")) == 1000
-    stories = read(shared / "corpora" / "tinystories_sample.txt", document_separator="\n\n")
-    text = (shared / "corpora" / "tinystories_sample.txt").read_text(encoding="utf-8")
-    assert "\n\n".join(story.text for story in stories).split() == text.split()
-    asked = {"keep": {"meta.language": ["en"]}}
-    assert [paper.skipped for paper in read(shared / "corpora" / "redpajama_arxiv_sample.jsonl.gz", filters=asked)] == (
-        [""] * 20
-    )

@@ -15,7 +15,6 @@ import pytest
 import zstandard
 
 from inheritune_ds.config.corpus import FilesSource, HubSource
-from inheritune_ds.data.documents import files as readers
 from inheritune_ds.data.documents import sources
 from inheritune_ds.data.documents.records import Cursor
 from inheritune_ds.storage import hub
@@ -63,6 +62,12 @@ def texts(documents: Any) -> list[str]:
     return [document[0] for document in documents]
 
 
+def refusal(answer: Any, exit_code: int) -> str:
+    """The message of an error."""
+    assert answer["exit_code"] == exit_code
+    return str(answer["message"])
+
+
 STREAMING = pytest.mark.parametrize("streaming", [True, False])
 ALL = [text(n) for n in range(312)]
 
@@ -78,7 +83,7 @@ def test_streamed_downloaded_and_local_documents_are_the_same(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     local = FilesSource(kind="files", paths=[str(tmp_path / "data")])
-    assert [list(document) for document in readers.documents(local)] == [
+    assert [list(document) for document in sources.documents(local)] == [
         [words, skipped, Cursor(*cursor), note] for words, skipped, cursor, note in streamed
     ]
     folder = HubSource.model_validate(source(str(tmp_path)))
@@ -120,13 +125,10 @@ def test_filters_support_nested_fields_and_bad_records_are_reported(hub_server: 
     found = client.ask("documents", source=wanted)
     assert [document[0] for document in found if not document[1]] == [text(n) for n in range(1, 20, 2)]
     assert [document[1] for document in found[20:]] == ["bad", "bad", "bad", "bad", "filtered"]
-    refused = client.ask("documents", source=source("org/kept", "x.jsonl"))
-    assert refused["exit_code"] == 6
-    assert re.search(r"org/kept@[0-9a-f]{40}/x\.jsonl:21: field 'text' holds int, not text", refused["message"])
-    wrong = client.ask("documents", source=source("org/kept", "x.jsonl", text_field="body"))
-    assert re.search(
-        r"x\.jsonl:1: there is no field 'body'\n  allowed: the fields present: text, meta", wrong["message"]
-    )
+    refused = refusal(client.ask("documents", source=source("org/kept", "x.jsonl")), 6)
+    assert re.search(r"org/kept@[0-9a-f]{40}/x\.jsonl:21: field 'text' holds int, not text", refused)
+    wrong = refusal(client.ask("documents", source=source("org/kept", "x.jsonl", text_field="body")), 6)
+    assert re.search(r"x\.jsonl:1: there is no field 'body'\n  allowed: the fields present: text, meta", wrong)
 
 
 def test_a_line_of_a_text_file_is_a_document(hub_server: HubServer, client: HubClient) -> None:
@@ -141,19 +143,17 @@ def test_a_line_of_a_text_file_is_a_document(hub_server: HubServer, client: HubC
 def test_a_wrong_pattern_ending_or_split_is_refused(hub_server: HubServer, client: HubClient) -> None:
     commit = hub_server.publish("datasets", "org/wrong", shards() | {"x.csv": b"a,b\n", "t.arrow": b"x"})
 
-    def refusal(**settings: Any) -> str:
-        answer = client.ask("documents", source=source("org/wrong", **settings))
-        assert answer["exit_code"] == 6
-        return str(answer["message"])
+    def refused(**settings: Any) -> str:
+        return refusal(client.ask("documents", source=source("org/wrong", **settings)), 6)
 
-    assert refusal(data_files="train/*.parquet") == (
+    assert refused(data_files="train/*.parquet") == (
         f"dataset org/wrong at {commit} has no file that matches 'train/*.parquet'\n"
         "  allowed: its files: data/a-1.jsonl, data/b-1.jsonl.gz, data/b-3.jsonl.zst, data/c-1.jsonl.bz2, "
         "data/c-2.json ...\n  do: correct data_files in corpus.sources: a pattern inside the dataset's repository"
     )
-    assert f"at {commit}: x.csv: files with this suffix cannot be read\n  allowed: .txt" in refusal(data_files="*.csv")
-    assert "t.arrow: files with this suffix cannot be streamed" in refusal(data_files="*.arrow")
-    assert "has no file of the split 'test' among the" in refusal(split="test")
+    assert f"at {commit}: x.csv: files with this suffix cannot be read\n  allowed: .txt" in refused(data_files="*.csv")
+    assert "t.arrow: files with this suffix cannot be streamed" in refused(data_files="*.arrow")
+    assert "has no file of the split 'test' among the" in refused(split="test")
 
 
 @pytest.mark.parametrize(
@@ -199,15 +199,11 @@ def test_an_interrupted_download_is_an_error_and_resumes_the_next_time(
         hub_server.fault("GET /lfs/", drop_after=5000, times=1),
         hub_server.fault(f"GET /lfs/{_digest(hub_server, large)}", status=403),
     ):
-        answer = client.ask("documents", source=whole)
-    assert answer["exit_code"] == 7
-    assert answer["message"].startswith(
-        "the hub has no dataset 'org/breaks', or this machine may not see it (HTTP 403 "
-    )
+        message = refusal(client.ask("documents", source=whole), 7)
+    assert message.startswith("the hub has no dataset 'org/breaks', or this machine may not see it (HTTP 403 ")
     # Half of the files in the cache are not taken for the data set.
-    half = offline_client.ask("documents", source=whole | {"revision": commit})
-    assert half["exit_code"] == 7
-    assert "HF_HUB_OFFLINE is set, and the local cache does not hold it" in half["message"]
+    half = refusal(offline_client.ask("documents", source=whole | {"revision": commit}), 7)
+    assert "HF_HUB_OFFLINE is set, and the local cache does not hold it" in half
     before = len(hub_server.requests)
     assert texts(client.ask("documents", source=whole)) == ALL
     asked = [request for request in hub_server.requests[before:] if request.cdn]
@@ -222,10 +218,9 @@ def _digest(server: HubServer, size: int) -> str:
 def test_documents_report_the_answer_of_a_broken_hub(hub_server: HubServer, client: HubClient) -> None:
     commit = hub_server.publish("datasets", "org/busy", {"a.jsonl": lines(0, 31)})
     with hub_server.fault("/resolve/.*/a.jsonl", status=503) as fault:
-        answer = client.ask("documents", source=source("org/busy", "a.jsonl"))
+        message = refusal(client.ask("documents", source=source("org/busy", "a.jsonl")), 7)
     assert fault.hits == 6, "asked once and five times more"
-    assert answer["exit_code"] == 7
-    assert answer["message"] == (
+    assert message == (
         f"dataset 'org/busy' at {commit}: the hub's answers break off (HTTP 503 Service Unavailable)\n"
         "  do: rerun the same command to resume; if it fails again, check whether the hub is up, "
         "or copy the files here and list them under corpus.sources with kind: files"
@@ -248,9 +243,8 @@ def test_a_table_that_the_hub_refuses_is_not_reported_as_damaged(hub_server: Hub
     commit = hub_server.publish("datasets", "org/table", {"a.parquet": table(0, 60)})
     wanted = source("org/table", "*.parquet")
     with hub_server.fault("GET /lfs/", status=410):
-        answer = client.ask("documents", source=wanted)
-    assert answer["exit_code"] == 7
-    assert answer["message"].startswith(f"dataset 'org/table' at {commit}: the hub's answers break off (HTTP 410 Gone)")
+        message = refusal(client.ask("documents", source=wanted), 7)
+    assert message.startswith(f"dataset 'org/table' at {commit}: the hub's answers break off (HTTP 410 Gone)")
     with hub_server.fault("GET /lfs/", drop_after=1000, times=1) as fault:
         assert texts(client.ask("documents", source=wanted)) == ALL[:60]
     assert fault.hits == 1
@@ -269,11 +263,10 @@ def test_private_and_gated_datasets_need_a_token(
 ) -> None:
     hub_server.publish("datasets", f"org/{access}", {f"{streaming}.jsonl": lines(0, 30 + streaming)}, access=access)
     wanted = source(f"org/{access}", "*.jsonl", streaming=streaming)
-    answer = client.ask("documents", source=wanted)
-    assert answer["exit_code"] == 7
-    assert answer["message"].startswith(message)
-    assert "hf auth login" in answer["message"]
-    assert SIGNATURE not in answer["message"]
+    refused = refusal(client.ask("documents", source=wanted), 7)
+    assert refused.startswith(message)
+    assert "hf auth login" in refused
+    assert SIGNATURE not in refused
     assert texts(client.ask("documents", source=wanted, token=TOKEN)) == ALL[: 30 + streaming]
     assert not any(request.cdn and request.authorized for request in hub_server.requests)
 
@@ -324,9 +317,7 @@ def test_without_a_network_the_cache_has_the_same_documents(
     finally:
         hub_server.start()
     # Of the rest of the repository nothing was downloaded.
-    missing = offline_client.ask("documents", source=source("org/cached", "more/*.parquet"))
-    assert missing["exit_code"] == 7
-    assert missing["message"] == (
+    assert refusal(offline_client.ask("documents", source=source("org/cached", "more/*.parquet")), 7) == (
         "dataset 'org/cached': HF_HUB_OFFLINE is set, and the local cache does not hold it\n"
         "  do: connect this machine once, or point HF_HOME to a cache filled on another machine, "
         "or copy the files here and list them under corpus.sources with kind: files"
@@ -338,9 +329,8 @@ def test_documents_detect_a_truncated_file_on_the_hub(hub_server: HubServer, cli
     whole = zstandard.compress(lines(0, 312))
     hub_server.publish("datasets", "org/cut", {"x.jsonl.zst": whole[: len(whole) // 2]})
     for streaming in (True, False):
-        answer = client.ask("documents", source=source("org/cut", "*.zst", streaming=streaming))
-        assert answer["exit_code"] == 6
-        assert "x.jsonl.zst: it is truncated or damaged (its end is missing)" in answer["message"]
+        message = refusal(client.ask("documents", source=source("org/cut", "*.zst", streaming=streaming)), 6)
+        assert "x.jsonl.zst: it is truncated or damaged (its end is missing)" in message
 
 
 def test_a_full_disk_is_reported_as_a_storage_error() -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from inheritune_ds.data.documents.hub_splits import files_of_split
+from inheritune_ds.data.documents.hub import files_of_split
 from inheritune_ds.errors import CorpusError
 
 NAMES = [
@@ -44,7 +44,7 @@ def test_files_of_split_refuses_a_split_that_no_path_names(names: list[str], spl
 def test_split_words_are_those_of_datasets() -> None:
     from datasets.data_files import SPLIT_KEYWORDS
 
-    from inheritune_ds.data.documents.hub_splits import _WORDS
+    from inheritune_ds.data.documents.hub import _SPLIT_WORDS
 
     found = {str(split): sorted(words) for split, words in SPLIT_KEYWORDS.items()}
-    assert {split: sorted(words) for split, words in _WORDS.items()} == found
+    assert {split: sorted(words) for split, words in _SPLIT_WORDS.items()} == found

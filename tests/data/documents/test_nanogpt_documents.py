@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inheritune_ds.config.corpus import Corpus, TokensSource, TrainedTokenizer
+from inheritune_ds.config.corpus import TokensSource, TrainedTokenizer
 from inheritune_ds.data.documents import nanogpt_documents
 from inheritune_ds.data.documents.records import Cursor
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.errors import CorpusError
-from tests.data.prepared import END, make_corpus, make_texts, tokens_of, word_level
+from tests.data.prepared import END, TRAINED, Prepare, corpus_of, make_corpus, make_texts, tokens_of, word_level
 
 Documents = list[np.ndarray[Any, np.dtype[np.uint16]]]
 
@@ -32,22 +32,9 @@ def source_of(train: str, **settings: Any) -> TokensSource:
     return TokensSource(kind="nanogpt", name="gpt", train=train, **settings)
 
 
-def corpus_of(source: TokensSource, **settings: Any) -> Corpus:
-    return Corpus(**{"sources": [source], "validation_ratio": 0.2, **settings})
-
-
-def test_prepare_copies_both_files_unchanged(tmp_path: Path, bpe: str) -> None:
-    train, validation = make_documents(80), make_documents(9, seed=2)
-    source = source_of(write_bin(tmp_path / "train.bin", train), validation=write_bin(tmp_path / "val.bin", validation))
-    tokens = prepare(corpus_of(source), bpe, tmp_path / "cache")
-    assert tokens_of(tokens, "train", "gpt") == np.concatenate(train).tolist()
-    assert tokens_of(tokens, "validation", "gpt") == np.concatenate(validation).tolist()
-    assert (tokens.manifest["train_documents"], tokens.manifest["validation_documents"]) == (80, 9)
-
-
-def test_without_a_validation_file_documents_are_held_out(tmp_path: Path, bpe: str) -> None:
+def test_without_a_validation_file_documents_are_held_out(tmp_path: Path, prepared: Prepare) -> None:
     documents = make_documents(100)
-    tokens = prepare(corpus_of(source_of(write_bin(tmp_path / "train.bin", documents))), bpe, tmp_path / "cache")
+    tokens = prepared(corpus_of(source_of(write_bin(tmp_path / "train.bin", documents))))
     assert 5 < tokens.manifest["validation_documents"] < 40
     parts = {}
     for part in ("train", "validation"):
@@ -59,11 +46,10 @@ def test_without_a_validation_file_documents_are_held_out(tmp_path: Path, bpe: s
     assert longer["train"].isdisjoint(longer["validation"])
 
 
-def test_duplicates_of_token_files_are_dropped(tmp_path: Path, bpe: str) -> None:
+def test_duplicates_of_token_files_are_dropped(tmp_path: Path, prepared: Prepare) -> None:
     documents = [document for document in make_documents(60) if len(document) > 5]
     path = write_bin(tmp_path / "train.bin", [*documents, *documents[:7]])
-    corpus = corpus_of(source_of(path), duplicates="drop")
-    tokens = prepare(corpus, bpe, tmp_path / "cache")
+    tokens = prepared(corpus_of(source_of(path), duplicates="drop"))
     assert tokens.manifest["duplicate_documents"] == 7
     assert tokens.manifest["train_documents"] + tokens.manifest["validation_documents"] == len(documents)
 
@@ -98,13 +84,13 @@ def test_reading_resumes_from_every_document_with_any_chunk(
     ],
 )
 def test_prepare_refuses_a_file_that_is_not_one_of_16_bit_ids(
-    tmp_path: Path, bpe: str, content: bytes | None, message: str
+    tmp_path: Path, prepared: Prepare, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / "train.bin"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CorpusError, match=rf"token file .*train\.bin {message}"):
-        prepare(corpus_of(source_of(str(path))), bpe, tmp_path / "cache")
+        prepared(corpus_of(source_of(str(path))))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +103,7 @@ def test_prepare_refuses_a_file_that_is_not_one_of_16_bit_ids(
 def test_prepare_refuses_a_tokenizer_that_cannot_have_made_the_file(
     tmp_path: Path, vocab_size: int | None, message: str
 ) -> None:
-    tokenizer: str | TrainedTokenizer = TrainedTokenizer(vocab_size=300)
+    tokenizer: str | TrainedTokenizer = TRAINED
     if vocab_size:
         tokenizer = word_level(tmp_path / "words", {"<|endoftext|>": END, "cat": 1, "dog": vocab_size - 1})
     path = write_bin(tmp_path / "train.bin", make_documents(5))
@@ -126,22 +112,22 @@ def test_prepare_refuses_a_tokenizer_that_cannot_have_made_the_file(
     assert not (tmp_path / "cache").exists()
 
 
-def test_prepare_names_the_place_of_an_id_beyond_the_vocabulary(tmp_path: Path, bpe: str) -> None:
+def test_prepare_names_the_place_of_an_id_beyond_the_vocabulary(tmp_path: Path, prepared: Prepare) -> None:
     documents = [*make_documents(50), np.array([5, 60_000, END], "<u2")]
     place = sum(map(len, documents[:-1])) + 1
     text = make_corpus(tmp_path, make_texts(40)).sources[0]
-    corpus = Corpus(sources=[text, source_of(write_bin(tmp_path / "train.bin", documents))], validation_ratio=0.2)
+    corpus = corpus_of(text, source_of(write_bin(tmp_path / "train.bin", documents)))
     message = rf"train\.bin has the id 60000 at token {place:,}, but the tokenizer has ids up to \d+\n"
     with pytest.raises(CorpusError, match=message):
-        prepare(corpus, bpe, tmp_path / "cache")
+        prepared(corpus)
 
 
 def test_prepare_refuses_a_file_without_end_of_text_tokens(
-    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nanogpt_documents, "_CHUNK_TOKENS", 500)
     monkeypatch.setattr(nanogpt_documents, "MAX_DOCUMENT_TOKENS", 2000)
     path = write_bin(tmp_path / "train.bin", [np.array([5, END], "<u2"), np.full(5000, 7, "<u2")])
     message = r"no end-of-text token \(id 0\) among 2,000 tokens from position 2\n  allowed: documents of at most 2,000"
     with pytest.raises(CorpusError, match=message):
-        prepare(corpus_of(source_of(path)), bpe, tmp_path / "cache")
+        prepared(corpus_of(source_of(path)))

@@ -32,11 +32,7 @@ def test_documents_of_embedded_are_the_embedded_ones() -> None:
     assert tuple(document.text for document in found) == python_docs.running().documents
     assert list(sources.documents(source, found[9].cursor)) == found[10:]
     assert sources.identify(source) == python_docs.identity()
-    assert (sources.total_bytes(source), sources.snapshot(source), sources.skipped_files(source)) == (
-        None,
-        (),
-        [],
-    )
+    assert (sources.total_bytes(source), sources.snapshot(source), sources.skipped_files(source)) == (None, (), [])
 
 
 def test_check_detects_a_new_file(tmp_path: Path) -> None:
@@ -129,12 +125,15 @@ def test_identify_a_local_dataset_by_its_files(dataset: Path) -> None:
     assert identity["split"] is None
 
 
-def test_documents_of_a_local_dataset_name_the_problem(dataset: Path) -> None:
-    with pytest.raises(CorpusError, match=r"(?s)there is no field 'body'.*text, n"):
-        list(sources.documents(hub_source(dataset, text_field="body")))
-    with pytest.raises(CorpusError, match=r"corpus path 'data/\*\.parquet' matches no file \(searched in .*set\)"):
-        list(sources.documents(hub_source(dataset, data_files="data/*.parquet")))
-    with pytest.raises(CorpusError, match=r"(?s)split.*test.*data_files"):
-        list(sources.documents(hub_source(dataset, split="test")))
-    with pytest.raises(CorpusError, match="is a path, but the folder does not exist"):
-        list(sources.documents(hub_source(dataset / "gone")))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_field": "body"}, r"(?s)there is no field 'body'.*text, n"),
+        ({"data_files": "data/*.parquet"}, r"corpus path 'data/\*\.parquet' matches no file \(searched in .*set\)"),
+        ({"split": "test"}, r"(?s)split.*test.*data_files"),
+        ({"dataset": "./gone"}, "is a path, but the folder does not exist"),
+    ],
+)
+def test_documents_of_a_local_dataset_name_the_problem(dataset: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        list(sources.documents(hub_source(**{"dataset": dataset, **settings})))

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from inheritune_ds.config.corpus import FilesSource
-from inheritune_ds.data.documents import files, tables, text
+from inheritune_ds.data.documents import sources, tables, text
 from inheritune_ds.data.documents.records import Cursor, Document
 from inheritune_ds.errors import CorpusError
 
 START = Cursor()
 KINDS = ["parquet", "file", "stream"]
+Write = Callable[..., Path]
 
 
 def write(folder: Path, kind: str, columns: dict[str, Any], rows_a_batch: int = 10, **settings: Any) -> Path:
@@ -28,25 +30,29 @@ def write(folder: Path, kind: str, columns: dict[str, Any], rows_a_batch: int = 
     return path
 
 
+@pytest.fixture(params=KINDS)
+def table(tmp_path: Path, request: pytest.FixtureRequest) -> Write:
+    """`write` of every kind."""
+    return functools.partial(write, tmp_path, request.param)
+
+
 def read(path: Path, start: Cursor = START, **settings: Any) -> list[Document]:
-    return list(files.documents(FilesSource(kind="files", paths=[str(path)], **settings), start))
+    return list(sources.documents(FilesSource(kind="files", paths=[str(path)], **settings), start))
 
 
 def texts(documents: Sequence[Document]) -> list[str]:
     return [document.text for document in documents]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_are_its_rows(tmp_path: Path, kind: str) -> None:
+def test_documents_of_a_table_are_its_rows(table: Write) -> None:
     wanted = [f"text {number}" for number in range(3000)]
-    path = write(tmp_path, kind, {"n": list(range(3001)), "content": [*wanted, None]}, rows_a_batch=1300)
+    path = table({"n": list(range(3001)), "content": [*wanted, None]}, rows_a_batch=1300)
     found = read(path, text_field="content")
     assert texts(found) == [*wanted, ""]
     assert found[-1] == Document("", "empty", Cursor(0, 3001))
     assert read(path, Cursor(0, 1299), text_field="content") == found[1299:]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "column",
     [
@@ -57,14 +63,13 @@ def test_documents_of_a_table_are_its_rows(tmp_path: Path, kind: str) -> None:
     ],
     ids=lambda column: str(column.type),
 )
-def test_documents_of_a_table_support_every_type_of_text(tmp_path: Path, kind: str, column: pa.Array) -> None:
-    assert texts(read(write(tmp_path, kind, {"text": column}))) == [value or "" for value in column.to_pylist()]
+def test_documents_of_a_table_support_every_type_of_text(table: Write, column: pa.Array) -> None:
+    assert texts(read(table({"text": column}))) == [value or "" for value in column.to_pylist()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_pass_filters_on_nested_fields(tmp_path: Path, kind: str) -> None:
+def test_documents_of_a_table_pass_filters_on_nested_fields(table: Write) -> None:
     meta = [{"set": "Book", "text": "one"}, {"set": "Code", "text": "two"}, None, {"set": "Book", "text": None}]
-    path = write(tmp_path, kind, {"n": [1, 2, 3, 4], "meta": meta, "text": ["a", "b", "c", "d"]}, rows_a_batch=3)
+    path = table({"n": [1, 2, 3, 4], "meta": meta, "text": ["a", "b", "c", "d"]}, rows_a_batch=3)
     book = {"keep": {"meta.set": ["Book"]}}
     assert [(d.text, d.skipped) for d in read(path, filters=book)] == [
         ("a", ""),
@@ -80,34 +85,30 @@ def test_documents_of_a_table_pass_filters_on_nested_fields(tmp_path: Path, kind
     assert texts(read(path, filters={"keep": missing})) == [""] * 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_support_a_column_name_with_a_dot(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path, kind, {"meta.text": ["a", "b"], "meta.set": ["x", "y"]})
+def test_documents_of_a_table_support_a_column_name_with_a_dot(table: Write) -> None:
+    path = table({"meta.text": ["a", "b"], "meta.set": ["x", "y"]})
     assert texts(read(path, text_field="meta.text", filters={"keep": {"meta.set": ["y"]}})) == ["", "b"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("field", ["text", "body.text", "n.text"])
-def test_documents_of_a_table_name_the_fields_present(tmp_path: Path, kind: str, field: str) -> None:
-    path = write(tmp_path, kind, {"body": [{"x": "y"}], "n": [1]})
+def test_documents_of_a_table_name_the_fields_present(table: Write, field: str) -> None:
+    path = table({"body": [{"x": "y"}], "n": [1]})
     with pytest.raises(CorpusError, match=rf"(?s)/a\.\w+: there is no field '{field}'.*body, n\n.*set text_field"):
         read(path, text_field=field, bad_records="skip")
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("column", "name"), [([1, 2], "int64"), ([b"a", b"b"], "binary"), ([["a"]], "list.*")])
-def test_documents_of_a_table_refuse_other_types(tmp_path: Path, kind: str, column: list[Any], name: str) -> None:
+def test_documents_of_a_table_refuse_other_types(table: Write, column: list[Any], name: str) -> None:
     with pytest.raises(CorpusError, match=rf"/a\.\w+: field 'text' holds {name}, not text"):
-        read(write(tmp_path, kind, {"text": column}), bad_records="skip")
+        read(table({"text": column}), bad_records="skip")
 
 
 def not_utf8() -> pa.Array:
     return pa.array([b"one", b"caf\xe9", b"three"]).view(pa.string())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_refuse_or_skip_a_row_that_is_not_utf8(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path, kind, {"text": not_utf8()})
+def test_documents_of_a_table_refuse_or_skip_a_row_that_is_not_utf8(table: Write) -> None:
+    path = table({"text": not_utf8()})
     with pytest.raises(CorpusError, match=r"/a\.\w+, row 2: it is not UTF-8 text \(.* at byte 3 of the text\)"):
         read(path)
     one, bad, three = read(path, bad_records="skip")
@@ -115,19 +116,17 @@ def test_documents_of_a_table_refuse_or_skip_a_row_that_is_not_utf8(tmp_path: Pa
     assert (bad.skipped, bad.cursor) == ("bad", Cursor(0, 2))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_refuse_a_filtered_field_that_is_not_utf8(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path, kind, {"text": ["a", "b", "c"], "set": not_utf8()})
+def test_documents_of_a_table_refuse_a_filtered_field_that_is_not_utf8(table: Write) -> None:
+    path = table({"text": ["a", "b", "c"], "set": not_utf8()})
     with pytest.raises(CorpusError, match=r"row of 1 to 3: it is not UTF-8.* a field that filters use"):
         read(path, filters={"keep": {"set": ["one"]}}, bad_records="skip")
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_a_table_refuse_or_skip_a_row_above_the_limit(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    table: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "MAX_DOCUMENT_BYTES", 10)
-    path = write(tmp_path, kind, {"text": ["0123456789", "0123456789-"]})
+    path = table({"text": ["0123456789", "0123456789-"]})
     with pytest.raises(CorpusError, match=r"/a\.\w+, row 2: the text is longer than"):
         read(path)
     assert [document.skipped for document in read(path, bad_records="skip")] == ["", "bad"]
@@ -158,11 +157,8 @@ def test_documents_detect_an_invalid_table(tmp_path: Path, name: str, content: b
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_documents_of_a_table_report_why_it_cannot_be_read(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tmp_path, kind, {"text": ["a"]})
+def test_documents_of_a_table_report_why_it_cannot_be_read(table: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = table({"text": ["a"]})
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, f"Failed to open local file {path}. Detail: [errno 13] Permission denied")
@@ -198,7 +194,7 @@ def test_documents_of_arrow_detect_a_file_that_shrinks_meanwhile(
 ) -> None:
     monkeypatch.setattr(tables, "_BATCH_ROWS", 10)
     path = write(tmp_path, "stream", {"text": [f"{number} " * 1000 for number in range(100)]}, rows_a_batch=100)
-    found = files.documents(FilesSource(kind="files", paths=[str(path)]))
+    found = sources.documents(FilesSource(kind="files", paths=[str(path)]))
     assert next(found).text
     with path.open("r+b") as file:
         file.truncate(5000)
@@ -206,9 +202,8 @@ def test_documents_of_arrow_detect_a_file_that_shrinks_meanwhile(
         list(found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_a_table_decode_few_rows_where_they_are_long(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    table: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     taken = tables._Rows.documents
@@ -220,7 +215,7 @@ def test_documents_of_a_table_decode_few_rows_where_they_are_long(
     monkeypatch.setattr(tables._Rows, "documents", note)
     monkeypatch.setattr(tables, "_BATCH_BYTES", 100_000)
     wanted = [str(number) * 10_000 for number in range(10, 60)]
-    path = write(tmp_path, kind, {"text": wanted}, rows_a_batch=50)
+    path = table({"text": wanted}, rows_a_batch=50)
     assert texts(read(path)) == wanted
     assert max(sizes) <= 5
 

@@ -1,9 +1,12 @@
-"""A rank of `test_elastic.py`: it reads steps ahead as the training loop does and logs every window it had."""
+"""A rank of `test_elastic.py`: it reads steps ahead as the training loop does and logs every window it had.
+
+The argument is a JSON object with the parameters of `run_rank`.
+"""
 
 import hashlib
 import json
+import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,38 +30,18 @@ def open_stream(folder: Path) -> BatchStream:
     return BatchStream(sources, seed=SEED, batch_windows=BATCH)
 
 
-@dataclass(frozen=True)
-class Start:
-    """How the ranks are started.
+def run_rank(folder: str, log: str, shares: dict[str, int], steps: tuple[int, int], *, killed: bool) -> None:
+    """Log a line for every step: numbers of its rows in the step, source, epoch, window and hash of the tokens.
 
-    Attributes:
-        folder: Of the shards.
-        world_size: Ranks.
-        micro_batch_size: Windows a rank takes at a time.
-        steps: To be done; a rank that is to be killed waits there for its end.
-        killed: Whether it is.
+    `shares` are rank, world_size and micro_batch_size; a rank that is to be killed waits for it after its steps.
     """
-
-    folder: Path
-    world_size: int
-    micro_batch_size: int
-    steps: range
-    killed: bool
-
-
-def run_rank(start: Start, rank: int, log: Path) -> None:
-    """Log a line for every step: numbers of its rows in the step, source, epoch, window and hash of the tokens."""
-    stream = open_stream(start.folder)
-    ahead = Prefetcher(
-        lambda step: stream.micro_batches(
-            step, rank=rank, world_size=start.world_size, micro_batch_size=start.micro_batch_size
-        ),
-        pin=False,
-    )
-    numbers = np.arange(BATCH).reshape(-1, start.world_size, start.micro_batch_size)[:, rank].ravel()
-    with log.open("w", encoding="utf-8") as file:
-        for step in start.steps:
-            following = step + 1 if step + 1 in start.steps else None
+    stream, planned = open_stream(Path(folder)), range(*steps)
+    ahead = Prefetcher(lambda step: stream.micro_batches(step, **shares), pin=False)
+    rows_of = np.arange(BATCH).reshape(-1, shares["world_size"], shares["micro_batch_size"])
+    numbers = rows_of[:, shares["rank"]].ravel()
+    with Path(log).open("w", encoding="utf-8") as file:
+        for step in planned:
+            following = step + 1 if step + 1 in planned else None
             rows = [row for batch in ahead.take(step, following) for row in batch.numpy()]
             drawn = [column[numbers].tolist() for column in stream.draw(step)]
             hashes = [hashlib.sha256(row.tobytes()).hexdigest() for row in rows]
@@ -66,5 +49,9 @@ def run_rank(start: Start, rank: int, log: Path) -> None:
             file.flush()
             time.sleep(PACE_S)
     ahead.close()
-    while start.killed:
+    while killed:
         time.sleep(1.0)
+
+
+if __name__ == "__main__":
+    run_rank(**json.loads(sys.argv[1]))

@@ -1,20 +1,17 @@
-"""Eight epochs by real processes that are killed twenty times, with another number of ranks each time."""
-
 import hashlib
 import json
-import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.data.stream.elastic_rank import BATCH, SEQ_LEN, SHARDS, Start, open_stream, run_rank
+from tests.data.stream import elastic_rank
+from tests.data.stream.elastic_rank import BATCH, SEQ_LEN, SHARDS, open_stream
+from tests.launching import ROOT, environment
+from tests.warm_python import WarmProcess, WarmPython
 
 STOPS, EPOCHS = 20, 8
 MOST_STEPS = 20
@@ -22,14 +19,6 @@ MOST_STEPS = 20
 
 Row = tuple[int, int, int, str]
 """Source, epoch, window and hash of the tokens."""
-
-
-@pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    """Processes that begin with torch imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tests.data.stream.elastic_rank"])
-    return context
 
 
 def write_tokens(folder: Path) -> dict[str, list[int]]:
@@ -43,18 +32,10 @@ def write_tokens(folder: Path) -> dict[str, list[int]]:
     return tokens
 
 
-@contextmanager
-def ranks(context: ForkServerContext, start: Start, logs: list[Path]) -> Iterator[list[ForkServerProcess]]:
-    """One process a log; none is left afterwards."""
-    processes = [context.Process(target=run_rank, args=(start, rank, log)) for rank, log in enumerate(logs)]
-    try:
-        for process in processes:
-            process.start()
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+def start(warm: WarmPython, log: Path, shares: dict[str, int], steps: tuple[int, int], *, killed: bool) -> WarmProcess:
+    given = {"folder": str(log.parent), "log": str(log), "shares": shares, "steps": steps, "killed": killed}
+    with log.with_suffix(".out").open("w") as output:
+        return warm.start([elastic_rank.__file__, json.dumps(given)], cwd=ROOT, env=environment(), stdout=output)
 
 
 def wait_for_a_step(log: Path) -> None:
@@ -87,7 +68,7 @@ def commit(logs: list[Path], first: int) -> list[Row]:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_killed_and_resumed_runs_of_other_world_sizes_read_the_sequence_of_an_undisturbed_one(
-    tmp_path: Path, context: ForkServerContext
+    tmp_path: Path, warm: WarmPython
 ) -> None:
     tokens = write_tokens(tmp_path)
     stream = open_stream(tmp_path)
@@ -100,21 +81,19 @@ def test_killed_and_resumed_runs_of_other_world_sizes_read_the_sequence_of_an_un
         first, last = len(read) // BATCH, number == STOPS
         world_size = draw.choice([size for size in (1, 2, 3, 4) if size not in worlds[-1:]])
         micro_batch_size = draw.choice([size for size in (1, 2, 3, 4) if BATCH % (world_size * size) == 0])
-        steps = range(first, total_steps if last else first + MOST_STEPS)
-        start = Start(tmp_path, world_size, micro_batch_size, steps, killed=not last)
+        steps = (first, total_steps if last else first + MOST_STEPS)
         logs = [tmp_path / f"{number}-{rank}.jsonl" for rank in range(world_size)]
         worlds.append(world_size)
-        with ranks(context, start, logs) as processes:
-            if not last:
-                # Every world size gets somewhere once; otherwise ranks may be killed before their first step.
-                for log in [draw.choice(logs)] if world_size in productive else logs:
-                    wait_for_a_step(log)
-                time.sleep(draw.uniform(0.0, 0.05))
-                for process in draw.sample(processes, len(processes)):
-                    process.kill()
-            for process in processes:
-                process.join()
-            assert {process.exitcode for process in processes} == {0 if last else -signal.SIGKILL}
+        shares = {"world_size": world_size, "micro_batch_size": micro_batch_size}
+        processes = [start(warm, log, shares | {"rank": rank}, steps, killed=not last) for rank, log in enumerate(logs)]
+        if not last:
+            # Every world size gets somewhere once; otherwise ranks may be killed before their first step.
+            for log in [draw.choice(logs)] if world_size in productive else logs:
+                wait_for_a_step(log)
+            time.sleep(draw.uniform(0.0, 0.05))
+            for process in draw.sample(processes, len(processes)):
+                process.kill()
+        assert {process.wait(timeout=60) for process in processes} == {0 if last else -signal.SIGKILL}
         rows = commit(logs, first)
         read += rows
         if rows:

@@ -77,7 +77,6 @@ def test_long_rounds_are_within_one_window(shares: tuple[int, ...]) -> None:
     shares=st.lists(st.lists(st.integers(0, 12), min_size=3, max_size=3).filter(any), min_size=1, max_size=4),
     gaps=st.lists(st.integers(1, 60), min_size=3, max_size=3),
 )
-@settings(max_examples=100, deadline=None)
 def test_changed_weights_hold_from_the_next_round_and_stay_within_one_window(
     shares: list[list[int]], gaps: list[int]
 ) -> None:
@@ -107,7 +106,6 @@ def test_changed_weights_are_where_the_marks_say() -> None:
 
 
 @given(sizes=st.lists(st.integers(1, 15), min_size=1, max_size=6))
-@settings(max_examples=100, deadline=None)
 def test_sources_without_weights_are_spread_evenly_over_an_epoch(sizes: list[int]) -> None:
     total = sum(sizes)
     rows = walk(Even(sizes), len(sizes), 3 * total)
@@ -120,7 +118,6 @@ def test_sources_without_weights_are_spread_evenly_over_an_epoch(sizes: list[int
 
 
 @given(sizes=st.lists(st.integers(1, 2**37), min_size=1, max_size=7), data=st.data())
-@settings(max_examples=100, deadline=None)
 def test_even_is_exact_for_any_number_of_windows(sizes: list[int], data: st.DataObject) -> None:
     mixture = Even(sizes)
     positions = data.draw(st.lists(st.integers(0, 9 * sum(sizes)), min_size=1, max_size=10))

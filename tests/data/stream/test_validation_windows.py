@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inheritune_ds.data.stream.validation_windows import HeldOut
@@ -44,7 +44,6 @@ def test_a_single_source_keeps_its_order(tmp_path: Path, shares: list[int] | Non
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
     shares=st.one_of(st.none(), st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(lambda turns: turns[0])),
 )
-@settings(max_examples=60, deadline=None)
 def test_every_window_is_there_once_and_a_source_keeps_its_order(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], shares: list[int] | None
 ) -> None:

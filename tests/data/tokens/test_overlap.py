@@ -1,5 +1,4 @@
 # ruff: noqa: RUF001  letters that look alike are what some of these tests are about
-import gzip
 import json
 import re
 import subprocess
@@ -122,21 +121,3 @@ def test_counter_counts_documents_and_items_and_continues_from_its_state() -> No
     assert list(OverlapCounter(index).as_dict().values()) == [
         {**counts, "items_hit": 0, "documents_hit": 0} for counts in (quiz, other)
     ]
-
-
-def test_real_evaluation_sets_agree_with_the_definition_on_books(shared: Path) -> None:
-    with gzip.open(shared / "eval" / "mmlu" / "test.jsonl.gz", "rt", encoding="utf-8") as lines:
-        questions = [text for text in (json.loads(line)["question"] for line in lines) if "refers to the fol" in text]
-    with gzip.open(shared / "corpora" / "books" / "books-00-of-04.jsonl.gz", "rt", encoding="utf-8") as lines:
-        books = [json.loads(line)["text"] for line in lines]
-    owners: dict[tuple[str, ...], set[int]] = {}
-    for number, item in enumerate(map(words_of, questions)):
-        for start in range(len(item) - 12):
-            owners.setdefault(tuple(item[start : start + 13]), set()).add(number)
-    index = OverlapIndex.build({"mmlu": questions}, 13)
-    found = [index.find(text).get(0, []) for text in books]
-    with_hit = next(number for number, items in enumerate(found) if items)
-    for number in (with_hit, with_hit - 1):
-        words = words_of(books[number])
-        grams = (tuple(words[start : start + 13]) for start in range(len(words) - 12))
-        assert found[number] == sorted(set().union(*(owners.get(gram, ()) for gram in grams)))

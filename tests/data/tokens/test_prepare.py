@@ -12,16 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
-from inheritune_ds.config.corpus import Corpus, EmbeddedSource, TrainedTokenizer
+from inheritune_ds.config.corpus import Corpus, EmbeddedSource, HubSource, TrainedTokenizer
 from inheritune_ds.data.documents.holdout import is_held_out
 from inheritune_ds.data.tokens import prepare as tokenize
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer, train_tokenizer
 from inheritune_ds.data.tokens.writer import Build
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage import hub
 from tests.data.prepared import (
     END,
     TRAINED,
+    Prepare,
+    corpus_of,
     files_below,
     files_source,
     is_held,
@@ -73,10 +76,10 @@ def test_prepare_writes_each_document_once_in_its_part(tmp_path: Path, bpe: str)
     assert names_in(tokens.folder.parent) == [tokens.fingerprint]
 
 
-def test_shards_end_with_documents_and_hold_the_same_tokens_as_one(tmp_path: Path, bpe: str) -> None:
+def test_shards_end_with_documents_and_hold_the_same_tokens_as_one(tmp_path: Path, prepared: Prepare) -> None:
     corpus = make_corpus(tmp_path, make_texts(120))
-    whole = prepare(corpus, bpe, tmp_path / "cache")
-    cut = prepare(corpus, bpe, tmp_path / "cache", shard_tokens=500)
+    whole = prepared(corpus)
+    cut = prepared(corpus, shard_tokens=500)
     assert cut.fingerprint != whole.fingerprint
     (source,) = cut.sources
     assert len(source.train) == 5
@@ -116,13 +119,13 @@ def test_prepare_describes_the_result_in_its_manifest(tmp_path: Path, bpe: str) 
     assert (fidelity["documents"], fidelity["exact"]) == (tokenize.SAMPLE_DOCUMENTS, tokenize.SAMPLE_DOCUMENTS)
 
 
-def test_no_held_out_document_is_trained_on_for_any_order_of_the_files(tmp_path: Path, bpe: str) -> None:
+def test_no_held_out_document_is_trained_on_for_any_order_of_the_files(tmp_path: Path, prepared: Prepare) -> None:
     texts = make_texts(80)
     files = [write_jsonl(tmp_path / f"{n}.jsonl", texts[start : start + 50]) for n, start in enumerate((0, 20, 30))]
     found = []
     for order in (files, files[::-1]):
         sources: list[Any] = [files_source(path, name=path.stem) for path in order]
-        tokens = prepare(Corpus(sources=sources, validation_ratio=0.2), bpe, tmp_path / "cache")
+        tokens = prepared(corpus_of(*sources))
         parts = {}
         for part in ("train", "validation"):
             ids = [i for source in sources for i in tokens_of(tokens, part, source.name)]
@@ -142,12 +145,11 @@ def test_prepare_warns_of_a_tokenizer_that_loses_text(tmp_path: Path, logged: Ca
 
 
 def test_prepare_finds_its_own_result(
-    tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
+    corpus: Corpus, prepared: Prepare, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
 ) -> None:
-    corpus = make_corpus(tmp_path, make_texts(40))
-    first = prepare(corpus, bpe, tmp_path / "cache")
+    first = prepared(corpus)
     monkeypatch.setattr(Build, "run", lambda _: pytest.fail("built twice"))
-    assert prepare(corpus, bpe, tmp_path / "cache") == first
+    assert prepared(corpus) == first
     assert logged() == []
 
 
@@ -157,7 +159,7 @@ def test_fingerprint_follows_everything_that_decides_the_tokens(tmp_path: Path, 
     path = write_jsonl(tmp_path / "a" / "corpus.jsonl", texts)
 
     def sourced(**settings: Any) -> Corpus:
-        return Corpus(sources=[files_source(path, **settings)], validation_ratio=0.2)
+        return corpus_of(files_source(path, **settings))
 
     with_set = make_corpus(tmp_path / "a", texts, overlap_with=[files_source(path)])
     variants: dict[str, tuple[Corpus, str | TrainedTokenizer]] = {
@@ -192,13 +194,14 @@ def test_fingerprint_does_not_follow_places_names_and_weights(tmp_path: Path, bp
     texts = make_texts(40)
     here = prepare(make_corpus(tmp_path / "a", texts), bpe, tmp_path / "cache")
     there = prepare(make_corpus(tmp_path / "b", texts), str(tmp_path / "copy"), tmp_path / "cache")
-    weighted = Corpus(sources=[files_source(tmp_path / "a" / "corpus.jsonl", weight=3.0)], validation_ratio=0.2)
+    weighted = corpus_of(files_source(tmp_path / "a" / "corpus.jsonl", weight=3.0))
     assert there == here
     assert prepare(weighted, bpe, tmp_path / "cache") == here
 
 
-def test_fingerprint_follows_the_library_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = make_corpus(tmp_path, make_texts(40))
+def test_fingerprint_follows_the_library_that_trains(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = prepare(corpus, TRAINED, tmp_path / "cache")
     monkeypatch.setattr(tokenize, "version", lambda _name: "99.0")
     assert prepare(corpus, TRAINED, tmp_path / "cache").fingerprint != first.fingerprint
@@ -215,9 +218,9 @@ def test_prepare_trains_a_tokenizer_without_the_held_out_documents(tmp_path: Pat
     assert len(tokenizer(" cat")["input_ids"]) == 1
 
 
-def test_prepare_takes_the_integer_type_asked_for(tmp_path: Path, bpe: str) -> None:
-    small = prepare(make_corpus(tmp_path, make_texts(40)), bpe, tmp_path / "cache")
-    large = prepare(make_corpus(tmp_path, make_texts(40), token_dtype="uint32"), bpe, tmp_path / "cache")
+def test_prepare_takes_the_integer_type_asked_for(tmp_path: Path, prepared: Prepare) -> None:
+    small = prepared(make_corpus(tmp_path, make_texts(40)))
+    large = prepared(make_corpus(tmp_path, make_texts(40), token_dtype="uint32"))
     assert (small.token_dtype, large.token_dtype) == ("uint16", "uint32")
     assert large.sources[0].train[0].path.stat().st_size == 4 * large.train_tokens
     assert tokens_of(large) == tokens_of(small)
@@ -250,7 +253,7 @@ def test_manifest_describes_the_tokens_around_a_text(tmp_path: Path, template: s
 
 
 def test_prepare_makes_tokens_of_the_embedded_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = Corpus(sources=[EmbeddedSource(kind="embedded")], validation_ratio=0.1)
+    corpus = corpus_of(EmbeddedSource(kind="embedded"), validation_ratio=0.1)
     tokens = prepare(corpus, TrainedTokenizer(vocab_size=4096), tmp_path)
     assert tokens.vocab_size == 4096
     assert 300_000 < tokens.train_tokens < 1_500_000
@@ -283,3 +286,24 @@ def test_prepare_reports_that_no_special_token_is_declared(tmp_path: Path) -> No
     folder = word_level(tmp_path / "words", {"cat": 0, "dog": 1}, eos=False)
     with pytest.raises(CorpusError, match="one of its special tokens: none is declared"):
         prepare(make_corpus(tmp_path, make_texts(4)), folder, tmp_path / "cache")
+
+
+def test_a_branch_that_moves_is_read_at_the_commit_that_was_identified(
+    tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {letter * 40: make_texts(40, seed) for seed, letter in enumerate("ab")}
+    for commit, documents in texts.items():
+        write_jsonl(tmp_path / commit / "a.jsonl", documents)
+    tips = iter(texts)
+
+    def resolve(name: str, revision: str, repo_type: hub.RepoType) -> hub.Repository:
+        return hub.Repository(name, repo_type, next(tips) if revision == "main" else revision, "")
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr(hub, "list_files", lambda _repository: ["a.jsonl"])
+    monkeypatch.setattr(hub, "snapshot", lambda repository, _patterns: tmp_path / repository.commit)
+    source = HubSource(kind="hub", dataset="org/corpus", data_files="a.jsonl", streaming=False)
+    found = prepared(corpus_of(source))
+    assert found.manifest["sources"][0]["identity"]["commit"] == "a" * 40
+    local = prepared(corpus_of(files_source(tmp_path / ("a" * 40))))
+    assert tokens_of(found) == tokens_of(local, source="a" * 40)

@@ -1,10 +1,7 @@
-"""Bad data and a bad disk under `inheritune-ds prepare`: one message each, no partial result, no silent loss."""
-
-import gzip
 import json
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +15,8 @@ from inheritune_ds.data.tokens.shards import ShardWriter
 from inheritune_ds.data.tokens.token_set import open_finished
 from inheritune_ds.errors import CorpusError, StorageError
 from tests.data.prepared import (
+    Prepare,
+    corpus_of,
     files_below,
     files_source,
     make_corpus,
@@ -63,25 +62,13 @@ def bad_line(lines: list[bytes]) -> bytes:
     return b"".join([*lines[:7], b'{"text": "caf\xe9"}\n', *lines[7:]])
 
 
-Damage = Callable[[Path], Path]
-
-
-def write(folder: Path, name: str, content: bytes) -> Path:
-    (folder / name).write_bytes(content)
-    return folder / name
-
-
-BAD: dict[str, tuple[Damage, str]] = {
+BAD = {
     "a line that is not UTF-8": (
-        lambda folder: write(folder, "c.jsonl", bad_line(records(make_texts(40)))),
+        bad_line(records(make_texts(40))),
         r"c\.jsonl:8: it is not UTF-8 text \(invalid continuation byte at byte 13 of the line\)\n.*\n  do: convert",
     ),
-    "a gzip file that is cut off": (
-        lambda folder: write(folder, "c.jsonl.gz", gzip.compress(b"".join(records(make_texts(400))))[:-400]),
-        r"c\.jsonl\.gz: it is truncated or damaged \(its end is missing\)\n  do: copy or download it again",
-    ),
     "only empty documents": (
-        lambda folder: write(folder, "c.jsonl", b"".join(records(["", " \n"]))),
+        b"".join(records(["", " \n"])),
         r"the corpus has no document with text \(2 empty, filtered or bad ones were skipped\)\n  do: check",
     ),
 }
@@ -89,8 +76,9 @@ BAD: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_data_is_one_message_and_publishes_nothing(tmp_path: Path, run: Run, name: str) -> None:
-    make, message = BAD[name]
-    ended = run(Corpus(sources=[files_source(make(tmp_path))], validation_ratio=0.2))
+    content, message = BAD[name]
+    (tmp_path / "c.jsonl").write_bytes(content)
+    ended = run(corpus_of(files_source(tmp_path / "c.jsonl")))
     assert ended.code == CorpusError.exit_code == 6
     assert re.match(r"inheritune-ds: error: (corpus file )?.*" + message, ended.error), ended.error
     assert ended.error.count("error:") == 1
@@ -103,8 +91,9 @@ def test_bad_data_is_one_message_and_publishes_nothing(tmp_path: Path, run: Run,
 def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path: Path, run: Run) -> None:
     texts = make_texts(40)
     lines = [*records(texts)[:20], b"\n", b"no json\n", *records(["", *texts[20:]]), b'{"body": "a cat"}\n']
-    path = write(tmp_path, "corpus.jsonl", bad_line(lines))
-    ended = run(Corpus(sources=[files_source(path, bad_records="skip")], validation_ratio=0.2))
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(bad_line(lines))
+    ended = run(corpus_of(files_source(path, bad_records="skip")))
     assert ended.code == 0, ended.error
     assert ended.output[-1].startswith(
         f"skipped in corpus: 1 empty, 3 bad (first bad record: {path}:8: it is not UTF-8 text (invalid cont"
@@ -115,25 +104,10 @@ def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path: Path, run:
     assert tokens.manifest["train_documents"] + tokens.manifest["validation_documents"] == len(texts)
 
 
-def meddle(monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], object]) -> None:
-    """Do something when a number of documents has been written."""
-    append, documents = ShardWriter.append, iter(range(10**6))
-
-    def watched(self: ShardWriter, ids: Any) -> bool:
-        if next(documents) == at:
-            what()
-        return append(self, ids)
-
-    monkeypatch.setattr(ShardWriter, "append", watched)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            Path.unlink,
-            r"it vanished while the corpus was read \(no such file or directory\)\n  do: restore it",
-        ),
+        (Path.unlink, r"it vanished while the corpus was read \(no such file or directory\)\n  do: restore it"),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b"cat", b"dog")),
             r"it was changed while the corpus was read \(it had ([0-9,]+) bytes and has \1\)\n  do: let its writer",
@@ -149,22 +123,21 @@ def test_prepare_never_keeps_text_read_after_a_file_changed(
     content = path.read_bytes()
     assert len(content) > 2**21
     expected = files_below(prepare(corpus, bpe, tmp_path / "whole", workers=1, shard_tokens=20_000).folder)
+    append, documents = ShardWriter.append, iter(range(10**6))
+
+    def watched(self: ShardWriter, ids: Any) -> bool:
+        if next(documents) == 1500:
+            change(path)
+        return append(self, ids)
+
     with monkeypatch.context() as patch:
-        meddle(patch, 1500, lambda: change(path))
+        patch.setattr(ShardWriter, "append", watched)
         with pytest.raises(CorpusError, match=message):
             prepare(corpus, bpe, tmp_path / "cache", workers=1, shard_tokens=20_000)
     path.write_bytes(content)
     again = prepare(corpus, bpe, tmp_path / "cache", workers=1, shard_tokens=20_000)
     assert files_below(again.folder) == expected
     assert names_in(tmp_path / "cache" / "tokens") == [again.fingerprint]
-
-
-@pytest.fixture
-def room() -> Iterator[Callable[[int], None]]:
-    """Limits how long a file may grow: the system refuses in the middle of writing, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +171,9 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["corpus/train-00000.bin", "corpus/validation-00000.bin", "tokenizer/tokenizer.json"])
-def test_verify_detects_a_flipped_bit_and_remakes_the_tokens(tmp_path: Path, run: Run, name: str) -> None:
-    corpus = make_corpus(tmp_path, make_texts(40))
+def test_verify_detects_a_flipped_bit_and_remakes_the_tokens(
+    tmp_path: Path, corpus: Corpus, run: Run, name: str
+) -> None:
     table = run(corpus).output
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     expected = files_below(folder)
@@ -216,39 +190,37 @@ def test_verify_detects_a_flipped_bit_and_remakes_the_tokens(tmp_path: Path, run
     assert run(corpus, "--verify").output == [*table, INTACT]
 
 
-def test_damaged_tokens_are_not_used_when_the_corpus_is_gone(tmp_path: Path, bpe: str) -> None:
-    corpus = make_corpus(tmp_path, make_texts(40))
-    flip(prepare(corpus, bpe, tmp_path / "cache").sources[0].train[0].path)
+def test_damaged_tokens_are_not_used_when_the_corpus_is_gone(tmp_path: Path, corpus: Corpus, prepared: Prepare) -> None:
+    flip(prepared(corpus).sources[0].train[0].path)
     (tmp_path / "corpus.jsonl").unlink()
     with pytest.raises(CorpusError, match=r"corpus\.jsonl"):
-        prepare(corpus, bpe, tmp_path / "cache")
+        prepared(corpus)
 
 
 @pytest.mark.parametrize("name", ["corpus/train-00000.bin", "tokenizer/tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "removed"])
-def test_prepare_remakes_incomplete_tokens(tmp_path: Path, bpe: str, name: str, damage: str) -> None:
-    corpus = make_corpus(tmp_path, make_texts(40))
-    first = prepare(corpus, bpe, tmp_path / "cache")
+def test_prepare_remakes_incomplete_tokens(corpus: Corpus, prepared: Prepare, name: str, damage: str) -> None:
+    first = prepared(corpus)
     content = (first.folder / name).read_bytes()
+    (first.folder / name).unlink()
     if damage == "cut":
         (first.folder / name).write_bytes(content[:-2])
-    else:
-        (first.folder / name).unlink()
-    assert prepare(corpus, bpe, tmp_path / "cache", damage_of=lambda _: None) == first
+    assert prepared(corpus, damage_of=lambda _: None) == first
     assert (first.folder / name).read_bytes() == content
     assert names_in(first.folder.parent) == [first.fingerprint]
 
 
-def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = make_corpus(tmp_path, make_texts(40))
-    tokens = prepare(corpus, bpe, tmp_path / "cache")
+def test_a_token_file_that_cannot_be_read_is_named(
+    corpus: Corpus, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = prepared(corpus)
 
     def refuse(path: Path, _advance: object) -> str:
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(token_set, "sha256_file", refuse)
     with pytest.raises(CorpusError, match=r"it cannot be read \(input/output error\)\n  do: .*to remake") as caught:
-        prepare(corpus, bpe, tmp_path / "cache")
+        prepared(corpus)
     assert str(tokens.folder) in caught.value.problem
 
 
@@ -261,23 +233,15 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, bpe: str) -> No
 @pytest.mark.parametrize(
     ("texts", "settings", "message"),
     [
-        (
-            5,
-            {"validation_ratio": 0.999},
-            r"training part is empty: all 5 documents were held out.*\n  do: lower corpus",
-        ),
+        (5, {"validation_ratio": 0.999}, r"training part is empty: all 5 documents were held out.*\n  do: lower corpu"),
         (5, {"validation_ratio": 1e-9}, r"validation part is empty: none of 5 documents.*\n  do: raise corpus\.valid"),
-        (
-            60,
-            {"validation_ratio": 0.001, "max_tokens": 10},
-            r"do: raise corpus\.validation_ratio or corpus\.max_tokens",
-        ),
+        (60, {"validation_ratio": 0.001, "max_tokens": 10}, r"do: raise corpus\.validation_ratio or corpus\.max_tok"),
     ],
 )
 def test_prepare_refuses_an_empty_part_and_names_the_key(
-    tmp_path: Path, bpe: str, texts: int, settings: dict[str, Any], message: str
+    tmp_path: Path, prepared: Prepare, texts: int, settings: dict[str, Any], message: str
 ) -> None:
     corpus = make_corpus(tmp_path, make_texts(texts), **settings)
     with pytest.raises(CorpusError, match=message):
-        prepare(corpus, bpe, tmp_path / "cache")
+        prepared(corpus)
     assert [name for name in names_in(tmp_path / "cache" / "tokens") if not name.startswith(".")] == []

@@ -1,11 +1,8 @@
-"""Several processes: workers of one preparation, and two preparations of the same corpus."""
-
 import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from inheritune_ds.data.tokens.tokenizer import backend_of, load_tokenizer
 from inheritune_ds.errors import MachineError
 from tests.data.prepared import END, files_below, make_corpus, make_texts, names_in, recipe_file
 from tests.data.preparer import Preparer, check_result, make_recipe
+from tests.warm_python import WarmPython
 
 
 @pytest.fixture
@@ -141,21 +139,19 @@ def test_pool_detects_the_death_of_a_worker_that_sends(
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_of_two_concurrent_preparations_one_works_and_the_other_reuses_its_result(tmp_path: Path, bpe: str) -> None:
-    recipe = make_recipe(tmp_path, bpe, trained=False)
-    with Preparer(tmp_path, recipe) as one, Preparer(tmp_path, recipe) as other, ThreadPoolExecutor(2) as pool:
-        runs: list[Callable[[], Any]] = [
-            lambda: one.start(tmp_path / "cache", name="one"),
-            lambda: other.start(tmp_path / "cache", name="other"),
-        ]
-        found = [started.result() for started in [pool.submit(run) for run in runs]]
-        assert [attempt.code for attempt in found] == [0, 0], found
-        worked, waited = sorted(found, key=lambda attempt: "waiting" in attempt.output)
-        assert (worked.tokens > 0, waited.tokens) == (True, 0)
-        waiting, *table = waited.output.splitlines()
-        assert re.fullmatch(r"another process fills .*\.partial; waiting for it", waiting)
-        assert table == [line for line in worked.output.splitlines() if not line.startswith("WARNING: ")]
-        alone = one.start(tmp_path / "alone", name="alone")
+def test_of_two_concurrent_preparations_one_works_and_the_other_reuses_its_result(
+    tmp_path: Path, bpe: str, warm: WarmPython
+) -> None:
+    preparer = Preparer(warm, tmp_path, make_recipe(tmp_path, bpe, trained=False))
+    running = {name: preparer.start(tmp_path / "cache", name) for name in ("one", "other")}
+    found = [preparer.end(process, name) for name, process in running.items()]
+    assert [attempt.code for attempt in found] == [0, 0], found
+    worked, waited = sorted(found, key=lambda attempt: "waiting" in attempt.output)
+    assert (worked.tokens > 0, waited.tokens) == (True, 0)
+    waiting, *table = waited.output.splitlines()
+    assert re.fullmatch(r"another process fills .*\.partial; waiting for it", waiting)
+    assert table == [line for line in worked.output.splitlines() if not line.startswith("WARNING: ")]
+    alone = preparer.run(tmp_path / "alone")
     assert alone.tokens == worked.tokens
     (name,) = names_in(tmp_path / "alone" / "tokens")
     check_result(tmp_path / "cache", files_below(tmp_path / "alone" / "tokens" / name))

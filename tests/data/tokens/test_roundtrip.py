@@ -81,6 +81,10 @@ def test_real_documents_have_the_ids_of_sentencepiece(
 ) -> None:
     """ArXiv's tables have long runs of spaces: Mistral's all have the same score."""
     folder = tokenizer_folder(**{Path(files).name.replace(".", "__"): files})
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer) == 32_000
+    if files.endswith(".model"):
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
     model = sentencepiece_model(str(shared / "tokenizers" / Path(files).parent))
     assert model is not None
     found = check_fidelity(llama(Path(folder)), real_documents(shared), model)

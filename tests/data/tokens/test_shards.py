@@ -52,24 +52,21 @@ def test_writer_resumes_from_any_state_with_identical_files(
 ) -> None:
     documents = [ids(*range(number, number + length)) for number, length in enumerate(lengths)]
     folder = tmp_path_factory.mktemp("shards")
-    whole = ShardWriter(folder / "whole", "train", "uint16", (), shard_tokens)
-    for document in documents:
-        whole.append(document)
+
+    def write(name: str, state: Any, part: list[Any]) -> ShardWriter:
+        writer = ShardWriter(folder / name, "train", "uint16", state, shard_tokens)
+        for document in part:
+            writer.append(document)
+        return writer
+
+    whole = write("whole", (), documents)
     whole.close()
-    first = ShardWriter(folder / "parts", "train", "uint16", (), shard_tokens)
-    kept = min(kept, len(documents))
-    for document in documents[:kept]:
-        first.append(document)
+    first = write("parts", (), documents[:kept])
     state = first.state()
     for document in documents[kept:]:
         first.append(document)
-    if tidy:
-        first.close()
-    else:
-        first.abandon()
-    second = ShardWriter(folder / "parts", "train", "uint16", state, shard_tokens)
-    for document in documents[kept:]:
-        second.append(document)
+    first.close() if tidy else first.abandon()
+    second = write("parts", state, documents[kept:])
     second.close()
     assert second.state() == whole.state()
     for shard in whole.state():

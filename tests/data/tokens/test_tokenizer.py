@@ -113,18 +113,6 @@ def test_load_tokenizer_reads_a_described_vocab_with_its_family(tokenizer_folder
     assert load_tokenizer(folder).eos_token == "!"
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-v1"])
-def test_load_tokenizer_gives_the_ids_of_sentencepiece(
-    tokenizer_folder: Callable[..., str], shared: Path, family: str
-) -> None:
-    folder = tokenizer_folder(tokenizer__model=f"{family}/tokenizer.model")
-    tokenizer = load_tokenizer(folder)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
-    assert len(tokenizer) == 32_000
-    text = (shared / "corpora" / "tinyshakespeare.txt").read_text(encoding="utf-8")[:50_000] + TRICKY
-    assert ids_of(tokenizer, text) == [1, *sentencepiece_ids(Path(folder) / "tokenizer.model", text)]
-
-
 def test_load_tokenizer_gives_llama_one_tokenizer_from_both_of_its_files(tokenizer_folder: Callable[..., str]) -> None:
     from_model = load_tokenizer(tokenizer_folder(tokenizer__model="llama/tokenizer.model"))
     from_json = load_tokenizer(tokenizer_folder(tokenizer__json="llama/tokenizer.json"))
