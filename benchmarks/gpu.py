@@ -83,9 +83,7 @@ PARTS = {
     "a6000-fit": Entry("capped:fit", "micro-batches that fit into 46 GiB, by type of the gradient sums", 8, 25, 4),
     "planner-gpt2": Entry("predictions:gpt2", "memory and speed of the GPT-2 targets against the plan", 3, 50, 2),
     "resume": Entry("resume:resume", "train, kill, resume, compare", 3, 60, lane=1),
-    "bit-equal": Entry(
-        "deterministic:deterministic", "the same with deterministic kernels", 3, 60, lane=1
-    ),
+    "bit-equal": Entry("deterministic:deterministic", "the same with deterministic kernels", 3, 60, lane=1),
     "parity-gpt2": Entry("parity:gpt2", "gradients of every kernel that works here, against fp64: GPT-2", 24, 4, 2),
     "packing-gpt2": Entry("packing:gpt2", "documents kept apart: errors against each alone, cost; GPT-2", 4, 20, 4),
     "peers": Entry("ratios:nanogpt", "nanoGPT from a checkout (--nanogpt)", 3, 70, 2),

@@ -8,7 +8,7 @@
     |- HubError                 7   the Hugging Face hub cannot be reached or refuses
     |- RunFolderError           8   the run folder belongs to another recipe or another process
     |- SurgeryError             9   the selection does not fit the reference
-    |- MachineError            10   a compiler, device or package is missing, or does not work
+    |- MachineError            10   a compiler, device or package is missing or does not work; out of memory
     |- TrainingError           11   the run itself went wrong (non-finite loss)
     |- ExportError             12   the exported model is not the trained one
     |- HangError               13   a phase of training took longer than its limit
@@ -92,7 +92,7 @@ class SurgeryError(InherituneError):
 
 
 class MachineError(InherituneError):
-    """A required compiler, device, launcher variable or package is missing or does not work."""
+    """A required compiler, device, launcher variable or package is missing or does not work, or memory ran out."""
 
     exit_code = 10
 

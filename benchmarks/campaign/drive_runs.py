@@ -68,10 +68,8 @@ def main(folder: Path, recipe: str, ds_config: str, out: str, steps: list[int], 
 
     def launched(config: str) -> Launch:
         document = deepspeed_checks.read(Path(config))
-        launch = Launch(document, config, machine, world, stop, runs, folder / "cache")
-        # A launch makes its own once; two of one process would take each other's notes for theirs.
-        vars(launch)["meeting"] = meeting
-        return launch
+        # One coordinator for all launches: two of one process would take each other's notes for theirs.
+        return Launch(document, config, machine, world, stop, meeting, runs, folder / "cache")
 
     loaded = load_recipe(recipe)
     seen: dict[int, Seen] = {}

@@ -72,7 +72,7 @@ class Saver:
         self._store, self._layout, self._world = store, layout, world
         self._stops, self._fingerprints = reliability.on_save_error == "stop", dict(fingerprints)
         self._buffers = PinnedBuffers() if reliability.async_save else None
-        self._group = group or ObjectGroup(world, reliability.watchdog_s["save"])
+        self._group = group or ObjectGroup(world, reliability.group_timeout_s)
         self._temporary: Path | None = None
         self._writing: Future[Path | InherituneError] | None = None
         self._pruning: Future[list[Path]] | None = None

@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from inheritune_ds.errors import InherituneError
@@ -29,9 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         redact_output()
         return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        return report(error)
+
+
+def report(error: BaseException) -> int:
+    """Print the error that ends a verb; its exit code."""
+    from inheritune_ds.errors import InherituneError
+
+    if isinstance(error, InherituneError):
+        _complain(f"error: {error}")
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
         _complain("interrupted; finished stages are kept, rerun the same command to resume")
         return 130
+    traceback.print_exception(error)
+    return 1
 
 
 def _parse(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -62,8 +76,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     try:
         return int(module.run(args, overrides))
     except InherituneError as error:
-        _complain(f"error: {error}")
-        return error.exit_code
+        return report(error)
 
 
 def _complain(message: str) -> None:

@@ -1,6 +1,7 @@
 """Options that several verbs share."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,14 +92,24 @@ def planned_gpu(gpu_name: str | None) -> tuple[str | None, list[str]]:
 
 
 def machine_for(gpu_name: str | None, local_size: int) -> "Machine":
-    """The hardware of one rank: the named GPU, the GPU here, or its share of this machine's memory."""
+    """The hardware of one rank, for a plan: the named GPU, the least GPU of the ranks here, or a share of this CPU."""
     from inheritune_ds.config.deepspeed import Machine
     from inheritune_ds.plan.gpus import gpu
-    from inheritune_ds.plan.machine import cpu_has_bf16, detect_gpus, host_memory_gib
+    from inheritune_ds.plan.machine import cpu_machine, detect_gpus
 
     if gpu_name is not None:
         return Machine("cuda", gpu(gpu_name).memory_gib, bf16=True)  # every GPU of the table has bf16
-    found = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else detect_gpus()
+    found = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else detect_gpus()[:local_size]
     if found:
-        return Machine("cuda", min(device.memory_gib for device in found), all(device.bf16 for device in found))
-    return Machine("cpu", host_memory_gib() / local_size, cpu_has_bf16())
+        return Machine("cuda", min(device.free_gib for device in found), all(device.bf16 for device in found))
+    return cpu_machine(local_size)
+
+
+def expected_machine(local_size: int) -> "Machine":
+    """What the checks before the import of torch assume: this CPU, or the best GPU where torch may see one."""
+    from inheritune_ds.config.deepspeed import Machine
+    from inheritune_ds.plan.machine import has_driver
+
+    machine = machine_for(None, local_size)
+    unsure = machine.kind == "cuda" or (os.environ.get("DS_ACCELERATOR") != "cpu" and has_driver())
+    return Machine("cuda", math.inf, bf16=True) if unsure else machine

@@ -4,13 +4,15 @@ import argparse
 import gc
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from inheritune_ds.cli.options import add_experiment, machine_for, planned_gpu, read_experiment
+from inheritune_ds.cli import report
+from inheritune_ds.cli.options import add_experiment, expected_machine, machine_for, planned_gpu, read_experiment
 from inheritune_ds.console import log_to_console
 
 if TYPE_CHECKING:
-    from inheritune_ds.config.deepspeed import Resolved
+    from inheritune_ds.config.deepspeed import Machine, Resolved
     from inheritune_ds.config.recipe import Recipe
 
 
@@ -89,47 +91,74 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     document, tries = _without_micro_batch(args, document)
     # A run uses the machine that is here; --gpu only selects the GPU of the reported hours.
     gpu, chosen = planned_gpu(args.gpu) if args.dry_run else (None, [])
-    machine = machine_for(gpu, world.local_size)
-    resolved = resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
+    machine = machine_for(gpu, world.local_size) if args.dry_run else expected_machine(world.local_size)
+
+    def resolve(machine: "Machine") -> "Resolved":
+        return resolve_for(recipe, document, origin, world_size=world.size, machine=machine)
+
+    resolved = resolve(machine)
     folder = RunFolder(args.runs_dir / recipe.name)
     fresh = _starts_over(args, is_main=world.is_main)
     if not args.dry_run and not fresh and folder.has_finished(recipe):
         if world.is_main:  # before the budget, which needs the corpus and the reference
             print(folder.finished_before)
         return 0
-    # On every rank, since the budget and its text also check the recipe.
-    budget = checked_budget(recipe, resolved, count_tokens(recipe.corpus, args.cache_dir), world.size)
-    notes = [*chosen, *resolved.notes, *tries]
+    tokens = count_tokens(recipe.corpus, args.cache_dir)
+
+    def check(resolved: "Resolved", *, show: bool) -> None:
+        """Check the budget, on every rank, and its text, which checks the recipe, too; print it on rank 0."""
+        budget = checked_budget(recipe, resolved, tokens, world.size)
+        text = budget_text(budget, notes=[*resolved.notes, *tries], gpu=args.gpu)
+        if world.is_main and show:
+            print(text, flush=True)
+
     if args.dry_run:
-        text = plan(budget, resolved.config, notes=notes, gpu=args.gpu)
-    else:
-        text = budget_text(budget, notes=notes, gpu=args.gpu)
-    if world.is_main:
-        print(text, flush=True)
-    if args.dry_run:
+        budget = checked_budget(recipe, resolved, tokens, world.size)
+        text = plan(budget, resolved.config, notes=[*chosen, *resolved.notes, *tries], gpu=args.gpu)
+        if world.is_main:
+            print(text, flush=True)
         refuse_what_does_not_fit(budget, machine.memory_gib)
-    else:
-        settings = {"ds_document": document, "ds_origin": origin, "machine": machine, "world": world}
-        _train(args, recipe, resolved, settings, fresh=fresh)
+        return 0
+    check(resolved, show=machine.kind == "cpu")
+
+    def resolve_on(found: "Machine") -> "Resolved":
+        """The config for the device that torch has found, checked; printed if it is not what was expected."""
+        if found == machine:
+            return resolved
+        other = resolve(found)
+        check(other, show=True)
+        return other
+
+    settings = {"ds_document": document, "ds_origin": origin, "world": world}
+    _train(args, recipe, resolve_on, settings, expected=resolved, fresh=fresh)
     return 0
 
 
-def _train(
-    args: argparse.Namespace, recipe: "Recipe", resolved: "Resolved", settings: dict[str, Any], *, fresh: bool
+def _train(  # noqa: PLR0913 - what is known before torch
+    args: argparse.Namespace,
+    recipe: "Recipe",
+    resolve_on: Callable[["Machine"], "Resolved"],
+    settings: dict[str, Any],
+    *,
+    expected: "Resolved",
+    fresh: bool,
 ) -> None:
     """Start the run; torch is imported here."""
     from inheritune_ds.distributed.environment import prepare_environment
     from inheritune_ds.distributed.signals import StopSignal
     from inheritune_ds.distributed.world import export
 
-    machine, world = settings["machine"], settings["world"]
+    world = settings["world"]
     stop = StopSignal()
     stop.install()
     stop.leave_from_anywhere()
     export(world, os.environ)
-    prepare_environment(os.environ, kind=machine.kind)
+    # Only torch knows whether there is a GPU, and it reads these variables as it starts.
+    prepare_environment(os.environ, kind="cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda")
     gc.disable()  # the imports make no garbage, and each collection takes longer with every module
-    from inheritune_ds.distributed.process_group import leave_process_group
+    from inheritune_ds.distributed.coordination import Coordinator
+    from inheritune_ds.distributed.device import device_kind, take_device
+    from inheritune_ds.distributed.process_group import leave_now, leave_process_group
     from inheritune_ds.run.execute import execute
     from inheritune_ds.run.launch import Launch
     from inheritune_ds.training.determinism import compute_deterministically
@@ -137,19 +166,30 @@ def _train(
 
     gc.freeze()
     gc.enable()
-    if resolved.kernels.deterministic:
+    if expected.kernels.deterministic:
         compute_deterministically(os.environ)
-    check_device(machine.kind, world, offload=resolved.offloads)
-    launch = Launch(
-        **settings,
-        stop=stop,
-        runs_dir=args.runs_dir,
-        cache_dir=args.cache_dir,
-        auto_micro_batch=args.auto_micro_batch,
-        max_minutes=args.max_minutes,
-    )
+    kind = device_kind()
+    if kind == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    check_device(kind, world, offload=expected.offloads)
     try:
-        execute(recipe, resolved, launch, fresh=fresh)
-    finally:
+        meeting = Coordinator(world, stop)
+        machine = take_device(kind, world, meeting)
+        launch = Launch(
+            **settings,
+            machine=machine,
+            stop=stop,
+            meeting=meeting,
+            runs_dir=args.runs_dir,
+            cache_dir=args.cache_dir,
+            auto_micro_batch=args.auto_micro_batch,
+            max_minutes=args.max_minutes,
+        )
+        execute(recipe, resolve_on(machine), launch, fresh=fresh)
         leave_process_group()
+    except BaseException as error:
+        if world.size > 1:
+            leave_now(report(error))
+        raise
+    finally:
         stop.retire()

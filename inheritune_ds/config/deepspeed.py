@@ -26,9 +26,11 @@ class Machine:
 
     kind: Literal["cuda", "cpu"]
     memory_gib: float
-    """Memory that one rank may use."""
+    """Memory that one rank may use: what other programs leave of it."""
     bf16: bool
     """Whether it computes in bfloat16 at full speed."""
+    name: str = ""
+    """The GPU's name by the driver; empty for a CPU, or if the ranks have different GPUs."""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,24 @@ class Coordinator:
         self._publish(self._store, key, {"answer": result})
         return result
 
+    def combine(self, value: Any, work: Callable[[list[Any]], Value]) -> Value:
+        """Run work on rank 0 with every rank's JSON value, by rank; all ranks must call it together.
+
+        Returns and raises as `run_on_rank0` does.
+        """
+        if self._store is None:
+            return work([value])
+        store, prefix = self._store, f"inheritune_ds/{self._calls + 1}/rank"
+        store.set(f"{prefix}{self._world.rank}", json.dumps(value))
+
+        def gathered() -> Value:
+            keys = [f"{prefix}{rank}" for rank in range(self._world.size)]
+            while not store.check(keys):
+                time.sleep(POLL_S)
+            return work([json.loads(store.get(key)) for key in keys])
+
+        return self.run_on_rank0(gathered)
+
     def _publish(self, store: Store, key: str, document: dict[str, Any]) -> None:
         """Store a document and wait until it is read, since the store may end with this process."""
         store.set(key, json.dumps(document))

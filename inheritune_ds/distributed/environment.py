@@ -18,9 +18,20 @@ def prepare_environment(environ: MutableMapping[str, str], *, kind: Literal["cud
     _set_threads(environ)
     if kind == "cpu":
         environ.setdefault("DS_ACCELERATOR", "cpu")  # then DeepSpeed does not warn of a missing GPU
+    else:
+        _set_cuda(environ)
     if not sys.stderr.isatty():
         # Progress bars would fill a log file.
         environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _set_cuda(environ: MutableMapping[str, str]) -> None:
+    """Set what CUDA and torch's allocator read when they start."""
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # its numbers are those of nvidia-smi then
+    # Segments that grow leave less unused memory. The second name is the older one, of which torch warns.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
+        environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _set_threads(environ: MutableMapping[str, str]) -> None:

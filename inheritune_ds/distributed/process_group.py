@@ -2,15 +2,18 @@
 
 import logging
 import os
-import re
+import sys
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from inheritune_ds.distributed.coordination import cannot_meet
+from inheritune_ds.distributed.device import device_index
 from inheritune_ds.distributed.world import World
 
 
@@ -37,15 +40,17 @@ def start_process_group(world: World, *, timeout_s: float = 600.0) -> None:
 
 
 def _make_group(world: World, timeout: timedelta) -> None:
-    if torch.cuda.is_available():
-        # Under srun each rank may see its own GPU only; DeepSpeed takes the device from LOCAL_RANK.
-        device = world.local_rank % torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(device)
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if on_gpu:
+        device = device_index(world)
+        os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes the device from it
         torch.cuda.set_device(device)
     import deepspeed
     from deepspeed.utils import groups
 
     quiet()
+    if on_gpu:
+        ask_torch_for_free_memory(deepspeed.get_accelerator())
     try:
         deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=timeout)
     except dist.DistNetworkError as error:
@@ -54,18 +59,27 @@ def _make_group(world: World, timeout: timedelta) -> None:
     groups._WORLD_GROUP = dist.new_group(timeout=timeout)  # noqa: SLF001 - no public way
 
 
-_GONE = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting")
-
-
-def rank_is_gone(error: Exception) -> bool:
-    """Whether a collective failed because another rank ended, or its machine or the network failed."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
+def ask_torch_for_free_memory(accelerator: Any) -> None:
+    """Replace DeepSpeed's question to NVML: it maps CUDA_VISIBLE_DEVICES itself, and fails for a UUID."""
+    accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
 
 
 def leave_process_group() -> None:
     """Leave the group that `start_process_group` joined, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave_now(exit_code: int) -> NoReturn:
+    """End this process, one of several ranks that has failed, with all its output written.
+
+    With NCCL, leaving the group or the interpreter would wait for ranks that are in a collective.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader has gone
+            stream.flush()
+    os._exit(exit_code)
 
 
 def quiet() -> None:

@@ -1,12 +1,27 @@
 """The ranks of a run, from the environment of any launcher."""
 
+import fcntl
+import logging
+import os
 import socket
+import struct
 import subprocess
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
 from inheritune_ds.errors import MachineError
 
+logger = logging.getLogger(__name__)
+
+PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""First and last port that the kernel gives to outgoing connections, which may use one just before rank 0 listens."""
+_DEFAULT_RANGE = "32768 60999"  # Linux's own
+_FIRST_PORT, _END_PORT, _FEWEST_PORTS = 10000, 2**16, 1000
+_ANYWHERE = "192.0.2.1"  # TEST-NET-1, RFC 5737: no host has it, so that the default route leads to it
+_SIOCGIFADDR = 0x8915  # netdevice(7): the IPv4 address of an interface
 _START = "start with deepspeed, torchrun, srun or python; unset RANK (or SLURM_PROCID) to run a single process"
 
 
@@ -86,11 +101,14 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
         if "MASTER_ADDR" not in environ:  # a given one must not depend on scontrol
             environ["MASTER_ADDR"] = _first_host(environ)
         # The job id stays the same over a requeue and differs between jobs that share a node.
-        environ.setdefault("MASTER_PORT", str(10000 + _number(environ, "SLURM_JOB_ID", 0) % 50000))
+        ports = _ports()
+        environ.setdefault("MASTER_PORT", str(ports[_number(environ, "SLURM_JOB_ID", 0) % len(ports)]))
     elif world.launcher == "single":
         environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        environ.setdefault("MASTER_PORT", str(_free_port()))
+        environ.setdefault("MASTER_PORT", str(free_port()))
     _check_meeting_point(environ)
+    if world.size > world.local_size and "GLOO_SOCKET_IFNAME" not in environ:
+        _choose_interface(environ)
 
 
 def _check_meeting_point(environ: Mapping[str, str]) -> None:
@@ -120,7 +138,65 @@ def _first_host(environ: Mapping[str, str]) -> str:
         ) from None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _ports() -> range:
+    """Ports that no outgoing connection uses; all nodes of a cluster are expected to have the same range."""
+    try:
+        text = PORT_RANGE.read_text(encoding="ascii")
+    except OSError:  # not Linux
+        text = _DEFAULT_RANGE
+    low, high = (int(word) for word in text.split())
+    below, above = range(_FIRST_PORT, low), range(max(high + 1, _FIRST_PORT), _END_PORT)
+    ports = max(below, above, key=len)
+    return ports if len(ports) >= _FEWEST_PORTS else range(_FIRST_PORT, _END_PORT)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on and no outgoing connection uses.
+
+    Raises:
+        MachineError: If there is none.
+    """
+    ports = _ports()
+    first = os.getpid() % len(ports)
+    for port in chain(ports[first:], ports[:first]):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise MachineError(f"no port from {ports[0]} to {ports[-1]} is free", action="export MASTER_PORT")
+
+
+def _choose_interface(environ: MutableMapping[str, str]) -> None:
+    """Make gloo listen on the way to rank 0; it takes this host's name, which is 127.0.1.1 on Debian."""
+    name = None
+    with suppress(OSError):  # without a route or a known host the ranks cannot meet, which is reported then
+        address = _source_address(environ["MASTER_ADDR"])
+        if address.startswith("127."):  # on the host of rank 0, by its own name
+            address = _source_address(_ANYWHERE)
+        name = _interfaces().get(address)
+    if name is None:
+        logger.warning(
+            "no network interface was found for MASTER_ADDR %s: if the ranks do not connect, export GLOO_SOCKET_IFNAME "
+            "with the one that the other nodes reach",
+            environ["MASTER_ADDR"],
+        )
+    else:
+        environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _source_address(host: str) -> str:
+    """This machine's address in connections to a host."""
+    family, kind, _, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(where)  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _interfaces() -> dict[str, str]:
+    """The network interfaces of this machine by their IPv4 address."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                found[socket.inet_ntoa(answer[20:24])] = name
+    return found

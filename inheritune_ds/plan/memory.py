@@ -190,6 +190,30 @@ def _advice(fits: Callable[[int, ZeroSettings], bool], micro_batch_size: int, sh
     return "use more ranks, or a GPU with more memory"
 
 
+def ways_to_save(
+    shape: Shape, num_blocks: int, *, micro_batch_size: int, accumulation: int, **layout: Unpack[ZeroSettings]
+) -> str:
+    """The changes of the DeepSpeed config that lower the predicted peak, each with its prediction, the cheapest first.
+
+    For a run that needs more memory than predicted; its arguments are those of `memory`.
+    """
+    share = micro_batch_size * accumulation
+    planned = _total(shape, num_blocks, micro_batch_size, accumulation, layout)
+    smaller = next((size for size in range(micro_batch_size - 1, 0, -1) if share % size == 0), None)
+    ways: list[tuple[str, float]] = []
+    if smaller is not None:
+        words = f"train_micro_batch_size_per_gpu {smaller}"
+        ways.append((words, _total(shape, num_blocks, smaller, share // smaller, layout)))
+    for words, change in (*_CHANGES, ("ds_configs/zero3_offload.json", _OFFLOAD)):
+        if _can_change(layout, change):
+            changed = _changed(layout, change)
+            ways.append((words, _total(shape, num_blocks, micro_batch_size, accumulation, changed)))
+    saving = [f"{words} ({gib:.1f} GiB)" for words, gib in ways if gib < planned - 0.05]
+    if not saving:
+        return f"use more ranks, or a GPU with more memory; the plan is {planned:.1f} GiB, and no setting lowers it"
+    return f"the plan is {planned:.1f} GiB; use one or more of: {', '.join(saving)}"
+
+
 def _changed(layout: ZeroSettings, change: Mapping[str, Any]) -> ZeroSettings:
     return cast(ZeroSettings, {**layout, **change})
 
@@ -202,6 +226,8 @@ def _can_change(layout: ZeroSettings, change: Mapping[str, Any]) -> bool:
         return layout["precision"] == "bf16"
     if "immediate_grad_update" in change:
         return uses_bf16_optimizer(layout)
+    if change is _OFFLOAD:
+        return True
     if "zero_stage" in change:
         return bool(change["zero_stage"] > layout["zero_stage"] and layout["world_size"] > 1)
     return True

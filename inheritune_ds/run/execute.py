@@ -7,10 +7,14 @@ from contextlib import closing, contextmanager
 from inheritune_ds.config.deepspeed import Resolved
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.distributed.process_group import rank_is_gone, start_process_group
+from inheritune_ds.config.zero import read_layout
+from inheritune_ds.distributed.coordination import MainRankLeftError
+from inheritune_ds.distributed.failures import LostRankError, explain, is_out_of_memory, out_of_memory_text
+from inheritune_ds.distributed.process_group import start_process_group
 from inheritune_ds.distributed.signals import EXIT_INTERRUPTED
 from inheritune_ds.distributed.watchdog import Watchdog
-from inheritune_ds.errors import InherituneError, RunFolderError, TrainingError
+from inheritune_ds.errors import InherituneError, MachineError, RunFolderError
+from inheritune_ds.plan.memory import ways_to_save
 from inheritune_ds.run.folder import FolderBusyError, RunFolder
 from inheritune_ds.run.launch import Launch
 from inheritune_ds.run.prepare import RunSetup, prepare
@@ -70,19 +74,45 @@ def _run(setup: RunSetup, watch: Watchdog) -> bool:
     with watch.phase("start", setup.folder.newest_step()):
         kernels = take_kernels(setup)
         setup = with_micro_batch(setup, kernels)
-        engine = build_engine(setup, kernels)
-    with closing(engine):
+    try:
         with watch.phase("start", setup.folder.newest_step()):
+            engine = build_engine(setup, kernels)
             saver, state = resume(setup, engine)
         outcome = train(setup, engine, saver, state, watch)
         with watch.phase("finish", outcome.state.step):
-            return finish(setup, engine, outcome)
+            finished = finish(setup, engine, outcome)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(setup, error) from None
+        raise
+    # After success only: it waits for the device, which may wait for a rank that has failed.
+    engine.close()
+    return finished
+
+
+def _out_of_memory(setup: RunSetup, error: Exception) -> MachineError:
+    """The error of a training that needs more memory than its plan, with the changes that save some."""
+    recipe, resolved, world = setup.recipe, setup.resolved, setup.launch.world
+    action = 'use a smaller train_micro_batch_size_per_gpu, or kernels.activation_checkpointing "full"'
+    if resolved.shape is not None:
+        action = ways_to_save(
+            *resolved.shape,
+            micro_batch_size=resolved.micro_batch_size,
+            accumulation=resolved.gradient_accumulation_steps,
+            **read_layout(resolved.config, seq_len=recipe.training.seq_len, world_size=world.size),
+        )
+    return MachineError(
+        out_of_memory_text(error),
+        allowed=f"what other programs left of the device at the start: {setup.launch.machine.memory_gib:.1f} GiB",
+        action=f"{action}; then rerun the same command to resume from the newest checkpoint",
+    )
 
 
 def _watchdog(setup: RunSetup, waiting: Sequence[RunFolder]) -> Watchdog:
     def on_hang(reason: str, exit_code: int) -> None:  # on a thread of its own
         for folder in (setup.folder, *waiting):
-            folder.mark("failed", reason, exit_code=exit_code)
+            if folder.is_claimed:
+                folder.mark_failed(reason, exit_code=exit_code, rank=0)
 
     return Watchdog(setup.resolved.reliability, setup.launch.world, setup.folder.path, on_hang=on_hang)
 
@@ -95,27 +125,30 @@ def _claimed(folder: RunFolder, recipe: Recipe, launch: Launch, *, fresh: bool) 
         if fresh and (aside := folder.set_aside()) is not None:
             logger.info("--fresh: the earlier run folder is renamed to %s", aside)
         folder.claim(recipe)
+        folder.mark("preparing")  # a failure in status.json is one of this launch from here on
 
+    rank = launch.world.rank
     try:
         launch.meeting.run_on_rank0(claim)
         yield
+    except MainRankLeftError:  # rank 0 has reported it
+        raise
     except InherituneError as error:
-        folder.mark("failed", error.problem, exit_code=error.exit_code)
+        folder.mark_failed(error.problem, exit_code=error.exit_code, rank=rank)
         raise
     except KeyboardInterrupt:
         folder.mark("requeue", f"{launch.stop.requested}: stopped between stages", exit_code=EXIT_INTERRUPTED)
         raise
     except Exception as error:
-        if rank_is_gone(error):
-            lost = TrainingError(
-                f"another rank has gone: {str(error).strip().splitlines()[-1].partition('. ')[0]}",
-                action="find out how it has ended (memory, its machine, the network), then rerun the same command to "
-                "resume from the newest checkpoint",
-            )
-            folder.mark("failed", lost.problem, exit_code=lost.exit_code)
-            raise lost from None
-        folder.mark("failed", f"{type(error).__name__}: {error}", exit_code=1)
-        raise
+        known = explain(error)
+        if known is None:
+            folder.mark_failed(f"{type(error).__name__}: {error}", exit_code=1, rank=rank)
+            raise
+        if not isinstance(known, LostRankError):
+            folder.mark_failed(known.problem, exit_code=known.exit_code, rank=rank)
+        elif folder.is_claimed:  # the lost rank's own report is the cause
+            folder.mark_failed(known.problem, exit_code=known.exit_code, rank=0)
+        raise known from None
     finally:
         folder.release()
 

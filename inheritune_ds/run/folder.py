@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import chain, count
@@ -19,6 +20,8 @@ from inheritune_ds.run.status import State, read_status, write_status
 from inheritune_ds.storage.files import read_json, remove_leftovers, storage_errors, sync_path, write_exact
 from inheritune_ds.storage.folders import damaged_files
 
+SAME_ERROR_S = 3.0
+"""Time for rank 0 to report an error that all ranks raise."""
 EXPORT_MANIFEST = "manifest.json"
 """Of an export: the fingerprint of its recipe, and its files."""
 
@@ -183,8 +186,22 @@ class RunFolder:
     def mark(self, state: State, reason: str = "", *, exit_code: int = 0) -> None:
         """Write state and newest step to status.json if this rank has locked the folder; ignore a disk that refuses."""
         if self.is_claimed:
-            with suppress(StorageError):
-                write_status(self.path, state, step=self.newest_step(), reason=reason, exit_code=exit_code)
+            self._write(state, reason, exit_code)
+
+    def mark_failed(self, reason: str, *, exit_code: int, rank: int) -> None:
+        """Write this rank's failure like `mark`, unless another rank has reported its own in this launch.
+
+        A rank above 0 may call it after rank 0 has locked the folder, and waits until rank 0 could report the same.
+        """
+        if rank:
+            time.sleep(SAME_ERROR_S)
+            reason = f"rank {rank}: {reason}"
+        if (rank or self.is_claimed) and read_status(self.path).get("state") != "failed":
+            self._write("failed", reason, exit_code)
+
+    def _write(self, state: State, reason: str, exit_code: int) -> None:
+        with suppress(StorageError):
+            write_status(self.path, state, step=self.newest_step(), reason=reason, exit_code=exit_code)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

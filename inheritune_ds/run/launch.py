@@ -1,7 +1,6 @@
 """One launch: machine, ranks, signals, folders."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,17 @@ class Launch:
     ds_origin: str
     """Its name in messages."""
     machine: Machine
-    """The hardware of one rank."""
+    """The least device of all ranks."""
     world: World
     stop: StopSignal
+    meeting: Coordinator
+    """Runs work on rank 0 while the other ranks wait."""
     runs_dir: Path
     cache_dir: Path
     auto_micro_batch: bool = False
     """Whether real steps find the micro-batch."""
     max_minutes: float | None = None
     """Time limit of this launch, from its start."""
-
-    @cached_property
-    def meeting(self) -> Coordinator:
-        """Runs work on rank 0 while the other ranks wait."""
-        return Coordinator(self.world, self.stop)
 
     def resolve(self, recipe: Recipe) -> Resolved:
         """The DeepSpeed config of a recipe on this machine."""

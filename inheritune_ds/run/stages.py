@@ -16,10 +16,9 @@ from inheritune_ds.config.kernels import KernelRequest
 from inheritune_ds.distributed.coordination import agree
 from inheritune_ds.distributed.environment import keep_freed_memory
 from inheritune_ds.distributed.watchdog import Watchdog
-from inheritune_ds.errors import InherituneError, RecipeError
+from inheritune_ds.errors import InherituneError, RecipeError, TrainingError
 from inheritune_ds.evaluation.reference_loss import BATCH_SIZE, ReferenceLoss
 from inheritune_ds.plan.gpus import identify, mfu
-from inheritune_ds.plan.machine import detect_gpus
 from inheritune_ds.plan.model_size import flops_per_token
 from inheritune_ds.run import identity
 from inheritune_ds.run.export import PROBE_TOKENS
@@ -90,7 +89,7 @@ def with_micro_batch(setup: RunSetup, kernels: Kernels) -> RunSetup:
     if size:
         logger.info("%s: %d (found at this run's first launch)", MICRO_BATCH, size)
     else:
-        limit_gib = micro_batch.smallest(micro_batch.USABLE_RATIO * launch.machine.memory_gib)
+        limit_gib = micro_batch.USABLE_RATIO * launch.machine.memory_gib  # the same on all ranks
         logger.info("trying micro-batches with real steps (--auto-micro-batch)")
         size = micro_batch.find_largest(
             resolved,
@@ -250,14 +249,25 @@ def _open_recorder(setup: RunSetup, state: TrainState | None) -> Recorder:
     )
 
 
-def _utilization(setup: RunSetup) -> Callable[[float], float] | None:
-    """tokens/s -> MFU, on a GPU with known peak."""
-    launch, shape, gpus = setup.launch, setup.resolved.shape, detect_gpus()
-    gpu = identify(gpus[0].name) if gpus else None
-    if launch.machine.kind != "cuda" or shape is None or gpu is None:
+def _utilization(setup: RunSetup) -> Callable[[float], float | None] | None:
+    """tokens/s -> MFU, on GPUs of one kind with known peak; None for an impossible one, which is logged once."""
+    launch, shape, gpu = setup.launch, setup.resolved.shape, identify(setup.launch.machine.name)
+    if shape is None or gpu is None:
         return None
     flops = flops_per_token(*shape, setup.recipe.training.seq_len)
-    return lambda tokens_per_s: mfu(tokens_per_s, flops, gpu, launch.world.size)
+    logged = False
+
+    def share(tokens_per_s: float) -> float | None:
+        nonlocal logged
+        try:
+            return mfu(tokens_per_s, flops, gpu, launch.world.size)
+        except TrainingError as error:
+            if not logged:
+                logger.warning("perf/mfu is not recorded: %s", error.problem)
+            logged = True
+            return None
+
+    return share
 
 
 def _close(closers: Sequence[Callable[[], None]], failure: BaseException | None) -> None:

@@ -16,6 +16,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
+from inheritune_ds.distributed.world import free_port
+
 DEFAULT_PORT = 29500
 """Of the deepspeed launcher (deepspeed/constants.py, TORCH_DISTRIBUTED_DEFAULT_PORT)."""
 GRACE_S = 30.0
@@ -29,8 +31,8 @@ def choose_port() -> int:
         try:
             probe.bind(("", DEFAULT_PORT))
         except OSError:
-            probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+            return free_port()
+        return DEFAULT_PORT
 
 
 def run_ranks(words: Sequence[str], num_ranks: int, port: int) -> tuple[int, int]:

@@ -56,7 +56,8 @@ class LoopParts:
         restore: Restores the newest verified checkpoint and returns its state, or None without one; all ranks call it.
         eval_dir: Folder of the validation results.
         micro_batch_size: Sequences per rank per micro-step.
-        utilization: Model FLOPs utilization for tokens/s; None when the GPU or the shape is unknown.
+        utilization: Model FLOPs utilization for tokens/s, None if it is impossible; None when the GPU or the shape is
+            unknown.
         data_metrics: Metrics of every source in a state.
         tasks: Work after the validation of a step and before its checkpoint.
     """
@@ -73,7 +74,7 @@ class LoopParts:
     world: World
     eval_dir: Path
     micro_batch_size: int
-    utilization: Callable[[float], float] | None
+    utilization: Callable[[float], float | None] | None
     data_metrics: Callable[[TrainState], dict[str, float]]
     tasks: Sequence[Periodic] = ()
 
@@ -283,8 +284,8 @@ class _Loop:
             "mem/peak_gib": peak_memory_gib(),
             **parts.data_metrics(state),
         }
-        if parts.utilization is not None:
-            values["perf/mfu"] = parts.utilization(clock.tokens_per_s)
+        if parts.utilization is not None and (share := parts.utilization(clock.tokens_per_s)) is not None:
+            values["perf/mfu"] = share
         with parts.watch.phase("log", state.step):
             parts.recorder.log(state.step, state.tokens, values)
         clock.restart()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from inheritune_ds.config.deepspeed import Resolved, batch_of
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.zero import read_layout
+from inheritune_ds.distributed.failures import is_out_of_memory
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import MachineError
 from inheritune_ds.plan.memory import memory
@@ -172,7 +173,9 @@ def measure_peak(
             batches = [torch.randint(vocab_size, (size, seq_len + 1), generator=generator) for _ in range(micro_steps)]
             engine.train_step(batches, lr=0.0)
         own = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else peak_memory_gib()
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         if dist.get_world_size() > 1:
             raise MachineError(
                 f"a rank's memory did not suffice for a micro-batch of {size}",
@@ -197,10 +200,3 @@ def measure_peak(
 def divisors(number: int) -> list[int]:
     """All divisors in ascending order: the micro-batches that leave the global batch unchanged."""
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def smallest(limit_gib: float) -> float:
-    """The smallest of all ranks' limits: all must try the same sizes."""
-    found = torch.tensor(limit_gib, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return float(found)

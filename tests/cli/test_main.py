@@ -1,9 +1,11 @@
 import argparse
 import json
+import math
 import runpy
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 
 from inheritune_ds import cli
 from inheritune_ds.cli import VERBS, main
-from inheritune_ds.cli.options import add_experiment, machine_for, read_experiment
+from inheritune_ds.cli.options import add_experiment, expected_machine, machine_for, read_experiment
 from inheritune_ds.config.deepspeed import Machine
 from inheritune_ds.errors import CorpusError, RecipeError
 from inheritune_ds.plan.machine import DetectedGpu
@@ -295,21 +297,27 @@ def test_recipes_prints_one_line_per_shipped_recipe(capsys: pytest.CaptureFixtur
 
 def test_machine_for_prefers_the_named_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    found = [DetectedGpu("big", 80.0, (9, 0)), DetectedGpu("small", 16.0, (7, 0))]
+    found = [DetectedGpu("big", 80.0, (9, 0), 78.5), DetectedGpu("small", 16.0, (7, 0), 15.5)]
     monkeypatch.setattr("inheritune_ds.plan.machine.detect_gpus", lambda: found)
     assert machine_for("a6000", 1) == Machine("cuda", 48.0, bf16=True)
-    assert machine_for(None, 2) == Machine("cuda", 16.0, bf16=False)
+    assert machine_for(None, 1) == Machine("cuda", 78.5, bf16=True), "the display card beside it is not used"
+    assert machine_for(None, 2) == Machine("cuda", 15.5, bf16=False)
+    assert expected_machine(2) == Machine("cuda", math.inf, bf16=True), "torch tells the rest"
     monkeypatch.setattr("inheritune_ds.plan.machine.host_memory_gib", lambda: 24.0)
     monkeypatch.setattr("inheritune_ds.plan.machine.cpu_has_bf16", lambda: True)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert machine_for(None, 2) == Machine("cpu", 12.0, bf16=True)
+    monkeypatch.setattr("inheritune_ds.plan.machine.has_driver", lambda: True)
+    assert machine_for(None, 2) == expected_machine(2) == Machine("cpu", 12.0, bf16=True)
     monkeypatch.delenv("DS_ACCELERATOR")
     found.clear()
     assert machine_for(None, 3) == Machine("cpu", 8.0, bf16=True)
+    assert expected_machine(3) == Machine("cuda", math.inf, bf16=True), "nvidia-smi is not on the PATH"
+    monkeypatch.setattr("inheritune_ds.plan.machine.has_driver", lambda: False)
+    assert expected_machine(3) == Machine("cpu", 8.0, bf16=True)
 
 
-@pytest.mark.parametrize(("words", "asked"), [(["--dry-run"], "a6000"), ([], None)])
-def test_named_gpu_is_used_for_plans_only(words: list[str], asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("words", "asked"), [(["--dry-run"], "a6000"), ([], "what is here")])
+def test_named_gpu_is_used_for_plans_only(words: list[str], asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Asked(Exception):  # noqa: N818 - it ends the run
         pass
 
@@ -317,6 +325,7 @@ def test_named_gpu_is_used_for_plans_only(words: list[str], asked: str | None, m
         raise Asked(gpu_name)
 
     monkeypatch.setattr("inheritune_ds.cli.train.machine_for", machine)
+    monkeypatch.setattr("inheritune_ds.cli.train.expected_machine", partial(machine, "what is here"))
     with pytest.raises(Asked) as caught:
         main(["train", "--recipe", "quickstart", "--gpu", "a6000", *words])
     assert caught.value.args == (asked,)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from inheritune_ds.distributed import world
 from inheritune_ds.distributed.environment import prepare_environment
 from inheritune_ds.distributed.world import World, detect, export
 from inheritune_ds.errors import MachineError
@@ -76,8 +77,8 @@ def test_only_rank_zero_is_main() -> None:
 
 def test_export_keeps_the_launcher_s_address() -> None:
     environ = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
-    numbers = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    export(World(5, 8, 1, 4, "env"), environ)
+    numbers = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    export(World(5, 8, 1, 8, "env"), environ)
     assert environ == {**numbers, "MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
 
 
@@ -106,25 +107,85 @@ def test_export_gives_a_single_process_a_free_port(monkeypatch: pytest.MonkeyPat
     environ: dict[str, str] = {}
     export(World(0, 1, 0, 1, "single"), environ)
     assert (environ["RANK"], environ["WORLD_SIZE"], environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", int(environ["MASTER_PORT"])))
+    port = int(environ["MASTER_PORT"])
+    low, high = (int(word) for word in world.PORT_RANGE.read_text().split())
+    assert not low <= port <= high, "an outgoing connection may use it"
+    with socket.socket() as other:
+        other.bind(("", port))
+        assert world.free_port() != port
 
 
 @pytest.mark.parametrize(
     ("job", "nodes", "address", "port"),
     [
-        ("71234", {"SLURM_STEP_NODELIST": "alpha"}, "alpha", "31234"),
+        ("71234", {"SLURM_STEP_NODELIST": "alpha"}, "alpha", "12930"),
         ("3", {"SLURM_STEP_NODELIST": "alpha,beta", "SLURM_JOB_NODELIST": "gamma"}, "alpha", "10003"),
-        ("49999", {"SLURM_JOB_NODELIST": "gamma"}, "gamma", "59999"),
-        ("50000", {}, "127.0.0.1", "10000"),
+        ("22767", {"SLURM_JOB_NODELIST": "gamma"}, "gamma", "32767"),
+        ("22768", {}, "127.0.0.1", "10000"),
     ],
 )
 def test_export_finds_slurm_s_first_host_and_a_port_of_the_job(
-    job: str, nodes: dict[str, str], address: str, port: str
+    job: str, nodes: dict[str, str], address: str, port: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(world, "PORT_RANGE", Path("missing"))  # Linux's own range
     environ = {"SLURM_JOB_ID": job, **nodes}
-    export(World(4, 6, 1, 3, "slurm"), environ)
+    export(World(4, 6, 1, 6, "slurm"), environ)
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"], environ["RANK"]) == (address, port, "4")
+
+
+@pytest.mark.parametrize(
+    ("taken", "ports"),
+    [("32768 60999", range(10000, 32768)), ("10240 60000", range(60001, 65536)), ("1024 65535", range(10000, 65536))],
+)
+def test_ports_are_outside_those_of_outgoing_connections(
+    taken: str, ports: range, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(world, "PORT_RANGE", tmp_path / "range")
+    world.PORT_RANGE.write_text(taken.replace(" ", "\t") + "\n")
+    found = []
+    for job in (0, len(ports) - 1, len(ports)):
+        environ = {"SLURM_JOB_ID": str(job)}
+        export(World(0, 2, 0, 2, "slurm"), environ)
+        found.append(int(environ["MASTER_PORT"]))
+    assert found == [ports[0], ports[-1], ports[0]]
+
+
+@pytest.mark.parametrize(
+    ("to_master", "default", "interface"),
+    [
+        ("10.0.0.7", "192.168.1.7", "ib0"),
+        ("127.0.1.1", "192.168.1.7", "eth0"),  # the host of rank 0 under Debian, by its own name
+        ("10.9.9.9", "192.168.1.7", None),
+    ],
+)
+def test_several_nodes_let_gloo_listen_on_the_way_to_rank_0(
+    to_master: str,
+    default: str,
+    interface: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    addresses = {"node7": to_master, "192.0.2.1": default}
+    monkeypatch.setattr("inheritune_ds.distributed.world._source_address", addresses.__getitem__)
+    interfaces = {"10.0.0.7": "ib0", "192.168.1.7": "eth0", "127.0.0.1": "lo"}
+    monkeypatch.setattr("inheritune_ds.distributed.world._interfaces", lambda: interfaces)
+    given = {"MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
+    environ = dict(given)
+    export(World(5, 8, 1, 4, "env"), environ)
+    assert environ.get("GLOO_SOCKET_IFNAME") == interface
+    told = "no network interface was found for MASTER_ADDR node7"
+    assert [message[: len(told)] for message in caplog.messages] == ([] if interface else [told])
+    export(World(5, 8, 1, 8, "env"), one_node := dict(given))
+    assert "GLOO_SOCKET_IFNAME" not in one_node
+    export(World(5, 8, 1, 4, "env"), chosen := {**given, "GLOO_SOCKET_IFNAME": "mine"})
+    assert chosen["GLOO_SOCKET_IFNAME"] == "mine"
+
+
+def test_the_interface_of_an_address_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inheritune_ds.distributed.world._ANYWHERE", "127.0.0.1")
+    environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    export(World(5, 8, 1, 4, "env"), environ)
+    assert environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 @pytest.fixture
@@ -143,7 +204,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 def test_export_asks_scontrol_for_a_bracketed_list(scontrol: Callable[[str], None]) -> None:
     scontrol('test "$*" = "show hostnames gpu[03-04],x1" && printf "gpu03\\ngpu04\\nx1\\n"')
     environ = {"SLURM_STEP_NODELIST": "gpu[03-04],x1"}
-    export(World(0, 3, 0, 1, "slurm"), environ)
+    export(World(0, 3, 0, 3, "slurm"), environ)
     assert environ["MASTER_ADDR"] == "gpu03"
 
 
@@ -152,11 +213,11 @@ def test_export_needs_scontrol_or_the_address(body: str, scontrol: Callable[[str
     scontrol(body)
     environ = {"SLURM_STEP_NODELIST": "gpu[03-04]"}
     with pytest.raises(MachineError) as caught:
-        export(World(0, 3, 0, 1, "slurm"), environ)
+        export(World(0, 3, 0, 3, "slurm"), environ)
     assert "SLURM's node list 'gpu[03-04]' cannot be found: scontrol does not answer" in caught.value.problem
     assert caught.value.action == "export MASTER_ADDR in the batch script, before srun"
     environ["MASTER_ADDR"] = "10.0.0.9"
-    export(World(0, 3, 0, 1, "slurm"), environ)
+    export(World(0, 3, 0, 3, "slurm"), environ)
     assert environ["MASTER_ADDR"] == "10.0.0.9"
 
 
@@ -166,7 +227,11 @@ def test_prepare_environment_finds_the_tools_beside_the_interpreter(monkeypatch:
     environ = {"PATH": "/usr/bin"}
     for _ in range(2):
         prepare_environment(environ, kind="cuda")
-        assert environ == {"PATH": f"{scripts}:/usr/bin", "GOMP_SPINCOUNT": "2000"}
+        assert environ == {
+            "PATH": f"{scripts}:/usr/bin",
+            "GOMP_SPINCOUNT": "2000",
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        }
     prepare_environment(environ, kind="cpu")
     assert environ["DS_ACCELERATOR"] == "cpu"
 
@@ -188,6 +253,29 @@ def test_prepare_environment_keeps_the_user_s_settings(monkeypatch: pytest.Monke
     bare: dict[str, str] = {}
     prepare_environment(bare, kind="cuda")
     assert bare["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_user_s_allocator_settings_stay(name: str) -> None:
+    environ = {name: "max_split_size_mb:128"}
+    prepare_environment(environ, kind="cuda")
+    assert {key: value for key, value in environ.items() if "ALLOC_CONF" in key} == {name: "max_split_size_mb:128"}
+    prepare_environment(bare := {"PATH": ""}, kind="cpu")
+    assert "PYTORCH_ALLOC_CONF" not in bare
+
+
+@pytest.mark.parametrize(
+    ("given", "order"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, "PCI_BUS_ID"),
+        ({"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "FASTEST_FIRST"),
+    ],
+)
+def test_numbers_of_cards_are_those_of_nvidia_smi(given: dict[str, str], order: str | None) -> None:
+    environ = dict(given)
+    prepare_environment(environ, kind="cuda")
+    assert environ.get("CUDA_DEVICE_ORDER") == order
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,23 @@ def test_all_ranks_exit_when_the_export_fails(ranks: Ranks, tiny_recipe: Recipe,
     assert status(tmp_path / "runs" / "tiny")["exit_code"] == 12
 
 
+def test_a_rank_that_fails_alone_reports_its_cause_and_exits_at_once(
+    ranks: Ranks, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    main, second = ranks("tests/end_to_end/drive_failure.py", arguments(tiny_recipe(), tmp_path))
+    assert second.wait(timeout=110) == 10
+    cause = "out of memory: Tried to allocate 2.00 GiB. GPU 0 is full"
+    told = log(tmp_path, 1)
+    assert f"inheritune-ds: rank 1: error: {cause}\n" in told
+    assert "Traceback" not in told
+    assert "the plan is 1.0 GiB" in told
+    assert "then rerun the same command to resume from the newest checkpoint" in told
+    assert main.wait(timeout=60) == 11
+    assert "error: another rank has gone: " in log(tmp_path, 0)
+    found = status(tmp_path / "runs" / "tiny")
+    assert (found["state"], found["reason"], found["exit_code"]) == ("failed", f"rank 1: {cause}", 10)
+
+
 LONG = {"training": {"seq_len": 32, "global_batch_tokens": 512, "duration": "40 steps"}}
 
 

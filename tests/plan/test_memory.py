@@ -13,7 +13,7 @@ from inheritune_ds.config.training import Training
 from inheritune_ds.config.zero import ZeroSettings
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.plan.duration import steps_in, windows_in
-from inheritune_ds.plan.memory import Memory, does_not_fit, largest_micro_batch, memory
+from inheritune_ds.plan.memory import Memory, does_not_fit, largest_micro_batch, memory, ways_to_save
 from inheritune_ds.plan.model_size import (
     GIB,
     checkpoint_bytes,
@@ -248,6 +248,50 @@ def test_largest_micro_batch_refuses_a_model_that_does_not_fit_with_advice() -> 
 )
 def test_the_advice_fits(memory_gib: float, changes: dict[str, Any], advice: str) -> None:
     assert advice in refusal(memory_gib, **changes).action
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "ways"),
+    [
+        (
+            (4, 16),
+            {},
+            [
+                "train_micro_batch_size_per_gpu 2",
+                "bf16.immediate_grad_update true",
+                'kernels.activation_checkpointing "selective"',
+                'kernels.activation_checkpointing "full"',
+                'data_types.grad_accum_dtype "bf16"',
+                "ds_configs/zero3_offload.json",
+            ],
+        ),
+        (
+            (1, 1),
+            {"world_size": 8, "precision": "fp32", "activation_checkpointing": "full"},
+            ["ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_offload.json"],
+        ),
+    ],
+)
+def test_ways_to_save_are_those_that_lower_the_prediction(
+    sizes: tuple[int, int], changes: dict[str, Any], ways: list[str]
+) -> None:
+    micro_batch_size, accumulation = sizes
+    given = layout(**changes)
+    now = memory(OPENLLAMA_3B, 13, micro_batch_size=micro_batch_size, accumulation=accumulation, **given).total_gib
+    text = ways_to_save(OPENLLAMA_3B, 13, micro_batch_size=micro_batch_size, accumulation=accumulation, **given)
+    head, _, listed = text.partition("; use one or more of: ")
+    assert head == f"the plan is {now:.1f} GiB"
+    found = [way.removesuffix(" GiB)").split(" (") for way in listed.split(", ")]
+    assert [words for words, _ in found] == ways
+    assert all(float(gib) < now for _, gib in found)
+
+
+def test_ways_to_save_say_when_there_is_none() -> None:
+    least = layout(
+        zero_stage=3, precision="fp32", offload_optimizer=True, offload_parameters=True, activation_checkpointing="full"
+    )
+    text = ways_to_save(OPENLLAMA_3B, 13, micro_batch_size=1, accumulation=1, **least)
+    assert text.startswith("use more ranks, or a GPU with more memory; the plan is ")
 
 
 def test_the_advised_smaller_micro_batch_fits() -> None:

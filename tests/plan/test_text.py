@@ -182,7 +182,7 @@ def test_plan_reports_the_hfu_of_full_recomputation_and_includes_it_in_the_floor
 
 
 def test_plan_starts_with_this_machines_gpu_when_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = [DetectedGpu("NVIDIA H200", 140.0, (9, 0))]
+    here = [DetectedGpu("NVIDIA H200", 140.0, (9, 0), 140.0)]
     monkeypatch.setattr("inheritune_ds.plan.text.detect_gpus", lambda: here)
     text = plan_of("openllama-3b-13l", world_size=2)
     first = [line.split()[2] for line in text.splitlines() if line.startswith("2 x ")]

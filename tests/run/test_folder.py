@@ -2,6 +2,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.errors import RunFolderError, StorageError
-from inheritune_ds.run.folder import FolderBusyError, RunFolder
-from inheritune_ds.run.status import write_status
+from inheritune_ds.run.folder import SAME_ERROR_S, FolderBusyError, RunFolder
+from inheritune_ds.run.status import read_status, write_status
 
 
 @pytest.fixture
@@ -32,6 +33,25 @@ def test_claim_makes_the_folder_and_writes_the_resolved_recipe(folder: RunFolder
     assert folder.eval.is_dir()
     assert load_recipe(str(folder.path / "recipe.resolved.yaml")) == recipe
     assert (folder.target, folder.export) == (folder.path / "target", folder.path / "export")
+
+
+def test_the_first_failure_of_a_launch_stays_in_the_status(
+    folder: RunFolder, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    folder.mark_failed("not mine", exit_code=1, rank=0)
+    assert read_status(folder.path) == {}, "rank 0 has not claimed it"
+    folder.claim(recipe)
+    folder.mark("preparing")
+    RunFolder(folder.path).mark_failed("out of memory", exit_code=10, rank=3)
+    assert slept == [SAME_ERROR_S], "rank 0 has time for an error that all ranks raise"
+    folder.mark_failed("another rank has gone", exit_code=11, rank=0)
+    found = read_status(folder.path)
+    assert (found["state"], found["reason"], found["exit_code"]) == ("failed", "rank 3: out of memory", 10)
+    folder.mark("preparing")  # the next launch
+    folder.mark_failed("the disk is full", exit_code=5, rank=0)
+    assert read_status(folder.path)["reason"] == "the disk is full"
 
 
 def test_claim_removes_unfinished_files_of_a_killed_launch(folder: RunFolder, recipe: Recipe) -> None:
