@@ -34,6 +34,7 @@ def test_layout_of_a_minimal_config_has_deepspeeds_defaults() -> None:
         "max_reuse_distance": 1_000_000_000,
         "persistence_threshold": 100_000,
         "reduce_fp32": False,
+        "async_save": False,
     }
 
 
@@ -61,6 +62,8 @@ def test_layout_reads_auto_as_deepspeeds_default() -> None:
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}, "reduce_bucket_size", 7),
         ({"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 9}}, "max_reuse_distance", 9),
         ({"communication_data_type": "fp32"}, "reduce_fp32", True),
+        ({"reliability": {"async_save": True}}, "async_save", True),
+        ({"reliability": {"async_save": "auto"}}, "async_save", False),
     ],
 )
 def test_layout_reads(changes: dict[str, Any], key: str, value: object) -> None:
