@@ -158,9 +158,10 @@ def test_check_logits_allows_another_rounding_only_where_kernels_round_different
     model: PreTrainedModel, write: Callable[..., str], tmp_path: Path
 ) -> None:
     write()
-    compiled = torch.compile(model, backend="inductor")
     with torch.no_grad():
-        eager, logits = model(input_ids=PROBE).logits, compiled(input_ids=PROBE).logits
+        eager = model(input_ids=PROBE).logits
+        logits = model.double()(input_ids=PROBE).logits.float()  # the same weights, rounded in other places
+    model.float()
     assert not torch.equal(eager, logits)
     check_logits(tmp_path / "export", PROBE, logits, COMPILED, CPU)
     with pytest.raises(ExportError, match="allowed: the same bits"):
