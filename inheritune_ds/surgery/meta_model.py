@@ -167,7 +167,7 @@ def as_in_files(model: "PreTrainedModel", tensors: Mapping[str, torch.Tensor]) -
 
 
 def mapped_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters and saved buffers of the model in a folder, by name, in the model's order.
+    """The parameters and saved buffers of the model in a folder, in the model's order; tied ones under all their names.
 
     A tensor that a file holds as it is is mapped from there, in the file's type. Fused parameters, and all parameters
     of a model whose files have several types (converted to fp32), are in memory, one block at a time.
@@ -186,7 +186,7 @@ def mapped_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         nn.Module.to(model.model, "meta")
         for name in list(state):
             tensor = state.pop(name)  # the model's tensor lives as long as the caller uses it
-            if name in model.required and not tensor.is_meta:
+            if not tensor.is_meta:
                 yield name, tensor
 
 

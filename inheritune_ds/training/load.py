@@ -31,7 +31,7 @@ def load_target(folder: Path, ds_config: Mapping[str, Any]) -> "PreTrainedModel"
     meta = MetaModel(load_config(folder))
     meta.fill({}, lambda _: True)  # computes the buffers that no file holds
     model = meta.model
-    _partition(model, folder, without_ours(ds_config))
+    _partition(meta, folder, without_ours(ds_config))
     model.tie_weights(recompute_mapping=False)
     lacking = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if lacking:
@@ -39,7 +39,7 @@ def load_target(folder: Path, ds_config: Mapping[str, Any]) -> "PreTrainedModel"
     return model
 
 
-def _partition(model: "PreTrainedModel", folder: Path, ds_config: Mapping[str, Any]) -> None:
+def _partition(meta: MetaModel, folder: Path, ds_config: Mapping[str, Any]) -> None:
     """Replace each parameter of a model on the meta device by a partitioned one with this rank's values.
 
     As `deepspeed.zero.Init` does it with a whole module, but without whole parameters: of each, memory for all elements
@@ -49,12 +49,14 @@ def _partition(model: "PreTrainedModel", folder: Path, ds_config: Mapping[str, A
 
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config)
     device = init.local_device
-    for buffer in model.buffers():
+    for buffer in meta.model.buffers():
         if not buffer.is_meta:
             buffer.data = buffer.data.to(device)
     for name, values in mapped_tensors(folder):
+        if name in meta.tied:
+            continue
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module = meta.model.get_submodule(owner)
         empty = getattr(module, leaf)
         if not isinstance(empty, nn.Parameter):
             setattr(module, leaf, values.to(device, empty.dtype))
