@@ -15,14 +15,18 @@ def deterministic(part: Part) -> None:
     config = part.folder / "deterministic.json"
     config.write_text(json.dumps({**shipped, "kernels": {**shipped["kernels"], "deterministic": True}}))
     runs = Runs(part, str(config))
+    part.report.expect("straight", "killed", "resumed")
     _run(runs, "straight")
+    part.report.done("straight")
     _run(runs, "killed", until=runs.folder("killed") / "checkpoints" / f"step-{CHECKPOINT_STEP:08d}")
+    part.report.done("killed")
     _run(runs, "killed")
     straight, resumed = ([row["train/loss"] for row in runs.metrics(name)] for name in ("straight", "killed"))
     hashes = {sha256_file(runs.folder(name) / "export" / "model.safetensors") for name in ("straight", "killed")}
     part.report.bar("steps logged", len(straight), at_least=STEPS, of_gpu=False)
     part.report.bar("losses of a resumed run are bit-equal", int(straight == resumed), at_least=1, of_gpu=False)
     part.report.bar("weights of a resumed run are bit-equal", int(len(hashes) == 1), at_least=1, of_gpu=False)
+    part.report.done("resumed")
 
 
 def _run(runs: Runs, name: str, until: Path | None = None) -> None:

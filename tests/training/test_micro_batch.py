@@ -62,6 +62,7 @@ def test_smallest_that_does_not_fit_is_refused_with_ways_out() -> None:
 
 
 def test_peak_starts_anew_after_a_reset() -> None:
+    reset_peak_memory()
     before = peak_memory_gib()
     block = torch.ones(2**28)  # 1 GiB
     raised = peak_memory_gib()
