@@ -154,15 +154,17 @@ class _Resolver:
             self.notes.append(f"zero_optimization.stage: {stage} (auto: the fastest that keeps exact sums)")
         zero["stage"] = stage if stage in (1, 2, 3) else DEFAULT_STAGE
         # The formulas are Hugging Face's (transformers.integrations.deepspeed, `auto` values).
+        least = LEAST_BUCKET if zero["stage"] < 3 else 0
         formulas: dict[str, Callable[[int], int]] = {
-            "reduce_bucket_size": lambda hidden: max(hidden * hidden, LEAST_BUCKET if zero["stage"] < 3 else 0),
+            "reduce_bucket_size": lambda hidden: max(hidden * hidden, least),
             "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
             "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
         }
         for key, formula in formulas.items():
             if zero.get(key) == AUTO and hidden_size is not None:
                 zero[key] = formula(hidden_size)
-                self.notes.append(f"zero_optimization.{key}: {zero[key]} (auto: from hidden_size {hidden_size})")
+                why = "the least for ZeRO-1 and 2" if zero[key] == least else f"from hidden_size {hidden_size}"
+                self.notes.append(f"zero_optimization.{key}: {zero[key]} (auto: {why})")
         if zero.get("round_robin_gradients") is True:
             # On several ranks 0.19.8 links masters to the wrong weights: the export would be scrambled.
             zero["round_robin_gradients"] = False
