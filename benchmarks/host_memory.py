@@ -97,6 +97,7 @@ def measure(world: World, folder: str, case: dict[str, Any]) -> dict[str, float]
             )
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
     ranks = gathered(world, found)
+    engine.close()
     figures = {
         f"{name}_bytes_per_parameter": round(max(own[name] for own in ranks) / parameters, 2) for name in ranks[0]
     }
