@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from inheritune_ds.distributed.world import detect
     from inheritune_ds.plan.micro_batch import resolve_for
     from inheritune_ds.plan.text import budget_text, checked_budget, plan, refuse_what_does_not_fit
-    from inheritune_ds.run.folder import RunFolder
+    from inheritune_ds.run.folder import RunFolder, finished_before
 
     world = detect(os.environ)
     log_to_console(is_main=world.is_main)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     fresh = _starts_over(args, is_main=world.is_main)
     if not args.dry_run and not fresh and folder.has_finished(recipe):
         if world.is_main:  # before the budget, which needs the corpus and the reference
-            print(folder.finished_before)
+            print(finished_before(folder.path))
         return 0
     tokens = count_tokens(recipe.corpus, args.cache_dir)
 

@@ -15,7 +15,7 @@ from inheritune_ds.distributed.signals import EXIT_INTERRUPTED
 from inheritune_ds.distributed.watchdog import Watchdog
 from inheritune_ds.errors import InherituneError, MachineError, RunFolderError
 from inheritune_ds.plan.memory import ways_to_save
-from inheritune_ds.run.folder import FolderBusyError, RunFolder
+from inheritune_ds.run.folder import FolderBusyError, RunFolder, finished_before
 from inheritune_ds.run.launch import Launch
 from inheritune_ds.run.prepare import RunSetup, prepare
 from inheritune_ds.run.stages import (
@@ -51,7 +51,7 @@ def execute(
     """
     folder = RunFolder(launch.runs_dir / recipe.name)
     if not fresh and launch.meeting.run_on_rank0(lambda: folder.has_finished(recipe)):
-        logger.info(folder.finished_before)
+        logger.info(finished_before(folder.path))
         return True
     # Claimed before the reference trains, maybe for days: a folder of another recipe is refused first, and this run's
     # status.json reports the end of the reference.

@@ -171,11 +171,6 @@ class RunFolder:
             return False
         return not damaged_files(self.export, manifest["files"])
 
-    @property
-    def finished_before(self) -> str:
-        """The log line for a run that has finished before this launch."""
-        return f"{self.path.name}: finished before; see {self.path / 'report' / 'report.md'}"
-
     def newest_step(self) -> int:
         """Step of the newest checkpoint; that of status.json if the disk cannot be read."""
         try:
@@ -202,6 +197,11 @@ class RunFolder:
     def _write(self, state: State, reason: str, exit_code: int) -> None:
         with suppress(StorageError):
             write_status(self.path, state, step=self.newest_step(), reason=reason, exit_code=exit_code)
+
+
+def finished_before(run_dir: Path) -> str:
+    """The log line for a run that has finished before this launch."""
+    return f"{run_dir.name}: finished before; see {run_dir / 'report' / 'report.md'}"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.errors import RunFolderError, StorageError
-from inheritune_ds.run.folder import SAME_ERROR_S, FolderBusyError, RunFolder
+from inheritune_ds.run.folder import SAME_ERROR_S, FolderBusyError, RunFolder, finished_before
 from inheritune_ds.run.status import read_status, write_status
 
 
@@ -180,7 +180,7 @@ def test_has_finished_needs_status_figures_and_an_intact_export(folder: RunFolde
     (folder.path / "run.json").write_text("{}")
     assert folder.has_finished(recipe)
     assert not folder.has_finished(load_recipe("quickstart", ["seed=7"]))
-    assert folder.finished_before == f"quickstart: finished before; see {folder.path / 'report' / 'report.md'}"
+    assert finished_before(folder.path) == f"quickstart: finished before; see {folder.path / 'report' / 'report.md'}"
     write_status(folder.path, "running")
     assert not folder.has_finished(recipe)
     write_status(folder.path, "finished")
