@@ -40,8 +40,8 @@ LEAVE_S = 60.0
 _KINDS: tuple[Kind, ...] = ("save", "save", "save", "save", "save", "save", "step", "step", "step", "start")
 """Targets of the kills of a chain."""
 _SAVING = re.compile(r"\.step-(\d{8})\.tmp")
-_FILES = 4
-"""A save of two ranks writes a folder, three files in it, and the manifest last."""
+_FILES = 2
+"""A save of two ranks writes a file of each, and the manifest last."""
 
 
 @dataclass(frozen=True)
