@@ -259,7 +259,6 @@ def test_deepspeed_s_memory_lines_are_printed_on_request_only(make: Make, capsys
 def test_every_trial_of_a_micro_batch_is_compiled(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs without code
     monkeypatch.setattr(block_wrapping, "_SPARE_GRAPHS", 0)
-    monkeypatch.setattr(dynamo, "recompile_limit", 2)
     torch._dynamo.reset()
 
     def build(size: int, _micro_steps: int) -> Engine:
@@ -268,9 +267,10 @@ def test_every_trial_of_a_micro_batch_is_compiled(group: None, monkeypatch: pyte
         return engine
 
     graphs = []
-    for size in (1, 2, 4):
-        measure_peak(build, size, accumulation=WINDOWS // size, seq_len=SEQ_LEN, vocab_size=VOCABULARY)
-        graphs.append(counters["stats"]["unique_graphs"])
+    with dynamo.patch(recompile_limit=2):
+        for size in (1, 2, 4):
+            measure_peak(build, size, accumulation=WINDOWS // size, seq_len=SEQ_LEN, vocab_size=VOCABULARY)
+            graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [2] * 3, "a block and the loss"
 
 
