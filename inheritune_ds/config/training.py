@@ -72,7 +72,7 @@ class Validation(ConfigModel):
 
     interval_steps: PositiveInt
     max_tokens: PositiveInt = 4_194_304
-    """Windows evenly spread over the held-out part, up to this many tokens; the same at every step and for every seed."""
+    """Windows evenly spread over the held-out part, up to this many tokens; the same at every step, for every seed."""
 
 
 class Checkpointing(ConfigModel):

@@ -88,8 +88,8 @@ def check_comparable(arms: Sequence[Arm]) -> None:
             raise RunFolderError(
                 f"{first.label} has {differing[0]} and {other.label} {differing[1]}: they cannot be compared",
                 allowed="one precision and the same validation windows: one corpus, tokenizer, "
-                "corpus.validation_ratio, corpus.max_tokens, training.seq_len, training.packing and validation.max_tokens "
-                "for both",
+                "corpus.validation_ratio, corpus.max_tokens, training.seq_len, training.packing and "
+                "validation.max_tokens for both",
                 action="make these equal in the DeepSpeed configs and recipes, and train one of the two again under a "
                 "new name",
             )
