@@ -82,11 +82,11 @@ def check_comparable(arms: Sequence[Arm]) -> None:
     evaluations = [(arm, found) for arm in arms for found in arm.evaluations]
     first, found = evaluations[0]
     for other, against in evaluations[1:]:
-        facts = [(f"a loss in {one.precision}", *_facts(on)) for one, on in ((first, found), (other, against))]
+        facts = [(f"in {one.precision}", *_facts(on)) for one, on in ((first, found), (other, against))]
         differing = next(((one, two) for one, two in zip(*facts, strict=True) if one != two), None)
         if differing is not None:
             raise RunFolderError(
-                f"{first.label} has {differing[0]} and {other.label} {differing[1]}: they cannot be compared",
+                f"{first.label} was validated {differing[0]} and {other.label} {differing[1]}: they cannot be compared",
                 allowed="one precision and the same validation windows: one corpus, tokenizer, "
                 "corpus.validation_ratio, corpus.max_tokens, training.seq_len, training.packing and "
                 "validation.max_tokens for both",
@@ -98,10 +98,10 @@ def check_comparable(arms: Sequence[Arm]) -> None:
 def _facts(found: Evaluation) -> tuple[str, ...]:
     pieces = found.pieces
     return (
-        f"{found.windows} validation windows",
-        f"validation windows of {found.seq_len} tokens",
-        f"the validation text {found.tokens_sha256[:12]}",
-        f"{sum(pieces.tokens):,} validation targets of {max(pieces.documents) + 1:,} documents",
+        f"on {found.windows} windows",
+        f"on windows of {found.seq_len} tokens",
+        f"on the text {found.tokens_sha256[:12]}",
+        f"on {sum(pieces.tokens):,} targets of {max(pieces.documents) + 1:,} documents",
     )
 
 
