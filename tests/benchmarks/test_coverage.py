@@ -1,9 +1,13 @@
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
 from benchmarks import coverage
 from benchmarks.coverage import SEQ_LEN, SIZES, WINDOWS, Sizes
-from tests.benchmarks.conftest import Rehearse
+
+Rehearse = Callable[..., tuple[dict[str, Any], str]]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
