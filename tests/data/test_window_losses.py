@@ -26,9 +26,9 @@ def test_documents_of_equal_length_have_the_plain_mean_standard_error_and_interv
     values = [1.0, 2.5, 3.0, 7.0]
     found = estimate(10.0 * floats(*values), floats(10, 10, 10, 10))
     mean, error = statistics.fmean(values), statistics.stdev(values) / 2.0
-    assert (found.mean, found.stderr) == (pytest.approx(mean), pytest.approx(error))
+    assert [found.mean, found.stderr] == pytest.approx([mean, error])
     assert found.interval == pytest.approx((mean - 3.18245 * error, mean + 3.18245 * error), abs=1e-4)
-    assert (found.documents, found.effective_documents) == (4, pytest.approx(4.0))
+    assert [found.documents, found.effective_documents] == pytest.approx([4, 4.0])
 
 
 def test_unequal_documents_weigh_by_their_tokens() -> None:
@@ -59,7 +59,7 @@ def test_the_windows_that_cut_documents_do_not_count(cuts: list[int]) -> None:
     )
     whole = estimate(losses.reshape(5, 20).sum(axis=1), np.full(5, 20.0))
     found = pieces.estimate()
-    assert (found.mean, found.stderr) == (pytest.approx(whole.mean), pytest.approx(whole.stderr))
+    assert [found.mean, found.stderr] == pytest.approx([whole.mean, whole.stderr])
 
 
 def test_documents_without_counted_targets_are_none() -> None:
@@ -71,7 +71,8 @@ def test_documents_without_counted_targets_are_none() -> None:
 @pytest.mark.parametrize("tokens", [(100.0,), (80.0, 10.0, 10.0)])
 def test_fewer_than_two_effective_documents_have_no_interval(tokens: tuple[float, ...]) -> None:
     found = estimate(floats(*tokens) * 3.0, floats(*tokens))
-    assert (found.mean, found.stderr, found.interval) == (pytest.approx(3.0), None, None)
+    assert found.mean == pytest.approx(3.0)
+    assert (found.stderr, found.interval) == (None, None)
 
 
 def test_equal_documents_have_an_interval_of_one_point() -> None:

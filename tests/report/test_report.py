@@ -13,7 +13,7 @@ from inheritune_ds.report.comparison import Arm, paired_difference
 from inheritune_ds.report.figures import count, spread
 from inheritune_ds.report.results import Evaluation, run_result
 from inheritune_ds.report.run_report import write_run_report
-from inheritune_ds.report.study_report import StudyRow, study_tables, write_study_report
+from inheritune_ds.report.study_report import Role, StudyRow, study_tables, write_study_report
 from inheritune_ds.tracking.metrics import curve, read_metrics
 
 STEPS, BATCH_TOKENS = 100, 4096
@@ -416,7 +416,8 @@ def test_study_tables_refuse_runs_on_other_text_that_no_difference_pairs(tmp_pat
 
 def test_runs_that_differ_in_the_seed_are_one_arm(tmp_path: Path) -> None:
     rows = []
-    for role, level in (("target", 4.0), ("baseline", 4.5)):
+    levels: tuple[tuple[Role, float], ...] = (("target", 4.0), ("baseline", 4.5))
+    for role, level in levels:
         for seed in range(3):
             folder = make_run(tmp_path / f"{role}-{seed}", 8.0, level + 0.02 * seed, tilt=0.01)
             rows.append(StudyRow(role, role, run_result(folder), "1"))
