@@ -50,7 +50,11 @@ class HeldOut:
 
     def read(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the token ids (B, T + 1) of the windows at places (B,) in the order."""
-        return self._tokens.read(self._sources[numbers], self._ids[numbers] * self.seq_len)
+        return self._tokens.read(self._sources[numbers], self._starts(numbers))
+
+    def _starts(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First tokens (B,) of windows in their sources."""
+        return self._ids[numbers] * self.seq_len
 
     def documents(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of the document (B, T) of every target of the windows at places (B,) in the order.
@@ -59,7 +63,7 @@ class HeldOut:
         it ends.
         """
         sources = self._sources[numbers]
-        first = self._tokens.positions(sources, self._ids[numbers] * self.seq_len)
+        first = self._tokens.positions(sources, self._starts(numbers))
         # A new source begins a new document, also after one that a limit has cut before its end token.
         before = np.searchsorted(self._ends, first) + sources
         ended = self.read(numbers)[:, :-1] == self._eos_id
