@@ -63,8 +63,7 @@ def loop_parts(  # noqa: PLR0913 - each differs between its callers
         engine=engine,
         stream=BatchStream({"tokens": windows}, seed=recipe.seed, batch_windows=recipe.training.batch_windows),
         validator=Validator(
-            HeldOut({"tokens": windows}),
-            max_tokens=recipe.validation.max_tokens,
+            HeldOut({"tokens": windows}, limit=recipe.validation.max_tokens // recipe.training.seq_len, eos_id=0),
             batch_size=validation_batch,
             rank=world.rank,
             size=world.size,

@@ -343,6 +343,18 @@ MUTATIONS: dict[str, list[tuple[str, ...]]] = {
     "data/stream/validation_windows.py": [
         ("windows would overlap", "self._ids[numbers] * self.seq_len", "self._ids[numbers] * (self.seq_len - 1)"),
         (
+            "the validation windows would be the first ones",
+            "(2 * np.arange(count, dtype=np.int64) + 1) * size // max(2 * count, 1)",
+            "np.arange(count, dtype=np.int64)",
+            "strided",
+        ),
+        (
+            "a document that a limit has cut would continue in the next source",
+            "np.searchsorted(self._ends, first) + sources",
+            "np.searchsorted(self._ends, first)",
+            "end_tokens",
+        ),
+        (
             "sources of weight 0 would be the first validation windows",
             "np.array([(1 + max(sizes)) * len(table)])",
             "np.array([-max(sizes) * len(table)])",

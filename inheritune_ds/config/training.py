@@ -68,11 +68,11 @@ class Schedule(ConfigModel):
 
 
 class Validation(ConfigModel):
-    """Loss on the held-out windows."""
+    """Loss on windows of the held-out part."""
 
     interval_steps: PositiveInt
     max_tokens: PositiveInt = 4_194_304
-    """The first windows of the held-out part, up to this many tokens; the same at every step."""
+    """Windows evenly spread over the held-out part, up to this many tokens; the same at every step, for every seed."""
 
 
 class Checkpointing(ConfigModel):

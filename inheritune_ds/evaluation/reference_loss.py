@@ -15,11 +15,12 @@ from torch.nn import functional
 
 from inheritune_ds.config.zero import Precision
 from inheritune_ds.console import Meter
+from inheritune_ds.data.window_losses import RESULT_FORMAT
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.storage.files import read_json
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.surgery.reference import ReferenceModel
-from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses
+from inheritune_ds.training.packing import DocumentPacking, WindowInputs, losses_by_window
 from inheritune_ds.training.validation import ValidationResult, Validator
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class ReferenceScorer:
         self._model, self._scored = model.eval(), scored
         self._windows = WindowInputs(packing, "sdpa")  # or eager, which takes the same: the default of transformers
 
-    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
-        """Mean loss of every window over its counted targets, in nats a token."""
+    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float32]]:
+        """Loss (B, T) of every target of every batch, in nats; 0 for a target that is not counted."""
         losses = []
         for batch in batches:
             tokens_BT1 = torch.from_numpy(batch)  # noqa: N806 - shape suffix
@@ -60,7 +61,7 @@ class ReferenceScorer:
             with torch.no_grad(), self._windows.apart():
                 logits_BTV = self._model(**inputs).logits  # noqa: N806
                 flat = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets, reduction="none")
-            losses.append(mean_losses(flat, tokens_BT1, self._windows.packing))
+            losses.append(losses_by_window(flat, tokens_BT1))
             self._scored(1)
         return losses
 
@@ -85,7 +86,7 @@ class ReferenceLoss:
     def _identity(self) -> dict[str, Any]:
         found = self.reference
         files = {"weights": found.weights_sha256, "settings": found.settings_sha256}
-        return {**files, "precision": self.precision, **self.settings}
+        return {"format": RESULT_FORMAT, **files, "precision": self.precision, **self.settings}
 
     def is_known(self) -> bool:
         """Whether the result for the same files and settings is there."""
@@ -125,16 +126,17 @@ class ReferenceLoss:
             name = self.reference.name
             facts: dict[str, Any] = {"model": name, "parameters": parameters, "precision": self.precision}
             result.write(self.path, identity=self._identity, **facts)
-        logger.info("reference: val loss %.4f +- %.4f (%s)", result.loss, result.stderr, self.precision)
+        logger.info("reference: val loss %s (%s)", result, self.precision)
         return True
 
     def _check(self, result: ValidationResult) -> None:
         if math.isfinite(result.loss):
             return
-        bad = sum(not math.isfinite(loss) for loss in result.windows)
+        pieces = zip(result.pieces.windows, result.pieces.losses, strict=True)
+        bad = len({window for window, loss in pieces if not math.isfinite(loss)})
         folder = self.reference.folder
         raise SurgeryError(
-            f"the reference {self.reference.name} is invalid: its loss on {bad} of {len(result.windows)} "
+            f"the reference {self.reference.name} is invalid: its loss on {bad} of {result.windows} "
             f"validation windows is not a finite number",
             allowed=f"weights that are finite numbers, on which the model computes finite losses in {self.precision}",
             action=f"look for NaN or infinite values in the weights in {folder}, or use another reference",

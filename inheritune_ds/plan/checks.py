@@ -4,7 +4,7 @@ from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.errors import InherituneError, RecipeError
 
 MIN_VALIDATION_WINDOWS = 2
-"""The standard error needs two."""
+"""One window has no spread."""
 
 
 def check_lengths(recipe: Recipe, total_steps: int | None) -> None:

@@ -112,7 +112,7 @@ def _validation(run_dir: Path, rows: Sequence[Row]) -> Curve:
     if not found.tokens:
         raise RunFolderError(
             f"{run_dir / METRICS_FILE} holds no validation",
-            allowed="rows with val/loss and val/stderr",
+            allowed="rows with val/loss",
             action="delete the run folder and rerun the run's own command",
         )
     return found

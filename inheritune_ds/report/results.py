@@ -1,40 +1,39 @@
 """Read the summary and the validations of a finished run."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from inheritune_ds.data.window_losses import Pieces
 from inheritune_ds.errors import RunFolderError
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class Evaluation(BaseModel):
-    """A loss on the fixed validation windows."""
+    """A loss on the validation windows."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
+    format: Literal[2]
     loss: float
     """Mean over all counted targets, nats per token."""
-    stderr: float
-    """Its standard error."""
-    windows: tuple[float, ...]
-    """Mean loss of each window, in a fixed order."""
+    stderr: float | None
+    """Its standard error over documents; None below two effective ones."""
+    windows: int
     seq_len: int
     """Tokens per window."""
     tokens_sha256: str
     """Hash of the windows' tokens."""
-    targets: tuple[int, ...] = ()
-    """Counted targets of each window, if documents are kept apart; empty if every token counts."""
+    pieces: Pieces
 
     def document(self) -> dict[str, Any]:
-        """Its entry in report.json, without the losses of single windows."""
-        return {**self.model_dump(exclude={"windows", "targets"}), "windows": len(self.windows)}
-
-    def __str__(self) -> str:
-        return f"{self.loss:.4f} ± {self.stderr:.4f}"
+        """Its entry in report.json, without the pieces."""
+        found = asdict(self.pieces.estimate())
+        del found["mean"]
+        return {**self.model_dump(exclude={"format", "pieces"}), **found}
 
 
 class ReferenceEvaluation(Evaluation):
@@ -42,8 +41,8 @@ class ReferenceEvaluation(Evaluation):
 
     model: str
     parameters: int
-    precision: str = "fp32"
-    """Of the forward pass: that of the run; earlier versions computed in fp32 always."""
+    precision: str
+    """Of the forward pass: that of the run."""
 
 
 class RunSummary(BaseModel):
@@ -124,6 +123,12 @@ def _read(path: Path, model: type[Model]) -> Model:
         ) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        if first["loc"] == ("format",):
+            raise RunFolderError(
+                f"{path} was written by an earlier version, which kept no losses of documents",
+                allowed="a run of this version",
+                action="train it again under another name: name=OTHER",
+            ) from None
         where = ".".join(str(part) for part in first["loc"])
         raise RunFolderError(
             f"{path} is damaged: {f'{where}: ' if where else ''}{first['msg']}",

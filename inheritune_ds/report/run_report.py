@@ -1,19 +1,21 @@
 """The report of one run: tables and figures."""
 
-from dataclasses import asdict
 from pathlib import Path
 
-from inheritune_ds.report.comparison import paired_difference
+from inheritune_ds.report.comparison import Arm, paired_difference
 from inheritune_ds.report.figures import draw_run
-from inheritune_ds.report.results import Evaluation, RunResult, run_result
+from inheritune_ds.report.results import RunResult, run_result
 from inheritune_ds.report.tables import (
     AT_END,
     AT_START,
-    NOTE,
+    difference_document,
     difference_parts,
     make_folder,
+    note,
+    reference_arm,
     reference_name,
     table,
+    with_interval,
 )
 from inheritune_ds.storage.files import write_json, write_text
 
@@ -28,23 +30,27 @@ def write_run_report(run_dir: Path) -> Path:
     result = run_result(run_dir)
     folder = make_folder(run_dir)
     draw_run(folder / "curves.png", result)
-    others: list[tuple[str, Evaluation]] = [(AT_START, result.initial)] if result.initial else []
+    precision = result.summary.precision
+    end, others = Arm(AT_END, precision, (result.final,)), []
+    if result.initial:
+        others.append(Arm(AT_START, precision, (result.initial,)))
     if result.reference is not None:
-        others.append((reference_name(result.reference.model), result.reference))
-    differences = [paired_difference(AT_END, result.final, name, other) for name, other in others]
+        others.append(reference_arm(result.reference))
+    differences = [paired_difference(end, other) for other in others]
+    text = note(end.estimate(), precision)
     document = {
         **result.document(),
         "reference": result.reference.document() if result.reference else None,
-        "differences": [asdict(difference) for difference in differences],
-        "note": NOTE,
+        "differences": [difference_document(difference) for difference in differences],
+        "note": text,
     }
     write_json(folder / "report.json", document)
     parts = [
         f"# {result.summary.name}",
         "\n".join(_validation_table(result)),
         *difference_parts(differences),
+        text,
         "\n".join(_facts_table(result)),
-        NOTE,
         "![Training and validation loss and the learning rate over the tokens seen](curves.png)",
         f"The exported model (a Hugging Face folder): `{result.export}`",
     ]
@@ -53,11 +59,12 @@ def write_run_report(run_dir: Path) -> Path:
 
 
 def _validation_table(result: RunResult) -> list[str]:
-    body = [[AT_START, str(result.initial)]] if result.initial else []
-    body.append([AT_END, str(result.final)])
+    rows = [(AT_START, result.initial)] if result.initial else []
+    rows.append((AT_END, result.final))
     if result.reference is not None:
-        body.append([f"reference: {reference_name(result.reference.model)}", str(result.reference)])
-    return table(["validation", f"val loss ({result.summary.precision})"], body)
+        rows.append((f"reference: {reference_name(result.reference.model)}", result.reference))
+    body = [[name, *with_interval(found.pieces.estimate())] for name, found in rows]
+    return table(["validation", f"val loss ({result.summary.precision})", "95 % interval"], body)
 
 
 def _facts_table(result: RunResult) -> list[str]:

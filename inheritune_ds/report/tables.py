@@ -1,36 +1,61 @@
 """Tables and texts that the reports share."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path, PurePath
+from typing import Any
 
 from inheritune_ds.config.fields import is_local_path
-from inheritune_ds.report.comparison import Difference
+from inheritune_ds.data.window_losses import Estimate
+from inheritune_ds.report.comparison import MIN_EFFECTIVE_DOCUMENTS, MIN_SEEDS, Arm, Difference
+from inheritune_ds.report.results import ReferenceEvaluation
 from inheritune_ds.storage.files import storage_errors
 
-NOTE = (
-    "Losses are means over the fixed validation windows, in nats per token; ± is one standard error, s / √n over the"
-    " windows. Windows of one document are not independent, so the true uncertainty is larger than the standard errors"
-    " say. Each run is one seed: the spread between seeds is not in these numbers."
-)
 AT_START, AT_END = "before training (step 0)", "after training"
+
+
+def note(found: Estimate, precision: str) -> str:
+    """What the losses and intervals of a report are; with a warning if the windows hold too few documents.
+
+    `found` is any estimate on the report's windows.
+    """
+    text = (
+        f"Losses are means over the validation windows, in nats per token, computed in {precision}. Intervals are 95 % "
+        f"intervals over the {found.documents:,} documents of these windows; by their shares of the tokens they count "
+        f"as {found.effective_documents:.1f} documents of equal length. The interval of one run does not contain the "
+        f"spread between seeds; that of {MIN_SEEDS} or more runs that differ in the seed alone does."
+    )
+    if found.effective_documents >= MIN_EFFECTIVE_DOCUMENTS:
+        return text
+    return (
+        f"{text}\n\n**Warning**: fewer than {MIN_EFFECTIVE_DOCUMENTS:.0f} effective documents. The intervals are "
+        "rough, and no order of models is stated. Hold out more documents (corpus.validation_ratio) or "
+        "validate on more of them (validation.max_tokens)."
+    )
+
+
+def with_interval(found: Estimate, sign: str = "") -> list[str]:
+    """A mean and its interval as two cells."""
+    interval = "" if found.interval is None else " to ".join(f"{end:{sign}.4f}" for end in found.interval)
+    return [f"{found.mean:{sign}.4f}", interval]
 
 
 def difference_parts(differences: Sequence[Difference]) -> list[str]:
     """The table of paired differences as parts of a Markdown page."""
     if not differences:
         return []
-    header = ["paired difference of val loss", "mean", "standard error", "mean / standard error", "in words"]
+    header = ["paired difference of val loss", "mean", "95 % interval", "in words"]
     body = [
-        [
-            f"{difference.of} minus {difference.to}",
-            f"{difference.mean:+.4f}",
-            f"{difference.stderr:.4f}",
-            "" if difference.ratio is None else f"{difference.ratio:+.1f}",
-            difference.words,
-        ]
+        [f"{difference.of} minus {difference.to}", *with_interval(difference.found, "+"), difference.words]
         for difference in differences
     ]
     return ["\n".join(table(header, body))]
+
+
+def difference_document(difference: Difference) -> dict[str, Any]:
+    """Its entry in report.json."""
+    found = asdict(difference)
+    return {"of": found.pop("of"), "to": found.pop("to"), **found.pop("found"), **found}
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -58,3 +83,8 @@ def make_folder(parent: Path) -> Path:
 def reference_name(model: str) -> str:
     """Short name of a reference: the hub id, or the last part of a path."""
     return PurePath(model).name if is_local_path(model) else model
+
+
+def reference_arm(found: ReferenceEvaluation) -> Arm:
+    """A reference that no run of the report trains."""
+    return Arm(reference_name(found.model), found.precision, (found,), given=True)

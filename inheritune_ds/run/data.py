@@ -38,7 +38,7 @@ class RunData:
     def held_out(self) -> HeldOut:
         """The validation windows."""
         parts = {source.name: source.validation for source in self.tokens.sources}
-        return build_held_out(self._recipe, self._open(parts))
+        return build_held_out(self._recipe, self._open(parts), self.tokens.eos_id)
 
     @cached_property
     def total_steps(self) -> int:
@@ -75,10 +75,7 @@ class RunData:
 
     def validator(self, *, batch_size: int, rank: int = 0, size: int = 1) -> Validator:
         """The validation on the recipe's fixed windows, shared among `size` ranks; `batch_size` windows per pass."""
-        max_tokens = self._recipe.validation.max_tokens
-        return Validator(
-            self.held_out, max_tokens=max_tokens, batch_size=batch_size, rank=rank, size=size, packing=self.packing
-        )
+        return Validator(self.held_out, batch_size=batch_size, rank=rank, size=size, packing=self.packing)
 
     def metrics(self, state: TrainState) -> dict[str, float]:
         """Tokens seen, unique tokens and epochs of every source."""
@@ -113,11 +110,12 @@ class RunData:
 
     def log(self) -> None:
         """Log the validation windows; warn of parts of corpus and mixture that the run does not use."""
-        recipe = self._recipe
-        count = min(len(self.held_out), recipe.validation.max_tokens // recipe.training.seq_len)
-        used = self.held_out.used(count)
+        recipe, used = self._recipe, self.held_out.used
         by_source = f" ({', '.join(f'{name} {windows:,}' for name, windows in used.items())})" if len(used) > 1 else ""
-        logger.info("validation: %s windows of %d tokens%s", f"{count:,}", recipe.training.seq_len, by_source)
+        logger.info(
+            "validation: %s of %s held-out windows of %d tokens, evenly spread%s",
+            *(f"{len(self.held_out):,}", f"{self.held_out.available:,}", recipe.training.seq_len, by_source),
+        )
         untrained = [source.name for source in self.tokens.sources if not source.train_tokens]
         if untrained:
             logger.warning("no token of %s is trained on: empty, held out, or after max_tokens", ", ".join(untrained))

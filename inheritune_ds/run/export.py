@@ -221,6 +221,7 @@ def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], result: Map
         result: run.json.
     """
     unique = "" if result["unique_tokens"] is None else f" ({result['unique_tokens']:,} unique)"
+    error = "" if result["val_stderr"] is None else f" +- {result['val_stderr']:.4f}"
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [inheritune]\n---\n"
     return f"""{front}
 # {recipe["name"]}
@@ -231,7 +232,7 @@ def model_card(recipe: Mapping[str, Any], report: Mapping[str, Any], result: Map
 - Parameters: {result["parameters"]:,} ({result["block_parameters"]:,} in {result["blocks"]} blocks)
 - Training: {result["steps"]:,} steps, {result["tokens_seen"]:,} tokens seen{unique},
   precision {result["precision"]}, ZeRO stage {result["zero_stage"]}, {result["world_size"]} rank(s)
-- Validation loss: {result["val_loss"]:.4f} +- {result["val_stderr"]:.4f} nats per token
+- Validation loss: {result["val_loss"]:.4f}{error} nats per token
 - License: that of the reference and of the corpus; this card grants nothing beyond them.
 
 Made with inheritune_ds {result["version"]} from this recipe:

@@ -172,6 +172,7 @@ def _data_identity(recipe: Recipe, tokens: TokenSet) -> dict[str, Any]:
             "weight_changes": [change.model_dump(mode="json") for change in recipe.corpus.weight_changes],
         },
         "validation_tokens": recipe.validation.max_tokens,
+        "validation_windows": "evenly strided",
     }
 
 

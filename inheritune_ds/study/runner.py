@@ -63,7 +63,7 @@ def run_study(  # noqa: PLR0913 (the options of the command line, by keyword)
         if not _has_finished(recipe.name, runs_dir / recipe.name, run_ranks(command, num_ranks, port)):
             logger.info("\nstudy %s: stopped at %s; rerun the same command to resume", study.name, recipe.name)
             return None
-    rows = [StudyRow(run.label, run.run.role, run_result(runs_dir / run.recipe.name)) for run in runs]
+    rows = [StudyRow(run.label, run.run.role, run_result(runs_dir / run.recipe.name), run.arm) for run in runs]
     report = write_study_report(runs_dir / f"study-{study.name}", f"Study {study.name}", rows)
     logger.info("\n%s\n\nreport  %s\nfigure  %s", study_tables(rows), report, report.with_name("curves.png"))
     for row in rows:

@@ -63,6 +63,11 @@ class PlannedRun:
         """Its name in table and figure."""
         return self.run.label or self.recipe.name
 
+    @property
+    def arm(self) -> str:
+        """Fingerprint of its recipe without the seed: equal for runs that differ in the seed alone."""
+        return self.recipe.model_copy(update={"seed": 0}).fingerprint
+
 
 def load_study(name: str, overrides: Sequence[str], runs_dir: Path) -> tuple[StudyFile, list[PlannedRun]]:
     """Read a study and the recipe of every run.

@@ -39,7 +39,9 @@ METRICS: Mapping[str, Metric] = {
     "train/skipped_steps": Metric("steps", "skipped updates since step 0: a loss or gradient not finite, or a spike"),
     "train/rollbacks": Metric("1", "rollbacks to a checkpoint after faults in a row"),
     "val/loss": Metric("nats/token", "mean loss over the fixed validation windows"),
-    "val/stderr": Metric("nats/token", "standard error of val/loss, s / sqrt(n) over the windows"),
+    "val/stderr": Metric(
+        "nats/token", "standard error of val/loss over documents; not logged below two effective ones"
+    ),
     "val/ppl": Metric("1", "perplexity, exp(val/loss)"),
     "perf/tokens_per_s": Metric("tokens/s", "tokens trained on per second, all ranks together"),
     "perf/step_ms": Metric("ms", "wall-clock time of a step"),
@@ -191,7 +193,10 @@ class Curve:
 
 
 def curve(rows: Sequence[Row], name: str, stderr: str | None = None) -> Curve:
-    """The curve of the metric `name` over the rows that have it, and its standard error `stderr` if one is named."""
-    rows = [row for row in rows if name in row and (stderr is None or stderr in row)]
+    """The curve of the metric `name` over the rows that have it.
+
+    If one is named, with its standard error `stderr`, 0 where a row has none.
+    """
+    rows = [row for row in rows if name in row]
     tokens, values = tuple(row[TOKENS] for row in rows), tuple(row[name] for row in rows)
-    return Curve(tokens, values, tuple(row[stderr] for row in rows) if stderr else ())
+    return Curve(tokens, values, tuple(row.get(stderr, 0.0) for row in rows) if stderr else ())

@@ -29,7 +29,7 @@ from inheritune_ds.training.faults import not_finite
 from inheritune_ds.training.kernels import Kernels, apply_liger
 from inheritune_ds.training.loss import attach_loss
 from inheritune_ds.training.optimizer import build_optimizer, import_muon, parameter_groups, without_names
-from inheritune_ds.training.packing import DocumentPacking, WindowInputs, mean_losses, prove_apart
+from inheritune_ds.training.packing import DocumentPacking, WindowInputs, losses_by_window, prove_apart
 from inheritune_ds.training.padded_attention import pad_heads
 from inheritune_ds.training.step_clock import PassClock
 from inheritune_ds.training.update_gate import Judge, UpdateGate, agreed, count_targets, totals
@@ -189,18 +189,17 @@ class Engine:
         return StepResult(loss, gate.grad_norm, applied, gate.fault, requests, clock.seconds())
 
     @torch.no_grad()
-    def window_losses(self, batches: Sequence[Tokens]) -> list[npt.NDArray[np.float64]]:
-        """Mean loss of every window over its counted targets, in nats a token; all ranks must pass as many batches.
+    def window_losses(self, batches: Sequence[Tokens]) -> list[npt.NDArray[np.float32]]:
+        """Loss (B, T) of every target, in nats, 0 if not counted; all ranks must pass as many batches.
 
         Args:
             batches: Arrays (B, T + 1) of token ids.
         """
         with self._evaluating(), self._windows.apart():
-            return [self._mean_losses(torch.from_numpy(batch)) for batch in batches]
+            return [self._losses(torch.from_numpy(batch)) for batch in batches]
 
-    def _mean_losses(self, tokens_BT1: torch.Tensor) -> npt.NDArray[np.float64]:
-        losses = self._engine(**self._windows.with_targets(tokens_BT1, self.device))
-        return mean_losses(losses, tokens_BT1, self._windows.packing)
+    def _losses(self, tokens_BT1: torch.Tensor) -> npt.NDArray[np.float32]:
+        return losses_by_window(self._engine(**self._windows.with_targets(tokens_BT1, self.device)), tokens_BT1)
 
     @torch.no_grad()
     def probe_logits(self, tokens: Tokens) -> torch.Tensor:

@@ -46,15 +46,9 @@ def counted_targets(tokens_BT1: torch.Tensor, packing: DocumentPacking | None) -
     return counted if packing is None else counted & (tokens_BT1[:, :-1] != packing.eos_id)
 
 
-def mean_losses(
-    losses: torch.Tensor, tokens_BT1: torch.Tensor, packing: DocumentPacking | None
-) -> npt.NDArray[np.float64]:
-    """Mean loss (B,) of windows on the host over their counted targets, of losses (B, T) or (1, N); 0 without any."""
-    losses_BT = losses.double().view(len(tokens_BT1), -1)
-    if packing is None:
-        return losses_BT.mean(dim=1).cpu().numpy()
-    counts = counted_targets(tokens_BT1, packing).sum(dim=1).clamp(min=1)
-    return (losses_BT.sum(dim=1).cpu() / counts).numpy()
+def losses_by_window(losses: torch.Tensor, tokens_BT1: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Losses (B, T) of windows on the host, of losses (B, T) or (1, N)."""
+    return losses.float().view(len(tokens_BT1), -1).cpu().numpy()
 
 
 def document_starts(inputs_BT: torch.Tensor, eos_id: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""Held-out loss on fixed windows, with its standard error."""
+"""Loss on the validation windows by window and document, with its standard error."""
 
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from inheritune_ds.checkpoints.train_state import TrainState
 from inheritune_ds.data.stream.validation_windows import HeldOut
-from inheritune_ds.data.window_losses import window_mean
+from inheritune_ds.data.window_losses import RESULT_FORMAT, Pieces
 from inheritune_ds.errors import CorpusError, StorageError, TrainingError
+from inheritune_ds.plan.checks import MIN_VALIDATION_WINDOWS
 from inheritune_ds.storage.files import write_json
 from inheritune_ds.tracking.recorder import Recorder
 from inheritune_ds.training.packing import DocumentPacking, counted_targets
@@ -27,81 +28,89 @@ BATCHES_BETWEEN = 8
 
 
 class WindowScorer(Protocol):
-    """Computes the mean loss of windows: the engine, or a bare reference model."""
+    """Computes the losses of windows: the engine, or a bare reference model."""
 
-    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
-        """Mean loss of every window of every batch over its counted targets, in nats a token."""
+    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float32]]:
+        """Loss (B, T) of every target of every batch, in nats; 0 for a target that is not counted."""
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Loss over the held-out windows.
+    """Loss over the validation windows.
 
     Attributes:
         loss: Mean over all counted targets, in nats.
-        stderr: Standard error of that mean (see `window_mean`).
-        windows: Loss of each window, in the fixed order.
+        stderr: Its standard error over documents; None if they are too few (see `estimate`).
+        windows: Number of windows.
         seq_len: Tokens a window.
         tokens_sha256: Hash of the windows' tokens.
-        targets: Number counted in each window; empty if every token of every window is.
+        pieces: Loss by window and document.
     """
 
     loss: float
-    stderr: float
-    windows: tuple[float, ...]
+    stderr: float | None
+    windows: int
     seq_len: int
     tokens_sha256: str
-    targets: tuple[int, ...] = ()
+    pieces: Pieces
 
     @property
     def perplexity(self) -> float:
         """exp(loss), capped before overflow."""
         return math.exp(min(self.loss, 700.0))
 
+    def __str__(self) -> str:
+        return f"{self.loss:.4f}" if self.stderr is None else f"{self.loss:.4f} +- {self.stderr:.4f}"
+
     def write(self, path: Path, **extra: Any) -> None:
-        """Write the result as JSON, with `extra` fields first."""
-        found = asdict(self)
-        if not self.targets:
-            del found["targets"]
-        write_json(path, {**extra, **found})
+        """Write the result as JSON, with its format and `extra` fields first."""
+        write_json(path, {"format": RESULT_FORMAT, **extra, **asdict(self)})
 
 
 class Validator:
-    """The first held-out windows, at most `max_tokens`, split over the ranks; `batch_size` windows a forward pass.
+    """The validation windows, split over the ranks; `batch_size` windows a forward pass.
 
     Raises:
-        CorpusError: If there are fewer than two windows: they have no standard error.
+        CorpusError: If there are fewer than two windows.
     """
 
-    def __init__(  # noqa: PLR0913 - one argument for each thing that decides
-        self,
-        windows: HeldOut,
-        *,
-        max_tokens: int,
-        batch_size: int,
-        rank: int,
-        size: int,
-        packing: DocumentPacking | None = None,
+    def __init__(
+        self, windows: HeldOut, *, batch_size: int, rank: int, size: int, packing: DocumentPacking | None = None
     ) -> None:
-        self.count = min(len(windows), max_tokens // windows.seq_len)
-        if self.count < 2:
+        self.count = len(windows)
+        if self.count < MIN_VALIDATION_WINDOWS:
             raise CorpusError(
-                f"the held-out part has {len(windows)} windows of {windows.seq_len} tokens, of which "
-                f"validation.max_tokens = {max_tokens} allows {self.count}",
-                allowed="at least 2",
+                f"the held-out part has {windows.available} windows of {windows.seq_len} tokens, of which "
+                f"validation.max_tokens allows {self.count}",
+                allowed=f"at least {MIN_VALIDATION_WINDOWS}",
                 action="raise corpus.validation_ratio or validation.max_tokens, or lower training.seq_len",
             )
         self._windows, self._batch_size, self._rank, self._size = windows, batch_size, rank, size
-        self._tokens_sha256 = windows.sha256(self.count)
-        self._targets = self._count_targets(packing) if packing is not None else ()
+        self._tokens_sha256 = windows.sha256()
+        self._find_pieces(packing)
 
-    def _count_targets(self, packing: DocumentPacking) -> tuple[int, ...]:
-        """Counted targets of every window, without communication between the ranks."""
-        found: list[int] = []
-        for start in range(0, self.count, self._batch_size):
-            batch = self._windows.read(np.arange(start, min(start + self._batch_size, self.count)))
-            found += counted_targets(torch.from_numpy(batch), packing).sum(dim=1).tolist()
-        return tuple(found)
+    def _find_pieces(self, packing: DocumentPacking | None) -> None:
+        """Place and counted targets of every piece, without communication between the ranks."""
+        offsets: list[npt.NDArray[np.int64]] = []
+        documents: list[npt.NDArray[np.int64]] = []
+        tokens: list[npt.NDArray[np.int64]] = []
+        for first in range(0, self.count, self._batch_size):
+            numbers = np.arange(first, min(first + self._batch_size, self.count))
+            counted = counted_targets(torch.from_numpy(self._windows.read(numbers)), packing).numpy()
+            for row, counts in zip(self._windows.documents(numbers), counted, strict=True):
+                offsets.append(np.flatnonzero(np.diff(row, prepend=-1)))
+                documents.append(row[offsets[-1]])
+                tokens.append(np.add.reduceat(counts.astype(np.int64), offsets[-1]))
+        self._offsets = offsets
+        """Of every window: the first targets of its pieces."""
+        self._ends = np.cumsum([len(starts) for starts in offsets])
+        numbers_of_documents = np.unique(np.concatenate(documents), return_inverse=True)[1]
+        self._pieces = Pieces(
+            windows=tuple(np.repeat(np.arange(self.count), [len(starts) for starts in offsets]).tolist()),
+            documents=tuple(numbers_of_documents.tolist()),
+            tokens=tuple(np.concatenate(tokens).tolist()),
+            losses=(),
+        )
 
     @property
     def batches(self) -> int:
@@ -121,21 +130,30 @@ class Validator:
         longest = math.ceil(self.count / self._size)
         padded = np.resize(own, longest) if len(own) else np.zeros(longest, dtype=np.int64)
         batches = [self._windows.read(padded[i : i + self._batch_size]) for i in range(0, longest, self._batch_size)]
-        scored: list[npt.NDArray[np.float64]] = []
+        scored: list[npt.NDArray[np.float32]] = []
         for first in range(0, len(batches), BATCHES_BETWEEN):
             if stop():
                 return None
             scored += scorer.window_losses(batches[first : first + BATCHES_BETWEEN])
-        losses = np.concatenate(scored)[: len(own)]
-        all_losses = torch.zeros(self.count, dtype=torch.float64)
-        all_losses[torch.from_numpy(own)] = torch.from_numpy(losses)
+        return self._result(self._sum_pieces(own, np.concatenate(scored)[: len(own)]))
+
+    def _sum_pieces(self, own: npt.NDArray[np.int64], losses: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Loss (K,) of every piece, from the losses (windows, T) of this rank's windows."""
+        sums = torch.zeros(len(self._pieces.windows), dtype=torch.float64)
+        for number, row in zip(own.tolist(), losses, strict=True):
+            offsets, end = self._offsets[number], self._ends[number]
+            sums[end - len(offsets) : end] = torch.from_numpy(np.add.reduceat(row.astype(np.float64), offsets))
         if self._size > 1:
-            all_losses = all_losses.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(all_losses)
-        values = all_losses.cpu().numpy()
-        loss, stderr = window_mean(values, self._targets)
-        windows = tuple(map(float, values))
-        return ValidationResult(loss, stderr, windows, self._windows.seq_len, self._tokens_sha256, self._targets)
+            sums = sums.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(sums)
+        return sums.cpu().numpy()
+
+    def _result(self, losses: npt.NDArray[np.float64]) -> ValidationResult:
+        pieces = replace(self._pieces, losses=tuple(losses.tolist()))
+        with np.errstate(invalid="ignore"):  # the caller reports losses that are not finite
+            found = pieces.estimate()
+        seq_len = self._windows.seq_len
+        return ValidationResult(found.mean, found.stderr, self.count, seq_len, self._tokens_sha256, pieces)
 
 
 @dataclass(frozen=True)
@@ -146,7 +164,7 @@ class ValidationTask:
     scorer: WindowScorer
     recorder: Recorder
     eval_dir: Path | None
-    """Folder for the losses of all windows; None on ranks other than 0."""
+    """Folder for the results; None on ranks other than 0."""
     total_steps: int
 
     def run(self, state: TrainState, stop: Callable[[], bool]) -> bool:
@@ -168,13 +186,15 @@ class ValidationTask:
             )
         if self.eval_dir is not None:
             self._write(result, self.eval_dir, state.step)
-        values = {"val/loss": result.loss, "val/stderr": result.stderr, "val/ppl": result.perplexity}
+        values = {"val/loss": result.loss, "val/ppl": result.perplexity}
+        if result.stderr is not None:
+            values["val/stderr"] = result.stderr
         self.recorder.log(state.step, state.tokens, values)
-        logger.info("step %d: val loss %.4f +- %.4f", state.step, result.loss, result.stderr)
+        logger.info("step %d: val loss %s", state.step, result)
         return True
 
     def _write(self, result: ValidationResult, eval_dir: Path, step: int) -> None:
-        """Write the losses of all windows; before the last step a refusal of the disk does not end the run."""
+        """Write the result; before the last step a refusal of the disk does not end the run."""
         try:
             result.write(eval_dir / f"validation-step-{step:08d}.json", step=step)
         except StorageError as error:

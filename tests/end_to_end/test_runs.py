@@ -91,7 +91,7 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     assert all((target[tensor["name"]] == trained[tensor["source"]["tensor"]]).all() for tensor in report["tensors"])
     scored = json.loads((child / "eval/reference.json").read_text())
     parent_final = json.loads((parent / "eval/validation-step-00000012.json").read_text())
-    assert scored["windows"] == pytest.approx(parent_final["windows"], rel=1e-5)
+    assert scored["pieces"]["losses"] == pytest.approx(parent_final["pieces"]["losses"], rel=1e-5)
     assert json.loads((child / "run.json").read_text())["blocks"] == 2
     decayed, undecayed = json.loads((child / "ds_config.resolved.json").read_text())["parameter_groups"]
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)

@@ -24,4 +24,4 @@ def token_set(folder: Path, train: Mapping[str, int], held_out: Mapping[str, int
         }
         for name in train
     ]
-    return TokenSet(folder, {"token_dtype": "uint16", "sources": sources})
+    return TokenSet(folder, {"token_dtype": "uint16", "eos_id": 1, "sources": sources})

@@ -24,8 +24,9 @@ def _default_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with a fake train.py; `bench`/NAME sets the behavior of run NAME."""
     bench = tmp_path / "bench"
-    text = {"seq_len": 128, "tokens_sha256": "a" * 64}
-    evaluation = {"step": 1, "loss": 2.5, "stderr": 0.5, "windows": [2.0, 3.0], **text}
+    text = {"windows": 2, "seq_len": 4, "tokens_sha256": "a" * 64}
+    pieces = {"windows": [0, 1], "documents": [0, 1], "tokens": [4, 4], "losses": [8.0, 12.0]}
+    evaluation = {"format": 2, "step": 1, "loss": 2.5, "stderr": 0.5, **text, "pieces": pieces}
     row = {"step": 1, "train/tokens": 8, "val/loss": 2.5, "val/stderr": 0.5}
     (bench / "finished/eval").mkdir(parents=True)
     (bench / "finished/run.json").write_text(json.dumps(SUMMARY))

@@ -58,9 +58,9 @@ class Model:
         fault = judge(loss, 1.0)
         return StepResult(loss, 1.0, applied=fault is None, fault=fault, requests=requests, passes_s=0.0)
 
-    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float64]]:
+    def window_losses(self, batches: list[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.float32]]:
         loss = next(self.validation)
-        return [np.full(len(batch), loss) for batch in batches]
+        return [np.full((len(batch), SEQ_LEN), loss, dtype=np.float32) for batch in batches]
 
 
 class Saved:
@@ -122,7 +122,7 @@ class Run:
         self.parts = LoopParts(
             recipe=recipe,
             stream=BatchStream({"tokens": windows}, seed=7, batch_windows=BATCH),
-            validator=Validator(HeldOut({"tokens": windows}), max_tokens=1000, batch_size=4, rank=0, size=1),
+            validator=Validator(HeldOut({"tokens": windows}, limit=100, eos_id=0), batch_size=4, rank=0, size=1),
             recorder=self.recorded,
             restore=self.saved.restore,
             controls=Controls(folder, StopSignal(), self.world),

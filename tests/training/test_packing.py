@@ -5,6 +5,7 @@ Shapes: B windows, T tokens each, N = B * T tokens, H heads, D their width, V vo
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -19,7 +20,7 @@ from inheritune_ds.training.packing import (
     WindowInputs,
     counted_targets,
     document_starts,
-    mean_losses,
+    losses_by_window,
     positions,
     prove_apart,
 )
@@ -98,7 +99,8 @@ def packed(model: PreTrainedModel, attention: str = "sdpa") -> tuple[list[float]
         given = inputs.with_targets(windows(), CPU)
         model(**given)[0].backward()
         with torch.no_grad():
-            means = mean_losses(model(**given), windows(), PACKING)
+            losses = losses_by_window(model(**given), windows())
+    means = losses.sum(axis=1) / counted_targets(windows(), PACKING).sum(dim=1).numpy()
     return means.tolist(), gradient(model)
 
 
@@ -186,12 +188,12 @@ def test_first_token_of_a_document_and_padding_are_not_counted() -> None:
     assert given["input_ids"].tolist() == [[7, 8, EOS, 9], [1, EOS, 0, 0]]
 
 
-def test_mean_losses_are_over_what_is_counted_and_finite_where_nothing_is() -> None:
-    tokens = torch.tensor([[7, 8, EOS, 9], [EOS, EOS, EOS, 9]])
-    losses = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
-    assert mean_losses(losses, tokens, PACKING).tolist() == [1.5, 0.0]
-    assert mean_losses(losses.view(1, -1), tokens, PACKING).tolist() == [1.5, 0.0]
-    assert mean_losses(losses, tokens, None).tolist() == [1.0, 0.0]
+def test_losses_by_window_have_a_row_for_each_window() -> None:
+    tokens, losses = torch.zeros(2, 5), torch.tensor([[1.0, 2.0, 0.0, 3.0], [0.5, 0.0, 0.0, 0.0]])
+    for given in (losses, losses.view(1, -1), losses.bfloat16()):
+        found = losses_by_window(given, tokens)
+        assert found.dtype == np.float32
+        assert found.tolist() == losses.tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

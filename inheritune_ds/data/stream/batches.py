@@ -150,10 +150,16 @@ def build_stream(recipe: Recipe, shards: Mapping[str, TokenShards]) -> BatchStre
     )
 
 
-def build_held_out(recipe: Recipe, shards: Mapping[str, TokenShards]) -> HeldOut:
-    """The held-out windows of a recipe, mixed by the weights at its start."""
-    weights = weights_of(recipe.corpus, recipe.training.seq_len)
-    return HeldOut(_windows(recipe, shards), None if weights is None else weights[0].shares)
+def build_held_out(recipe: Recipe, shards: Mapping[str, TokenShards], eos_id: int) -> HeldOut:
+    """The validation windows of a recipe, mixed by the weights at its start."""
+    seq_len = recipe.training.seq_len
+    weights = weights_of(recipe.corpus, seq_len)
+    return HeldOut(
+        _windows(recipe, shards),
+        limit=recipe.validation.max_tokens // seq_len,
+        eos_id=eos_id,
+        shares=None if weights is None else weights[0].shares,
+    )
 
 
 def _windows(recipe: Recipe, shards: Mapping[str, TokenShards]) -> dict[str, Windows]:

@@ -3,7 +3,6 @@
 Shapes: B windows, T = `seq_len`; a window has T + 1 tokens, the last one only as a target.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.plan.duration import windows_in
 
-_HASH_TOKENS = 1 << 20
+_SEARCHED_TOKENS = 1 << 20
 
 
 class TokenShards:
@@ -42,6 +41,15 @@ class TokenShards:
 
     def __len__(self) -> int:
         return self._num_tokens
+
+    def find(self, token: int) -> NDArray[np.int64]:
+        """Positions of a token in the sequence, in increasing order."""
+        found = [
+            begin + first + np.flatnonzero(array[first : first + _SEARCHED_TOKENS] == token)
+            for begin, array in zip(self._begins.tolist(), self.arrays, strict=True)
+            for first in range(0, len(array), _SEARCHED_TOKENS)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *found])
 
     def _place(self) -> None:
         """Compute the position of every file in the sequence."""
@@ -92,13 +100,6 @@ class Windows:
     def __len__(self) -> int:
         return windows_in(len(self.shards), self.seq_len)
 
-    def hash_into(self, digest: "hashlib._Hash", count: int) -> None:
-        """Add the token ids of the first `count` windows to a hash, as 32-bit numbers."""
-        num_tokens = count * self.seq_len + 1 if count else 0
-        for start in range(0, num_tokens, _HASH_TOKENS):
-            tokens = self.shards.read(np.array([start]), min(_HASH_TOKENS, num_tokens - start))
-            digest.update(tokens.astype("<u4").tobytes())
-
 
 class SourceTokens:
     """The tokens of several sources with windows of one length, read together."""
@@ -113,9 +114,17 @@ class SourceTokens:
         self._tokens = TokenShards.joined([windows.shards for windows in sources.values()])
         self._begins = np.cumsum([0, *self.counts], dtype=np.int64)[:-1]
 
+    def find(self, token: int) -> NDArray[np.int64]:
+        """Positions of a token in the joined sequence of all sources, in increasing order."""
+        return self._tokens.find(token)
+
+    def positions(self, sources: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions (B,) of the tokens `starts` (B,) of `sources` (B,) in the joined sequence."""
+        return self._begins[sources] + starts
+
     def read(self, sources: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the windows (B, T + 1) that begin at the tokens `starts` (B,) of `sources` (B,)."""
-        return self._tokens.read(self._begins[sources] + starts, self.seq_len + 1)
+        return self._tokens.read(self.positions(sources, starts), self.seq_len + 1)
 
 
 def _mapped(path: Path, count: int, item: np.dtype[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:

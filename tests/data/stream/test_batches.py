@@ -221,8 +221,9 @@ def test_build_stream_follows_the_recipe(tmp_path: Path) -> None:
     assert Counter(sources[:8]) == {0: 6, 1: 2}
     assert sources[8:] == [0, 1] * 4
     assert stream.seen(2) == {"books": Coverage(10, 10, 1.0), "arxiv": Coverage(6, 6, 0.6)}
-    held = build_held_out(recipe, shards)
-    assert held.used(8) == {"books": 6, "arxiv": 2}
+    limited = recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"max_tokens": 8 * 4 + 3})})
+    held = build_held_out(limited, shards, eos_id=0)
+    assert held.used == {"books": 6, "arxiv": 2}
 
 
 def test_build_stream_concatenates_sources_without_weights(tmp_path: Path) -> None:
@@ -232,4 +233,5 @@ def test_build_stream_concatenates_sources_without_weights(tmp_path: Path) -> No
     stream = build_stream(recipe, shards)
     assert stream.num_windows == 40
     assert stream.seen(5) == {"books": Coverage(10, 10, 1.0), "arxiv": Coverage(30, 30, 1.0)}
-    assert build_held_out(recipe, shards).used(8) == {"books": 2, "arxiv": 6}
+    limited = recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"max_tokens": 8 * 4})})
+    assert build_held_out(limited, shards, eos_id=0).used == {"books": 2, "arxiv": 6}

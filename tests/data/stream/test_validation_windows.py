@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inheritune_ds.data.stream.validation_windows import HeldOut
+from inheritune_ds.data.stream.validation_windows import HeldOut, strided
 from inheritune_ds.data.stream.windows import TokenShards, Windows
 
-SEQ_LEN = 4
+SEQ_LEN, EOS = 4, 60_000
 
 
 def windows_of(folder: Path, number: int, count: int) -> Windows:
@@ -20,8 +20,9 @@ def windows_of(folder: Path, number: int, count: int) -> Windows:
     return Windows(TokenShards([path], [num_tokens], "uint16"), SEQ_LEN)
 
 
-def held_out(folder: Path, sizes: list[int], shares: list[int] | None) -> HeldOut:
-    return HeldOut({str(number): windows_of(folder, number, size) for number, size in enumerate(sizes)}, shares)
+def held_out(folder: Path, sizes: list[int], shares: list[int] | None, limit: int = 1000) -> HeldOut:
+    sources = {str(number): windows_of(folder, number, size) for number, size in enumerate(sizes)}
+    return HeldOut(sources, limit=limit, eos_id=EOS, shares=shares)
 
 
 def order_of(held: HeldOut) -> list[tuple[int, int]]:
@@ -36,8 +37,26 @@ def order_of(held: HeldOut) -> list[tuple[int, int]]:
 def test_a_single_source_keeps_its_order(tmp_path: Path, shares: list[int] | None) -> None:
     held = held_out(tmp_path, [9], shares)
     assert order_of(held) == [(0, window) for window in range(9)]
-    assert held.seq_len == SEQ_LEN
-    assert held.sha256(9) == hashlib.sha256(np.arange(9 * SEQ_LEN + 1, dtype="<u4").tobytes()).hexdigest()
+    assert (held.seq_len, held.available) == (SEQ_LEN, 9)
+    rows = [np.arange(first, first + SEQ_LEN + 1, dtype="<u4") for first in range(0, 9 * SEQ_LEN, SEQ_LEN)]
+    assert held.sha256() == hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
+
+
+def test_strided_windows_are_spread_over_the_whole_part() -> None:
+    assert strided(9, 9).tolist() == list(range(9))
+    assert strided(9, 3).tolist() == [1, 4, 7]
+    assert strided(10, 4).tolist() == [1, 3, 6, 8]
+    assert strided(7, 0).tolist() == []
+
+
+@given(data=st.data(), size=st.integers(1, 10_000))
+def test_strided_windows_are_different_ones_one_of_each_equal_part(data: st.DataObject, size: int) -> None:
+    count = data.draw(st.integers(1, min(size, 500)))
+    found = strided(size, count)
+    parts = [(number * size / count, (number + 1) * size / count) for number in range(count)]
+    assert all(low - 1 < window < high for window, (low, high) in zip(found.tolist(), parts, strict=True))
+    assert (np.diff(found) >= size // count).all()
+    assert found[-1] < size
 
 
 @given(
@@ -48,20 +67,22 @@ def test_every_window_is_there_once_and_a_source_keeps_its_order(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], shares: list[int] | None
 ) -> None:
     shares = None if shares is None else shares[: len(sizes)]
-    held = held_out(tmp_path_factory.mktemp("held"), sizes, shares)
+    folder = tmp_path_factory.mktemp("held")
+    held = held_out(folder, sizes, shares)
     order = order_of(held)
     assert sorted(order) == [(source, window) for source, size in enumerate(sizes) for window in range(size)]
     for source, size in enumerate(sizes):
         assert [window for number, window in order if number == source] == list(range(size))
-    for count in range(len(order) + 1):
-        used = held.used(count)
-        assert list(used.values()) == [
-            sum(number == source for number, _ in order[:count]) for source in range(len(sizes))
-        ]
+    for limit in range(1, len(order) + 1):
+        some = held_out(folder, sizes, shares, limit)
+        assert [source for source, _ in order_of(some)] == [source for source, _ in order[:limit]]
+        for source, size in enumerate(sizes):
+            own = [window for number, window in order_of(some) if number == source]
+            assert own == strided(size, some.used[str(source)]).tolist()
         weights = sizes if shares is None else shares
-        if sum(weights) and all(used[str(number)] < size for number, size in enumerate(sizes) if weights[number]):
+        if sum(weights) and all(some.used[str(number)] < size for number, size in enumerate(sizes) if weights[number]):
             for source, weight in enumerate(weights):
-                assert abs(used[str(source)] - count * weight / sum(weights)) <= max(1, len(sizes) - 1)
+                assert abs(some.used[str(source)] - limit * weight / sum(weights)) <= max(1, len(sizes) - 1)
 
 
 def test_when_a_source_is_used_up_the_others_continue_and_weight_0_is_last(tmp_path: Path) -> None:
@@ -70,23 +91,35 @@ def test_when_a_source_is_used_up_the_others_continue_and_weight_0_is_last(tmp_p
     assert order[10:] == [(2, 0), (2, 1)]
 
 
-def test_the_hash_is_of_the_windows_used_source_by_source_and_of_their_order(tmp_path: Path) -> None:
-    held = held_out(tmp_path, [6, 3], [2, 1])
-    order = [source for source, _ in order_of(held)[:4]]
-    assert (held.used(4), sorted(order)) == ({"0": 3, "1": 1}, [0, 0, 0, 1])
-    text = [*range(3 * SEQ_LEN + 1), *range(1000, 1000 + SEQ_LEN + 1), *order]
-    assert held.sha256(4) == hashlib.sha256(np.array(text, dtype="<u4").tobytes()).hexdigest()
-    assert held.sha256(1) == hashlib.sha256(np.array([*range(SEQ_LEN + 1), 0], dtype="<u4").tobytes()).hexdigest()
-
-
 def test_the_same_windows_in_another_order_have_another_hash(tmp_path: Path) -> None:
     one, other = (held_out(tmp_path, [4, 4], shares) for shares in ([1, 1], [3, 1]))
     assert sorted(order_of(one)) == sorted(order_of(other))
-    assert one.used(8) == other.used(8)
-    assert one.sha256(8) != other.sha256(8)
-    assert one.sha256(8) == held_out(tmp_path, [4, 4], [2, 2]).sha256(8)
+    assert one.used == other.used
+    assert one.sha256() != other.sha256()
+    assert one.sha256() == held_out(tmp_path, [4, 4], [2, 2]).sha256()
+    assert one.sha256() != held_out(tmp_path, [4, 4], [1, 1], limit=7).sha256()
 
 
 def test_held_out_may_be_empty(tmp_path: Path) -> None:
     assert len(held_out(tmp_path, [0, 0], None)) == 0
-    assert held_out(tmp_path, [0, 0], [1, 1]).used(0) == {"0": 0, "1": 0}
+    assert held_out(tmp_path, [0, 0], [1, 1]).used == {"0": 0, "1": 0}
+
+
+def test_documents_of_targets_are_counted_by_their_end_tokens_over_shards_and_sources(tmp_path: Path) -> None:
+    texts = [[5, EOS, 6, 6, 6, 6, 6, 6, EOS], [7, 7, 7, EOS, 8, 8, 8, 8, 8, EOS, EOS, 9, 9]]
+    sources = {}
+    for number, text in enumerate(texts):
+        paths = [tmp_path / f"{number}-{part}.bin" for part in range(2)]
+        for path, tokens in zip(paths, (text[:3], text[3:]), strict=True):
+            np.asarray(tokens, "<u2").tofile(path)
+        sources[str(number)] = Windows(TokenShards(paths, [3, len(text) - 3], "uint16"), SEQ_LEN)
+    held = HeldOut(sources, limit=100, eos_id=EOS, shares=[1, 1])
+    assert held.read(np.arange(5))[:, 0].tolist() == [5, 7, 6, 8, 8]
+    # Documents in the order of the text: "5", "6" and, after it, nothing; "7", "8", an empty one, "9".
+    assert held.documents(np.arange(5)).tolist() == [
+        [0, 1, 1, 1],
+        [3, 3, 3, 4],
+        [1, 1, 1, 1],
+        [4, 4, 4, 4],
+        [4, 5, 6, 6],
+    ]

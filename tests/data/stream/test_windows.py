@@ -1,4 +1,3 @@
-import hashlib
 import os
 import struct
 from pathlib import Path
@@ -127,7 +126,7 @@ def test_windows_equal_an_independent_reader(tmp_path: Path, dtype: str) -> None
     windows = Windows.of_file(path, dtype, 10, 103)
     tokens = struct.unpack(f"<103{'H' if dtype == 'uint16' else 'I'}", path.read_bytes())
     assert len(windows) == 10
-    rows = HeldOut({"t": windows}).read(np.array([9, 0, 3, 3], dtype=np.int64))
+    rows = HeldOut({"t": windows}, limit=1000, eos_id=0).read(np.array([9, 0, 3, 3], dtype=np.int64))
     assert rows.dtype == np.int64
     assert rows.tolist() == [list(tokens[10 * window : 10 * window + 11]) for window in (9, 0, 3, 3)]
 
@@ -135,18 +134,17 @@ def test_windows_equal_an_independent_reader(tmp_path: Path, dtype: str) -> None
 def test_windows_make_every_token_but_the_first_a_target_once(tmp_path: Path) -> None:
     shards, tokens = shards_of(tmp_path, [20, 1, 20])
     windows = Windows(shards, 8)
-    targets = HeldOut({"t": windows}).read(np.arange(len(windows)))[:, 1:].ravel()
+    targets = HeldOut({"t": windows}, limit=1000, eos_id=0).read(np.arange(len(windows)))[:, 1:].ravel()
     assert targets.tolist() == tokens[1:]
 
 
-@pytest.mark.parametrize("count", [0, 1, 7])
-def test_hash_is_of_the_first_windows(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inheritune_ds.data.stream.windows._HASH_TOKENS", 10)
-    shards, tokens = shards_of(tmp_path, [17, 24])
-    digest = hashlib.sha256()
-    Windows(shards, 5).hash_into(digest, count)
-    used = tokens[: count * 5 + 1] if count else []
-    assert digest.hexdigest() == hashlib.sha256(np.array(used, dtype="<u4").tobytes()).hexdigest()
+def test_end_tokens_are_found_in_all_parts_of_a_long_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inheritune_ds.data.stream.windows._SEARCHED_TOKENS", 4)
+    np.asarray([1, 0, 0, 2, 0, 3, 3, 3, 3, 0], "<u2").tofile(tmp_path / "a.bin")
+    np.asarray([0, 1], "<u2").tofile(tmp_path / "b.bin")
+    shards = TokenShards([tmp_path / "a.bin", tmp_path / "b.bin"], [10, 2], "uint16")
+    assert shards.find(0).tolist() == [1, 2, 4, 9, 10]
+    assert shards.find(7).tolist() == []
 
 
 def test_source_tokens_are_read_together(tmp_path: Path) -> None:
