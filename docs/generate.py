@@ -190,7 +190,7 @@ def exit_codes() -> str:
     """A row per exit code."""
     kinds = [kind for kind in errors.InherituneError.__subclasses__() if kind.__module__ == errors.__name__]
     interrupted = (
-        "Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) while a run is prepared: finished stages are kept; or a "
+        "Ctrl-C (or SIGTERM, SIGUSR1, SIGHUP) while a run is prepared: finished stages are kept; or a "
         "second Ctrl-C within 5 s"
     )
     rows = [
