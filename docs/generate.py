@@ -26,7 +26,7 @@ from pydantic_core import PydanticUndefined
 from tables import campaign, families, table
 
 from inheritune_ds import cli, errors
-from inheritune_ds.config import deepspeed_keys, fields, recipe
+from inheritune_ds.config import deepspeed_keys, deepspeed_refused, fields, recipe
 from inheritune_ds.config.kernels import COMPILE_FLOPS_CPU, COMPILE_MFU, COMPILE_SECONDS_GPU, KernelRequest
 from inheritune_ds.config.messages import words
 from inheritune_ds.config.reliability import WATCHDOG_S, Reliability
@@ -265,7 +265,7 @@ def ds_reliability() -> str:
 
 def ds_refused() -> str:
     """DeepSpeed keys that are refused, with the reason."""
-    return table(("key", "why"), [(f"`{key}`", why) for key, why in sorted(deepspeed_keys.REFUSED.items())])
+    return table(("key", "why"), [(f"`{key}`", why) for key, why in sorted(deepspeed_refused.REFUSED.items())])
 
 
 def metrics() -> str:
