@@ -249,8 +249,8 @@ def test_a_folder_without_a_model_is_called_what_it_is(  # noqa: PLR0917 - fixtu
     content: str,
     kind: str,
     action: str,
-    config: bool,
-    tmp_path: Path,  # noqa: FBT001
+    config: bool,  # noqa: FBT001
+    tmp_path: Path,
 ) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content, encoding="utf-8")
