@@ -15,19 +15,18 @@ from pathlib import Path
 from benchmarks.campaign.launching import (
     MARK,
     RANKS,
-    REPOSITORY,
     START_TIMEOUT_S,
     TROUBLED,
     Launched,
     Launcher,
     TinyRun,
     check_same,
-    environment,
-    launcher_line,
     status,
 )
 from benchmarks.campaign.part import Figures, Part
+from benchmarks.record import REPOSITORY
 from inheritune_ds.checkpoints.store import CheckpointStore
+from tests.launching import environment, launcher_line
 
 AT, STEPS = 6, 12
 """The step at which the output breaks, and those of the run; a checkpoint is saved every 4."""
