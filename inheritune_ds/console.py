@@ -1,4 +1,4 @@
-"""Own the screen: print the log lines of rank 0 and the progress of long work, and lose lines rather than the run.
+"""Print log lines and progress on a screen that may be lost without the run.
 
 Progress is a bar on a terminal and a plain line every ten seconds elsewhere.
 """
