@@ -1,4 +1,4 @@
-"""Print log lines and progress on a screen that may be lost without the run.
+"""Print log lines and progress, and lose lines instead of the run.
 
 Progress is a bar on a terminal and a plain line every ten seconds elsewhere.
 """
