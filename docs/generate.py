@@ -26,7 +26,7 @@ from pydantic_core import PydanticUndefined
 from tables import campaign, families, table
 
 from inheritune_ds import cli, errors
-from inheritune_ds.config import deepspeed_keys, fields, recipe
+from inheritune_ds.config import deepspeed_keys, deepspeed_refused, fields, recipe
 from inheritune_ds.config.kernels import (
     ATTENTION_ORDER,
     COMPILE_FLOPS_CPU,
@@ -205,7 +205,7 @@ def exit_codes() -> str:
     """A row per exit code."""
     kinds = [kind for kind in errors.InherituneError.__subclasses__() if kind.__module__ == errors.__name__]
     interrupted = (
-        "Ctrl-C (or SIGTERM, SIGUSR1; `inherit`: also SIGHUP) while a run is prepared: finished stages are kept; or a "
+        "Ctrl-C (or SIGTERM, SIGUSR1, SIGHUP) while a run is prepared: finished stages are kept; or a "
         "second Ctrl-C within 5 s"
     )
     rows = [
@@ -286,7 +286,7 @@ def ds_reliability() -> str:
 
 def ds_refused() -> str:
     """DeepSpeed keys that are refused, with the reason."""
-    return table(("key", "why"), [(f"`{key}`", why) for key, why in sorted(deepspeed_keys.REFUSED.items())])
+    return table(("key", "why"), [(f"`{key}`", why) for key, why in sorted(deepspeed_refused.REFUSED.items())])
 
 
 def metrics() -> str:

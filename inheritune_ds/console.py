@@ -1,18 +1,107 @@
-"""Print the log lines of rank 0 and the progress of long work.
+"""Print log lines and progress, and lose lines instead of the run.
 
 Progress is a bar on a terminal and a plain line every ten seconds elsewhere.
 """
 
+import errno
 import logging
+import os
+import stat
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 LINE_INTERVAL_S = 10.0
+_STDOUT, _STDERR = 1, 2
+_GONE = (errno.EPIPE, errno.EIO)
+"""Errors of a pipe without a reader, and of a terminal that has been closed."""
+
+
+class Screen:
+    """Standard output or error as a text stream that masks each text and never raises an OSError.
+
+    A text that cannot be written is lost: the disk under a log is full, the pipe has no reader, the terminal has been
+    closed. A file is tried again with each text. The output to a closed pipe or terminal is discarded from then on,
+    also that of C code and child processes, which a broken pipe would kill.
+
+    Args:
+        stream: The stream to write to.
+        mask: Removes secrets from a text; a secret split over several writes is not recognized.
+    """
+
+    def __init__(self, stream: TextIO, mask: Callable[[str], str]) -> None:
+        self._stream = stream
+        self._mask = mask
+
+    def write(self, text: str) -> int:
+        """Write a text; return its length before masking."""
+        masked = self._mask(text)
+        with self._lossy():
+            try:
+                self._stream.write(masked)
+            except UnicodeEncodeError:  # a locale without the character, or a path that is no UTF-8
+                encoding = self._stream.encoding
+                self._stream.write(masked.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Write the buffered text."""
+        with self._lossy():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _lossy(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _GONE:
+                with suppress(OSError):  # not a stream of a file
+                    _discard(self._stream.fileno())
+
+
+def own_screen(mask: Callable[[str], str]) -> None:
+    """Replace standard output and error by a Screen, also for libraries and tracebacks; again changes nothing."""
+    for number, name in ((_STDOUT, "stdout"), (_STDERR, "stderr")):
+        stream = getattr(sys, name)
+        if isinstance(stream, Screen):
+            continue
+        if stream is None:  # it was closed before the start (`>&-`)
+            stream = _null_stream(number)
+        setattr(sys, name, cast("TextIO", Screen(stream, mask)))
+
+
+def _discard(descriptor: int) -> None:
+    """Point standard output and error at the null device, as far as they are this pipe or terminal."""
+    gone = os.fstat(descriptor)
+    if stat.S_ISREG(gone.st_mode):  # a disk error may pass
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    for standard in (_STDOUT, _STDERR):
+        with suppress(OSError):  # closed
+            if os.path.samestat(os.fstat(standard), gone):
+                os.dup2(null, standard)
+    os.close(null)
+
+
+def _null_stream(number: int) -> TextIO:
+    """Open the null device up to a closed descriptor; the next opened file would take it, and C code prints there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < number:
+        pass
+    return os.fdopen(descriptor, "w", encoding="utf-8")
 
 
 def log_to_console(*, is_main: bool = True) -> None:

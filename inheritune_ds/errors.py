@@ -14,7 +14,7 @@
     |- HangError               13   a phase of training took longer than its limit
 
 0 is success *or* an agreed early stop; `status.json` in the run folder distinguishes them. 2 is an
-invalid command line (argparse). 130 is a Ctrl-C, SIGTERM or SIGUSR1 before training, when nothing
+invalid command line (argparse). 130 is a Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP before training, when nothing
 has to be saved, or a second Ctrl-C within 5 s. A traceback (exit code 1) is a bug.
 """
 

@@ -15,6 +15,7 @@ from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.console import log_to_console
+from inheritune_ds.distributed.signals import SIGNALS
 from inheritune_ds.plan.micro_batch import fit
 from tests.hub_client import HubClient
 from tests.hub_server import HubServer
@@ -38,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
     """What a test does to the signals of this process ends with it: a process inherits which ones are ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

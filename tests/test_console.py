@@ -1,6 +1,9 @@
+import errno
+import io
 import logging
 import os
 import pty
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +13,7 @@ from typing import IO
 
 import pytest
 
-from inheritune_ds.console import Meter, TrainingProgress, log_to_console
+from inheritune_ds.console import Meter, Screen, TrainingProgress, log_to_console
 
 LINE = f"checkpoint [saved] {'/a/long/path' * 12}"
 
@@ -157,3 +160,140 @@ def test_progress_draws_a_bar_and_leaves_its_last_state(
     assert "loss 4.0000" in last
     assert "9,876 tokens/s" in last
     assert "━" in last
+
+
+class Refusing(io.StringIO):
+    """A stream that refuses texts with an error while `number` is set."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        if self.number:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().write(text)
+
+    def flush(self) -> None:
+        self.write("")
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.ENXIO, errno.ESTALE]
+)
+def test_a_refused_text_is_lost_and_later_ones_are_written(
+    number: int, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    inner = Refusing(number)
+    screen = Screen(inner, str.upper)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    log_to_console()
+    logger, progress = logging.getLogger("inheritune_ds"), TrainingProgress(9, 0, "quickstart")
+    with Meter("tokenizing", "tokens") as meter:
+        for inner.number in (number, 0):
+            clock[0] += 20.0
+            logger.warning("the disk is full")
+            progress.update(1, 5.0, 1.0)
+            meter.advance(100)
+            screen.writelines(["a", "b\n"])
+            print(flush=True)
+    left = inner.getvalue().splitlines()
+    assert [line.split(" ")[0] for line in left] == ["WARNING:", "QUICKSTART", "TOKENIZING:", "AB", ""]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "written"),
+    [
+        ("ascii", "n\xf8", "n\\xf8"),
+        ("latin-1", "\N{SNOWMAN} n\xf8", "\\u2603 n\xf8"),
+        ("utf-8", "\N{SNOWMAN} \udcff", "\N{SNOWMAN} \\udcff"),
+    ],
+)
+def test_a_character_that_the_locale_lacks_is_escaped(encoding: str, text: str, written: str) -> None:
+    inner = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    screen = Screen(inner, str)
+    screen.write(text)
+    screen.flush()
+    assert inner.buffer.getvalue() == written.encode(encoding)
+
+
+PRINTER = r"""
+import subprocess, sys
+from inheritune_ds.console import own_screen
+own_screen(str)
+sys.stdin.readline()
+for number in range(3):
+    print("line", number, "\N{SNOWMAN} \udcff", flush=True)
+    print("error", number, file=sys.stderr, flush=True)
+assert subprocess.run(["cat"], input=b"a child", check=False).returncode >= 0, "killed by SIGPIPE"
+print("at the exit" * 1000)
+open(sys.argv[1], "w").write("done")
+"""
+
+
+def outputs(end: str) -> tuple[int, int | None]:
+    """A descriptor for output that cannot be written, and one to close once the process runs."""
+    if end == "closed pipe":
+        reader, writer = os.pipe()
+        return writer, reader
+    if end == "closed terminal":
+        reader, writer = pty.openpty()
+        return writer, reader
+    return os.open("/dev/full", os.O_WRONLY), None
+
+
+@pytest.mark.parametrize("end", ["closed pipe", "closed terminal", "full disk"])
+def test_a_process_outlives_its_output(end: str, tmp_path: Path) -> None:
+    writer, reader = outputs(end)
+    done = tmp_path / "done"
+    command = [sys.executable, "-c", PRINTER, str(done)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=writer, stderr=writer, start_new_session=True)
+    os.close(writer)
+    if reader is not None:
+        os.close(reader)
+    process.communicate(b"go\n", timeout=60)
+    assert (process.returncode, done.read_text()) == (0, "done")
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)], ids=str)
+def test_a_process_may_start_without_outputs(closed: tuple[int, ...], tmp_path: Path) -> None:
+    program = f"""
+import os, sys
+from inheritune_ds.console import own_screen
+own_screen(str)
+with open({str(tmp_path / "data")!r}, "w") as stream:
+    print("text", file=sys.stderr), print("text"), os.write(1, b"of C"), os.write(2, b"of C")
+    stream.write("data")
+"""
+    shell = " ".join(f"{number}>&-" for number in closed)
+    subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {shell}', sys.executable, program], check=True, timeout=60)
+    assert (tmp_path / "data").read_text() == "data"
+
+
+VERBS = {
+    "recipes": ["recipes"],
+    "help": ["train", "--help"],
+    "plan": ["plan", "--recipe", "quickstart"],
+    "dry run": ["train", "--recipe", "quickstart", "--dry-run"],
+    "error": ["plan", "--recipe", "quickstar"],
+    "usage error": ["plan", "--gpus"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_reader_that_has_enough_changes_no_exit_code(verb: str) -> None:
+    command = [sys.executable, "-m", "inheritune_ds", *VERBS[verb]]
+    codes, reader = [], -1
+    for stays in (True, False):
+        reader, writer = os.pipe()
+        if not stays:
+            os.close(reader)
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+        os.close(writer)
+        assert "Traceback" not in done.stderr
+        assert "Broken pipe" not in done.stderr
+        codes.append(done.returncode)
+        if stays:
+            os.close(reader)
+    assert codes[0] == codes[1] == {"error": 3, "usage error": 2}.get(verb, 0)

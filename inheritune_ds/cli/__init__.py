@@ -26,9 +26,10 @@ SIBLING_GRACE_S = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; return the exit code (docs/reference/exit_codes.md)."""
     try:
-        from inheritune_ds.storage.redaction import redact_output
+        from inheritune_ds.console import own_screen
+        from inheritune_ds.storage.redaction import redact
 
-        redact_output()
+        own_screen(redact)
         return _run(*_parse(list(sys.argv[1:] if arguments is None else arguments)))
     except KeyboardInterrupt as error:
         return report(error)

@@ -109,14 +109,11 @@ def _build(
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Handle SIGTERM, SIGUSR1 and SIGHUP like Ctrl-C, so that the half-built folder is removed."""
-    from inheritune_ds.distributed.signals import StopSignal
+    from inheritune_ds.distributed.signals import SIGNALS, StopSignal
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     stop = StopSignal()
     stop.install()
-    if before[signal.SIGHUP] != signal.SIG_IGN:  # nohup
-        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     try:
         with stop.interruptible():
             yield

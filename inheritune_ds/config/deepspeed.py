@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from inheritune_ds.config import deepspeed_checks
-from inheritune_ds.config.deepspeed_checks import DEFAULT_STAGE, block, is_off
-from inheritune_ds.config.deepspeed_keys import OPTIMIZER_TYPE, RECIPE_OWNED, REFUSED, PassedOn
+from inheritune_ds.config.deepspeed_checks import DEFAULT_STAGE, block
+from inheritune_ds.config.deepspeed_keys import OPTIMIZER_TYPE, RECIPE_OWNED, PassedOn
 from inheritune_ds.config.fields import AUTO
 from inheritune_ds.config.kernels import OPTIMIZERS, KernelRequest
 from inheritune_ds.config.model import Shape
@@ -101,12 +101,10 @@ class _Resolver:
         self.problems.append(RecipeError(f"{self.origin}: {key}: {problem}", allowed=allowed, action=action))
 
     def passed_on(self) -> None:
-        """Copy the keys that the user's file owns, and drop blocks that are off."""
+        """Copy the keys that the user's file owns."""
         for key, value in self.document.items():
             if key in PassedOn.model_fields and value not in (AUTO, None):
                 self.config[key] = value
-            elif key in REFUSED and is_off(value):
-                self.notes.append(f"{key}: dropped, it is not enabled")
             elif key == "scheduler" and value is not None:
                 self.notes.append("scheduler: dropped, the recipe's schedule is used (schedule.* in the recipe)")
 
@@ -127,14 +125,14 @@ class _Resolver:
                 "fp16.enabled",
                 "half precision is not available on a CPU",
                 allowed="bf16, or neither (fp32)",
-                action="use ds_configs/cpu.json",
+                action="write false; bf16 is then used where the CPU has it",
             )
         if bf16["enabled"] == AUTO:
             bf16["enabled"] = machine.bf16 and fp16["enabled"] is not True
-            why = "supported" if machine.bf16 else "not supported at full speed"
-            self.notes.append(
-                f"bf16: {'on' if bf16['enabled'] else 'off'} (auto: bf16 is {why} on this {machine.kind})"
-            )
+            why = f"bf16 is {'supported' if machine.bf16 else 'not supported at full speed'} on this {machine.kind}"
+            if fp16["enabled"] is True:
+                why = "fp16 is on"
+            self.notes.append(f"bf16: {'on' if bf16['enabled'] else 'off'} (auto: {why})")
         if fp16["enabled"] == AUTO:
             fp16["enabled"] = False
         self.config["bf16"], self.config["fp16"] = bf16, fp16
@@ -213,7 +211,7 @@ class _Resolver:
                 "kernels.compile",
                 "true does not work with stage 3: its hooks gather parameters inside the block and break the graph",
                 allowed='false or "auto", or zero_optimization.stage 1 or 2',
-                action='write "auto"',
+                action='write "auto", or set zero_optimization.stage to 2',
             )
         self._optimizer(offloaded=so_far.offloads_optimizer)
 
@@ -244,12 +242,14 @@ class _Resolver:
         given = self.document.get(MICRO_BATCH, AUTO)
         self.config.pop(MICRO_BATCH, None)
         if windows % world_size:
+            nearest = max(round(windows / world_size), 1) * world_size * self.recipe.training.seq_len
             self.problems.append(
                 RecipeError(
                     f"training.global_batch_tokens {self.recipe.training.global_batch_tokens} is {windows} windows of "
                     f"{self.recipe.training.seq_len} tokens, which {world_size} ranks cannot share evenly",
                     allowed=f"a multiple of {world_size * self.recipe.training.seq_len} tokens",
-                    action="change training.global_batch_tokens or the number of ranks",
+                    action=f"write training.global_batch_tokens={nearest} on the command line, or use another number "
+                    "of ranks",
                 )
             )
             return
@@ -257,12 +257,12 @@ class _Resolver:
             return
         per_rank = windows // world_size
         if per_rank % given:
-            divisors = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+            divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
             self.refuse(
                 MICRO_BATCH,
                 f"{given} does not divide the {per_rank} windows of a step on each of {world_size} ranks",
-                allowed=divisors,
-                action='write one of these, or "auto"',
+                allowed=", ".join(map(str, divisors)),
+                action=f'write {max(n for n in divisors if n <= given)}, or another of these, or "auto"',
             )
             return
         self.config |= batch_of(given, per_rank)
@@ -302,7 +302,9 @@ def resolve(  # noqa: PLR0913 - one argument for each thing that decides
     Raises:
         RecipeError: With every problem found.
     """
-    resolver = _Resolver(document, recipe, origin, deepspeed_checks.problems(document, origin, recipe.training.seq_len))
+    supported = deepspeed_checks.sort_out(document)
+    found = deepspeed_checks.problems(document, origin, recipe.training.seq_len, world_size)
+    resolver = _Resolver(supported.kept, recipe, origin, found, notes=supported.notes)
     resolver.passed_on()
     resolver.owned_by_recipe()
     resolver.precision(machine)

@@ -1,11 +1,15 @@
 """Read a user's DeepSpeed JSON, and find the problems that need neither recipe nor machine."""
 
 import json
+import math
+import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inheritune_ds.config.deepspeed_keys import DERIVED, RECIPE_OWNED, REFUSED, Document
+from inheritune_ds.config.deepspeed_keys import DERIVED, RECIPE_OWNED, SECOND_NAMES, Document
+from inheritune_ds.config.deepspeed_refused import INSTEAD, REFUSED, UNREAD, changes_nothing
 from inheritune_ds.config.fields import AUTO
 from inheritune_ds.config.messages import check
 from inheritune_ds.config.zero import offload_device
@@ -56,21 +60,94 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def problems(document: Mapping[str, Any], origin: str, seq_len: int | None = None) -> list[RecipeError]:
-    """Find every key and value that DeepSpeed would ignore or refuse, or that the recipe owns."""
-    known = {key: value for key, value in document.items() if key not in REFUSED}
-    _, found = check(Document, known, origin)
-    for key in sorted(document.keys() - known.keys()):
-        if not is_off(document[key]):
+@dataclass
+class Sorted:
+    """A document without the keys that do not work here."""
+
+    kept: dict[str, Any]
+    """The other keys, under the first of their names."""
+    notes: list[str] = field(default_factory=list)
+    """A line on each key that is dropped because its value changes nothing."""
+    refused: dict[str, Any] = field(default_factory=dict)
+    """The other values of keys that do not work here, by key path."""
+
+
+def sort_out(document: Mapping[str, Any]) -> Sorted:
+    """Drop the keys that do not work here."""
+    found = Sorted({})
+    found.kept = _first_names(_supported(document, "", found))
+    return found
+
+
+def _supported(given: Mapping[str, Any], prefix: str, found: Sorted) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in given.items():
+        path = f"{prefix}{key}"
+        if path in UNREAD:
+            found.notes.append(f"{path}: dropped, DeepSpeed does not read it")
+        elif path in REFUSED and changes_nothing(path, value):
+            found.notes.append(f"{path}: dropped, it changes nothing")
+        elif path in REFUSED:
+            found.refused[path] = value
+        else:
+            kept[key] = _supported(value, f"{path}.", found) if isinstance(value, dict) else value
+    return kept
+
+
+def _first_names(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        SECOND_NAMES.get(f"{prefix}{key}", key): _first_names(value, f"{key}.") if isinstance(value, dict) else value
+        for key, value in given.items()
+    }
+
+
+def problems(
+    document: Mapping[str, Any], origin: str, seq_len: int | None = None, world_size: int | None = None
+) -> list[RecipeError]:
+    """Find every key and value that DeepSpeed would ignore or refuse, or that the recipe owns.
+
+    `seq_len` is the recipe's, and `world_size` the number of ranks, if they are known: actions then name the tokens.
+    """
+    known = Sorted({})
+    _, found = check(Document, _supported(document, "", known), origin)
+    found += [_not_usable(path, value, origin) for path, value in sorted(known.refused.items())]
+    first = sort_out(document).kept
+    scheduler = _scheduler(document.get("scheduler"), origin)
+    return [
+        *found,
+        *_named_twice(document, origin),
+        *_owned(first, origin, seq_len),
+        *_derived(first, origin, seq_len, world_size),
+        *scheduler,
+        *_pairs(first, origin),
+    ]
+
+
+def _not_usable(path: str, value: Any, origin: str) -> RecipeError:
+    off = '{"enabled": false}' if isinstance(value, dict) else "a value that changes nothing"
+    return RecipeError(
+        f"{origin}: {path}: not usable here: {REFUSED[path]}",
+        allowed=f"no such key, or {off}",
+        action=INSTEAD.get(path, f"remove {path}"),
+    )
+
+
+def _named_twice(document: Mapping[str, Any], origin: str) -> list[RecipeError]:
+    """Refuse a key under two of its names."""
+    found = []
+    for path, name in SECOND_NAMES.items():
+        *parents, other = path.split(".")
+        place = block(document, parents[0]) if parents else document
+        if other in place and name in place:
+            first = ".".join([*parents, name])
             found.append(
                 RecipeError(
-                    f"{origin}: {key}: not usable here: {REFUSED[key]}",
-                    allowed='no such key, or {"enabled": false}',
-                    action=f"remove {key}",
+                    f"{origin}: {path}: it is another name of {first}, which is set, too",
+                    allowed="one of them",
+                    action=f"remove {path}",
                 )
             )
-    scheduler = _scheduler(document.get("scheduler"), origin)
-    return found + _owned(document, origin, seq_len) + scheduler + _pairs(document, origin)
+    return found
 
 
 def block(document: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -80,7 +157,7 @@ def block(document: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _owned(document: Mapping[str, Any], origin: str, seq_len: int | None) -> list[RecipeError]:
-    """Refuse numbers that the recipe owns, or that are derived from it."""
+    """Refuse numbers that the recipe owns."""
     found = []
     for path, (recipe_key, _) in RECIPE_OWNED.items():
         given: Any = document
@@ -88,26 +165,66 @@ def _owned(document: Mapping[str, Any], origin: str, seq_len: int | None) -> lis
             given = given.get(part, AUTO) if isinstance(given, dict) else AUTO
         if given == AUTO:
             continue
-        value = json.dumps(given) if isinstance(given, list | dict) else str(given)
+        value = json.dumps(given, separators=(",", ":")) if isinstance(given, list | dict) else str(given)
+        action = f'write "{AUTO}" here and {shlex.quote(f"{recipe_key}={value}")} on the command line'
         if path == "train_batch_size":  # DeepSpeed counts windows, the recipe tokens
-            value = str(given * seq_len) if seq_len and isinstance(given, int) else f"{given} x training.seq_len"
+            action = f'write "{AUTO}" here and set {recipe_key} to {given} x training.seq_len'
+            if seq_len and isinstance(given, int):
+                action = f'write "{AUTO}" here and {recipe_key}={given * seq_len} on the command line'
         found.append(
             RecipeError(
                 f"{origin}: {path}: {given!r} is set here, but the recipe owns it as {recipe_key}",
                 allowed=f'"{AUTO}", or no such key',
-                action=f'write "{AUTO}" here and {recipe_key}={value} on the command line',
+                action=action,
             )
         )
-    for key, formula in DERIVED.items():
-        if document.get(key, AUTO) != AUTO:
-            found.append(
-                RecipeError(
-                    f"{origin}: {key}: {document[key]!r} is set here, but it is derived: {formula}",
-                    allowed=f'"{AUTO}", or no such key',
-                    action="set training.global_batch_tokens in the recipe",
-                )
-            )
     return found
+
+
+def _derived(
+    document: Mapping[str, Any], origin: str, seq_len: int | None, world_size: int | None
+) -> list[RecipeError]:
+    """Refuse numbers that are derived from those of the recipe."""
+    return [
+        RecipeError(
+            f"{origin}: {key}: {document[key]!r} is set here, but it is derived: {formula}",
+            allowed=f'"{AUTO}", or no such key',
+            action=_batch_action(document, document[key], seq_len, world_size),
+        )
+        for key, formula in DERIVED.items()
+        if document.get(key, AUTO) != AUTO
+    ]
+
+
+def _batch_action(document: Mapping[str, Any], accumulation: Any, seq_len: int | None, world_size: int | None) -> str:
+    """Ask for the global batch that a number of micro-steps means to DeepSpeed."""
+    if document.get("train_batch_size", AUTO) != AUTO:
+        return f'write "{AUTO}" here'
+    factors = {
+        "accumulation": accumulation,
+        "micro-batch": document.get("train_micro_batch_size_per_gpu"),
+        "training.seq_len": seq_len,
+        "ranks": world_size,
+    }
+    if all(type(factor) is int for factor in factors.values()):
+        tokens = math.prod(factors.values())
+        return f'write "{AUTO}" here and training.global_batch_tokens={tokens} on the command line'
+    product = " x ".join(str(factor) if type(factor) is int else name for name, factor in factors.items())
+    return f'write "{AUTO}" here and set training.global_batch_tokens to {product}'
+
+
+_SCHEDULES = {
+    "WarmupLR": "schedule.kind=constant",
+    "WarmupCosineLR": "schedule.kind=cosine",
+    "WarmupDecayLR": "schedule.kind=wsd schedule.decay_ratio=1.0 schedule.min_lr_ratio=0.0",
+}
+"""The recipe's schedule of the same shape."""
+_SCHEDULE_PARAMS = {
+    "warmup_num_steps": "schedule.warmup_steps={}",
+    "warmup_max_lr": "optimizer.lr={}",
+    "cos_min_ratio": "schedule.min_lr_ratio={}",
+    "total_num_steps": "'training.duration={} steps'",
+}
 
 
 def _scheduler(given: Any, origin: str) -> list[RecipeError]:
@@ -120,11 +237,16 @@ def _scheduler(given: Any, origin: str) -> list[RecipeError]:
         own += [key for key, value in sorted(params.items()) if value != AUTO and (key, value) != INERT_PARAM]
     if not own and isinstance(params, dict):
         return []
+    kind = given.get("type") if isinstance(given, dict) else None
+    action = "remove scheduler here and set schedule.kind, schedule.warmup_steps and optimizer.lr in the recipe"
+    if kind in _SCHEDULES and isinstance(params, dict):
+        numbers = [form.format(params[key]) for key, form in _SCHEDULE_PARAMS.items() if params.get(key, AUTO) != AUTO]
+        action = f"remove scheduler here and write {' '.join([_SCHEDULES[kind], *numbers])} on the command line"
     return [
         RecipeError(
             f"{origin}: scheduler: {', '.join(own) or 'it'} is set here, but the recipe owns the schedule",
             allowed='params that are all "auto", or no scheduler block',
-            action="set schedule.kind, schedule.warmup_steps, schedule.min_lr_ratio and optimizer.lr in the recipe",
+            action=action,
         )
     ]
 
@@ -150,13 +272,8 @@ def _pairs(document: Mapping[str, Any], origin: str) -> list[RecipeError]:
                 f"{origin}: zero_optimization.offload_param.device: {device!r} needs stage 3: DeepSpeed ignores it "
                 f"with stage {stage}",
                 allowed="zero_optimization.stage 3",
-                action="set zero_optimization.stage to 3 (ds_configs/zero3_offload.json), or remove "
-                "offload_param.device",
+                action="set zero_optimization.stage to 3 (as in ds_configs/zero3_offload.json), or remove "
+                "zero_optimization.offload_param",
             )
         )
     return found
-
-
-def is_off(value: Any) -> bool:
-    """Whether a block has `"enabled": false`."""
-    return isinstance(value, dict) and value.get("enabled") is False

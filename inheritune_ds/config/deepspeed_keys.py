@@ -1,4 +1,4 @@
-"""The keys of a DeepSpeed config: passed on, owned by the recipe, or refused, and why.
+"""The keys of a DeepSpeed config that are passed on, or owned by the recipe.
 
 The keys are those of DeepSpeed 0.19; a test compares them with the installed package.
 """
@@ -36,6 +36,7 @@ OffloadDevice = Auto[
         Literal["none", "cpu"],
         Allowed(
             refused="nvme",
+            instead="cpu",
             reason="DeepSpeed does not restore a state on NVMe exactly: a resumed run would differ",
         ),
     ]
@@ -77,7 +78,9 @@ class Zero(ConfigModel):
         Annotated[
             int,
             Field(ge=1, le=3),
-            Allowed("1, 2 or 3", refused=0, reason="stage 0 loses precision in bf16 and has no gradient norm"),
+            Allowed(
+                "1, 2 or 3", refused=0, instead=1, reason="stage 0 loses precision in bf16 and has no gradient norm"
+            ),
         ]
     ] = AUTO
     contiguous_gradients: Switch = AUTO
@@ -100,6 +103,15 @@ class Zero(ConfigModel):
     round_robin_gradients: Switch = AUTO
     ignore_unused_parameters: Switch = AUTO
     memory_efficient_linear: Switch = AUTO
+    # Under DeepSpeed's names of the fields (SECOND_NAMES):
+    prefetch_bucket_size: Count = AUTO
+    param_persistence_threshold: Count = AUTO
+    model_persistence_threshold: Count = AUTO
+    max_live_parameters: Count = AUTO
+    max_reuse_distance: Count = AUTO
+    gather_16bit_weights_on_model_save: Switch = AUTO
+    stage3_gather_fp16_weights_on_model_save: Switch = AUTO
+    use_all_reduce_for_fetch_params: Switch = AUTO
 
 
 class Aio(ConfigModel):
@@ -211,14 +223,18 @@ class OptimizerParams(ConfigModel):
     betas: Any = AUTO
     eps: Any = AUTO
     weight_decay: Any = AUTO
-    torch_adam: AlwaysOn = AUTO
+    torch_adam: Switch = AUTO
     adam_w_mode: AlwaysOn = AUTO
 
 
 class Optimizer(ConfigModel):
     """AdamW with the recipe's numbers."""
 
-    type: Auto[Literal["AdamW"]] = AUTO
+    type: Auto[
+        Annotated[
+            Literal["AdamW"], Allowed(refused="Adam", instead="AdamW", reason="DeepSpeed's Adam is AdamW by default")
+        ]
+    ] = AUTO
     params: Auto[OptimizerParams | None] = AUTO
 
 
@@ -251,6 +267,7 @@ class ReliabilityBlock(ConfigModel):
 class Document(PassedOn):
     """All keys that a DeepSpeed config may have; `deepspeed_checks` checks the values of type `Any`."""
 
+    bfloat16: Auto[Bf16 | None] = AUTO
     train_batch_size: Any = AUTO
     gradient_clipping: Any = AUTO
     gradient_accumulation_steps: Any = AUTO
@@ -264,43 +281,19 @@ OURS = ("kernels", "reliability")
 """Blocks of this program, which DeepSpeed's tools ignore."""
 
 
+
 def without_ours(ds_config: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved config as DeepSpeed gets it."""
     return {key: value for key, value in ds_config.items() if key not in OURS}
 
 
-REFUSED = {
-    "amp": "it needs NVIDIA's apex and excludes ZeRO; use bf16",
-    "torch_autocast": "precision is set by bf16 or fp16",
-    "wandb": "the trainer keeps its own W&B run; see logging.wandb_project in the recipe",
-    "tensorboard": "the trainer writes metrics.jsonl and W&B itself",
-    "csv_monitor": "the trainer writes metrics.jsonl itself",
-    "comet": "the trainer writes metrics.jsonl and W&B itself",
-    "activation_checkpointing": "it works only for models written against DeepSpeed's own API; "
-    "see kernels.activation_checkpointing",
-    "autotuning": "micro-batch `auto` takes the largest that fits",
-    "checkpoint": "the trainer publishes checkpoints itself; see checkpoint in the recipe",
-    "compile": "blocks are compiled before DeepSpeed sees them; see kernels.compile",
-    "compression_training": "surgery is the recipe's: target.select",
-    "data_efficiency": "the trainer orders the data itself",
-    "dataloader_drop_last": "the trainer reads its token files itself",
-    "datastates_ckpt": "the trainer publishes checkpoints itself",
-    "expert_parallel": "models with experts are not supported",
-    "gradient_allreduce_op": "gradients are averaged, so that the number of ranks does not change them",
-    "hybrid_engine": "there is no generation while training",
-    "managed_gradient_accumulation": "accumulation is derived from training.global_batch_tokens",
-    "nebula": "the trainer publishes checkpoints itself",
-    "pipeline": "pipeline parallelism is not supported",
-    "sequence_parallel_size": "sequence parallelism is not supported",
-    "seq_parallel_communication_data_type": "sequence parallelism is not supported",
-    "sparse_gradients": "embeddings are trained densely",
-    "tensor_parallel": "tensor parallelism is not supported",
-    "use_data_before_expert_parallelism": "models with experts are not supported",
-    "weight_quantization": "the target is trained in full precision masters",
-    "elasticity": "removed from DeepSpeed",
-    "curriculum_learning": "removed from DeepSpeed",
+_ZERO = "zero_optimization"
+SECOND_NAMES = {
+    "bfloat16": "bf16",
+    f"{_ZERO}.stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+    **{f"{_ZERO}.{name}": f"stage3_{name}" for name in Zero.model_fields if f"stage3_{name}" in Zero.model_fields},
 }
-"""Keys of DeepSpeed that do not work here; a block with `"enabled": false` is dropped with a note."""
+"""Other names that DeepSpeed accepts for a key, by path, and the name of the key in the same block."""
 
 RECIPE_OWNED: dict[str, tuple[str, Callable[[Recipe], Any]]] = {
     "train_batch_size": ("training.global_batch_tokens", lambda recipe: recipe.training.batch_windows),

@@ -53,6 +53,8 @@ class Allowed:
     """A value that DeepSpeed accepts and this program refuses."""
     reason: str = ""
     """Why it is refused."""
+    instead: Any = None
+    """The accepted value that is closest to it."""
 
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]

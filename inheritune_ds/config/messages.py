@@ -1,14 +1,16 @@
 """Errors of a document: every problem with its key path, value, allowed values and action."""
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, Tag, ValidationError
+from pydantic import BaseModel, Tag, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from inheritune_ds.config.fields import Allowed
+from inheritune_ds.config.fields import Allowed, ConfigModel
 from inheritune_ds.errors import RecipeError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -37,7 +39,7 @@ def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind in ("extra_forbidden", "invalid_key"):
         known = sorted({key for at in models_at(model, item["loc"][:-1]) for key in at.model_fields})
-        hint = nearest(path[-1], known)
+        hint = nearest(path[-1], known, least=0.75)  # a name less similar may be another feature
         action = f"did you mean {'.'.join([*path[:-1], hint])}?" if hint else f"remove {key}"
         return RecipeError(f"{where}: unknown key", allowed=", ".join(known), action=action)
     if kind == "value_error" and str(context["error"]):
@@ -49,11 +51,8 @@ def _describe(model: type[BaseModel], item: Any, origin: str) -> RecipeError:
         kinds = _any_of([kind for at, _ in inner for kind in _kinds(at)])
         return RecipeError(f"{where}.kind: {problem}", allowed=kinds, action=f"set {key}.kind")
     allowed = words(*field).replace(*_CLOSER.get(kind, ("", "")))
-    return RecipeError(
-        f"{where}: {short(value)} is not accepted{_reason(inner, value)}",
-        allowed=allowed,
-        action=f'write "auto", or remove {key}' if allowed.endswith('"auto"') else f"change {key}",
-    )
+    reason, action = _reason(inner, value), _action(key, field, inner, value)
+    return RecipeError(f"{where}: {short(value)} is not accepted{reason}", allowed=allowed, action=action)
 
 
 _CLOSER = {
@@ -65,10 +64,66 @@ _CLOSER = {
 
 def _reason(branches: "Sequence[_Type]", value: Any) -> str:
     """The reason for refusing a value that DeepSpeed accepts, in parentheses."""
+    return next((f" ({mark.reason})" for mark in _refusing(branches, value)), "")
+
+
+def _refusing(branches: "Sequence[_Type]", value: Any) -> Iterator[Allowed]:
+    """The marks of types that refuse just this value, with a reason."""
     for mark in (mark for _, metadata in branches for mark in metadata if isinstance(mark, Allowed)):
         if mark.reason and type(mark.refused) is type(value) and mark.refused == value:
-            return f" ({mark.reason})"
-    return ""
+            yield mark
+
+
+_SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _action(key: str, field: "_Type", branches: "Sequence[_Type]", value: Any) -> str:
+    """Ask for the accepted value that was meant; without one, for another value or none."""
+    known = [mark.instead for mark in _refusing(branches, value)]
+    choices = [name for annotation, _ in branches for name in _choices(annotation)]
+    meant = next((other for other in [*known, *_spellings(value, choices)] if _accepts(field, other)), None)
+    if meant is not None:
+        bare = " without quotes" if isinstance(value, str) and isinstance(meant, int | float) else ""
+        return f"write {json.dumps(meant)}{bare}"
+    may_be_missing = value is None and words(*field).endswith('"auto"')
+    return f"remove {key}" if may_be_missing else f"change {key}"
+
+
+def _choices(annotation: Any) -> Sequence[Any]:
+    origin: Any = get_origin(annotation)
+    return get_args(annotation) if origin is Literal else ()
+
+
+def _spellings(value: Any, choices: Sequence[Any]) -> Iterator[Any]:
+    """Values that a refused one may stand for: without quotes, in other letters, as a whole number, in its block."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text.lower() in _SWITCH_WORDS:
+            yield _SWITCH_WORDS[text.lower()]
+        for kind in (int, float):
+            with suppress(ValueError):
+                yield kind(text)
+        yield from (name for name in choices if str(name).lower() == text.lower())
+        yield {"device": text.lower()}
+    elif isinstance(value, bool):
+        yield {"enabled": value}
+    elif isinstance(value, int | float):
+        if value in (0, 1):
+            yield bool(value)
+        if float(value).is_integer():
+            yield int(value)
+
+
+def _accepts(field: "_Type", value: Any) -> bool:
+    """Whether a type with its metadata accepts a value."""
+    annotation, metadata = field
+    marked: Any = Annotated
+    kind = marked[(annotation, *metadata)] if metadata else annotation
+    try:
+        create_model("One", __base__=ConfigModel, value=(kind, ...)).model_validate({"value": value})
+    except ValidationError:
+        return False
+    return True
 
 
 def short(value: Any) -> str:
@@ -77,9 +132,9 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that is closest to a mistyped one; None if none is close."""
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
+def nearest(word: str, known: Sequence[str], *, least: float = 0.6) -> str | None:
+    """The known word that is closest to a mistyped one; None if none has the least similarity (of 1)."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=least)), None)
 
 
 _Type = tuple[Any, Sequence[Any]]

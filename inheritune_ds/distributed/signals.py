@@ -1,4 +1,4 @@
-"""Record SIGINT, SIGTERM and SIGUSR1, so that all ranks stop together."""
+"""Record SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that all ranks stop together."""
 
 import math
 import os
@@ -13,11 +13,11 @@ from types import FrameType
 IMPATIENT_S = 5.0
 """A second Ctrl-C within this time exits at once."""
 EXIT_INTERRUPTED = 130
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGUSR1 as a request to stop.
+    """SIGINT, SIGTERM, SIGUSR1 and SIGHUP as a request to stop.
 
     A signal sets `requested`; the ranks agree on it at the next boundary, save and exit together. Inside
     `interruptible`, for long work of one rank, it also raises KeyboardInterrupt. A second SIGINT within 5 s always
@@ -37,14 +37,15 @@ class StopSignal:
         return time.monotonic() - self._made_s
 
     def install(self) -> None:
-        """Handle the three signals; only possible in the main thread."""
-        for number in _SIGNALS:
-            signal.signal(number, self._handle)
+        """Handle the signals, except a SIGHUP that nohup ignores; only possible in the main thread."""
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     @staticmethod
     def retire() -> None:
         """Ignore the signals: all work is done, and a late one would kill the process as the interpreter ends."""
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def leave_from_anywhere(self) -> None:

@@ -201,7 +201,8 @@ class Watchdog:
                 action=f"look at the stacks of every rank in {self._logs}; rerun the same command to resume from the "
                 "newest checkpoint; raise the limit in the DeepSpeed config if the phase only takes that long",
             )
-            os.write(_STDERR, f"inheritune-ds: error: {error}\n".encode())  # the stream may be locked
+            with suppress(OSError):  # nobody reads it, or its disk is full
+                os.write(_STDERR, f"inheritune-ds: error: {error}\n".encode())  # the stream may be locked
         with suppress(OSError):
             self._write_stacks(hang)
         self._on_hang(hang.reason, HangError.exit_code)

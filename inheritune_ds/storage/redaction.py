@@ -7,9 +7,8 @@ Hugging Face tokens, and the user-info of URLs. A user's document with a secret 
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TextIO, cast
+from typing import Any
 from urllib.parse import quote
 
 from inheritune_ds.errors import RecipeError
@@ -102,31 +101,3 @@ def _refusal(where: str, secret: str) -> RecipeError:
         allowed="public text: it is written into the run folder, the model card and the tracker",
         action="remove it; libraries find secrets in the environment (HF_TOKEN, WANDB_API_KEY, HTTPS_PROXY)",
     )
-
-
-class RedactedStream:
-    """A text stream that masks secrets in each write; a secret split over several writes is not recognized."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write a text; return its length before masking."""
-        self._stream.write(redact(text))
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        """Write several texts."""
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def redact_output() -> None:
-    """Mask secrets in everything that Python prints from now on, also tracebacks and output of libraries."""
-    if not isinstance(sys.stdout, RedactedStream):
-        sys.stdout = cast("TextIO", RedactedStream(sys.stdout))
-    if not isinstance(sys.stderr, RedactedStream):
-        sys.stderr = cast("TextIO", RedactedStream(sys.stderr))

@@ -1,5 +1,6 @@
 """Build a model or a config with transformers, quietly."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 from inheritune_ds.config.model import Shape
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer
 from inheritune_ds.errors import InherituneError, SurgeryError
+from inheritune_ds.storage.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n+")
+_ADVICE = re.compile(
+    r"trust_remote_code|pip3? install|pip upgrade|huggingface\.co|github\.com|\bfrom_(tf|flax)\b|"
+    r"\b(force_download|ignore_mismatched_sizes|low_cpu_mem_usage|revision|token)=|\b(please|make sure|you (can|should|"
+    r"may|need)|try|check out|checkout|open an issue|download)\b",
+    re.IGNORECASE,
+)
+"""Words of a sentence in an error of transformers that gives advice instead of a fact."""
 
 
 def load_config(folder: Path) -> "PreTrainedConfig":
@@ -22,7 +33,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
         with quiet_transformers():
             config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken config
-        raise SurgeryError(f"{folder / 'config.json'} cannot be loaded: {error}") from None
+        raise _not_loadable(f"{folder / 'config.json'} cannot be loaded", folder, error) from None
     return config
 
 
@@ -43,7 +54,7 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
     except InherituneError:
         raise
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a broken folder
-        raise SurgeryError(f"{folder} cannot be loaded as a causal language model: {error}") from None
+        raise _not_loadable(f"{folder} cannot be loaded as a causal language model", folder, error) from None
     model: PreTrainedModel = loaded[0]
     info = loaded[1]
     for what, names in (
@@ -57,6 +68,26 @@ def load_model(folder: Path, *, dtype: str = "auto") -> "PreTrainedModel":
                 action="complete the folder; weights are never filled in at random",
             )
     return model
+
+
+def _not_loadable(problem: str, folder: Path, error: Exception) -> SurgeryError:
+    """The reason without the advice of transformers, which names arguments that do not exist here."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind is None or kind in CONFIG_MAPPING:
+        sentences = _SENTENCE_END.split(str(error).strip())
+        facts = " ".join(text for text in sentences if not _ADVICE.search(text))
+        return SurgeryError(f"{problem}: {facts[:400] or type(error).__name__}")
+    why = f"transformers {__version__} has no model_type {kind!r}"
+    if isinstance(config, dict) and "auto_map" in config:
+        why += ", and the code that comes with a model is never run"
+    return SurgeryError(
+        f"{problem}: {why}",
+        allowed="a model of a family that transformers has",
+        action="use such a model, or convert this one to a class of transformers first",
+    )
 
 
 @contextmanager

@@ -78,6 +78,8 @@ def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> Refere
     else:
         folder, commit = _download(reference)
     read_config(folder, reference.model)
+    if not matching_files(folder, [*SAFE_PATTERNS, *PICKLE_PATTERNS]):
+        _refuse_other_kinds(folder, reference.model)
     weights = {path.name: sha256_file(path) for path in weight_files(folder, reference.model)}
     _check_known_hashes(folder, weights)
     settings = {path.name: sha256_file(path) for path in matching_files(folder, SETTINGS_PATTERNS)}
@@ -108,6 +110,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError:
+        _refuse_other_kinds(folder, name)
         raise RecipeError(
             f"reference.model: {name} is no model folder: {folder / 'config.json'} is missing",
             allowed="a Hugging Face model folder, a hub id such as openlm-research/open_llama_3b, or recipe:NAME",
@@ -117,6 +120,41 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RecipeError(f"reference.model: {folder / 'config.json'} is not a JSON object")
     return config
+
+
+_OTHER_KINDS = (
+    ("adapter_config.json", "an adapter", "merge it into {base} first (PEFT's merge_and_unload), and save the result"),
+    ("*.gguf", "a GGUF model", "give the Hugging Face folder that it was converted from"),
+    *(
+        (
+            pattern,
+            "a checkpoint of DeepSpeed",
+            "write its weights with DeepSpeed's zero_to_fp32.py first, beside config.json",
+        )
+        for pattern in ("zero_to_fp32.py", "global_step*", "*_model_states.pt", "*_optim_states.pt")
+    ),
+    *(
+        (pattern, "a checkpoint of Meta's code", "convert it with transformers' convert_llama_weights_to_hf.py first")
+        for pattern in ("consolidated.*.pth", "consolidated.safetensors", "params.json")
+    ),
+    ("export/config.json", "a run folder", "give its folder export"),
+    ("checkpoint-*/config.json", "an output folder of Hugging Face's Trainer", "give one of its folders checkpoint-*"),
+    ("*.distcp", "a distributed checkpoint of torch", "save the model with save_pretrained first"),
+)
+"""Folders without a model that people give: a file that tells them, what they are, and what to do."""
+
+
+def _refuse_other_kinds(folder: Path, name: str) -> None:
+    """Raise a RecipeError for a folder that is not a model, but something known."""
+    for pattern, kind, action in _OTHER_KINDS:
+        if next(folder.glob(pattern), None) is not None:
+            adapter = read_json(folder / "adapter_config.json")
+            base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+            raise RecipeError(
+                f"reference.model: {name} is {kind}{f' of {base}' if base else ''}, not a model folder",
+                allowed="a Hugging Face model folder: config.json and weights",
+                action=action.format(base=base or "its base model"),
+            )
 
 
 def _download(reference: Reference) -> tuple[Path, str]:

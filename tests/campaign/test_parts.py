@@ -17,6 +17,7 @@ from benchmarks.campaign import (
     pointer,
     publish,
     saving,
+    screen,
     secrecy,
     signals,
     storage,
@@ -37,6 +38,7 @@ PARTS: tuple[Part, ...] = (
     hangs.PART,
     *signals.PARTS,
     secrecy.PART,
+    screen.PART,
     saving.PART,
 )
 FIGURES: dict[str, dict[str, Any]] = {
@@ -88,13 +90,13 @@ def test_short_form_with_forked_ranks(part: Part, name: str, tmp_path: Path) -> 
 @pytest.mark.thorough
 @pytest.mark.launch
 @pytest.mark.timeout(600)
-@cases_of(*kills.PARTS, publish.PART, hangs.PART, *signals.PARTS, secrecy.PART, short=True)
+@cases_of(*kills.PARTS, publish.PART, hangs.PART, *signals.PARTS, secrecy.PART, screen.PART, short=True)
 def test_short_form_with_launches(part: Part, name: str, tmp_path: Path) -> None:
     check_short_form(part, name, tmp_path)
 
 
 def test_every_promise_has_a_part() -> None:
-    assert Counter(part.point for part in PARTS) == {**dict.fromkeys(range(1, 13), 1), 2: 2, 10: 3}
+    assert Counter(part.point for part in PARTS) == {**dict.fromkeys(range(1, 14), 1), 2: 2, 10: 3}
 
 
 def test_every_recorded_result_is_that_of_a_part() -> None:

@@ -48,5 +48,5 @@ def test_problems_need_no_recipe() -> None:
         "ds.json: zero_optimisation: unknown key",
         "ds.json: train_batch_size: 8 is set here, but the recipe owns it as training.global_batch_tokens",
     ]
-    assert "training.global_batch_tokens=8 x training.seq_len on the command line" in found[2]
+    assert 'do: write "auto" here and set training.global_batch_tokens to 8 x training.seq_len' in found[2]
     assert problems({}, "ds.json") == []

@@ -12,6 +12,7 @@ from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.profiling import constants as profiling_constants
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.constants import BFLOAT16, BFLOAT16_OLD
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -21,7 +22,7 @@ from deepspeed.utils.logging import log_levels
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, HfTrainerDeepSpeedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from inheritune_ds.config import deepspeed_keys
+from inheritune_ds.config import deepspeed_keys, deepspeed_refused
 from inheritune_ds.config.deepspeed import Machine, Resolved
 from inheritune_ds.config.deepspeed_checks import read
 from inheritune_ds.config.fields import ConfigModel
@@ -36,41 +37,30 @@ MACHINES = {
     "cpu": Machine(kind="cpu", memory_gib=64.0, bf16=False),
     "h100": Machine(kind="cuda", memory_gib=80.0, bf16=True),
 }
-LEFT_OUT = {
-    "compute_grad_norm": "the gradient norm is a metric",
-    "load_from_fp32_weights": "masters are loaded as they were saved",
-    "elastic_checkpoint": "a checkpoint belongs to its number of ranks",
-    "zenflow": "changes which update a gradient is part of",
-    "cpu_offload": "deprecated: offload_optimizer",
-    "cpu_offload_param": "deprecated: offload_param",
-    "cpu_offload_use_pin_memory": "deprecated: pin_memory of the offload blocks",
-    "stage3_gather_fp16_weights_on_model_save": "deprecated: stage3_gather_16bit_weights_on_model_save",
-    "stage3_module_granularity_threshold": "not tried here",
-    "stage3_allgather_sequential": "not tried here",
-    "legacy_stage1": "another implementation of stage 1, not tested here",
-    "parameter_alignment": "not tried here",
-    "zero_hpz_partition_size": "ZeRO++ is not supported",
-    "zero_quantized_weights": "ZeRO++ is not supported",
-    "zero_quantized_nontrainable_weights": "ZeRO++ is not supported",
-    "zero_quantized_gradients": "ZeRO++ is not supported",
-    "pipeline_loading_checkpoint": "pipeline parallelism is not supported",
-    "override_module_apply": "for DeepSpeed's own model construction",
-    "log_trace_cache_warnings": "for DeepSpeed's developers",
-    "enable_sanity_checks": "for DeepSpeed's developers",
-    "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
-    "leaf_module": "models with experts are not supported",
-}
-"""Keys of zero_optimization that are refused as unknown, and why."""
-FP16_LEFT_OUT = {"fp16_master_weights_and_grads"}
-BF16_LEFT_OUT = {"bf16_master_weights_and_grads", "bf16_optimizer_states"}
-OFFLOAD_LEFT_OUT = {"super_offload", "cpuadam_cores_perc"}  # for superchips; not tried here
+
+
+def refused(block: str) -> set[str]:
+    """The keys of a block that do not work here."""
+    paths = (path.removeprefix(f"{block}.") for path in deepspeed_refused.REFUSED if path.startswith(f"{block}."))
+    return {path for path in paths if "." not in path}
 
 
 def test_every_zero_key_of_deepspeed_is_known_or_refused_for_a_reason() -> None:
-    theirs = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    assert not deepspeed_keys.Zero.model_fields.keys() & LEFT_OUT.keys()
-    assert theirs == deepspeed_keys.Zero.model_fields.keys() | LEFT_OUT.keys()
-    assert all(LEFT_OUT.values())
+    """Under both of its names; DeepSpeed's models accept the field's and the alias."""
+    fields = DeepSpeedZeroConfig.model_fields
+    theirs = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    removed = deepspeed_config._REMOVED_ZERO_CONFIG_KEYS.keys()
+    assert not deepspeed_keys.Zero.model_fields.keys() & refused("zero_optimization")
+    assert theirs | removed == deepspeed_keys.Zero.model_fields.keys() | refused("zero_optimization")
+
+
+def test_second_names_are_deepspeed_s() -> None:
+    aliases = {f"zero_optimization.{name}": field.alias for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    for path, first in deepspeed_keys.SECOND_NAMES.items():
+        field = DeepSpeedZeroConfig.model_fields.get(path.rpartition(".")[2])
+        moved = (field.json_schema_extra or {}).get("new_param") if field else None
+        expected = {aliases.get(path), aliases.get(f"zero_optimization.{moved}")}
+        assert first in expected or (path, first) == (BFLOAT16_OLD, BFLOAT16)
 
 
 SAMPLES: list[tuple[Any, Any, Any]] = [
@@ -115,9 +105,9 @@ def test_an_empty_bucket_is_refused(model: type[Any]) -> None:
 
 def test_keys_inside_the_blocks_are_deepspeed_s() -> None:
     left_out = {
-        DeepSpeedBF16Config: BF16_LEFT_OUT,
-        DeepSpeedFP16Config: FP16_LEFT_OUT,
-        DeepSpeedZeroOffloadOptimizerConfig: OFFLOAD_LEFT_OUT,
+        DeepSpeedBF16Config: refused("bf16"),
+        DeepSpeedFP16Config: refused("fp16"),
+        DeepSpeedZeroOffloadOptimizerConfig: refused("zero_optimization.offload_optimizer"),
     }
     for theirs, ours in MODELS[1:]:
         assert theirs.model_fields.keys() == ours.model_fields.keys() | left_out.get(theirs, set()), theirs
@@ -183,7 +173,6 @@ def top_level_keys() -> set[str]:
 
 
 ALIASES = {
-    "bfloat16": "an old name of bf16",
     "vocabulary_size": "asked for a warning only",
     "max_grad_norm": "an optimizer's key",
 }
@@ -195,7 +184,8 @@ def test_every_top_level_key_of_deepspeed_is_in_a_table() -> None:
     owned = {path.split(".")[0] for path in deepspeed_keys.RECIPE_OWNED}
     tables = [
         set(deepspeed_keys.PassedOn.model_fields),
-        set(deepspeed_keys.REFUSED),
+        {path for path in deepspeed_refused.REFUSED if "." not in path},
+        {path for path in deepspeed_keys.SECOND_NAMES if "." not in path},
         owned,
         set(deepspeed_keys.DERIVED),
         {"scheduler"},
@@ -203,16 +193,18 @@ def test_every_top_level_key_of_deepspeed_is_in_a_table() -> None:
     ]
     ours: set[str] = set().union(*tables)
     assert sum(map(len, tables)) == len(ours)  # each key has one owner
-    assert asked - ours - ALIASES.keys() - deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() == set()
+    assert (asked | deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()) - ours - ALIASES.keys() == set()
     assert not ours & ALIASES.keys()
     assert not asked & set(deepspeed_keys.OURS)  # DeepSpeed ignores them
-    assert deepspeed_keys.Document.model_fields.keys() == ours - deepspeed_keys.REFUSED.keys()
+    assert deepspeed_keys.Document.model_fields.keys() == ours - deepspeed_refused.REFUSED.keys()
 
 
 def test_every_passed_on_key_is_one_that_deepspeed_reads() -> None:
     source = Path(deepspeed_config.__file__).parent.parent
     text = "\n".join(path.read_text(encoding="utf-8") for path in source.rglob("*.py") if "inference" not in path.parts)
-    for key in deepspeed_keys.PassedOn.model_fields.keys() | deepspeed_keys.REFUSED.keys():
+    for key in deepspeed_keys.PassedOn.model_fields.keys() | {
+        path for path in deepspeed_refused.REFUSED if "." not in path
+    }:
         assert re.search(rf"[\"']{key}[\"']", text), key
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from inheritune_ds.distributed.signals import StopSignal
+from inheritune_ds.distributed.signals import SIGNALS, StopSignal
 
 PROGRAM = """
-import contextlib, ctypes, sys, time
+import contextlib, ctypes, signal, sys, time
 from inheritune_ds.distributed.signals import StopSignal
 stop = StopSignal()
+{ignored} and signal.signal({ignored}, signal.SIG_IGN)
 stop.install()
 {before}
 with stop.interruptible() if {interruptible} else contextlib.nullcontext():
@@ -33,11 +34,15 @@ with stop.interruptible() if {interruptible} else contextlib.nullcontext():
 class Stopped:
     """A process that prints the signals it receives."""
 
-    def __init__(self, *, interruptible: bool, before: str, work: str, measured: bool) -> None:
+    def __init__(self, *, interruptible: bool, before: str, work: str, measured: bool, ignored: int) -> None:
         # coverage saves its data in the thread that calls os._exit, beside the main thread: that may crash
         unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(interruptible=interruptible, before=before, work=work)],
+            [
+                sys.executable,
+                "-c",
+                PROGRAM.format(interruptible=interruptible, before=before, work=work, ignored=ignored),
+            ],
             env=None if measured else unmeasured,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -60,8 +65,12 @@ Start = Callable[..., Stopped]
 def start() -> Iterator[Start]:
     started: list[Stopped] = []
 
-    def make(*, interruptible: bool = False, before: str = "", work: str = "", measured: bool = True) -> Stopped:
-        started.append(Stopped(interruptible=interruptible, before=before, work=work, measured=measured))
+    def make(
+        *, interruptible: bool = False, before: str = "", work: str = "", measured: bool = True, ignored: int = 0
+    ) -> Stopped:
+        started.append(
+            Stopped(interruptible=interruptible, before=before, work=work, measured=measured, ignored=ignored)
+        )
         return started[-1]
 
     yield make
@@ -103,7 +112,7 @@ def test_a_ctrl_c_to_a_forked_child_is_not_a_second_one(start: Start) -> None:
     os.kill(int(child), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_only_a_request_and_the_first_is_the_reason(number: signal.Signals, start: Start) -> None:
     program = start()
     program.send(number)
@@ -117,7 +126,15 @@ def test_a_signal_is_only_a_request_and_the_first_is_the_reason(number: signal.S
     assert program.process.communicate()[0] == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_hangup_that_nohup_ignores_stays_ignored(start: Start) -> None:
+    program = start(ignored=signal.SIGHUP)
+    program.send(signal.SIGHUP)
+    time.sleep(0.2)
+    program.send(signal.SIGTERM)
+    assert program.line() == "SIGTERM"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_interrupts_interruptible_work(number: signal.Signals, start: Start) -> None:
     program = start(interruptible=True)
     program.send(number)
@@ -161,6 +178,6 @@ def test_a_signal_while_the_interpreter_ends_does_not_change_the_exit_code(start
     slow = "import atexit; atexit.register(lambda: (print('ending', flush=True), time.sleep(1)))"
     program = start(before=slow, work="stop.retire(); sys.exit(7)")
     assert program.line() == "ending"
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in SIGNALS:
         program.send(number)
     assert program.process.wait(20) == 7

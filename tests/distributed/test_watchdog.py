@@ -1,12 +1,14 @@
 """The watchdog in processes that it ends."""
 
 import json
+import os
+import pty
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pytest
 
@@ -54,15 +56,26 @@ class Watched(NamedTuple):
 Start = Callable[..., Watched]
 
 
+def without_reader(output: str) -> IO[bytes]:
+    """A stream for output that cannot be written: `closed pipe`, `closed terminal`, or a device."""
+    if not output.startswith("closed"):
+        return Path(output).open("wb")
+    reader, writer = os.pipe() if output == "closed pipe" else pty.openpty()
+    os.close(reader)
+    return os.fdopen(writer, "wb")
+
+
 @pytest.fixture
 def start(warm: WarmPython, tmp_path: Path) -> Iterator[Start]:
     started: list[Watched] = []
 
-    def make(body: str, limits: dict[str, float] | None = None, folder: Path = tmp_path, **extra: str) -> Watched:
+    def make(
+        body: str, limits: dict[str, float] | None = None, folder: Path = tmp_path, output: str = "", **extra: str
+    ) -> Watched:
         folder.mkdir(exist_ok=True)
         words = ["-c", PROGRAM.replace("BODY", body), str(folder), json.dumps(limits or {"step": LIMIT_S})]
         path = tmp_path / f"errors-{len(started)}.txt"
-        with path.open("wb") as log:
+        with without_reader(output) if output else path.open("wb") as log:
             process = warm.start(words, cwd=tmp_path, env=environment(**extra), stdout=log)
         started.append(Watched(process, path))
         return started[-1]
@@ -99,6 +112,15 @@ def test_a_phase_that_overruns_ends_the_process_with_stacks_and_message(start: S
     assert "is in step at step 7" in written
     assert "in sleep_for_ever" in written
     assert "MainThread" in written
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("output", ["closed pipe", "closed terminal", "/dev/full"])
+def test_an_output_that_cannot_be_written_costs_its_message_only(output: str, start: Start, tmp_path: Path) -> None:
+    process = start("with watch.phase('step', 7):\n    sleep_for_ever()", output=output)
+    assert process.process.wait(timeout=60) == 13
+    assert json.loads((tmp_path / "ended-0.json").read_text())[1] == 13
+    assert "in sleep_for_ever" in stacks(tmp_path)
 
 
 @pytest.mark.launch

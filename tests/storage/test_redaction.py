@@ -12,9 +12,10 @@ import pytest
 from inheritune_ds import cli
 from inheritune_ds.config import deepspeed_checks
 from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.console import Screen, own_screen
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.storage.files import write_exact, write_json, write_text
-from inheritune_ds.storage.redaction import RedactedStream, find_secret, redact, redact_document, redact_output
+from inheritune_ds.storage.redaction import find_secret, redact, redact_document
 
 TOKEN = "canary/Token+0123456789"
 PROXY_PASSWORD = "pass-canary-word"
@@ -147,9 +148,9 @@ def test_error_messages_of_the_command_line_are_masked(capsys: pytest.CaptureFix
     assert "canary" not in printed.err + printed.out
 
 
-def test_redacted_stream_masks_only_writes() -> None:
+def test_the_screen_masks_only_writes() -> None:
     inner = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    stream = RedactedStream(inner)
+    stream = Screen(inner, redact)
     assert stream.write(f"a {TOKEN}\n") == len(TOKEN) + 3
     stream.writelines([HUB_TOKEN, " b"])
     stream.flush()
@@ -165,9 +166,9 @@ def test_output_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     inner = io.StringIO()
     monkeypatch.setattr(sys, "stdout", inner)
     monkeypatch.setattr(sys, "stderr", inner)
-    redact_output()
-    redact_output()
-    assert isinstance(sys.stdout, RedactedStream)
+    own_screen(redact)
+    own_screen(redact)
+    assert isinstance(sys.stdout, Screen)
     assert sys.stdout._stream is inner
     logging.StreamHandler(sys.stderr).handle(logging.makeLogRecord({"msg": f"with {TOKEN}"}))
     assert inner.getvalue() == "with ***\n"
@@ -175,8 +176,9 @@ def test_output_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SCRIPT = f"""
 import faulthandler, sys, threading, warnings
-from inheritune_ds.storage.redaction import redact_output
-redact_output()
+from inheritune_ds.console import own_screen
+from inheritune_ds.storage.redaction import redact
+own_screen(redact)
 faulthandler.enable()
 faulthandler.dump_traceback()
 def fail():

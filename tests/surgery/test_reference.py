@@ -183,10 +183,80 @@ def test_build_config_uses_every_field_of_the_shape() -> None:
     assert rope.inv_freq.tolist() == pytest.approx([5e5 ** (-2 * i / 8) for i in range(4)])
 
 
-def test_load_config_never_runs_remote_code(folder: Path) -> None:
-    tiny.edit_config(folder, model_type="own", auto_map={"AutoConfig": "evil.Config"})
+@pytest.mark.parametrize("kind", ["own", "my_llama", "stablelm_epoch"])
+def test_load_never_runs_remote_code_and_does_not_advise_to(kind: str, folder: Path) -> None:
+    tiny.edit_config(folder, model_type=kind, auto_map={"AutoConfig": "evil.Config"})
     (folder / "evil.py").write_text("raise SystemExit('ran')\n", encoding="utf-8")
-    with pytest.raises(SurgeryError, match=r"config\.json cannot be loaded: (.|\n)*trust_remote_code"):
+    for load in (load_config, load_model):
+        with pytest.raises(SurgeryError, match="the code that comes with a model is never run") as caught:
+            load(folder)
+        assert f"no model_type '{kind}'" in caught.value.problem
+        assert "trust_remote_code" not in str(caught.value)
+        assert "convert this one to a class of transformers" in caught.value.action
+
+
+LIBRARY = [
+    ("Error no file named model.safetensors found in directory x.", "You should use `from_tf=True` to load it."),
+    ("The repository x has no config.", "Please pass the argument `trust_remote_code=True` to allow custom code."),
+    ("This needs a package that is missing.", "You can install it with `pip install tiktoken`."),
+    (
+        "Can't load the configuration of 'x'.",
+        "Is it from 'https://huggingface.co/models'? If so, make sure",
+    ),
+    ("Consistency check failed: file should be of size 5.", "We are sorry. Please retry with `force_download=True`."),
+]
+
+
+@pytest.mark.parametrize(("fact", "advice"), LIBRARY)
+def test_advice_of_transformers_is_not_repeated(
+    fact: str, advice: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(f"{fact} {advice}\n{advice}")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(SurgeryError) as caught:
         load_config(folder)
-    with pytest.raises(SurgeryError, match="trust_remote_code"):
-        load_model(folder)
+    shown = caught.value.problem.removeprefix(f"{folder / 'config.json'} cannot be loaded: ")
+    assert shown.removesuffix(" We are sorry. We are sorry.") == fact
+
+
+OTHERS = [
+    (
+        "adapter_config.json",
+        '{"base_model_name_or_path": "org/base"}',
+        "an adapter of org/base",
+        "org/base",
+    ),
+    ("adapter_config.json", "{}", "an adapter", "its base model"),
+    ("llama-7b.Q4_K_M.gguf", "GGUF", "a GGUF model", "converted from"),
+    ("global_step500/mp_rank_00_model_states.pt", "", "a checkpoint of DeepSpeed", "zero_to_fp32.py"),
+    ("mp_rank_00_model_states.pt", "", "a checkpoint of DeepSpeed", "zero_to_fp32.py"),
+    ("zero_to_fp32.py", "", "a checkpoint of DeepSpeed", "zero_to_fp32.py"),
+    ("consolidated.00.pth", "", "a checkpoint of Meta's code", "convert_llama_weights_to_hf.py"),
+    ("export/config.json", "{}", "a run folder", "export"),
+    ("checkpoint-500/config.json", "{}", "an output folder of Hugging Face's Trainer", "checkpoint-"),
+    ("__0_0.distcp", "", "a distributed checkpoint of torch", "save_pretrained"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "kind", "action"), OTHERS, ids=[case[0] for case in OTHERS])
+@pytest.mark.parametrize("config", [False, True])
+def test_a_folder_without_a_model_is_called_what_it_is(  # noqa: PLR0917 - fixtures are parameters
+    file: str,
+    content: str,
+    kind: str,
+    action: str,
+    config: bool,  # noqa: FBT001
+    tmp_path: Path,
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    if config:
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        locate(Reference(model=str(tmp_path)), Path)
+    assert caught.value.problem == f"reference.model: {tmp_path} is {kind}, not a model folder"
+    assert action in caught.value.action

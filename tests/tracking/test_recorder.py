@@ -252,7 +252,13 @@ def test_wandb_id_is_new_or_from_the_environment_and_stays_the_same(
         ("", {}, "offline"),
         ("", {"WANDB_API_KEY": "key"}, "online"),
         ("machine api.wandb.ai login user password key\n", {}, "online"),
+        ("machine api.forge.coreweave.com login user password key\n", {}, "online"),
+        ("machine w.example.com login u password k\n", {"WANDB_BASE_URL": "https://w.example.com:8080"}, "online"),
         ("machine example.com login user password key\n", {}, "offline"),
+        ("", {"WANDB_API_KEY": "key", "WANDB_DISABLED": "true"}, "disabled"),
+        ("", {"WANDB_API_KEY": "key", "WANDB_DISABLED": "ON", "WANDB_MODE": "online"}, "disabled"),
+        ("", {"WANDB_API_KEY": "key", "WANDB_DISABLED": "1"}, "disabled"),
+        ("", {"WANDB_API_KEY": "key", "WANDB_DISABLED": "false"}, "online"),
         ("machine\n", {}, "offline"),
         ("", {"WANDB_API_KEY": "key", "WANDB_MODE": "offline"}, None),
     ],
@@ -287,6 +293,63 @@ def test_recorder_continues_when_wandb_breaks(
     lines = logged()
     assert [line[: len(message)] for line, message in zip(lines, messages, strict=True)] == messages
     assert len(read_metrics(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "reason", ["no such host", "Network error (ProxyError)", "user is not logged in (401)", "context deadline exceeded"]
+)
+def test_an_unreachable_server_leaves_an_offline_run(
+    tmp_path: Path, logged: Logged, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    import wandb as library
+
+    run, modes = FakeRun(), []
+    run.offline = True
+    monkeypatch.setenv("WANDB_MODE", "online")
+
+    def init(**given: Any) -> FakeRun:
+        modes.append(given["mode"])
+        if len(modes) == 1:
+            raise RuntimeError(f"{reason}\nlong story")
+        return run
+
+    monkeypatch.setattr(library, "init", init)
+    monkeypatch.setattr(library, "teardown", lambda: modes.append("teardown"))
+    track(tmp_path, [(1, {"train/loss": 7.0})])
+    assert modes == [None, "teardown", "offline"]
+    assert [step for step, _ in run.rows] == [1]
+    assert logged() == [f"W&B: offline ({reason}); to upload later: wandb sync {tmp_path}/wandb/offline-run-*"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("WANDB_MODE", "on-line", "Input should be 'online'"),
+        ("WANDB_BASE_URL", "wandb.example.com", "Input should be a valid URL"),
+        ("WANDB_RESUME", "yes", "Input should be 'allow'"),
+        ("WANDB_SILENT", "perhaps", "Input should be a valid boolean"),
+        ("WANDB_HTTP_TIMEOUT", "soon", "Input should be a valid number"),
+    ],
+)
+def test_a_wrong_variable_of_wandb_is_named(name: str, value: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    environment = {**os.environ, "WANDB_MODE": "offline", name: value}
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "run"), "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith(f"W&B could not start: {name}={value}: {problem}")
+    assert done.stdout.endswith("The run continues; metrics.jsonl holds every metric.\n")
+
+
+def test_real_wandb_writes_an_offline_run_when_its_server_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    impatient = "from inheritune_ds.tracking import wandb\nwandb.START_S = 2.0\n"
+    command = [sys.executable, "-c", impatient + WRITER, str(tmp_path / "run"), "0"]
+    environment = {**os.environ, **server}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert "; to upload later: wandb sync " in done.stdout
+    (record,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+    assert b"train/loss" in record.read_bytes()
 
 
 def test_wandb_can_be_switched_off(tmp_path: Path, logged: Logged) -> None:

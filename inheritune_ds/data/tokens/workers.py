@@ -16,9 +16,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Self, cast
 
+from inheritune_ds.console import own_screen
 from inheritune_ds.data.tokens.encoder import Ids, TextEncoder
 from inheritune_ds.errors import MachineError
-from inheritune_ds.storage.redaction import redact_output
+from inheritune_ds.storage.redaction import redact
 
 JOBS_HERE = 8
 """First jobs, which this process does itself: a small corpus needs no workers."""
@@ -99,7 +100,7 @@ class EncoderPool:
 def _work(pipe: Connection, definition: tuple[str, int]) -> None:
     """Encode the texts from the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent process handles Ctrl-C
-    redact_output()
+    own_screen(redact)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder = TextEncoder(*definition)
     while True:
