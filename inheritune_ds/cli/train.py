@@ -78,10 +78,12 @@ def _without_micro_batch(args: argparse.Namespace, document: dict[str, Any]) -> 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
     from inheritune_ds.data.size import count_tokens
+    from inheritune_ds.data.tokens.vocabulary import check_known_rows
     from inheritune_ds.distributed.world import detect
     from inheritune_ds.plan.micro_batch import resolve_for
     from inheritune_ds.plan.text import budget_text, checked_budget, plan, refuse_what_does_not_fit
     from inheritune_ds.run.folder import RunFolder
+    from inheritune_ds.training.toolchain import noexec_notes
 
     world = detect(os.environ)
     log_to_console(is_main=world.is_main)
@@ -97,11 +99,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         if world.is_main:  # before the budget, which needs the corpus and the reference
             print(folder.finished_before)
         return 0
+    check_known_rows(recipe)
     # On every rank, since the budget and its text also check the recipe.
     budget = checked_budget(recipe, resolved, count_tokens(recipe.corpus, args.cache_dir), world.size)
     notes = [*chosen, *resolved.notes, *tries]
     if args.dry_run:
-        text = plan(budget, resolved.config, notes=notes, gpu=args.gpu)
+        text = plan(budget, resolved.config, notes=[*notes, *noexec_notes(os.environ)], gpu=args.gpu)
     else:
         text = budget_text(budget, notes=notes, gpu=args.gpu)
     if world.is_main:
