@@ -31,11 +31,11 @@ def read(path: Path | None) -> dict[str, Any]:
             action="give an existing file, such as ds_configs/zero1.json",
         ) from None
     except (ValueError, RecursionError) as error:
-        kind = unexpected_kind(path, (FileKind.JSON_OBJECT, FileKind.JSON_LINES, FileKind.MARKED))
+        other = unexpected_kind(path, (FileKind.JSON_OBJECT, FileKind.JSON_LINES, FileKind.MARKED))
         raise RecipeError(
-            f"DeepSpeed config {path}: {f'it is {kind.value}' if kind else error}",
+            f"DeepSpeed config {path}: {f'it is {other.value}' if other else error}",
             allowed="JSON, each key once",
-            action=(action_for(kind, path) if kind else "") or "fix the file, or start from ds_configs/zero1.json",
+            action=(action_for(other, path) if other else "") or "fix the file, or start from ds_configs/zero1.json",
         ) from None
     if not isinstance(document, dict):
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(document), "a single value")

@@ -139,9 +139,9 @@ def _is_sentencepiece(head: bytes) -> bool:
 
 
 def _bare_utf_16(head: bytes) -> FileKind | None:
-    """UTF-16 of mostly Latin letters: every second byte is NUL, and no other one."""
-    for first, kind in ((1, FileKind.UTF_16LE), (0, FileKind.UTF_16BE)):
-        zeros, others = head[first::2], head[1 - first :: 2]
-        if zeros.count(0) * 2 > len(zeros) and not others.count(0):
+    """UTF-16 of mostly ASCII: more than half of its 16-bit units are a printable character and a NUL."""
+    for encoding, kind in (("utf-16-le", FileKind.UTF_16LE), ("utf-16-be", FileKind.UTF_16BE)):
+        units = head[: len(head) // 2 * 2].decode(encoding, "replace")
+        if sum(unit.isascii() and (unit.isprintable() or unit.isspace()) for unit in units) * 2 > len(units):
             return kind
     return None

@@ -192,7 +192,7 @@ def _check_kind(path: Path, *allowed: FileKind) -> FileKind | None:
         raise _unreadable(path, error) from None
     if kind is FileKind.EMPTY:
         raise _unreadable(path, "it is empty")
-    if kind not in (*allowed, None):
+    if kind is not None and kind not in allowed:
         raise SurgeryError(
             f"{path} is {kind.value}",
             allowed="weights in safetensors, or in the zip format of torch.save",

@@ -96,10 +96,11 @@ def _below(folder: Path) -> list[Path]:
             continue
         visited.add(os.path.realpath(place))
         if _SAVED_SPLITS in names and len(folders) > 1:
+            first = "train" if "train" in folders else folders[0]
             raise CorpusError(
                 f"corpus path {place} is a dataset with the splits {', '.join(sorted(folders))}, saved by `datasets`",
                 allowed="the folder of one split",
-                action=f"name the split to read in corpus.sources, such as {Path(place, 'train' if 'train' in folders else folders[0])}",
+                action=f"name the split to read in corpus.sources, such as {Path(place, first)}",
             )
         saved = _saved_files(Path(place)) if _SAVED_FILES.issubset(names) else names
         found += [Path(place, name) for name in saved if not name.startswith(".")]
@@ -203,7 +204,7 @@ def records(  # noqa: PLR0913, PLR0917 - the union of the arguments of all reade
         OSError: The file cannot be read.
     """
     kind = format_of(path)
-    if kind in _TABLES and file is None and (found := look(path)) not in (_TABLES[kind], None):
+    if kind in _TABLES and file is None and (found := look(path)) not in (_TABLES[kind], FileKind.EMPTY, None):
         raise wrong_kind(path, found)
     if kind == ".parquet":
         return (yield from tables.parquet(path, rules, start, on_bytes, file))
