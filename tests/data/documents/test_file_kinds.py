@@ -112,7 +112,7 @@ def test_json_that_is_not_in_lines_is_named(
 
 @pytest.mark.parametrize(
     ("text", "encoding"),
-    [("“Curly” quotes – and a dash", "cp1252"), ("一条河流和一座山", "gb18030"), ("Größe", "latin1")],
+    [("“Curly” quotes and a dash", "cp1252"), ("一条河流和一座山", "gb18030"), ("Größe", "latin1")],
 )
 def test_text_in_another_encoding_gets_no_conversion_that_may_be_wrong(
     tmp_path: Path, text: str, encoding: str
