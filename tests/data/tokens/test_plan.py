@@ -40,9 +40,9 @@ def test_removed_text_is_not_needed_once_it_is_tokenized(
 @pytest.mark.parametrize(
     "other",
     [
-        lambda folder, corpus: corpus_of(files_source(folder / "other.jsonl", name="corpus")),
-        lambda folder, corpus: corpus.model_copy(update={"validation_ratio": 0.3}),
-        lambda folder, corpus: corpus_of(files_source(folder / "corpus.jsonl", text_field="body")),
+        lambda folder, _: corpus_of(files_source(folder / "other.jsonl", name="corpus")),
+        lambda _, corpus: corpus.model_copy(update={"validation_ratio": 0.3}),
+        lambda folder, _: corpus_of(files_source(folder / "corpus.jsonl", text_field="body")),
     ],
     ids=["another name", "another ratio", "another field"],
 )
