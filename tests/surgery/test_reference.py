@@ -190,3 +190,20 @@ def test_load_config_never_runs_remote_code(folder: Path) -> None:
         load_config(folder)
     with pytest.raises(SurgeryError, match="trust_remote_code"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        (b"<html></html>", "an HTML page"),
+        ("{}".encode("utf-8-sig"), "text with a byte order mark"),
+        (b"", "empty"),
+    ],
+)
+def test_a_config_of_another_kind_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        locate(Reference(model=str(tmp_path)), Path)
+    assert f"{tmp_path / 'config.json'} is {what}" in caught.value.problem
+    assert caught.value.action

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
 
-from inheritune_ds.config.corpus import FilesSource, Source, TokensSource
+from inheritune_ds.config.corpus import FilesSource, TokensSource
 from inheritune_ds.data.documents import nanogpt, sources
 from inheritune_ds.errors import CorpusError
 
@@ -151,7 +151,7 @@ def test_a_table_with_bytes_that_are_not_utf_8_gets_no_iconv(tmp_path: Path) -> 
 @pytest.mark.parametrize("content", [POINTER + b"\n" * (len(POINTER) % 2), PAGE + b"\n" * (len(PAGE) % 2)])
 def test_token_files_of_another_kind_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train.bin").write_bytes(content)
-    source: Source = TokensSource(kind="nanogpt", train=str(tmp_path / "train.bin"))
+    source = TokensSource(kind="nanogpt", train=str(tmp_path / "train.bin"))
     with pytest.raises(CorpusError, match=r"token file .*train\.bin is an? (Git LFS pointer|HTML page)"):
         nanogpt.token_files(source)
 

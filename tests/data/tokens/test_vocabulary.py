@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.data.tokens import prepare as tokenize
+from inheritune_ds.data.tokens import writer
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer, train_tokenizer
 from inheritune_ds.data.tokens.vocabulary import check_known_rows, check_rows
@@ -68,10 +68,11 @@ def test_tokens_of_texts_need_a_row(
     tmp_path: Path, tokens: list[AddedToken], special: dict[str, str], less: int, shown: str
 ) -> None:
     name, rows = tokenizer_with(tmp_path, *tokens, **special)
-    for check in (
+    checks: list[Callable[[], None]] = [
         lambda: check_rows(load_tokenizer(name), rows - less),
         lambda: check_known_rows(recipe_of(tmp_path, rows - less)),
-    ):
+    ]
+    for check in checks:
         with pytest.raises(CorpusError) as caught:
             check()
         assert f"without a row in the model's embeddings, which have {rows - less}: " in caught.value.problem
@@ -93,7 +94,7 @@ def test_a_corpus_tokenizer_is_compared_with_the_reference(tmp_path: Path) -> No
 def test_prepare_compares_before_it_tokenizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, rows = tokenizer_with(tmp_path / "own", AddedToken("<tool>"))
     corpus = corpus_of(files_source(write_jsonl(tmp_path / "corpus.jsonl", make_texts(40))))
-    monkeypatch.setattr(tokenize.Build, "run", lambda _: pytest.fail("documents were tokenized"))
+    monkeypatch.setattr(writer.Build, "run", lambda _: pytest.fail("documents were tokenized"))
     for tokenizer, entries in ((name, rows), (TRAINED, 270)):
         with pytest.raises(CorpusError, match="without a row"):
             prepare(corpus, tokenizer, tmp_path / "cache", rows=entries)
