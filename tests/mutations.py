@@ -93,8 +93,8 @@ MUTATIONS = [
     Mutation(
         "a changed recipe would train the old target",
         INHERIT,
-        'isinstance(report, dict) or manifest.get("identity") != identity:',
-        "isinstance(report, dict):",
+        '        or content_of(manifest.get("identity")) != content_of(identity)\n',
+        "",
         "find_target",
     ),
     Mutation(
