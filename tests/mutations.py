@@ -39,8 +39,8 @@ MUTATIONS: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "a changed recipe would train the old target",
-            'isinstance(report, dict) or manifest.get("identity") != identity:',
-            "isinstance(report, dict):",
+            '        or content_of(manifest.get("identity")) != content_of(identity)\n',
+            "",
             "find_target",
         ),
         (

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inheritune_ds.errors import InherituneError, RecipeError
+from inheritune_ds.errors import InherituneError, MachineError, RecipeError
 
 if TYPE_CHECKING:
     from inheritune_ds.config.deepspeed import Machine
@@ -95,11 +95,23 @@ def machine_for(gpu_name: str | None, local_size: int) -> "Machine":
     """The hardware of one rank, for a plan: the named GPU, the least GPU of the ranks here, or a share of this CPU."""
     from inheritune_ds.config.deepspeed import Machine
     from inheritune_ds.plan.gpus import gpu
-    from inheritune_ds.plan.machine import cpu_machine, detect_gpus
+    from inheritune_ds.plan.machine import cpu_machine, detect_gpus, has_driver
 
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator not in (None, "cpu", "cuda"):
+        raise MachineError(
+            f"the environment variable DS_ACCELERATOR is {accelerator!r}",
+            allowed="cpu, cuda, or no such variable: a GPU if there is one",
+            action="unset DS_ACCELERATOR, or set it to cpu to run on the CPU",
+        )
     if gpu_name is not None:
         return Machine("cuda", gpu(gpu_name).memory_gib, bf16=True)  # every GPU of the table has bf16
-    found = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else detect_gpus()[:local_size]
+    found = [] if accelerator == "cpu" else detect_gpus()[:local_size]
+    if accelerator == "cuda" and not found and not has_driver():
+        raise MachineError(
+            "the environment variable DS_ACCELERATOR is cuda, but this machine has no GPU",
+            action="unset DS_ACCELERATOR to run on the CPU, or start the run on a machine with a GPU",
+        )
     if found:
         return Machine("cuda", min(device.free_gib for device in found), all(device.bf16 for device in found))
     return cpu_machine(local_size)

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan; imports no torch."""
     from inheritune_ds.data.size import count_tokens
+    from inheritune_ds.data.tokens.vocabulary import check_known_rows
     from inheritune_ds.plan.gpus import PLANNING_MFU
     from inheritune_ds.plan.micro_batch import resolve_for
     from inheritune_ds.plan.text import checked_budget, plan, refuse_what_does_not_fit
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     gpu, chosen = planned_gpu(args.gpu)
     machine = machine_for(gpu, args.gpus)
     resolved = resolve_for(recipe, document, origin, world_size=args.gpus, machine=machine)
+    check_known_rows(recipe)
     budget = checked_budget(recipe, resolved, count_tokens(recipe.corpus, args.cache_dir), args.gpus)
     mfu = PLANNING_MFU if args.mfu is None else args.mfu
     print(plan(budget, resolved.config, notes=[*chosen, *resolved.notes], gpu=args.gpu, mfu=mfu))

@@ -80,10 +80,12 @@ def _without_micro_batch(args: argparse.Namespace, document: dict[str, Any]) -> 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check everything, print the budget, then train."""
     from inheritune_ds.data.size import count_tokens
+    from inheritune_ds.data.tokens.vocabulary import check_known_rows
     from inheritune_ds.distributed.world import detect
     from inheritune_ds.plan.micro_batch import resolve_for
     from inheritune_ds.plan.text import budget_text, checked_budget, plan, refuse_what_does_not_fit
     from inheritune_ds.run.folder import RunFolder, finished_before
+    from inheritune_ds.training.toolchain import noexec_notes
 
     world = detect(os.environ)
     log_to_console(is_main=world.is_main)
@@ -103,6 +105,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         if world.is_main:  # before the budget, which needs the corpus and the reference
             print(finished_before(folder.path))
         return 0
+    check_known_rows(recipe)
     tokens = count_tokens(recipe.corpus, args.cache_dir)
 
     def check(resolved: "Resolved", *, show: bool) -> None:
@@ -114,7 +117,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if args.dry_run:
         budget = checked_budget(recipe, resolved, tokens, world.size)
-        text = plan(budget, resolved.config, notes=[*chosen, *resolved.notes, *tries], gpu=args.gpu)
+        text = plan(
+            budget, resolved.config, notes=[*chosen, *resolved.notes, *tries, *noexec_notes(os.environ)], gpu=args.gpu
+        )
         if world.is_main:
             print(text, flush=True)
         refuse_what_does_not_fit(budget, machine.memory_gib)

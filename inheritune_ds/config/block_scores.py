@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from inheritune_ds.errors import RecipeError
+from inheritune_ds.storage.file_kind import FileKind, action_for, unexpected_kind
 
 FORMAT = '{"NAME": [one number for each block of the reference, block 0 first; higher is kept], ...}'
 
@@ -24,11 +25,14 @@ def read_scores(path: str | None) -> dict[str, list[float]]:
         return dict(pairs)
 
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         document = json.loads(text, object_pairs_hook=unique)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise RecipeError(f"block_scores: {path} cannot be read: {reason}", allowed=FORMAT) from None
+        usual = (FileKind.JSON_OBJECT, FileKind.JSON_LINES, FileKind.MARKED)
+        kind = unexpected_kind(Path(path).expanduser(), usual)
+        reason = error.strerror if isinstance(error, OSError) else f"it is {kind.value if kind else 'not JSON'}"
+        action = action_for(kind, Path(path)) if kind else ""
+        raise RecipeError(f"block_scores: {path} cannot be read: {reason}", allowed=FORMAT, action=action) from None
     try:
         return TypeAdapter(dict[str, list[FiniteFloat]]).validate_python(document, strict=True)
     except ValidationError:

@@ -14,6 +14,7 @@ from inheritune_ds.config.fields import AUTO
 from inheritune_ds.config.messages import check
 from inheritune_ds.config.zero import offload_device
 from inheritune_ds.errors import RecipeError
+from inheritune_ds.storage.file_kind import FileKind, action_for, unexpected_kind
 from inheritune_ds.storage.redaction import secret_problems
 
 DEFAULT_STAGE = 1
@@ -26,7 +27,7 @@ def read(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        document = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise RecipeError(
             f"DeepSpeed config {path} cannot be read: {(error.strerror or 'unreadable').lower()}",
@@ -34,10 +35,11 @@ def read(path: Path | None) -> dict[str, Any]:
             action="give an existing file, such as ds_configs/zero1.json",
         ) from None
     except (ValueError, RecursionError) as error:
+        other = unexpected_kind(path, (FileKind.JSON_OBJECT, FileKind.JSON_LINES, FileKind.MARKED))
         raise RecipeError(
-            f"DeepSpeed config {path}: {error}",
+            f"DeepSpeed config {path}: {f'it is {other.value}' if other else error}",
             allowed="JSON, each key once",
-            action="fix the file, or start from ds_configs/zero1.json",
+            action=(action_for(other, path) if other else "") or "fix the file, or start from ds_configs/zero1.json",
         ) from None
     if not isinstance(document, dict):
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(document), "a single value")

@@ -281,7 +281,6 @@ OURS = ("kernels", "reliability")
 """Blocks of this program, which DeepSpeed's tools ignore."""
 
 
-
 def without_ours(ds_config: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved config as DeepSpeed gets it."""
     return {key: value for key, value in ds_config.items() if key not in OURS}

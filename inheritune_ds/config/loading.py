@@ -13,6 +13,7 @@ from inheritune_ds.config.overrides import apply
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.yaml import parse_yaml, write_yaml
 from inheritune_ds.errors import RecipeError
+from inheritune_ds.storage.file_kind import FileKind, action_for, unexpected_kind
 from inheritune_ds.storage.redaction import override_problems, secret_problems
 
 DEFAULT_RECIPE = "openllama-3b-13l"
@@ -87,15 +88,16 @@ def read_document(name: str, folder: str, *, beside: Path | None = None) -> tupl
         return shipped.read_text(encoding="utf-8"), name
     path = (beside or Path()) / Path(name).expanduser()
     try:
-        return path.read_text(encoding="utf-8"), str(path)
+        return path.read_text(encoding="utf-8-sig"), str(path)
     except (OSError, UnicodeDecodeError) as error:
         names, (kind, advice) = shipped_names(folder), _KINDS[folder]
         hint = nearest(name, names)
+        found = unexpected_kind(path, (FileKind.MARKED,))
         reason = (error.strerror or "unreadable").lower() if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(
-            f"{kind} {name!r} cannot be read: {reason}",
+            f"{kind} {name!r} cannot be read: {f'it is {found.value}' if found else reason}",
             allowed=f"a YAML file, or one of {', '.join(names)}",
-            action=f"did you mean {hint}?" if hint else advice,
+            action=(action_for(found, path) if found else "") or (f"did you mean {hint}?" if hint else advice),
         ) from None
 
 

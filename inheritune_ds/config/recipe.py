@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from inheritune_ds.config.corpus import Corpus
-from inheritune_ds.config.fields import ConfigModel, Name, Text
+from inheritune_ds.config.fields import ConfigModel, Name, Text, is_local_path
 from inheritune_ds.config.model import Reference, Target
 from inheritune_ds.config.training import (
     Checkpointing,
@@ -74,6 +74,23 @@ class Recipe(ConfigModel):
         """
         others = {"name", "description", "logging", "checkpoint", "faults", "published_claim"}
         return self.model_dump(mode="json", exclude=others)
+
+    @property
+    def content_identity(self) -> dict[str, Any]:
+        """`identity` without the places of models and data: the run folder holds the hashes of their content."""
+        found = self.identity
+        if not self.target.inherits_nothing:
+            found["reference"] = None
+        found["target"]["block_scores"] = None
+        corpus = found["corpus"]
+        if isinstance(corpus["tokenizer"], str):
+            corpus["tokenizer"] = None
+        for source in [*corpus["sources"], *corpus["overlap_with"]]:
+            for key in ("paths", "train", "validation"):
+                source.pop(key, None)
+            if is_local_path(source.get("dataset", "")):
+                del source["dataset"]
+        return found
 
     @property
     def fingerprint(self) -> str:

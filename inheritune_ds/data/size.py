@@ -17,6 +17,7 @@ from inheritune_ds.config.corpus import (
 )
 from inheritune_ds.data.documents.files import expand
 from inheritune_ds.data.documents.nanogpt import token_files
+from inheritune_ds.data.documents.sources import is_missing, may_have_been
 from inheritune_ds.plan.budget import Tokens
 from inheritune_ds.plan.model_size import GIB
 
@@ -32,35 +33,42 @@ def count_tokens(corpus: Corpus, cache_dir: Path) -> Tokens | None:
 
     Raises a CorpusError if a corpus file is missing.
     """
+    similar = None
     for path in sorted((cache_dir / "tokens").glob("*/manifest.json")):
         try:
             manifest = json.loads(path.read_bytes())
+            counts = tuple(int(source["train_tokens"]) for source in manifest["sources"])
             if _same_corpus(corpus, manifest):
-                return Tokens(tuple(int(source["train_tokens"]) for source in manifest["sources"]), estimate=False)
+                if _same_tokenizer(corpus, manifest["tokenizer"]):
+                    return Tokens(counts, estimate=False)
+                similar = Tokens(counts, estimate=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not a finished manifest of this version: the run logs that it tokenizes the corpus again
+    if similar is not None and any(map(is_missing, corpus.sources)):
+        return similar  # their sizes are not known any more
     return estimate_tokens(corpus)
 
 
 def _same_corpus(corpus: Corpus, manifest: Mapping[str, Any]) -> bool:
-    """Whether token files were made from this corpus, compared without reading documents.
+    """Whether token files were made from the sources of this corpus, compared without reading documents.
 
-    Training also compares the hashes of all files. A corpus without its own tokenizer never matches: the name of the
-    reference's tokenizer is not known here.
+    Training also compares the hashes of all files.
     """
-    tokenizer, entry = corpus.tokenizer, manifest["tokenizer"]
-    if isinstance(tokenizer, TrainedTokenizer):
-        same_tokenizer = entry.get("train") == tokenizer.vocab_size
-    else:
-        same_tokenizer = tokenizer is not None and entry.get("name") == tokenizer
     settings = corpus.model_dump(mode="json", include=set(manifest["corpus"]))
     identities = [source["identity"] for source in manifest["sources"]]
     return (
-        same_tokenizer
-        and manifest["corpus"] == settings
+        manifest["corpus"] == settings
         and len(identities) == len(corpus.sources)
         and all(map(_same_source, corpus.sources, corpus.token_limits, identities))
     )
+
+
+def _same_tokenizer(corpus: Corpus, entry: Mapping[str, Any]) -> bool:
+    """Whether token files have this corpus's own tokenizer; the name of the reference's is not known here."""
+    tokenizer = corpus.tokenizer
+    if isinstance(tokenizer, TrainedTokenizer):
+        return bool(entry.get("train") == tokenizer.vocab_size)
+    return tokenizer is not None and bool(entry.get("name") == tokenizer)
 
 
 def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any]) -> bool:
@@ -72,6 +80,8 @@ def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any])
         return bool(identity["python"] == platform.python_version())
     if isinstance(source, HubSource):
         return True
+    if is_missing(source):
+        return may_have_been(source, [file["name"] for file in identity["files"]])
     paths = expand(source.paths) if isinstance(source, FilesSource) else token_files(source)
     files = [(path.name, path.stat().st_size) for path in paths]
     return files == [(file["name"], file["size"]) for file in identity["files"]]

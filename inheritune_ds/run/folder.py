@@ -71,11 +71,12 @@ class RunFolder:
         """
         self.lock()
         try:
-            self._check_owner(recipe)
+            moved = self._check_owner(recipe)
         except RunFolderError:
             self.release()  # it belongs to another recipe, and so does its status
             raise
-        self.write_resolved(with_known_pins(recipe, self.path))
+        if not moved:  # otherwise after the content is compared
+            self.write_resolved(with_known_pins(recipe, self.path))
         for folder in (self.eval, self.checkpoints):
             with storage_errors(folder):
                 folder.mkdir(mode=0o775, exist_ok=True)  # no world-writable folder, which loading refuses
@@ -156,11 +157,12 @@ class RunFolder:
                 action=f"restore {path}, or start over with --fresh, which renames the old run folder",
             ) from None
 
-    def _check_owner(self, recipe: Recipe) -> None:
+    def _check_owner(self, recipe: Recipe) -> bool:
+        """Refuse another recipe; whether this one names other places of models and data than the run had."""
         trained = (self.path / "metrics.jsonl").exists() or identity.has_begun(self.path)
         if trained and (self.path / identity.RESOLVED_RECIPE).exists():
-            identity.check_recipe(self.path, self.resolved_recipe(), recipe)
-        # A corrected recipe may reuse the folder of a run that failed before its first step.
+            return identity.check_recipe(self.path, self.resolved_recipe(), recipe)
+        return False  # a corrected recipe may reuse the folder of a run that failed before its first step
 
     def has_finished(self, recipe: Recipe) -> bool:
         """Whether a recipe has finished here: status, run.json, and the sizes of the export's files."""

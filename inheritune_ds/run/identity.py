@@ -26,6 +26,8 @@ RESOLVED_RECIPE = "recipe.resolved.yaml"
 """The recipe with all defaults."""
 DATA = "data.json"
 """The fingerprint of the data, its parts, and the marks of verified token files."""
+MOVED = "moved.json"
+"""The fingerprints that the recipe of this run had when its models and data were at other places."""
 KERNELS = "kernels.json"
 """The kernels of the last launch."""
 MICRO_BATCH = "micro_batch.json"
@@ -66,19 +68,30 @@ def fingerprints(run_dir: Path, recipe: Recipe) -> tuple[str, str]:
     return recipe.fingerprint, with_known_pins(recipe, run_dir).fingerprint
 
 
-def check_recipe(run_dir: Path, owner: Recipe, recipe: Recipe) -> None:
-    """Refuse a recipe that differs from the owner of a run folder.
+def check_recipe(run_dir: Path, owner: Recipe, recipe: Recipe) -> bool:
+    """Refuse a recipe that differs from the owner of a run folder in more than the places of models and data.
+
+    Returns:
+        Whether places differ. The content is compared later, by its hashes (`keep_data`, `check_target`).
 
     Raises:
         RunFolderError: With every key that differs.
     """
-    if owner.fingerprint not in fingerprints(run_dir, recipe):
-        refuse_difference(
-            f"{run_dir} belongs to another recipe",
-            owner.identity,
-            with_known_pins(recipe, run_dir).identity,
-            action="give this run another name or folder: name=OTHER or --runs-dir DIR",
-        )
+    if owner.fingerprint in fingerprints(run_dir, recipe):
+        return False
+    pinned = with_known_pins(recipe, run_dir)
+    refuse_difference(
+        f"{run_dir} belongs to another recipe",
+        owner.content_identity,
+        pinned.content_identity,
+        action="give this run another name or folder: name=OTHER or --runs-dir DIR",
+    )
+    for line in differences(_by_name(owner.identity), _by_name(pinned.identity)):
+        logger.info("moved: %s; the run resumes if the content is the same", line)
+    former = read_json(run_dir / MOVED) or []
+    if owner.fingerprint not in former:
+        write_json(run_dir / MOVED, [*former, owner.fingerprint])
+    return True
 
 
 def check_checkpoint(run_dir: Path, checkpoint: Path, saved: Mapping[str, Any], recipe: Recipe) -> None:
@@ -94,10 +107,11 @@ def check_checkpoint(run_dir: Path, checkpoint: Path, saved: Mapping[str, Any], 
         CheckpointError: With the fingerprints that differ.
     """
     given, pinned = fingerprints(run_dir, recipe)
+    former = [given, *(read_json(run_dir / MOVED) or [])]
     data = (read_json(run_dir / DATA) or {}).get("fingerprint")
     refuse_difference(
         f"{checkpoint} was made by another run",
-        {"recipe": pinned if saved["recipe"] == given else saved["recipe"], "data": saved["data"]},
+        {"recipe": pinned if saved["recipe"] in former else saved["recipe"], "data": saved["data"]},
         {"recipe": pinned, "data": data if None not in (data, saved["data"]) else saved["data"]},
         action="remove it, and rerun the same command",
         error=CheckpointError,

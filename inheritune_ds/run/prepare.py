@@ -18,7 +18,7 @@ from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.tokens.prepare import prepare as prepare_tokens
 from inheritune_ds.data.tokens.token_set import TokenSet, open_finished
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer, tokenizer_of
-from inheritune_ds.errors import CorpusError, RunFolderError
+from inheritune_ds.errors import RunFolderError
 from inheritune_ds.plan.budget import CHECKPOINTS_IN_HAND, checkpoints_staying
 from inheritune_ds.plan.model_size import checkpoint_bytes
 from inheritune_ds.run import identity
@@ -30,7 +30,8 @@ from inheritune_ds.run.provenance import write_provenance
 from inheritune_ds.run.resume import Resumption
 from inheritune_ds.run.status import write_status
 from inheritune_ds.storage.files import read_json, write_json
-from inheritune_ds.surgery.inherit import MANIFEST, Cut, TargetModel, build_target, find_target, make_config
+from inheritune_ds.storage.known_hashes import known_hashes
+from inheritune_ds.surgery.inherit import MANIFEST, Cut, TargetModel, build_target, content_of, find_target, make_config
 from inheritune_ds.surgery.load import load_config
 from inheritune_ds.surgery.reference import ReferenceModel, locate
 
@@ -113,12 +114,12 @@ def _build(
     provenance = write_provenance(folder.path, {"world_size": world.size, "launcher": world.launcher})
     write_json(folder.path / DS_CONFIG, resolved.config)
     recipe = pin_revisions(recipe, folder.path)
-    folder.write_resolved(recipe)
     reference = _find_reference(recipe, launch)
     tokens, data_fingerprint = _prepare_tokens(recipe, reference, folder, launch.cache_dir)
     data = RunData(recipe, tokens)
     data.log()
     target = _prepare_target(recipe, reference, tokens, folder)
+    folder.write_resolved(recipe)
     there = sum(1 for _ in published(folder.checkpoints))
     missing = max(0, checkpoints_staying(recipe.checkpoint, data.total_steps) - there)
     size = checkpoint_bytes(target.report["parameters"])
@@ -161,7 +162,8 @@ def _find_reference(recipe: Recipe, launch: Launch) -> ReferenceModel | None:
     if recipe.reference is None or recipe.target.inherits_nothing:
         return None
     logger.info("reference: %s", recipe.reference.model)
-    return locate(recipe.reference, lambda name: launch.runs_dir / load_recipe(name).name / "export")
+    with known_hashes(launch.cache_dir) as hashes:
+        return locate(recipe.reference, lambda name: launch.runs_dir / load_recipe(name).name / "export", hashes)
 
 
 def _prepare_tokens(
@@ -175,6 +177,7 @@ def _prepare_tokens(
         cache_dir,
         revision=revision,
         damage_of=lambda found: identity.find_new_damage(folder.path, found),
+        rows=_vocabulary(recipe, reference, folder),
     )
     fingerprint = identity.keep_data(folder.path, recipe, tokens)
     counts = f"{tokens.train_tokens:,} training and {tokens.validation_tokens:,} held-out tokens"
@@ -193,7 +196,8 @@ def _prepare_target(
         "tokens": tokens.fingerprint,
         "seed": recipe.seed,
     }
-    identity.check_target(folder.path, (read_json(folder.target / MANIFEST) or {}).get("identity"), wanted)
+    built = (read_json(folder.target / MANIFEST) or {}).get("identity")
+    identity.check_target(folder.path, content_of(built), content_of(wanted))
     target = find_target(folder.target, wanted)
     if target is None:
         cut = Cut(
@@ -206,7 +210,6 @@ def _prepare_target(
             tokenizer=load_tokenizer(str(tokens.tokenizer_dir), "main"),
         )
         target = build_target(cut, folder.target)
-    _check_ids(tokens, load_config(folder.target).vocab_size)
     report = target.report
     write_json(folder.path / "inheritance.json", report)
     kept = sum(tensor["inherited"] for tensor in report["tensors"])
@@ -215,14 +218,11 @@ def _prepare_target(
     return target
 
 
-def _check_ids(tokens: TokenSet, vocabulary: int) -> None:
-    """Refuse token ids without an embedding; a tokenizer's ids may have gaps."""
-    if tokens.vocab_size > vocabulary:
-        raise CorpusError(
-            f"corpus.tokenizer has ids up to {tokens.vocab_size - 1}, the model's vocabulary has {vocabulary} entries",
-            allowed=f"a tokenizer whose ids are all below {vocabulary}",
-            action="use the reference's own tokenizer (remove corpus.tokenizer) or a larger vocab_size",
-        )
+def _vocabulary(recipe: Recipe, reference: ReferenceModel | None, folder: RunFolder) -> int:
+    """The entries of the target's vocabulary, before it is built."""
+    if identity.has_begun(folder.path):
+        return int(load_config(folder.target).vocab_size)
+    return int(make_config(recipe.target, _reference_config(recipe, reference))[0].vocab_size)
 
 
 def _reference_config(recipe: Recipe, reference: ReferenceModel | None) -> "PreTrainedConfig | None":

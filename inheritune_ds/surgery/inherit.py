@@ -18,7 +18,8 @@ from inheritune_ds.config.block_scores import read_scores
 from inheritune_ds.config.inheritance import inherited_parts
 from inheritune_ds.config.model import Reference, Target
 from inheritune_ds.config.selection import parse
-from inheritune_ds.errors import CorpusError, SurgeryError
+from inheritune_ds.data.tokens.vocabulary import check_rows
+from inheritune_ds.errors import SurgeryError
 from inheritune_ds.storage.files import read_json, storage_errors, write_json, write_text
 from inheritune_ds.storage.folders import damaged_files, describe_files, staged
 from inheritune_ds.surgery.compare import describe_tensors
@@ -58,13 +59,27 @@ def locate_previous(folder: Path) -> ReferenceModel:
     return dataclasses.replace(locate(Reference(model=str(folder.resolve())), Path), name=str(folder))
 
 
+def content_of(identity: Any) -> Any:
+    """A target's identity without names and places; the hashes of the files that they stand for remain."""
+    if isinstance(identity, Mapping):
+        places = (
+            ("name", "commit") if "weights_sha256" in identity else ("block_scores",) if "select" in identity else ()
+        )
+        return {key: content_of(value) for key, value in identity.items() if key not in places}
+    return identity
+
+
 def find_target(folder: Path, identity: Mapping[str, Any], *, verify: bool = False) -> TargetModel | None:
     """Open the finished target in `folder`; None unless it has this `identity` and intact files.
 
     Only sizes are compared; `verify` compares hashes, too.
     """
     manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
-    if not isinstance(manifest, dict) or not isinstance(report, dict) or manifest.get("identity") != identity:
+    if (
+        not isinstance(manifest, dict)
+        or not isinstance(report, dict)
+        or content_of(manifest.get("identity")) != content_of(identity)
+    ):
         return None
     damaged = damaged_files(folder, manifest.get("files"), hashes=verify)
     return None if damaged else TargetModel(folder, report)
@@ -147,18 +162,13 @@ def _fitted_config(cut: Cut) -> "tuple[PreTrainedConfig, tuple[int, ...], bool]"
     tokenizer, reference = cut.tokenizer, cut.reference
     if tokenizer is None:
         return config, selection, reference is None
-    if len(tokenizer) > config.vocab_size:
-        raise CorpusError(
-            f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary {config.vocab_size}",
-            allowed=f"a tokenizer with at most {config.vocab_size} entries",
-            action="use the model's own tokenizer: in a recipe, remove corpus.tokenizer to use the reference's, or "
-            "give target.shape a larger vocab_size",
-        )
+    check_rows(tokenizer, config.vocab_size)
     foreign = reference is None or not is_own_tokenizer(tokenizer, reference)
     if foreign:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     if foreign and reference is not None:
-        config.pad_token_id = tokenizer.pad_token_id
+        pad = tokenizer.pad_token_id
+        config.pad_token_id = pad if pad is not None and pad < config.vocab_size else None
         logger.info("tokenizer: not the reference's own, so the inherited embeddings and head belong to other tokens")
     return config, selection, foreign
 

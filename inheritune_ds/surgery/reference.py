@@ -14,7 +14,9 @@ from inheritune_ds.config.model import Reference, Shape
 from inheritune_ds.errors import RecipeError, SurgeryError
 from inheritune_ds.plan.shapes import shape_from_config
 from inheritune_ds.storage import hub
+from inheritune_ds.storage.file_kind import FileKind, action_for, unexpected_kind
 from inheritune_ds.storage.files import read_json, sha256_file
+from inheritune_ds.storage.known_hashes import KnownHashes
 from inheritune_ds.surgery.weight_files import INDEX, PICKLE_PATTERNS, SAFE_PATTERNS, SINGLE, weight_files
 
 FILE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -62,8 +64,12 @@ class ReferenceModel:
         return {"name": self.name, "weights_sha256": self.weights_sha256}
 
 
-def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> ReferenceModel:
+def locate(
+    reference: Reference, recipe_export: Callable[[str], Path], hashes: KnownHashes | None = None
+) -> ReferenceModel:
     """Find the reference on this machine or download it; `recipe_export` gives the export of `recipe:NAME`.
+
+    `hashes` has those of files that were hashed before.
 
     Raises:
         HubError: If the hub cannot be reached or does not have it.
@@ -80,9 +86,10 @@ def locate(reference: Reference, recipe_export: Callable[[str], Path]) -> Refere
     read_config(folder, reference.model)
     if not matching_files(folder, [*SAFE_PATTERNS, *PICKLE_PATTERNS]):
         _refuse_other_kinds(folder, reference.model)
-    weights = {path.name: sha256_file(path) for path in weight_files(folder, reference.model)}
+    sha256 = sha256_file if hashes is None else hashes.sha256
+    weights = {path.name: sha256(path) for path in weight_files(folder, reference.model)}
     _check_known_hashes(folder, weights)
-    settings = {path.name: sha256_file(path) for path in matching_files(folder, SETTINGS_PATTERNS)}
+    settings = {path.name: sha256(path) for path in matching_files(folder, SETTINGS_PATTERNS)}
     return ReferenceModel(reference.model, folder, commit, weights, settings)
 
 
@@ -116,7 +123,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
             allowed="a Hugging Face model folder, a hub id such as openlm-research/open_llama_3b, or recipe:NAME",
         ) from None
     except ValueError as error:
-        raise RecipeError(f"reference.model: {folder / 'config.json'} is not JSON: {error}") from None
+        kind = unexpected_kind(folder / "config.json", (FileKind.JSON_OBJECT, FileKind.JSON_LINES))
+        reason = f"is not JSON: {error}" if kind is None else f"is {kind.value}"
+        action = "" if kind is None else action_for(kind, folder / "config.json")
+        raise RecipeError(f"reference.model: {folder / 'config.json'} {reason}", action=action) from None
     if not isinstance(config, dict):
         raise RecipeError(f"reference.model: {folder / 'config.json'} is not a JSON object")
     return config

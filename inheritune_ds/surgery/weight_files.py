@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from inheritune_ds.errors import RecipeError, SurgeryError
+from inheritune_ds.storage.file_kind import FileKind, action_for, look
 from inheritune_ds.storage.hub import first_line
 from inheritune_ds.storage.safetensors import Entry, read_header
 
@@ -149,6 +150,7 @@ def _read_index(folder: Path, index: str) -> dict[str, str]:
 def _open_safetensors(path: Path) -> Any:
     from safetensors import safe_open
 
+    _check_kind(path, FileKind.SAFETENSORS)
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # noqa: BLE001 - safetensors' own error class, OSError for an unreadable file
@@ -156,6 +158,15 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
+    kind = _check_kind(path, FileKind.ZIP, FileKind.OLD_TORCH)
+    if kind is FileKind.OLD_TORCH:
+        raise SurgeryError(
+            f"{path} is in the format of torch before 1.6, which cannot be memory-mapped",
+            action=f'convert it once: python -c "import torch; p = {str(path)!r}; '
+            'torch.save(torch.load(p, weights_only=True), p)"',
+        )
+    if kind is None:
+        raise _unreadable(path, "torch.save did not write it")
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
@@ -163,14 +174,6 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds more than tensors; pickles that run code are not loaded",
             allowed="a file that torch.load(weights_only=True) reads, or safetensors",
         ) from None
-    except RuntimeError as error:
-        if "mmap can only be used" in str(error):
-            raise SurgeryError(
-                f"{path} is in the format of torch before 1.6, which cannot be memory-mapped",
-                action=f'convert it once: python -c "import torch; p = {str(path)!r}; '
-                'torch.save(torch.load(p, weights_only=True), p)"',
-            ) from None
-        raise _unreadable(path, error) from None
     except Exception as error:  # noqa: BLE001 - a damaged file causes errors of many kinds
         raise _unreadable(path, error) from None
     if not isinstance(loaded, dict) or not all(
@@ -181,8 +184,25 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def _unreadable(path: Path, error: Exception) -> SurgeryError:
+def _check_kind(path: Path, *allowed: FileKind) -> FileKind | None:
+    """Return the kind of a weight file; raise a SurgeryError if it is known and not one of those `allowed`."""
+    try:
+        kind = look(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if kind is FileKind.EMPTY:
+        raise _unreadable(path, "it is empty")
+    if kind is not None and kind not in allowed:
+        raise SurgeryError(
+            f"{path} is {kind.value}",
+            allowed="weights in safetensors, or in the zip format of torch.save",
+            action=action_for(kind, path),
+        )
+    return kind
+
+
+def _unreadable(path: Path, reason: Exception | str) -> SurgeryError:
     return SurgeryError(
-        f"{path} is damaged or cut short: {first_line(error)}",
+        f"{path} is damaged or cut short: {reason if isinstance(reason, str) else first_line(reason)}",
         action="copy or download the file again, and compare its sha256 with the source's",
     )

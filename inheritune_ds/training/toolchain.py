@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from inheritune_ds.distributed.world import World
 from inheritune_ds.errors import MachineError, StorageError
 
@@ -24,6 +22,8 @@ def check_device(kind: str, world: World, *, offload: bool) -> None:
             there are fewer GPUs than local ranks.
         StorageError: If the folder for the compiled operators cannot be written.
     """
+    import torch
+
     if kind == "cpu" or offload:
         from torch.utils.cpp_extension import get_default_build_root
 
@@ -57,7 +57,8 @@ def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
     CXX names the compiler, TORCH_EXTENSIONS_DIR the folder, which is `default_folder` otherwise.
 
     Raises:
-        MachineError: If the compiler is missing, or cannot compile for this Python, or a build was killed before.
+        MachineError: If the compiler is missing, or cannot compile for this Python, a build was killed before, or the
+            folder is mounted noexec.
         StorageError: If the folder cannot be written.
     """
     _check_compiler(environ)
@@ -66,6 +67,7 @@ def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        no_execution = os.statvfs(folder).f_flag & os.ST_NOEXEC
     except OSError as error:
         reason = (error.strerror or "no reason given").lower()
         raise StorageError(
@@ -73,7 +75,25 @@ def check_toolchain(environ: Mapping[str, str], default_folder: Path) -> None:
             allowed="a folder that can be made and written",
             action="set TORCH_EXTENSIONS_DIR to one, then rerun the same command",
         ) from None
+    if no_execution:
+        raise MachineError(
+            f"{folder} is on a file system that is mounted noexec; DeepSpeed builds and loads its CPU operators there",
+            allowed="a folder on a file system without noexec",
+            action="set TORCH_EXTENSIONS_DIR to one, then rerun the same command",
+        )
     _check_locks(folder)
+
+
+def noexec_notes(environ: Mapping[str, str]) -> list[str]:
+    """A note for the plan if the folder of the builds is on a file system that runs no programs; imports no torch."""
+    named = environ.get("TORCH_EXTENSIONS_DIR") or environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(named).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.statvfs(there).f_flag & os.ST_NOEXEC:
+        return []
+    return [
+        f"{folder} is mounted noexec: to run on a CPU or with offload here, set TORCH_EXTENSIONS_DIR to another one"
+    ]
 
 
 def _check_locks(folder: Path) -> None:

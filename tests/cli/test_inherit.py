@@ -153,7 +153,7 @@ HARMS: list[tuple[str, Harm, int, str]] = [
     ("truncated", truncate, 9, "model.safetensors is damaged or cut short"),
     ("not a number", not_a_number, 9, "model.layers.1.mlp.up_proj.weight of the reference holds a non-finite number"),
     ("too deep", config(num_hidden_layers=5), 9, "model.layers.4.input_layernorm.weight is not in the files"),
-    ("vocabulary", config(vocab_size=39), 6, "the tokenizer has 40 entries, the model's vocabulary 39"),
+    ("vocabulary", config(vocab_size=39), 6, "embeddings, which have 39: w35 (id 39)"),
     ("unknown family", config(model_type="nobody"), 9, "config.json cannot be loaded"),
     ("pickle with code", pickled, 9, "pickles that run code are not loaded"),
     ("no config", remove("config.json"), 3, "config.json is missing"),

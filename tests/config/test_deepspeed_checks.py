@@ -12,7 +12,10 @@ from inheritune_ds.errors import RecipeError
         ('{"bf16": {}, "bf16": {}}', "the key 'bf16' appears twice"),
         ('{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' appears twice"),
         ('{"a": 1,}', "Illegal trailing comma before end of object|Expecting property name"),
-        ("", "Expecting value"),
+        ("", "it is empty"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "it is a Git LFS pointer"),
+        ("<!doctype html>", "it is an HTML page"),
+        ('[{"bf16": {}', "it is one JSON array"),
         ("[1]", "the document is a list, not an object"),
         ("null", "the document is null, not an object"),
         ('{"a": ' * 100_000, "recursion|Expecting value"),
@@ -25,7 +28,13 @@ def test_read_refuses_anything_but_a_json_object(text: str, problem: str, tmp_pa
         read(path)
     assert caught.value.problem.startswith(f"DeepSpeed config {path}: ")
     assert caught.value.allowed
-    assert "ds_configs/zero1.json" in caught.value.action
+    assert caught.value.action
+
+
+def test_read_accepts_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"bf16": {}}', encoding="utf-8-sig")
+    assert read(path) == {"bf16": {}}
 
 
 def test_read_reports_why_a_file_cannot_be_read(tmp_path: Path) -> None:

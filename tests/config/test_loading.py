@@ -1,3 +1,4 @@
+import gzip
 import math
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_load_recipe_reads_files_and_names_them_in_problems(tmp_path: Path) -> N
     ("make", "reason"),
     [
         (Path.mkdir, "is a directory"),
-        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "it is not UTF-8 text"),
+        (lambda path: path.write_bytes(b"name: caf\xe9"), "it is not UTF-8 text"),
         (Path.absolute, "no such file or directory"),
     ],
 )
@@ -206,3 +207,25 @@ def test_differences_reach_into_lists_of_mappings() -> None:
         "sources.2: None -> {'name': 'c'}",
     ]
     assert differences({"betas": [1, 2]}, {"betas": [1, 3]}) == ["betas: [1, 2] -> [1, 3]"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "action"),
+    [
+        ("name: mine\n".encode("utf-16"), "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
+        (gzip.compress(b"name: mine\n"), "gzip data", "gzip -d"),
+        ("name: mine\n".encode("utf-32"), "UTF-32 text", "iconv -f UTF-32 -t UTF-8"),
+    ],
+)
+def test_load_recipe_names_what_a_file_is(tmp_path: Path, content: bytes, what: str, action: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    text = message(name=str(path))
+    assert text.startswith(f"recipe '{path}' cannot be read: it is {what}\n")
+    assert action in text
+
+
+def test_load_recipe_reads_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(read_document("quickstart", "recipes")[0], encoding="utf-8-sig")
+    assert load_recipe(str(path)) == load_recipe("quickstart")

@@ -14,7 +14,7 @@ from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.data.tokens.token_set import TokenSet, find_damage
 from inheritune_ds.data.tokens.tokenizer import train_tokenizer
-from inheritune_ds.errors import RunFolderError
+from inheritune_ds.errors import CheckpointError, RunFolderError
 from inheritune_ds.run import identity
 from inheritune_ds.training.kernels import Kernels
 from tests.conftest import Logged
@@ -205,3 +205,60 @@ def test_kept_micro_batch_is_used_with_checkpoints_if_it_divides(tmp_path: Path)
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
     assert identity.kept_micro_batch(tmp_path, 8) == 4
     assert identity.kept_micro_batch(tmp_path, 6) == 0
+
+
+OVERRIDES = ["target.select=first:2", "corpus.tokenizer=null"]
+
+
+def moved_recipe(**places: str) -> Recipe:
+    """A recipe with a local reference and local files."""
+    model, text = places.get("model", "./old/model"), places.get("text", "old/a.jsonl")
+    sources = f"corpus.sources=[{{kind: files, paths: [{text}], name: a}}]"
+    others = [places["more"]] if "more" in places else []
+    return load_recipe("quickstart", [f"reference={{model: {model}}}", *OVERRIDES, sources, *others])
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"text": "/mnt/new/a.jsonl"},
+        {"model": "/mnt/new/model"},
+        {"text": "new/*.jsonl", "model": "someone/model"},
+        {"more": "corpus.tokenizer=/mnt/new/tokenizer"},
+    ],
+)
+def test_moved_data_and_models_are_the_same_recipe(tmp_path: Path, places: dict[str, str], logged: Logged) -> None:
+    before, now = moved_recipe(), moved_recipe(**places)
+    assert identity.check_recipe(tmp_path, before, now)
+    lines = logged()
+    assert lines
+    assert all(line.startswith("moved: ") for line in lines)
+    assert json.loads((tmp_path / "moved.json").read_text()) == [before.fingerprint]
+    checkpoint = tmp_path / "checkpoints" / "step-00000010"
+    identity.check_checkpoint(tmp_path, checkpoint, {"recipe": before.fingerprint, "data": None}, now)
+    identity.check_checkpoint(tmp_path, checkpoint, {"recipe": now.fingerprint, "data": None}, now)
+    with pytest.raises(CheckpointError, match="another run"):
+        identity.check_checkpoint(tmp_path, checkpoint, {"recipe": "0" * 64, "data": None}, now)
+    assert not identity.check_recipe(tmp_path, now, now)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("seed=3", "seed: 1337 -> 3"),
+        ("target.select=first:3", "target.select: 'first:2' -> 'first:3'"),
+        ("optimizer.lr=5e-5", "optimizer.lr"),
+    ],
+)
+def test_moved_data_with_another_setting_is_refused(tmp_path: Path, change: str, line: str) -> None:
+    with pytest.raises(RunFolderError) as caught:
+        identity.check_recipe(tmp_path, moved_recipe(), moved_recipe(text="new/a.jsonl", more=change))
+    assert line in caught.value.problem
+    assert "paths" not in caught.value.problem
+    assert not (tmp_path / "moved.json").exists()
+
+
+def test_another_reference_is_refused_where_no_weight_is_inherited(tmp_path: Path) -> None:
+    nothing = "target.inherit=none"
+    with pytest.raises(RunFolderError, match=r"reference\.model"):
+        identity.check_recipe(tmp_path, moved_recipe(more=nothing), moved_recipe(model="/other", more=nothing))

@@ -3,9 +3,6 @@ from pathlib import Path
 import pytest
 
 from inheritune_ds.config.loading import load_recipe
-from inheritune_ds.data.tokens.token_set import TokenSet
-from inheritune_ds.errors import CorpusError
-from inheritune_ds.run import prepare
 from inheritune_ds.run.data import RunData
 from inheritune_ds.run.folder import RunFolder
 from tests.conftest import Logged
@@ -16,15 +13,6 @@ from tests.run.tokens import token_set
 def folder(tmp_path: Path) -> RunFolder:
     (tmp_path / "checkpoints").mkdir()
     return RunFolder(tmp_path)
-
-
-def test_ids_beyond_the_model_s_vocabulary_are_refused(tmp_path: Path) -> None:
-    tokens = TokenSet(tmp_path, {"vocab_size": 1001})
-    prepare._check_ids(tokens, 1001)
-    with pytest.raises(CorpusError) as caught:
-        prepare._check_ids(tokens, 1000)
-    assert caught.value.problem == "corpus.tokenizer has ids up to 1000, the model's vocabulary has 1000 entries"
-    assert "allowed: a tokenizer whose ids are all below 1000\n  do: use the reference's own" in str(caught.value)
 
 
 def test_the_log_says_how_much_is_validated_on_and_of_what(folder: RunFolder, logged: Logged) -> None:

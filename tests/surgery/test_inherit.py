@@ -155,9 +155,9 @@ def test_build_target_refuses_a_tokenizer_with_more_entries_than_embeddings(
     build(folder, to="just", select="first:2", words=40)
     with pytest.raises(CorpusError) as caught:
         build(folder, select="first:2", words=41)
-    assert caught.value.problem == "the tokenizer has 41 entries, the model's vocabulary 40"
-    assert caught.value.allowed == "a tokenizer with at most 40 entries"
-    assert "remove corpus.tokenizer" in caught.value.action
+    assert caught.value.problem.endswith("row in the model's embeddings, which have 40: w36 (id 40)")
+    assert caught.value.allowed == "tokens with ids below 40, except special tokens that are in no text"
+    assert "set corpus.tokenizer" in caught.value.action
     assert not (tmp_path / "target").exists()
 
 

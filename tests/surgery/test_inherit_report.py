@@ -12,6 +12,7 @@ from inheritune_ds.config.model import Reference
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.plan.model_size import parameters
 from inheritune_ds.plan.shapes import shape_from_config
+from inheritune_ds.storage.files import write_json
 from inheritune_ds.surgery import compare
 from inheritune_ds.surgery.compare import tensor_sha256, weights_sha256
 from inheritune_ds.surgery.inherit import find_target
@@ -122,3 +123,22 @@ def test_large_tensors_are_compared_and_hashed_whole(
     edit_weights(folder, lambda tensors: tensors[name][-1, -1:].fill_(float("nan")))
     with pytest.raises(SurgeryError, match="non-finite"):
         build(folder, to="third", select="first:2")
+
+
+@pytest.mark.parametrize(
+    ("change", "is_found"),
+    [
+        ({"reference": {"name": "/new/model", "commit": "", "weights_sha256": {"a": "1"}}}, True),
+        ({"target": {"select": "first:2", "block_scores": "new.json"}}, True),
+        ({"reference": {"name": "/old/model", "commit": "", "weights_sha256": {"a": "2"}}}, False),
+        ({"target": {"select": "first:3", "block_scores": "old.json"}}, False),
+    ],
+)
+def test_find_target_compares_content_and_not_places(tmp_path: Path, change: dict[str, Any], *, is_found: bool) -> None:
+    identity = {
+        "reference": {"name": "/old/model", "commit": "c", "weights_sha256": {"a": "1"}},
+        "target": {"select": "first:2", "block_scores": "old.json"},
+    }
+    write_json(tmp_path / "manifest.json", {"identity": identity, "files": {}})
+    write_json(tmp_path / "inheritance.json", {})
+    assert (find_target(tmp_path, {**identity, **change}) is not None) == is_found

@@ -260,3 +260,20 @@ def test_a_folder_without_a_model_is_called_what_it_is(  # noqa: PLR0917 - fixtu
         locate(Reference(model=str(tmp_path)), Path)
     assert caught.value.problem == f"reference.model: {tmp_path} is {kind}, not a model folder"
     assert action in caught.value.action
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        (b"<html></html>", "an HTML page"),
+        ("{}".encode("utf-8-sig"), "text with a byte order mark"),
+        (b"", "empty"),
+    ],
+)
+def test_a_config_of_another_kind_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        locate(Reference(model=str(tmp_path)), Path)
+    assert f"{tmp_path / 'config.json'} is {what}" in caught.value.problem
+    assert caught.value.action

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import zipfile
@@ -246,3 +247,53 @@ def test_a_file_that_changes_under_its_reader_is_refused(folder: Path, monkeypat
     monkeypatch.setitem(files._open, "model.safetensors", Gone())
     with pytest.raises(SurgeryError, match=r"model\.safetensors is damaged or cut short: .*Input/output error"):
         files.tensor("model.norm.weight")
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'1' * 64}\nsize 12\n".encode()
+PAGE = b"<html><head><title>401</title></head></html>"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("content", "what", "action"),
+    [
+        (POINTER, "a Git LFS pointer, not the file itself", "run git lfs pull"),
+        (PAGE, "an HTML page", "download the file itself"),
+        (gzip.compress(b"weights"), "gzip data", "gzip -d"),
+        (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF model", "download the model's safetensors files"),
+        (b'{"error": "not found"}', "JSON lines", ""),
+    ],
+)
+def test_a_weight_file_of_another_kind_is_named(
+    folder: Path, name: str, content: bytes, what: str, action: str
+) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    error = refused(folder)
+    assert error.problem == f"{folder / name} is {what}"
+    assert error.action.startswith(action) or action in error.action
+    assert "torch.load" not in str(error)
+
+
+def test_a_shard_that_is_a_pointer_is_named(folder: Path) -> None:
+    _, second = tiny.shard(folder)
+    second.write_bytes(POINTER)
+    assert refused(folder).problem == f"{second} is a Git LFS pointer, not the file itself"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(("content", "reason"), [(b"", "it is empty"), (b"some text", "")])
+def test_an_empty_or_unknown_weight_file_is_damaged(folder: Path, name: str, content: bytes, reason: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    error = refused(folder)
+    assert error.problem.startswith(f"{folder / name} is damaged or cut short: {reason}")
+
+
+def test_safetensors_under_the_name_of_a_pickle_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    error = refused(folder)
+    assert error.problem == f"{folder / 'pytorch_model.bin'} is a safetensors file"
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")  # as the action says
+    assert "name it model.safetensors" in error.action
+    assert len(WeightFiles(folder, "it"))

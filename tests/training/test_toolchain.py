@@ -1,11 +1,12 @@
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from inheritune_ds.errors import MachineError, StorageError
-from inheritune_ds.training.toolchain import check_toolchain
+from inheritune_ds.training.toolchain import check_toolchain, noexec_notes
 
 
 def test_a_compiler_that_works_and_a_folder_that_can_be_made_are_accepted(tmp_path: Path) -> None:
@@ -74,3 +75,41 @@ def test_the_lock_of_a_killed_build_is_refused(tmp_path: Path) -> None:
         check_toolchain(environ, tmp_path)
     assert caught.value.problem.startswith(f"{lock} is of a killed build of DeepSpeed's cpu_adam")
     assert caught.value.action == f"rm {lock}"
+
+
+@pytest.fixture
+def noexec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file system is mounted noexec."""
+    found = os.statvfs("/")
+    flags = found.f_flag | os.ST_NOEXEC
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
+
+
+@pytest.mark.usefixtures("noexec")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_that_is_mounted_noexec_is_refused(named: str, tmp_path: Path) -> None:
+    environ = {key: value for key, value in os.environ.items() if key != "TORCH_EXTENSIONS_DIR"}
+    extensions = {"TORCH_EXTENSIONS_DIR": str(tmp_path)} if named else {}
+    with pytest.raises(MachineError) as caught:
+        check_toolchain({**environ, **extensions}, tmp_path)
+    assert caught.value.problem.startswith(f"{tmp_path} is on a file system that is mounted noexec")
+    assert caught.value.action.startswith("set TORCH_EXTENSIONS_DIR")
+    assert caught.value.exit_code == 10
+
+
+@pytest.mark.usefixtures("noexec")
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"TORCH_EXTENSIONS_DIR": "/tmp/not/there"}, "/tmp/not/there"),
+        ({"XDG_CACHE_HOME": "/tmp/cache"}, "/tmp/cache"),
+        ({}, str(Path("~/.cache").expanduser())),
+    ],
+)
+def test_a_plan_notes_a_folder_that_is_mounted_noexec(environ: dict[str, str], folder: str) -> None:
+    (note,) = noexec_notes(environ)
+    assert note.startswith(f"{folder} is mounted noexec: ")
+
+
+def test_a_plan_notes_nothing_about_other_folders(tmp_path: Path) -> None:
+    assert noexec_notes({"TORCH_EXTENSIONS_DIR": str(tmp_path / "new")}) == []

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from inheritune_ds.data.documents.records import wrong_kind
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage.file_kind import HEAD_BYTES, FileKind, kind_of
 
 SUFFIXES = (".gz", ".bz2", ".zst")
 
@@ -47,12 +49,13 @@ def _zstandard() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
 
 
-_FORMATS: dict[str, tuple[Callable[[], Any], tuple[int, ...], bytes]] = {
-    ".gz": (_gzip, (_CHUNK_BYTES,), b"\0"),
-    ".bz2": (bz2.BZ2Decompressor, (_CHUNK_BYTES,), b""),
-    ".zst": (_zstandard, (), b""),
+_FORMATS: dict[str, tuple[FileKind, Callable[[], Any], tuple[int, ...], bytes]] = {
+    ".gz": (FileKind.GZIP, _gzip, (_CHUNK_BYTES,), b"\0"),
+    ".bz2": (FileKind.BZIP2, bz2.BZ2Decompressor, (_CHUNK_BYTES,), b""),
+    ".zst": (FileKind.ZSTD, _zstandard, (), b""),
 }
-"""Decompressor of one frame (a file may hold several), limit of its output, and padding that may follow a frame."""
+"""Kind of the file, decompressor of one frame (a file may hold several), limit of its output, and padding that may
+follow a frame."""
 
 
 class _Unpacked(io.RawIOBase):
@@ -85,9 +88,11 @@ class _Unpacked(io.RawIOBase):
 
 def _unpacked(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
     """Yield the content of a file's frames, never an empty part."""
-    new_frame, limit, padding = _FORMATS[path.suffix]
+    expected, new_frame, limit, padding = _FORMATS[path.suffix]
     frame, ended_frames, inside = new_frame(), 0, False
     for piece in (chunk[at : at + _PIECE_BYTES] for chunk in chunks for at in range(0, len(chunk), _PIECE_BYTES)):
+        if not (inside or ended_frames) and (kind := kind_of(piece[:HEAD_BYTES])) not in (expected, None):
+            raise wrong_kind(path, kind)
         left = piece
         while left or not getattr(frame, "needs_input", True):  # bz2 keeps input that its limit has left over
             if ended_frames and not inside:

@@ -5,16 +5,26 @@ Errors name the file and its line or row. Every record gives one document, with 
 
 import io
 import os
+import shlex
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from inheritune_ds.data.documents import compression, tables, text
 from inheritune_ds.data.documents.change_check import FileMark, cannot_read
-from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
+from inheritune_ds.data.documents.records import Cursor, Document, RecordRules, wrong_kind
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage.file_kind import BYTE_ORDER_MARK, HEAD_BYTES, FileKind, kind_of, look
+from inheritune_ds.storage.files import read_json
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
-_TABLE_SUFFIXES = (".parquet", ".arrow")
+_TABLES = {".parquet": FileKind.PARQUET, ".arrow": FileKind.ARROW}
+_OPEN_TO_ALL = {None, FileKind.EMPTY, FileKind.MARKED, FileKind.JSON_LINES}
+_TEXTS = {".txt": _OPEN_TO_ALL | {FileKind.HTML, FileKind.JSON_ARRAY, FileKind.JSON_OBJECT, FileKind.TIKTOKEN}}
+"""Kinds that a text file may be, by its format; `_OPEN_TO_ALL` for JSON."""
+_LINES = {FileKind.JSON_ARRAY: "jq -c '.[]'", FileKind.JSON_OBJECT: "jq -c ."}
+_SAVED_FILES, _SAVED_SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
+"""Files that `datasets.save_to_disk` writes beside the data."""
+_UNPACK = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".zst": "zstd -dc"}
 ALLOWED = ".txt, .jsonl or .json (one JSON object a line), each also with .gz, .bz2 or .zst, and .parquet and .arrow"
 
 
@@ -85,8 +95,28 @@ def _below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(os.path.realpath(place))
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+        if _SAVED_SPLITS in names and len(folders) > 1:
+            first = "train" if "train" in folders else folders[0]
+            raise CorpusError(
+                f"corpus path {place} is a dataset with the splits {', '.join(sorted(folders))}, saved by `datasets`",
+                allowed="the folder of one split",
+                action=f"name the split to read in corpus.sources, such as {Path(place, first)}",
+            )
+        saved = _saved_files(Path(place)) if _SAVED_FILES.issubset(names) else names
+        found += [Path(place, name) for name in saved if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file() and path.name != _SAVED_SPLITS)
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """Names of the data files of a folder that `datasets.save_to_disk` wrote; others hold results of its cache."""
+    state = read_json(folder / "state.json")
+    try:
+        return [str(entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        raise CorpusError(
+            f"corpus path {folder}: its state.json does not list data files, as `datasets` writes them",
+            action="save the dataset again, or name its files in corpus.sources",
+        ) from None
 
 
 def format_of(path: Path) -> str:
@@ -94,7 +124,7 @@ def format_of(path: Path) -> str:
     if path.suffix in compression.SUFFIXES:
         inner = Path(path.stem).suffix
         return inner if inner in _TEXT_SUFFIXES else ""
-    return path.suffix if path.suffix in (*_TEXT_SUFFIXES, *_TABLE_SUFFIXES) else ""
+    return path.suffix if path.suffix in (*_TEXT_SUFFIXES, *_TABLES) else ""
 
 
 def read(
@@ -174,11 +204,33 @@ def records(  # noqa: PLR0913, PLR0917 - the union of the arguments of all reade
         OSError: The file cannot be read.
     """
     kind = format_of(path)
+    if kind in _TABLES and file is None and (found := look(path)) not in (_TABLES[kind], FileKind.EMPTY, None):
+        raise wrong_kind(path, found)
     if kind == ".parquet":
         return (yield from tables.parquet(path, rules, start, on_bytes, file))
     if kind == ".arrow":
         return (yield from tables.arrow(path, rules, start, on_bytes))
     with compression.open_unpacked(path, on_bytes, file) as stream:
+        _check_text(path, kind, stream.peek(HEAD_BYTES)[:HEAD_BYTES])
         if kind == ".txt":
             return (yield from text.plain_text(stream, path, rules, separator, start))
         return (yield from text.json_lines(stream, path, rules, start))
+
+
+def _check_text(path: Path, suffix: str, head: bytes) -> None:
+    """Raise a CorpusError if an unpacked file that begins with `head` is no text, or JSON that is not in lines."""
+    found = kind_of(head)
+    if found is FileKind.MARKED and suffix != ".txt":
+        found = kind_of(head.removeprefix(BYTE_ORDER_MARK))
+    if found in _TEXTS.get(suffix, _OPEN_TO_ALL):
+        return
+    assert found is not None
+    raise wrong_kind(path, found, _into_lines(path, _LINES[found]) if found in _LINES else "")
+
+
+def _into_lines(path: Path, command: str) -> str:
+    """The action that writes a JSON document as lines, into a file beside it."""
+    name, new = (shlex.quote(str(path)), shlex.quote(str(path.with_name(f"{path.name.split('.')[0]}-lines.jsonl"))))
+    packed = path.suffix in _UNPACK
+    written = f"{_UNPACK[path.suffix]} {name} | {command}" if packed else f"{command} {name}"
+    return f"write one object a line: {written} > {new}; then name the new file in corpus.sources"

@@ -4,10 +4,13 @@ from pathlib import Path
 
 from inheritune_ds.config.corpus import TokensSource
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage.file_kind import FileKind, action_for, kind_of
 
 ITEM_BYTES = 2
 _PROBE_BYTES = 512
 """256 ids of 16 bits: every second one is 0 in each file of small 32-bit ids, and in no text."""
+_NO_TOKENS = {FileKind.LFS_POINTER, FileKind.HTML, FileKind.NUMPY, FileKind.ZIP, FileKind.XZ}
+"""Kinds with a signature too long to be a few ids by chance."""
 
 
 def token_files(source: TokensSource) -> list[Path]:
@@ -29,6 +32,12 @@ def token_files(source: TokensSource) -> list[Path]:
             )
         with path.open("rb") as stream:
             head = stream.read(_PROBE_BYTES)
+        if (kind := kind_of(head)) in _NO_TOKENS:
+            raise CorpusError(
+                f"token file {path} is {kind.value}",
+                allowed="a header-free file of 16-bit token ids, as nanoGPT's prepare.py writes it",
+                action=action_for(kind, path) or "write its ids with numpy's tofile",
+            )
         if len(head) == _PROBE_BYTES and not any(head[2::4]) and not any(head[3::4]):  # the upper halves of small ids
             raise CorpusError(
                 f"token file {path} seems to hold 32-bit ids: every second 16-bit number at its beginning is 0",

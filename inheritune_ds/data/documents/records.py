@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from inheritune_ds.config.corpus import FilesSource, Filters, HubSource
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage.file_kind import FileKind, action_for
 
 Skipped = Literal["", "empty", "filtered", "bad"]
 
@@ -111,6 +113,14 @@ def no_text(where: str, field: str, kind: str) -> CorpusError:
         f"{where}: field {field!r} holds {kind}, not text",
         allowed="a string (null counts as an empty document)",
         action="set text_field of this source to the one that holds the text",
+    )
+
+
+def wrong_kind(path: Path, kind: FileKind, action: str = "") -> CorpusError:
+    """The error of a file whose content is of another kind than its suffix says."""
+    return CorpusError(
+        f"corpus file {path}: it is {kind.value}",
+        action=action or action_for(kind, path) or "convert it, or remove it from corpus.sources",
     )
 
 

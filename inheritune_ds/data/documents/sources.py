@@ -1,11 +1,13 @@
 """Reads and identifies the sources of a recipe's corpus."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from inheritune_ds.config.corpus import EmbeddedSource, FilesSource, HubSource, Source, TextSource, TokensSource
+from inheritune_ds.config.fields import is_local_path
 from inheritune_ds.console import Meter
 from inheritune_ds.data.documents import files as readers
 from inheritune_ds.data.documents import hub, python_docs
@@ -13,6 +15,7 @@ from inheritune_ds.data.documents.change_check import FileMark, cannot_read
 from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage.files import sha256_file
+from inheritune_ds.storage.known_hashes import KnownHashes
 
 
 def pinned(source: Source) -> Source:
@@ -22,11 +25,15 @@ def pinned(source: Source) -> Source:
     return source.model_copy(update={"revision": hub.repository_of(source).commit})
 
 
-def identify(source: Source) -> dict[str, Any]:
+def identify(
+    source: Source, hashes: KnownHashes | None = None, known: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Identify the data of a source, so that changed data is detected.
 
-    The result has the settings that decide which documents are read, wherever they are, and: for files, name, size
-    (bytes) and sha256 of each; for the hub, the full commit; for the embedded corpus, the Python version and a hash.
+    `hashes` has those of files that were hashed before; `known` is the entry `files` of an earlier result, in place of
+    local files that are gone. The result has the settings that decide which documents are read, wherever they are, and:
+    for files, name, size (bytes) and sha256 of each; for the hub, the full commit; for the embedded corpus, the Python
+    version and a hash.
 
     Raises:
         CorpusError: A file is missing.
@@ -42,7 +49,7 @@ def identify(source: Source) -> dict[str, Any]:
             return settings | {"dataset": source.dataset, "commit": commit, "data_files": source.data_files}
     if isinstance(source, FilesSource):
         settings |= {"text_field": source.text_field, "document_separator": source.document_separator}
-    return settings | {"files": _file_identities(_local_files(source))}
+    return settings | {"files": _file_identities(_local_files(source), hashes) if known is None else known}
 
 
 def documents(
@@ -106,17 +113,35 @@ def _local_files(source: Source) -> list[Path]:
     return []
 
 
-def _file_identities(paths: list[Path]) -> list[dict[str, Any]]:
+def is_missing(source: Source) -> bool:
+    """Whether local files of a source cannot be found, maybe since they were removed after tokenization."""
+    try:
+        return not all(path.exists() for path in _local_files(source))
+    except CorpusError:
+        return True
+
+
+def may_have_been(source: Source, names: Sequence[str]) -> bool:
+    """Whether the missing local files of a source may have had these names."""
+    if isinstance(source, TokensSource):
+        return [path.name for path in _local_files(source)] == list(names)
+    if not isinstance(source, FilesSource):
+        return isinstance(source, HubSource) and is_local_path(source.dataset)
+    last = [Path(pattern) for pattern in source.paths]
+    return all(any(fnmatch(name, path.name) or not readers.format_of(path) for path in last) for name in names)
+
+
+def _file_identities(paths: list[Path], hashes: KnownHashes | None) -> list[dict[str, Any]]:
     sizes = [FileMark.of(path).size for path in paths]
     with Meter("hashing corpus files", "bytes", sum(sizes)) as meter:
         return [
-            {"name": path.name, "size": size, "sha256": _sha256(path, meter.advance)}
+            {"name": path.name, "size": size, "sha256": _sha256(path, meter.advance, hashes)}
             for path, size in zip(paths, sizes, strict=True)
         ]
 
 
-def _sha256(path: Path, advance: Callable[[int], None]) -> str:
+def _sha256(path: Path, advance: Callable[[int], None], hashes: KnownHashes | None) -> str:
     try:
-        return sha256_file(path, advance)
+        return (sha256_file if hashes is None else hashes.sha256)(path, advance)
     except OSError as error:
         raise cannot_read(path, error) from None

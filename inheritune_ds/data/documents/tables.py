@@ -17,6 +17,7 @@ from inheritune_ds.errors import CorpusError
 
 _BATCH_BYTES = 2**24
 _BATCH_ROWS = 1024
+_REWRITE = "write the table again with that text in UTF-8"
 _ARROW_FILE_MAGIC = b"ARROW1"
 # The end of an Arrow stream (Arrow columnar format, "IPC Streaming Format"): a stream that is truncated between two
 # batches lacks only this.
@@ -157,7 +158,8 @@ class _Rows:
             others = batch.select(self._asked_tops).to_pylist() if self._asked_tops else [{}] * batch.num_rows
         except UnicodeDecodeError as error:
             where = f"{self._path}, a row of {first + 1} to {first + batch.num_rows}"
-            raise text_files.not_utf8(where, error.reason, f"byte {error.start} of a field that filters use") from None
+            place = f"byte {error.start} of a field that filters use"
+            raise text_files.not_utf8(where, error, place, _REWRITE) from None
         for row, (value, other) in enumerate(zip(values.to_pylist(), others, strict=True), first + 1):
             yield self._document(value, other, row)
 
@@ -168,7 +170,8 @@ class _Rows:
         try:
             text = None if value is None else value.decode()
         except UnicodeDecodeError as error:
-            return self._rules.bad(text_files.not_utf8(where, error.reason, f"byte {error.start} of the text"), cursor)
+            action = f"{_REWRITE}, or set bad_records of this source to skip"
+            return self._rules.bad(text_files.not_utf8(where, error, f"byte {error.start} of the text", action), cursor)
         return self._rules.document({**other, self._rules.text_field: text}, where, cursor)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from inheritune_ds.data.documents.records import Cursor, Document, RecordRules
 from inheritune_ds.errors import CorpusError
+from inheritune_ds.storage.file_kind import BYTE_ORDER_MARK
 
 MAX_DOCUMENT_BYTES = 128 * 2**20
 """Longest document, and longest line of JSON (UTF-8 bytes): about 130 books."""
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 2**20
+_SKIP = "set bad_records of this source to skip"
 
 
 def json_lines(
@@ -44,7 +45,7 @@ def _lines(stream: io.BufferedReader) -> Iterator[bytes | None]:
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         if first:
             first = False
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
             del line
             while (rest := stream.readline(_CHUNK_BYTES)) and not rest.endswith(b"\n"):
@@ -60,7 +61,8 @@ def _json_document(line: bytes | None, where: str, rules: RecordRules, cursor: C
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return rules.bad(not_utf8(where, error.reason, f"byte {error.start} of the line"), cursor)
+        problem = not_utf8(where, error, f"byte {error.start} of the line", f"{_encoding(error.object)}, or {_SKIP}")
+        return rules.bad(problem, cursor)
     except (ValueError, RecursionError) as error:
         problem = CorpusError(
             f"{where}: not a JSON object ({error})",
@@ -90,15 +92,15 @@ def plain_text(
                 text = piece.decode()
             except UnicodeDecodeError as error:
                 place = f"byte {offset + error.start:,}" + (" after decompression" if path.suffix != ".txt" else "")
-                raise not_utf8(f"corpus file {path}", error.reason, place) from None
+                raise not_utf8(f"corpus file {path}", error, place, _encoding(piece)) from None
             yield rules.plain(text, Cursor(start.file, documents))
     return documents
 
 
 def _pieces(stream: io.BufferedReader, path: Path, separator: str | None) -> Iterator[tuple[int, bytes]]:
     """Yield (byte offset in the file, bytes) of every document."""
-    head = stream.read(len(_BYTE_ORDER_MARK))
-    rest = bytearray(head.removeprefix(_BYTE_ORDER_MARK))
+    head = stream.read(len(BYTE_ORDER_MARK))
+    rest = bytearray(head.removeprefix(BYTE_ORDER_MARK))
     offset = len(head) - len(rest)
     cut = None if separator is None else separator.encode()
     searched = 0
@@ -132,10 +134,20 @@ def too_long(what: str, action: str) -> CorpusError:
     )
 
 
-def not_utf8(where: str, reason: str, place: str) -> CorpusError:
+def not_utf8(where: str, error: UnicodeDecodeError, place: str, action: str) -> CorpusError:
     """The error of text in another encoding, or damaged."""
-    return CorpusError(
-        f"{where}: it is not UTF-8 text ({reason} at {place})",
-        allowed="UTF-8",
-        action="convert the file, such as: iconv -f LATIN1 -t UTF-8",
+    return CorpusError(f"{where}: it is not UTF-8 text ({error.reason} at {place})", allowed="UTF-8", action=action)
+
+
+def _encoding(data: bytes) -> str:
+    """The action for bytes that are not UTF-8: a conversion of UTF-8 with a few bad bytes would garble the rest."""
+    if b"\0" in data:
+        return "it holds NUL bytes, as binary data does: remove the file from corpus.sources"
+    text = data.decode("utf-8", "replace")
+    bad = text.count("\N{REPLACEMENT CHARACTER}")
+    if sum(not character.isascii() for character in text) > 2 * bad:
+        return "the rest is UTF-8: correct those bytes, or drop them with iconv -c -f UTF-8 -t UTF-8 OLD > NEW"
+    return (
+        "find the encoding that the file was written in (WINDOWS-1252 for Western European text, GB18030 for Chinese), "
+        "then convert it: iconv -f ENCODING -t UTF-8 OLD > NEW"
     )

@@ -9,47 +9,40 @@ it is killed, the next one resumes there.
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from inheritune_ds.config.corpus import Corpus, Source, TokensSource, TrainedTokenizer
 from inheritune_ds.console import Meter
-from inheritune_ds.data.documents import nanogpt, sources
-from inheritune_ds.data.documents.change_check import FileMark
+from inheritune_ds.data.documents import sources
 from inheritune_ds.data.documents.holdout import is_held_out
 from inheritune_ds.data.tokens.encoder import TextEncoder
 from inheritune_ds.data.tokens.journal import JOURNAL_FILES, Journal, remove_journal
 from inheritune_ds.data.tokens.overlap import OverlapIndex
+from inheritune_ds.data.tokens.plan import Plan, id_space, tokens_of_removed_text
 from inheritune_ds.data.tokens.roundtrip import check_fidelity
 from inheritune_ds.data.tokens.shards import SHARD_TOKENS
 from inheritune_ds.data.tokens.token_set import TokenSet, find_damage, open_finished
-from inheritune_ds.data.tokens.tokenizer import (
-    backend_of,
-    load_tokenizer,
-    sentencepiece_model,
-    tokenizer_sha256,
-    train_tokenizer,
-)
+from inheritune_ds.data.tokens.tokenizer import backend_of, load_tokenizer, tokenizer_sha256, train_tokenizer
+from inheritune_ds.data.tokens.vocabulary import check_rows
 from inheritune_ds.data.tokens.writer import COUNTS, Build
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage.files import remove_leftovers, storage_errors, write_json
 from inheritune_ds.storage.folders import describe_files, exclusive, publish, tidy
+from inheritune_ds.storage.known_hashes import known_hashes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Version of the token files: incremented when the same corpus gives other bytes."""
 SAMPLE_DOCUMENTS = 32
 """Documents of every source that check the tokenizer before anything is written."""
 TOTALS = ("train_tokens", "train_documents", "validation_tokens", "validation_documents", *COUNTS)
@@ -65,31 +58,42 @@ def prepare(  # noqa: PLR0913 - one argument for each setting
     workers: int | None = None,
     damage_of: Callable[[TokenSet], str | None] = find_damage,
     shard_tokens: int = SHARD_TOKENS,
+    rows: int | None = None,
 ) -> TokenSet:
     """Return the tokens of a corpus; make them unless they exist.
 
     `tokenizer` is a hub id (with `revision`), a local folder, or settings for training one. Tokens appear in
     `cache_dir`/tokens, whole or not at all. `workers` processes encode; None uses the cores of this process.
-    `damage_of` describes the damage of existing token files with the right sizes; None if they are intact.
+    `damage_of` describes the damage of existing token files with the right sizes; None if they are intact. Local files
+    of the corpus need not be there any more once they are tokenized. `rows` are the entries of the model's vocabulary;
+    None does not compare them with the tokenizer's ids.
 
     Raises:
-        CorpusError: A corpus file is missing or damaged, a part is empty, or the ids exceed `token_dtype`.
+        CorpusError: A corpus file is missing or damaged, a part is empty, or ids exceed `token_dtype` or `rows`.
         HubError: The hub is needed and cannot be reached.
         StorageError: The cache cannot be written.
     """
-    plan = _Plan.of(corpus, tokenizer, revision, shard_tokens)
+    if rows is not None and isinstance(tokenizer, str):
+        check_rows(load_tokenizer(tokenizer, revision), rows)
+    found = tokens_of_removed_text(corpus, tokenizer, cache_dir, revision, shard_tokens)
+    if found is not None and damage_of(found) is None:
+        return found
+    with known_hashes(cache_dir) as hashes:
+        plan = Plan.of(corpus, tokenizer, revision, shard_tokens, hashes)
     folder = cache_dir / "tokens" / plan.fingerprint
     found, damage = _finished(plan, folder, damage_of)
     partial = folder.with_name(f".{folder.name}.partial")
     if found is not None:
         tidy(partial)
+        if rows is not None and plan.tokenizer is None:
+            check_rows(load_tokenizer(str(found.tokenizer_dir)), rows)
         return found
     if damage:
         logger.warning("the tokens in %s are damaged; they are remade from the corpus: %s", folder, damage)
     with exclusive(partial):
         found, _ = _finished(plan, folder, damage_of)  # another process may have made them meanwhile
         if found is None:
-            _fill(plan, partial, workers or len(os.sched_getaffinity(0)))
+            _fill(plan, partial, workers or len(os.sched_getaffinity(0)), rows)
             with storage_errors(folder):
                 publish(partial, folder)
             found = open_finished(folder, plan.fingerprint)
@@ -98,7 +102,7 @@ def prepare(  # noqa: PLR0913 - one argument for each setting
 
 
 def _finished(
-    plan: "_Plan", folder: Path, damage_of: Callable[[TokenSet], str | None]
+    plan: Plan, folder: Path, damage_of: Callable[[TokenSet], str | None]
 ) -> tuple[TokenSet | None, str | None]:
     """The existing intact tokens, and the damage of existing ones."""
     found = open_finished(folder, plan.fingerprint)
@@ -106,102 +110,7 @@ def _finished(
     return None if damage else found, damage
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """All settings and data that decide the tokens, known before a document is read."""
-
-    corpus: Corpus
-    tokenizer: "PreTrainedTokenizerBase | None"
-    sentencepiece: bytes | None
-    shard_tokens: int
-    snapshots: tuple[tuple[FileMark, ...], ...]
-    identity: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, corpus: Corpus, tokenizer: str | TrainedTokenizer, revision: str, shard_tokens: int) -> Self:
-        loaded: PreTrainedTokenizerBase | None = None
-        model = None
-        if isinstance(tokenizer, TrainedTokenizer):
-            _check_dtype(corpus, tokenizer.vocab_size)
-            entry: dict[str, Any] = {"train": tokenizer.vocab_size, "tokenizers": version("tokenizers")}
-        else:
-            loaded = load_tokenizer(tokenizer, revision)
-            _check_eos(loaded, tokenizer)
-            _check_dtype(corpus, _id_space(loaded))
-            model = sentencepiece_model(tokenizer, revision)
-            entry = {"name": tokenizer, "sha256": tokenizer_sha256(loaded)}
-        for source in corpus.sources:
-            if isinstance(source, TokensSource):
-                nanogpt.token_files(source)
-                nanogpt.check_ids(source, _id_space(loaded) if loaded is not None else 0)
-        # Sources are read later, when a hub branch may have moved.
-        pinned = {
-            "sources": [sources.pinned(source) for source in corpus.sources],
-            "overlap_with": [sources.pinned(source) for source in corpus.overlap_with],
-        }
-        corpus = corpus.model_copy(update=pinned)
-        # Taken before the files are hashed, so that every later change is detected.
-        snapshots = tuple(sources.snapshot(source) for source in corpus.sources)
-        settings = {"validation_ratio", "max_tokens", "token_dtype", "duplicates", "overlap_ngram"}
-        identity = {
-            "format": FORMAT,
-            "shard_tokens": shard_tokens,
-            "sources": [
-                _identify(source, limit) for source, limit in zip(corpus.sources, corpus.token_limits, strict=True)
-            ],
-            "overlap_with": [_identify(source, source.max_tokens) for source in corpus.overlap_with],
-            "tokenizer": entry,
-            "corpus": corpus.model_dump(mode="json", include=settings),
-        }
-        return cls(corpus, loaded, model, shard_tokens, snapshots, identity)
-
-    @property
-    def fingerprint(self) -> str:
-        decisive = dict(self.identity)
-        # The name of the tokenizer does not decide the tokens.
-        decisive["tokenizer"] = {key: value for key, value in decisive["tokenizer"].items() if key != "name"}
-        canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    def check_files(self) -> None:
-        """Raise if a corpus file is gone, changed or new."""
-        for source, snapshot in zip(self.corpus.sources, self.snapshots, strict=True):
-            sources.check(source, snapshot)
-
-
-def _identify(source: Source, limit: int | None) -> dict[str, Any]:
-    """Data and settings of a source; its weight counts only through its share of max_tokens."""
-    limits = {"name": source.name, "max_documents": source.max_documents, "max_tokens": limit}
-    settings = source.model_dump(mode="json", include={"filters", "bad_records"})
-    return {**limits, **settings, **sources.identify(source)}
-
-
-def _id_space(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The tokenizer's largest id plus 1; ids may have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def _check_eos(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
-    if tokenizer.eos_token_id is None:
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        raise CorpusError(
-            f"tokenizer {name!r} has no eos_token, the token that ends a text",
-            allowed=f"one of its special tokens: {', '.join(special) or 'none is declared'}",
-            action='add a tokenizer_config.json with {"eos_token": "..."} beside its tokenizer.json '
-            "(the original model's repository has one)",
-        )
-
-
-def _check_dtype(corpus: Corpus, id_space: int) -> None:
-    if corpus.token_dtype == "uint16" and id_space > 2**16:  # noqa: S105  no password
-        raise CorpusError(
-            f"corpus.token_dtype uint16 holds 65,536 ids, but the vocabulary has {id_space:,}",
-            allowed="auto or uint32",
-            action="set corpus.token_dtype=auto",
-        )
-
-
-def _fill(plan: _Plan, partial: Path, workers: int) -> None:
+def _fill(plan: Plan, partial: Path, workers: int, rows: int | None) -> None:
     """Complete the folder: tokenizer, shards, and the manifest last."""
     if open_finished(partial, plan.fingerprint) is not None:  # killed between the manifest and the rename
         remove_journal(partial)
@@ -210,17 +119,19 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
     try:
         tokenizer = _tokenizer(plan, partial, is_new=journal.state() is None)
         definition = backend_of(tokenizer).to_str(), tokenizer.eos_token_id
-        id_space = _id_space(tokenizer)
+        ids = id_space(tokenizer)
+        if rows is not None and plan.tokenizer is None:  # trained here
+            check_rows(tokenizer, rows)
         dtype = plan.corpus.token_dtype
         if dtype == "auto":
-            dtype = "uint16" if id_space <= 2**16 else "uint32"
+            dtype = "uint16" if ids <= 2**16 else "uint32"
         encoder = TextEncoder(*definition)
         fidelity = _check_tokenizer(plan, encoder)
         build = Build(
             plan.corpus,
             partial,
             dtype=dtype,
-            id_space=id_space,
+            id_space=ids,
             shard_tokens=plan.shard_tokens,
             encoder=encoder,
             definition=definition,
@@ -246,7 +157,7 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
             "document_form": _document_form(tokenizer, encoder),
             **{key: sum(count[key] for count in counts) for key in TOTALS},
             "token_dtype": dtype,
-            "vocab_size": id_space,
+            "vocab_size": ids,
             "eos_id": tokenizer.eos_token_id,
             "bos_id": tokenizer.bos_token_id,
             "fidelity": fidelity,
@@ -258,7 +169,7 @@ def _fill(plan: _Plan, partial: Path, workers: int) -> None:
     remove_journal(partial)  # last: until here, a killed preparation resumes from finished shards
 
 
-def _tokenizer(plan: _Plan, partial: Path, *, is_new: bool) -> "PreTrainedTokenizerBase":
+def _tokenizer(plan: Plan, partial: Path, *, is_new: bool) -> "PreTrainedTokenizerBase":
     """The tokenizer, saved in the folder before the first document is written."""
     folder = partial / "tokenizer"
     if is_new:
@@ -268,7 +179,7 @@ def _tokenizer(plan: _Plan, partial: Path, *, is_new: bool) -> "PreTrainedTokeni
     return plan.tokenizer or load_tokenizer(str(folder))
 
 
-def _trained(plan: _Plan) -> "PreTrainedTokenizerBase":
+def _trained(plan: Plan) -> "PreTrainedTokenizerBase":
     # If this is set, `tokenizers` uses its threads and does not warn when the process starts others later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     wanted = int(plan.identity["tokenizer"]["train"])
@@ -295,7 +206,7 @@ def _texts(source: Source) -> Iterator[str]:
     return itertools.islice(texts, source.max_documents)
 
 
-def _check_tokenizer(plan: _Plan, encoder: TextEncoder) -> dict[str, Any]:
+def _check_tokenizer(plan: Plan, encoder: TextEncoder) -> dict[str, Any]:
     """Check the tokenizer on the first documents of every source; returns its entry in the manifest."""
     sample = (text for source in plan.corpus.sources for text in itertools.islice(_texts(source), SAMPLE_DOCUMENTS))
     found = check_fidelity(encoder, sample, plan.sentencepiece)

@@ -13,6 +13,7 @@ from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.data.tokens.sentencepiece import from_sentencepiece, wrap
 from inheritune_ds.errors import CorpusError, RecipeError
 from inheritune_ds.storage import hub
+from inheritune_ds.storage.file_kind import FileKind, action_for, unexpected_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
         HubError: The hub cannot be reached or has no such repository.
     """
     folder = _find_folder(name, revision)
+    _check_kinds(folder, name)
     try:
         tokenizer = _from_folder(folder, name)
     except CorpusError:
@@ -52,6 +54,19 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
             action="select another tokenizer, or convert it to tokenizer.json",
         )
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _check_kinds(folder: Path, name: str) -> None:
+    """Refuse tokenizer files that are something else, such as pointers of Git LFS."""
+    usual = (FileKind.JSON_OBJECT, FileKind.JSON_LINES, FileKind.JSON_ARRAY, FileKind.SENTENCEPIECE)
+    for path in (folder / file for file in (*_FILES, *_SETTINGS)):
+        kind = unexpected_kind(path, usual)
+        if kind is not None and not (kind is FileKind.TIKTOKEN and (folder / "tokenizer.json").is_file()):
+            raise CorpusError(
+                f"tokenizer {name!r}: {path} is {kind.value}",
+                allowed="tokenizer.json, or tokenizer.model (SentencePiece), or vocab.json with merges.txt",
+                action=action_for(kind, path),
+            )
 
 
 def sentencepiece_model(name: str, revision: str = "main") -> bytes | None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, processors
 
 from inheritune_ds.config.corpus import Corpus, EmbeddedSource, HubSource, TrainedTokenizer
 from inheritune_ds.data.documents.holdout import is_held_out
+from inheritune_ds.data.tokens import plan
 from inheritune_ds.data.tokens import prepare as tokenize
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.data.tokens.tokenizer import load_tokenizer, train_tokenizer
@@ -99,7 +100,7 @@ def test_prepare_describes_the_result_in_its_manifest(tmp_path: Path, bpe: str) 
     manifest = json.loads((tokens.folder / "manifest.json").read_text())
     assert manifest == tokens.manifest
     assert tokens.folder == tmp_path / "cache" / "tokens" / tokens.fingerprint
-    assert manifest["format"] == tokenize.FORMAT
+    assert manifest["format"] == plan.FORMAT
     assert manifest["versions"] == {"python": platform.python_version(), "tokenizers": version("tokenizers")}
     assert (tokens.eos_id, manifest["bos_id"], manifest["document_form"]) == (END, END, "text <|endoftext|>")
     assert manifest["tokenizer"]["name"] == bpe
@@ -203,7 +204,7 @@ def test_fingerprint_follows_the_library_that_trains(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(corpus, TRAINED, tmp_path / "cache")
-    monkeypatch.setattr(tokenize, "version", lambda _name: "99.0")
+    monkeypatch.setattr(plan, "version", lambda _name: "99.0")
     assert prepare(corpus, TRAINED, tmp_path / "cache").fingerprint != first.fingerprint
     assert first.manifest["tokenizer"]["train"] == 300
 

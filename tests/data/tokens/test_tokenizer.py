@@ -248,3 +248,34 @@ def test_load_tokenizer_lets_a_hub_error_through(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(hub, "resolve", resolve)
     with pytest.raises(HubError, match="no network"):
         load_tokenizer("some/thing")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        (
+            "tokenizer.json",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a Git LFS pointer, not the file itself",
+        ),
+        ("tokenizer_config.json", b"<!doctype html>\n<html>", "an HTML page"),
+        ("tokenizer.json", "{}".encode("utf-16"), "UTF-16 text"),
+        ("special_tokens_map.json", '{"eos_token": "a"}'.encode("utf-8-sig"), "text with a byte order mark"),
+        ("tokenizer.json", b"", "empty"),
+    ],
+)
+def test_a_tokenizer_file_of_another_kind_is_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    train_tokenizer(TEXTS, 300).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert caught.value.problem == f"tokenizer {str(tmp_path)!r}: {tmp_path / name} is {what}"
+    assert caught.value.action
+
+
+def test_a_tiktoken_vocabulary_is_named_unless_there_is_a_tokenizer_json(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(CorpusError, match=r"tokenizer\.model is a tiktoken vocabulary"):
+        load_tokenizer(str(tmp_path))
+    train_tokenizer(TEXTS, 300).save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) <= 300
