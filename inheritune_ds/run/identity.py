@@ -80,10 +80,14 @@ def check_recipe(run_dir: Path, owner: Recipe, recipe: Recipe) -> bool:
     if owner.fingerprint in fingerprints(run_dir, recipe):
         return False
     pinned = with_known_pins(recipe, run_dir)
+    before, now = owner.content_identity, pinned.content_identity
+    if owner.reference and pinned.reference and owner.reference.model == pinned.reference.model:
+        # In the same place another revision is other content.
+        before["reference"], now["reference"] = owner.identity["reference"], pinned.identity["reference"]
     refuse_difference(
         f"{run_dir} belongs to another recipe",
-        owner.content_identity,
-        pinned.content_identity,
+        before,
+        now,
         action="give this run another name or folder: name=OTHER or --runs-dir DIR",
     )
     for line in differences(_by_name(owner.identity), _by_name(pinned.identity)):

@@ -65,7 +65,7 @@ def bad_line(lines: list[bytes]) -> bytes:
 BAD = {
     "a line that is not UTF-8": (
         bad_line(records(make_texts(40))),
-        r"c\.jsonl:8: it is not UTF-8 text \(invalid continuation byte at byte 13 of the line\)\n.*\n  do: convert",
+        r"c\.jsonl:8: it is not UTF-8 text \(invalid continuation byte at byte 13 of the line\)\n.*\n  do: find",
     ),
     "only empty documents": (
         b"".join(records(["", " \n"])),
