@@ -41,7 +41,8 @@ class Training(ConfigModel):
 
 
 class Optimizer(ConfigModel):
-    """AdamW; weight decay applies to matrices only (no norms, biases, embeddings or tied head)."""
+    """AdamW; weight decay applies to matrices only, by the kind of module: no norms, biases, embeddings, tied head, or
+    states of recurrent blocks."""
 
     lr: PositiveFloat
     betas: tuple[Ratio, Ratio] = (0.9, 0.95)
