@@ -12,6 +12,7 @@ from inheritune_ds.storage.folders import describe_files, staged
 from inheritune_ds.surgery.compare import tensor_sha256, weights_sha256
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.surgery.meta_model import as_in_files
+from inheritune_ds.surgery.older_names import save_config, save_tokenizer
 from inheritune_ds.surgery.report import lineage
 from inheritune_ds.surgery.weight_files import WeightFiles
 from inheritune_ds.surgery.write_shards import write_stream
@@ -60,10 +61,10 @@ def export_model(  # noqa: PLR0913 - the parts of the folder, by keyword
     with staged(folder) as temporary, storage_errors(folder):
         written = _Weights(model, target_folder, getattr(torch, dtype)).write(temporary, iter(parameters))
         model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
-        model.config.save_pretrained(temporary)
+        save_config(model.config, temporary)
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False).save_pretrained(temporary)
+        save_tokenizer(AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False), temporary)
         write_text(temporary / "README.md", card)
         state = load_model(temporary).state_dict()
         hashes = {name: tensor_sha256(value) for name, value in state.items()}

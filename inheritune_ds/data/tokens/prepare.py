@@ -130,6 +130,8 @@ class _Plan:
             _check_dtype(corpus, _id_space(loaded))
             model = sentencepiece_model(tokenizer, revision)
             entry = {"name": tokenizer, "sha256": tokenizer_sha256(loaded)}
+            if type(backend_of(loaded).model).__name__ != "BPE":
+                entry["special_tokens"] = "not matched"  # earlier token files had their ids inside documents
         for source in corpus.sources:
             if isinstance(source, TokensSource):
                 nanogpt.token_files(source)
