@@ -41,8 +41,7 @@ class Training(ConfigModel):
 
 
 class Optimizer(ConfigModel):
-    """AdamW; weight decay applies to matrices only, by the kind of module: no norms, biases, embeddings, tied head, or
-    states of recurrent blocks."""
+    """AdamW; weight decay applies to matrices only (no norms, biases, embeddings, tied head or recurrent states)."""
 
     lr: PositiveFloat
     betas: tuple[Ratio, Ratio] = (0.9, 0.95)

@@ -80,7 +80,7 @@ def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any])
 
 
 def estimate_tokens(corpus: Corpus) -> Tokens | None:
-    """Estimate the training tokens of a corpus without token files: the published count or bytes / 4, at most its limits.
+    """Estimate the training tokens of a corpus without token files: a published count or bytes / 4, up to its limits.
 
     A limit replaces a size that is not known. Errors as in `count_tokens`.
     """

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inheritune_ds.data.tokens.tokenizer import load_tokenizer
 from inheritune_ds.errors import ExportError
 from inheritune_ds.run.folder import EXPORT_MANIFEST
 from inheritune_ds.storage.files import storage_errors, write_json, write_text
@@ -55,7 +56,6 @@ def export_model(  # noqa: PLR0913 - the parts of the folder, by keyword
         ExportError: If the folder, loaded again, does not hold the same values.
     """
     import torch
-    from transformers import AutoTokenizer
 
     model = load_model(target_folder)
     with staged(folder) as temporary, storage_errors(folder):
@@ -64,7 +64,7 @@ def export_model(  # noqa: PLR0913 - the parts of the folder, by keyword
         save_config(model.config, temporary)
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)
-        save_tokenizer(AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False), temporary)
+        save_tokenizer(load_tokenizer(str(tokenizer_folder.resolve())), temporary)
         write_text(temporary / "README.md", card)
         state = load_model(temporary).state_dict()
         hashes = {name: tensor_sha256(value) for name, value in state.items()}

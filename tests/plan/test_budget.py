@@ -150,7 +150,10 @@ def test_floor_counts_the_positions_that_a_token_must_attend_to(
             ],
         ),
         ("published_claim.hours=154", ["8B tokens cannot fit the"]),
-        ("published_claim.hours=156", ["8B tokens can hardly fit the", "would need an MFU of 104 % (MFU counts attention in"]),
+        (
+            "published_claim.hours=156",
+            ["8B tokens can hardly fit the", "would need an MFU of 104 % (MFU counts attention in"],
+        ),
         ("published_claim.hours=170", ["8B tokens can hardly fit the"]),
         ("published_claim.hours=300", ["8B tokens can fit the"]),
         ("published_claim.gpus=4", ["the floor is 38.7 hours at 100 % of the peak of 4 x RTX A6000"]),

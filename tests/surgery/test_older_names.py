@@ -26,11 +26,19 @@ BOTH = {"full_attention": {**LINEAR, "rope_theta": 7e5}, "sliding_attention": {*
 OLDER: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", THETA, {"rope_theta": 5e5, "rope_scaling": None}),
     ("llama", {**LLAMA_3, "rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": LLAMA_3}),
-    ("mistral", {**YARN, "original_max_position_embeddings": 64}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    (
+        "mistral",
+        {**YARN, "original_max_position_embeddings": 64},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    ),
     ("qwen2", LINEAR, {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     ("phi3", {**LONG, "rope_theta": 2e4}, {"rope_scaling": {**LONG, "type": "longrope", "rope_type": None}}),
     ("stablelm", {**THETA, "partial_rotary_factor": 0.5}, {"rope_theta": 5e5, "partial_rotary_factor": 0.5}),
-    ("gpt_neox", {**THETA, "partial_rotary_factor": 0.5}, {"rotary_emb_base": 5e5, "rotary_pct": 0.5, "rope_theta": None}),
+    (
+        "gpt_neox",
+        {**THETA, "partial_rotary_factor": 0.5},
+        {"rotary_emb_base": 5e5, "rotary_pct": 0.5, "rope_theta": None},
+    ),
     ("gemma3_text", BOTH, {"rope_theta": 7e5, "rope_local_base_freq": 3e4}),
     ("modernbert-decoder", BOTH, {"global_rope_theta": 7e5, "local_rope_theta": 3e4}),
     ("olmo3", BOTH, {"rope_theta": 7e5}),

@@ -139,7 +139,9 @@ def read_object(path: Path) -> dict[str, Any]:
 def _added_tokens(folder: Path, settings: dict[str, Any], pieces: list[str]) -> dict[str, int]:
     """Ids of the tokens that slow tokenizers of transformers 4 keep beside the model, without those of the model."""
     listed = settings.get("added_tokens_decoder", {})
-    added = {token["content"]: int(number) for number, token in listed.items()} | read_object(folder / "added_tokens.json")
+    added = {token["content"]: int(number) for number, token in listed.items()} | read_object(
+        folder / "added_tokens.json"
+    )
     return {token: number for token, number in added.items() if pieces[number : number + 1] != [token]}
 
 

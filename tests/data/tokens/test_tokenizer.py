@@ -297,7 +297,10 @@ def test_load_tokenizer_reads_the_tokens_added_to_a_sentencepiece_model(
         ({"tokenizer_config": {"bos_token": {"content": "<b>"}}}, "its bos_token '<b>' is neither in its vocabulary"),
         ({"tokenizer_config": {"pad_token": "<pad>"}}, "its pad_token '<pad>' is neither in its vocabulary"),
         ({"special_tokens_map": {"eos_token": "<e>"}}, "its eos_token '<e>' is neither in its vocabulary"),
-        ({"added_tokens": {"<pad>": 402}}, r"its added tokens have the ids \[402\], which do not follow the 400 pieces"),
+        (
+            {"added_tokens": {"<pad>": 402}},
+            r"its added tokens have the ids \[402\], which do not follow the 400 pieces",
+        ),
         ({"added_tokens": {"<e>": 7}}, r"its added tokens have the ids \[7\], which do not follow the 400 pieces"),
     ],
 )
@@ -322,5 +325,7 @@ def test_load_tokenizer_refuses_a_special_token_that_no_file_lists(kind: str, ke
     write_json(str(tmp_path), {"tokenizer_config": settings})
     assert load_tokenizer(str(tmp_path)).eos_token == END_OF_TEXT
     write_json(str(tmp_path), {"tokenizer_config": {**settings, key: "<|im_end|>"}})
-    with pytest.raises(CorpusError, match=rf"its {key} '<\|im_end\|>' is neither in its vocabulary nor among its added"):
+    with pytest.raises(
+        CorpusError, match=rf"its {key} '<\|im_end\|>' is neither in its vocabulary nor among its added"
+    ):
         load_tokenizer(str(tmp_path))
