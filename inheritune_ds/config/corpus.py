@@ -104,6 +104,8 @@ class HubSource(_AnySource):
     """Handling of a record that has no text in its field; skipped ones are counted."""
     download_gib: PositiveFloat | None = None
     """Size of the files to download, for the budget."""
+    published_tokens: PositiveInt | None = None
+    """Tokens of the files by their publisher's count, for the budget before the corpus is tokenized."""
 
 
 class TokensSource(_AnySource):

@@ -41,7 +41,7 @@ class Training(ConfigModel):
 
 
 class Optimizer(ConfigModel):
-    """AdamW; weight decay applies to matrices only (no norms, biases, embeddings or tied head)."""
+    """AdamW; weight decay applies to matrices only (no norms, biases, embeddings, tied head or recurrent states)."""
 
     lr: PositiveFloat
     betas: tuple[Ratio, Ratio] = (0.9, 0.95)

@@ -15,6 +15,7 @@ from inheritune_ds.config.corpus import (
     TokensSource,
     TrainedTokenizer,
 )
+from inheritune_ds.data.documents import python_docs
 from inheritune_ds.data.documents.files import expand
 from inheritune_ds.data.documents.nanogpt import token_files
 from inheritune_ds.data.documents.sources import is_missing, may_have_been
@@ -22,8 +23,9 @@ from inheritune_ds.plan.budget import Tokens
 from inheritune_ds.plan.model_size import GIB
 
 _BYTES_A_TOKEN = 4.0
-"""English text with a BPE of 32-50 thousand entries: OpenWebText's 39.8 GB are 9.04B tokens (nanoGPT)."""
-_EMBEDDED_BYTES = 2_400_000
+"""Between English text (4.4: OpenWebText's 39.8 GB are 9.04B tokens of GPT-2) and code (3.6 with 4,096 entries)."""
+_EMBEDDED_BYTES_A_TOKEN = 3.56
+"""With the quickstart's 4,096 entries; `tests/data/test_size.py` compares it with the tokens that `prepare` counts."""
 _EXPANSION = {".gz": 3.0, ".bz2": 3.5, ".zst": 3.0, ".parquet": 1.7}
 """Bytes of text per byte of file. Parquet: OpenWebText's 39.8 GB of text are 24 GB of parquet."""
 
@@ -88,14 +90,14 @@ def _same_source(source: Source, limit: int | None, identity: Mapping[str, Any])
 
 
 def estimate_tokens(corpus: Corpus) -> Tokens | None:
-    """Estimate the training tokens of a corpus without token files: bytes / 4, at most its limits.
+    """Estimate the training tokens of a corpus without token files: a published count or bytes / 4, up to its limits.
 
     A limit replaces a size that is not known. Errors as in `count_tokens`.
     """
-    sizes = [_text_bytes(source) for source in corpus.sources]
-    a_byte = (1.0 - corpus.validation_ratio) / _BYTES_A_TOKEN
+    sizes = [_tokens(source) for source in corpus.sources]
+    share = 1.0 - corpus.validation_ratio
     found = [
-        min((bound for bound in (limit, None if size is None else size * a_byte) if bound is not None), default=None)
+        min((bound for bound in (limit, None if size is None else size * share) if bound is not None), default=None)
         for limit, size in zip(corpus.token_limits, sizes, strict=True)
     ]
     known = [tokens for tokens in found if tokens is not None]
@@ -104,15 +106,18 @@ def estimate_tokens(corpus: Corpus) -> Tokens | None:
     return Tokens((min(int(sum(known)), corpus.max_tokens or int(sum(known))),), estimate=True)
 
 
-def _text_bytes(source: Source) -> float | None:
-    """Bytes of text in a source; None for a hub dataset of unknown size."""
+def _tokens(source: Source) -> float | None:
+    """Tokens of a source, held-out ones included; None for a hub dataset of unknown size."""
     if isinstance(source, EmbeddedSource):
-        return _EMBEDDED_BYTES
+        return sum(len(text.encode()) for text in python_docs.running().documents) / _EMBEDDED_BYTES_A_TOKEN
     if isinstance(source, FilesSource):
-        return float(sum(path.stat().st_size * _expansion(path.name) for path in expand(source.paths)))
+        size = sum(path.stat().st_size * _expansion(path.name) for path in expand(source.paths))
+        return size / _BYTES_A_TOKEN
     if isinstance(source, TokensSource):
-        return _BYTES_A_TOKEN * sum(path.stat().st_size for path in token_files(source)) / 2
-    return source.download_gib * GIB * _expansion(source.data_files) if source.download_gib else None
+        return sum(path.stat().st_size for path in token_files(source)) / 2
+    if source.published_tokens is not None or source.download_gib is None:
+        return source.published_tokens
+    return source.download_gib * GIB * _expansion(source.data_files) / _BYTES_A_TOKEN
 
 
 def _expansion(name: str) -> float:

@@ -12,10 +12,17 @@ from inheritune_ds.config.fields import is_local_path
 from inheritune_ds.config.model import Shape
 from inheritune_ds.config.recipe import Recipe
 from inheritune_ds.config.training import Checkpointing
-from inheritune_ds.config.zero import ZeroSettings, read_layout
+from inheritune_ds.config.zero import Recomputation, ZeroSettings, read_layout
 from inheritune_ds.plan.duration import steps_in, windows_in
 from inheritune_ds.plan.memory import Memory, memory
-from inheritune_ds.plan.model_size import GIB, Parameters, checkpoint_bytes, flops_per_token, parameters
+from inheritune_ds.plan.model_size import (
+    GIB,
+    Parameters,
+    checkpoint_bytes,
+    flops_per_token,
+    hardware_flops_per_token,
+    parameters,
+)
 from inheritune_ds.plan.scaling import Job
 
 _EXPORT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -91,6 +98,20 @@ class Budget:
     def flops(self) -> float | None:
         """FLOPs of the whole run."""
         return self.flops_a_token * self.tokens_seen if self.flops_a_token and self.tokens_seen else None
+
+    def floor_flops(self, recomputation: Recomputation = "none") -> float | None:
+        """FLOPs that the whole run cannot do without.
+
+        A token of a window attends to (seq_len + 1) / 2 positions on average. Documents that are kept apart have
+        unknown lengths: their attention is not counted.
+        """
+        if self.job is None or self.tokens_seen is None:
+            return None
+        training = self.recipe.training
+        positions = 0.0 if training.packing == "documents" else (training.seq_len + 1) / 2
+        return self.tokens_seen * hardware_flops_per_token(
+            self.job.shape, self.job.num_blocks, positions, recomputation
+        )
 
     @property
     def checkpoint_bytes(self) -> int | None:

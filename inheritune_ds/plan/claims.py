@@ -1,9 +1,10 @@
 """Check the published cost of a recipe against the floor in hours."""
 
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.plan.budget import Tokens
+from inheritune_ds.plan.budget import Budget, Tokens
 from inheritune_ds.plan.gpus import PLANNING_MFU, gpu, hours
 
+MFU_CONVENTION = "MFU counts attention in full, PaLM's convention; the floor counts no more than causal attention needs"
 BEST_PUBLISHED_MFU = 0.64
 """llm.c, GPT-2 774M on A100 (its scripts/run_gpt2_774M.sh: 38.6 thousand tokens/s a GPU)."""
 
@@ -22,28 +23,30 @@ def short_count(count: float) -> str:
     return f"{count / 1e6:.4g}M" if count >= 1e6 else f"{count:,.0f}"
 
 
-def check_claim(recipe: Recipe, flops: float | None, unique: Tokens | None) -> str | None:
+def check_claim(budget: Budget) -> str | None:
     """Check whether the published cost of a recipe is possible with the FLOPs of its run; None without a claim.
 
     Raises:
         RecipeError: When the claim names an unknown GPU.
     """
-    claim = recipe.published_claim
+    claim = budget.recipe.published_claim
     if claim is None:
         return None
     card = gpu(claim.gpu)
-    run, quoted = amount(recipe, unique), f'the "{claim.text}" of the paper ({claim.source})'
-    if flops is None:
+    least, flops = budget.floor_flops(), budget.flops
+    run, quoted = amount(budget.recipe, budget.unique), f'the "{claim.text}" of the paper ({claim.source})'
+    if least is None or flops is None:
         return f"{quoted} cannot be checked: the model or the corpus is unknown"
-    floor = hours(flops, card, claim.gpus, 1.0)
-    needed = floor / claim.hours
+    floor = hours(least, card, claim.gpus, 1.0)
+    needed = hours(flops, card, claim.gpus, 1.0) / claim.hours
     cards = f"{claim.gpus} x {card.label} ({card.peak_bf16_flops / 1e12:.1f} TFLOP/s)"
     planned = hours(flops, card, claim.gpus, PLANNING_MFU)
     figures = (
         f"the floor is {floor:.1f} hours at 100 % of the peak of {cards}, {planned:.1f} hours at "
-        f"{PLANNING_MFU * 100:.0f} % MFU; {claim.hours:g} hours would need an MFU of {needed * 100:.0f} %"
+        f"{PLANNING_MFU * 100:.0f} % MFU; {claim.hours:g} hours would need an MFU of {needed * 100:.0f} % "
+        f"({MFU_CONVENTION})"
     )
-    if needed > 1.0:
+    if floor > claim.hours:
         return f"{run} cannot fit {quoted}: {figures}"
     if needed > BEST_PUBLISHED_MFU:
         return f"{run} can hardly fit {quoted}, the best published MFU is {BEST_PUBLISHED_MFU * 100:.0f} %: {figures}"

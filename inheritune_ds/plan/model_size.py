@@ -3,7 +3,8 @@
 FLOPs: PaLM's (arXiv 2204.02311, appendix B). A trained token costs `6 * N_matmul + 12 * L * d * T` FLOPs, with
 N_matmul the parameters of the blocks and of the head (tied or not; no input embedding), L blocks, d the hidden
 size and T the sequence length. Attention is counted as if it were not causal. The share of a GPU's dense peak that
-these FLOPs reach is the MFU, and with recomputation of activations the HFU.
+these FLOPs reach is the MFU, and with recomputation of activations the HFU. The floor in hours (`Budget.floor_flops`)
+counts attention as causal.
 """
 
 from dataclasses import dataclass
@@ -72,21 +73,22 @@ def tensors(shape: Shape, num_blocks: int) -> Tensors:
     return Tensors(sizes, decayed)
 
 
-def flops_per_token(shape: Shape, num_blocks: int, seq_len: int) -> float:
-    """FLOPs of one trained token, forward and backward, in the module's convention."""
+def flops_per_token(shape: Shape, num_blocks: int, positions: float) -> float:
+    """FLOPs of one trained token, forward and backward, that attends to `positions`: T in the module's convention."""
     matmul = parameters(shape, num_blocks).blocks + shape.vocab_size * shape.hidden_size
-    return 6.0 * matmul + 12.0 * num_blocks * shape.hidden_size * seq_len
+    return 6.0 * matmul + 12.0 * num_blocks * shape.hidden_size * positions
 
 
-def hardware_flops_per_token(shape: Shape, num_blocks: int, seq_len: int, recomputation: Recomputation) -> float:
+def hardware_flops_per_token(shape: Shape, num_blocks: int, positions: float, recomputation: Recomputation) -> float:
     """FLOPs of one trained token with recomputation: `full` repeats the blocks' forward pass.
 
-    `selective` keeps the outputs of matrix products and attention, which have nearly all FLOPs.
+    `selective` keeps the outputs of matrix products and attention, which have nearly all FLOPs. `positions` are those
+    that a token attends to: the sequence length in the module's convention.
     """
-    flops = flops_per_token(shape, num_blocks, seq_len)
+    flops = flops_per_token(shape, num_blocks, positions)
     if recomputation != "full":
         return flops
-    return flops + 2.0 * parameters(shape, num_blocks).blocks + 4.0 * num_blocks * shape.hidden_size * seq_len
+    return flops + 2.0 * parameters(shape, num_blocks).blocks + 4.0 * num_blocks * shape.hidden_size * positions
 
 
 def checkpoint_bytes(count: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from inheritune_ds.config.zero import ZeroSettings
 from inheritune_ds.errors import RecipeError
 from inheritune_ds.plan.budget import Budget
+from inheritune_ds.plan.claims import MFU_CONVENTION
 from inheritune_ds.plan.gpus import GPUS_A_NODE, Gpu, hours
 from inheritune_ds.plan.memory import largest_micro_batch, memory
 from inheritune_ds.plan.model_size import hardware_flops_per_token
@@ -84,10 +85,11 @@ def _stage_advice(job: Job, card: Gpu) -> str:
 def hours_lines(budget: Budget, cards: Sequence[Gpu], mfu: float) -> Iterator[str]:
     """Tokens per second, hours and the floor on each GPU model."""
     job = budget.job
-    if budget.flops is None or budget.flops_a_token is None or job is None:
+    ranks, recomputation = budget.layout["world_size"], budget.layout.get("activation_checkpointing", "none")
+    least = budget.floor_flops(recomputation)
+    if least is None or budget.flops is None or budget.flops_a_token is None or job is None:
         yield UNKNOWN_MODEL if budget.flops_a_token is None else UNKNOWN_CORPUS
         return
-    ranks, recomputation = budget.layout["world_size"], budget.layout.get("activation_checkpointing", "none")
     hardware = hardware_flops_per_token(job.shape, job.num_blocks, job.layout["seq_len"], recomputation)
     if mfu * hardware > budget.flops_a_token:
         raise RecipeError(
@@ -101,7 +103,7 @@ def hours_lines(budget: Budget, cards: Sequence[Gpu], mfu: float) -> Iterator[st
         alone = hours(budget.flops, card, ranks, mfu)
         at = scaled(job, card, mfu, ranks)
         planned = alone / (at.strong_efficiency or at.weak_efficiency)
-        floor = hours(budget.flops * hardware / budget.flops_a_token, card, ranks, 1.0)
+        floor = hours(least, card, ranks, 1.0)
         need = budget.memory.total_gib if budget.memory else 0.0
         verdict = "fits" if need <= card.memory_gib else "does not fit"
         rate = f"{(at.strong_rate or at.weak_rate) * ranks:,.0f}"
@@ -109,6 +111,7 @@ def hours_lines(budget: Budget, cards: Sequence[Gpu], mfu: float) -> Iterator[st
             f"{f'{ranks} x {card.label}':<24}{rate:>12}{_hours(planned):>16}{_hours(floor):>16}"
             f"{_hours(planned * ranks):>12}   {need:.1f} of {card.memory_gib:.0f} GiB: {verdict}"
         )
+    yield wrap("", f"{MFU_CONVENTION}.")
     if hardware > budget.flops_a_token:
         yield wrap(
             "",

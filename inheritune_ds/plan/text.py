@@ -97,7 +97,7 @@ def _costs(budget: Budget, notes: Sequence[str], gpu_name: str | None, mfu: floa
 
 
 def _claim(budget: Budget) -> dict[str, str]:
-    return {"published claim": wrap("", check_claim(budget.recipe, budget.flops, budget.unique) or "")}
+    return {"published claim": wrap("", check_claim(budget) or "")}
 
 
 def _sections(texts: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inheritune_ds.data.tokens.tokenizer import load_tokenizer
 from inheritune_ds.errors import ExportError
 from inheritune_ds.run.folder import EXPORT_MANIFEST
 from inheritune_ds.storage.files import storage_errors, write_json, write_text
@@ -12,6 +13,7 @@ from inheritune_ds.storage.folders import describe_files, staged
 from inheritune_ds.surgery.compare import tensor_sha256, weights_sha256
 from inheritune_ds.surgery.load import load_model
 from inheritune_ds.surgery.meta_model import as_in_files
+from inheritune_ds.surgery.older_names import save_config, save_tokenizer
 from inheritune_ds.surgery.report import lineage
 from inheritune_ds.surgery.weight_files import WeightFiles
 from inheritune_ds.surgery.write_shards import write_stream
@@ -54,16 +56,15 @@ def export_model(  # noqa: PLR0913 - the parts of the folder, by keyword
         ExportError: If the folder, loaded again, does not hold the same values.
     """
     import torch
-    from transformers import AutoTokenizer
 
     model = load_model(target_folder)
     with staged(folder) as temporary, storage_errors(folder):
         written = _Weights(model, target_folder, getattr(torch, dtype)).write(temporary, iter(parameters))
         model.config.dtype, model.config.architectures = dtype, [type(model).__name__]
-        model.config.save_pretrained(temporary)
+        save_config(model.config, temporary)
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False).save_pretrained(temporary)
+        save_tokenizer(load_tokenizer(str(tokenizer_folder.resolve())), temporary)
         write_text(temporary / "README.md", card)
         state = load_model(temporary).state_dict()
         hashes = {name: tensor_sha256(value) for name, value in state.items()}

@@ -197,6 +197,26 @@ _RULES: tuple[Rule, ...] = (
 )
 
 
+def keeps_cache(reference: "PreTrainedConfig", target: "PreTrainedConfig") -> bool:
+    """Whether a target can generate with a cache.
+
+    A hybrid model counts the tokens in the cache of its attention blocks. Without any of them transformers' `generate`
+    raises, unless it is told to use no cache. Models without attention, such as Mamba, do not count.
+    """
+    return _counts_tokens(target) or not _counts_tokens(reference)
+
+
+def _counts_tokens(config: "PreTrainedConfig") -> bool:
+    """Whether the cache of a model knows the number of its tokens."""
+    from transformers import DynamicCache
+
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:
+        return False
+    return True
+
+
 def set_dropout(config: "PreTrainedConfig", dropout: float) -> None:
     """Write one dropout probability to every dropout key of a config (`attn_pdrop`, `attention_dropout`, ...)."""
     for key, value in config.to_dict().items():

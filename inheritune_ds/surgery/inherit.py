@@ -23,11 +23,12 @@ from inheritune_ds.errors import SurgeryError
 from inheritune_ds.storage.files import read_json, storage_errors, write_json, write_text
 from inheritune_ds.storage.folders import damaged_files, describe_files, staged
 from inheritune_ds.surgery.compare import describe_tensors
-from inheritune_ds.surgery.config_cut import DROPOUT_KEY, cut_config, num_blocks, set_dropout
+from inheritune_ds.surgery.config_cut import DROPOUT_KEY, cut_config, keeps_cache, num_blocks, set_dropout
 from inheritune_ds.surgery.half_width import halve_config
 from inheritune_ds.surgery.load import build_config, load_config
 from inheritune_ds.surgery.meta_model import MetaModel, check_decoder, check_same_blocks
 from inheritune_ds.surgery.metadata_files import copy_license, copy_tokenizer, is_own_tokenizer, write_configs
+from inheritune_ds.surgery.older_names import save_tokenizer
 from inheritune_ds.surgery.reference import ReferenceModel, locate
 from inheritune_ds.surgery.report import target_card
 from inheritune_ds.surgery.tensor_map import SourceModel, plan_copies
@@ -141,7 +142,7 @@ def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel
     with staged(folder, keeps, replaces) as temporary, storage_errors(folder):
         write_configs(temporary, values.skeleton, None if foreign else cut.reference)
         if cut.tokenizer is not None:
-            cut.tokenizer.save_pretrained(temporary)
+            save_tokenizer(cut.tokenizer, temporary)
         if cut.tokenizer_source is not None:
             copy_tokenizer(cut.tokenizer_source, temporary)
         write_shards(temporary, plan.grafts, values)
@@ -159,6 +160,8 @@ def build_target(cut: Cut, folder: Path, *, replace: bool = True) -> TargetModel
 def _fitted_config(cut: Cut) -> "tuple[PreTrainedConfig, tuple[int, ...], bool]":
     """The target's config with its tokenizer's special ids, the selection, and whether the tokenizer is foreign."""
     config, selection = make_config(cut.target, cut.reference_config)
+    if not config.use_cache:
+        logger.info("no selected block has attention: the target generates without a cache (use_cache: false)")
     tokenizer, reference = cut.tokenizer, cut.reference
     if tokenizer is None:
         return config, selection, reference is None
@@ -211,7 +214,7 @@ def make_config(
         if target.width == "half":
             config = halve_config(config)
     set_dropout(config, target.dropout)
-    config.use_cache = True  # for generation; the trainer passes use_cache=False
+    config.use_cache = reference_config is None or keeps_cache(reference_config, config)  # the trainer passes False
     return config, selection
 
 

@@ -9,9 +9,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from inheritune_ds.errors import CorpusError, SurgeryError
-from inheritune_ds.storage.files import read_json
+from inheritune_ds.storage.files import read_json, write_json
 from inheritune_ds.surgery.load import own_tokenizer
 from inheritune_ds.surgery.meta_model import MetaModel
+from inheritune_ds.surgery.older_names import rename_tokenizer, save_config
 from inheritune_ds.surgery.reference import TOKENIZER_PATTERNS, ReferenceModel, matching_files
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def write_configs(folder: Path, skeleton: MetaModel, reference: ReferenceModel |
     config = skeleton.config
     config.architectures = [type(skeleton.model).__name__]
     config.dtype = skeleton.dtype
-    config.save_pretrained(folder)
+    save_config(config, folder)
     if reference is None:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     elif (path := reference.folder / GENERATION).is_file():
@@ -38,12 +39,15 @@ def write_configs(folder: Path, skeleton: MetaModel, reference: ReferenceModel |
     else:  # old models keep their generation settings in config.json
         old: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
         GenerationConfig.from_pretrained(reference.folder, **old).save_pretrained(folder)
+    if not config.use_cache:
+        write_json(folder / GENERATION, {**read_json(folder / GENERATION), "use_cache": False})
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of a model folder unchanged."""
+    """Copy the tokenizer files of a model folder; unchanged unless transformers 5 wrote them (`rename_tokenizer`)."""
     for path in matching_files(source, TOKENIZER_PATTERNS):
         shutil.copyfile(path, folder / path.name)
+    rename_tokenizer(folder)
 
 
 def copy_license(source: Path, folder: Path) -> str:

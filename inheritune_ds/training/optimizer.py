@@ -1,37 +1,56 @@
 """AdamW: its parameter groups and implementations.
 
-Matrices decay; norms, biases and embeddings (including a tied head) do not.
+Matrices decay: the weights of linear maps, convolutions, routers and experts. Everything else does not: norms, biases,
+embeddings (including a tied head), and the states and scales of recurrent blocks. The number of dimensions does not
+decide: expert biases, norms per head and Mamba's `A_log` have two.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 
+_MATRIX = re.compile(r"(^|_)(weight|proj|fn)$|^[wv]\d$|^[qkvor]$")
+"""Names, within their module, of the matrices in transformers' models: `weight`, `gate_up_proj`, `in_proj_weight`,
+`hc_fn` (DeepSeek-V4), `w1` (DBRX), `q` (XLNet)."""
+
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into a decayed and an undecayed group.
 
-    A parameter decays if it has two or more dimensions and belongs to no embedding module.
+    A parameter decays if it is a matrix by its name (`_MATRIX`) and belongs to no embedding and no norm.
 
     Returns:
         Two groups with `params`, `weight_decay` (0 in the second), and `names` (dotted, in the model's order).
 
     Source: nanoGPT's configure_optimizers and the authors' GPT-2 script exclude vectors; excluding the embeddings, too,
-    follows facts of the paper's code (decay on 2-D Linear weights only).
+    follows facts of the paper's code (decay on 2-D Linear weights only). Mamba's own code marks `A_log` and `D` with
+    `_no_weight_decay`.
     """
-    embeddings = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
-    embedded = {id(parameter) for module in embeddings for parameter in module.parameters()}
+    undecayed = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if not _is_matrix(module, name, parameter)
+    }
     groups: list[dict[str, Any]] = [{"params": [], "names": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # A parameter that ZeRO-3 has partitioned has no elements itself.
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            group = groups[0 if len(shape) >= 2 and id(parameter) not in embedded else 1]
+            group = groups[1 if id(parameter) in undecayed else 0]
             group["params"].append(parameter)
             group["names"].append(name)
     return groups
+
+
+def _is_matrix(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a module's own parameter is the matrix of a linear map."""
+    # A parameter that ZeRO-3 has partitioned has no elements itself.
+    is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+    if is_vector or isinstance(module, torch.nn.Embedding) or "Norm" in type(module).__name__:
+        return False
+    return _MATRIX.search(name) is not None
 
 
 def without_names(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

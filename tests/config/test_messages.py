@@ -12,8 +12,8 @@ def message(*overrides: str, name: str = "quickstart") -> str:
 
 TRAINING = "duration, global_batch_tokens, packing, sampling, seq_len"
 HUB = (
-    "bad_records, data_files, dataset, download_gib, filters, kind, max_documents, max_tokens, name, revision, split, "
-    "streaming, text_field, weight"
+    "bad_records, data_files, dataset, download_gib, filters, kind, max_documents, max_tokens, name, published_tokens, "
+    "revision, split, streaming, text_field, weight"
 )
 KINDS, POSITIVE = "embedded, files, hub or nanogpt", "a whole number above 0"
 DURATION = "a count and a unit: 8 epochs, 100_000 steps, 250M tokens"

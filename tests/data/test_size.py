@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from inheritune_ds.config.corpus import Corpus, TrainedTokenizer
+from inheritune_ds.config.loading import load_recipe
+from inheritune_ds.data.documents import python_docs
 from inheritune_ds.data.size import count_tokens, estimate_tokens
 from inheritune_ds.data.tokens.prepare import prepare
 from inheritune_ds.errors import CorpusError
@@ -55,6 +57,9 @@ HALF = {**TEXT, "weight": 1.0}
         ([HUB], 5, 5),
         ([HUB], None, None),
         ([{**HUB, "download_gib": 1.0}], None, int(2**30 * 1.7 / 4 * 0.8)),
+        ([{**HUB, "download_gib": 1.0, "published_tokens": 1000}], None, 800),
+        ([{**HUB, "published_tokens": 1000}], 500, 500),
+        ([TEXT, {**HUB, "published_tokens": 1000}], None, 1600),
         ([TEXT, {**HUB, "max_tokens": 70}], None, 870),
         ([{**TEXT, "max_tokens": 300}, HUB], None, None),
     ],
@@ -73,10 +78,31 @@ def test_estimate_is_a_quarter_of_the_bytes_up_to_the_limits(
     assert estimate_tokens(corpus(*sources, max_tokens=max_tokens)) == expected
 
 
-def test_estimate_of_the_embedded_corpus_is_within_a_fifth_of_its_tokens() -> None:
+def test_estimate_of_the_embedded_corpus_counts_its_bytes() -> None:
     estimated = estimate_tokens(corpus({"kind": "embedded"}, validation_ratio=0.1))
     assert estimated is not None
-    assert estimated.count == pytest.approx(618_377, rel=0.2)  # `inheritune-ds prepare quickstart`, CPython 3.11
+    size = sum(len(text.encode()) for text in python_docs.running().documents)
+    assert estimated.count == int(size / 3.56 * 0.9)
+    if platform.python_version_tuple()[:2] == ("3", "11"):
+        assert estimated.count == pytest.approx(618_377, rel=0.02)  # `inheritune-ds prepare quickstart`
+
+
+@pytest.mark.parametrize(
+    ("preset", "ratio", "published"),
+    [
+        ("openwebtext", 0.000_490_585, 9_035_582_198),  # nanoGPT holds out 0.05 %
+        ("fineweb-edu", 0.01, 99e9),
+        ("slimpajama", 0.01, 627e9 * 0.99),
+        ("starcoderdata", 0.01, (627e9 * 0.948 + 250e9) * 0.99),
+        ("redpajama-1t-sample", 0.01, 0.99e9),
+    ],
+)
+def test_estimate_of_a_preset_is_its_published_count(preset: str, ratio: float, published: float) -> None:
+    recipe = load_recipe("gpt2-medium-24l", [f"corpus.preset={preset}", f"corpus.validation_ratio={ratio}"])
+    estimated = estimate_tokens(recipe.corpus)
+    assert estimated is not None
+    assert estimated.count == pytest.approx(published, rel=2e-3)
+    assert estimated.estimate
 
 
 @pytest.mark.parametrize("max_tokens", [None, 5])

@@ -1,16 +1,20 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given as for_all
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from inheritune_ds.errors import SurgeryError
 from inheritune_ds.surgery import config_cut
 from inheritune_ds.surgery.config_cut import cut_config, set_dropout
+from tests.surgery.families import random_model
+from tests.surgery.tiny import cut
 
 SELECTIONS = st.lists(st.integers(0, 11), min_size=1, max_size=8)
 
@@ -217,3 +221,28 @@ def test_set_dropout_writes_every_dropout_key_and_no_other(family: str, keys: se
     after = config.to_dict()
     assert {key for key in after if after[key] != before[key]} == keys
     assert {after[key] for key in keys} == {0.375}
+
+
+@pytest.mark.parametrize(
+    ("family", "select", "cached"),
+    [
+        ("lfm2", "0,2,3", False),
+        ("qwen3_next", "0", False),
+        ("jamba", "0,2,3", False),
+        ("lfm2", "0,1", True),  # with an attention block
+        ("mamba", "first:2", True),  # without attention from the start
+        ("llama", "first:2", True),
+    ],
+)
+def test_cut_without_attention_generates_without_a_cache(
+    family: str,
+    select: str,
+    cached: bool,  # noqa: FBT001
+    tmp_path: Path,
+) -> None:
+    random_model(family).save_pretrained(tmp_path / "reference")
+    folder = cut(tmp_path / "reference", tmp_path / "target", select=select, words=None).folder
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    assert (model.config.use_cache, model.generation_config.use_cache is not False) == (cached, cached)
+    found = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert found.shape == (1, 6)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from inheritune_ds.training.optimizer import build_optimizer, parameter_groups
 from tests.launching import environment
+from tests.surgery.families import tiny_config
 
 
 def tiny(family: str, **values: Any) -> PreTrainedModel:
@@ -54,6 +55,48 @@ def test_gpt2_decays_its_matrices_only() -> None:
     norms = ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")
     assert set(decayed["names"]) == named("transformer.h", *(f"{name}.weight" for name in matrices))
     assert set(undecayed["names"]) == rest | named("transformer.h", *norms, *(f"{name}.bias" for name in matrices))
+
+
+UNDECAYED_MATRICES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "gpt_oss": ({}, {"gate_up_proj_bias", "down_proj_bias"}),
+    "cohere": ({"use_qk_norm": True}, {"q_norm.weight", "k_norm.weight"}),
+    "mamba": ({}, {"A_log"}),
+    "jamba": ({}, {"A_log"}),
+    "zamba": ({}, {"A_log", "D", "dt_proj_bias"}),
+    "rwkv": ({}, {f"time_mix_{name}" for name in ("key", "value", "receptance")}),
+    "recurrent_gemma": ({}, {"input_gate_bias", "recurrent_gate_bias"}),
+    "kimi_linear": ({}, {"A_log"}),
+    "xlnet": ({}, {"r_w_bias", "r_r_bias", "r_s_bias", "seg_embed", "mask_emb"}),
+    "deepseek_v4": ({}, {"position_bias"}),
+    "dbrx": ({}, set()),
+    "mixtral": ({}, set()),
+    "phi3": ({}, set()),
+}
+
+
+@pytest.mark.parametrize("family", UNDECAYED_MATRICES)
+def test_decay_follows_the_kind_of_module_and_not_the_dimensions(family: str) -> None:
+    changes, expected = UNDECAYED_MATRICES[family]
+    config = tiny_config(family)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    embedded = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    decayed, undecayed = parameter_groups(model, 0.1)
+    several = {
+        name
+        for name, parameter in zip(undecayed["names"], undecayed["params"], strict=True)
+        if parameter.dim() >= 2 and id(parameter) not in embedded
+    }
+    assert {name for name in several if not any(name.endswith(f".{end}") for end in expected)} == set()
+    assert all(any(name.endswith(f".{end}") for name in several) for end in expected)
+    assert all(parameter.dim() >= 2 for parameter in decayed["params"])
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])

@@ -9,6 +9,7 @@ and only the few tokens at the cut may differ.
 import json
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,8 @@ class TextEncoder:
     """Encodes documents; another process can create it from the same arguments.
 
     The text of a special token inside a document is ordinary text, as in tiktoken's `encode_ordinary` and
-    SentencePiece: the end-of-text id is at the ends of documents only. The tokenizer's template adds the ids `front`
+    SentencePiece: the end-of-text id is at the ends of documents only. No special token but the unknown one is an
+    entry that the model can find in a text (`_without_control_pieces`). The tokenizer's template adds the ids `front`
     before a document ([1] for LLaMA) and `back` behind it; a CorpusError is raised if it adds tokens inside the text.
     `forced_cuts` counts the cuts not proven to keep the ids.
     """
@@ -56,6 +58,7 @@ class TextEncoder:
         spec = json.loads(tokenizer_json)
         for token in spec["added_tokens"]:
             token["special"] |= token["id"] == eos_id  # otherwise the text of a document could contain its end
+        spec = _without_control_pieces(spec)
         later = safe_cuts.continued(spec)
         self.backend = _backend(spec)
         self.eos_id = eos_id
@@ -101,7 +104,16 @@ class TextEncoder:
         return encoded + _encode_batch(backend, batch)
 
     def document(self, pieces: Sequence[Ids]) -> Ids:
-        """Join the ids of a document's pieces and add the template's ids and the end of text."""
+        """Join the ids of a document's pieces and add the template's ids and the end of text.
+
+        Raises a CorpusError if the text gives the end-of-text id, which only a piece of other entries still does.
+        """
+        if any((ids == self.eos_id).any() for ids in pieces):
+            raise CorpusError(
+                f"a document contains text that the tokenizer turns into its end-of-text id {self.eos_id}",
+                allowed="an eos_token that is no part of other entries of the vocabulary",
+                action="choose another eos_token in tokenizer_config.json, or another tokenizer",
+            )
         front, end = np.array(self.front, np.uint32), np.array([*self.back, self.eos_id], np.uint32)
         return np.concatenate([front, *pieces, end])
 
@@ -114,6 +126,36 @@ class TextEncoder:
         if cut < len(text) and not (found and self._rule):
             self.forced_cuts += 1
         return cut
+
+
+def _without_control_pieces(spec: dict[str, Any]) -> dict[str, Any]:
+    """Rename the special tokens among the model's entries, so that it cannot find them in a text; ids stay.
+
+    `encode_special_tokens` only stops the search for added tokens. Unigram and WordLevel then find the same text in
+    their vocabulary, and so does a BPE with `ignore_merges` or with merges that form it. SentencePiece never matches
+    its control pieces.
+    """
+    model = spec["model"]
+    vocabulary = model["vocab"]
+    entries = [entry for entry, _ in vocabulary] if isinstance(vocabulary, list) else list(vocabulary)
+    merges = model.get("merges", [])
+    unknown = {model.get("unk_token")} | {entries[at] for at in [model.get("unk_id")] if at is not None}
+    special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    renamed = special & {*entries} - unknown - {part for merge in merges for part in merge}
+    if not renamed:
+        return spec
+    names = {entry: f"\0{entry}\0" if entry in renamed else entry for entry in entries}
+    if isinstance(vocabulary, list):
+        model = {**model, "vocab": [[names[entry], score] for entry, score in vocabulary]}
+    else:
+        model = {**model, "vocab": {names[entry]: number for entry, number in vocabulary.items()}}
+    if merges:
+        model["merges"] = [merge for merge in merges if "".join(merge) not in renamed]
+    return {
+        **spec,
+        "model": model,
+        "added_tokens": [token for token in spec["added_tokens"] if token["content"] not in renamed],
+    }
 
 
 def _backend(spec: dict[str, object]) -> Tokenizer:

@@ -13,7 +13,7 @@ from inheritune_ds.config.corpus import Corpus, Source, TokensSource, TrainedTok
 from inheritune_ds.data.documents import nanogpt, sources
 from inheritune_ds.data.documents.change_check import FileMark
 from inheritune_ds.data.tokens.token_set import TokenSet, open_finished
-from inheritune_ds.data.tokens.tokenizer import load_tokenizer, sentencepiece_model, tokenizer_sha256
+from inheritune_ds.data.tokens.tokenizer import backend_of, load_tokenizer, sentencepiece_model, tokenizer_sha256
 from inheritune_ds.errors import CorpusError
 from inheritune_ds.storage.files import read_json
 from inheritune_ds.storage.known_hashes import KnownHashes, known_hashes
@@ -61,6 +61,8 @@ class Plan:
             _check_dtype(corpus, id_space(loaded))
             model = sentencepiece_model(tokenizer, revision)
             entry = {"name": tokenizer, "sha256": tokenizer_sha256(loaded)}
+            if type(backend_of(loaded).model).__name__ != "BPE":
+                entry["special_tokens"] = "not matched"  # earlier token files had their ids inside documents
         for source in corpus.sources:
             if isinstance(source, TokensSource) and source.name not in known:
                 nanogpt.token_files(source)

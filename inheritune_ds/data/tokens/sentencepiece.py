@@ -18,11 +18,11 @@ def from_sentencepiece(folder: Path, name: str) -> Any:
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-    model, file = (folder / "tokenizer.model").read_bytes(), folder / "tokenizer_config.json"
+    model = (folder / "tokenizer.model").read_bytes()
     messages: Any = sentencepiece_model_pb2
     proto = messages.ModelProto()
     proto.ParseFromString(model)
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = {**read_object(folder / "special_tokens_map.json"), **read_object(folder / "tokenizer_config.json")}
     _check_kind(proto, name)
     pieces = [piece.piece for piece in proto.pieces]
     kinds = proto.SentencePiece.Type
@@ -44,16 +44,18 @@ def from_sentencepiece(folder: Path, name: str) -> Any:
     )
     backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
     _check_ids(backend, model, name)
-    bos, eos = (
-        _special(settings, key, pieces, number)
-        for key, number in (("bos_token", proto.trainer_spec.bos_id), ("eos_token", proto.trainer_spec.eos_id))
+    pieces += _add_tokens(backend, len(pieces), _added_tokens(folder, settings, pieces), name)
+    spec = proto.trainer_spec
+    bos, eos, pad = (
+        _special(settings, key, pieces, number, name)
+        for key, number in (("bos_token", spec.bos_id), ("eos_token", spec.eos_id), ("pad_token", spec.pad_id))
     )
     if bos is not None and settings.get("add_bos_token", True):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.index(bos))]
         )
     limit = {"model_max_length": settings["model_max_length"]} if "model_max_length" in settings else {}
-    return wrap(backend, bos_token=bos, eos_token=eos, unk_token=unknown, **limit)
+    return wrap(backend, bos_token=bos, eos_token=eos, unk_token=unknown, pad_token=pad, **limit)
 
 
 def wrap(backend: Any, **settings: Any) -> Any:
@@ -127,10 +129,54 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def _special(settings: dict[str, Any], key: str, pieces: list[str], number: int) -> str | None:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read the entries of a JSON object that are not null; empty without the file."""
+    if not path.is_file():
+        return {}
+    return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if value is not None}
+
+
+def _added_tokens(folder: Path, settings: dict[str, Any], pieces: list[str]) -> dict[str, int]:
+    """Ids of the tokens that slow tokenizers of transformers 4 keep beside the model, without those of the model."""
+    listed = settings.get("added_tokens_decoder", {})
+    added = {token["content"]: int(number) for number, token in listed.items()} | read_object(
+        folder / "added_tokens.json"
+    )
+    return {token: number for token, number in added.items() if pieces[number : number + 1] != [token]}
+
+
+def _add_tokens(backend: Any, size: int, added: dict[str, int], name: str) -> list[str]:
+    """Add tokens behind the model's pieces; return them in the order of their ids."""
+    from tokenizers import AddedToken
+
+    tokens = sorted(added, key=added.__getitem__)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    found = {token: backend.token_to_id(token) for token in tokens}
+    if found != added:
+        raise CorpusError(
+            f"tokenizer {name!r}: its added tokens have the ids {sorted(added.values())}, which do not follow the "
+            f"{size} pieces of tokenizer.model",
+            allowed=f"new tokens with the ids {size}, {size + 1}, ... in added_tokens.json or added_tokens_decoder",
+            action="convert it to tokenizer.json, and compare ids with SentencePiece's",
+        )
+    return tokens
+
+
+def _special(settings: dict[str, Any], key: str, pieces: list[str], number: int, name: str) -> str | None:
     """Name of a special token: from the settings (a string or an object), otherwise from the model."""
     given = settings.get(key)
     token = given.get("content") if isinstance(given, dict) else given
-    if token in pieces:
-        return str(token)
-    return pieces[number] if 0 <= number < len(pieces) else None
+    if token is None:
+        return pieces[number] if 0 <= number < len(pieces) else None
+    if token not in pieces:
+        raise no_such_token(name, key, token)
+    return str(token)
+
+
+def no_such_token(name: str, key: str, token: str) -> CorpusError:
+    """The error for a special token that is in no vocabulary."""
+    return CorpusError(
+        f"tokenizer {name!r}: its {key} {token!r} is neither in its vocabulary nor among its added tokens",
+        allowed="a token of tokenizer.json, tokenizer.model, vocab.json, added_tokens.json or added_tokens_decoder",
+        action=f"copy the missing file into the folder, or correct {key} in tokenizer_config.json",
+    )

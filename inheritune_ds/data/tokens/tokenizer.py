@@ -10,7 +10,7 @@ from inheritune_ds.config.corpus import TrainedTokenizer
 from inheritune_ds.config.fields import is_local_path
 from inheritune_ds.config.loading import load_recipe
 from inheritune_ds.config.recipe import Recipe
-from inheritune_ds.data.tokens.sentencepiece import from_sentencepiece, wrap
+from inheritune_ds.data.tokens.sentencepiece import from_sentencepiece, no_such_token, read_object, wrap
 from inheritune_ds.errors import CorpusError, RecipeError
 from inheritune_ds.storage import hub
 from inheritune_ds.storage.file_kind import FileKind, action_for, unexpected_kind
@@ -53,6 +53,7 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
             allowed="a tokenizer that can be saved as tokenizer.json",
             action="select another tokenizer, or convert it to tokenizer.json",
         )
+    _check_special(tokenizer, folder, name)
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
@@ -153,6 +154,24 @@ def _from_folder(folder: Path, name: str) -> Any:
         allowed="tokenizer.json, or tokenizer.model (SentencePiece), or vocab.json with merges.txt",
         action="use another folder or hub id, or copy these files into it",
     )
+
+
+def _check_special(tokenizer: Any, folder: Path, name: str) -> None:
+    """Refuse a bos or eos token that no file lists: transformers would give it a new id, which no model knows."""
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        return  # `from_sentencepiece` has refused it
+    listed = set(read_object(folder / "vocab.json")) | set(read_object(folder / "added_tokens.json"))
+    whole = read_object(folder / "tokenizer.json")
+    if whole:
+        vocabulary = whole["model"]["vocab"]
+        listed |= {piece for piece, _ in vocabulary} if isinstance(vocabulary, list) else set(vocabulary)
+        listed |= {token["content"] for token in whole["added_tokens"]}
+    decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    listed |= {token["content"] for token in decoder.values()}
+    for key in ("bos_token", "eos_token"):
+        token = getattr(tokenizer, key)
+        if token is not None and token not in listed:
+            raise no_such_token(name, key, token)
 
 
 def tokenizer_of(recipe: Recipe, reference: Path | None) -> tuple[str | TrainedTokenizer, str]:

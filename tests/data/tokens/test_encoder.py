@@ -270,3 +270,58 @@ def test_books_have_the_same_ids_whole_and_in_pieces(
         assert len(encoder.pieces(book)) > len(book) // (size + 30)
         assert by_pieces(encoder, book) == expected
         assert encoder.forced_cuts == 0
+
+
+def with_special_entries(kind: str) -> Tokenizer:
+    """A tokenizer whose model has its special tokens as entries."""
+    special = ["<unk>", "<s>", "</s>"]
+    texts = [f"a river, a hill and {number} small boats" for number in range(50)]
+    if kind == "unigram":
+        backend = Tokenizer(models.Unigram())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer: Any = trainers.UnigramTrainer(
+            vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+    elif kind == "wordlevel":
+        backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
+    elif kind == "wordpiece":
+        words = [*special, "a", "river", "<", "/", "s", ">", "##a", "##s", "##/", "##>"]
+        backend = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:  # merges that form the token
+        letters = [*special, "a", "<", "/", "s", ">", "</", "s>"]
+        merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+        vocabulary = {piece: at for at, piece in enumerate(letters)}
+        backend = Tokenizer(
+            models.BPE(vocabulary, merges, unk_token="<unk>", ignore_merges=kind == "bpe with ignore_merges")
+        )
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(special)
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordlevel", "wordpiece", "bpe", "bpe with ignore_merges"])
+@pytest.mark.parametrize("text", ["a </s> a", "</s>", "a </s></s> <s> a"])
+def test_text_that_spells_a_special_token_never_gives_its_id(kind: str, text: str) -> None:
+    encoder = TextEncoder(with_special_entries(kind).to_str(), 2)
+    ids = encoder.document(encoder.encode(encoder.pieces(text))).tolist()
+    assert (ids.count(2), ids[-1]) == (1, 2)
+    assert 1 not in ids
+    assert ids[0] == encoder.encode(["a"])[0].tolist()[0] or not text.startswith("a")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordlevel", "wordpiece"])
+def test_text_without_special_tokens_keeps_the_tokenizer_s_ids(kind: str) -> None:
+    backend, text = with_special_entries(kind), "a river, a hill and 7 small boats"
+    assert TextEncoder(backend.to_str(), 2).encode([text])[0].tolist() == backend.encode(text).ids
+
+
+def test_an_end_of_text_that_is_part_of_other_entries_is_refused_where_the_text_has_it() -> None:
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "abb": 3}, [("a", "b"), ("ab", "b")]))
+    encoder = TextEncoder(backend.to_str(), 2)
+    assert encoder.document(encoder.encode(["aabb"])).tolist() == [0, 3, 2]
+    with pytest.raises(CorpusError, match=r"(?s)turns into its end-of-text id 2\n.*another eos_token"):
+        encoder.document(encoder.encode(["aba"]))

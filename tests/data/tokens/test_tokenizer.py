@@ -279,3 +279,84 @@ def test_a_tiktoken_vocabulary_is_named_unless_there_is_a_tokenizer_json(tmp_pat
         load_tokenizer(str(tmp_path))
     train_tokenizer(TEXTS, 300).save_pretrained(tmp_path)
     assert len(load_tokenizer(str(tmp_path))) <= 300
+
+
+SLOW: list[tuple[dict[str, Any], tuple[str, int, int]]] = [
+    # what slow tokenizers of transformers 4 save: files beside the model -> eos, its id, entries
+    (
+        {"added_tokens": {"<pad>": 400, "<|im_end|>": 401}, "tokenizer_config": {"eos_token": "<|im_end|>"}},
+        ("<|im_end|>", 401, 402),
+    ),
+    (
+        {
+            "tokenizer_config": {
+                "added_tokens_decoder": {"2": {"content": "</s>"}, "400": {"content": "<|end|>"}},
+                "eos_token": {"content": "<|end|>"},
+            }
+        },
+        ("<|end|>", 400, 401),
+    ),
+    (
+        {"added_tokens": {"[END]": 400}, "special_tokens_map": {"eos_token": "[END]"}, "tokenizer_config": {}},
+        ("[END]", 400, 401),
+    ),
+    ({"added_tokens": {"<pad>": 400}, "tokenizer_config": {"eos_token": None}}, ("</s>", 2, 401)),
+    ({"added_tokens": {"</s>": 2}, "tokenizer_config": {"eos_token": "</s>"}}, ("</s>", 2, 400)),
+]
+
+
+def write_json(folder: str, files: dict[str, Any]) -> None:
+    for name, content in files.items():
+        Path(folder, f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("files", "expected"), SLOW)
+def test_load_tokenizer_reads_the_tokens_added_to_a_sentencepiece_model(
+    files: dict[str, Any], expected: tuple[str, int, int], tmp_path: Path
+) -> None:
+    folder = train_sentencepiece(tmp_path)
+    write_json(folder, files)
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, len(tokenizer)) == expected
+    assert tokenizer.convert_ids_to_tokens(expected[1]) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, "its eos_token '<|im_end|>' is neither in its vocabulary"),
+        ({"tokenizer_config": {"bos_token": {"content": "<b>"}}}, "its bos_token '<b>' is neither in its vocabulary"),
+        ({"tokenizer_config": {"pad_token": "<pad>"}}, "its pad_token '<pad>' is neither in its vocabulary"),
+        ({"special_tokens_map": {"eos_token": "<e>"}}, "its eos_token '<e>' is neither in its vocabulary"),
+        (
+            {"added_tokens": {"<pad>": 402}},
+            r"its added tokens have the ids \[402\], which do not follow the 400 pieces",
+        ),
+        ({"added_tokens": {"<e>": 7}}, r"its added tokens have the ids \[7\], which do not follow the 400 pieces"),
+    ],
+)
+def test_load_tokenizer_refuses_special_tokens_that_a_sentencepiece_folder_lacks(
+    files: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = train_sentencepiece(tmp_path)
+    write_json(folder, files)
+    with pytest.raises(CorpusError, match=message.replace("<|", r"<\|").replace("|>", r"\|>")):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("key", ["eos_token", "bos_token"])
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_load_tokenizer_refuses_a_special_token_that_no_file_lists(kind: str, key: str, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    if kind == "tokenizer.json":
+        tokenizer.save_pretrained(tmp_path)
+    else:
+        backend_of(tokenizer).model.save(str(tmp_path))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    write_json(str(tmp_path), {"tokenizer_config": settings})
+    assert load_tokenizer(str(tmp_path)).eos_token == END_OF_TEXT
+    write_json(str(tmp_path), {"tokenizer_config": {**settings, key: "<|im_end|>"}})
+    with pytest.raises(
+        CorpusError, match=rf"its {key} '<\|im_end\|>' is neither in its vocabulary nor among its added"
+    ):
+        load_tokenizer(str(tmp_path))
