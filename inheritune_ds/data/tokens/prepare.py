@@ -255,6 +255,6 @@ def _check_parts(corpus: Corpus, counts: list[dict[str, Any]]) -> None:
 
 def _document_form(tokenizer: "PreTrainedTokenizerBase", encoder: TextEncoder) -> str:
     front, back = (
-        [str(encoder.backend.id_to_token(number)) for number in ids] for ids in (encoder.front, encoder.back)
+        [str(tokenizer.convert_ids_to_tokens(number)) for number in ids] for ids in (encoder.front, encoder.back)
     )
     return " ".join([*front, "text", *back, str(tokenizer.eos_token)])
