@@ -61,7 +61,7 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         LLAMA,
         {},
         "budget",
-        "unique tokens 960,492,709 (estimate) steps 61,035 tokens seen 7,999,979,520 epochs 8.33 (estimate)",
+        "unique tokens 938,740,000 (estimate) steps 61,035 tokens seen 7,999,979,520 epochs 8.52 (estimate)",
     ),
     (LLAMA, {}, "budget", "FLOPs 11.3 GFLOP per token, 9.04e+19 in total"),
     (LLAMA, {}, "budget", "checkpoint 20.3 GiB (21,787,660,800 bytes), every 200 steps"),
@@ -229,7 +229,7 @@ def test_plan_marks_counts_as_an_estimate_only_before_tokenization(tmp_path: Pat
     budget = section(plan_of("gpt2-medium-24l", cache_dir=cache_with(tmp_path, manifest)), "budget")
     assert "unique tokens 9,035,582,198 steps 100,000 tokens seen 39,321,600,000 epochs 4.35 FLOPs" in budget
     before = section(plan_of("gpt2-medium-24l"), "budget")
-    assert "(estimate) steps 100,000 tokens seen 39,321,600,000 epochs 3.83 (estimate) FLOPs" in before
+    assert "(estimate) steps 100,000 tokens seen 39,321,600,000 epochs 4.35 (estimate) FLOPs" in before
 
 
 def test_plan_marks_figures_as_unknown_until_the_corpus_is_tokenized() -> None:
