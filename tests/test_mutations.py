@@ -83,7 +83,7 @@ def arguments(files: list[str], only: str = "") -> list[str]:
     return [*IMPORTED_ALREADY, *options, *files, *(["-k", only] if only else [])]
 
 
-def tests_of(module: str) -> list[str]:
+def own_tests(module: str) -> list[str]:
     folder, _, name = module.rpartition("/")
     return OTHER_TESTS.get(module, [f"tests/{folder}/test_{name}"])
 
@@ -101,10 +101,10 @@ def jobs(base: Path) -> Iterator[tuple[Path, list[str]]]:
         (base / name).mkdir()
         (base / name / "test_crash.py").write_text(f"import os\n\ndef test_crash():\n    {body}\n", encoding="utf-8")
         yield base / name, arguments(["test_crash.py"])
-    yield copy_to(base / WHOLE), arguments(sorted({file for module in MUTATIONS for file in tests_of(module)}))
+    yield copy_to(base / WHOLE), arguments(sorted({file for module in MUTATIONS for file in own_tests(module)}))
     for number, (module, mutation) in enumerate(PLANTED):
         plant(module, mutation, base / str(number))
-        yield base / str(number), arguments(tests_of(module), mutation.only)
+        yield base / str(number), arguments(own_tests(module), mutation.only)
 
 
 @pytest.fixture(scope="module")

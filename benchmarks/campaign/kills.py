@@ -30,6 +30,8 @@ INTERVAL = 4
 STEPS = 120
 """Enough for ten launches; each reaches at least one checkpoint more."""
 STEPS_OF_SHORT = 24
+SEED_OF_SHORT = 149
+"""Its only kill of a save comes within a millisecond of the save's begin: no disk writes both files so fast."""
 CHAINS = 10
 """Of both parts together: even seeds save while training waits, odd ones in the background."""
 IN_SAVE_AT_LEAST = 4
@@ -219,7 +221,7 @@ def _cases(*, asynchronous: bool) -> Cases:
             f"seed-{seed}": partial(killed, seed=seed, kinds=_KINDS, steps=STEPS)
             for seed in range(asynchronous, CHAINS, 2)
         },
-        "short": partial(killed, seed=100, kinds=kinds, steps=STEPS_OF_SHORT),
+        "short": partial(killed, seed=SEED_OF_SHORT, kinds=kinds, steps=STEPS_OF_SHORT),
     }
 
 
