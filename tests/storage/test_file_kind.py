@@ -67,7 +67,7 @@ KINDS = [
     (TEXT.encode("utf-16-le"), FileKind.UTF_16LE),
     (TEXT.encode("utf-16-be"), FileKind.UTF_16BE),
     (TEXT.encode("utf-32"), FileKind.UTF_32),
-    (gzip.compress(TEXT.encode()), FileKind.GZIP),
+    (gzip.compress(TEXT.encode(), mtime=0), FileKind.GZIP),
     (bz2.compress(TEXT.encode()), FileKind.BZIP2),
     (bz2.compress(b""), FileKind.BZIP2),
     (zstandard.compress(TEXT.encode()), FileKind.ZSTD),
@@ -116,7 +116,7 @@ def test_unexpected_kind_of_a_missing_file_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "packed",
     [
-        gzip.compress(TEXT.encode()),
+        gzip.compress(TEXT.encode(), mtime=0),
         bz2.compress(TEXT.encode()),
         TEXT.encode("utf-16"),
         TEXT.encode("utf-16-le"),

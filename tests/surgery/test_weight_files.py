@@ -259,7 +259,7 @@ PAGE = b"<html><head><title>401</title></head></html>"
     [
         (POINTER, "a Git LFS pointer, not the file itself", "run git lfs pull"),
         (PAGE, "an HTML page", "download the file itself"),
-        (gzip.compress(b"weights"), "gzip data", "gzip -d"),
+        (gzip.compress(b"weights", mtime=0), "gzip data", "gzip -d"),
         (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF model", "download the model's safetensors files"),
         (b'{"error": "not found"}', "JSON lines", ""),
     ],

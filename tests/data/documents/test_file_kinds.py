@@ -54,17 +54,17 @@ def test_a_git_lfs_pointer_is_named_under_every_suffix(tmp_path: Path, name: str
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("a.txt", gzip.compress(b"text"), "gzip data"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "gzip data"),
         ("a.jsonl", bz2.compress(b"text"), "bzip2 data"),
         ("a.txt", zstandard.compress(b"text"), "Zstandard data"),
         ("a.json.gz", zstandard.compress(b"text"), "Zstandard data"),
-        ("a.txt.zst", gzip.compress(b"text"), "gzip data"),
+        ("a.txt.zst", gzip.compress(b"text", mtime=0), "gzip data"),
         ("a.jsonl", PAGE, "an HTML page"),
         ("a.parquet", PAGE, "an HTML page"),
         ("a.arrow", b'{"text": "a"}\n', "JSON lines"),
         ("a.txt", LINES.encode("utf-16"), "UTF-16 text"),
         ("a.jsonl", LINES.encode("utf-16-be"), "big-endian UTF-16 text without a byte order mark"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode("utf-16")), "UTF-16 text"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode("utf-16"), mtime=0), "UTF-16 text"),
         ("a.json", LINES.encode("utf-32"), "UTF-32 text"),
     ],
 )
