@@ -181,9 +181,14 @@ def attach_loss(model: "PreTrainedModel", kind: LossKind, *, compiled: bool) -> 
     """
     reason = "" if kind == "plain" else _not_just_the_head(model)
     taken: LossKind = "plain" if reason else kind
-    gradients = torch.compile(_chunk_gradients, dynamic=False) if compiled else _chunk_gradients
-    HeadLoss(model, taken, gradients)
+    attach_head_loss(model, taken, compiled=compiled)
     return taken, reason
+
+
+def attach_head_loss(model: "PreTrainedModel", kind: LossKind, *, compiled: bool) -> None:
+    """Put a loss into the forward pass of a model whose logits are its head's output, or a plain one into any model."""
+    gradients = torch.compile(_chunk_gradients, dynamic=False) if compiled else _chunk_gradients
+    HeadLoss(model, kind, gradients)
 
 
 @torch.no_grad()
