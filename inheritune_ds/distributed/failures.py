@@ -74,7 +74,7 @@ def _reason(text: str) -> str:
 
 
 def out_of_memory_text(error: BaseException) -> str:
-    """One line on a failed allocation: its size, and what the device has, as far as the error tells."""
+    """One line on a failed allocation: its size, and what the device has, as far as the error names them."""
     if _NCCL.search(str(error)):
         return f"out of memory: {_reason(str(error))}"
     lines = str(error).strip().splitlines() or [type(error).__name__]

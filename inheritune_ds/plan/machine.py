@@ -68,7 +68,7 @@ def detect_gpus(environ: Mapping[str, str] = os.environ) -> list[DetectedGpu]:
 
 
 def _cards() -> list[_Card]:
-    """The cards in the order of the PCI bus; those whose facts the driver does not tell are skipped."""
+    """The cards in the order of the PCI bus; those whose facts the driver does not report are skipped."""
     cards, slices = [], None
     for line in _ask(f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"):
         try:
