@@ -151,7 +151,7 @@ _OTHER_KINDS = (
     ("checkpoint-*/config.json", "an output folder of Hugging Face's Trainer", "give one of its folders checkpoint-*"),
     ("*.distcp", "a distributed checkpoint of torch", "save the model with save_pretrained first"),
 )
-"""Folders without a model that people give: a file that identifies them, what they are, and what to do."""
+"""Folders without a model that people give: the file that shows it, what it is, what to do."""
 
 
 def _refuse_other_kinds(folder: Path, name: str) -> None:
