@@ -18,7 +18,7 @@ from inheritune_ds.plan.machine import cpu_machine, detect_gpus, has_driver
 logger = logging.getLogger(__name__)
 
 CONTEXT_GIB = 0.5
-"""At most this much of a GPU is used by this process's own CUDA context, which exists before torch reports what is free;
+"""At most this much of a GPU is used by this process's own CUDA context, there before torch reports what is free;
 the plan counts it in its margin."""
 
 
