@@ -243,13 +243,19 @@ def on_ranks(function: str, arguments: Mapping[str, Any], ranks: int, *, timeout
                     break
                 time.sleep(POLL_S)
             _show(logs[0], shown)
-            bad = [rank for rank, process in enumerate(processes) if process.poll() != 0]
-            if bad:
-                sys.exit(f"rank {bad[0]} failed; its log's end:\n{logs[bad[0]].read_text(encoding='utf-8')[-3000:]}")
+            codes = [process.poll() for process in processes]
+            if any(codes) or None in codes:
+                raise SystemExit("\n".join(_end_of(rank, code, log) for rank, (code, log) in enumerate(zip(codes, logs, strict=True))))
         finally:
             for process in processes:
                 kill(process)
         return read_json(out)
+
+
+def _end_of(rank: int, code: int | None, log: Path) -> str:
+    """What is known of a rank when one of them failed or all took too long."""
+    state = "was still running" if code is None else f"ended with {code}"
+    return f"rank {rank} {state}; its log's end:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}"
 
 
 def _show(log: Path, seen: int) -> int:

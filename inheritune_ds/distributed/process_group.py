@@ -65,8 +65,11 @@ def ask_torch_for_free_memory(accelerator: Any) -> None:
 
 
 def leave_process_group() -> None:
-    """Leave the group that `start_process_group` joined, if any."""
+    """Leave the group that `start_process_group` joined, if any, together with the other ranks."""
     if dist.is_initialized():
+        # Gloo's thread frees the tensors of a collective after its caller has them. Freeing those of Python while the
+        # interpreter ends aborts the process (SIGABRT, 1 of 20 ends on busy cores); a barrier has none.
+        dist.barrier()
         dist.destroy_process_group()
 
 
