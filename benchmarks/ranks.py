@@ -245,7 +245,11 @@ def on_ranks(function: str, arguments: Mapping[str, Any], ranks: int, *, timeout
             _show(logs[0], shown)
             codes = [process.poll() for process in processes]
             if any(codes) or None in codes:
-                raise SystemExit("\n".join(_end_of(rank, code, log) for rank, (code, log) in enumerate(zip(codes, logs, strict=True))))
+                raise SystemExit(
+                    "\n".join(
+                        _end_of(rank, code, log) for rank, (code, log) in enumerate(zip(codes, logs, strict=True))
+                    )
+                )
         finally:
             for process in processes:
                 kill(process)
