@@ -219,9 +219,9 @@ def drive(function: Callable[..., Any], arguments: str, out: str) -> None:
     result = function(world, **json.loads(arguments))
     if world.is_main:
         write_json(Path(out), result)
-    from inheritune_ds.distributed.process_group import leave_process_group
+    from inheritune_ds.distributed.process_group import end_rank
 
-    leave_process_group()
+    end_rank()
 
 
 def on_ranks(function: str, arguments: Mapping[str, Any], ranks: int, *, timeout_s: float = 600.0) -> Any:

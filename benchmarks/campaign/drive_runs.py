@@ -58,7 +58,7 @@ def main(folder: Path, recipe: str, ds_config: str, out: str, steps: list[int], 
     import torch
 
     from inheritune_ds.distributed.coordination import Coordinator
-    from inheritune_ds.distributed.process_group import leave_process_group
+    from inheritune_ds.distributed.process_group import end_rank
     from inheritune_ds.run.execute import execute
     from inheritune_ds.run.launch import Launch
 
@@ -85,7 +85,7 @@ def main(folder: Path, recipe: str, ds_config: str, out: str, steps: list[int], 
             assert execute(named, launch.resolve(named), launch)
         seen[step] = {"rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), "windows": windows}
     write_json(folder / f"{out}.rank{world.rank}.json", seen)
-    leave_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

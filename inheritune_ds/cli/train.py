@@ -163,7 +163,7 @@ def _train(  # noqa: PLR0913 - what is known before torch
     gc.disable()  # the imports make no garbage, and each collection takes longer with every module
     from inheritune_ds.distributed.coordination import Coordinator
     from inheritune_ds.distributed.device import device_kind, take_device
-    from inheritune_ds.distributed.process_group import leave_now, leave_process_group
+    from inheritune_ds.distributed.process_group import end_rank, leave_now, leave_process_group
     from inheritune_ds.run.execute import execute
     from inheritune_ds.run.launch import Launch
     from inheritune_ds.training.determinism import compute_deterministically
@@ -191,6 +191,8 @@ def _train(  # noqa: PLR0913 - what is known before torch
             max_minutes=args.max_minutes,
         )
         execute(recipe, resolve_on(machine), launch, fresh=fresh)
+        if world.size > 1:
+            end_rank()
         leave_process_group()
     except BaseException as error:
         if world.size > 1:

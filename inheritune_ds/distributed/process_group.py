@@ -65,12 +65,19 @@ def ask_torch_for_free_memory(accelerator: Any) -> None:
 
 
 def leave_process_group() -> None:
-    """Leave the group that `start_process_group` joined, if any, together with the other ranks."""
+    """Leave the group that `start_process_group` joined, if any."""
     if dist.is_initialized():
-        # Gloo's thread frees the tensors of a collective after its caller has them. Freeing those of Python while the
-        # interpreter ends aborts the process (SIGABRT, 1 of 20 ends on busy cores); a barrier has none.
-        dist.barrier()
         dist.destroy_process_group()
+
+
+def end_rank() -> NoReturn:
+    """Leave the group and end this process, one of several ranks, after success.
+
+    Gloo's threads may still free the tensors of the last collective. Where the interpreter is ending, that aborts the
+    process (SIGABRT), so the interpreter is not ended.
+    """
+    leave_process_group()
+    leave_now(0)
 
 
 def leave_now(exit_code: int) -> NoReturn:

@@ -157,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     world = join_ranks()
     from inheritune_ds.checkpoints.store import CheckpointStore
-    from inheritune_ds.distributed.process_group import leave_process_group, start_process_group
+    from inheritune_ds.distributed.process_group import end_rank, start_process_group
 
     gc.freeze()  # DeepSpeed collects garbage while it builds an engine, and most of it belongs to imported modules
     report: dict[str, Any] = {}
@@ -182,7 +182,7 @@ def main() -> None:
         engine.close()
     if world.is_main:
         (args.folder / f"loaded-{world.size}.json").write_text(json.dumps(report), encoding="utf-8")
-    leave_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

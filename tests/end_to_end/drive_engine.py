@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     join_ranks()
-    from inheritune_ds.distributed.process_group import leave_process_group
+    from inheritune_ds.distributed.process_group import end_rank
 
     cuts = [(size, kind) for kind in ("whole", "padded", "documents") for size in (16, 4, 1)]
     result = {
@@ -147,7 +147,7 @@ def main() -> None:
         "compiled": [counts(compiled=True, documents=documents) for documents in (False, True) if args.compiled],
     }
     args.out.write_text(json.dumps(result), encoding="utf-8")
-    leave_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main() -> None:
     training = {**RECIPE["training"], "duration": f"{args.steps} steps"}
     recipe = validate(Recipe, {**RECIPE, "training": training}, "golden")
     world = join_ranks()
-    from inheritune_ds.distributed.process_group import leave_process_group
+    from inheritune_ds.distributed.process_group import end_rank
 
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -113,7 +113,7 @@ def main() -> None:
             (shared / str(number)).mkdir(parents=True, exist_ok=True)
             results[f"{number}:zero{stage}"] = run_stage(world, recipe, stage, args.precision, shared / str(number))
     args.out.with_suffix(f".rank{world.rank}.json").write_text(json.dumps(results), encoding="utf-8")
-    leave_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

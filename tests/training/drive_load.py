@@ -105,7 +105,7 @@ def main() -> None:
     world = join_ranks()
     import torch.distributed as dist
 
-    from inheritune_ds.distributed.process_group import leave_process_group
+    from inheritune_ds.distributed.process_group import end_rank
 
     found: dict[str, Any] = {}
     for family, precision, how in CASES:
@@ -121,7 +121,7 @@ def main() -> None:
         }
     found["refused"] = refused(world, tiny.recipe(target={"shape": SHAPES["llama"]}), folder / "llama float32")
     (folder / f"rank{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    leave_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":
