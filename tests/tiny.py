@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -99,6 +99,7 @@ def engine(
     fp16: Mapping[str, Any] = MappingProxyType({}),
     target: Path | None = None,
     load: Callable[[Path, Mapping[str, Any]], Any] | None = None,
+    carried: Collection[str] = (),
     **keys: Any,
 ) -> Any:
     """An engine in an existing process group: for `model`, or for the one in `target`, which `load` reads.
@@ -125,4 +126,4 @@ def engine(
     config = resolved.config
     if precision == "fp16":
         config = {**config, "fp16": {**config["fp16"], "enabled": True, **fp16}}
-    return Engine(built, config, world, kernels, packing, target=target)
+    return Engine(built, config, world, kernels, packing, target=target, carried=carried)

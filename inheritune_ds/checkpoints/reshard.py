@@ -46,6 +46,8 @@ class Partition:
     master: torch.Tensor
     """Flat fp32 masters of the optimizer; padding may follow the pieces or separate them."""
     pieces: tuple[Piece, ...]
+    group: dict[str, Any]
+    """The optimizer's group, which several partitions of stage 3 may share."""
 
 
 def partitions(engine: Any) -> list[Partition]:
@@ -55,8 +57,14 @@ def partitions(engine: Any) -> list[Partition]:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         groups = engine._get_zero_param_shapes()  # noqa: SLF001 - no public way
         return [
-            Partition(master, tuple(stage_3_pieces(shapes, rank, ranks)))
-            for master, shapes in zip(optimizer.fp32_partitioned_groups_flat, groups, strict=True)
+            Partition(
+                master,
+                tuple(stage_3_pieces(shapes, rank, ranks)),
+                optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[number]],
+            )
+            for number, (master, shapes) in enumerate(
+                zip(optimizer.fp32_partitioned_groups_flat, groups, strict=True)
+            )
         ]
     parameters = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
     found = []
@@ -66,7 +74,7 @@ def partitions(engine: Any) -> list[Partition]:
             Piece(name, link.hp_fragment_address.start, link.lp_fragment_address.start, link.lp_fragment_address.numel)
             for name, link in held
         )
-        found.append(Partition(group["params"][0], tuple(pieces)))
+        found.append(Partition(group["params"][0], tuple(pieces), group))
     return found
 
 

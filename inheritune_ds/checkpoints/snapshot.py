@@ -80,8 +80,8 @@ def capture(engine: Any, buffers: PinnedBuffers | None) -> Snapshot:
                 values = flat.detach().view(-1)
                 for piece in partition.pieces:
                     found.fragments[key_of(piece.name, kind, piece.start)] = values[piece.at : piece.at + piece.numel]
-            if state:  # apex keeps the count of updates in the group, and all groups step together
-                step = int(state["step"] if "step" in state else inner.param_groups[0]["step"])
+            if state:  # apex keeps the count of updates in the group
+                step = int(state["step"] if "step" in state else partition.group["step"])
                 for piece in partition.pieces:
                     found.parameters[piece.name]["step"] = step
         if buffers is not None:
@@ -131,16 +131,14 @@ def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
         optimizer.checkpoint_event_prologue()
     steps = {name: parameter["step"] for name, parameter in parameters.items()}
     for partition in partitions(engine):
-        _restore_partition(optimizer.optimizer, partition, saved, steps)
+        _fill(partition.master, partition, saved, MASTER, {})
+        _restore_moments(optimizer.optimizer, partition, saved, steps, {})
     if is_stage_3:
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)  # noqa: SLF001 - no public way
         optimizer.checkpoint_event_epilogue()
     else:
-        # DeepSpeed links the moments to the parameters once; a restored engine has other tensors.
-        optimizer._hp_optimizer_states_linked = False  # noqa: SLF001
-        if optimizer.optimizer.state:
-            optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
+        _link_moments(optimizer)
         optimizer.update_lp_params()
     if record["loss_scaler"] is not None and hasattr(optimizer, "loss_scaler"):
         _restore_scaler(optimizer, record["loss_scaler"])
@@ -152,12 +150,55 @@ def restore(engine: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(changes(checkpoint.layout, now, record["rounding"], rounding_of(engine.config)))
 
 
-def _restore_partition(inner: Any, partition: Partition, saved: Fragments, steps: Mapping[str, int | None]) -> None:
-    """Fill masters and moments in place; create moments that the engine does not have yet."""
+def carry(engine: Any, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Give a new engine Adam's moments and number of updates from a verified checkpoint of another model.
+
+    The masters stay. The engine's parameters in `names` must be in groups of their own (`parameter_groups`); all others
+    get zero moments and no updates. All ranks must call it together.
+
+    Args:
+        engine: DeepSpeed's.
+        checkpoint: Of any depth, number of ranks and ZeRO stage.
+        names: From the engine's name of a parameter to that in the checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint lacks a parameter, its shape differs, or it was saved before any update.
+    """
+    optimizer, saved_parameters = engine.optimizer, checkpoint.manifest["parameters"]
+    shapes = shapes_of(engine)
+    for name, source in names.items():
+        if saved_parameters.get(source, {}).get("shape") != shapes[name] or saved_parameters[source]["step"] is None:
+            raise CheckpointError(
+                f"{checkpoint.path} has no optimizer state for {name} (there: {source}, shape {shapes[name]})",
+                allowed="a checkpoint of the model that the target was cut from, after its first update",
+                action="start with a fresh optimizer state",
+            )
+    saved = Fragments(checkpoint.path, checkpoint.layout.world_size)
+    steps = {name: saved_parameters[names[name]]["step"] if name in names else 0 for name in shapes}
+    for partition in partitions(engine):
+        _restore_moments(optimizer.optimizer, partition, saved, steps, {name: names.get(name) for name in shapes})
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        _link_moments(optimizer)
+
+
+def _link_moments(optimizer: Any) -> None:
+    """Link the moments to the parameters again: DeepSpeed does it once, and an engine with other state has others."""
+    optimizer._hp_optimizer_states_linked = False  # noqa: SLF001
+    if optimizer.optimizer.state:
+        optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
+
+
+def _restore_moments(
+    inner: Any,
+    partition: Partition,
+    saved: Fragments,
+    steps: Mapping[str, int | None],
+    sources: Mapping[str, str | None],
+) -> None:
+    """Fill moments in place, or create them, with the numbers of updates in `steps`."""
     master = partition.master
-    _fill(master, partition, saved, MASTER)
-    # A partition without pieces, only padding, has the step of all others.
-    counts = {steps[piece.name] for piece in partition.pieces} or set(steps.values())
+    # A partition without pieces is only padding, where every count gives the same.
+    counts = {steps[piece.name] for piece in partition.pieces} or {next(iter(steps.values()))}
     if len(counts) > 1:
         raise CheckpointError(
             f"the parameters from {partition.pieces[0].name} to {partition.pieces[-1].name} have different "
@@ -167,17 +208,15 @@ def _restore_partition(inner: Any, partition: Partition, saved: Fragments, steps
     [step] = counts
     if step is None:  # saved before the first update
         inner.state.pop(master, None)
-        for group in inner.param_groups:
-            group.pop("step", None)
+        partition.group.pop("step", None)
         return
     state = inner.state[master]
     for kind in MOMENTS:
         if kind not in state:
             state[kind] = torch.zeros_like(master.detach())
-        _fill(state[kind], partition, saved, kind)
+        _fill(state[kind], partition, saved, kind, sources)
     if type(inner).__module__.startswith("apex."):
-        for group in inner.param_groups:
-            group["step"] = step
+        partition.group["step"] = step
     elif isinstance(inner, torch.optim.AdamW):
         fused = any(group["fused"] or group["capturable"] for group in inner.param_groups)
         state["step"] = torch.tensor(float(step), device=master.device if fused else "cpu")
@@ -185,10 +224,18 @@ def _restore_partition(inner: Any, partition: Partition, saved: Fragments, steps
         state["step"] = step  # DeepSpeed passes its count to C++
 
 
-def _fill(flat: torch.Tensor, partition: Partition, saved: Fragments, kind: str) -> None:
+def _fill(
+    flat: torch.Tensor, partition: Partition, saved: Fragments, kind: str, sources: Mapping[str, str | None]
+) -> None:
+    """Copy the pieces of a partition; `sources` has other names of parameters in the files, None for zeros."""
     values = flat.detach().view(-1)
     for piece in partition.pieces:
-        saved.copy(piece.name, kind, piece.start, values[piece.at : piece.at + piece.numel])
+        own = values[piece.at : piece.at + piece.numel]
+        source = sources.get(piece.name, piece.name)
+        if source is None:
+            own.zero_()
+        else:
+            saved.copy(source, kind, piece.start, own)
 
 
 def _restore_scaler(optimizer: Any, record: Mapping[str, Any]) -> None:

@@ -12,13 +12,15 @@ GROUPS: dict[str, tuple[str, ...]] = {"norms": ("attention_norms", "mlp_norms")}
 """Names for several parts."""
 PRESETS: dict[str, tuple[str, ...]] = {
     "all": PARTS,
+    "moments": PARTS,
     "paper-scripts": (*BLOCK_PARTS, "head"),
     "attention-only": ("attention", "attention_norms", "head"),
     "mlp-only": ("mlp", "mlp_norms", "head"),
     "attention-mlp": ("attention", "mlp", "head"),
     "none": (),
 }
-"""`paper-scripts`: the authors' scripts (lit-gpt/Training/train.py and GPT2-experiments/train_iniheritune.py of
+"""`moments`: all parts, and Adam's moments and number of updates from the reference's newest checkpoint.
+`paper-scripts`: the authors' scripts (lit-gpt/Training/train.py and GPT2-experiments/train_iniheritune.py of
 LLM-Inheritune, commit 560611d) copy the blocks and the head. The head of GPT-2 is tied and includes the token
 embeddings; other parts outside the blocks stay random. The three ablations are the paper's (v4, table 3). It does not
 mention the parts outside the blocks there; these presets copy the head as the scripts do."""

@@ -122,9 +122,16 @@ class Target(ConfigModel):
 
     @model_validator(mode="after")
     def _check_scores(self) -> Self:
+        if self.inherits_moments and self.width != "full":
+            raise ValueError("inherit: moments needs width: full, since the state of half a matrix is not kept")
         if self.block_scores is not None and (self.select is None or parse(self.select).kind != "by"):
             raise ValueError(f"block_scores is for select: by:NAME:n: remove it with select: {self.select}")
         return self
+
+    @property
+    def inherits_moments(self) -> bool:
+        """Whether the optimizer state comes from the reference, too."""
+        return isinstance(self.inherit, str) and self.inherit.strip() == "moments"
 
     @property
     def inherits_nothing(self) -> bool:

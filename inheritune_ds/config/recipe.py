@@ -64,6 +64,11 @@ class Recipe(ConfigModel):
                 raise ValueError("target.shape is for training from scratch: it excludes reference")
             if self.target.select is None:
                 raise ValueError("target.select is required with a reference, such as first:4")
+        if self.target.inherits_moments and (self.reference is None or self.reference.recipe_name is None):
+            raise ValueError(
+                "target.inherit: moments needs a reference that is a recipe (recipe:NAME): other models come without "
+                "their optimizer state; write all instead"
+            )
         return self
 
     @property

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from inheritune_ds.errors import RunFolderError
 from inheritune_ds.plan.budget import CHECKPOINTS_IN_HAND, checkpoints_staying
 from inheritune_ds.plan.model_size import checkpoint_bytes
 from inheritune_ds.run import identity
+from inheritune_ds.run.carried import CarriedState, carried_state, names_in_reference
 from inheritune_ds.run.data import RunData
 from inheritune_ds.run.folder import RunFolder
 from inheritune_ds.run.launch import Launch
@@ -62,6 +63,8 @@ class RunSetup:
     """The model to start from."""
     reference: ReferenceModel | None
     """The model that it was cut from; None from scratch."""
+    carried: CarriedState | None
+    """Optimizer state of another run to start from."""
     resumption: Resumption
     checkpoint: Mapping[str, Any] | None
     """From `Resumption.choose`; None at the start of the run."""
@@ -93,6 +96,7 @@ def prepare(recipe: Recipe, resolved: Resolved, folder: RunFolder, launch: Launc
         total_steps=data.total_steps,
         target=target,
         reference=ReferenceModel.of(note["reference"]) if note["reference"] is not None else None,
+        carried=CarriedState(**note["carried"]) if note["carried"] is not None else None,
         resumption=resumption,
         checkpoint=note["checkpoint"],
         fingerprints=note["fingerprints"],
@@ -119,6 +123,7 @@ def _build(
     data = RunData(recipe, tokens)
     data.log()
     target = _prepare_target(recipe, reference, tokens, folder)
+    carried = _find_moments(recipe, target, folder, launch)
     folder.write_resolved(recipe)
     there = sum(1 for _ in published(folder.checkpoints))
     missing = max(0, checkpoints_staying(recipe.checkpoint, data.total_steps) - there)
@@ -131,6 +136,7 @@ def _build(
         "tokens_fingerprint": tokens.fingerprint,
         "reference": reference.document() if reference is not None else None,
         "checkpoint": checkpoint,
+        "carried": asdict(carried) if carried is not None else None,
         "fingerprints": {"recipe": recipe.fingerprint, "data": data_fingerprint, "code": code},
     }
     return note, data, target
@@ -216,6 +222,15 @@ def _prepare_target(
     parts = f"{report['blocks']} blocks, {report['parameters']:,} parameters"
     logger.info("target: %s, %d of %d tensors inherited", parts, kept, len(report["tensors"]))
     return target
+
+
+def _find_moments(recipe: Recipe, target: TargetModel, folder: RunFolder, launch: Launch) -> CarriedState | None:
+    """The optimizer state of the reference, if the target inherits it."""
+    if not recipe.target.inherits_moments:
+        return None
+    assert recipe.reference is not None and recipe.reference.recipe_name is not None  # the recipe's own check
+    source = RunFolder(launch.runs_dir / load_recipe(recipe.reference.recipe_name).name)
+    return carried_state(folder, source, names_in_reference(target.folder, target.report["selection"]))
 
 
 def _vocabulary(recipe: Recipe, reference: ReferenceModel | None, folder: RunFolder) -> int:

@@ -154,8 +154,11 @@ def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
     gc.collect()
     gc.freeze()
     model = load_target(setup.target.folder, resolved.config)
-    groups = parameter_groups(model, setup.recipe.optimizer.weight_decay)
-    engine = Engine(model, resolved.config, world, kernels, setup.data.packing, target=setup.target.folder)
+    carried = setup.carried.names if setup.carried is not None else ()
+    groups = parameter_groups(model, setup.recipe.optimizer.weight_decay, carried)
+    engine = Engine(
+        model, resolved.config, world, kernels, setup.data.packing, target=setup.target.folder, carried=carried
+    )
     for note in engine.notes:
         logger.info(note)
     refuse_replaced_loss(resolved.kernels, engine.kernels, "; ".join(engine.notes))
@@ -179,7 +182,7 @@ def refuse_replaced_loss(request: KernelRequest, kernels: Kernels, reason: str) 
 
 
 def resume(setup: RunSetup, engine: Engine) -> tuple[Saver, TrainState | None]:
-    """Restore the chosen checkpoint; the state is None at the start of a run."""
+    """Restore the chosen checkpoint; the state is None at the start of a run, which may carry optimizer state."""
     saver = Saver(
         setup.resumption.store,
         layout=setup.resumption.layout,
@@ -187,6 +190,9 @@ def resume(setup: RunSetup, engine: Engine) -> tuple[Saver, TrainState | None]:
         reliability=setup.resolved.reliability,
         fingerprints=setup.fingerprints,
     )
+    if setup.checkpoint is None and setup.carried is not None and (source := setup.carried.opened()) is not None:
+        engine.carry(source, setup.carried.names)
+        logger.info("optimizer state: carried from %s (%d parameters)", source.path, len(setup.carried.names))
     return saver, setup.resumption.restore(engine, saver, setup.checkpoint)
 
 

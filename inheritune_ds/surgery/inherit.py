@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inheritune_ds.config.block_scores import read_scores
-from inheritune_ds.config.inheritance import inherited_parts
+from inheritune_ds.config.inheritance import PARTS, inherited_parts
 from inheritune_ds.config.model import Reference, Target
 from inheritune_ds.config.selection import parse
 from inheritune_ds.data.tokens.vocabulary import check_rows
@@ -226,7 +226,7 @@ def plan_target(cut: Cut, config: "PreTrainedConfig", selection: tuple[int, ...]
     """
     target, reference, previous = cut.target, cut.reference, cut.previous
     half = target.width == "half"
-    if previous is not None and (target.inherit != "all" or half):
+    if previous is not None and (inherited_parts(target.inherit) != set(PARTS) or half):
         raise SurgeryError(
             f"previous: {previous.name} can only grow with all its tensors kept",
             allowed="inherit: all and width: full",

@@ -7,7 +7,7 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -74,6 +74,7 @@ class Engine:
         kernels: As `choose_kernels` returns them.
         packing: How documents inside a window are kept apart; None if they are not.
         target: The folder that the model was loaded from, to fill the masters from; None: from the model itself.
+        carried: Names of the parameters whose optimizer state `carry` will bring.
 
     Raises:
         RecipeError: If the model with these kernels does not keep documents apart.
@@ -88,6 +89,7 @@ class Engine:
         packing: DocumentPacking | None = None,
         *,
         target: Path | None = None,
+        carried: Collection[str] = (),
     ) -> None:
         import deepspeed
 
@@ -111,7 +113,7 @@ class Engine:
             engine, *_ = deepspeed.initialize(
                 model=model,
                 config=without_ours(ds_config),
-                **_optimizer(model, ds_config, kernels),
+                **_optimizer(model, ds_config, kernels, carried),
             )
         quiet()
         self._engine = engine
@@ -230,6 +232,10 @@ class Engine:
         """
         return snapshot.restore(self._engine, checkpoint)
 
+    def carry(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+        """Take moments and numbers of updates from another model's checkpoint (`snapshot.carry`)."""
+        snapshot.carry(self._engine, checkpoint, names)
+
     def close(self) -> None:
         """Free the engine's memory for another engine in this process."""
         self._engine.destroy()
@@ -247,10 +253,12 @@ def _fit(model: "PreTrainedModel", kernels: Kernels) -> tuple[Kernels, tuple[str
     return replace(kernels, loss=taken), (f"kernels.loss: {taken} ({reason})",) if reason else ()
 
 
-def _optimizer(model: "PreTrainedModel", ds_config: Mapping[str, Any], kernels: Kernels) -> dict[str, Any]:
+def _optimizer(
+    model: "PreTrainedModel", ds_config: Mapping[str, Any], kernels: Kernels, carried: Collection[str]
+) -> dict[str, Any]:
     """Arguments of `deepspeed.initialize`: a client optimizer, or the groups for DeepSpeed's own (offload)."""
     params = ds_config["optimizer"]["params"]
-    groups = parameter_groups(model, params["weight_decay"])
+    groups = parameter_groups(model, params["weight_decay"], carried)
     optimizer = build_optimizer(
         kernels.optimizer, groups, lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"]
     )

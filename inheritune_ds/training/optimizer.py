@@ -6,7 +6,7 @@ decide: expert biases, norms per head and Mamba's `A_log` have two.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,13 +17,24 @@ _MATRIX = re.compile(r"(^|_)(weight|proj|fn)$|^[wv]\d$|^[qkvor]$")
 `hc_fn` (DeepSeek-V4), `w1` (DBRX), `q` (XLNet)."""
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, carried: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into a decayed and an undecayed group.
 
-    A parameter decays if it is a matrix by its name (`_MATRIX`) and belongs to no embedding and no norm.
+    A parameter decays if it is a matrix by its name (`_MATRIX`) and belongs to no embedding and no norm. Parameters
+    whose optimizer state is carried from another run have groups of their own, before the others: ZeRO keeps one count
+    of updates a group, and a new parameter under an old count would take a first update of (1 - beta1) /
+    sqrt(1 - beta2) times the learning rate.
+
+    Args:
+        model: The model.
+        weight_decay: Of the decayed groups.
+        carried: Names of the parameters with carried state.
 
     Returns:
-        Two groups with `params`, `weight_decay` (0 in the second), and `names` (dotted, in the model's order).
+        Two groups, or four with `carried`, with `params`, `weight_decay` (0 in every second), and `names` (dotted, in
+        the model's order).
 
     Source: nanoGPT's configure_optimizers and the authors' GPT-2 script exclude vectors; excluding the embeddings, too,
     follows facts of the paper's code (decay on 2-D Linear weights only). Mamba's own code marks `A_log` and `D` with
@@ -35,10 +46,12 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
         for name, parameter in module.named_parameters(recurse=False)
         if not _is_matrix(module, name, parameter)
     }
-    groups: list[dict[str, Any]] = [{"params": [], "names": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    decays = (weight_decay, 0.0) * (2 if carried else 1)
+    groups: list[dict[str, Any]] = [{"params": [], "names": [], "weight_decay": decay} for decay in decays]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = groups[1 if id(parameter) in undecayed else 0]
+            is_new = bool(carried) and name not in carried
+            group = groups[2 * is_new + (id(parameter) in undecayed)]
             group["params"].append(parameter)
             group["names"].append(name)
     return groups

@@ -22,7 +22,7 @@ def test_a_preset_has_its_parts(preset: str, expected: set[str]) -> None:
 
 
 def test_presets_and_parts_are_those_of_the_documentation() -> None:
-    assert list(PRESETS) == ["all", "paper-scripts", "attention-only", "mlp-only", "attention-mlp", "none"]
+    assert list(PRESETS) == ["all", "moments", "paper-scripts", "attention-only", "mlp-only", "attention-mlp", "none"]
     assert len(set(PARTS)) == 8
 
 
