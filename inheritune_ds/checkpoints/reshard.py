@@ -62,9 +62,7 @@ def partitions(engine: Any) -> list[Partition]:
                 tuple(stage_3_pieces(shapes, rank, ranks)),
                 optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[number]],
             )
-            for number, (master, shapes) in enumerate(
-                zip(optimizer.fp32_partitioned_groups_flat, groups, strict=True)
-            )
+            for number, (master, shapes) in enumerate(zip(optimizer.fp32_partitioned_groups_flat, groups, strict=True))
         ]
     parameters = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
     found = []

@@ -215,6 +215,12 @@ def _request(args: argparse.Namespace) -> "tuple[Reference, Target]":
 
     if not args.inherit:
         raise RecipeError("--inherit is empty", allowed=f"{', '.join(PRESETS)}, or a list of parts: attention,mlp,head")
+    if args.inherit == "moments":
+        raise RecipeError(
+            "--inherit moments is for training: a cut model has no optimizer state",
+            allowed=", ".join(name for name in PRESETS if name != "moments"),
+            action="write --inherit all here, and target.inherit: moments in the recipe",
+        )
     # The same folder is the same reference in every spelling.
     model = str(Path(args.reference)) if args.reference and Path(args.reference).is_dir() else args.reference
     try:

@@ -228,7 +228,8 @@ def _find_moments(recipe: Recipe, target: TargetModel, folder: RunFolder, launch
     """The optimizer state of the reference, if the target inherits it."""
     if not recipe.target.inherits_moments:
         return None
-    assert recipe.reference is not None and recipe.reference.recipe_name is not None  # the recipe's own check
+    assert recipe.reference is not None
+    assert recipe.reference.recipe_name is not None
     source = RunFolder(launch.runs_dir / load_recipe(recipe.reference.recipe_name).name)
     return carried_state(folder, source, names_in_reference(target.folder, target.report["selection"]))
 

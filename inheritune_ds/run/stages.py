@@ -165,7 +165,9 @@ def build_engine(setup: RunSetup, kernels: Kernels) -> Engine:
     if world.is_main:
         identity.keep_kernels(setup.folder.path, engine.kernels.as_dict())
         # DeepSpeed ignores unknown top-level keys, so its tools can read the file.
-        listed = [{"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups]
+        listed = [
+            {"weight_decay": group["weight_decay"], "parameters": group["names"]} for group in groups if group["names"]
+        ]
         own = {"kernels": engine.kernels.as_dict(), "parameter_groups": listed}
         write_json(setup.folder.path / DS_CONFIG, {**resolved.config, **own})
     return engine

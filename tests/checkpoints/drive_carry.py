@@ -30,9 +30,7 @@ def recipe(blocks: int) -> Any:
 def carried_names(model: Any) -> dict[str, str]:
     """The smaller model's block becomes the last one of the larger; block 0 is new."""
     return {
-        name: name.replace("layers.1.", "layers.0.")
-        for name, _ in model.named_parameters()
-        if "layers.0." not in name
+        name: name.replace("layers.1.", "layers.0.") for name, _ in model.named_parameters() if "layers.0." not in name
     }
 
 

@@ -19,7 +19,8 @@ STAGES = (1, 2, 3)
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
     tokens = windows(number)
     logits = model(input_ids=tokens[:, :-1]).logits
-    functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
 
@@ -63,7 +64,7 @@ def differences(
     measured: dict[str, torch.Tensor], expected: list[dict[str, torch.Tensor]], titles: set[str]
 ) -> dict[str, float]:
     """Largest difference of each case as a share of the parameter's largest value."""
-    found = {title: 0.0 for title in titles}
+    found = dict.fromkeys(titles, 0.0)
     for key, value in measured.items():
         title, step, name = key.split("|")
         if title in found:
@@ -94,7 +95,9 @@ def test_a_resumed_and_resharded_run_keeps_both_counts(
     assert max(differences(measured, expected, pairs).values()) < 1e-6
 
 
-def test_a_new_block_under_an_old_count_would_take_three_times_the_step(expected: list[dict[str, torch.Tensor]]) -> None:
+def test_a_new_block_under_an_old_count_would_take_three_times_the_step(
+    expected: list[dict[str, torch.Tensor]],
+) -> None:
     """What the groups prevent, and what the comparisons above would see."""
     large = tiny.model(recipe(2))
     optimizer = plain(large)

@@ -140,6 +140,7 @@ OPTIONS = [
     (["--previous", "/nowhere"], 3, "--previous '/nowhere' is not a model folder"),
     (["--previous", ""], 3, "--previous '' is not a model folder"),
     (["--inherit", ""], 3, "--inherit is empty\n  allowed: all, "),
+    (["--inherit", "moments"], 3, "--inherit moments is for training: a cut model has no optimizer state"),
     (["--reference", ""], 3, "--reference: String should have at least 1 character"),
     (["--reference", "/no/where"], 3, "--reference /no/where: there is no folder /no/where\n  allowed: a model's fo"),
     (["--reference", "recipe:tiny"], 3, "train it first: inheritune-ds train --recipe tiny --runs-dir runs"),

@@ -69,7 +69,9 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     launch: Launch, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     reference = tiny_recipe("parent")
-    recipe = tiny_recipe("child", reference={"model": f"recipe:{reference}"}, target={"select": "first:2"})
+    recipe = tiny_recipe(
+        "child", reference={"model": f"recipe:{reference}"}, target={"select": "first:2", "inherit": "moments"}
+    )
     document = json.loads(recipe.read_text())
     document["corpus"].pop("tokenizer")  # the reference's is used
     recipe.write_text(json.dumps(document))
@@ -97,6 +99,9 @@ def test_reference_recipe_is_trained_first_and_its_blocks_are_inherited(
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
     assert {name for name in undecayed["parameters"] if "norm" not in name} == {"model.embed_tokens.weight"}
     assert len(decayed["parameters"]) == 2 * 7 + 1  # seven matrices a block, and the untied head
+    assert f"optimizer state: carried from {parent / 'checkpoints/step-00000012'} (21 parameters)" in first
+    saved = json.loads((child / "checkpoints/step-00000012/manifest.json").read_text())["parameters"]
+    assert {parameter["step"] for parameter in saved.values()} == {12 + 12}  # the reference's updates and its own
 
     line = [sys.executable, "-I", "-c", LOADER, str(child / "export"), str(child / "eval/probe.safetensors")]
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd="/", check=False)
